@@ -1,0 +1,112 @@
+"""Parameter-efficient fine-tuning: adapt a frozen PyTorch model by small trainable parts.
+
+The public names are resolved when they are first used: importing this package costs what importing torch costs, and
+does not import transformers.
+"""
+
+from peft._lazy import lazy_module, no_such_name
+from peft._version import __version__ as __version__
+
+
+_TABLE = {
+    "peft.auto": (
+        "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+        "AutoPeftModel",
+        "AutoPeftModelForCausalLM",
+        "AutoPeftModelForFeatureExtraction",
+        "AutoPeftModelForQuestionAnswering",
+        "AutoPeftModelForSeq2SeqLM",
+        "AutoPeftModelForSequenceClassification",
+        "AutoPeftModelForTokenClassification",
+    ),
+    "peft.config": ("PeftConfig", "PromptLearningConfig"),
+    "peft.mapping": (
+        "PEFT_TYPE_TO_CONFIG_MAPPING",
+        "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
+        "PEFT_TYPE_TO_TUNER_MAPPING",
+        "get_peft_config",
+        "inject_adapter_in_model",
+    ),
+    "peft.mapping_func": ("get_peft_model",),
+    "peft.mixed_model": ("PeftMixedModel",),
+    "peft.peft_model": (
+        "PeftModel",
+        "PeftModelForCausalLM",
+        "PeftModelForFeatureExtraction",
+        "PeftModelForQuestionAnswering",
+        "PeftModelForSeq2SeqLM",
+        "PeftModelForSequenceClassification",
+        "PeftModelForTokenClassification",
+        "get_layer_status",
+        "get_model_status",
+    ),
+    "peft.tuners.hira": ("HiraConfig", "HiraModel"),
+    "peft.tuners.ia3": ("IA3Config", "IA3Model"),
+    "peft.tuners.ln_tuning": ("LNTuningConfig", "LNTuningModel"),
+    "peft.tuners.lora": (
+        "ArrowConfig",
+        "BdLoraConfig",
+        "EvaConfig",
+        "KasaConfig",
+        "LoftQConfig",
+        "LoraConfig",
+        "LoraGAConfig",
+        "LoraModel",
+        "LoraRuntimeConfig",
+        "MontecloraConfig",
+        "VeloraConfig",
+    ),
+    "peft.tuners.oft": ("OFTConfig", "OFTModel"),
+    "peft.tuners.trainable_tokens": ("TrainableTokensConfig", "TrainableTokensModel"),
+    "peft.tuners.vera": ("VeraConfig", "VeraModel"),
+    "peft.utils.constants": (
+        "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
+        "bloom_model_postprocess_past_key_value",
+    ),
+    "peft.utils.error": ("NoMatchingPeftModuleError", "PeftError"),
+    "peft.utils.other": ("cast_mixed_precision_params", "prepare_model_for_kbit_training", "shift_tokens_right"),
+    "peft.utils.peft_types": ("PeftType", "TaskType"),
+    "peft.utils.save_and_load": (
+        "get_base_model_state_dict",
+        "get_peft_model_state_dict",
+        "load_peft_weights",
+        "set_base_model_state_dict",
+        "set_peft_model_state_dict",
+    ),
+    "peft.utils.warning": ("PeftWarning",),
+}
+
+# Names of the ecosystem's API that this release does not have. Whoever adds one moves it into the table above.
+_LATER = """
+    AdaLoraConfig AdaLoraModel AdamssConfig AdamssModel AdaptionPromptConfig AdaptionPromptModel BOFTConfig BOFTModel
+    BeftConfig BeftModel C3AConfig C3AModel CPTConfig CPTEmbedding CartridgeConfig CartridgeEncoder DeftConfig
+    DeftModel DeloraConfig DeloraModel FourierFTConfig FourierFTModel FrodConfig FrodModel GloraConfig GloraModel
+    GraloraConfig GraloraModel HRAConfig HRAModel LilyConfig LilyModel LoHaConfig LoHaModel LoKrConfig LoKrModel
+    MissConfig MissModel MultitaskPromptTuningConfig MultitaskPromptTuningInit OSFConfig OSFModel PeanutConfig
+    PeanutModel PolyConfig PolyModel PrefixEncoder PrefixTuningConfig PromptEmbedding PromptEncoder
+    PromptEncoderConfig PromptEncoderReparameterizationType PromptTuningConfig PromptTuningInit PsoftConfig PsoftModel
+    PveraConfig PveraModel RandLoraConfig RandLoraModel RoadConfig RoadModel ShadowConfig ShadowModel ShiraConfig
+    ShiraModel SupertuningConfig SupertuningModel TinyLoraConfig TinyLoraModel UniLoraConfig UniLoraModel VBLoRAConfig
+    VBLoRAModel WaveFTConfig WaveFTModel XLoraConfig XLoraModel compose_cartridge_adapters convert_to_lora
+    create_arrow_model find_kappa_target_modules get_eva_state_dict initialize_kv_prefix_from_past_key_values
+    initialize_kv_prefix_from_text initialize_lora_eva_weights preprocess_loraga
+    prompt_embeddings_from_past_key_values replace_lora_weights_loftq save_as_lora
+"""
+
+
+def _missing(name: str) -> str:
+    later = _LATER.split()
+    if name not in later:
+        return no_such_name(__name__, name, [*__all__, *later])
+    names = {other for group in _TABLE.values() for other in group}
+    if name[0].islower():
+        alternatives = [other for other in names if other[0].islower()]
+    else:
+        ending = "Model" if name.endswith("Model") else "Config"
+        methods = [other.removesuffix("Model") for other in names if other.endswith("Model")]
+        alternatives = [method + ending for method in methods if method + "Config" in names and method != "Peft"]
+    return f"peft {__version__} does not have {name!r} yet. It has {', '.join(sorted(alternatives, key=str.lower))}."
+
+
+__getattr__, __dir__, __all__ = lazy_module(__name__, _TABLE, _missing)
+__all__.append("__version__")

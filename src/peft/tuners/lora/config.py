@@ -1,0 +1,305 @@
+"""The config of LoRA and the options of its variants.
+
+Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685. Options of variants and
+initialisations that do not exist here yet are part of the file format all the same: they are declared, and refused
+by name (`LoraConfig.NOT_YET`) rather than ignored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from peft.config import (
+    ExcludeModules,
+    FanInFanOut,
+    LayerSelection,
+    ModulesToSave,
+    NotYet,
+    Options,
+    RankPatterns,
+    TargetModules,
+    TrainedBias,
+    option,
+)
+from peft.utils.error import ConfigError
+from peft.utils.peft_types import PeftType
+
+
+@dataclass
+class LoraRuntimeConfig(Options):
+    """How LoRA runs in this process. It belongs to no adapter and is not saved."""
+
+    ephemeral_gpu_offload: bool = option(
+        False,
+        "Whether work on weights that are kept in main memory is done on the GPU for the moment it takes. Without a "
+        "GPU this does nothing.",
+    )
+
+
+@dataclass
+class LoftQConfig(Options):
+    """LoftQ: an initialisation that makes up for the error of quantisation (arXiv 2310.08659)."""
+
+    loftq_bits: int = option(4, "Bits of the quantised base weight.", minimum=1)
+    loftq_iter: int = option(1, "How often quantisation and low-rank fit alternate.", minimum=1)
+
+
+@dataclass
+class EvaConfig(Options):
+    """EVA: ranks and A from the singular vectors of activations (arXiv 2410.07170)."""
+
+    rho: float = option(2.0, "How far ranks may be redistributed: no layer gets more than rho * r.", minimum=1)
+    tau: float = option(
+        0.99, "Cosine similarity from which on a singular vector counts as converged.", minimum=0, maximum=1
+    )
+    use_label_mask: bool = option(True, "Whether tokens without a label are left out of the activations.")
+    label_mask_value: int = option(-100, "The label that marks such tokens.")
+    whiten: bool = option(False, "Whether the singular vectors are scaled to unit variance.")
+    adjust_scaling_factors: bool = option(True, "Whether alpha follows the redistributed rank, so the scale stays.")
+
+
+@dataclass
+class CordaConfig(Options):
+    """CorDA: a decomposition of the weight that is led by the covariance of inputs (arXiv 2406.05223)."""
+
+    cache_file: str | None = option(None, "File that keeps the decomposed weights between runs.")
+    covariance_file: str | None = option(None, "File that keeps the covariances between runs.")
+    corda_method: Literal["ipm", "kpm"] = option(
+        "ipm",
+        "Which directions are trained: 'ipm' those of the new task, 'kpm' those it uses least.",
+        choices=("ipm", "kpm"),
+    )
+    verbose: bool = option(False, "Whether progress is printed.")
+    use_float16_for_covariance: bool = option(False, "Whether covariances are kept in half precision.")
+    prune_temporary_fields: bool = option(True, "Whether what the preparation left on the modules is removed.")
+
+
+_GA_DIRECTIONS = ("ArBr", "A2rBr", "ArB2r", "random")
+_GA_SCALES = ("stable", "weight_svd", "gd_scale", "unit")
+
+
+@dataclass
+class LoraGAConfig(Options):
+    """LoRA-GA: A and B from the singular vectors of the first gradient (arXiv 2407.05000)."""
+
+    direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = option(
+        "ArB2r", "Which singular vectors A and B start from.", choices=_GA_DIRECTIONS
+    )
+    scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = option(
+        "stable", "How the starting tensors are scaled.", choices=_GA_SCALES
+    )
+    stable_gamma: int = option(16, "The constant of the 'stable' scale.")
+
+
+@dataclass
+class ArrowConfig(Options):
+    """Arrow: routing of tokens over several LoRA adapters by their principal directions (arXiv 2405.11157)."""
+
+    top_k: int = option(3, "How many adapters serve a token.", minimum=1)
+    router_temperature: float = option(1.0, "Temperature of the softmax over adapters.")
+    use_gks: bool = option(False, "Whether what adapters know in common is subtracted (GenKnowSub).")
+    task_adapter_names: list[str] | None = option(None, "The adapters to route over.")
+    gks_adapter_names: list[str] | None = option(None, "The adapters that hold the common knowledge.")
+    rng_seed: int | None = option(None, "Seed of the router's random draws.")
+
+
+@dataclass
+class BdLoraConfig(Options):
+    """Block-diagonal LoRA: factors made of blocks, for tensor-parallel serving (arXiv 2510.23346)."""
+
+    target_modules_bd_a: list[str] | None = option(None, "Modules whose A is block-diagonal.")
+    target_modules_bd_b: list[str] | None = option(None, "Modules whose B is block-diagonal.")
+    nblocks: int = option(1, "How many blocks.", minimum=1)
+    match_strict: bool = option(True, "Whether every adapted module has to be in one of the two lists.")
+
+
+@dataclass
+class KasaConfig(Options):
+    """KaSA: singular values that weigh the update by what the model knows (arXiv 2412.06071)."""
+
+    beta: float = option(1e-4, "Weight of the penalty on the size of the singular values.")
+    gamma: float = option(1e-3, "Weight of the penalty that keeps the factors orthogonal.")
+
+
+_VELORA_INITS = ("batch_average", "batch_average_once", "random")
+
+
+@dataclass
+class VeloraConfig(Options):
+    """VeLoRA: activations kept for the backward as projections of their groups (arXiv 2405.17991)."""
+
+    num_groups: int = option(64, "Into how many groups the features of an activation are cut.", minimum=1)
+    scale: float = option(1.0, "Factor on what is rebuilt in the backward.")
+    init_type: Literal["batch_average", "batch_average_once", "random"] = option(
+        "batch_average", "Where the vector comes from that groups are projected on.", choices=_VELORA_INITS
+    )
+
+
+@dataclass
+class MontecloraConfig(Options):
+    """MonteCLoRA: low-rank factors drawn from a learned distribution (arXiv 2411.04358)."""
+
+    num_samples: int = option(8, "How many samples are drawn and mixed.", minimum=1)
+    use_entropy: bool = option(False, "Whether the loss rewards entropy of the mixture.")
+    dirichlet_prior: float = option(0.1, "Concentration of the Dirichlet prior of the mixture.")
+    sample_scaler: float = option(1e-4, "Scale of the samples.")
+    kl_loss_weight: float = option(1e-5, "Weight of the divergence from the prior in the loss.")
+    buffer_size: int = option(150, "How many noise tensors are drawn ahead.", minimum=1)
+
+
+_INITS_NOW = (True, False, "gaussian", "orthogonal")
+_INITS_LATER = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga", "mica")
+_PISSA_STEPS = r"pissa_niter_\d+"
+_PLAIN_LORA = "Leave it out to train LoRA without it."
+
+
+def _needs_later_init(value: Any) -> bool:
+    return not isinstance(value, bool) and value not in _INITS_NOW
+
+
+@dataclass
+class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, ModulesToSave, LayerSelection, RankPatterns):
+    """Config of LoRA: y' = y + s * drop(x) A^T B^T with s = lora_alpha / r."""
+
+    METHOD: ClassVar[PeftType] = PeftType.LORA
+    OWN_BIAS: ClassVar[str] = "lora_only"
+    NOT_YET: ClassVar[dict[str, NotYet]] = {
+        "init_lora_weights": NotYet("Use True, False, 'gaussian' or 'orthogonal'.", _needs_later_init),
+        "loftq_config": NotYet("Leave it empty."),
+        "eva_config": NotYet("Leave it out and use init_lora_weights=True."),
+        "corda_config": NotYet("Leave it out and use init_lora_weights=True."),
+        "lora_ga_config": NotYet("Leave it out and use init_lora_weights=True."),
+        "use_qalora": NotYet("Use plain LoRA on the quantised model: use_qalora=False."),
+        "alora_invocation_tokens": NotYet("Leave it out: the adapter is then active on all tokens."),
+        "velora_config": NotYet(f"{_PLAIN_LORA} Gradient checkpointing saves activation memory, too."),
+        "monteclora_config": NotYet(_PLAIN_LORA),
+        "use_bdlora": NotYet(_PLAIN_LORA),
+        "arrow_config": NotYet("Name the adapter of each sample by `adapter_names` in the forward instead."),
+        "kasa_config": NotYet(_PLAIN_LORA),
+        "megatron_config": NotYet("Adapt the model in its transformers form, without Megatron layers."),
+    }
+
+    r: int = option(8, "Rank of the update: the width between A and B.", minimum=1)
+    lora_alpha: int = option(8, "Numerator of the scale s = lora_alpha / r that the update is multiplied by.")
+    lora_dropout: float = option(0.0, "Probability of dropping an input feature of the update.", minimum=0, below=1)
+    use_rslora: bool = option(
+        False, "Whether s = lora_alpha / sqrt(r), which keeps the update's size at high ranks (arXiv 2312.03732)."
+    )
+    init_lora_weights: (
+        bool
+        | Literal[
+            "gaussian",
+            "eva",
+            "olora",
+            "pissa",
+            "pissa_niter_[number of iters]",
+            "corda",
+            "loftq",
+            "orthogonal",
+            "mica",
+        ]
+    ) = option(
+        True,
+        "How A and B start. True: A uniform, B zero. 'gaussian': A normal, B zero. 'orthogonal': random rows of one "
+        "orthogonal matrix for both, for even ranks. False: both random, so the adapter changes the output from the "
+        "start; for tests. 'pissa', 'pissa_niter_<n>', 'olora', 'corda', 'loftq', 'eva', 'lora_ga' and 'mica' are "
+        "known, but not supported yet.",
+        choices=(*_INITS_NOW, *_INITS_LATER),
+        pattern=_PISSA_STEPS,
+    )
+    megatron_config: dict | None = option(None, "Arguments of Megatron's parallel layers. Not supported yet.")
+    megatron_core: str | None = option("megatron.core", "Module that Megatron's layers are imported from.")
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = option(
+        None,
+        "Tokens whose embeddings are trained besides: their indices, or a dict of embedding module name -> indices.",
+    )
+    loftq_config: LoftQConfig | dict = option(dict, "Options of LoftQ. Not supported yet.", nested=LoftQConfig)
+    eva_config: EvaConfig | None = option(None, "Options of EVA. Not supported yet.", nested=EvaConfig)
+    corda_config: CordaConfig | None = option(None, "Options of CorDA. Not supported yet.", nested=CordaConfig)
+    lora_ga_config: LoraGAConfig | None = option(None, "Options of LoRA-GA. Not supported yet.", nested=LoraGAConfig)
+    use_dora: bool = option(
+        False,
+        "Whether magnitude and direction of the weight are trained apart (DoRA, arXiv 2402.09353). Slower than LoRA "
+        "until merged.",
+    )
+    velora_config: VeloraConfig | dict | None = option(
+        None, "Options of VeLoRA. Not supported yet.", nested=VeloraConfig
+    )
+    alora_invocation_tokens: list[int] | None = option(
+        None, "Tokens from which on the adapter is active (aLoRA, arXiv 2504.12397). Not supported yet."
+    )
+    use_qalora: bool = option(False, "Whether inputs are pooled by quantisation group (QA-LoRA). Not supported yet.")
+    qalora_group_size: int = option(16, "Features of a quantisation group of QA-LoRA.", minimum=1)
+    monteclora_config: MontecloraConfig | None = option(
+        None, "Options of MonteCLoRA. Not supported yet.", nested=MontecloraConfig
+    )
+    layer_replication: list[tuple[int, int]] | None = option(
+        None,
+        "Ranges [start, end) of layers to stack into a deeper model, whose copies share the base weights and have "
+        "adapters of their own: [(0, 4), (2, 6)].",
+    )
+    runtime_config: LoraRuntimeConfig = option(
+        LoraRuntimeConfig, "How LoRA runs in this process; not saved.", nested=LoraRuntimeConfig, transient=True
+    )
+    lora_bias: bool = option(False, "Whether B has a bias, for files made from full models whose bias differs.")
+    target_parameters: list[str] | None = option(
+        None,
+        "Parameters (not modules) to adapt, by name or end of a name; 2-D, or 3-D stacks of experts: "
+        "'mlp.experts.gate_up_proj'.",
+    )
+    use_bdlora: BdLoraConfig | None = option(
+        None, "Options of block-diagonal LoRA. Not supported yet.", nested=BdLoraConfig
+    )
+    arrow_config: ArrowConfig | None = option(None, "Options of Arrow. Not supported yet.", nested=ArrowConfig)
+    kasa_config: KasaConfig | None = option(None, "Options of KaSA. Not supported yet.", nested=KasaConfig)
+    ensure_weight_tying: bool = option(
+        False, "Whether adapters and trained copies of tied weights (embedding and head) stay tied."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_combinations()
+        self._check_tokens()
+        if self.layer_replication is not None:
+            self.layer_replication = [self._layer_range(pair) for pair in self.layer_replication]
+
+    def _check_combinations(self) -> None:
+        name = type(self).__name__
+        if self.lora_bias and not isinstance(self.init_lora_weights, bool):
+            raise ConfigError(
+                f"{name}: lora_bias=True is only supported with init_lora_weights=True or False, "
+                f"got {self.init_lora_weights!r}."
+            )
+        if self.lora_bias and self.use_dora:
+            raise ConfigError(f"{name}: lora_bias=True is not supported for DoRA, set use_dora=False.")
+        if self.init_lora_weights == "orthogonal":
+            odd = [r for r in (self.r, *self.rank_pattern.values()) if r % 2]
+            if odd:
+                raise ConfigError(f"{name}: orthogonal initialization requires the rank to be even, got {odd[0]}.")
+        if self.target_parameters:
+            # the update is added to the parameter itself: there is no input to drop and no output to shift or scale
+            for field in ("lora_dropout", "use_dora", "lora_bias", "fan_in_fan_out"):
+                if getattr(self, field):
+                    raise ConfigError(
+                        f"{name}: target_parameters does not work with {field}={getattr(self, field)!r}. Leave "
+                        f"{field} out, or adapt these parameters in an adapter of their own."
+                    )
+
+    def _check_tokens(self) -> None:
+        tokens = self.trainable_token_indices
+        for indices in tokens.values() if isinstance(tokens, dict) else [] if tokens is None else [tokens]:
+            if not isinstance(indices, (list, tuple)) or not all(type(i) is int and i >= 0 for i in indices):
+                raise ConfigError(
+                    f"{type(self).__name__}: trainable_token_indices must hold lists of token indices, got "
+                    f"{indices!r}."
+                )
+
+    def _layer_range(self, pair: Any) -> tuple[int, int]:
+        valid = isinstance(pair, (list, tuple)) and len(pair) == 2 and all(type(i) is int for i in pair)
+        if not valid or not 0 <= pair[0] < pair[1]:
+            raise ConfigError(
+                f"{type(self).__name__}: layer_replication must be pairs (start, end) with 0 <= start < end, got "
+                f"{pair!r}."
+            )
+        return tuple(pair)

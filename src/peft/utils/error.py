@@ -1,0 +1,49 @@
+"""The exceptions of the package.
+
+Errors that a user can act on are also the built-in kind they belong to (`ValueError`, `NotImplementedError`), so that
+code which catches the built-in keeps working.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class PeftError(Exception):
+    """Base of all exceptions that the package defines itself."""
+
+
+class NoMatchingPeftModuleError(PeftError, ValueError):
+    """The targets of a config match no module of the model."""
+
+
+class ConfigError(PeftError, ValueError):
+    """A config, or the file it was read from, holds a value that has no meaning."""
+
+
+class ConfigFileError(ConfigError, OSError):
+    """An `adapter_config.json` is missing, unreadable or damaged."""
+
+
+class NoEqualWeightError(PeftError, ValueError, NotImplementedError):
+    """An adapter computes what no weight of the layer computes, so it cannot be merged."""
+
+
+class CheckpointError(PeftError, ValueError, RuntimeError):
+    """A file of adapter weights is damaged, or does not fit the model."""
+
+
+class NotSupportedYetError(ConfigError, NotImplementedError):
+    """A known method or option of the file format that this version recognises but cannot honour."""
+
+
+def nearest(value: object, known: Iterable[object], cutoff: float = 0.5) -> str:
+    """A hint for error messages: " Did you mean 'x'?", or nothing if no known name resembles the value."""
+    text = str(value).lower()
+
+    def likeness(name: object) -> tuple[float, bool]:
+        other = str(name).lower()
+        # of equally close names, the one with the same letters: swapped letters are the usual slip
+        return difflib.SequenceMatcher(None, text, other).ratio(), sorted(text) == sorted(other)
+
+    best = max(known, key=likeness, default=None)
+    return "" if best is None or likeness(best)[0] < cutoff else f" Did you mean {best!r}?"

@@ -1,0 +1,214 @@
+"""What adapters need to know about other libraries: quantised weights, sharded weights, devices, empty initialisation.
+
+No library is imported here for the sake of asking about it: a model that uses one has imported it already, so it is
+looked up in ``sys.modules``.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal, cast
+
+import torch
+from torch import nn
+
+
+# ---- Quantised weights ----------------------------------------------------------------------------------------------
+
+
+def get_bnb_param_type(param: nn.Parameter) -> Literal[False, "4bit", "8bit"]:
+    """How bitsandbytes has quantised the parameter, or False if it has not."""
+    kinds: dict[str, Literal["4bit", "8bit"]] = {"Params4bit": "4bit", "Int8Params": "8bit"}
+    return next((kinds[cls.__name__] for cls in type(param).__mro__ if cls.__name__ in kinds), False)
+
+
+def dequantize_module_weight(module: nn.Module) -> nn.Parameter:
+    """The weight of a module as a dense parameter, in the module's layout; the same object if it is dense already.
+
+    Raises:
+        AttributeError: if the module has no weight.
+        TypeError: if its weight cannot be read dense.
+    """
+    from peft.core.storage import storage_of  # not above: the core imports its helpers from this package
+
+    storage = storage_of(module, "weight")
+    if storage.name is None:
+        return cast(nn.Parameter, module.weight)
+    if not storage.can_read:
+        raise TypeError(f"The weight of {type(module).__name__}, kept by {storage.name}, cannot be read dense")
+    return nn.Parameter(storage.read(module, "weight"), requires_grad=False)
+
+
+def dequantize_bnb_weight(weight: nn.Parameter, state: Any | None = None) -> torch.Tensor:
+    """A weight quantised by bitsandbytes as a dense tensor; any other weight as it is.
+
+    Args:
+        weight: the parameter.
+        state: what holds the row scales ``SCB`` of an 8-bit weight; by default the weight itself.
+
+    Raises:
+        TypeError: if ``weight`` is no parameter.
+    """
+    if not isinstance(weight, nn.Parameter):
+        raise TypeError(f"The weight must be a torch.nn.Parameter, got {type(weight).__name__}")
+    kind = get_bnb_param_type(weight)
+    if not kind:
+        return weight
+    quantized: Any = weight
+    if kind == "4bit":
+        functional = sys.modules["bitsandbytes"].functional
+        return functional.dequantize_4bit(quantized.data, quantized.quant_state)
+    scales = getattr(state, "SCB", None)
+    if scales is None:
+        scales = quantized.SCB
+    # Vector-wise absmax quantisation (arXiv 2208.07339, section 2.1): 127 stands for the largest magnitude of a row.
+    return weight.data.float() * (scales.to(weight.device).float() / 127).unsqueeze(1)
+
+
+# ---- Sharded weights ------------------------------------------------------------------------------------------------
+
+
+def check_deepspeed_zero3_enabled() -> bool:
+    """Whether transformers runs under DeepSpeed ZeRO-3, which shards every parameter."""
+    integration = sys.modules.get("transformers.integrations.deepspeed")
+    return integration is not None and integration.is_deepspeed_zero3_enabled()
+
+
+@contextmanager
+def gather_params_ctx(
+    param: nn.Parameter | Iterable[nn.Parameter], modifier_rank: int | None = 0, fwd_module: nn.Module | None = None
+) -> Iterator[None]:
+    """Within, parameters sharded by DeepSpeed ZeRO-3 are whole. Without DeepSpeed it does nothing.
+
+    Args:
+        param: one or several parameters.
+        modifier_rank: whose changes are handed to the other ranks on leaving; None if none are made.
+        fwd_module: the module whose forward uses them, if they are shared with others.
+    """
+    gather: Any = nullcontext()
+    if check_deepspeed_zero3_enabled():
+        import deepspeed
+
+        gather = deepspeed.zero.GatheredParameters(param, modifier_rank=modifier_rank, fwd_module=fwd_module)
+    with gather:
+        yield
+
+
+def dtensor_from_local_like(local_tensor: torch.Tensor, ref: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor as a ``DTensor`` placed as ``ref`` is; as it is, if ``ref`` is no ``DTensor``."""
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is None or not isinstance(ref, module.DTensor):
+        return local_tensor
+    return module.DTensor.from_local(local_tensor, ref.device_mesh, ref.placements, run_check=False)
+
+
+# ---- Initialisation without memory ----------------------------------------------------------------------------------
+
+# The default devices to return to, innermost last; not empty while `init_empty_weights` is at work.
+_outer_devices: list[torch.device] = []
+
+
+def _meta(param: nn.Parameter | None) -> nn.Parameter | None:
+    if param is None or param.is_meta or not _outer_devices:
+        return param
+    # Through its class and attributes, for parameters of a class of their own.
+    moved = type(param)(param.detach().to("meta"), requires_grad=param.requires_grad)
+    vars(moved).update(vars(param))
+    return moved
+
+
+@contextmanager
+def init_empty_weights(include_buffers: bool | None = None) -> Iterator[None]:
+    """Within, modules are created with their parameters on the meta device, i.e. without memory and without values.
+
+    Args:
+        include_buffers: also every other tensor. By default what ``ACCELERATE_INIT_INCLUDE_BUFFERS`` says, else no.
+    """
+    if include_buffers is None:
+        include_buffers = os.environ.get("ACCELERATE_INIT_INCLUDE_BUFFERS", "0").lower() in ("1", "true", "yes", "on")
+    register = nn.Module.register_parameter
+
+    @functools.wraps(register)
+    def register_empty(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(module, name, _meta(param))
+
+    _outer_devices.append(torch.empty(0).device)
+    nn.Module.register_parameter = register_empty  # type: ignore[method-assign, assignment]
+    try:
+        with torch.device("meta") if include_buffers else nullcontext():
+            yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        _outer_devices.pop()
+
+
+def skip_init_on_device(func: Callable) -> Callable:
+    """A function that creates its tensors with memory and values even within :func:`init_empty_weights`."""
+
+    @functools.wraps(func)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if not _outer_devices:
+            return func(*args, **kwargs)
+        outer = _outer_devices[:]
+        _outer_devices.clear()
+        try:
+            with torch.device(outer[0]):
+                return func(*args, **kwargs)
+        finally:
+            _outer_devices.extend(outer)
+
+    return wrapper
+
+
+# ---- Layers over several devices ------------------------------------------------------------------------------------
+
+
+def get_layer_device_map(model: Any) -> dict[int, int | str] | None:
+    """Index of a layer -> the device that computes it, or None if the model is not spread over devices.
+
+    Read from the ``hf_device_map`` that ``device_map="auto"`` leaves on a model. A layer kept on the CPU or on disk is
+    computed on the first device of the map that is neither.
+
+    Raises:
+        RuntimeError: if the map has devices for some layers only.
+    """
+    device_map = getattr(model, "hf_device_map", None)
+    if not device_map:
+        return None
+    main = next((device for device in device_map.values() if device not in ("cpu", "disk")), "cpu")
+    text_config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    count = text_config.num_hidden_layers
+    devices: dict[int, int | str] = {}
+    for name, device in device_map.items():
+        device = main if device in ("cpu", "disk") else device
+        number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+        if name == "":
+            devices = dict.fromkeys(range(count), device)
+        elif number:
+            devices[int(number.group(1))] = device
+    for index in range(count):
+        if index not in devices:
+            raise RuntimeError(f"The device map places no layer {index} of {count}; its keys are {sorted(device_map)}")
+    return devices
+
+
+def map_cache_to_layer_device_map(model: Any, cache: Any) -> None:
+    """Move the keys and values of every layer in a transformers cache to the device that computes the layer.
+
+    Args:
+        model: a model of transformers; nothing happens if it is not spread over devices.
+        cache: a ``Cache``, changed in place. Of an ``EncoderDecoderCache``, the decoder's own keys and values.
+    """
+    devices = get_layer_device_map(model)
+    if devices is None:
+        return
+    layers = getattr(cache, "self_attention_cache", cache).layers
+    for index, layer in enumerate(layers):
+        for name in ("keys", "values"):
+            if isinstance(getattr(layer, name, None), torch.Tensor):
+                setattr(layer, name, getattr(layer, name).to(devices[index]))

@@ -1,0 +1,174 @@
+"""Merging task tensors: the differences that fine-tuning on several tasks made to one tensor.
+
+Task arithmetic (arXiv 2212.04089), TIES (arXiv 2306.01708) and DARE (arXiv 2311.03099). Every function leaves its
+arguments as they are. ``task_tensors`` have one shape and one weight each; the result has their shape and the dtype
+that tensors and weights promote to.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal
+
+import torch
+
+
+def reshape_weight_task_tensors(task_tensors: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The weights ``[tasks]`` with trailing axes of size one, so that they multiply ``task_tensors [tasks, ...]``."""
+    return weights.reshape(weights.shape + (1,) * (task_tensors.dim() - weights.dim()))
+
+
+def magnitude_based_pruning(tensor: torch.Tensor, density: float) -> torch.Tensor:
+    """Keep the ``int(density * numel)`` entries of largest magnitude, set the others to zero (TIES, "trim")."""
+    kept = tensor.abs().flatten().topk(int(density * tensor.numel())).indices
+    mask = torch.zeros(tensor.numel(), dtype=torch.bool, device=tensor.device)
+    mask[kept] = True
+    return torch.where(mask.view(tensor.shape), tensor, 0)
+
+
+def random_pruning(tensor: torch.Tensor, density: float, rescale: bool) -> torch.Tensor:
+    """Keep every entry with probability ``density``, set the others to zero (DARE, "drop").
+
+    With ``rescale`` those kept are divided by ``density``, which keeps the expectation. The draw comes from torch's
+    CPU generator in float32, so that a seed gives the same mask on every device and for every dtype.
+    """
+    mask = torch.bernoulli(torch.full(tensor.shape, density)).to(tensor.device, torch.bool)
+    pruned = torch.where(mask, tensor, 0)
+    return pruned / density if rescale and density > 0 else pruned
+
+
+def prune(
+    tensor: torch.Tensor, density: float, method: Literal["magnitude", "random"], rescale: bool = False
+) -> torch.Tensor:
+    """Set all but a fraction ``density`` of the entries to zero, by magnitude or at random.
+
+    Args:
+        tensor: of any shape.
+        density: fraction to keep. 1 keeps everything, and so does more than 1, with a warning.
+        method: `"magnitude"` or `"random"`.
+        rescale: divide what is kept by ``density``; only for `"random"`.
+
+    Raises:
+        ValueError: for a density below 0 or another method.
+    """
+    if method not in ("magnitude", "random"):
+        raise ValueError(f"Unknown pruning method {method!r}; choose 'magnitude' or 'random'")
+    if not density >= 0:
+        raise ValueError(f"The density is the fraction of entries to keep and must be >= 0, got {density}")
+    if density > 1:
+        warnings.warn(f"A density of {density} keeps all entries, as 1 does: nothing is pruned", stacklevel=2)
+    if density >= 1:
+        return tensor
+    if method == "magnitude":
+        return magnitude_based_pruning(tensor, density)
+    return random_pruning(tensor, density, rescale)
+
+
+def calculate_majority_sign_mask(
+    tensor: torch.Tensor, method: Literal["total", "frequency"] = "total"
+) -> torch.Tensor:
+    """Where the entries have the sign that the tasks agree on (TIES, "elect sign").
+
+    Args:
+        tensor: task tensors ``[tasks, ...]``.
+        method: the sign of the sum of the values (`"total"`) or of the sum of their signs (`"frequency"`). A tie
+            counts as positive. Entries that are zero have neither sign.
+
+    Returns:
+        A mask, bool, of the shape of ``tensor``.
+
+    Raises:
+        ValueError: for another method.
+    """
+    if method not in ("total", "frequency"):
+        raise ValueError(f"Unknown way to elect the majority sign: {method!r}; choose 'total' or 'frequency'")
+    signs = tensor.sign()
+    votes = (tensor if method == "total" else signs).sum(dim=0)
+    return signs == torch.where(votes >= 0, 1, -1)
+
+
+def disjoint_merge(task_tensors: torch.Tensor, majority_sign_mask: torch.Tensor) -> torch.Tensor:
+    """The mean over the tasks of the entries within the mask, and zero where there is none (TIES, "disjoint merge").
+
+    Args:
+        task_tensors: ``[tasks, ...]``.
+        majority_sign_mask: bool, of the same shape.
+    """
+    kept = torch.where(majority_sign_mask, task_tensors, 0)
+    return kept.sum(dim=0) / majority_sign_mask.sum(dim=0).clamp(min=1)
+
+
+def _weighted(task_tensors: list[torch.Tensor] | torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The weighted tensors, stacked: ``[tasks, ...]``."""
+    if len(task_tensors) != len(weights):
+        raise ValueError(f"There are {len(task_tensors)} task tensors, but {len(weights)} weights; give one each")
+    shapes = {tuple(tensor.shape) for tensor in task_tensors}
+    if len(shapes) > 1:
+        raise ValueError(f"Only task tensors of one shape can be merged, got {sorted(shapes)}")
+    stacked = torch.stack(list(task_tensors))
+    return stacked * reshape_weight_task_tensors(stacked, weights.to(stacked.device))
+
+
+def task_arithmetic(task_tensors: list[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
+    """The weighted sum of the task tensors (arXiv 2212.04089).
+
+    Raises:
+        ValueError: if the tensors' shapes differ, or their number is not that of the weights.
+    """
+    return _weighted(task_tensors, weights).sum(dim=0)
+
+
+def magnitude_prune(task_tensors: list[torch.Tensor], weights: torch.Tensor, density: float) -> torch.Tensor:
+    """The weighted sum of the task tensors, each pruned to its entries of largest magnitude.
+
+    Raises:
+        ValueError: as :func:`prune` and :func:`task_arithmetic`.
+    """
+    return task_arithmetic([prune(tensor, density, method="magnitude") for tensor in task_tensors], weights)
+
+
+def _elect_and_merge(
+    pruned: list[torch.Tensor], weights: torch.Tensor, majority_sign_method: Literal["total", "frequency"]
+) -> torch.Tensor:
+    weighted = _weighted(pruned, weights)
+    # The tasks vote before they are weighted: a negative weight subtracts a task, and does not turn its vote.
+    return disjoint_merge(weighted, calculate_majority_sign_mask(torch.stack(pruned), majority_sign_method))
+
+
+def ties(
+    task_tensors: list[torch.Tensor],
+    weights: torch.Tensor,
+    density: float,
+    majority_sign_method: Literal["total", "frequency"] = "total",
+) -> torch.Tensor:
+    """TIES (arXiv 2306.01708): trim by magnitude, elect a sign for every entry, average what has it, weighted.
+
+    Raises:
+        ValueError: as :func:`prune`, :func:`task_arithmetic` and :func:`calculate_majority_sign_mask`.
+    """
+    pruned = [prune(tensor, density, method="magnitude") for tensor in task_tensors]
+    return _elect_and_merge(pruned, weights, majority_sign_method)
+
+
+def dare_linear(task_tensors: list[torch.Tensor], weights: torch.Tensor, density: float) -> torch.Tensor:
+    """DARE (arXiv 2311.03099): drop entries at random, rescale the others, and sum them weighted.
+
+    Raises:
+        ValueError: as :func:`prune` and :func:`task_arithmetic`.
+    """
+    return task_arithmetic([prune(tensor, density, method="random", rescale=True) for tensor in task_tensors], weights)
+
+
+def dare_ties(
+    task_tensors: list[torch.Tensor],
+    weights: torch.Tensor,
+    density: float,
+    majority_sign_method: Literal["total", "frequency"] = "total",
+) -> torch.Tensor:
+    """DARE's random drop and rescale, followed by the sign election and averaging of TIES.
+
+    Raises:
+        ValueError: as :func:`prune`, :func:`task_arithmetic` and :func:`calculate_majority_sign_mask`.
+    """
+    pruned = [prune(tensor, density, method="random", rescale=True) for tensor in task_tensors]
+    return _elect_and_merge(pruned, weights, majority_sign_method)
