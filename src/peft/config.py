@@ -757,4 +757,4 @@ def match_pattern(keys: Iterable[str], name: str) -> str | None:
 def resolve_pattern(pattern: dict[str, Any] | None, key: str, default: Any) -> Any:
     """The value that a `*_pattern` field has for the module called `key`, or `default` if nothing matches."""
     matched = match_pattern(pattern or (), key)
-    return default if matched is None else pattern[matched]
+    return default if matched is None or pattern is None else pattern[matched]

@@ -1,0 +1,65 @@
+"""Gradient checkpointing: its reentrant form needs inputs that require grad, which a frozen embedding never gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft.core.walk import inner_name
+
+
+class InputGrads:
+    """A forward hook of the input embedding: while reentrant checkpointing is on, its output requires grad.
+
+    So do ``inputs_embeds`` that the model is called with (:meth:`from_embeddings`, a hook of the model). It looks at the model's own switches in every call, so it does not matter when, or by whom, they are turned.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.switches = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+
+    def needed(self) -> bool:
+        """Whether some block recomputes its forward in the reentrant way."""
+        if not torch.is_grad_enabled():
+            return False
+        for module in self.switches:
+            if module.gradient_checkpointing and module.training:
+                function = getattr(module, "_gradient_checkpointing_func", None)
+                return getattr(function, "keywords", {}).get("use_reentrant", True)
+        return False
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        if isinstance(output, torch.Tensor) and not output.requires_grad and self.needed():
+            output.requires_grad_(True)
+        return output
+
+    def from_embeddings(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """The call of the model with ``inputs_embeds`` that require grad, where they should; the caller's do not change."""
+        embeds = kwargs.get("inputs_embeds")
+        if isinstance(embeds, torch.Tensor) and not embeds.requires_grad and self.needed():
+            kwargs = {**kwargs, "inputs_embeds": embeds.detach().requires_grad_()}
+        return args, kwargs
+
+
+def watch_checkpointing(model: nn.Module) -> None:
+    """Install the hooks on a transformers model, once."""
+    if "_peft_input_grads" in model.__dict__ or not hasattr(model, "get_input_embeddings"):
+        return
+    try:
+        embedding = model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        return
+    if not isinstance(embedding, nn.Module):
+        return
+    while inner := inner_name(embedding):
+        embedding = embedding.get_submodule(inner)
+    watch = InputGrads(model)
+    hooks = embedding.register_forward_hook(watch), model.register_forward_pre_hook(watch.from_embeddings, with_kwargs=True)
+    model.__dict__["_peft_input_grads"] = watch, hooks
+
+
+def stop_watching(model: nn.Module) -> None:
+    """Remove the hooks."""
+    for hook in model.__dict__.pop("_peft_input_grads", (None, ()))[1]:
+        hook.remove()

@@ -1,0 +1,57 @@
+"""What one forward call carries to the adapted layers: one small object, shared by all layers of a model.
+
+The facts stay until the next call replaces them: gradient checkpointing reads them again when it recomputes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+BASE = "__base__"  # the adapter name of rows that use no adapter
+
+
+class Context:
+    """Facts of the current forward call.
+
+    Attributes:
+        adapter_names: one adapter name for each row of the batch (:data:`BASE` for none), or None.
+        current: while a group of rows is computed, the adapters of that group; else None.
+    """
+
+    def __init__(self) -> None:
+        self.adapter_names: tuple[str, ...] | None = None
+        self.current: list[str] | None = None
+        self._groups: dict[tuple, tuple[list[tuple[str, torch.Tensor]], torch.Tensor]] = {}
+
+    def set_adapter_names(self, names: Sequence[str] | None) -> None:
+        self.adapter_names = None if names is None else tuple(names)
+        self._groups.clear()
+
+    def groups(
+        self, names: tuple[str, ...], batch: int, device: torch.device
+    ) -> tuple[list[tuple[str, torch.Tensor]], torch.Tensor]:
+        """Rows of each adapter, and where each row of the batch stands once the groups are put one after another.
+
+        A batch with a multiple of ``len(names)`` rows repeats each name: beams, or tokens laid out as rows.
+
+        Raises:
+            ValueError: if the rows of the batch cannot be told apart by the names.
+        """
+        if batch % len(names):
+            raise ValueError(
+                f"adapter_names holds {len(names)} names, but the batch has {batch} rows. Give one name for each "
+                f"sample ({BASE!r} for the base model)."
+            )
+        key = (names, batch, device)
+        if key not in self._groups:
+            rows: dict[str, list[int]] = {}
+            repeat = batch // len(names)
+            for i, name in enumerate(names):
+                rows.setdefault(name, []).extend(range(i * repeat, (i + 1) * repeat))
+            groups = [(name, torch.tensor(index, device=device)) for name, index in rows.items()]
+            order = torch.argsort(torch.cat([index for _, index in groups]))
+            self._groups[key] = groups, order
+        return self._groups[key]

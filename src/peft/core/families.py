@@ -1,0 +1,255 @@
+"""The families of weight methods: what a method gives, and what follows from it for every operation."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from peft.core.kinds import Kind
+from peft.core.layer import BaseTunerLayer, check_adapters_to_merge
+
+
+class DeltaLayer(BaseTunerLayer):
+    """W' = W + dW. A method defines :meth:`delta_weight`, and :meth:`delta` only where a cheaper way exists."""
+
+    def delta_weight(self, name: str) -> torch.Tensor:
+        """dW, ``[out, in, *kernel]``."""
+        raise NotImplementedError
+
+    def delta(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """dW x."""
+        return self.kind.apply(self.get_base_layer(), x, self.delta_weight(name).to(dtype=_dtype_of(x)))
+
+    def transform_output(self, name: str, x: torch.Tensor, y: torch.Tensor, base_y: torch.Tensor) -> torch.Tensor:
+        return y + self.delta(name, x)
+
+    def fold(self, name: str, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        return weight + self.delta_weight(name).to(weight.dtype)
+
+    def unfold(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        return weight - self.delta_weight(name).to(weight.dtype)
+
+
+class FoldLayer(BaseTunerLayer):
+    """W' = f(W) for any f. A method defines :meth:`reweight`; several adapters add up their f(W) - W.
+
+    :meth:`delta` is the forward's ``(f(W) - W) x``, dropout included.
+    """
+
+    reversible = False
+
+    def reweight(self, name: str, base: torch.Tensor) -> torch.Tensor:
+        """f(W), from the weight without any adapter, ``[out, in, *kernel]``."""
+        raise NotImplementedError
+
+    def delta(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        base = self.unmerged_weight().to(dtype=_dtype_of(x))
+        return self.kind.apply(self.get_base_layer(), x, self.reweight(name, base) - base)
+
+    def transform_output(self, name: str, x: torch.Tensor, y: torch.Tensor, base_y: torch.Tensor) -> torch.Tensor:
+        return y + self.delta(name, x)
+
+    def fold(self, name: str, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        return weight + (self.reweight(name, base) - base).to(weight.dtype)
+
+
+class RotationLayer(BaseTunerLayer):
+    """W' = W R^T, R square and invertible: a rotation of the input, y = W (x R).
+
+    On a table of embeddings, which has no input to rotate, R turns the output: y = (W x) R. On convolutions R acts
+    on the flattened ``in * kernel`` axis, through the weight. A method defines :meth:`rotation`, the size of which is
+    :attr:`rotated_features`, and :meth:`rotate` where it can do without the whole matrix.
+    """
+
+    @property
+    def rotated_features(self) -> int:
+        shape = self.shape
+        return shape[0] if self.kind.lookup else int(torch.Size(shape[1:]).numel())
+
+    def rotation(self, name: str) -> torch.Tensor:
+        """R, ``[features, features]``."""
+        raise NotImplementedError
+
+    def rotate(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """x R along the last axis."""
+        return x @ self.rotation(name)
+
+    def needs_weight(self) -> bool:
+        return len(self.shape) > 2
+
+    def transform_input(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        return x if self.kind.lookup else self.rotate(name, x)
+
+    def transform_output(self, name: str, x: torch.Tensor, y: torch.Tensor, base_y: torch.Tensor) -> torch.Tensor:
+        return self.rotate(name, y.to(self.dtype_of(name))) if self.kind.lookup else y
+
+    def _fold_order(self, names: Any) -> list[str]:
+        return list(names) if self.kind.lookup else super()._fold_order(names)
+
+    def fold(self, name: str, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        return self._turn(weight, self.rotation(name).to(weight.dtype))
+
+    def unfold(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        return self._turn(weight, torch.linalg.inv(self.rotation(name).float()).to(weight.dtype))
+
+    def _turn(self, weight: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+        if self.kind.lookup:
+            return rotation.T @ weight
+        return (weight.flatten(1) @ rotation.T).view_as(weight)
+
+
+class ScaleLayer(BaseTunerLayer):
+    """W' = diag(out) W diag(in). A method defines :meth:`scale_in` and/or :meth:`scale_out`, a vector or None.
+
+    ``scale_in`` has one entry for each input channel, ``scale_out`` one for each output channel.
+    """
+
+    reversible = False  # a scale may be zero
+
+    def scale_in(self, name: str) -> torch.Tensor | None:
+        return None
+
+    def scale_out(self, name: str) -> torch.Tensor | None:
+        return None
+
+    def transform_input(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        scale = None if self.kind.lookup else self.scale_in(name)
+        return x if scale is None else x * self.kind.along_channels(scale, self.get_base_layer())
+
+    def transform_output(self, name: str, x: torch.Tensor, y: torch.Tensor, base_y: torch.Tensor) -> torch.Tensor:
+        inner, scale = self.scale_in(name) if self.kind.lookup else None, self.scale_out(name)
+        if inner is not None:  # x selects a column of W, hence an entry of the scale
+            y = y * inner[x].unsqueeze(-1)
+        return y if scale is None else y * self.kind.along_channels(scale, self.get_base_layer())
+
+    def fold(self, name: str, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        ones = [1] * (weight.dim() - 2)
+        inner, outer = self.scale_in(name), self.scale_out(name)
+        if inner is not None:
+            groups = self.in_features // weight.shape[1]
+            inner = inner.view(groups, 1, weight.shape[1], *ones)  # a grouped kernel holds its own channels only
+            weight = (weight.unflatten(0, (groups, -1)) * inner.to(weight.dtype)).flatten(0, 1)
+        if outer is not None:
+            weight = weight * outer.view(-1, 1, *ones).to(weight.dtype)
+        return weight
+
+    def fold_bias(self, name: str, bias: torch.Tensor | None) -> torch.Tensor | None:
+        scale = self.scale_out(name)
+        return bias if scale is None or bias is None else bias * scale.to(bias.dtype)
+
+
+class CopyLayer(BaseTunerLayer):
+    """A trained copy of the whole module stands in for it. ``weights`` names one ``nn.ModuleDict`` of copies."""
+
+    any_module = True
+
+    def _copies(self) -> nn.ModuleDict:
+        return getattr(self, next(iter(self.weights)))
+
+    def update_layer(self, name: str, config: Any, key: str) -> None:
+        duplicate = copy.deepcopy(self.get_base_layer())
+        duplicate.requires_grad_(True)
+        self.put(name, **{next(iter(self.weights)): duplicate})
+
+    def check_active(self, names: list[str]) -> None:
+        if len(names) > 1:
+            raise ValueError(
+                f"{type(self).__name__} replaces a module, so one adapter can be active at a time, not {names}."
+            )
+
+    def _adapted(self, names: list[str], args: tuple, kwargs: dict) -> Any:
+        return self._copies()[names[-1]](*args, **kwargs)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        new = check_adapters_to_merge(self, adapter_names)
+        if len(new) > 1 or (new and self.merged_adapters):
+            raise ValueError(f"{type(self).__name__} can merge one adapter at a time, not {new}.")
+        for name in new:
+            duplicate = self._copies()[name]
+            if safe_merge and not all(p.isfinite().all() for p in duplicate.parameters()):
+                raise ValueError(f"adapter {name!r} holds NaN or infinite entries; nothing was merged.")
+            self._kept, self.base_layer, self.merged_adapters = {"module": self.base_layer}, duplicate, [name]
+
+    def unmerge(self) -> None:
+        if self.merged_adapters:
+            self.base_layer, self._kept, self.merged_adapters = self._kept["module"], {}, []
+
+
+class RowsLayer(BaseTunerLayer):
+    """Some rows of a table are replaced by trained ones: token vectors of an embedding or of an output head.
+
+    ``weights`` names one ``nn.ParameterDict`` with ``[n, dim]``; ``settings`` has ``token_indices``.
+    """
+
+    reversible = False
+    follows_ties = True
+    settings: ClassVar[dict[str, type]] = {"token_indices": dict}
+
+    @classmethod
+    def refusal(cls, kind: Kind, module: nn.Module, config: Any) -> str | None:
+        if kind.name in ("Linear", "Embedding") and not kind.through_weight:
+            return None
+        return "token rows exist only in embeddings and in linear output heads"
+
+    def _rows(self, name: str) -> torch.Tensor:
+        return getattr(self, next(iter(self.weights)))[name]
+
+    def _index(self, name: str, device: torch.device) -> torch.Tensor:
+        return torch.as_tensor(self.token_indices[name], device=device)
+
+    def replace(self, name: str, indices: list[int], init: bool = True) -> None:
+        """Allocate the trained rows: copies of the rows they replace (random ones without ``init``).
+
+        A tied layer takes the very rows of the layer that it is tied to.
+
+        Raises:
+            ValueError: if an index is negative, repeated, or not in the table.
+        """
+        base = self.get_base_weight()
+        table = base.T if self.kind.lookup else base
+        wrong = [i for i in indices if not 0 <= i < table.shape[0]]
+        if wrong or len(set(indices)) < len(indices):
+            problem = f"outside the table of {table.shape[0]} tokens: {wrong}" if wrong else "repeated"
+            raise ValueError(f"token indices are {problem}. Resize the embeddings first if these tokens are new.")
+        source = self.tied_to.get(name)
+        if source is not None:
+            rows = source._rows(name)
+        else:
+            old = table[torch.as_tensor(indices, device=table.device)]
+            rows = nn.Parameter(old.clone() if init else torch.randn_like(old))
+        self.put(name, token_indices=list(indices), **{next(iter(self.weights)): rows})
+
+    def check_active(self, names: list[str]) -> None:
+        seen: set[int] = set()
+        for name in names:
+            both = seen & set(self.token_indices[name])
+            if both:
+                raise ValueError(
+                    f"adapters {names} replace the same token rows ({sorted(both)[:5]}), so they cannot be active "
+                    "together. Activate one of them."
+                )
+            seen |= set(self.token_indices[name])
+
+    def transform_output(self, name: str, x: torch.Tensor, y: torch.Tensor, base_y: torch.Tensor) -> torch.Tensor:
+        base, rows = self.get_base_layer(), self._rows(name)
+        index = self._index(name, y.device)
+        if not self.kind.lookup:
+            trained = self.kind.apply(base, x, rows)
+            if base.bias is not None:
+                trained = trained + base.bias[index]
+            return y.index_copy(-1, index, trained.to(y.dtype))
+        ordered, rank = index.sort()
+        place = torch.searchsorted(ordered, x).clamp_(max=len(index) - 1)
+        trained = self.kind.scaled(base, rows[rank[place]].to(y.dtype))
+        return torch.where((ordered[place] == x).unsqueeze(-1), trained, y)
+
+    def fold(self, name: str, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        index, rows = self._index(name, weight.device), self._rows(name).to(weight.dtype)
+        return weight.index_copy(1, index, rows.T) if self.kind.lookup else weight.index_copy(0, index, rows)
+
+
+def _dtype_of(x: torch.Tensor) -> torch.dtype | None:
+    return x.dtype if x.is_floating_point() else None

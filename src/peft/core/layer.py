@@ -1,0 +1,567 @@
+"""One adapted layer: state, forward, merge and mixed batches, written once for every method, kind and storage."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from peft.core.context import Context
+from peft.core.kinds import Kind, kind_of
+from peft.core.storage import storage_of
+from peft.core.switch import Switch
+from peft.utils.error import NoEqualWeightError
+
+
+class BaseTunerLayer(Switch, nn.Module):
+    """Wraps ``base_layer`` and holds the parts that adapters add to it.
+
+    A method declares its tensors in the class attributes below and overrides hooks; nothing else. State is one
+    dict for each tensor name, keyed by adapter: ``layer.lora_A["default"].weight``.
+
+    Attributes:
+        weights: trained (or at least saved) tensors: name -> ``nn.ModuleDict`` or ``nn.ParameterDict``.
+        settings: the rest that is kept for each adapter: name -> ``dict`` or ``nn.ModuleDict``.
+        shared: names of tensors that the tuner keeps for the whole model.
+        bare: names in ``weights`` whose module holds a single ``weight``, saved under the bare name.
+        reversible: ``unfold`` undoes ``fold``; otherwise the original weight is kept while merged.
+        any_module: the method replaces a module whole and needs to know no kind.
+        follows_ties: modules tied to a targeted embedding get the same adapter.
+        by_name: the classes of adapted layers by kind and storage: ``{"Linear": lora.Linear, ...}``.
+    """
+
+    weights: ClassVar[dict[str, type]] = {}
+    settings: ClassVar[dict[str, type]] = {}
+    shared: ClassVar[tuple[str, ...]] = ()
+    bare: ClassVar[tuple[str, ...]] = ()
+    reversible: ClassVar[bool] = True
+    any_module: ClassVar[bool] = False
+    follows_ties: ClassVar[bool] = False
+    by_name: ClassVar[dict[str, type[BaseTunerLayer]]] = {}
+
+    adapter_layer_names: tuple[str, ...] = ()
+    other_param_names: tuple[str, ...] = ()
+    changes_input = False
+    kind: Kind | None
+
+    # --- what a method defines ------------------------------------------------------------------------------
+    def update_layer(self, name: str, config: Any, key: str) -> None:
+        """Allocate the parts of an adapter for the module called ``key``: ``self.put(name, lora_A=..., r=8)``."""
+        raise NotImplementedError
+
+    def transform_input(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """What the adapter makes of the layer's input."""
+        return x
+
+    def transform_output(self, name: str, x: torch.Tensor, y: torch.Tensor, base_y: torch.Tensor) -> torch.Tensor:
+        """What the adapter makes of the output ``y`` so far; ``base_y`` is the base layer's own output."""
+        return y
+
+    def fold(self, name: str, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        """The weight ``[out, in, *kernel]`` with the adapter in it; ``base`` is the weight without any adapter."""
+        return weight
+
+    def unfold(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """The inverse of :meth:`fold`, where there is one."""
+        return weight
+
+    def fold_bias(self, name: str, bias: torch.Tensor | None) -> torch.Tensor | None:
+        """The bias ``[out]`` (None where the layer has none) with the adapter in it."""
+        return bias
+
+    def unfold_bias(self, name: str, bias: torch.Tensor | None) -> torch.Tensor | None:
+        return bias
+
+    @classmethod
+    def share(cls, config: Any, layers: Sequence[BaseTunerLayer]) -> dict[str, torch.Tensor]:
+        """The tensors named in ``shared``, for the whole model; a Parameter is trained, a plain tensor frozen."""
+        return {}
+
+    @classmethod
+    def refusal(cls, kind: Kind, module: nn.Module, config: Any) -> str | None:
+        """Why the method has no meaning on such a layer, or None."""
+        return None
+
+    def needs_weight(self) -> bool:
+        """True where the forward is best written as ``apply(x, fold(W))`` on this kind of layer."""
+        return False
+
+    def unmergeable(self, name: str) -> str | None:
+        """Why the adapter cannot become part of the weight, or None."""
+        return None
+
+    def upgrade(self, name: str, written_by: str) -> None:
+        """Adjust an adapter just loaded from a file of another version, where the two mean different things."""
+
+    # --- state ----------------------------------------------------------------------------------------------
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.adapter_layer_names, cls.other_param_names = tuple(cls.weights), tuple(cls.settings)
+        cls.changes_input = cls.transform_input is not BaseTunerLayer.transform_input
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str | None = None,
+        config: Any = None,
+        *,
+        kind: Kind | None = None,
+        context: Context | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        base = self.get_base_layer()
+        self.kind = kind or kind_of(base)
+        self._start(context)
+        self.merged_adapters: list[str] = []
+        self.cast_input_dtype_enabled = True
+        self.tied_to: dict[str, BaseTunerLayer] = {}  # adapters that follow those of a tied layer
+        self.shares_weight = False  # another module holds the same parameter
+        self._adapters: dict[str, None] = {}
+        self._kept: dict[str, Any] = {}
+        for name, container in {**self.weights, **self.settings}.items():
+            setattr(self, name, container())
+        if self.kind is not None:
+            self.storage = storage_of(base, self.kind.weight)
+            self.in_features, self.out_features = self.kind.sizes(base)
+        elif not self.any_module:
+            raise ValueError(f"{type(base).__name__} is no kind of layer that {type(self).__name__} can adapt.")
+        self.by_weight = self.kind is not None and (self.kind.through_weight or self.needs_weight())
+        if adapter_name is not None:
+            self.add_adapter(adapter_name, config)
+            self.set_adapter(adapter_name)
+
+    def get_base_layer(self) -> nn.Module:
+        """The innermost layer, without any adapter around it."""
+        layer = self.base_layer
+        while isinstance(layer, BaseTunerLayer):
+            layer = layer.base_layer
+        return layer
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._adapters
+
+    @property
+    def adapter_names(self) -> list[str]:
+        return list(self._adapters)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``[out, in, *kernel]`` of the base weight."""
+        return self.kind.shape(self.get_base_layer())
+
+    def add_adapter(self, name: str, config: Any, key: str = "") -> None:
+        """Allocate an adapter and put it on the device, and into the dtype, of the base weight."""
+        self.update_layer(name, config, key)
+        self._adapters[name] = None
+        for container in self._containers(name):
+            item = container[name]
+            device, dtype = self._place(item)
+            moved = item.to(device=device, dtype=dtype)
+            if isinstance(item, nn.Parameter) and moved is not item:
+                container[name] = nn.Parameter(moved.detach(), requires_grad=item.requires_grad)
+
+    def put(self, name: str, **values: Any) -> None:
+        """Store parts of an adapter: one value for each name declared in ``weights`` or ``settings``."""
+        for attribute, value in values.items():
+            getattr(self, attribute)[name] = value
+
+    def drop(self, name: str, attribute: str) -> None:
+        """Remove one part of an adapter, if it has it."""
+        container = getattr(self, attribute)
+        if name in container:
+            del container[name]
+
+    def _containers(self, name: str) -> Iterator[Any]:
+        for attribute in self.weights:
+            container = self._modules[attribute]
+            if name in container:
+                yield container
+
+    def _place(self, item: torch.Tensor | nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+        """Device and dtype for a new part: those of the base weight, where that is a floating-point tensor."""
+        tensors = [item] if isinstance(item, torch.Tensor) else list(item.parameters())
+        if any(t.device.type == "meta" for t in tensors):
+            return None, None
+        base = self.get_base_layer()
+        anchor = getattr(base, self.kind.weight, None) if self.kind else next(base.parameters(), None)
+        if not isinstance(anchor, torch.Tensor):
+            anchor = next((p for p in base.parameters()), None)
+        if anchor is None or anchor.device.type == "meta":
+            return None, None
+        floating = anchor.dtype.is_floating_point and anchor.dtype.itemsize > 1
+        return anchor.device, anchor.dtype if floating and all(t.is_floating_point() for t in tensors) else None
+
+    def adapter_parameters(self, name: str) -> Iterator[torch.Tensor]:
+        for container in self._containers(name):
+            item = container[name]
+            if isinstance(item, nn.Module):
+                yield from item.parameters()
+            else:
+                yield item
+
+    def adapter_state(self, name: str) -> Iterator[tuple[str, str, torch.Tensor]]:
+        for attribute in self.weights:
+            container = self._modules[attribute]
+            if name not in container:
+                continue
+            item = container[name]
+            if not isinstance(item, nn.Module):
+                yield attribute, f"{attribute}.{name}", item
+                continue
+            for sub, tensor in item.state_dict(keep_vars=True).items():
+                saved = attribute if attribute in self.bare else f"{attribute}.{sub}"
+                yield saved, f"{attribute}.{name}.{sub}", tensor
+
+    @property
+    def merged(self) -> bool:
+        return bool(self.merged_adapters)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; if it was merged, the layer is unmerged first."""
+        if adapter_name in self.merged_adapters:
+            self.unmerge()
+        for attribute in (*self.weights, *self.settings):
+            self.drop(adapter_name, attribute)
+        self._adapters.pop(adapter_name, None)
+        self._forget(adapter_name)
+
+    def __getattr__(self, name: str) -> Any:
+        """What the wrapper lacks, the base layer answers."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            kind = self.__dict__.get("kind")
+            delegates = "base_layer" in self.__dict__.get("_modules", ()) and name != "base_layer"
+            if not delegates or (name.startswith("_") and not (kind and kind.through_weight)):
+                raise
+        if kind is not None and kind.through_weight and name in (kind.weight, kind.bias):
+            return self._effective(self._current())[name]
+        return getattr(self.base_layer, name)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base layer's weight; where a parent reads it instead of calling the layer, with the adapters in it."""
+        if self.kind is not None and self.kind.read_by_parent:
+            return self._effective(self._current())["weight"]
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        if self.kind is not None and self.kind.read_by_parent:
+            return self._effective(self._current())["bias"]
+        return self.base_layer.bias
+
+    # --- forward --------------------------------------------------------------------------------------------
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base layer's forward with the active adapters, or with one adapter for each row (``adapter_names``)."""
+        rows = kwargs.pop("adapter_names", None) or self.context.adapter_names
+        if self._disable_adapters:
+            if self.merged_adapters:
+                self.unmerge()
+            return self.base_layer(*args, **kwargs)
+        if rows is not None:
+            return self._mixed(tuple(rows), args, kwargs)
+        names = self._live()
+        return self._adapted(names, args, kwargs) if names else self.base_layer(*args, **kwargs)
+
+    def _live(self) -> list[str]:
+        """Adapters that act in the forward: active, present here, and not in the weight already."""
+        merged, present = self.merged_adapters, self._adapters
+        return [name for name in self._active_adapter if name in present and name not in merged]
+
+    def _current(self) -> list[str]:
+        """Adapters that act on a weight which another module reads."""
+        if self._disable_adapters:
+            self.unmerge()
+            return []
+        if self.context.current is not None:
+            return [name for name in self.context.current if name in self]
+        return self._live()
+
+    def _adapted(self, names: list[str], args: tuple, kwargs: dict) -> Any:
+        if self.by_weight:
+            return self._through_weight(names, args, kwargs)
+        x, *rest = args
+        inner = x
+        if self.changes_input:
+            for name in names:
+                inner = self.transform_input(name, self.cast(name, inner))
+            inner = inner.to(x.dtype)
+        base_y = y = self.base_layer(inner, *rest, **kwargs)
+        for name in names:
+            y = self.transform_output(name, self.cast(name, x), y, base_y)
+        return y.to(base_y.dtype)
+
+    def _through_weight(self, names: list[str], args: tuple, kwargs: dict) -> Any:
+        base, kind = self.get_base_layer(), self.kind
+        if kind.through_weight:
+            values = self._effective(names)
+            return functional_call(base, {k: v for k, v in values.items() if v is not None}, args, kwargs)
+        weight, bias = self._folded(names)
+        y = kind.apply(base, args[0], weight)
+        return y if bias is None else y + kind.along_channels(bias, base)
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The dtype of an adapter's tensors."""
+        return next(p.dtype for p in self.adapter_parameters(name))
+
+    def cast(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """x in the dtype of the adapter, which may be wider than the activations'."""
+        if self.cast_input_dtype_enabled and x.is_floating_point():
+            for p in self.adapter_parameters(name):
+                return x if p.dtype == x.dtype or not p.is_floating_point() else x.to(p.dtype)
+        return x
+
+    # --- mixed batches --------------------------------------------------------------------------------------
+    def _mixed(self, names: tuple[str, ...], args: tuple, kwargs: dict) -> Any:
+        """Each row of the batch has its own adapter; rows of an adapter that is not here have none."""
+        if self.merged_adapters:
+            raise ValueError("adapter_names cannot be used while adapters are merged; call unmerge_adapter() first.")
+        kind, base = self.kind or _ANY, self.get_base_layer()
+        first = args[0] if args else next(iter(kwargs.values()))
+        axis = kind.batch_axis(base)
+        if first.shape[axis] == 1 and len(names) > 1 and args:  # a row that the samples share, such as positions
+            first = first.expand(*[len(names) if a == axis else -1 for a in range(first.dim())])
+            args = (first, *args[1:])
+        groups, order = self.context.groups(names, first.shape[axis], first.device)
+        if len(groups) == 1 or not any(name in self for name, _ in groups):
+            name = groups[0][0]
+            return self._with_current([name] if name in self else [], args, kwargs)
+        if self.by_weight or self.kind is None:
+            parts = [
+                self._with_current([name] if name in self else [], *kind.take_rows(base, args, kwargs, rows))
+                for name, rows in groups
+            ]
+            return kind.join_rows(base, parts, order)
+        return self._mixed_rows(groups, order, args, kwargs)
+
+    def _mixed_rows(self, groups: list, order: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
+        x, *rest = args
+        rows_of = {name: x.index_select(0, rows) for name, rows in groups}
+        inner = x
+        if self.changes_input:
+            turned = [
+                self.transform_input(name, self.cast(name, part)).to(x.dtype) if name in self else part
+                for name, part in rows_of.items()
+            ]
+            inner = torch.cat(turned).index_select(0, order)
+        base_y = self.base_layer(inner, *rest, **kwargs)
+        parts = []
+        for name, rows in groups:
+            part = base_y.index_select(0, rows)
+            if name in self:
+                part = self.transform_output(name, self.cast(name, rows_of[name]), part, part).to(base_y.dtype)
+            parts.append(part)
+        return torch.cat(parts).index_select(0, order)
+
+    def _with_current(self, names: list[str], args: tuple, kwargs: dict) -> Any:
+        """The call with these adapters, also in layers whose weight the base layer reads."""
+        outer, self.context.current = self.context.current, names
+        try:
+            return self._adapted(names, args, kwargs) if names else self.base_layer(*args, **kwargs)
+        finally:
+            self.context.current = outer
+
+    # --- the weight with adapters in it -----------------------------------------------------------------------
+    def get_base_weight(self) -> torch.Tensor:
+        """The dense base weight as it is now, ``[out, in, *kernel]``."""
+        base = self.get_base_layer()
+        return self.kind.orient(self.storage.read(base, self.kind.weight), base)
+
+    def set_base_weight(self, weight: torch.Tensor) -> None:
+        """Replace the base weight by ``[out, in, *kernel]``."""
+        base = self.get_base_layer()
+        stored = self.kind.restore(weight, base)
+        if self.shares_weight:  # tied or replicated: the others keep theirs
+            setattr(base, self.kind.weight, nn.Parameter(stored.contiguous(), requires_grad=False))
+        else:
+            self.storage.write(base, self.kind.weight, stored)
+
+    def unmerged_weight(self) -> torch.Tensor:
+        """The base weight without any adapter, ``[out, in, *kernel]``."""
+        weight = _wide(self.get_base_weight())
+        layer: nn.Module = self
+        while isinstance(layer, BaseTunerLayer):
+            if layer.merged and layer.kind.weight == self.kind.weight:
+                weight = layer._stripped(weight)
+            layer = layer.base_layer
+        return weight
+
+    def _stripped(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight without what this layer has merged into it."""
+        if "weight" in self._kept:
+            kept = self.storage.read_kept(self._kept["weight"])
+            return _wide(self.kind.orient(kept, self.get_base_layer()))
+        for name in reversed(self._fold_order(self.merged_adapters)):
+            weight = self.unfold(name, weight)
+        return weight
+
+    def get_base_bias(self) -> torch.Tensor | None:
+        bias = getattr(self.get_base_layer(), self.kind.bias, None) if self.kind.bias else None
+        return None if bias is None else bias.detach() if not bias.requires_grad else bias
+
+    def _fold_order(self, names: Any) -> list[str]:
+        """Rotations apply to x one after another, hence to W in reverse order."""
+        names = list(names)
+        return names[::-1] if self.changes_input else names
+
+    def _folded(self, names: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight ``[out, in, *kernel]`` and bias with these adapters in them."""
+        inner = self.base_layer
+        if isinstance(inner, BaseTunerLayer) and inner.kind.weight == self.kind.weight:
+            weight, bias = inner._folded(inner._current())
+        else:
+            weight, bias = self.get_base_weight(), self.get_base_bias()
+        if not names:
+            return weight, bias
+        dtype, weight = weight.dtype, _wide(weight)
+        base = self.unmerged_weight()
+        for name in self._fold_order(names):
+            weight, bias = self.fold(name, weight, base), self.fold_bias(name, bias)
+        return weight.to(dtype), None if bias is None else bias.to(dtype)
+
+    def _effective(self, names: list[str]) -> dict[str, torch.Tensor | None]:
+        """The tensors that the base layer should read, as it stores them, by attribute; nested layers included."""
+        values = {}
+        if isinstance(self.base_layer, BaseTunerLayer):
+            values = self.base_layer._effective(self.base_layer._current())
+        weight, bias = self._folded(names)
+        values[self.kind.weight] = self.kind.restore(weight, self.get_base_layer())
+        if self.kind.bias:
+            values[self.kind.bias] = bias
+        return values
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """What the adapter adds to the base weight, in the layout in which the layer stores it.
+
+        Raises:
+            ValueError: if no weight equals the adapter.
+        """
+        if reason := self.unmergeable(adapter):
+            raise NoEqualWeightError(reason)
+        base = self.unmerged_weight()
+        return self.kind.restore(self.fold(adapter, base, base) - base, self.get_base_layer())
+
+    # --- merge ------------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put adapters (default: the active ones) into the base weight, so that the forward costs nothing extra.
+
+        Args:
+            safe_merge: refuse a result that is not finite.
+            adapter_names: which adapters; those merged already are passed over.
+
+        Raises:
+            ValueError: if the adapter cannot be merged, or its merged weight is not finite; the layer is unchanged.
+        """
+        inner = self.base_layer
+        if isinstance(inner, BaseTunerLayer) and set(adapter_names or inner._live()) - set(inner.merged_adapters):
+            inner.merge(safe_merge, adapter_names)
+        new = check_adapters_to_merge(self, adapter_names)
+        if not new:
+            return
+        for name in new:
+            if reason := self.unmergeable(name):
+                raise NoEqualWeightError(f"adapter {name!r} cannot be merged: {reason}")
+        names = [*self.merged_adapters, *new]
+        self.unmerge()
+        self._check_writable()
+        dtype, weight, bias = self.get_base_weight().dtype, _wide(self.get_base_weight()), self.get_base_bias()
+        base = self.unmerged_weight()
+        for name in self._fold_order(names):
+            weight, bias = self.fold(name, weight, base), self.fold_bias(name, bias)
+        if safe_merge and not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
+            raise ValueError(
+                f"merging {', '.join(map(repr, new))} gives a weight with NaN or infinite entries; "
+                "nothing was merged. The adapter is broken or was trained in a dtype too narrow for it."
+            )
+        self._write(names, weight.to(dtype), bias)
+
+    def _check_writable(self) -> None:
+        if not self.storage.can_write:
+            raise ValueError(
+                f"weights kept by {self.storage.name} cannot be written, so nothing can be merged into "
+                "them. Load the base model unquantised to merge, or keep the adapter unmerged."
+            )
+
+    def _write(self, names: list[str], weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        base, kind, attribute = self.get_base_layer(), self.kind, str(self.kind.bias)
+        old_bias = self.get_base_bias()
+        keep = any(self.keeps_base(name) for name in names)
+        if keep or self.shares_weight or not self.storage.lossless:
+            self._kept["weight"] = self.storage.keep(base, kind.weight)
+        if keep and old_bias is not None:
+            self._kept["bias"] = old_bias.detach()
+        self.set_base_weight(weight)
+        if bias is not None and old_bias is None:
+            warnings.warn(
+                f"merging gives {type(base).__name__} a bias that it did not have; a model saved with it "
+                "loads only where its architecture declares that bias."
+            )
+            self._kept["bias"] = None
+            setattr(base, attribute, nn.Parameter(bias.to(weight.dtype), requires_grad=False))
+        elif bias is not None and bias is not old_bias:
+            getattr(base, attribute).data = bias.to(old_bias.dtype)
+        self.merged_adapters = names
+
+    def keeps_base(self, name: str) -> bool:
+        """Whether the original weight is kept while this adapter is merged."""
+        return not self.reversible
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Take all merged adapters out of the base weight."""
+        if not self.merged_adapters:
+            return
+        base, kind, attribute = self.get_base_layer(), self.kind, str(self.kind.bias)
+        names, bias = self._fold_order(self.merged_adapters)[::-1], self.get_base_bias()
+        if "weight" in self._kept:
+            self.storage.put_back(base, kind.weight, self._kept["weight"])
+        else:
+            stored = self.get_base_weight()
+            self.set_base_weight(self._stripped(_wide(stored)).to(stored.dtype))
+        if "bias" in self._kept:
+            kept = self._kept["bias"]
+            if kept is None:
+                setattr(base, attribute, None)
+            else:
+                getattr(base, attribute).data = kept
+        elif bias is not None:
+            old = bias
+            for name in names:
+                bias = self.unfold_bias(name, bias)
+            if bias is not old:
+                getattr(base, attribute).data = bias.to(old.dtype)
+        self.merged_adapters, self._kept = [], {}
+
+    def extra_repr(self) -> str:
+        return f"adapters={self.adapter_names}, active={self._active_adapter}"
+
+
+_ANY = Kind()  # how rows are taken from a module whose kind does not matter
+
+
+def _wide(weight: torch.Tensor) -> torch.Tensor:
+    """Sixteen-bit weights are folded in float32 and rounded once."""
+    return weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
+
+
+def check_adapters_to_merge(module: BaseTunerLayer, adapter_names: list[str] | None = None) -> list[str]:
+    """The adapters of a layer that are still to be merged: those asked for, by default the active ones.
+
+    Warns if all of them are merged already.
+    """
+    wanted = module.active_adapters if adapter_names is None else adapter_names
+    if isinstance(wanted, str):
+        raise ValueError(f"adapter_names should be a list of adapter names, got the string {wanted!r}.")
+    here = [name for name in dict.fromkeys(wanted) if name in module]
+    new = [name for name in here if name not in module.merged_adapters]
+    if here and not new:
+        warnings.warn(f"All adapters to merge are merged already: {', '.join(here)}.")
+    return new

@@ -1,0 +1,47 @@
+"""Several methods in one model: layers of different methods nest around the same base layer."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from peft.core.layer import BaseTunerLayer
+from peft.core.tuner import BaseTuner
+from peft.utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING
+
+
+class MixedModel(BaseTuner):
+    """A tuner whose adapters may each be of another method.
+
+    Each config is injected by its method's own tuner; the rest of an adapter's life is the same for all methods.
+    Nested layers act from the inside out: an outer adapter changes what the inner ones give.
+    """
+
+    layer_cls: ClassVar[type[BaseTunerLayer]] = BaseTunerLayer
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        part = self._part(self.peft_config[adapter_name])
+        part.inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        for attribute in part.layer_cls.shared:
+            setattr(self, attribute, getattr(part, attribute))
+
+    def _part(self, config: Any) -> BaseTuner:
+        """The method's tuner over the same model and configs, without an adapter of its own."""
+        parts = self.__dict__.setdefault("_parts", {})
+        if config.peft_type not in parts:
+            cls = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+            part = cls.__new__(cls)
+            nn.Module.__init__(part)
+            part.__dict__.update(peft_config=self.peft_config, active_adapter=[])
+            part.__dict__["model"] = self.model
+            parts[config.peft_type] = part
+        return parts[config.peft_type]

@@ -1,0 +1,266 @@
+"""The life of adapters in a model, written once: activate, scale, switch off, merge, unload, delete, cast.
+
+Everything here works on any module that holds tuner layers, with or without a :class:`PeftModel` around it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from peft.core.auxiliary import AuxiliaryTrainingWrapper, biases_of
+from peft.core.layer import BaseTunerLayer
+from peft.core.replicate import restore_layers, separate_layers
+from peft.core.walk import inner_name, layers_of, replace_module, walk, wrappers_of
+
+
+def names_of(adapter_names: str | Sequence[str]) -> list[str]:
+    """One name, or several, as a list."""
+    return [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+
+
+def adapters_of(model: nn.Module) -> list[str]:
+    """All adapters that any layer of the model holds, in the order in which they are met."""
+    found: dict[str, None] = {}
+    for _, wrapper in wrappers_of(model):
+        found.update(dict.fromkeys(wrapper.adapter_names))
+    return list(found)
+
+
+def require_adapters(model: nn.Module, names: Iterable[str], known: Iterable[str] | None = None) -> None:
+    """Raise ValueError for a name that is no adapter of the model; it lists those there are."""
+    known = list(adapters_of(model) if known is None else known)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(
+            f"adapter {', '.join(map(repr, unknown))} not found. Adapters of this model: "
+            f"{', '.join(map(repr, known)) or 'none'}. Add one with add_adapter or load_adapter."
+        )
+
+
+def set_adapter(
+    model: nn.Module,
+    adapter_name: str | Sequence[str],
+    inference_mode: bool = False,
+    layer_cls: type[nn.Module] = BaseTunerLayer,
+) -> None:
+    """Make one or several adapters the active ones, and the only ones whose parameters train.
+
+    Args:
+        model: any module with tuner layers.
+        adapter_name: one name, or a list; all of them act in each forward call.
+        inference_mode: train none of them.
+        layer_cls: change only tuner layers of this class (and the auxiliary wrappers).
+
+    Raises:
+        ValueError: if an adapter is unknown, or some cannot be active together; the model is then unchanged.
+    """
+    names = names_of(adapter_name)
+    wrappers = [w for _, w in wrappers_of(model) if isinstance(w, layer_cls | AuxiliaryTrainingWrapper)]
+    known = dict.fromkeys(name for wrapper in wrappers for name in wrapper.adapter_names)
+    record = biases_of(model)
+    if wrappers:
+        require_adapters(model, names, known)
+    for wrapper in wrappers:
+        wrapper.check_active([name for name in names if name in wrapper])
+    bias = record.choose(names) if record else None
+    if any(isinstance(w, BaseTunerLayer) and w.merged for w in wrappers):
+        warnings.warn("adapters are merged into the base model; they are unmerged before others are activated.")
+        unmerge(model)
+    for wrapper in wrappers:
+        wrapper.set_adapter(names, inference_mode)
+    if record:
+        record.apply(bias, not inference_mode)
+
+
+def enable_adapters(model: nn.Module, enabled: bool) -> None:
+    """Switch all adapters on or off; off, the model is its base."""
+    names: list[str] = []
+    for _, wrapper in wrappers_of(model):
+        wrapper.enable_adapters(enabled)
+        names = names or wrapper.active_adapters
+    if record := biases_of(model):
+        record.apply(record.choose(names) if enabled else None)
+
+
+def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+    """Choose whether these adapters train, active or not."""
+    for _, wrapper in wrappers_of(model):
+        wrapper.set_requires_grad(adapter_names, requires_grad)
+    record = biases_of(model)
+    if record and record.applied in names_of(adapter_names):
+        for _, p in record.parameters(record.applied):
+            p.requires_grad_(requires_grad)
+
+
+def mark_only_adapters_as_trainable(model: nn.Module) -> None:
+    """Freeze every parameter of the base model; those of adapters are left as they are."""
+    record = biases_of(model)
+    trained = {id(p) for _, p in record.parameters(record.applied)} if record and record.applied else set()
+    for site in walk(model):
+        for p in site.module._parameters.values():
+            if p is not None and id(p) not in trained:
+                p.requires_grad_(False)
+
+
+def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+    """Hold an adapter in float32 where it is in a 16-bit dtype, so that small updates are not rounded away."""
+    if not autocast_adapter_dtype:
+        return
+    for _, wrapper in wrappers_of(model):
+        for p in wrapper.adapter_parameters(adapter_name):
+            if p.dtype in (torch.float16, torch.bfloat16):
+                p.data = p.data.float()
+
+
+def delete_adapter(
+    model: nn.Module, adapter_name: str, prefix: str, layer_cls: type[nn.Module] = BaseTunerLayer
+) -> list[str] | None:
+    """Remove an adapter from all layers.
+
+    Args:
+        prefix: unused; adapters are found by structure.
+
+    Returns:
+        The adapters that are active afterwards, None if none are left.
+    """
+    active: list[str] = []
+    rest: list[str] = []
+    for path, wrapper in list(wrappers_of(model)):
+        if isinstance(wrapper, layer_cls | AuxiliaryTrainingWrapper):
+            for attribute in getattr(wrapper, "shared", ()):
+                if adapter_name in wrapper and adapter_name in getattr(wrapper, attribute):
+                    del getattr(wrapper, attribute)[adapter_name]
+            wrapper.delete_adapter(adapter_name)
+            active, rest = active or wrapper.active_adapters, rest or wrapper.adapter_names
+            if isinstance(wrapper, AuxiliaryTrainingWrapper) and not wrapper.adapter_names:
+                replace_module(model, path, wrapper.unload(merge=False))
+    if record := biases_of(model):
+        record.delete(adapter_name)
+    if active or not rest:
+        return active or None
+    warnings.warn(f"adapter {adapter_name!r} was active; {rest[0]!r} is active now.")
+    set_adapter(model, rest[0])
+    return rest[:1]
+
+
+def merge(model: nn.Module, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+    """Merge adapters (default: the active ones) into the base weights of all layers, or of none.
+
+    Raises:
+        ValueError: as soon as a layer cannot be merged; layers merged before it are unmerged again.
+    """
+    mark_shared_weights(model)
+    done: list[BaseTunerLayer] = []
+    for path, layer in reversed(list(layers_of(model))):
+        before = list(layer.merged_adapters)
+        try:
+            layer.merge(safe_merge, adapter_names)
+        except Exception as error:
+            for merged in reversed(done):
+                merged.unmerge()
+            error.args = (f"{path}: {error}",) if len(error.args) == 1 else error.args
+            raise
+        if layer.merged_adapters != before:
+            done.append(layer)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Take all merged adapters out of the base weights."""
+    for _, layer in layers_of(model):
+        layer.unmerge()
+
+
+def mark_shared_weights(model: nn.Module) -> None:
+    """Note in each layer whether another module holds the same parameter: merging must not change that one."""
+    holders: dict[int, set[int]] = {}
+    for site in walk(model):
+        for p in site.module._parameters.values():
+            if p is not None:
+                holders.setdefault(id(p), set()).add(id(site.module))
+    for _, layer in layers_of(model):
+        if layer.kind is not None and not layer.merged:
+            p = layer.get_base_layer()._parameters.get(layer.kind.weight)
+            layer.shares_weight = p is not None and len(holders.get(id(p), ())) > 1
+
+
+def unload(
+    model: nn.Module,
+    merge_first: bool = True,
+    adapter_names: list[str] | None = None,
+    safe_merge: bool = False,
+    progressbar: bool = False,
+) -> nn.Module:
+    """Take all adapters out of the model, after merging them if asked; returns the plain model, changed in place."""
+    record = biases_of(model)
+    tied = _tied_embeddings(model)
+    if merge_first:
+        active: list[str] = next((w.active_adapters for _, w in wrappers_of(model)), [])
+        merge(model, adapter_names, safe_merge)
+        bias = record.choose(active if adapter_names is None else adapter_names) if record else None
+    else:
+        unmerge(model)
+        bias = None
+    if record:
+        record.apply(bias, requires_grad=False)
+        del model.__dict__["_trained_biases"]
+    # holders come before what they hold, so each name is that of the plain model when its turn comes
+    sites = [site for site in walk(model) if site.wrappers]
+    for site in tqdm(sites, disable=not progressbar, desc="Unloading and merging" if merge_first else "Unloading"):
+        plain = site.module
+        for _, wrapper in site.wrappers:
+            if isinstance(wrapper, AuxiliaryTrainingWrapper):
+                inside = wrapper.unload(merge_first, adapter_names)
+                plain = plain if isinstance(inside, BaseTunerLayer) else inside
+        plain.requires_grad_(False)
+        replace_module(model, site.key, plain)
+    if tied:
+        _tie_or_untie(model)
+    separate_layers(model) if merge_first else restore_layers(model)
+    return model
+
+
+def _tied_embeddings(model: nn.Module) -> bool:
+    ends = _embeddings(model)
+    return len(ends) == 2 and ends[0].weight is ends[1].weight
+
+
+def _embeddings(model: nn.Module) -> list[nn.Module]:
+    """Input and output embeddings of a transformer, without wrappers; empty where the model has not both."""
+    ends = []
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        module = getattr(model, getter, lambda: None)() if hasattr(model, "config") else None
+        while module is not None and (inner := inner_name(module)):
+            module = module.get_submodule(inner)
+        if isinstance(getattr(module, "weight", None), nn.Parameter):
+            ends.append(module)
+    return ends
+
+
+def _tie_or_untie(model: nn.Module) -> None:
+    """After merging, embedding and head share their weight again if both got the same; if not, the config says so."""
+    first, last = _embeddings(model)
+    if torch.equal(first.weight, last.weight):
+        last.weight = first.weight
+        return
+    config = model.config
+    for part in (config, getattr(config, "text_config", None)):
+        if getattr(part, "tie_word_embeddings", False):
+            part.tie_word_embeddings = False
+
+
+@contextmanager
+def adapters_disabled(model: nn.Module):
+    """A context in which the model is its base; adapters that were off before stay off after it."""
+    were_on = [not wrapper.disable_adapters for _, wrapper in wrappers_of(model)]
+    enable_adapters(model, False)
+    try:
+        yield
+    finally:
+        if any(were_on) or not were_on:
+            enable_adapters(model, True)

@@ -1,0 +1,242 @@
+"""What a config's targets mean in a model, and the errors when they mean nothing."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from peft.core.kinds import Kind, Stack, kind_names, kind_of
+from peft.core.layer import BaseTunerLayer
+from peft.core.walk import Site, join, walk
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_NAMES
+from peft.utils.error import NoMatchingPeftModuleError
+
+
+@dataclass
+class Target:
+    """One module to adapt: its name in the unadapted model, the kind of layer it is, and what it is tied to."""
+
+    key: str
+    module: nn.Module
+    kind: Kind | None
+    tied_to: str | None = None
+
+
+def matches(targets: str | Iterable[str] | None, key: str) -> bool:
+    """Whether a name is meant: by a regex that matches all of it, or by a list entry that is it or its last parts."""
+    if not targets:
+        return False
+    if isinstance(targets, str):
+        return re.fullmatch(targets, key) is not None
+    return any(key == target or key.endswith(f".{target}") for target in targets)
+
+
+def layer_index(key: str, patterns: str | list[str] | None) -> int | None:
+    """The number of the transformer layer that a module belongs to, or None."""
+    if not patterns:
+        found = re.match(r".*?\.[^.]*\.(\d+)\.", f".{key}")
+        return int(found.group(1)) if found else None
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if found := re.match(rf".*\.{pattern}\.(\d+)\.", f".{key}"):
+            return int(found.group(1))
+    return None
+
+
+def selected(config: Any, key: str) -> bool:
+    """Whether the config's targets, exclusions and layer selection mean the module called ``key``."""
+    targets, excluded = config.target_modules, getattr(config, "exclude_modules", None)
+    if not matches(targets, key) or matches(excluded, key):
+        return False
+    layers = getattr(config, "layers_to_transform", None)
+    if layers is None or isinstance(targets, str) or key in targets:
+        return True
+    index = layer_index(key, getattr(config, "layers_pattern", None))
+    return index is not None and index in ([layers] if isinstance(layers, int) else layers)
+
+
+def all_linear(model: nn.Module, task_type: str | None) -> set[str]:
+    """Names of all linear layers but the output head: suffixes where these name no other module, else whole names."""
+    heads = set()
+    output = getattr(model, "get_output_embeddings", None)
+    if output is not None and isinstance(head := output(), nn.Module):
+        heads.add(id(head.get_base_layer() if isinstance(head, BaseTunerLayer) else head))
+    wanted: list[str] = []
+    others: list[str] = []
+    for site in walk(model):
+        kind = kind_of(site.module)
+        is_head = id(site.module) in heads or (task_type == "SEQ_CLS" and site.key.split(".")[0] in SEQ_CLS_HEAD_NAMES)
+        linear = kind is not None and kind.name == "Linear" and not is_head
+        (wanted if linear else others).append(site.key)
+    suffixes = {key.rpartition(".")[2] for key in wanted}
+    if any(suffix.isdigit() for suffix in suffixes) or any(matches(suffixes, key) for key in others):
+        return set(wanted)
+    return suffixes
+
+
+def resolve_targets(config: Any, model: nn.Module, mapping: dict[str, Any], keys: Iterable[str] | None) -> None:
+    """Settle ``config.target_modules``: from a state dict's keys, "all-linear", or the architecture's defaults.
+
+    Raises:
+        ValueError: if there are no targets, and no defaults for this architecture.
+    """
+    if keys is not None:
+        config.target_modules = set(keys)
+        return
+    targets = config.target_modules
+    if isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        config.target_modules = all_linear(model, config.task_type)
+    elif targets is None and not getattr(config, "target_parameters", None):
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        if model_type not in mapping:
+            names = sorted({site.key.rpartition(".")[2] for site in walk(model) if kind_of(site.module)})
+            raise ValueError(
+                f"no default target_modules are known for {type(model).__name__}"
+                + (f" (model_type {model_type!r})" if model_type else "")
+                + f". Set target_modules in {type(config).__name__}: names such as {names[:12]}, a regex, or "
+                f'"{INCLUDE_LINEAR_LAYERS_SHORTHAND}".'
+            )
+        default = mapping[model_type]
+        config.target_modules = default if isinstance(default, str) else set(default)
+
+
+def find_targets(config: Any, model: nn.Module, layer_cls: type[BaseTunerLayer], skip: set[str]) -> list[Target]:
+    """All modules that the config means.
+
+    Args:
+        skip: names that are left out, with all below them (``modules_to_save``).
+
+    Raises:
+        NoMatchingPeftModuleError: if nothing matches.
+        ValueError: if a module that matches cannot be adapted.
+    """
+    sites = list(walk(model))
+    found: list[Target] = []
+    companions: set[str] = set()
+    for site in sites:
+        if matches(skip, site.key) or not site.key:
+            continue
+        found += _parameter_targets(config, site)
+        if config.target_modules and selected(config, site.key) and site.key not in companions:
+            target = _module_target(config, site, layer_cls)
+            for child in target.kind.companions if target.kind else ():
+                companions.add(join(site.key, child))
+                inner = next(s for s in sites if s.key == join(site.key, child))
+                found.append(_module_target(config, inner, layer_cls))
+            found.append(target)
+    if not found:
+        raise NoMatchingPeftModuleError(_nothing_matches(config, sites))
+    _warn_unmatched(config, sites)
+    if layer_cls.follows_ties or getattr(config, "ensure_weight_tying", False):
+        found = _with_ties(found, sites, config, layer_cls)
+    return found
+
+
+def _with_ties(found: list[Target], sites: list[Site], config: Any, layer_cls: type[BaseTunerLayer]) -> list[Target]:
+    """The targets, and the modules that share their weight with a targeted embedding or embed it."""
+    by_weight: dict[int, list[Site]] = {}
+    for site in sites:
+        if (weight := site.module._parameters.get("weight")) is not None:
+            by_weight.setdefault(id(weight), []).append(site)
+    result: dict[str, Target] = {target.key: target for target in found}
+    for target in found:
+        group = by_weight.get(id(target.module._parameters.get("weight")), [])
+        first = next((site for site in group if (kind := kind_of(site.module)) and kind.lookup), None)
+        if first is None or len(group) < 2:
+            continue
+        result[first.key] = _module_target(config, first, layer_cls)
+        for site in group:
+            if site is not first:
+                result[site.key] = _module_target(config, site, layer_cls)
+                result[site.key].tied_to = first.key
+    return sorted(result.values(), key=lambda target: target.tied_to is not None)
+
+
+def _module_target(config: Any, site: Site, layer_cls: type[BaseTunerLayer]) -> Target:
+    if layer_cls.any_module:
+        return Target(site.key, site.module, kind_of(site.module))
+    kind = kind_of(site.module)
+    reason: str | None = f"it is none of {', '.join(kind_names())}"
+    if kind is not None:
+        reason = kind.refusal(site.module) or layer_cls.refusal(kind, site.module, config)
+    if reason:
+        raise ValueError(
+            f"target module {site.key!r} ({type(site.module).__name__}) cannot be adapted by "
+            f"{type(config).__name__}: {reason}. Narrow target_modules, or name it in exclude_modules."
+        )
+    return Target(site.key, site.module, kind)
+
+
+def _parameter_targets(config: Any, site: Site) -> list[Target]:
+    """Parameters of this module named in ``target_parameters``, the first registered one innermost."""
+    names = getattr(config, "target_parameters", None) or ()
+    found = []
+    for parameter in site.module._parameters:
+        if not matches(names, join(site.key, parameter)):
+            continue
+        kind = Stack(parameter)
+        if reason := kind.refusal(site.module):
+            raise ValueError(f"target parameter {join(site.key, parameter)!r} cannot be adapted: {reason}.")
+        if config.target_modules and selected(config, site.key):
+            raise ValueError(f"{site.key!r} is meant by target_modules and by target_parameters; choose one of them.")
+        found.append(Target(site.key, site.module, kind))
+    return found
+
+
+def _nearest(names: Iterable[str], keys: list[str]) -> list[str]:
+    """Module names close to those asked for; a list entry is compared with the last parts of each name."""
+    close: dict[str, None] = {}
+    for name in names:
+        depth = name.count(".") + 1
+        tails = {".".join(key.split(".")[-depth:]): None for key in keys}
+        close.update(dict.fromkeys(difflib.get_close_matches(name, list(tails), n=3, cutoff=0.4)))
+    return list(close)
+
+
+def _nothing_matches(config: Any, sites: list[Site]) -> str:
+    targets = config.target_modules or getattr(config, "target_parameters", None) or "nothing"
+    asked = targets if isinstance(targets, str) else sorted(targets)
+    keys = [site.key for site in sites if kind_of(site.module)]
+    kinds = sorted({type(site.module).__name__ for site in sites if kind_of(site.module)})
+    pool = (
+        [join(site.key, p) for site in sites for p in site.module._parameters] if not config.target_modules else keys
+    )
+    close = _nearest([asked] if isinstance(asked, str) else asked, pool)
+    message = f"no module of the model matches the targets {asked!r}. "
+    if config.target_modules and any(matches(targets, key) for key in keys):
+        message += (
+            "Modules of that name exist, but exclude_modules, layers_to_transform or modules_to_save rule them out. "
+        )
+    elif close:
+        message += f"Closest names: {', '.join(close)}. "
+    if isinstance(targets, str):
+        message += "A string is a regular expression that has to match the whole name, such as r'.*\\.q_proj'. "
+    names = sorted({key.rpartition(".")[2] for key in keys})
+    return (
+        message
+        + f"Layers that can be adapted: {', '.join(kinds) or 'none'}"
+        + (f", called {', '.join(names[:20])}." if names else ".")
+    )
+
+
+def _warn_unmatched(config: Any, sites: list[Site]) -> None:
+    targets = config.target_modules
+    if not targets or isinstance(targets, str) or len(targets) > 100:
+        return
+    tails: set[str] = set()
+    for site in sites:
+        parts = site.key.split(".")
+        tails.update(".".join(parts[i:]) for i in range(len(parts)))
+    unmatched = sorted(set(targets) - tails)
+    if unmatched:
+        keys = [site.key for site in sites if kind_of(site.module)]
+        close = _nearest(unmatched, keys)
+        warnings.warn(
+            f"these target_modules match nothing: {unmatched}."
+            + (f" Closest names: {', '.join(close)}." if close else "")
+        )

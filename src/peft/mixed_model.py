@@ -1,0 +1,65 @@
+"""A model with adapters of different methods."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import nn
+
+from peft.config import PeftConfig
+from peft.core.mixed import MixedModel
+from peft.core.tuner import BaseTuner
+from peft.peft_model import PeftModel
+from peft.utils.peft_types import PEFT_TYPE_TO_MIXED_MODEL_MAPPING
+
+
+class PeftMixedModel(PeftModel):
+    """A base model with adapters of different methods, which can be active together.
+
+    Adapters are saved and loaded one by one, in the format that they have on their own.
+
+    Args:
+        model: the base model; changed in place.
+        peft_config: the config of the first adapter.
+        adapter_name: its name.
+
+    Raises:
+        ValueError: for a method that cannot be mixed with others.
+    """
+
+    def __init__(
+        self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: Any
+    ) -> None:
+        self._check_method(peft_config)
+        super().__init__(model, peft_config, adapter_name, **kwargs)
+
+    def _tuner_class(self, peft_config: PeftConfig) -> type[BaseTuner]:
+        return MixedModel
+
+    def _check_method(self, peft_config: PeftConfig) -> None:
+        if peft_config.peft_type not in PEFT_TYPE_TO_MIXED_MODEL_MAPPING:
+            known = sorted(str(getattr(t, "value", t)) for t in PEFT_TYPE_TO_MIXED_MODEL_MAPPING)
+            raise ValueError(
+                f"{peft_config.peft_type} adapters cannot be mixed with others; these can: {', '.join(known)}."
+            )
+
+    @classmethod
+    def _class_for(cls, config: PeftConfig) -> type[PeftModel]:
+        return cls
+
+    def delete_adapter(self, adapter_name: str | list[str]) -> None:
+        """Remove one adapter or several."""
+        for name in [adapter_name] if isinstance(adapter_name, str) else adapter_name:
+            super().delete_adapter(name)
+
+    def set_modules_to_save(self, peft_config: PeftConfig, adapter_name: str) -> None:
+        """Wrap the modules that the config trains whole."""
+        from peft.core.tuner import add_auxiliary
+
+        add_auxiliary(self.get_base_model(), adapter_name, peft_config)
+
+    @classmethod
+    def from_pretrained(cls, model: nn.Module, model_id: str | os.PathLike, *args: Any, **kwargs: Any) -> PeftModel:
+        """Put a saved adapter around its base model; load the others with :meth:`load_adapter`."""
+        return super().from_pretrained(model, model_id, *args, **kwargs)

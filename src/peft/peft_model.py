@@ -1,0 +1,560 @@
+"""A model with adapters: :class:`PeftModel`, and one class for each task."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers.utils import PushToHubMixin
+
+from peft.config import PeftConfig
+from peft.core import operations
+from peft.core.card import create_or_update_model_card
+from peft.core.checkpoint import (
+    LoadResult,
+    atomic_folder,
+    entries,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+    write_weights,
+)
+from peft.core.context import BASE
+from peft.core.diagnostics import (
+    TunerLayerStatus,
+    TunerModelStatus,
+    count_parameters,
+    get_layer_status,
+    get_model_status,
+)
+from peft.core.tuner import BaseTuner, check_adapter_name, context_of
+from peft.core.walk import layers_of, wrappers_of
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils.error import CheckpointError, PeftError
+
+
+HUB_ARGUMENTS = ("subfolder", "cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+
+
+class PeftModel(PushToHubMixin, nn.Module):
+    """A base model with adapters of one method around it.
+
+    Args:
+        model: the base model; changed in place.
+        peft_config: the config of the first adapter.
+        adapter_name: its name.
+        autocast_adapter_dtype: hold 16-bit adapters in float32.
+        low_cpu_mem_usage: allocate the adapter on the meta device; fill it by loading a checkpoint.
+
+    Attributes:
+        base_model: the tuner that manages the adapters; ``base_model.model`` is the adapted base model.
+        peft_config: adapter name -> config.
+        heads: modules that the task trains whole, where the base model has them.
+
+    Raises:
+        ValueError: if the config does not fit the model; the model is then unchanged.
+    """
+
+    heads: ClassVar[tuple[str, ...]] = ()
+    inputs: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        check_adapter_name(adapter_name)
+        self.peft_type = peft_config.peft_type
+        self.special_peft_forward_args = {"adapter_names"}
+        self._add_heads(peft_config)
+        self.base_model = self._tuner_class(peft_config)(
+            model,
+            {adapter_name: peft_config},
+            adapter_name,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            **kwargs,
+        )
+        self.config = getattr(model, "config", {"model_type": "custom"})
+
+    def _tuner_class(self, peft_config: PeftConfig) -> type[BaseTuner]:
+        return PEFT_TYPE_TO_TUNER_MAPPING[peft_config.peft_type]
+
+    def _add_heads(self, peft_config: PeftConfig) -> None:
+        """Let the task's heads be trained whole."""
+        if self.heads and hasattr(peft_config, "modules_to_save"):
+            own = list(peft_config.modules_to_save or ())
+            peft_config.modules_to_save = own + [head for head in self.heads if head not in own]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Give a task class a ``forward`` that shows which inputs it takes."""
+        super().__init_subclass__(**kwargs)
+        if not cls.inputs:
+            return
+
+        def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+            if len(args) > len(cls.inputs):
+                raise TypeError(f"forward() takes {len(cls.inputs)} positional inputs, got {len(args)}.")
+            given = dict(zip(cls.inputs, args), **kwargs)
+            given.pop("task_ids", None)
+            return PeftModel.forward(self, **{k: v for k, v in given.items() if v is not None or k not in cls.inputs})
+
+        keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        parameters = [inspect.Parameter(name, keyword, default=None) for name in cls.inputs]
+        parameters.insert(0, inspect.Parameter("self", keyword))
+        parameters.append(inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD))
+        forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        forward.__doc__ = f"The base model's forward with the active adapters; {PeftModel.forward.__doc__}"
+        cls.forward = forward  # type: ignore[method-assign]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model" or "base_model" not in self.__dict__.get("_modules", ()):
+                raise
+            return getattr(self.base_model, name)
+
+    # --- what it is -------------------------------------------------------------------------------------------
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        return self.base_model.peft_config
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        return self.base_model.active_adapter
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return self.base_model.active_adapters
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        """The config of the (first) active adapter."""
+        return self.peft_config[self.active_adapters[0]]
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        return bool(self.active_adapters) and self.active_peft_config.is_prompt_learning
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """Names of the modules that adapters train whole, or None."""
+        names = (getattr(config, "modules_to_save", None) or () for config in self.peft_config.values())
+        return {name for some in names for name in some} or None
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype | None:
+        return getattr(self.get_base_model(), "dtype", None)
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether some active adapter acts, or none since all are switched off."""
+        wrappers = [w for _, w in wrappers_of(self.get_base_model())]
+        return any(not w.disable_adapters and any(n in w for n in w.active_adapters) for w in wrappers)
+
+    def get_base_model(self) -> nn.Module:
+        """The base model, with the adapters in it."""
+        return self.base_model.model
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all) parameters; packed 4-bit weights count as what they stand for."""
+        return count_parameters(self)
+
+    def print_trainable_parameters(self) -> None:
+        """Print the number of trainable parameters and their share."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+        )
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """One record for each adapted layer."""
+        return get_layer_status(self)
+
+    def get_model_status(self) -> TunerModelStatus:
+        """One record for the whole model; "irregular" where layers differ."""
+        return get_model_status(self)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether the adapter's updates are weights that a LoRA can approximate."""
+        return self.base_model.supports_lora_conversion(adapter_name)
+
+    # --- calls ------------------------------------------------------------------------------------------------
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """``adapter_names`` gives one adapter for each sample (``"__base__"`` for none), in training too.
+
+        Raises:
+            ValueError: for unknown adapters, or a number of names that is not the number of samples.
+        """
+        names = kwargs.pop("adapter_names", None)
+        kwargs.pop("task_ids", None)
+        with self._rows(names, args, kwargs, keep=torch.is_grad_enabled()):
+            return self.get_base_model()(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's ``generate`` with the active adapters, or with ``adapter_names`` for each sample."""
+        names = kwargs.pop("adapter_names", None)
+        kwargs.pop("task_ids", None)
+        with self._rows(names, args, kwargs, keep=False):
+            return self.get_base_model().generate(*args, **kwargs)
+
+    @contextmanager
+    def _rows(self, names: Sequence[str] | None, args: tuple, kwargs: dict, keep: bool) -> Iterator[None]:
+        """Tell the layers which adapter each row has; kept for a backward, which may run the forward again."""
+        context = context_of(self.get_base_model())
+        if names is not None:
+            self._check_rows(names, args, kwargs)
+        context.set_adapter_names(names)
+        try:
+            yield
+        finally:
+            if names is not None and not keep:
+                context.set_adapter_names(None)
+
+    def _check_rows(self, names: Sequence[str], args: tuple, kwargs: dict) -> None:
+        known = [*self.peft_config, BASE]
+        unknown = sorted(set(names) - set(known))
+        if unknown:
+            raise ValueError(f"adapter_names has unknown adapters: {unknown}. There are {known}.")
+        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.dim() > 0]
+        if tensors and len(names) != tensors[0].shape[0]:
+            raise ValueError(
+                f"adapter_names has {len(names)} names, but the batch has {tensors[0].shape[0]} samples; give as many."
+            )
+        if any(layer.merged for _, layer in layers_of(self.get_base_model())):
+            raise ValueError("adapter_names cannot be used while adapters are merged; call unmerge_adapter() first.")
+
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
+        """Make the model's embedding give outputs that require grad. Adapted models do so by themselves."""
+        if hasattr(model, "enable_input_require_grads"):
+            model.enable_input_require_grads()
+        return model
+
+    # --- adapters ---------------------------------------------------------------------------------------------
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Give the model a further adapter, inactive and frozen until :meth:`set_adapter`.
+
+        Raises:
+            ValueError: if the name is taken, the method is another one than the model's, or the config does not fit;
+                the model is then unchanged.
+        """
+        check_adapter_name(adapter_name, list(self.peft_config))
+        self._check_method(peft_config)
+        self._add_heads(peft_config)
+        self.peft_config[adapter_name] = peft_config
+        try:
+            self.base_model.inject_adapter(
+                self.get_base_model(), adapter_name, autocast_adapter_dtype, low_cpu_mem_usage
+            )
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+
+    def _check_method(self, peft_config: PeftConfig) -> None:
+        if peft_config.peft_type != self.peft_type:
+            raise ValueError(
+                f"this model has {self.peft_type.value} adapters, so no {peft_config.peft_type.value} adapter can be "
+                "added. For different methods in one model use get_peft_model(..., mixed=True)."
+            )
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make one adapter (or several) active, and the only ones that train (none in ``inference_mode``).
+
+        Raises:
+            ValueError: if there is no such adapter.
+        """
+        self.base_model.set_adapter(adapter_name, inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Choose whether these adapters train, active or not."""
+        self.base_model.set_requires_grad(adapter_names, requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; if it was active, another becomes active.
+
+        Raises:
+            ValueError: if there is no such adapter.
+        """
+        self.base_model.delete_adapter(adapter_name)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """A context in which the model is its base."""
+        with operations.adapters_disabled(self.get_base_model()):
+            yield
+
+    # --- files ------------------------------------------------------------------------------------------------
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write the adapters: "default" into the folder, each other one into a sub-folder of its name.
+
+        The files of an adapter are replaced when all of them are written; a save that fails leaves the old ones.
+
+        Args:
+            safe_serialization: safetensors; otherwise a pickle, ``adapter_model.bin``.
+            selected_adapters: which ones; all by default.
+            save_embedding_layers: also the base weights of adapted embeddings; "auto": if there are any.
+            is_main_process: only gather (all processes of a sharded model have to), do not write.
+            kwargs: ``state_dict``: take the values from this state dict of the whole model.
+
+        Raises:
+            ValueError: if ``save_directory`` is a file, or an adapter is unknown.
+        """
+        if os.path.isfile(save_directory):
+            raise ValueError(f"{save_directory} is a file; save_pretrained needs a folder.")
+        if path_initial_model_for_weight_conversion is not None:
+            raise ValueError(
+                "path_initial_model_for_weight_conversion belongs to initialisations that do not exist yet."
+            )
+        names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
+        operations.require_adapters(self, names, self.peft_config)
+        state = kwargs.get("state_dict")
+        tensors = {
+            name: get_peft_model_state_dict(self, state, name, save_embedding_layers=save_embedding_layers)
+            for name in names
+        }
+        if not is_main_process:
+            return
+        for name in names:
+            folder = os.path.join(save_directory, name) if name != "default" else save_directory
+            with atomic_folder(folder) as path:
+                write_weights(path, tensors[name], safe_serialization)
+                self._config_to_save(name).save_pretrained(os.fspath(folder))
+        self.create_or_update_model_card(save_directory)
+
+    def _config_to_save(self, name: str) -> PeftConfig:
+        config = copy.copy(self.peft_config[name])
+        base = self.get_base_model()
+        if config.base_model_name_or_path is None:
+            config.base_model_name_or_path = base.__dict__.get("name_or_path")
+        if config.task_type is None:
+            library = type(base).__module__
+            config.auto_mapping = {"base_model_class": type(base).__name__, "parent_library": library}
+        config.inference_mode = True
+        return config
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike) -> None:
+        """Write or update README.md with the facts that the hub reads; a user's own text is kept."""
+        create_or_update_model_card(self, output_dir)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """Put a saved adapter around its base model.
+
+        Args:
+            model: the base model.
+            model_id: a folder, or a repository on the hub (``subfolder``, ``revision``, ... as keywords).
+            is_trainable: go on training it; otherwise it is frozen, and the model in evaluation mode.
+            config: instead of the saved one.
+            key_mapping: regex -> replacement for the names in the file.
+
+        Raises:
+            ValueError, FileNotFoundError: if the files are missing or damaged, or do not fit the model, which is
+                then unchanged.
+        """
+        hub = {k: kwargs.pop(k) for k in HUB_ARGUMENTS if k in kwargs}
+        config = _read_config(model_id, config, is_trainable, hub)
+        weights = load_peft_weights(model_id, key_mapping=key_mapping, **hub)
+        peft_model = cls._class_for(config)(
+            model,
+            config,
+            adapter_name,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+        )
+        try:
+            peft_model._load(adapter_name, weights, config.peft_version, low_cpu_mem_usage, kwargs)
+        except Exception:
+            peft_model.base_model.unload()
+            raise
+        return peft_model if is_trainable else peft_model.eval()
+
+    @classmethod
+    def _class_for(cls, config: PeftConfig) -> type[PeftModel]:
+        from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+
+        return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, cls) if cls is PeftModel else cls
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike,
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        **kwargs: Any,
+    ) -> LoadResult:
+        """Load a further adapter, inactive, or new values for one that is there.
+
+        Args:
+            is_trainable: let it train already.
+            torch_device: device on which to read the file.
+
+        Returns:
+            The names that the file lacks, and those that it has beyond the adapter's.
+
+        Raises:
+            ValueError, FileNotFoundError: if the files are missing or damaged, or do not fit; the model is unchanged.
+        """
+        hub = {k: kwargs.pop(k) for k in HUB_ARGUMENTS if k in kwargs}
+        config = _read_config(model_id, kwargs.pop("peft_config", None), is_trainable, hub)
+        weights = load_peft_weights(model_id, torch_device, key_mapping, **hub)
+        fresh = adapter_name not in self.peft_config
+        if fresh:
+            self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
+        else:
+            self._check_method(config)
+        try:
+            result = self._load(adapter_name, weights, config.peft_version, low_cpu_mem_usage, kwargs)
+        except Exception:
+            if fresh:
+                self.delete_adapter(adapter_name)
+            raise
+        if is_trainable:
+            self.set_requires_grad(adapter_name, True)
+        return result
+
+    def _load(
+        self, name: str, weights: dict[str, torch.Tensor], written_by: str | None, assign: bool, options: dict
+    ) -> LoadResult:
+        ignore = options.get("ignore_mismatched_sizes", False)
+        result = set_peft_model_state_dict(self, weights, name, ignore, low_cpu_mem_usage=assign)
+        empty = [entry.saved for entry in entries(self, name) if entry.tensor.device.type == "meta"]
+        if empty:
+            raise CheckpointError(
+                f"the file lacks {empty[:5]}, and low_cpu_mem_usage leaves nothing else to put there."
+            )
+        if written_by:
+            for _, layer in layers_of(self.get_base_model()):
+                if name in layer:
+                    layer.upgrade(name, written_by)
+        if result.missing_keys:
+            warnings.warn(_listed("Found missing adapter keys while loading the checkpoint", result.missing_keys))
+        if result.unexpected_keys:
+            warnings.warn(_listed("the checkpoint has tensors that the adapter does not", result.unexpected_keys))
+        return result
+
+
+def _listed(what: str, names: list[str]) -> str:
+    return f"{what}: {names[:5]}" + (f" and {len(names) - 5} more." if len(names) > 5 else ".")
+
+
+def _read_config(model_id: str | os.PathLike, config: PeftConfig | None, is_trainable: bool, hub: dict) -> PeftConfig:
+    if config is None:
+        config = PeftConfig.from_pretrained(str(model_id), **hub)
+    elif not isinstance(config, PeftConfig):
+        raise ValueError(f"config should be a PeftConfig, got {type(config).__name__}.")
+    if config.peft_type not in PEFT_TYPE_TO_TUNER_MAPPING:
+        known = sorted(str(getattr(t, "value", t)) for t in PEFT_TYPE_TO_TUNER_MAPPING)
+        raise PeftError(f"{model_id} is a {config.peft_type} adapter; this version has {known}.")
+    config.inference_mode = not is_trainable
+    return config
+
+
+_COMMON = ("output_attentions", "output_hidden_states", "return_dict", "task_ids")
+_ENCODER = ("input_ids", "attention_mask", "inputs_embeds", "labels")
+
+
+class PeftModelForSequenceClassification(PeftModel):
+    """For ``TaskType.SEQ_CLS``; the classification head is trained whole."""
+
+    heads = ("classifier", "score")
+    inputs = (*_ENCODER, *_COMMON)
+
+
+class PeftModelForTokenClassification(PeftModel):
+    """For ``TaskType.TOKEN_CLS``; the classification head is trained whole."""
+
+    heads = ("classifier", "score")
+    inputs = (*_ENCODER, *_COMMON)
+
+
+class PeftModelForQuestionAnswering(PeftModel):
+    """For ``TaskType.QUESTION_ANS``; the head is trained whole."""
+
+    heads = ("qa_outputs",)
+    inputs = (
+        "input_ids",
+        "attention_mask",
+        "token_type_ids",
+        "position_ids",
+        "inputs_embeds",
+        "start_positions",
+        "end_positions",
+        *_COMMON,
+    )
+
+
+class PeftModelForFeatureExtraction(PeftModel):
+    """For ``TaskType.FEATURE_EXTRACTION``."""
+
+    inputs = ("input_ids", "attention_mask", "inputs_embeds", *_COMMON)
+
+
+class PeftModelForCausalLM(PeftModel):
+    """For ``TaskType.CAUSAL_LM``."""
+
+    inputs = (*_ENCODER, *_COMMON)
+
+    def prepare_inputs_for_generation(self, *args: Any, task_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        return self.get_base_model().prepare_inputs_for_generation(*args, **kwargs)
+
+
+class PeftModelForSeq2SeqLM(PeftModel):
+    """For ``TaskType.SEQ_2_SEQ_LM``."""
+
+    inputs = (
+        "input_ids",
+        "attention_mask",
+        "inputs_embeds",
+        "decoder_input_ids",
+        "decoder_attention_mask",
+        "decoder_inputs_embeds",
+        "labels",
+        *_COMMON,
+    )
+
+    def prepare_inputs_for_generation(self, *args: Any, task_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        return self.get_base_model().prepare_inputs_for_generation(*args, **kwargs)

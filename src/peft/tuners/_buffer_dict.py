@@ -1,0 +1,6 @@
+"""The path by which the ecosystem imports :class:`BufferDict`."""
+
+from peft.core.buffers import BufferDict
+
+
+__all__ = ["BufferDict"]

@@ -1,0 +1,89 @@
+"""HiRA: a Hadamard product of the weight itself and a low-rank matrix (ICLR 2025, openreview TwJrTz9cRS)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from peft.config import (
+    ExcludeModules,
+    FanInFanOut,
+    LayerSelection,
+    ModulesToSave,
+    RankPattern,
+    TargetModules,
+    option,
+    resolve_pattern,
+)
+from peft.core.families import FoldLayer
+from peft.core.registry import define_tuner
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_HIRA_TARGET_MODULES_MAPPING
+from peft.utils.peft_types import PeftType
+
+
+@dataclass
+class HiraConfig(TargetModules, ExcludeModules, FanInFanOut, ModulesToSave, LayerSelection, RankPattern):
+    """Config of HiRA: dW = W * (B A), entry by entry."""
+
+    METHOD: ClassVar[PeftType] = PeftType.HIRA
+
+    r: int = option(32, "Rank of B A. The update itself can have full rank.", minimum=1)
+    hira_dropout: float = option(0.0, "Dropout on the input of the update.", minimum=0, below=1)
+    init_weights: bool = option(True, "Start with B A = 0, so that nothing changes; otherwise at random numbers.")
+
+
+class HiraLayer(FoldLayer):
+    """W' = W + W * (B A), A ``[r, in, *kernel]`` and B ``[out, r, 1...]``; tables have names of their own for them."""
+
+    weights: ClassVar[dict[str, type]] = {
+        "hira_A": nn.ParameterDict,
+        "hira_B": nn.ParameterDict,
+        "hira_embedding_A": nn.ParameterDict,
+        "hira_embedding_B": nn.ParameterDict,
+    }
+    settings: ClassVar[dict[str, type]] = {"r": dict, "hira_dropout": nn.ModuleDict}
+
+    def update_layer(self, name: str, config: HiraConfig, key: str) -> None:
+        r = resolve_pattern(config.rank_pattern, key, config.r)
+        out, *rest = self.shape
+        a, b = torch.randn(r, *rest), torch.randn(out, r, *[1] * (len(rest) - 1))
+        if config.init_weights and self.kind.lookup:
+            a.zero_()
+            b.normal_()
+        elif config.init_weights:
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+            b.zero_()
+        pair = ("hira_embedding_A", "hira_embedding_B") if self.kind.lookup else ("hira_A", "hira_B")
+        self.put(name, r=r, **{pair[0]: nn.Parameter(a), pair[1]: nn.Parameter(b)})
+        self.put(name, hira_dropout=nn.Dropout(config.hira_dropout) if config.hira_dropout else nn.Identity())
+
+    def product(self, name: str) -> torch.Tensor:
+        """B A, in the shape of W."""
+        if self.kind.lookup:
+            a, b = self.hira_embedding_A[name], self.hira_embedding_B[name]
+        else:
+            a, b = self.hira_A[name], self.hira_B[name]
+        return (b.flatten(1) @ a.flatten(1)).view(self.shape)
+
+    def reweight(self, name: str, base: torch.Tensor) -> torch.Tensor:
+        return base + base * self.product(name).to(base.dtype)
+
+    def delta(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        base = self.unmerged_weight().to(dtype=x.dtype if x.is_floating_point() else None)
+        if not self.kind.lookup:
+            x = self.hira_dropout[name](x)
+        return self.kind.apply(self.get_base_layer(), x, base * self.product(name))
+
+
+HiraModel = define_tuner(
+    "HiraModel",
+    HiraLayer,
+    HiraConfig,
+    prefix="hira_",
+    targets=TRANSFORMERS_MODELS_TO_HIRA_TARGET_MODULES_MAPPING,
+    mixed=True,
+)

@@ -1,0 +1,36 @@
+"""LN tuning: trained copies of the normalisation layers (Zhao et al. 2023, arXiv 2312.11420)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from peft.config import ExcludeModules, ModulesToSave, TargetModules
+from peft.core.families import CopyLayer
+from peft.core.registry import define_tuner
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING
+from peft.utils.peft_types import PeftType
+
+
+@dataclass
+class LNTuningConfig(TargetModules, ExcludeModules, ModulesToSave):
+    """Config of LN tuning: the target modules, of any type, are trained as copies."""
+
+    METHOD: ClassVar[PeftType] = PeftType.LN_TUNING
+
+
+class LNTuningLayer(CopyLayer):
+    """A trained copy stands in for the module."""
+
+    weights: ClassVar[dict[str, type]] = {"ln_tuning_layers": nn.ModuleDict}
+
+
+LNTuningModel = define_tuner(
+    "LNTuningModel",
+    LNTuningLayer,
+    LNTuningConfig,
+    prefix="ln_tuning_",
+    targets=TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING,
+)

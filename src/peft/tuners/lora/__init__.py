@@ -1,0 +1,55 @@
+"""LoRA and its relatives: config, layer, variants, initialisations, and operations of the whole model."""
+
+from peft.tuners.lora.config import (
+    ArrowConfig,
+    BdLoraConfig,
+    CordaConfig,
+    EvaConfig,
+    KasaConfig,
+    LoftQConfig,
+    LoraConfig,
+    LoraGAConfig,
+    LoraRuntimeConfig,
+    MontecloraConfig,
+    VeloraConfig,
+)
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.model import LoraModel
+from peft.tuners.lora.variants import LoraVariant
+
+
+Linear = LoraLayer.by_name["Linear"]
+Conv1d = LoraLayer.by_name["Conv1d"]
+Conv2d = LoraLayer.by_name["Conv2d"]
+Conv3d = LoraLayer.by_name["Conv3d"]
+Embedding = LoraLayer.by_name["Embedding"]
+MultiheadAttention = LoraLayer.by_name["MultiheadAttention"]
+ParamWrapper = LoraLayer.by_name["ParamWrapper"]
+Linear4bit = LoraLayer.by_name["Linear4bit"]
+Linear8bitLt = LoraLayer.by_name["Linear8bitLt"]
+
+__all__ = [
+    "ArrowConfig",
+    "BdLoraConfig",
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "CordaConfig",
+    "Embedding",
+    "EvaConfig",
+    "KasaConfig",
+    "Linear",
+    "Linear4bit",
+    "Linear8bitLt",
+    "LoftQConfig",
+    "LoraConfig",
+    "LoraGAConfig",
+    "LoraLayer",
+    "LoraModel",
+    "LoraRuntimeConfig",
+    "LoraVariant",
+    "MontecloraConfig",
+    "MultiheadAttention",
+    "ParamWrapper",
+    "VeloraConfig",
+]

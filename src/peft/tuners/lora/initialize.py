@@ -1,0 +1,51 @@
+"""How the pairs of LoRA start (``init_lora_weights``)."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+
+if TYPE_CHECKING:
+    from peft.tuners.lora.config import LoraConfig
+    from peft.tuners.lora.layer import LoraLayer
+
+
+def initialize(layer: LoraLayer, name: str, config: LoraConfig) -> None:
+    """Fill A and B of a fresh adapter. Every choice but False makes dW = 0."""
+    init = config.init_lora_weights
+    if init is False:
+        return
+    a, b = layer.pair(name)
+    with torch.no_grad():
+        if init == "orthogonal":
+            _orthogonal(a, b)
+        elif layer.kind.lookup:
+            a.zero_()
+            b.normal_()
+        else:
+            _zero_up(a, b, std=1 / layer.r[name] if init == "gaussian" else None)
+        if layer.lora_bias[name]:
+            layer.lora_B[name].bias.zero_()
+
+
+def _zero_up(a: torch.Tensor, b: torch.Tensor, std: float | None) -> None:
+    """A normal with this standard deviation, by default uniform in +-1/sqrt(fan_in); B zero."""
+    if std is None:
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+    else:
+        nn.init.normal_(a, std=std)
+    b.zero_()
+
+
+def _orthogonal(a: torch.Tensor, b: torch.Tensor) -> None:
+    """A and B from the odd and the even rows of one random orthogonal matrix: B A = 0, neither factor is."""
+    r = a.shape[0]
+    if b.shape[1] != r:
+        raise ValueError("init_lora_weights='orthogonal' needs a B that reads the whole rank; this layer is grouped.")
+    q, _ = torch.linalg.qr(torch.randn(r, r))
+    a.copy_((torch.randn(a[0].numel(), r // 2) @ q[0::2]).T.view_as(a) / 10)
+    b.copy_((torch.randn(r // 2, b.shape[0]).T @ q[1::2]).view_as(b) / 10)

@@ -1,0 +1,165 @@
+"""LoRA: dW = s B A (Hu et al. 2021, arXiv 2106.09685)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from peft.config import resolve_pattern
+from peft.core.families import DeltaLayer
+from peft.core.kinds import Kind
+from peft.tuners.lora.config import LoraConfig
+from peft.tuners.lora.initialize import initialize
+from peft.tuners.lora.variants import LoraVariant, TiedPair, resolve_variant
+
+
+class LoraLayer(DeltaLayer):
+    """y' = y + s B A drop(x), A ``[r, in]`` and B ``[out, r]``, s = lora_alpha / r (or / sqrt r).
+
+    On convolutions A is a convolution with the base layer's geometry and B one of size 1. On embeddings A is a table
+    ``[r, tokens]``. A variant (DoRA, ...) overrides the hooks of its adapter.
+    """
+
+    weights: ClassVar[dict[str, type]] = {
+        "lora_A": nn.ModuleDict,
+        "lora_B": nn.ModuleDict,
+        "lora_embedding_A": nn.ParameterDict,
+        "lora_embedding_B": nn.ParameterDict,
+        "lora_magnitude_vector": nn.ModuleDict,
+    }
+    settings: ClassVar[dict[str, type]] = {
+        "r": dict,
+        "lora_alpha": dict,
+        "scaling": dict,
+        "lora_dropout": nn.ModuleDict,
+        "use_rslora": dict,
+        "use_dora": dict,
+        "lora_bias": dict,
+        "lora_variant": dict,
+    }
+    bare: ClassVar[tuple[str, ...]] = ("lora_magnitude_vector",)
+
+    @classmethod
+    def refusal(cls, kind: Kind, module: nn.Module, config: LoraConfig) -> str | None:
+        if config.lora_bias and (kind.lookup or kind.bias is None):
+            return "lora_bias has no place on a layer without bias"
+        if config.use_dora and (reason := kind.no_dense_pair(module)):
+            return f"DoRA needs the norm of the adapted weight, but {reason}"
+        return None
+
+    def update_layer(self, name: str, config: LoraConfig, key: str) -> None:
+        r = resolve_pattern(config.rank_pattern, key, config.r)
+        alpha = resolve_pattern(config.alpha_pattern, key, config.lora_alpha)
+        dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        self.put(name, r=r, lora_alpha=alpha, lora_dropout=dropout, use_rslora=config.use_rslora)
+        self.put(name, use_dora=config.use_dora, lora_bias=config.lora_bias, scaling=self.initial_scaling(name))
+        if name in self.tied_to:
+            self.put(name, lora_variant=TiedPair())
+            return
+        self.allocate(name, r, config.lora_bias)
+        initialize(self, name, config)
+        if (variant := resolve_variant(config)) is not None:
+            self.put(name, lora_variant=variant)
+            variant.init(self, name, config)
+
+    def allocate(self, name: str, r: int, bias: bool = False) -> None:
+        """Make an empty pair of rank r, with the shapes of the file format."""
+        if self.kind.lookup:
+            out, tokens = self.shape
+            a, b = nn.Parameter(torch.randn(r, tokens)), nn.Parameter(torch.randn(out, r))
+            self.put(name, lora_embedding_A=a, lora_embedding_B=b)
+        else:
+            down, up = self.kind.factor(self.get_base_layer(), r, bias)
+            self.put(name, lora_A=down, lora_B=up)
+
+    def pair(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tensors A and B of an adapter."""
+        if self.kind.lookup:
+            return self.lora_embedding_A[name], self.lora_embedding_B[name]
+        return self.lora_A[name].weight, self.lora_B[name].weight
+
+    # --- the mathematics --------------------------------------------------------------------------------------
+    def delta(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        if self.kind.lookup:
+            a, b = self.pair(name)
+            return self.kind.apply(self.get_base_layer(), x, a) @ b.T * self.scaling[name]
+        return self.lora_B[name](self.lora_A[name](self.lora_dropout[name](x))) * self.scaling[name]
+
+    def delta_weight(self, name: str) -> torch.Tensor:
+        a, b = self.pair(name) if name not in self.tied_to else self.lora_variant[name].pair(self, name)
+        return self.kind.compose(self.get_base_layer(), a, b) * self.scaling[name]
+
+    def transform_output(self, name: str, x: torch.Tensor, y: torch.Tensor, base_y: torch.Tensor) -> torch.Tensor:
+        variant = self.lora_variant.get(name)
+        if variant is None:
+            return y + self.delta(name, x)
+        return variant.transform_output(self, name, x, y, base_y)
+
+    def fold(self, name: str, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        variant = self.lora_variant.get(name)
+        return super().fold(name, weight, base) if variant is None else variant.fold(self, name, weight, base)
+
+    def keeps_base(self, name: str) -> bool:
+        variant = self.lora_variant.get(name)
+        return variant is not None and not variant.reversible
+
+    def fold_bias(self, name: str, bias: torch.Tensor | None) -> torch.Tensor | None:
+        return bias if not self.lora_bias[name] else self._bias_delta(name) + (0 if bias is None else bias)
+
+    def unfold_bias(self, name: str, bias: torch.Tensor | None) -> torch.Tensor | None:
+        return bias if not self.lora_bias[name] or bias is None else bias - self._bias_delta(name)
+
+    def _bias_delta(self, name: str) -> torch.Tensor:
+        return self.lora_B[name].bias * self.scaling[name]
+
+    def unmergeable(self, name: str) -> str | None:
+        return self.kind.no_dense_pair(self.get_base_layer())
+
+    # --- scale ------------------------------------------------------------------------------------------------
+    def initial_scaling(self, name: str) -> float:
+        """lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA (arXiv 2312.03732)."""
+        r = self.r[name]
+        return self.lora_alpha[name] / (math.sqrt(r) if self.use_rslora[name] else r)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Make the scale of an adapter ``scale`` times its initial one."""
+        if adapter in self:
+            self.scaling[adapter] = scale * self.initial_scaling(adapter)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scales of the active adapters."""
+        for name in self.active_adapters:
+            if name in self:
+                self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scales of the active adapters; None brings back the initial ones."""
+        for name in self.active_adapters:
+            if name in self:
+                self.scaling[name] = self.initial_scaling(name) if scale is None else self.scaling[name] / scale
+
+    # --- files ------------------------------------------------------------------------------------------------
+    def adapter_state(self, name: str) -> Iterator[tuple[str, str, torch.Tensor]]:
+        if name not in self.tied_to:
+            yield from super().adapter_state(name)
+        elif name in self:
+            a, b = self.lora_variant[name].pair(self, name)
+            yield "lora_A.weight", "", a
+            yield "lora_B.weight", "", b
+
+    def upgrade(self, name: str, written_by: str) -> None:
+        """Files before 1.0 mean the update of an attention's out_proj twice."""
+        if self.kind.read_by_parent and written_by.startswith("0."):
+            self.lora_B[name].weight.data.mul_(2)
+
+    def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> LoraVariant | None:
+        """The variant that a config asks for, or None for plain LoRA."""
+        return resolve_variant(config)
+
+    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: Any) -> None:
+        """Draw A and B of an adapter anew."""
+        initialize(self, adapter_name, LoraConfig(init_lora_weights=init_lora_weights, r=self.r[adapter_name]))

@@ -1,0 +1,156 @@
+"""OFT: block-diagonal orthogonal rotation of the input (arXiv 2306.07280, and its second version 2506.19847)."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from peft.config import (
+    ExcludeModules,
+    FanInFanOut,
+    LayerSelection,
+    ModulesToSave,
+    TargetModules,
+    TrainedBias,
+    option,
+)
+from peft.core.families import RotationLayer
+from peft.core.registry import define_tuner
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING
+from peft.utils.error import ConfigError
+from peft.utils.peft_types import PeftType
+
+
+@dataclass
+class OFTConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, ModulesToSave, LayerSelection):
+    """Config of OFT: y = W (x R) with R block-diagonal and orthogonal."""
+
+    METHOD: ClassVar[PeftType] = PeftType.OFT
+    OWN_BIAS: ClassVar[str] = "oft_only"
+
+    r: int = option(0, "Number of blocks; give either this or oft_block_size.", minimum=0)
+    oft_block_size: int = option(32, "Size of the blocks; give either this or r.", minimum=0)
+    module_dropout: float = option(0.0, "Share of the blocks that stand still in a training step.", minimum=0, below=1)
+    init_weights: bool = option(True, "Start at R = I, so that nothing changes; otherwise at a random rotation.")
+    coft: bool = option(False, "Constrained OFT: keep each block near the identity, within eps.")
+    eps: float = option(6e-5, "How far constrained OFT may rotate.", minimum=0)
+    block_share: bool = option(False, "All blocks of a layer are the same one.")
+    use_cayley_neumann: bool = option(True, "Approximate the Cayley transform by a Neumann series: faster, not exact.")
+    num_cayley_neumann_terms: int = option(5, "Terms of that series.", minimum=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.r == 0) == (self.oft_block_size == 0):
+            raise ConfigError(
+                f"OFTConfig: give either r or oft_block_size and set the other to 0, got r={self.r} and "
+                f"oft_block_size={self.oft_block_size}."
+            )
+
+
+class OFTRotation(nn.Module):
+    """Rotations of ``[blocks]`` subspaces; the weight holds the upper triangles of skew-symmetric matrices Q.
+
+    Args:
+        blocks, size: number and size of the blocks.
+        terms: terms of the Neumann series of the Cayley transform; None: the exact transform.
+        radius: constrained OFT scales a Q of larger Frobenius norm down to it.
+    """
+
+    def __init__(self, blocks: int, size: int, terms: int | None, radius: float | None, dropout: float) -> None:
+        super().__init__()
+        self.size, self.terms, self.radius, self.dropout = size, terms, radius, dropout
+        self.weight = nn.Parameter(torch.zeros(blocks, size * (size - 1) // 2))
+
+    def skew(self) -> torch.Tensor:
+        """Q, ``[blocks, size, size]``."""
+        rows, columns = torch.triu_indices(self.size, self.size, 1, device=self.weight.device)
+        q = self.weight.new_zeros(len(self.weight), self.size, self.size)
+        q = q.index_put((torch.arange(len(q), device=q.device)[:, None], rows, columns), self.weight)
+        q = q - q.mT
+        if self.radius is not None:
+            norm = q.detach().flatten(1).norm(dim=1)[:, None, None]
+            q = q * (self.radius / norm.clamp_min(1e-30)).clamp(max=1)
+        return q
+
+    def forward(self) -> torch.Tensor:
+        """R, ``[blocks, size, size]``.
+
+        The series is I + 2 (Q + ... + Q^(t-2)) + Q^(t-1) and approximates (I + Q)(I - Q)^-1; what the file format
+        calls exact is the transpose of that, so flipping the switch on a trained adapter inverts its rotation.
+        """
+        q = self.skew()
+        eye = torch.eye(self.size, device=q.device, dtype=q.dtype)
+        if self.terms is None:
+            rotation = torch.linalg.solve(eye + q, eye - q, left=False)
+        else:
+            rotation = self._series(q, eye)
+        if self.dropout and self.training:
+            still = torch.rand(len(q), 1, 1, device=q.device) < self.dropout
+            rotation = torch.where(still, eye, rotation)
+        return rotation
+
+    def _series(self, q: torch.Tensor, eye: torch.Tensor) -> torch.Tensor:
+        terms = self.terms or 0
+        if terms <= 2:
+            return eye + 2 * q * (terms - 1)
+        total, power = eye + 2 * q, q
+        for _ in range(max(terms, 4) - 3):
+            power = power @ q
+            total = total + 2 * power
+        return total + power @ q
+
+
+class OFTLayer(RotationLayer):
+    """W' = W R^T with R = blockdiag(R_1, ..., R_D). Embeddings rotate their output."""
+
+    weights: ClassVar[dict[str, type]] = {"oft_R": nn.ModuleDict, "oft_embedding_R": nn.ModuleDict}
+    settings: ClassVar[dict[str, type]] = {"r": dict, "oft_block_size": dict}
+
+    def update_layer(self, name: str, config: OFTConfig, key: str) -> None:
+        features = self.rotated_features
+        size = nearest_divisor(features, config.oft_block_size, "oft_block_size") if config.oft_block_size else 0
+        blocks = features // size if size else nearest_divisor(features, config.r, "r")
+        size = features // blocks
+        held = 1 if config.block_share else blocks
+        radius = config.eps / math.sqrt(held) if config.coft else None
+        terms = config.num_cayley_neumann_terms if config.use_cayley_neumann else None
+        rotation = OFTRotation(held, size, terms, radius, config.module_dropout)
+        if not config.init_weights:
+            nn.init.normal_(rotation.weight, std=0.1)
+        attribute = "oft_embedding_R" if self.kind.lookup else "oft_R"
+        self.put(name, r=blocks, oft_block_size=size, **{attribute: rotation})
+
+    def blocks(self, name: str) -> torch.Tensor:
+        """R_1, ..., R_D, ``[D, size, size]``."""
+        rotation = (self.oft_embedding_R if self.kind.lookup else self.oft_R)[name]()
+        return rotation.expand(self.r[name], -1, -1)
+
+    def rotation(self, name: str) -> torch.Tensor:
+        return torch.block_diag(*self.blocks(name))
+
+    def rotate(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        pieces = x.unflatten(-1, (self.r[name], -1)).unsqueeze(-2)
+        return (pieces @ self.blocks(name).to(x.dtype)).squeeze(-2).flatten(-2)
+
+
+def nearest_divisor(features: int, wanted: int, field: str) -> int:
+    """The divisor of ``features`` closest to ``wanted``, the smaller of two; warns if it is another number."""
+    divisors = [d for d in range(1, features + 1) if features % d == 0]
+    best = min(divisors, key=lambda d: (abs(d - wanted), d))
+    if best != wanted:
+        warnings.warn(f"{field}={wanted} does not divide {features} features; {field}={best} is used for such layers.")
+    return best
+
+
+OFTModel = define_tuner(
+    "OFTModel",
+    OFTLayer,
+    OFTConfig,
+    prefix="oft_",
+    targets=TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING,
+)

@@ -1,0 +1,58 @@
+"""Trainable tokens: some rows of an embedding are trained, and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from peft.config import PeftConfig, option
+from peft.core.auxiliary import TrainableTokensLayer as TokensLayer
+from peft.core.registry import define_tuner
+from peft.core.tuner import BaseTuner
+from peft.core.walk import walk
+from peft.utils.error import ConfigError
+from peft.utils.peft_types import PeftType
+
+
+@dataclass
+class TrainableTokensConfig(PeftConfig):
+    """Config of trainable tokens: the vectors of some tokens, in the embedding and in a head tied to it."""
+
+    METHOD: ClassVar[PeftType] = PeftType.TRAINABLE_TOKENS
+
+    token_indices: list[int] = option(list, "Indices of the tokens to train.")
+    target_modules: list[str] | str | None = option(
+        None, "The embedding, by name or regex; by default the model's input embedding."
+    )
+    init_weights: bool = option(
+        True, "Start at the present vectors, so that nothing changes; otherwise at random ones."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.target_modules, (str, type(None))):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+        if not all(type(i) is int and i >= 0 for i in self.token_indices):
+            raise ConfigError(
+                f"TrainableTokensConfig: token_indices must be token indices, got {self.token_indices!r}."
+            )
+
+
+class TrainableTokensLayer(TokensLayer):
+    """Rows of the table are replaced by trained ones."""
+
+
+class TokensTuner(BaseTuner):
+    def prepare_config(self, config: Any, model: nn.Module, keys: set[str] | None) -> None:
+        if config.target_modules is None and keys is None and hasattr(model, "get_input_embeddings"):
+            embedding = model.get_input_embeddings()
+            sites = (s for s in walk(model) if s.module is embedding or any(w is embedding for _, w in s.wrappers))
+            config.target_modules = {site.key for site in sites}
+        super().prepare_config(config, model, keys)
+
+
+TrainableTokensModel = define_tuner(
+    "TrainableTokensModel", TrainableTokensLayer, TrainableTokensConfig, prefix="trainable_tokens_", base=TokensTuner
+)
