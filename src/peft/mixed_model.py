@@ -60,6 +60,22 @@ class PeftMixedModel(PeftModel):
         add_auxiliary(self.get_base_model(), adapter_name, peft_config)
 
     @classmethod
-    def from_pretrained(cls, model: nn.Module, model_id: str | os.PathLike, *args: Any, **kwargs: Any) -> PeftModel:
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        **kwargs: Any,
+    ) -> PeftMixedModel:
         """Put a saved adapter around its base model; load the others with :meth:`load_adapter`."""
-        return super().from_pretrained(model, model_id, *args, **kwargs)
+        return super().from_pretrained(model, model_id, adapter_name, is_trainable, config, **kwargs)
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Merge the active adapters, whatever their methods, and return the plain model."""
+        return self.base_model.merge_and_unload(*args, **kwargs)
+
+    def unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Return the plain model, without any adapter."""
+        return self.base_model.unload(*args, **kwargs)

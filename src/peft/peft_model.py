@@ -6,7 +6,7 @@ import copy
 import inspect
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -37,7 +37,7 @@ from peft.core.diagnostics import (
 from peft.core.tuner import BaseTuner, check_adapter_name, context_of
 from peft.core.walk import layers_of, wrappers_of
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.utils.error import CheckpointError, PeftError
+from peft.utils.error import CheckpointError, ConfigError
 
 
 HUB_ARGUMENTS = ("subfolder", "cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
@@ -199,29 +199,29 @@ class PeftModel(PushToHubMixin, nn.Module):
         Raises:
             ValueError: for unknown adapters, or a number of names that is not the number of samples.
         """
-        names = kwargs.pop("adapter_names", None)
-        kwargs.pop("task_ids", None)
-        with self._rows(names, args, kwargs, keep=torch.is_grad_enabled()):
-            return self.get_base_model()(*args, **kwargs)
+        return self._call(self.get_base_model(), args, kwargs, keep=torch.is_grad_enabled())
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's ``generate`` with the active adapters, or with ``adapter_names`` for each sample."""
-        names = kwargs.pop("adapter_names", None)
-        kwargs.pop("task_ids", None)
-        with self._rows(names, args, kwargs, keep=False):
-            return self.get_base_model().generate(*args, **kwargs)
+        return self._call(self.get_base_model().generate, args, kwargs, keep=False)
 
-    @contextmanager
-    def _rows(self, names: Sequence[str] | None, args: tuple, kwargs: dict, keep: bool) -> Iterator[None]:
+    def _call(self, function: Callable, args: tuple, kwargs: dict, keep: bool) -> Any:
         """Tell the layers which adapter each row has; kept for a backward, which may run the forward again."""
-        context = context_of(self.get_base_model())
-        if names is not None:
-            self._check_rows(names, args, kwargs)
+        names, context = kwargs.pop("adapter_names", None), context_of(self.get_base_model())
+        kwargs.pop("task_ids", None)
+        if names is None:
+            if context.adapter_names is not None:
+                context.set_adapter_names(None)
+            return function(*args, **kwargs)
+        self._check_rows(names, args, kwargs)
         context.set_adapter_names(names)
+        fast_path = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)  # it knows one weight for all rows
         try:
-            yield
+            return function(*args, **kwargs)
         finally:
-            if names is not None and not keep:
+            torch.backends.mha.set_fastpath_enabled(fast_path)
+            if not keep:
                 context.set_adapter_names(None)
 
     def _check_rows(self, names: Sequence[str], args: tuple, kwargs: dict) -> None:
@@ -394,6 +394,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         hub = {k: kwargs.pop(k) for k in HUB_ARGUMENTS if k in kwargs}
         config = _read_config(model_id, config, is_trainable, hub)
         weights = load_peft_weights(model_id, key_mapping=key_mapping, **hub)
+        frozen = [p for p in model.parameters() if not p.requires_grad]
         peft_model = cls._class_for(config)(
             model,
             config,
@@ -404,7 +405,9 @@ class PeftModel(PushToHubMixin, nn.Module):
         try:
             peft_model._load(adapter_name, weights, config.peft_version, low_cpu_mem_usage, kwargs)
         except Exception:
-            peft_model.base_model.unload()
+            peft_model.base_model.unload().requires_grad_(True)
+            for p in frozen:
+                p.requires_grad_(False)
             raise
         return peft_model if is_trainable else peft_model.eval()
 
@@ -488,7 +491,8 @@ def _read_config(model_id: str | os.PathLike, config: PeftConfig | None, is_trai
         raise ValueError(f"config should be a PeftConfig, got {type(config).__name__}.")
     if config.peft_type not in PEFT_TYPE_TO_TUNER_MAPPING:
         known = sorted(str(getattr(t, "value", t)) for t in PEFT_TYPE_TO_TUNER_MAPPING)
-        raise PeftError(f"{model_id} is a {config.peft_type} adapter; this version has {known}.")
+        what = f"is a {config.peft_type} adapter" if config.peft_type else "has a config that names no peft_type"
+        raise ConfigError(f"{model_id} {what}; this version has {', '.join(known)}.")
     config.inference_mode = not is_trainable
     return config
 

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ class Entry:
     tensor: torch.Tensor
     aliases: tuple[str, ...] = ()
     put: Callable[[torch.Tensor], None] | None = None
+    as_saved: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.detach
 
 
 class LoadResult(NamedTuple):
@@ -60,7 +62,10 @@ def entries(model: nn.Module, adapter: str) -> Iterator[Entry]:
                 bare = memory.removesuffix(".weight") != memory and not saved.endswith(".weight")
                 aliases = (prefix + join(place, f"{saved}.weight"),) if bare else ()
                 held = prefix + join(path, memory) if memory else ""
-                yield Entry(prefix + join(place, saved), held, tensor, aliases)
+                entry = Entry(prefix + join(place, saved), held, tensor, aliases)
+                if isinstance(wrapper, BaseTunerLayer):
+                    entry.as_saved = partial(wrapper.as_saved, adapter, saved)
+                yield entry
             if isinstance(wrapper, BaseTunerLayer) and adapter in wrapper:
                 shared.update({attribute: getattr(wrapper, attribute) for attribute in wrapper.shared})
     for saved, memory, tensor in bias_state(root, adapter):
@@ -108,12 +113,13 @@ def get_peft_model_state_dict(
     if config is None:
         operations.require_adapters(root, [adapter_name])
     found, seen = {}, set()
-    for entry in entries(model, adapter_name):
+    own = list(entries(model, adapter_name))  # held until the end: an id is that of a living tensor only
+    for entry in own:
         if id(entry.tensor) in seen or (entry.put is not None and not getattr(config, "save_projection", True)):
             continue
         seen.add(id(entry.tensor))
         value = (state_dict or {}).get(entry.memory, entry.tensor)
-        found[entry.saved] = value.detach()
+        found[entry.saved] = entry.as_saved(value).detach()
     if save_embedding_layers:
         found.update(_embeddings(root, prefix, adapter_name, always=save_embedding_layers is True))
     return found
@@ -159,7 +165,7 @@ def set_peft_model_state_dict(
     for entry in own:
         for name in (entry.saved, *entry.aliases):
             known[name] = entry
-    embeddings = _base_weights(root, prefix)
+    embeddings = base_weights(root, prefix)
     plan: list[tuple[Entry, torch.Tensor]] = []
     unexpected: list[str] = []
     wrong: list[tuple[Entry, torch.Tensor]] = []
@@ -185,7 +191,7 @@ def set_peft_model_state_dict(
     return LoadResult(missing, unexpected)
 
 
-def _base_weights(root: nn.Module, prefix: str) -> dict[str, Entry]:
+def base_weights(root: nn.Module, prefix: str) -> dict[str, Entry]:
     """Base weights of embeddings, which files may hold beside the adapter."""
     found = {}
     for getter in ("get_input_embeddings", "get_output_embeddings"):

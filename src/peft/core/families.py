@@ -10,6 +10,7 @@ from torch import nn
 
 from peft.core.kinds import Kind
 from peft.core.layer import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.error import NoEqualWeightError
 
 
 class DeltaLayer(BaseTunerLayer):
@@ -160,17 +161,46 @@ class CopyLayer(BaseTunerLayer):
                 f"{type(self).__name__} replaces a module, so one adapter can be active at a time, not {names}."
             )
 
+    def needs_weight(self) -> bool:
+        return True  # there is no common base output: each group of rows runs its own copy
+
     def _adapted(self, names: list[str], args: tuple, kwargs: dict) -> Any:
-        return self._copies()[names[-1]](*args, **kwargs)
+        duplicate, dtype = self._copies()[names[-1]], self._other_dtype(names[-1])
+        if dtype is None:
+            return duplicate(*args, **kwargs)
+        wide = self.dtype_of(names[-1])
+        y = duplicate(*(_as(wide, a) for a in args), **{k: _as(wide, v) for k, v in kwargs.items()})
+        return _as(dtype, y)
+
+    def _other_dtype(self, name: str) -> torch.dtype | None:
+        """The base module's dtype where the copy is held in another (a wider) one."""
+        dtype = next((p.dtype for p in self.get_base_layer().parameters() if p.is_floating_point()), None)
+        return None if dtype is None or dtype == self.dtype_of(name) else dtype
+
+    def _read(self, name: str) -> Any:
+        """An attribute of the acting module, in the base module's dtype: the parent may compute with it itself."""
+        ready = "_active_adapter" in self.__dict__
+        mixed = ready and self.context.adapter_names is not None and self.context.current is None
+        names = self._current() if ready and not mixed else []
+        if not names:
+            return getattr(self.base_layer, name)
+        value, dtype = getattr(self._copies()[names[-1]], name), self._other_dtype(names[-1])
+        if dtype is not None and isinstance(value, nn.Module):
+            return copy.deepcopy(value).to(dtype)
+        return value if dtype is None else _as(dtype, value)
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        raise NoEqualWeightError(f"{type(self).__name__} replaces the module whole; there is no change of one weight.")
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         new = check_adapters_to_merge(self, adapter_names)
         if len(new) > 1 or (new and self.merged_adapters):
             raise ValueError(f"{type(self).__name__} can merge one adapter at a time, not {new}.")
         for name in new:
-            duplicate = self._copies()[name]
+            duplicate = copy.deepcopy(self._copies()[name]).requires_grad_(False)
             if safe_merge and not all(p.isfinite().all() for p in duplicate.parameters()):
                 raise ValueError(f"adapter {name!r} holds NaN or infinite entries; nothing was merged.")
+            duplicate.to(self._other_dtype(name))
             self._kept, self.base_layer, self.merged_adapters = {"module": self.base_layer}, duplicate, [name]
 
     def unmerge(self) -> None:
@@ -249,6 +279,13 @@ class RowsLayer(BaseTunerLayer):
     def fold(self, name: str, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         index, rows = self._index(name, weight.device), self._rows(name).to(weight.dtype)
         return weight.index_copy(1, index, rows.T) if self.kind.lookup else weight.index_copy(0, index, rows)
+
+
+def _as(dtype: torch.dtype, value: Any) -> Any:
+    """Floating-point tensors, also those in tuples, in a dtype."""
+    if isinstance(value, tuple):
+        return tuple(_as(dtype, part) for part in value)
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 def _dtype_of(x: torch.Tensor) -> torch.dtype | None:

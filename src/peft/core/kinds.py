@@ -96,7 +96,7 @@ class Kind:
 
 
 class Linear(Kind):
-    pass
+    """``nn.Linear``: W is ``[out, in]``, and x has its features last."""
 
 
 class AttentionOutput(Linear):
@@ -305,6 +305,9 @@ class Stack(Kind):
             "its module computes is not known row by row. Activate one adapter at a time with set_adapter."
         )
 
+
+# Modules whose fast path computes with the weights of the layers in them instead of calling these.
+READERS = (nn.TransformerEncoderLayer,)
 
 # The more special kinds come first.
 KINDS: list[Kind] = [

@@ -94,6 +94,10 @@ class BaseTunerLayer(Switch, nn.Module):
         """Why the adapter cannot become part of the weight, or None."""
         return None
 
+    def as_saved(self, name: str, saved: str, tensor: torch.Tensor) -> torch.Tensor:
+        """What the file holds for a tensor of the adapter, by its name in the file."""
+        return tensor
+
     def upgrade(self, name: str, written_by: str) -> None:
         """Adjust an adapter just loaded from a file of another version, where the two mean different things."""
 
@@ -117,6 +121,7 @@ class BaseTunerLayer(Switch, nn.Module):
         self.base_layer = base_layer
         base = self.get_base_layer()
         self.kind = kind or kind_of(base)
+        self.read_by_parent = self.kind is not None and self.kind.read_by_parent
         self._start(context)
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True
@@ -240,22 +245,25 @@ class BaseTunerLayer(Switch, nn.Module):
             delegates = "base_layer" in self.__dict__.get("_modules", ()) and name != "base_layer"
             if not delegates or (name.startswith("_") and not (kind and kind.through_weight)):
                 raise
-        if kind is not None and kind.through_weight and name in (kind.weight, kind.bias):
-            return self._effective(self._current())[name]
-        return getattr(self.base_layer, name)
+        return self._read(name)
 
     @property
     def weight(self) -> torch.Tensor:
-        """The base layer's weight; where a parent reads it instead of calling the layer, with the adapters in it."""
-        if self.kind is not None and self.kind.read_by_parent:
-            return self._effective(self._current())["weight"]
-        return self.base_layer.weight
+        """The base layer's weight; where another module computes with it, with the adapters in it."""
+        return self._read("weight")
 
     @property
     def bias(self) -> torch.Tensor | None:
-        if self.kind is not None and self.kind.read_by_parent:
-            return self._effective(self._current())["bias"]
-        return self.base_layer.bias
+        return self._read("bias")
+
+    def _read(self, name: str) -> Any:
+        """An attribute of the base layer, with the adapters in it if it is the weight or bias of such a layer."""
+        kind, state = self.__dict__.get("kind"), self.__dict__
+        read = kind is not None and (kind.through_weight or state.get("read_by_parent"))
+        if read and name in (kind.weight, kind.bias):
+            names = self._current()
+            return self._stored_weight(names) if name == kind.weight else self._folded_bias(names)
+        return getattr(self.base_layer, name)
 
     # --- forward --------------------------------------------------------------------------------------------
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -265,9 +273,9 @@ class BaseTunerLayer(Switch, nn.Module):
             if self.merged_adapters:
                 self.unmerge()
             return self.base_layer(*args, **kwargs)
-        if rows is not None:
+        if rows is not None and self.context.current is None:
             return self._mixed(tuple(rows), args, kwargs)
-        names = self._live()
+        names = self._live() if rows is None else self._current()
         return self._adapted(names, args, kwargs) if names else self.base_layer(*args, **kwargs)
 
     def _live(self) -> list[str]:
@@ -282,6 +290,11 @@ class BaseTunerLayer(Switch, nn.Module):
             return []
         if self.context.current is not None:
             return [name for name in self.context.current if name in self]
+        if self.context.adapter_names is not None:
+            raise ValueError(
+                "adapter_names cannot be used here: another module computes with the weight of an adapted layer, for "
+                "all rows at once. Adapt that module itself (the attention, not its out_proj), or use one adapter."
+            )
         return self._live()
 
     def _adapted(self, names: list[str], args: tuple, kwargs: dict) -> Any:
@@ -303,8 +316,8 @@ class BaseTunerLayer(Switch, nn.Module):
         if kind.through_weight:
             values = self._effective(names)
             return functional_call(base, {k: v for k, v in values.items() if v is not None}, args, kwargs)
-        weight, bias = self._folded(names)
-        y = kind.apply(base, args[0], weight)
+        bias = self._folded_bias(names)
+        y = kind.apply(base, args[0], self._folded_weight(names))
         return y if bias is None else y + kind.along_channels(bias, base)
 
     def dtype_of(self, name: str) -> torch.dtype:
@@ -330,14 +343,12 @@ class BaseTunerLayer(Switch, nn.Module):
             first = first.expand(*[len(names) if a == axis else -1 for a in range(first.dim())])
             args = (first, *args[1:])
         groups, order = self.context.groups(names, first.shape[axis], first.device)
-        if len(groups) == 1 or not any(name in self for name, _ in groups):
-            name = groups[0][0]
-            return self._with_current([name] if name in self else [], args, kwargs)
+        if len(groups) == 1:
+            return self._with_current(groups[0][0], args, kwargs)
+        if not any(name in self for name, _ in groups) and not kind.companions:
+            return self.base_layer(*args, **kwargs)
         if self.by_weight or self.kind is None:
-            parts = [
-                self._with_current([name] if name in self else [], *kind.take_rows(base, args, kwargs, rows))
-                for name, rows in groups
-            ]
+            parts = [self._with_current(name, *kind.take_rows(base, args, kwargs, rows)) for name, rows in groups]
             return kind.join_rows(base, parts, order)
         return self._mixed_rows(groups, order, args, kwargs)
 
@@ -360,9 +371,10 @@ class BaseTunerLayer(Switch, nn.Module):
             parts.append(part)
         return torch.cat(parts).index_select(0, order)
 
-    def _with_current(self, names: list[str], args: tuple, kwargs: dict) -> Any:
-        """The call with these adapters, also in layers whose weight the base layer reads."""
-        outer, self.context.current = self.context.current, names
+    def _with_current(self, name: str, args: tuple, kwargs: dict) -> Any:
+        """The call with one adapter, also in layers whose weight the base layer reads."""
+        outer, self.context.current = self.context.current, [name]
+        names = [name] if name in self else []
         try:
             return self._adapted(names, args, kwargs) if names else self.base_layer(*args, **kwargs)
         finally:
@@ -411,31 +423,43 @@ class BaseTunerLayer(Switch, nn.Module):
         names = list(names)
         return names[::-1] if self.changes_input else names
 
-    def _folded(self, names: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Weight ``[out, in, *kernel]`` and bias with these adapters in them."""
+    def _inside(self) -> BaseTunerLayer | None:
+        """The tuner layer between this one and the base layer that acts on the same weight, if any."""
         inner = self.base_layer
-        if isinstance(inner, BaseTunerLayer) and inner.kind.weight == self.kind.weight:
-            weight, bias = inner._folded(inner._current())
-        else:
-            weight, bias = self.get_base_weight(), self.get_base_bias()
+        same = isinstance(inner, BaseTunerLayer) and inner.kind is not None and inner.kind.weight == self.kind.weight
+        return inner if same else None
+
+    def _folded_weight(self, names: list[str]) -> torch.Tensor:
+        """The weight ``[out, in, *kernel]`` with these adapters in it."""
+        inner = self._inside()
+        weight = self.get_base_weight() if inner is None else inner._folded_weight(inner._current())
         if not names:
-            return weight, bias
-        dtype, weight = weight.dtype, _wide(weight)
-        base = self.unmerged_weight()
+            return weight
+        dtype, weight, base = weight.dtype, _wide(weight), self.unmerged_weight()
         for name in self._fold_order(names):
-            weight, bias = self.fold(name, weight, base), self.fold_bias(name, bias)
-        return weight.to(dtype), None if bias is None else bias.to(dtype)
+            weight = self.fold(name, weight, base)
+        return weight.to(dtype)
+
+    def _folded_bias(self, names: list[str]) -> torch.Tensor | None:
+        """The bias ``[out]`` with these adapters in it."""
+        inner = self._inside()
+        bias = old = self.get_base_bias() if inner is None else inner._folded_bias(inner._current())
+        for name in self._fold_order(names):
+            bias = self.fold_bias(name, bias)
+        return bias if bias is None or old is None else bias.to(old.dtype)
 
     def _effective(self, names: list[str]) -> dict[str, torch.Tensor | None]:
         """The tensors that the base layer should read, as it stores them, by attribute; nested layers included."""
         values = {}
         if isinstance(self.base_layer, BaseTunerLayer):
             values = self.base_layer._effective(self.base_layer._current())
-        weight, bias = self._folded(names)
-        values[self.kind.weight] = self.kind.restore(weight, self.get_base_layer())
+        values[self.kind.weight] = self._stored_weight(names)
         if self.kind.bias:
-            values[self.kind.bias] = bias
+            values[self.kind.bias] = self._folded_bias(names)
         return values
+
+    def _stored_weight(self, names: list[str]) -> torch.Tensor:
+        return self.kind.restore(self._folded_weight(names), self.get_base_layer())
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """What the adapter adds to the base weight, in the layout in which the layer stores it.

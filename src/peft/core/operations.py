@@ -129,19 +129,8 @@ def delete_adapter(
     Returns:
         The adapters that are active afterwards, None if none are left.
     """
-    active: list[str] = []
-    rest: list[str] = []
-    for path, wrapper in list(wrappers_of(model)):
-        if isinstance(wrapper, layer_cls | AuxiliaryTrainingWrapper):
-            for attribute in getattr(wrapper, "shared", ()):
-                if adapter_name in wrapper and adapter_name in getattr(wrapper, attribute):
-                    del getattr(wrapper, attribute)[adapter_name]
-            wrapper.delete_adapter(adapter_name)
-            active, rest = active or wrapper.active_adapters, rest or wrapper.adapter_names
-            if isinstance(wrapper, AuxiliaryTrainingWrapper) and not wrapper.adapter_names:
-                replace_module(model, path, wrapper.unload(merge=False))
-    if record := biases_of(model):
-        record.delete(adapter_name)
+    remove(model, adapter_name, layer_cls)
+    active, rest = active_of(model), adapters_of(model)
     if active or not rest:
         return active or None
     warnings.warn(f"adapter {adapter_name!r} was active; {rest[0]!r} is active now.")
@@ -149,25 +138,71 @@ def delete_adapter(
     return rest[:1]
 
 
+def remove(model: nn.Module, adapter_name: str, layer_cls: type[nn.Module] = BaseTunerLayer) -> None:
+    """Take an adapter out of all layers, and the layers out of the model that hold no other one."""
+    for path, wrapper in reversed(list(wrappers_of(model))):  # inner ones first: the paths of the others stay true
+        if not isinstance(wrapper, layer_cls | AuxiliaryTrainingWrapper):
+            continue
+        for attribute in getattr(wrapper, "shared", ()):
+            if adapter_name in getattr(wrapper, attribute, ()):
+                del getattr(wrapper, attribute)[adapter_name]
+        wrapper.delete_adapter(adapter_name)
+        if path and not wrapper.adapter_names:
+            inner = wrapper.base_layer if isinstance(wrapper, BaseTunerLayer) else wrapper.unload(merge=False)
+            replace_module(model, path, inner)
+    if record := biases_of(model):
+        record.delete(adapter_name)
+
+
+def active_of(model: nn.Module) -> list[str]:
+    """The active adapters of a model."""
+    return next((active for _, wrapper in wrappers_of(model) if (active := wrapper.active_adapters)), [])
+
+
+def align(model: nn.Module) -> None:
+    """Let layers that are new in the model have the same adapters active, or be switched off, as the others."""
+    wrappers = [wrapper for _, wrapper in wrappers_of(model)]
+    active, off = active_of(model), any(wrapper.disable_adapters for wrapper in wrappers)
+    for wrapper in wrappers:
+        if active and not wrapper.active_adapters:
+            wrapper.set_adapter(active)
+        if off:
+            wrapper.enable_adapters(False)
+
+
 def merge(model: nn.Module, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
     """Merge adapters (default: the active ones) into the base weights of all layers, or of none.
 
     Raises:
-        ValueError: as soon as a layer cannot be merged; layers merged before it are unmerged again.
+        ValueError: if a layer cannot be merged; the others are then as they were.
     """
     mark_shared_weights(model)
-    done: list[BaseTunerLayer] = []
-    for path, layer in reversed(list(layers_of(model))):
-        before = list(layer.merged_adapters)
+    layers = list(reversed(list(layers_of(model))))
+    # those that will refuse come first: while nothing is merged there is nothing to undo
+    layers.sort(key=lambda item: not _refuses(item[1], adapter_names, safe_merge))
+    before = [list(layer.merged_adapters) for _, layer in layers]
+    for path, layer in layers:
         try:
             layer.merge(safe_merge, adapter_names)
         except Exception as error:
-            for merged in reversed(done):
-                merged.unmerge()
+            for (_, other), names in zip(layers, before):
+                if other.merged_adapters != names:
+                    other.unmerge()
+                    other.merge(adapter_names=names)
             error.args = (f"{path}: {error}",) if len(error.args) == 1 else error.args
             raise
-        if layer.merged_adapters != before:
-            done.append(layer)
+
+
+@torch.no_grad()
+def _refuses(layer: BaseTunerLayer, adapter_names: list[str] | None, safe_merge: bool) -> bool:
+    """Whether a merge will fail at this layer."""
+    wanted = layer.active_adapters if adapter_names is None else names_of(adapter_names)
+    new = [name for name in dict.fromkeys(wanted) if name in layer and name not in layer.merged_adapters]
+    if layer.kind is None or not new:
+        return False
+    if not layer.storage.can_write or any(layer.unmergeable(name) for name in new):
+        return True
+    return safe_merge and not all(t is None or bool(t.isfinite().all()) for t in (layer._folded_weight(new), layer._folded_bias(new)))
 
 
 def unmerge(model: nn.Module) -> None:
@@ -200,7 +235,7 @@ def unload(
     record = biases_of(model)
     tied = _tied_embeddings(model)
     if merge_first:
-        active: list[str] = next((w.active_adapters for _, w in wrappers_of(model)), [])
+        active = active_of(model)
         merge(model, adapter_names, safe_merge)
         bias = record.choose(active if adapter_names is None else adapter_names) if record else None
     else:

@@ -35,6 +35,10 @@ class Switch:
         """An adapter's tensors as (name in the file, name in memory, tensor): found by structure, never by text."""
         raise NotImplementedError
 
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Names in the file -> names in memory, below this module. transformers asks for it."""
+        return {saved: memory for saved, memory, _ in self.adapter_state(adapter_name)}
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter."""
         raise NotImplementedError

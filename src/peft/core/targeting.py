@@ -124,7 +124,8 @@ def find_targets(config: Any, model: nn.Module, layer_cls: type[BaseTunerLayer],
         found += _parameter_targets(config, site)
         if config.target_modules and selected(config, site.key) and site.key not in companions:
             target = _module_target(config, site, layer_cls)
-            for child in target.kind.companions if target.kind else ():
+            whole = target.kind is None or layer_cls.any_module
+            for child in () if whole else target.kind.companions:
                 companions.add(join(site.key, child))
                 inner = next(s for s in sites if s.key == join(site.key, child))
                 found.append(_module_target(config, inner, layer_cls))

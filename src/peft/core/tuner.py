@@ -26,12 +26,12 @@ from peft.core.buffers import BufferDict
 from peft.core.checkpointing import stop_watching, watch_checkpointing
 from peft.core.context import Context
 from peft.core.families import DeltaLayer
-from peft.core.kinds import Kind, Stack
+from peft.core.kinds import READERS, Kind, Stack
 from peft.core.layer import BaseTunerLayer
 from peft.core.replicate import replicate_layers, restore_layers
 from peft.core.storage import storage_of
 from peft.core.targeting import Target, find_targets, matches, resolve_targets
-from peft.core.walk import Site, layers_of, locate, replace_module, walk, wrappers_of
+from peft.core.walk import Site, layers_of, locate, parent_of, replace_module, walk
 
 
 # Heads that task classes add to modules_to_save by themselves; that a model lacks some of them is no mistake.
@@ -128,6 +128,7 @@ class BaseTuner(nn.Module):
         operations.mark_only_adapters_as_trainable(model)
         operations.set_requires_grad(model, adapter_name, False)
         operations.cast_adapter_dtype(model, adapter_name, autocast_adapter_dtype)
+        operations.align(model)
 
     def prepare_config(self, config: Any, model: nn.Module, keys: set[str] | None) -> None:
         """Settle what the config leaves open: its targets in this model."""
@@ -149,6 +150,7 @@ class BaseTuner(nn.Module):
         cls = self._class_for(target.kind, site.module)
         layer = cls(model.get_submodule(path), kind=target.kind, context=context_of(model))
         layer.train(layer.base_layer.training)
+        layer.read_by_parent |= isinstance(parent_of(model, path)[0], READERS)
         replace_module(model, path, layer)
         return layer
 
@@ -190,15 +192,10 @@ class BaseTuner(nn.Module):
 
     def _take_back(self, model: nn.Module, name: str) -> None:
         """Undo an injection that failed half way."""
-        operations.delete_adapter(model, name, self.prefix)
-        for path, wrapper in reversed(list(wrappers_of(model))):
-            if isinstance(wrapper, BaseTunerLayer) and not wrapper.adapter_names:
-                replace_module(model, path, wrapper.base_layer)
+        operations.remove(model, name)
         for attribute in self.layer_cls.shared:
-            if hasattr(self, attribute):
-                container = getattr(self, attribute)
-                if name in container:
-                    del container[name]
+            if name in getattr(self, attribute, ()):
+                del getattr(self, attribute)[name]
 
     # --- life of the adapters ---------------------------------------------------------------------------------
     @property

@@ -74,6 +74,8 @@ class IA3Layer(ScaleLayer):
 
 
 class IA3Tuner(BaseTuner):
+    """Applies (IA)^3: finds the feed-forward modules of an architecture, and combines adapters."""
+
     def prepare_config(self, config: Any, model: nn.Module, keys: set[str] | None) -> None:
         if config.target_modules is None and config.feedforward_modules is None:
             model_type = getattr(getattr(model, "config", None), "model_type", "")

@@ -86,7 +86,8 @@ class OFTRotation(nn.Module):
         q = self.skew()
         eye = torch.eye(self.size, device=q.device, dtype=q.dtype)
         if self.terms is None:
-            rotation = torch.linalg.solve(eye + q, eye - q, left=False)
+            wide = q.float() if q.dtype.itemsize < 4 else q  # there is no solver for 16 bits
+            rotation = torch.linalg.solve(eye + wide, eye - wide, left=False).to(q.dtype)
         else:
             rotation = self._series(q, eye)
         if self.dropout and self.training:

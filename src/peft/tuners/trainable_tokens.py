@@ -45,6 +45,8 @@ class TrainableTokensLayer(TokensLayer):
 
 
 class TokensTuner(BaseTuner):
+    """Applies trainable tokens, by default to the input embedding."""
+
     def prepare_config(self, config: Any, model: nn.Module, keys: set[str] | None) -> None:
         if config.target_modules is None and keys is None and hasattr(model, "get_input_embeddings"):
             embedding = model.get_input_embeddings()

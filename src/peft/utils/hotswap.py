@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 
 from peft.config import PeftConfig, resolve_pattern
-from peft.core.checkpoint import Entry, _base_weights, anatomy, entries, load_peft_weights
-from peft.core.combine import resized
+from peft.core.checkpoint import Entry, anatomy, entries, load_peft_weights
+from peft.core.checkpoint import base_weights as base_weights
 from peft.core.kinds import Stack
 from peft.core.operations import require_adapters
 from peft.core.walk import join, layers_of, walk
 from peft.tuners.lora.layer import LoraLayer
-from peft.tuners.lora.model import join_pair, pair_blocks, split_pair
+from peft.tuners.lora.pairs import held_rank, of_rank, pair_blocks
 from peft.utils.error import CheckpointError, ConfigError
 from peft.utils.peft_types import PeftType
 
@@ -37,21 +38,19 @@ _LORA_FIELDS = (
     "trainable_token_indices",
     "ensure_weight_tying",
 )
-# What may differ in any method: where an adapter comes from, and targets, which are compared tensor by tensor.
-_FREE_FIELDS = (
-    "task_type",
-    "peft_version",
-    "auto_mapping",
-    "base_model_name_or_path",
-    "revision",
-    "inference_mode",
+# Where an adapter sits. This is compared tensor by tensor.
+_TARGETS = (
     "target_modules",
     "exclude_modules",
     "layers_to_transform",
     "layers_pattern",
+    "layer_replication",
     "modules_to_save",
     "bias",
 )
+# What else may differ in any method: where an adapter comes from.
+_ORIGIN = ("task_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode")
+_OUT, _IN = ("out_features", "out_channels"), ("in_features", "in_channels")
 
 
 def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -> None:
@@ -70,7 +69,7 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
         fields = _LORA_FIELDS
     else:
         names = [field.name for field in dataclasses.fields(config0)]
-        fields = tuple(name for name in names if name not in _FREE_FIELDS and not name.startswith("init_"))
+        fields = tuple(name for name in names if name not in (*_TARGETS, *_ORIGIN) and not name.startswith("init_"))
     for name in fields:
         old, new = getattr(config0, name, None), getattr(config1, name, None)
         if old != new:
@@ -81,7 +80,11 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
 
 
 def hotswap_adapter(
-    model: nn.Module, model_name_or_path: str | os.PathLike, adapter_name: str, torch_device: str | None = None, **kwargs: Any
+    model: nn.Module,
+    model_name_or_path: str | os.PathLike,
+    adapter_name: str,
+    torch_device: str | None = None,
+    **kwargs: Any,
 ) -> None:
     """Replace an adapter of the model by one from a folder or from the hub, in place.
 
@@ -110,7 +113,7 @@ def hotswap_adapter_from_state_dict(
 
     A LoRA adapter of smaller rank is filled up with zeros. One of larger rank makes the parameters grow, which
     compiled graphs and optimizers notice: see :func:`prepare_model_for_compiled_hotswap`. LoRA layers for which there
-    are no tensors get no update. Merged adapters are unmerged.
+    are no tensors are left without update. Merged adapters are unmerged.
 
     Args:
         state_dict: named as in files.
@@ -122,101 +125,295 @@ def hotswap_adapter_from_state_dict(
             another shape. The model is then unchanged.
     """
     model = _uncompiled(model)
-    root, _, owner = anatomy(model)
-    configs = getattr(model, "peft_config", None) or {}
-    own = list(entries(model, adapter_name))
-    if not own:
-        require_adapters(root, [adapter_name])
-    if (old := configs.get(adapter_name)) is not None:
+    root, prefix = anatomy(model)
+    old = (getattr(model, "peft_config", None) or {}).get(adapter_name)
+    if old is not None:
         check_hotswap_configs_compatible(old, config)
-    given = _Given(model, own, state_dict)
-    pairs = [
-        plan
-        for key, layer in _lora_layers(root, adapter_name)
-        if (plan := _plan_pair(given, key, layer, adapter_name, config)) is not None
-    ]
+    given = _Given(model, adapter_name, state_dict)
+    layers = [found for found in _lora_layers(root) if adapter_name in found.layer]
+    pairs = [_pair(given, found, prefix, adapter_name, config) for found in layers]
     copies = given.rest()
     for _, layer in layers_of(root):
         if adapter_name in layer.merged_adapters:
             layer.unmerge()
     with torch.no_grad():
-        for plan in pairs:
-            plan.carry_out(adapter_name, config)
+        for found, pair in zip(layers, pairs):
+            _swap_pair(found, pair, adapter_name, config)
         for entry, value in copies:
             if entry.put is not None:
                 entry.put(value)
             else:
                 entry.tensor.copy_(value)
+        for _, layer in layers_of(root):
+            if adapter_name in layer:
+                layer.upgrade(adapter_name, config.peft_version or "")
     if old is not None:
-        _replace_config([model, owner, root], adapter_name, _with_targets_of(old, config))
+        _set_config(model, adapter_name, _with_targets_of(old, config))
 
 
 class _Given:
-    """The tensors of a file beside those of the adapter, by place; what has been used is gone."""
+    """The tensors of a file, each with its place in the adapter; what is taken out is dealt with."""
 
-    def __init__(self, model: nn.Module, own: list[Entry], state_dict: dict[str, torch.Tensor]) -> None:
-        root, prefix, _ = anatomy(model)
+    def __init__(self, model: nn.Module, adapter: str, state_dict: dict[str, torch.Tensor]) -> None:
+        root, prefix = anatomy(model)
+        own = list(entries(model, adapter))
+        if not own:
+            require_adapters(root, [adapter])
+        if any(entry.tensor.is_meta for entry in own):
+            raise CheckpointError(f"adapter {adapter!r} has no values yet (low_cpu_mem_usage); load its file first.")
         known = {_plain(name): entry for entry in own for name in (*entry.aliases, entry.saved)}
-        base = {_plain(name): entry for name, entry in _base_weights(root, prefix).items()}
-        self.own = own
-        self.found: dict[int, tuple[Entry, torch.Tensor]] = {}
+        base = {_plain(name): entry for name, entry in base_weights(root, prefix).items()}
+        # what has no place in memory is a view of the pair of another layer
+        self.own = {entry.memory: entry for entry in own if entry.memory}
+        self.found: dict[str, tuple[Entry, torch.Tensor]] = {}
         unexpected = []
         for name, value in state_dict.items():
-            short = _plain(name)
-            names = (short, prefix + short, short.removeprefix("base_model.model."))
-            entry = next((known[n] for n in names if n in known), None) or base.get(short)
+            plain = _plain(name)
+            names = (plain, prefix + plain, plain.removeprefix("base_model.model."))
+            entry = next((known[n] for n in names if n in known), None) or base.get(plain)
             if entry is None:
                 unexpected.append(name)
-            else:
-                self.found[id(entry.tensor)] = entry, value
+            elif entry.memory or plain not in known:
+                self.found[entry.memory or plain] = entry, value
         if unexpected:
+            more = f" and {len(unexpected) - 8} more" if len(unexpected) > 8 else ""
             raise CheckpointError(
-                f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(unexpected[:8])}"
-                + (f" and {len(unexpected) - 8} more" if len(unexpected) > 8 else "")
-                + ". The first adapter has to have all targets that a later one has; load the one with the most "
-                "target modules first, or use load_adapter."
+                f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(unexpected[:8])}{more}. "
+                "The adapter in the model needs all the targets of the new one: load the one with the most targets "
+                "first, or load the new one beside it with load_adapter."
             )
 
-    def take(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        _, value = self.found.pop(id(tensor), (None, None))
-        return value
+    def take(self, places: list[str]) -> list[torch.Tensor | None]:
+        """The new values at these places in memory; None where there is none."""
+        for place in places:
+            self.own.pop(place, None)
+        return [self.found.pop(place, (None, None))[1] for place in places]
 
     def rest(self) -> list[tuple[Entry, torch.Tensor]]:
-        """What is to be copied as it is.
+        """What is left, to be copied as it is.
 
         Raises:
             ValueError: for a tensor that is missing or has another shape.
         """
+        missing = [e.saved for key, e in self.own.items() if key not in self.found and e.put is None]
+        if missing:
+            raise CheckpointError(f"Hot swapping the adapter did not succeed, missing keys: {', '.join(missing[:8])}.")
         for entry, value in self.found.values():
             if entry.tensor.shape != value.shape:
-                raise CheckpointError(
-                    f"size mismatch for {entry.saved}: the new adapter has {list(value.shape)}, the model "
-                    f"{list(entry.tensor.shape)}; such an adapter cannot be swapped in. Use load_adapter."
-                )
-        return [(entry, value) for entry, value in self.found.values() if entry.memory or entry.put is not None]
+                raise _mismatch(entry.saved, value.shape, entry.tensor.shape)
+        return list(self.found.values())
 
 
-class _Pair(NamedTuple):
-    """A and B that a LoRA layer is to get; None for no update."""
+def _mismatch(place: str, new: Sequence[int], wanted: Sequence[int]) -> CheckpointError:
+    return CheckpointError(
+        f"size mismatch for {place}: the new adapter has {list(new)}, but the model and the new config mean "
+        f"{list(wanted)}. It belongs to another base model or config."
+    )
 
-    layer: LoraLayer
+
+def _plain(name: str) -> str:
+    """A name without what ``torch.compile`` puts into it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    return model._modules.get("_orig_mod") or model
+
+
+def _set_config(model: nn.Module, name: str, config: Any) -> None:
+    for holder in (model, model._modules.get("base_model"), anatomy(model)[0]):
+        configs = getattr(holder, "peft_config", None) or {}
+        if name in configs:
+            configs[name] = config
+
+
+def _with_targets_of(old: Any, new: Any) -> Any:
+    """The new config for the old places: layers that the new adapter lacks are still there, without update."""
+    config = copy.copy(new)
+    for field in ("inference_mode", "target_parameters", *_TARGETS):
+        if hasattr(config, field):
+            setattr(config, field, getattr(old, field))
+    return config
+
+
+# --- pairs of LoRA --------------------------------------------------------------------------------------------
+
+
+class _Found(NamedTuple):
+    """A LoRA layer, with its path in the model and the name by which patterns of configs mean it."""
+
+    path: str
     key: str
-    down: torch.Tensor | None
-    up: torch.Tensor | None
+    layer: LoraLayer
 
-    def carry_out(self, name: str, config: Any) -> None:
-        layer, (a, b) = self.layer, self.layer.pair(name)
-        if self.down is None:
-            b.zero_()
+
+def _lora_layers(root: nn.Module) -> Iterator[_Found]:
+    for site in walk(root):
+        for path, wrapper in site.wrappers:
+            if isinstance(wrapper, LoraLayer):
+                key = join(site.key, wrapper.kind.weight) if isinstance(wrapper.kind, Stack) else site.key
+                yield _Found(path, _plain(key), wrapper)
+
+
+def _pair(
+    given: _Given, found: _Found, prefix: str, name: str, config: Any
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Take a layer's new A and B out of what is given; None if there is nothing for this layer.
+
+    Raises:
+        ValueError: if half of it is missing, or it does not fit the layer or the config.
+    """
+    _, key, layer = found
+    if name in layer.tied_to:
+        return None
+    tail = f"lora_embedding_{{}}.{name}" if layer.kind.lookup else f"lora_{{}}.{name}.weight"
+    places = [prefix + join(found.path, tail.format(factor)) for factor in "AB"]
+    down, up = given.take(places)
+    if down is None and up is None:
+        if layer.lora_bias[name]:
+            given.take([prefix + join(found.path, f"lora_B.{name}.bias")])
+        return None
+    if down is None or up is None:
+        raise CheckpointError(f"Hot swapping the adapter did not succeed: {key!r} has only one of its two factors.")
+    (a, b), (experts, groups) = layer.pair(name), pair_blocks(layer)
+    rank = resolve_pattern(config.rank_pattern, key, config.r)
+    shapes = (rank * experts, *a.shape[1:]), (b.shape[0], rank * experts // groups, *b.shape[2:])
+    for place, new, shape in zip(places, (down, up), shapes):
+        if new.shape != shape:
+            raise _mismatch(place, new.shape, shape)
+    return down, up
+
+
+def _swap_pair(found: _Found, pair: tuple[torch.Tensor, torch.Tensor] | None, name: str, config: Any) -> None:
+    _, key, layer = found
+    rank = resolve_pattern(config.rank_pattern, key, config.r)
+    if name not in layer.tied_to:
+        _make_room(layer, name, rank)
+        a, b = layer.pair(name)
+        if pair is not None:
+            down, up = of_rank(layer, name, held_rank(layer, name), *pair)
+            a.copy_(down)
+            b.copy_(up)
         else:
-            rank = self.rank(a, b)
-            down, up = _padded(layer, self.down, self.up, rank)
-            _set(layer, name, down.to(a), up.to(b))
-        layer.r[name] = resolve_pattern(config.rank_pattern, self.key, config.r)
-        layer.lora_alpha[name] = resolve_pattern(config.alpha_pattern, self.key, config.lora_alpha)
-        layer.use_rslora[name] = config.use_rslora
-        _set_scaling(layer, name, layer.initial_scaling(name))
+            b.zero_()
+            if layer.lora_bias[name]:
+                layer.lora_B[name].bias.zero_()
+    alpha = resolve_pattern(config.alpha_pattern, key, config.lora_alpha)
+    layer.put(name, r=rank, lora_alpha=alpha, use_rslora=config.use_rslora)
+    if isinstance(layer.scaling[name], torch.Tensor):
+        layer.scaling[name].fill_(layer.initial_scaling(name))
+    else:
+        layer.scaling[name] = layer.initial_scaling(name)
 
-    def rank(self, a: torch.Tensor, b: torch.Tensor) -> int:
-        """The larger one of the rank in the model and the new one, by block."""
-        return max(split_pair(self.layer, a, b)[0].shape[1], split_pair(self.layer, self.down, self.up)[0].shape[1])
+
+def _make_room(layer: LoraLayer, name: str, rank: int) -> None:
+    """The parameters stay the same objects; their tensors grow by zeros."""
+    if rank <= held_rank(layer, name):
+        return
+    pair = layer.pair(name)
+    for parameter, tensor in zip(pair, of_rank(layer, name, rank, *(p.detach() for p in pair))):
+        parameter.data, parameter.grad = tensor.contiguous(), None
+    if layer.kind.lookup:
+        return
+    width = pair[0].shape[0]
+    for module, names in ((layer.lora_A[name], _OUT), (layer.lora_B[name], _IN)):
+        for attribute in names:
+            if hasattr(module, attribute):
+                setattr(module, attribute, width)
+
+
+# --- preparation ----------------------------------------------------------------------------------------------
+
+
+def prepare_model_for_compiled_hotswap(
+    model: nn.Module,
+    *,
+    target_rank: int | None = None,
+    config: Any = None,
+    check_compiled: Literal["error", "warn", "ignore"] = "error",
+) -> None:
+    """Make LoRA adapters of any rank and scale look alike to ``torch.compile``, so that swapping recompiles nothing.
+
+    Scales become tensors, and pairs are filled up with zeros to one rank. Call it after the first adapter is loaded
+    and before the model is compiled. Adapters of other methods need no preparation.
+
+    Args:
+        target_rank: the largest rank of all adapters to come; None keeps the ranks.
+        config: config, or dict of configs, to be brought up to ``target_rank`` as well, with alphas that keep the
+            scales. The configs of the model itself stay those of its adapters.
+        check_compiled: what to do if the model is compiled already.
+
+    Raises:
+        ValueError: if the model has no adapters or is compiled, or an adapter has a larger rank than ``target_rank``.
+            The model is then unchanged.
+    """
+    if check_compiled not in ("error", "warn", "ignore"):
+        raise ValueError(f"check_compiled should be one of 'error', 'warn', or 'ignore', got {check_compiled!r}.")
+    if check_compiled != "ignore" and _is_compiled(model):
+        message = "Call prepare_model_for_compiled_hotswap *before* compiling the model"
+        if check_compiled == "error":
+            raise ValueError(f"{message}, or recompile it and pass check_compiled='ignore'.")
+        warnings.warn(f"{message}: the next forward recompiles it.")
+    model = _uncompiled(model)
+    root, _ = anatomy(model)
+    if not any(True for _ in layers_of(root)):
+        raise ValueError(
+            "No adapter layers found on the model; call prepare_model_for_compiled_hotswap after loading the first "
+            "adapter and before swapping in the second one."
+        )
+    pairs = [(key, layer, name) for _, key, layer in _lora_layers(root) for name in layer.adapter_names]
+    if target_rank is not None:
+        for key, layer, name in pairs:
+            _check_room(key, layer, name, target_rank)
+    configs = list(config.values()) if isinstance(config, dict) else [] if config is None else [config]
+    for name, own in (getattr(model, "peft_config", None) or {}).items():
+        if any(own is given for given in configs):
+            _set_config(model, name, copy.deepcopy(own))
+    with torch.no_grad():
+        for _, layer, name in pairs:
+            _prepare_pair(layer, name, target_rank)
+    for given in configs if target_rank is not None else []:
+        _widen_config(given, target_rank)
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules())
+
+
+def _check_room(key: str, layer: LoraLayer, name: str, target_rank: int) -> None:
+    if name in layer.tied_to:
+        return
+    rank, groups = held_rank(layer, name), pair_blocks(layer)[1]
+    if rank > target_rank:
+        raise ValueError(
+            f"the adapter {name!r} has rank {rank} in {key!r}, more than target_rank={target_rank}. Choose the "
+            "largest rank of all adapters that will be swapped in."
+        )
+    if target_rank % groups:
+        raise ValueError(f"target_rank={target_rank} does not divide over the {groups} groups of {key!r}.")
+
+
+def _prepare_pair(layer: LoraLayer, name: str, target_rank: int | None) -> None:
+    tied = name in layer.tied_to
+    a = layer.tied_to[name].pair(name)[0] if tied else layer.pair(name)[0]
+    if target_rank is not None and not tied:
+        _make_room(layer, name, target_rank)
+    dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
+    layer.scaling[name] = torch.as_tensor(layer.scaling[name], dtype=dtype, device=a.device)
+
+
+def _widen_config(config: Any, target_rank: int) -> None:
+    """Make a config one of ``target_rank`` everywhere, with alphas for the same scales."""
+
+    def alpha(value: float, rank: int) -> float:
+        ratio = target_rank / rank
+        wide = value * (math.sqrt(ratio) if config.use_rslora else ratio)
+        return int(wide) if wide == int(wide) else wide
+
+    ranks, default = dict(config.rank_pattern), config.lora_alpha
+    alphas = {k: alpha(v, resolve_pattern(ranks, k, config.r)) for k, v in config.alpha_pattern.items()}
+    for key, rank in ranks.items():
+        if rank != config.r and resolve_pattern(alphas, key, None) is None:
+            alphas[key] = alpha(default, rank)
+    config.lora_alpha, config.alpha_pattern = alpha(default, config.r), alphas
+    config.r, config.rank_pattern = target_rank, dict.fromkeys(ranks, target_rank)

@@ -1,5 +1,7 @@
 """How modules keep their weights. A storage is registered once and serves every method, kind and operation."""
 
+from torch import nn
+
 from peft.core.storage.plain import Plain, Storage
 
 
@@ -11,7 +13,7 @@ def register_storage(storage: Storage) -> None:
     _STORAGES.insert(0, storage)
 
 
-def storage_of(m, attribute: str) -> Storage:
+def storage_of(m: nn.Module, attribute: str) -> Storage:
     """The storage that keeps ``m.<attribute>``."""
     return next(storage for storage in _STORAGES if storage.matches(m, attribute))
 

@@ -47,6 +47,8 @@ class Storage:
 
 
 class Plain(Storage):
+    """A dense ``nn.Parameter``."""
+
     def matches(self, m: nn.Module, attribute: str) -> bool:
         return True
 

@@ -14,6 +14,7 @@ from peft.core.families import DeltaLayer
 from peft.core.kinds import Kind
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.initialize import initialize
+from peft.tuners.lora.pairs import without_padding
 from peft.tuners.lora.variants import LoraVariant, TiedPair, resolve_variant
 
 
@@ -150,6 +151,9 @@ class LoraLayer(DeltaLayer):
             a, b = self.lora_variant[name].pair(self, name)
             yield "lora_A.weight", "", a
             yield "lora_B.weight", "", b
+
+    def as_saved(self, name: str, saved: str, tensor: torch.Tensor) -> torch.Tensor:
+        return without_padding(self, name, saved, tensor)
 
     def upgrade(self, name: str, written_by: str) -> None:
         """Files before 1.0 mean the update of an attention's out_proj twice."""

@@ -20,6 +20,7 @@ from peft.core.registry import define_tuner
 from peft.core.tuner import BaseTuner, check_adapter_name
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.pairs import join_pair, pair_blocks, split_pair
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.error import nearest
 from peft.utils.merge_utils import prune, task_arithmetic, ties
@@ -54,6 +55,21 @@ WAYS = {
 }
 
 
+CombinationType = Literal[
+    "svd",
+    "linear",
+    "cat",
+    "ties",
+    "ties_svd",
+    "dare_ties",
+    "dare_linear",
+    "dare_ties_svd",
+    "dare_linear_svd",
+    "magnitude_prune",
+    "magnitude_prune_svd",
+]
+
+
 class LoraTuner(BaseTuner):
     """What LoRA can do to a whole model beyond any other method."""
 
@@ -62,19 +78,7 @@ class LoraTuner(BaseTuner):
         adapters: list[str],
         weights: list[float],
         adapter_name: str,
-        combination_type: Literal[
-            "svd",
-            "linear",
-            "cat",
-            "ties",
-            "ties_svd",
-            "dare_ties",
-            "dare_linear",
-            "dare_ties_svd",
-            "dare_linear_svd",
-            "magnitude_prune",
-            "magnitude_prune_svd",
-        ] = "svd",
+        combination_type: CombinationType = "svd",
         svd_rank: int | None = None,
         svd_clamp: float | None = None,
         svd_full_matrices: bool = True,
@@ -145,7 +149,7 @@ class LoraTuner(BaseTuner):
             here = [layer.r[name] for name in adapters if name in layer]
             if here:
                 ranks.append(sum(here) if way == "cat" else max(here))
-                groups = math.lcm(groups, _blocks(layer)[1])
+                groups = math.lcm(groups, pair_blocks(layer)[1])
         rank = svd_rank if WAYS[way].dense and svd_rank is not None else max(ranks)
         return math.ceil(rank / groups) * groups
 
@@ -175,8 +179,8 @@ class Mixer:
         down, up = (self._from_updates if self.way.dense or self.cat else self._from_factors)(
             layer, pairs, weights, scales, rank
         )
-        for tensor, value in zip((a, b), join_pair(layer, resized(down, rank, 1), resized(up, rank, 2))):
-            tensor.copy_(value.reshape(tensor.shape))
+        for tensor, value in zip((a, b), join_pair(layer, resized(down, rank, 1), resized(up, rank, 2), adapter_name)):
+            tensor.copy_(value)
         biased = [(n, w, s) for (n, w), s in zip(parts, scales) if layer.lora_bias[n]]
         if biased:
             shifts = [self._pruned(_wide(layer.lora_B[name].bias) * scale) for name, _, scale in biased]
@@ -219,31 +223,6 @@ class Mixer:
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def _blocks(layer: LoraLayer) -> tuple[int, int]:
-    """How many matrices the update consists of: experts of a stack, groups of a convolution."""
-    if layer.kind.lookup:
-        return 1, 1
-    base = layer.get_base_layer()
-    groups = getattr(base, "groups", 1)
-    with torch.device("meta"):
-        down, _ = layer.kind.factor(base, groups)
-    return down.weight.shape[0] // groups, groups
-
-
-def split_pair(layer: LoraLayer, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A pair as matrices: (down ``[blocks, r, in]``, up ``[blocks, out, r]``), the update is ``up @ down``."""
-    experts, groups = _blocks(layer)
-    if experts > 1:
-        return a.unflatten(0, (experts, -1)), b.unflatten(1, (-1, experts)).permute(2, 0, 1)
-    return a.unflatten(0, (groups, -1)).flatten(2), b.flatten(1).unflatten(0, (groups, -1))
-
-
-def join_pair(layer: LoraLayer, down: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The inverse of :func:`split_pair`, but for trailing axes."""
-    up = up.permute(1, 2, 0).flatten(1) if _blocks(layer)[0] > 1 else up.flatten(0, 1)
-    return down.flatten(0, 1), up
 
 
 LoraModel = define_tuner(

@@ -1,0 +1,123 @@
+"""From a config to its method: the registry's mappings, and injection of adapters into plain models."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+import peft.tuners  # noqa: F401  registers the methods
+from peft.config import PeftConfig
+from peft.core.tuner import BaseTuner
+from peft.utils.error import NotSupportedYetError
+from peft.utils.peft_types import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+
+
+__all__ = [
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
+    "PEFT_TYPE_TO_PREFIX_MAPPING",
+    "PEFT_TYPE_TO_TUNER_MAPPING",
+    "get_peft_config",
+    "inject_adapter_in_model",
+]
+
+
+def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
+    """The config that a dict of fields describes; its ``"peft_type"`` names the class.
+
+    Raises:
+        TypeError: if it is no dict.
+        ValueError: if ``"peft_type"`` is missing or unknown, or a field has a bad value.
+    """
+    if not isinstance(config_dict, dict):
+        raise TypeError(f"get_peft_config takes a dict of config fields, got {type(config_dict).__name__}.")
+    if config_dict.get("peft_type") is None:
+        known = ", ".join(sorted(method_names()))
+        raise ValueError(f"the dict has no 'peft_type', which says what it configures; it can be one of {known}.")
+    return PeftConfig.from_peft_type(**config_dict)
+
+
+def method_names() -> list[str]:
+    """The methods that are registered, as strings."""
+    return [str(getattr(peft_type, "value", peft_type)) for peft_type in PEFT_TYPE_TO_TUNER_MAPPING]
+
+
+def check_config(peft_config: Any) -> None:
+    """Make sure that this is a config, of a method that there is.
+
+    Raises:
+        TypeError: if it is something else, such as a dict.
+        ValueError: if its method is not registered; the message lists those that are.
+    """
+    if isinstance(peft_config, dict):
+        raise TypeError(
+            "peft_config should be a PeftConfig such as LoraConfig, got a dict. Turn it into one with "
+            "get_peft_config(config_dict)."
+        )
+    if not isinstance(peft_config, PeftConfig):
+        got = peft_config.__name__ + ", a class" if isinstance(peft_config, type) else type(peft_config).__name__
+        raise TypeError(f"peft_config should be an instance of a PeftConfig such as LoraConfig(...), got {got}.")
+    if peft_config.peft_type not in PEFT_TYPE_TO_TUNER_MAPPING:
+        method = peft_config.peft_type
+        named = str(getattr(method, "value", method))
+        raise NotSupportedYetError(
+            f"{type(peft_config).__name__}: no method is registered for peft_type {named!r}. "
+            f"There are {', '.join(sorted(method_names()))}; register_peft_method adds others."
+        )
+
+
+def inject_adapter_in_model(
+    peft_config: PeftConfig,
+    model: nn.Module,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Put an adapter into a model and return that model, without a :class:`PeftModel` around it.
+
+    The model is changed in place; ``model.peft_config[adapter_name]`` is the config, with its targets settled.
+
+    Args:
+        low_cpu_mem_usage: leave the adapter on the meta device until a checkpoint is loaded.
+        state_dict: adapt the modules for which this checkpoint has tensors, whatever the config targets. The tensors
+            themselves are loaded with :func:`set_peft_model_state_dict`.
+        kwargs: arguments of newer callers, which are ignored with a warning.
+
+    Raises:
+        TypeError: if ``peft_config`` is no config.
+        ValueError: if the config does not fit the model, belongs to a method that cannot be injected, or the name is
+            taken; the model is then unchanged.
+    """
+    from peft.utils.transformers_weight_conversion import convert_config_for
+
+    check_config(peft_config)
+    if peft_config.is_prompt_learning:
+        raise ValueError(
+            f"{type(peft_config).__name__} cannot be injected: prompt learning changes what goes into a model, not its "
+            "modules. Use get_peft_model."
+        )
+    if isinstance(inner := getattr(model, "base_model", model), BaseTuner):
+        raise TypeError(
+            f"the model is a {type(model).__name__}, which manages its adapters itself: call "
+            f"model.add_adapter({adapter_name!r}, config)" + (" on the PeftModel." if inner is model else ".")
+        )
+    if kwargs:
+        warnings.warn(f"inject_adapter_in_model does not know {sorted(kwargs)}; ignored.")
+    convert_config_for(model, peft_config)
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING[peft_config.peft_type](
+        model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict
+    )
+    for attribute in tuner.layer_cls.shared:
+        container = tuner._modules.get(attribute)
+        if container is not None:  # the tuner is gone after this: what layers share lives in the model
+            tuner.model.add_module(attribute, container)
+    return tuner.model

@@ -1,0 +1,108 @@
+"""The front door: a model and a config give a model with an adapter."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import nn
+
+from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from peft.config import PeftConfig
+from peft.core.operations import adapters_of
+from peft.core.tuner import BaseTuner
+from peft.mapping import check_config
+from peft.mixed_model import PeftMixedModel
+from peft.peft_model import PeftModel
+from peft.utils.error import nearest
+from peft.utils.transformers_weight_conversion import convert_config_for
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> PeftModel | PeftMixedModel:
+    """Give a model its first adapter: the model is changed in place, frozen, and wrapped in a :class:`PeftModel`.
+
+    Args:
+        model: the base model, usually one of transformers; any ``nn.Module`` will do.
+        peft_config: the method and its options. It keeps what is settled here: the targets, and the base model's name.
+        mixed: allow adapters of different methods beside each other.
+        autocast_adapter_dtype: hold the adapter in float32 where the model is in a 16-bit dtype.
+        revision: revision of the base model, kept in the config for loading.
+        low_cpu_mem_usage: leave the adapter on the meta device until a checkpoint is loaded.
+
+    Returns:
+        The :class:`PeftModel` of the config's ``task_type``; the general one if it has none.
+
+    Raises:
+        TypeError: if ``peft_config`` is no config, or the model is a PeftModel already.
+        ValueError: if the config does not fit the model, which is then unchanged, or names an unknown task.
+    """
+    check_config(peft_config)
+    _check_model(model, adapter_name)
+    cls = PeftMixedModel if mixed else _class_for_task(peft_config)
+    _record_origin(model, peft_config, revision)
+    convert_config_for(model, peft_config)
+    return cls(
+        model,
+        peft_config,
+        adapter_name,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+        low_cpu_mem_usage=low_cpu_mem_usage,
+    )
+
+
+def _check_model(model: nn.Module, adapter_name: str) -> None:
+    """Refuse what has a manager of adapters already; warn of what has adapters without one."""
+    if isinstance(model, PeftModel | BaseTuner):
+        kind = type(model).__name__
+        raise TypeError(
+            f"the model is a {kind} already. For a further adapter call add_adapter({adapter_name!r}, config) on the "
+            "PeftModel; to start anew, first take the adapters out with unload() or merge_and_unload()."
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model should be an nn.Module, got {type(model).__name__}.")
+    if adapters := adapters_of(model):
+        warnings.warn(
+            f"the model already has adapters in it ({', '.join(adapters)}), and gets a further one. If it belongs to a "
+            "PeftModel, call add_adapter on that one; to replace the adapters, call unload() on it first.",
+            stacklevel=3,
+        )
+
+
+def _class_for_task(peft_config: PeftConfig) -> type[PeftModel]:
+    task = peft_config.task_type
+    if task is None:
+        return PeftModel
+    if task not in MODEL_TYPE_TO_PEFT_MODEL_MAPPING:
+        known = [str(getattr(name, "value", name)) for name in MODEL_TYPE_TO_PEFT_MODEL_MAPPING]
+        raise ValueError(
+            f"unknown task_type {task!r}.{nearest(task, known)} There are {', '.join(known)}; None gives a model "
+            "without a task."
+        )
+    return MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task]
+
+
+def _record_origin(model: nn.Module, peft_config: PeftConfig, revision: str | None) -> None:
+    """Note in the config which base model it is used with."""
+    before, now = peft_config.base_model_name_or_path, vars(model).get("name_or_path")
+    if before and now and before != now:
+        warnings.warn(
+            f"the config's base_model_name_or_path was {before!r} and is {now!r} now, which is what this model was "
+            "loaded from. If that is not what you mean, load the model named in the config.",
+            stacklevel=3,
+        )
+    if now or not before:
+        peft_config.base_model_name_or_path = now
+    if revision is not None:
+        if peft_config.revision is not None and peft_config.revision != revision:
+            warnings.warn(
+                f"the config's revision was {peft_config.revision!r} and is {revision!r} now.",
+                stacklevel=3,
+            )
+        peft_config.revision = revision

@@ -1,0 +1,360 @@
+"""Defects that other implementations have, as tests that they are absent here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from toys import Attention, Mlp, tiny_llama
+from torch import nn
+
+from peft import (
+    HiraConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftModel,
+    TrainableTokensConfig,
+    VeraConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+
+
+IDS = torch.tensor([[3, 14, 15, 9, 2, 6], [5, 3, 5, 8, 9, 7], [9, 3, 2, 3, 8, 4]])
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def disturb(model: nn.Module, adapter: str = "default", seed: int = 1) -> nn.Module:
+    """Move every tensor of an adapter away from its start."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    moved = {k: v + 0.3 * torch.randn(v.shape, generator=generator) for k, v in tensors.items()}
+    set_peft_model_state_dict(model, moved, adapter)
+    return model.eval()
+
+
+class TestNamesOfAdaptersAreNoPatterns:
+    """Tensors of an adapter used to be picked by looking for ".name." in their keys."""
+
+    @pytest.mark.parametrize("name", ["0", "1", "layers", "self_attn", "q_proj", "weight", "model", "lora_A"])
+    def test_an_adapter_called_like_a_part_of_a_path(self, name, tmp_path):
+        torch.manual_seed(0)
+        model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+        alone = disturb(model) and get_peft_model_state_dict(model)
+        assert len(alone) == 4
+        model.add_adapter(name, LoraConfig(r=3, target_modules=["q_proj", "k_proj"]))
+        disturb(model, name, seed=2)
+        both = get_peft_model_state_dict(model)
+        assert both.keys() == alone.keys() and all(torch.equal(both[k], alone[k]) for k in alone)
+        second = get_peft_model_state_dict(model, adapter_name=name)
+        assert len(second) == 8 and {v.shape[0] for k, v in second.items() if "lora_A" in k} == {3}
+        model.save_pretrained(tmp_path)
+        torch.manual_seed(0)
+        again = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+        again.load_adapter(tmp_path / name, name)
+        for adapter in ("default", name):
+            model.set_adapter(adapter)
+            again.set_adapter(adapter)
+            assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+    def test_modules_to_save_and_biases_too(self):
+        model = get_peft_model(Mlp(), LoraConfig(target_modules=["lin0"], modules_to_save=["lin1"], bias="all"))
+        before = set(get_peft_model_state_dict(model))
+        model.add_adapter("lin0", LoraConfig(target_modules=["lin0"], modules_to_save=["lin1"]))
+        model.add_adapter("lin1", LoraConfig(target_modules=["lin0"]))
+        assert set(get_peft_model_state_dict(model)) == before
+        prefix = "base_model.model."
+        assert set(get_peft_model_state_dict(model, adapter_name="lin0")) == {
+            f"{prefix}lin0.lora_A.weight",
+            f"{prefix}lin0.lora_B.weight",
+            f"{prefix}lin1.weight",
+            f"{prefix}lin1.bias",
+        }
+
+
+class TestSharedTensorsAreWrittenOnce:
+    """A matrix that all layers share used to be written once for each layer."""
+
+    def model(self, **kwargs: Any) -> PeftModel:
+        torch.manual_seed(0)
+        config = VeraConfig(r=32, target_modules=["q_proj", "v_proj", "up_proj"], **kwargs)
+        return disturb(get_peft_model(tiny_llama(), config))
+
+    def test_the_file_is_as_large_as_its_distinct_tensors(self, tmp_path):
+        model = self.model()
+        model.save_pretrained(tmp_path)
+        stored = load_file(tmp_path / "adapter_model.safetensors")
+        assert [k for k in stored if "vera_A" in k] == ["base_model.vera_A"]
+        assert [k for k in stored if "vera_B" in k] == ["base_model.vera_B"]
+        assert len(stored) == 2 + 2 * 6
+        size = (tmp_path / "adapter_model.safetensors").stat().st_size
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        shared = stored["base_model.vera_A"].numel() + stored["base_model.vera_B"].numel()
+        assert size < 4 * (trained + shared) + 200 * len(stored) + 200
+
+    def test_a_file_that_repeats_them_still_loads(self, tmp_path):
+        model = self.model()
+        model.save_pretrained(tmp_path)
+        path = tmp_path / "adapter_model.safetensors"
+        stored = load_file(path)
+        repeated = {
+            f"base_model.model.model.layers.{i}.self_attn.q_proj.vera_A": stored["base_model.vera_A"].clone()
+            for i in range(2)
+        }
+        save_file({**stored, **repeated}, path)
+        torch.manual_seed(0)
+        with pytest.warns(UserWarning, match="vera_A"):
+            again = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+    def test_without_them_they_are_drawn_again(self, tmp_path):
+        model = self.model(save_projection=False, projection_prng_key=5)
+        model.save_pretrained(tmp_path)
+        stored = load_file(tmp_path / "adapter_model.safetensors")
+        assert not any("vera_A" in k or "vera_B" in k for k in stored)
+        torch.manual_seed(0)
+        again = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+        # `disturb` moved the shared matrices of the first model only if they were among its saved tensors
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+    def test_in_memory_they_are_one_tensor(self):
+        model = self.model()
+        layers = [m for m in model.modules() if hasattr(m, "vera_lambda_d") and "default" in m.vera_A]
+        assert len({id(layer.vera_A["default"]) for layer in layers}) == 1 and len(layers) == 6
+        model.add_adapter("other", VeraConfig(r=32, target_modules=["q_proj", "v_proj", "up_proj"]))
+        again = get_peft_model(tiny_llama(), VeraConfig(r=32, target_modules=["q_proj"]))
+        again.add_adapter("other", VeraConfig(r=32, target_modules=["q_proj"]))
+        layer = again.get_base_model().model.layers[0].self_attn.q_proj
+        assert layer.vera_A["other"] is layer.vera_A["default"]
+
+
+class TestTokensOfALinearLayerKeepTheBias:
+    """Trained rows of an output layer used to drop its bias."""
+
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_the_bias_of_trained_rows(self, bias):
+        base = nn.Sequential(nn.Linear(6, 10, bias=bias))
+        x = torch.randn(4, 6)
+        before = base(x).detach()
+        model = get_peft_model(base, TrainableTokensConfig(target_modules=["0"], token_indices=[7, 2]))
+        torch.testing.assert_close(model(x), before)
+        disturb(model)
+        layer = model.get_base_model()[0]
+        weight = layer.base_layer.weight.detach().clone()
+        weight[[7, 2]] = layer.trainable_tokens_delta["default"].detach()
+        expected = F.linear(x, weight, layer.base_layer.bias)
+        torch.testing.assert_close(model(x), expected)
+        torch.testing.assert_close(model.merge_and_unload()(x), expected)
+
+
+class TestGeometryOfConvolutions:
+    """Dilation used to crash, and padding modes to be ignored by the unmerged adapter."""
+
+    @pytest.mark.parametrize("method", ["lora", "dora"])
+    @pytest.mark.parametrize("padding_mode", ["zeros", "reflect", "replicate", "circular"])
+    @pytest.mark.parametrize("dims", [1, 2, 3])
+    @pytest.mark.parametrize(("stride", "dilation", "padding"), [(1, 2, 2), (2, 1, 1), (2, 3, 2), (1, 2, 0)])
+    def test_merged_equals_unmerged(self, method, padding_mode, dims, stride, dilation, padding):
+        cls = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+        options = {"stride": stride, "dilation": dilation, "padding": padding, "padding_mode": padding_mode}
+        base = nn.Sequential(cls(3, 5, 3, **options))
+        x = torch.randn(2, 3, *[9] * dims)
+        before = base(x).detach()
+        model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"], use_dora=method == "dora")).eval()
+        torch.testing.assert_close(model(x), before, **CLOSE)
+        disturb(model)
+        expected = model(x).detach()
+        assert expected.shape == before.shape and not torch.allclose(expected, before, atol=1e-2)
+        torch.testing.assert_close(model.merge_and_unload()(x), expected, **CLOSE)
+
+    def test_padding_by_name(self):
+        base = nn.Sequential(nn.Conv2d(3, 5, (3, 4), padding="same", dilation=2))
+        x = torch.randn(2, 3, 8, 8)
+        model = disturb(get_peft_model(base, LoraConfig(r=2, target_modules=["0"])))
+        expected = model(x)
+        torch.testing.assert_close(model.merge_and_unload()(x), expected, **CLOSE)
+
+
+MIXED = {
+    "lora": lambda: LoraConfig(target_modules=["q_proj", "v_proj"], r=2),
+    "dora": lambda: LoraConfig(target_modules=["q_proj", "v_proj"], r=2, use_dora=True),
+    "ia3": lambda: IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "oft": lambda: OFTConfig(target_modules=["q_proj", "embed_tokens"], oft_block_size=4),
+    "vera": lambda: VeraConfig(target_modules=["q_proj", "up_proj"], r=4),
+    "hira": lambda: HiraConfig(target_modules=["q_proj", "up_proj"], r=2),
+    "ln": lambda: LNTuningConfig(target_modules=["input_layernorm", "norm"]),
+    "tokens": lambda: TrainableTokensConfig(token_indices=[3, 9]),
+}
+
+
+@pytest.mark.parametrize("method", MIXED)
+class TestMixedBatchesOfEveryMethod:
+    """Every method but a few used to ignore `adapter_names` without a word."""
+
+    def two(self, method: str) -> PeftModel:
+        torch.manual_seed(0)
+        model = disturb(get_peft_model(tiny_llama(), MIXED[method]()))
+        model.add_adapter("other", MIXED[method]())
+        return disturb(model, "other", seed=2)
+
+    def test_each_row_has_its_adapter(self, method):
+        model = self.two(method)
+        names = ["other", "__base__", "default"]
+        mixed = model(IDS, adapter_names=names).logits
+        alone = {}
+        for name in ("default", "other"):
+            model.set_adapter(name)
+            alone[name] = model(IDS).logits
+        with model.disable_adapter():
+            alone["__base__"] = model(IDS).logits
+        for row, name in enumerate(names):
+            torch.testing.assert_close(mixed[row], alone[name][row], **CLOSE)
+        assert not torch.allclose(alone["default"], alone["other"], atol=1e-3)
+        assert not torch.allclose(alone["default"], alone["__base__"], atol=1e-3)
+
+
+class TestTiedEmbedding:
+    """Merging an adapter of a tied embedding used to change the output head as well."""
+
+    @pytest.mark.filterwarnings("ignore")
+    @pytest.mark.parametrize("ensure", [False, True])
+    @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+    def test_merged_equals_unmerged(self, target, ensure):
+        torch.manual_seed(0)
+        config = LoraConfig(r=2, target_modules=[target], ensure_weight_tying=ensure)
+        model = disturb(get_peft_model(tiny_llama(tie=True), config))
+        expected = model(IDS).logits
+        model.merge_adapter()
+        torch.testing.assert_close(model(IDS).logits, expected, **CLOSE)
+        model.unmerge_adapter()
+        torch.testing.assert_close(model(IDS).logits, expected, **CLOSE)
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(IDS).logits, expected, **CLOSE)
+        assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == ensure
+        assert merged.config.tie_word_embeddings == ensure
+
+
+class TestMergedLayerReplication:
+    """Copies share one weight, which used to get the updates of all copies when merged."""
+
+    def test_merged_equals_unmerged(self):
+        torch.manual_seed(0)
+        config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], layer_replication=[[0, 2], [0, 2]])
+        model = disturb(get_peft_model(tiny_llama(), config))
+        expected = model(IDS).logits
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(IDS).logits, expected, **CLOSE)
+        weights = [layer.self_attn.q_proj.weight for layer in merged.model.layers]
+        assert not torch.equal(weights[0], weights[2]) and not torch.equal(weights[1], weights[3])
+
+
+class TestAttention:
+    """The update of `out_proj` used to be added twice, and `out_proj` targeted alone to have no effect."""
+
+    x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
+
+    def reference(self, model: PeftModel, scale: float = 1.0) -> torch.Tensor:
+        """The output computed from the weights by hand; ``scale`` multiplies the update of out_proj."""
+        toy = Attention()
+        attn = model.get_base_model().attn
+        out = attn.base_layer.out_proj
+        with torch.no_grad():
+            toy.attn.in_proj_weight.copy_(attn.base_layer.in_proj_weight + attn.get_delta_weight("default"))
+            toy.attn.in_proj_bias.copy_(attn.base_layer.in_proj_bias)
+            toy.attn.out_proj.weight.copy_(out.base_layer.weight + scale * out.get_delta_weight("default"))
+            toy.attn.out_proj.bias.copy_(out.base_layer.bias)
+            toy.head.load_state_dict(model.get_base_model().head.state_dict())
+            return toy.eval()(self.x)
+
+    def model(self) -> PeftModel:
+        torch.manual_seed(0)
+        return disturb(get_peft_model(Attention(), LoraConfig(r=2, target_modules=["attn"])))
+
+    def test_the_update_is_added_once(self):
+        model = self.model()
+        expected = self.reference(model)
+        torch.testing.assert_close(model(self.x), expected, **CLOSE)
+        model.train()
+        torch.testing.assert_close(model(self.x), expected, **CLOSE)
+        model.eval().merge_adapter()
+        torch.testing.assert_close(model(self.x), expected, **CLOSE)
+        model.unmerge_adapter()
+        torch.testing.assert_close(model.merge_and_unload()(self.x), expected, **CLOSE)
+
+    @pytest.mark.parametrize("version", ["0.21.2", "0.9", None, "current"])
+    def test_files_of_old_versions_mean_it_twice(self, tmp_path: Path, version):
+        model = self.model()
+        model.save_pretrained(tmp_path)
+        content = json.loads((tmp_path / "adapter_config.json").read_text())
+        if version != "current":
+            content["peft_version"] = version
+        (tmp_path / "adapter_config.json").write_text(json.dumps(content))
+        torch.manual_seed(0)
+        base = Attention()
+        again = PeftModel.from_pretrained(base, tmp_path)
+        expected = self.reference(model, scale=1.0 if version == "current" else 2.0)
+        torch.testing.assert_close(again(self.x), expected, **CLOSE)
+        again.load_adapter(tmp_path, "other")
+        again.set_adapter("other")
+        torch.testing.assert_close(again(self.x), expected, **CLOSE)
+        # once loaded it is an adapter of this version: saving and loading change it no more
+        again.save_pretrained(tmp_path / "new", selected_adapters=["default"])
+        torch.manual_seed(0)
+        torch.testing.assert_close(PeftModel.from_pretrained(Attention(), tmp_path / "new")(self.x), expected, **CLOSE)
+
+    def test_out_proj_alone(self, tmp_path: Path):
+        torch.manual_seed(0)
+        base = Attention().eval()
+        before = base(self.x).detach()
+        model = get_peft_model(base, LoraConfig(r=2, target_modules=["out_proj"]))
+        torch.testing.assert_close(model(self.x), before)
+        disturb(model)
+        out = model.get_base_model().attn.out_proj
+        toy = Attention().eval()
+        with model.disable_adapter():
+            torch.testing.assert_close(model(self.x), before)
+        plain = {k.replace("out_proj.base_layer", "out_proj"): v for k, v in base.state_dict().items() if "lora" not in k}
+        toy.load_state_dict(plain)
+        with torch.no_grad():
+            toy.attn.out_proj.weight.add_(out.get_delta_weight("default"))
+        expected = toy(self.x)
+        assert not torch.allclose(expected, before, atol=1e-3)
+        torch.testing.assert_close(model(self.x), expected, **CLOSE)
+        model(self.x).sum().backward()
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
+        model.save_pretrained(tmp_path)
+        assert set(load_file(tmp_path / "adapter_model.safetensors")) == {
+            "base_model.model.attn.out_proj.lora_A.weight",
+            "base_model.model.attn.out_proj.lora_B.weight",
+        }
+        torch.testing.assert_close(model.merge_and_unload()(self.x), expected, **CLOSE)
+
+    def test_both_asked_for_is_the_same_as_the_whole(self):
+        torch.manual_seed(0)
+        both = disturb(get_peft_model(Attention(), LoraConfig(r=2, target_modules=["attn", "out_proj"])))
+        assert get_peft_model_state_dict(both).keys() == get_peft_model_state_dict(self.model()).keys()
+        torch.testing.assert_close(both(self.x), self.model()(self.x))
+
+
+class TestRotationsOfConvolutions:
+    """Rotations of kernels larger than 1 used to move a fresh adapter away from the base."""
+
+    @pytest.mark.parametrize("groups", [1, 2])
+    def test_identity_and_merge(self, groups):
+        base = nn.Sequential(nn.Conv2d(4, 8, (3, 2), padding=1, groups=groups))
+        x = torch.randn(2, 4, 6, 6)
+        before = base(x).detach()
+        model = get_peft_model(base, OFTConfig(target_modules=["0"], oft_block_size=4))
+        torch.testing.assert_close(model(x), before, **CLOSE)
+        disturb(model)
+        expected = model(x)
+        assert not torch.allclose(expected, before, atol=1e-2)
+        torch.testing.assert_close(model.merge_and_unload()(x), expected, **CLOSE)

@@ -1,0 +1,577 @@
+"""The laws that hold for every method, on every kind of layer, in every dtype: see `laws.py` for the table.
+
+A test is one law; its cells are generated from the registry. Cells without meaning are tested to be refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from laws import (
+    BATCH,
+    NOT_IDENTITY,
+    Cell,
+    by_definition,
+    cells,
+    equal_states,
+    layers,
+    methods,
+    parameters_of,
+    perturb,
+    state,
+)
+from safetensors.torch import load_file
+from torch import nn
+
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.core.families import CopyLayer, RotationLayer, RowsLayer
+
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+ONE = ("float32",)
+TWO = ("float32", "bfloat16")
+ALL = ("float32", "bfloat16", "bfloat16-uncast")
+
+
+def over(found: Iterable[Cell]) -> Any:
+    """Parametrise a test over cells."""
+    return pytest.mark.parametrize("cell", [pytest.param(cell, id=cell.id) for cell in found])
+
+
+def test_every_weight_method_of_the_registry_is_here() -> None:
+    names = {method.name for method in methods()}
+    assert {"lora", "ia3", "oft", "vera", "hira", "ln_tuning", "trainable_tokens"} <= names
+    assert {cell.method.name for cell in cells()} == names
+
+
+# --- 1 and 2: merging -----------------------------------------------------------------------------------------
+
+
+@over(cells("merge", precisions=ALL))
+def test_merged_equals_unmerged_and_comes_out_again(cell: Cell) -> None:
+    """1: forward = apply(x, fold(W)) + fold_bias(b). 2: unfold(fold(W)) = W."""
+    model = cell.adapted("one", "two")
+    before, base = cell.run(model), state(cell.base())
+    cell.apart(before, cell.run(cell.base()))
+    for options in ({}, {"safe_merge": True}, {"adapter_names": ["one"]}):
+        model.merge_adapter(**options)
+        assert all(layer.merged_adapters == ["one"] for _, layer in layers(model))
+        cell.near(cell.run(model), before, f"merged with {options}")
+        model.unmerge_adapter()
+        assert not any(layer.merged for _, layer in layers(model))
+        _same_base(cell, model, base, f"unmerged after {options}")
+        cell.near(cell.run(model), before, "unmerged")
+    merged = model.merge_and_unload()
+    assert list(merged.state_dict()) == list(base) or "bias" in cell.method.name
+    cell.near(cell.run(merged), before, "unloaded")
+
+
+@over(cells("merge", precisions=ONE, switches=False))
+def test_an_inactive_adapter_is_merged_by_name(cell: Cell) -> None:
+    model = cell.adapted("one", "two")
+    model.set_adapter("two")
+    wanted = cell.run(model)
+    model.set_adapter("one")
+    merged = model.merge_and_unload(adapter_names=["two"])
+    cell.near(cell.run(merged), wanted, "the other adapter")
+
+
+@over(cells("merge", precisions=ONE, switches=False))
+def test_a_safe_merge_leaves_nothing_behind(cell: Cell) -> None:
+    model = cell.adapted("one")
+    base = state(cell.base())
+    with torch.no_grad():
+        for p in parameters_of(model, "one"):
+            p.fill_(float("nan"))
+    with pytest.raises(ValueError, match="NaN"):
+        model.merge_adapter(safe_merge=True)
+    assert not any(layer.merged for _, layer in layers(model))
+    _same_base(cell, model, base, "after the refused merge", exact=True)
+
+
+def _same_base(cell: Cell, model: PeftModel, wanted: dict, what: str, exact: bool = False) -> None:
+    """The base model's weights: the same bits where the layer keeps the original, else but for rounding."""
+    exact = exact or not all(layer.reversible for _, layer in layers(model))
+    with model.disable_adapter():
+        found = state(copy.deepcopy(model).unload())
+    assert list(found) == list(wanted)
+    for key, value in wanted.items():
+        if exact:
+            assert torch.equal(found[key], value), f"{what}: {key}"
+        else:
+            cell.near(found[key], value, f"{what}: {key}", factor=0.5)
+
+
+# --- 3: mixed batches -----------------------------------------------------------------------------------------
+
+ROWS = ["one", "two", "__base__", "one", "two", "one"]
+assert len(ROWS) == BATCH
+
+
+@over(cells("mixed", precisions=TWO))
+def test_a_row_of_a_mixed_batch_has_the_value_of_its_adapter_alone(cell: Cell) -> None:
+    """3, in evaluation mode without gradients, where torch takes its fast path if it can."""
+    model = cell.adapted("one", "two")
+    alone = {}
+    for name in ("one", "two"):
+        model.set_adapter(name)
+        alone[name] = cell.run(model)
+    with model.disable_adapter():
+        alone["__base__"] = cell.run(model)
+    mixed = cell.run(model, adapter_names=ROWS)
+    for row, name in enumerate(ROWS):
+        cell.near(mixed[row], alone[name][row], f"row {row}, {name}")
+    cell.apart(alone["one"], alone["two"])
+    cell.near(cell.run(model), alone["two"], "the next call, without names")
+    for name in alone:
+        cell.near(cell.run(model, adapter_names=[name] * BATCH), alone[name], f"all rows {name}")
+
+
+@over(cells("mixed", precisions=TWO))
+def test_a_row_of_a_mixed_batch_has_the_gradient_of_its_adapter_alone(cell: Cell) -> None:
+    """3, in training mode."""
+    model = cell.adapted("one", "two").train()
+    weight = torch.randn(BATCH, generator=torch.Generator().manual_seed(5))
+    found: dict[str, list[torch.Tensor]] = {}
+    for names in (ROWS, "one", "two"):
+        rows = torch.tensor([1.0 if names is ROWS or name == names else 0.0 for name in ROWS]) * weight
+        if names is not ROWS:
+            model.set_adapter(names)
+        model.set_requires_grad(["one", "two"], True)
+        model.zero_grad()
+        out = model(*cell.inputs(), **({"adapter_names": ROWS} if names is ROWS else {}))
+        (out.float().flatten(1).pow(2).sum(1) * rows).sum().backward()
+        for name in ("one", "two") if names is ROWS else (names,):
+            key = f"{name} mixed" if names is ROWS else name
+            found[key] = [p.grad.clone() for p in parameters_of(model, name)]
+    for name in ("one", "two"):
+        assert any(grad.any() for grad in found[name])
+        for mixed, alone in zip(found[f"{name} mixed"], found[name]):
+            cell.near(mixed, alone, name, factor=2)
+
+
+# --- 4: files -------------------------------------------------------------------------------------------------
+
+
+@over(cells(precisions=TWO))
+def test_what_is_loaded_is_what_was_saved(cell: Cell, tmp_path: Path) -> None:
+    """4: load(save(m)) = m, into a fresh base, without memory for a first draw, and beside another adapter."""
+    model = cell.adapted("default")
+    wanted, tensors = cell.run(model), get_peft_model_state_dict(model)
+    model.save_pretrained(tmp_path)
+    held = load_file(tmp_path / "adapter_model.safetensors")
+    assert held.keys() == tensors.keys() and held
+    assert all(torch.equal(held[key], value) for key, value in tensors.items())
+    for options in ({}, {"low_cpu_mem_usage": True}):
+        loaded = PeftModel.from_pretrained(cell.base(), tmp_path, autocast_adapter_dtype=cell.autocast, **options)
+        _same_tensors(get_peft_model_state_dict(loaded), tensors)
+        assert not any(p.is_meta or p.requires_grad for p in loaded.parameters())
+        assert torch.equal(cell.run(loaded), wanted), options
+    other = cell.adapted("other")
+    before = cell.run(other)
+    result = other.load_adapter(tmp_path, "default2", autocast_adapter_dtype=cell.autocast)
+    assert not result.missing_keys and not result.unexpected_keys
+    assert torch.equal(cell.run(other), before)
+    other.set_adapter("default2")
+    assert torch.equal(cell.run(other), wanted)
+
+
+@over(cells(precisions=ONE, switches=False))
+def test_pickled_weights_load_as_well(cell: Cell, tmp_path: Path) -> None:
+    model = cell.adapted("default")
+    model.save_pretrained(tmp_path, safe_serialization=False)
+    assert (tmp_path / "adapter_model.bin").exists() and not (tmp_path / "adapter_model.safetensors").exists()
+    loaded = PeftModel.from_pretrained(cell.base(), tmp_path)
+    _same_tensors(get_peft_model_state_dict(loaded), get_peft_model_state_dict(model))
+    assert torch.equal(cell.run(loaded), cell.run(model))
+
+
+@over(cells(precisions=ONE, switches=False))
+def test_no_adapter_name_is_special(cell: Cell, tmp_path: Path) -> None:
+    """Names that are numbers of modules, names of tensors, or beginnings of other names."""
+    names = ["default", "0", next(iter(cell.method.layer_cls.weights)), "default2", "layer"]
+    model = cell.adapted(*names)
+    wanted = {}
+    for name in names:
+        model.set_adapter(name)
+        wanted[name] = cell.run(model)
+    model.save_pretrained(tmp_path)
+    keys = {name: set(get_peft_model_state_dict(model, adapter_name=name)) for name in names}
+    assert all(found == keys["default"] for found in keys.values())
+    folders = {name: tmp_path if name == "default" else tmp_path / name for name in names}
+    loaded = PeftModel.from_pretrained(cell.base(), folders[names[1]], names[1])
+    for name in names:
+        if name != names[1]:
+            assert loaded.load_adapter(folders[name], name) == ([], [])
+    for name in names:
+        loaded.set_adapter(name)
+        assert torch.equal(cell.run(loaded), wanted[name]), name
+
+
+def _same_tensors(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert found[key].dtype == value.dtype and torch.equal(found[key], value), key
+
+
+# --- 5 and 6: fresh adapters ----------------------------------------------------------------------------------
+
+
+@over(cells(precisions=ALL))
+def test_a_fresh_adapter_changes_nothing(cell: Cell) -> None:
+    """5, and its opposite for the rows that start at random."""
+    base, fresh = cell.run(cell.base()), cell.run(cell.fresh("default"))
+    if cell.method.name in NOT_IDENTITY:
+        cell.apart(fresh, base)
+    else:
+        cell.near(fresh, base, factor=0.5)
+
+
+@over(cells(precisions=ONE, switches=False))
+def test_the_same_seed_gives_the_same_tensors(cell: Cell) -> None:
+    """6."""
+    first, second, other = (get_peft_model_state_dict(cell.fresh("default", seed=seed)) for seed in (3, 3, 4))
+    _same_tensors(first, second)
+    assert first.keys() == other.keys()
+
+
+# --- 7: switched off ------------------------------------------------------------------------------------------
+
+
+@over(cells(precisions=TWO))
+def test_switched_off_adapters_leave_the_base_model(cell: Cell) -> None:
+    """7."""
+    base = cell.run(cell.base())
+    model = cell.adapted("one", "two")
+    before = cell.run(model)
+    with model.disable_adapter():
+        _is_base(cell, cell.run(model), base)
+        assert not any(p.requires_grad for p in model.parameters())
+    cell.near(cell.run(model), before, "back again")
+    model.base_model.disable_adapter_layers()
+    _is_base(cell, cell.run(model), base)
+    with model.disable_adapter():
+        _is_base(cell, cell.run(model), base)
+    _is_base(cell, cell.run(model), base)
+    model.base_model.enable_adapter_layers()
+    assert torch.equal(cell.run(model), before)
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    assert trained == {id(p) for p in parameters_of(model, "one")}
+
+
+@over(cells("merge", precisions=TWO))
+def test_switched_off_adapters_leave_the_base_model_even_if_merged(cell: Cell) -> None:
+    """7."""
+    base = cell.run(cell.base())
+    model = cell.adapted("one")
+    before = cell.run(model)
+    model.merge_adapter()
+    with model.disable_adapter():
+        cell.near(cell.run(model), base, "merged, switched off")
+    cell.near(cell.run(model), before, "back again")
+
+
+def _is_base(cell: Cell, found: torch.Tensor, base: torch.Tensor) -> None:
+    if cell.place.fast_path:
+        cell.near(found, base)
+    else:
+        assert torch.equal(found, base)
+
+
+# --- 8: several adapters --------------------------------------------------------------------------------------
+
+
+@over(cells("merge", "several", precisions=TWO))
+def test_two_active_adapters_are_what_their_family_says(cell: Cell) -> None:
+    """8: each sees the unmerged W; merged equals unmerged for two as well, at once or one after the other."""
+    model = cell.adapted("one", "two")
+    wanted = cell.run(by_definition(cell, model, ["one", "two"]))
+    half = wanted
+    if cell.method.is_a(RotationLayer) and cell.place.kind != "Embedding":  # what is merged is next to the weight
+        half = cell.run(by_definition(cell, model, ["two", "one"]))
+    one = cell.run(model)
+    model.base_model.set_adapter(["one", "two"])
+    both = cell.run(model)
+    cell.near(both, wanted, "two active adapters", factor=2)
+    cell.apart(both, one)
+    base = state(cell.base())
+    model.merge_adapter()
+    cell.near(cell.run(model), wanted, "both merged", factor=2)
+    model.unmerge_adapter()
+    _same_base(cell, model, base, "both unmerged")
+    model.merge_adapter(["one"])
+    cell.near(cell.run(model), half, "one merged, the other active", factor=2)
+    model.merge_adapter(["two"])
+    cell.near(cell.run(model), wanted, "one merged after the other", factor=2)
+    model.unmerge_adapter()
+    cell.near(cell.run(model), wanted, "unmerged again", factor=2)
+    _same_base(cell, model, base, "one after the other unmerged")
+
+
+@over(cell for cell in cells("several", precisions=ONE) if cell.unmergeable)
+def test_two_active_adapters_add_up_where_no_weight_shows_it(cell: Cell) -> None:
+    """8, for updates that are no weight: the outputs add up, on layers whose output is affine in the weight."""
+    assert cell.place.affine
+    model = cell.adapted("one", "two")
+    base, one = cell.run(cell.base()), cell.run(model)
+    model.base_model.set_adapter(["two"])
+    two = cell.run(model)
+    model.base_model.set_adapter(["one", "two"])
+    cell.near(cell.run(model), one + two - base)
+
+
+@over(cells("merge", "delta", precisions=ONE))
+def test_the_delta_weight_is_what_merging_adds(cell: Cell) -> None:
+    model = cell.adapted("one")
+    deltas = {key: layer.get_delta_weight("one").detach() for key, layer in _by_weight(model)}
+    before = {key: _stored(layer) for key, layer in _by_weight(model)}
+    model.merge_adapter()
+    for key, layer in _by_weight(model):
+        assert deltas[key].shape == before[key].shape and deltas[key].any()
+        cell.near(_stored(layer), before[key] + deltas[key], str(key))
+        cell.near(layer.get_delta_weight("one").detach(), deltas[key], "while merged")
+
+
+def _by_weight(model: nn.Module) -> list[tuple[tuple[str, str], Any]]:
+    return [((key, layer.kind.weight), layer) for key, layer in layers(model)]
+
+
+def _stored(layer: Any) -> torch.Tensor:
+    return getattr(layer.get_base_layer(), layer.kind.weight).detach().clone()
+
+
+# --- 9 and 10: adding, deleting, unloading --------------------------------------------------------------------
+
+
+@over(cells(precisions=ONE, switches=False))
+def test_adapters_do_not_touch_each_other(cell: Cell) -> None:
+    """9: adding, activating and deleting leave the others' outputs; only the active one trains."""
+    model = cell.adapted("one", "two")
+    one = cell.run(model)
+    model.set_adapter("two")
+    two = cell.run(model)
+    cell.add(model, "three")
+    perturb(model, "three", 33)
+    assert torch.equal(cell.run(model), two)
+    model.set_adapter("three")
+    three = cell.run(model)
+    cell.apart(three, one)
+    model.set_adapter("one")
+    assert torch.equal(cell.run(model), one)
+    trained = {id(p) for p in parameters_of(model, "one")}
+    assert {id(p) for p in model.parameters() if p.requires_grad} == trained
+    model.train()(*cell.inputs()).float().pow(2).sum().backward()
+    assert {id(p) for p in model.parameters() if p.grad is not None} == trained
+    model.eval().delete_adapter("two")
+    assert not any("two" in layer for _, layer in layers(model)) and "two" not in model.peft_config
+    assert torch.equal(cell.run(model), one)
+    model.delete_adapter("one")  # the active one: another takes its place
+    assert model.active_adapters == ["three"]
+    assert torch.equal(cell.run(model), three)
+
+
+@over(cells(precisions=TWO, switches=False))
+def test_unloading_gives_the_base_model_back(cell: Cell) -> None:
+    """10: the same names, types and bits."""
+    base = cell.base()
+    wanted, types, out = state(base), [type(m) for m in base.modules()], cell.run(base)
+    model = cell.adapted("one", "two")
+    cell.run(model)
+    plain = model.unload()
+    equal_states(plain.state_dict(), wanted)
+    assert [type(m) for m in plain.modules()] == types
+    assert not any(p.requires_grad for p in plain.parameters())
+    assert not hasattr(plain, "peft_config")
+    assert torch.equal(cell.run(plain), out)
+
+
+@over(cells("merge", precisions=ONE, switches=False))
+def test_unloading_a_merged_model_gives_the_base_model_back(cell: Cell) -> None:
+    wanted = state(cell.base())
+    model = cell.adapted("one")
+    exact = not all(layer.reversible for _, layer in layers(model))
+    model.merge_adapter()
+    found = model.unload().state_dict()
+    if exact:
+        equal_states(found, wanted)
+    assert list(found) == list(wanted)
+    for key, value in wanted.items():
+        cell.near(found[key], value, key)
+
+
+# --- 11: gradients --------------------------------------------------------------------------------------------
+
+
+@over(cells(precisions=ALL))
+def test_gradients_reach_every_tensor_of_the_adapter_and_none_of_the_base(cell: Cell) -> None:
+    """11."""
+    model = cell.adapted("one").train()
+    model(*cell.inputs()).float().pow(2).sum().backward()
+    own = {id(p) for p in parameters_of(model, "one")}
+    for name, p in model.named_parameters():
+        if id(p) in own:
+            assert p.requires_grad and p.grad is not None and p.grad.isfinite().all() and p.grad.any(), name
+            assert p.grad.dtype == p.dtype == (torch.float32 if cell.autocast else cell.dtype), name
+        else:
+            assert not p.requires_grad and p.grad is None, name
+    assert own
+
+
+@over(cells("merge", precisions=ONE))
+def test_the_gradient_is_that_of_the_merged_weight(cell: Cell) -> None:
+    """11, in value: a small step along the gradient changes the merged model's loss as the gradient says."""
+    model = cell.adapted("one")
+    own = parameters_of(model, "one")
+    model(*cell.inputs()).square().mean().backward()
+    generator = torch.Generator().manual_seed(7)
+    if any(hasattr(layer, "lora_magnitude_vector") and len(layer.lora_magnitude_vector) for _, layer in layers(model)):
+        own = [p for p in own if p.dim() == 1 or p.shape[0] == 1]  # DoRA's norm is a constant for the gradient
+    steps = [torch.randn(p.shape, generator=generator) * (p.grad != 0) for p in own]
+    expected = sum((p.grad * step).sum() for p, step in zip(own, steps)).item()
+    losses = []
+    for sign in (1, -1):
+        moved = copy.deepcopy(model)
+        with torch.no_grad():
+            ids = {id(p): i for i, p in enumerate(own)}
+            for p, q in zip(parameters_of(model, "one"), parameters_of(moved, "one")):
+                if id(p) in ids:
+                    q.add_(steps[ids[id(p)]], alpha=sign * 1e-3)
+        moved = moved.merge_and_unload().double()
+        with torch.no_grad():
+            inputs = [x.double() if x.is_floating_point() else x for x in cell.inputs()]
+            losses.append(moved(*inputs).square().mean().item())
+    assert (losses[0] - losses[1]) / 2e-3 == pytest.approx(expected, rel=0.03, abs=2e-3)
+
+
+# --- 12: copies -----------------------------------------------------------------------------------------------
+
+
+@over(cells(precisions=ONE, switches=False))
+def test_a_copy_stands_alone(cell: Cell) -> None:
+    """12: deepcopy, a pickle of the whole model, and its state dict."""
+    model = cell.adapted("one", "two")
+    before = cell.run(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert torch.equal(cell.run(other), before)
+        equal_states(other.state_dict(), model.state_dict())
+        perturb(other, "one", 21)
+        cell.apart(cell.run(other), before)
+        assert torch.equal(cell.run(model), before)
+        other.set_adapter("two")
+        if cell.refusal("mixed") is None:
+            cell.run(other, adapter_names=ROWS)
+        assert torch.equal(cell.run(model), before) and model.active_adapters == ["one"]
+    fresh = cell.fresh("one", "two", seed=9)
+    assert fresh.load_state_dict(model.state_dict()) == ([], [])
+    assert torch.equal(cell.run(fresh), before)
+
+
+# --- an adapter that adapts only some of the layers -----------------------------------------------------------
+
+
+@over(cell for cell in cells("several", precisions=ONE) if cell.place.name == "Linear")
+def test_adapters_may_adapt_different_layers(cell: Cell, tmp_path: Path) -> None:
+    model = cell.adapted("both")
+    both = cell.run(model)
+    model.add_adapter("last", cell.config(second=True, target_modules=["blocks.1.layer"]))
+    perturb(model, "last", 12)
+    assert torch.equal(cell.run(model), both)
+    model.set_adapter("last")
+    last = cell.run(model)
+    rows = ["both", "last", "__base__"] * 2
+    mixed, base = cell.run(model, adapter_names=rows), cell.run(cell.base())
+    for row, name in enumerate(rows):
+        cell.near(mixed[row], {"both": both, "last": last, "__base__": base}[name][row], name)
+    model.save_pretrained(tmp_path)
+    assert all(".1.layer" in key or ".layer" not in key for key in load_file(tmp_path / "last/adapter_model.safetensors"))
+    loaded = PeftModel.from_pretrained(cell.base(), tmp_path / "last")
+    assert torch.equal(cell.run(loaded), last)
+    assert sum(1 for _ in layers(loaded)) == 1
+    model.delete_adapter("both")
+    assert torch.equal(cell.run(model), last)
+    equal_states(model.unload().state_dict(), state(cell.base()))
+
+
+# --- the holes ------------------------------------------------------------------------------------------------
+
+
+@over(cells("adapt", precisions=ONE, refused=True))
+def test_a_layer_that_cannot_be_adapted_is_refused(cell: Cell) -> None:
+    model = cell.base()
+    before, types, out = state(model), [type(m) for m in model.modules()], cell.run(model)
+    with pytest.raises(ValueError, match=f"(?s){cell.refusal('adapt').phrase}"):
+        get_peft_model(model, cell.config())
+    equal_states(model.state_dict(), before)
+    assert [type(m) for m in model.modules()] == types
+    assert torch.equal(cell.run(model), out)
+
+
+@over(cells("merge", precisions=ONE, refused=True))
+def test_an_adapter_that_is_no_weight_is_not_merged(cell: Cell) -> None:
+    model = cell.adapted("one")
+    phrase, before, held = cell.refusal("merge").phrase, cell.run(model), state(model)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=phrase):
+            merge()
+        assert not any(layer.merged for _, layer in layers(model))
+        equal_states(model.state_dict(), held)
+        assert torch.equal(cell.run(model), before)
+    with pytest.raises(ValueError, match=phrase):
+        layers(model)[0][1].get_delta_weight("one")
+
+
+@over(cells("delta", precisions=ONE, refused=True))
+def test_an_adapter_that_is_no_change_of_a_weight_has_no_delta(cell: Cell) -> None:
+    model = cell.adapted("one")
+    with pytest.raises(ValueError, match=cell.refusal("delta").phrase):
+        layers(model)[0][1].get_delta_weight("one")
+
+
+@over(cells("several", precisions=ONE, refused=True))
+def test_adapters_that_exclude_each_other_are_not_active_together(cell: Cell) -> None:
+    model = cell.adapted("one", "two")
+    before = cell.run(model)
+    with pytest.raises(ValueError, match=cell.refusal("several").phrase):
+        model.base_model.set_adapter(["one", "two"])
+    assert model.active_adapters == ["one"]
+    assert torch.equal(cell.run(model), before)
+
+
+@over(cell for cell in cells(precisions=ONE) if cell.method.is_a(RowsLayer))
+def test_two_adapters_of_the_same_token_exclude_each_other(cell: Cell) -> None:
+    model = cell.adapted("one")
+    before = cell.run(model)
+    cell.add(model, "same")
+    with pytest.raises(ValueError, match="replace the same token rows"):
+        model.base_model.set_adapter(["one", "same"])
+    assert torch.equal(cell.run(model), before)
+
+
+@over(cells("mixed", precisions=ONE, refused=True))
+def test_rows_that_cannot_be_told_apart_are_refused(cell: Cell) -> None:
+    model = cell.adapted("one", "two")
+    before = cell.run(model)
+    with pytest.raises(ValueError, match=cell.refusal("mixed").phrase):
+        cell.run(model, adapter_names=ROWS)
+    assert torch.equal(cell.run(model), before)
+
+
+def test_copies_are_merged_one_at_a_time() -> None:
+    """The one refusal that needs names: copies cannot be merged on top of each other."""
+    for cell in cells("merge", precisions=ONE):
+        if not cell.method.is_a(CopyLayer):
+            continue
+        model = cell.adapted("one", "two")
+        with pytest.raises(ValueError, match="merge one adapter at a time"):
+            model.merge_adapter(["one", "two"])
+        assert not any(layer.merged for _, layer in layers(model))

@@ -1,0 +1,154 @@
+"""The rules that keep the tree readable: sizes of files and functions, what core may know, what is documented."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import peft
+import peft.tuners  # noqa: F401  (registers the methods)
+from peft.utils.peft_types import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
+
+ROOT = Path(peft.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+METHODS = [path for path in (ROOT / "tuners").glob("*.py")]
+CORE = sorted((ROOT / "core").rglob("*.py"))
+CONFIGS = sorted(PEFT_TYPE_TO_CONFIG_MAPPING.values(), key=lambda cls: cls.__name__)
+
+# Words in core that look like a method's name or prefix, and why they may stand there.
+TOKENS = "trainable tokens are also trained beside any method, by core's own auxiliary wrapper"
+ALLOWED = {
+    "trainable_tokens": TOKENS,
+    "trainable_tokens_": TOKENS,
+    "supports_lora_conversion": "a public name of the API: whether any method's updates can be factored into a pair",
+}
+
+
+def short(path: Path) -> str:
+    """The path below the package."""
+    return str(path.relative_to(ROOT))
+
+
+def functions(path: Path) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    """All functions of a file with their names, nested ones included."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield f"{short(path)}:{node.name}", node
+
+
+def test_the_tree_is_there():
+    names = {short(path) for path in FILES}
+    for name in (
+        "__init__.py config.py mapping.py mapping_func.py auto.py mixed_model.py functional.py helpers.py "
+        "import_utils.py peft_model.py compat.py core/kinds.py core/layer.py core/families.py core/tuner.py "
+        "core/targeting.py core/context.py core/auxiliary.py core/combine.py core/checkpoint.py core/diagnostics.py "
+        "tuners/tuners_utils.py"
+    ).split():
+        assert name in names, name
+    assert (ROOT / "py.typed").exists()
+
+
+@pytest.mark.parametrize("path", METHODS, ids=short)
+def test_a_method_file_has_at_most_200_lines(path):
+    assert len(path.read_text().splitlines()) <= 200
+
+
+@pytest.mark.parametrize("path", FILES, ids=short)
+def test_a_function_has_at_most_60_lines(path):
+    long = {name: node.end_lineno - node.lineno + 1 for name, node in functions(path)}
+    assert {name: lines for name, lines in long.items() if lines > 60} == {}
+
+
+def method_words() -> set[str]:
+    """Names, prefixes and tensor names of the registered methods."""
+    words = {str(getattr(kind, "value", kind)).lower() for kind in PEFT_TYPE_TO_TUNER_MAPPING}
+    words |= set(PEFT_TYPE_TO_PREFIX_MAPPING.values())
+    for cls in PEFT_TYPE_TO_TUNER_MAPPING.values():
+        words |= set(cls.layer_cls.weights) | set(cls.layer_cls.shared)
+    return words - set(ALLOWED)
+
+
+@pytest.mark.parametrize("path", CORE, ids=short)
+def test_core_names_no_method(path):
+    """No identifier and no string but a docstring mentions a registered method or its tensors."""
+    tree = ast.parse(path.read_text())
+    documentation = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None
+    }
+    texts = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documentation:
+            texts.append(node.value)
+        elif isinstance(node, ast.Name):
+            texts.append(node.id)
+        elif isinstance(node, ast.Attribute):
+            texts.append(node.attr)
+        elif isinstance(node, ast.ImportFrom):
+            texts.append(node.module or "")
+        elif isinstance(node, ast.ClassDef | ast.FunctionDef):
+            texts.append(node.name)
+    snake = [re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", text).lower() for text in texts]
+    allowed = [text for text in snake if not any(word.lower() in text for word in ALLOWED)]
+    for word in method_words():
+        pattern = rf"(?<![a-z]){re.escape(word.lower())}" + ("" if word.endswith("_") else r"(?![a-z])")
+        found = [text for text in allowed if re.search(pattern, text)]
+        assert not found, f"{short(path)} names {word!r}: {found[:3]}"
+
+
+@pytest.mark.parametrize("path", CORE, ids=short)
+def test_core_imports_no_method(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            assert not any(alias.name.startswith("peft.tuners") for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            assert not (node.module or "").startswith("peft.tuners")
+
+
+@pytest.mark.parametrize("path", METHODS, ids=short)
+def test_a_method_imports_no_other_method(path):
+    if path.name in ("__init__.py",):
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("peft.tuners"):
+            assert node.module == "peft.tuners.tuners_utils" or path.name == "tuners_utils.py"
+
+
+@pytest.mark.parametrize("cls", CONFIGS, ids=lambda cls: cls.__name__)
+def test_every_field_of_a_config_says_what_it_is_for(cls):
+    silent = [field.name for field in dataclasses.fields(cls) if len(field.metadata.get("help", "")) < 4]
+    assert silent == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=short)
+def test_public_classes_and_functions_have_docstrings(path):
+    tree = ast.parse(path.read_text())
+    silent = [
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.ClassDef | ast.FunctionDef)
+        and not node.name.startswith("_")
+        and ast.get_docstring(node) is None
+    ]
+    assert silent == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=short)
+def test_every_module_says_what_it_is(path):
+    assert ast.get_docstring(ast.parse(path.read_text())) is not None
+
+
+@pytest.mark.parametrize("path", FILES, ids=short)
+def test_public_functions_are_typed(path):
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            bare = [a.arg for a in arguments if a.annotation is None]
+            assert not bare, f"{short(path)}:{node.name} leaves {bare} untyped"
