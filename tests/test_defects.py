@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from toys import Attention, Mlp, tiny_llama
 from torch import nn
+from toys import Attention, Mlp, tiny_llama
 
 from peft import (
     HiraConfig,
@@ -321,7 +321,9 @@ class TestAttention:
         toy = Attention().eval()
         with model.disable_adapter():
             torch.testing.assert_close(model(self.x), before)
-        plain = {k.replace("out_proj.base_layer", "out_proj"): v for k, v in base.state_dict().items() if "lora" not in k}
+        plain = {
+            k.replace("out_proj.base_layer", "out_proj"): v for k, v in base.state_dict().items() if "lora" not in k
+        }
         toy.load_state_dict(plain)
         with torch.no_grad():
             toy.attn.out_proj.weight.add_(out.get_delta_weight("default"))

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing
-from toys import Mlp, tiny_llama
 from torch import nn
+from toys import Mlp, tiny_llama
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -399,9 +399,13 @@ class TestGradientCheckpointing:
         grads(model)
         model.gradient_checkpointing_disable()
         seen = []
-        handle = model.get_base_model().model.layers[0].register_forward_pre_hook(
-            lambda module, args, kwargs: seen.append((args or tuple(kwargs.values()))[0].requires_grad),
-            with_kwargs=True,
+        handle = (
+            model.get_base_model()
+            .model.layers[0]
+            .register_forward_pre_hook(
+                lambda module, args, kwargs: seen.append((args or tuple(kwargs.values()))[0].requires_grad),
+                with_kwargs=True,
+            )
         )
         equal(grads(model), grads(adapted()))
         handle.remove()
@@ -410,7 +414,10 @@ class TestGradientCheckpointing:
     @pytest.mark.parametrize("name", ["lora", "lora on the embedding", "tokens beside lora"])
     def test_by_training_arguments(self, name, reentrant, tmp_path):
         found = []
-        for options in ({}, {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}):
+        for options in (
+            {},
+            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}},
+        ):
             model = adapted(CHECKPOINTED[name]())
             before = {k: v.detach().clone() for k, v in trained(model).items()}
             trainer = Trainer(model, arguments(tmp_path, max_steps=2, **options), train_dataset=Tokens())
@@ -439,6 +446,21 @@ class TestGradientCheckpointing:
         # the names of a call do not outlive it: the next one uses the active adapter for all rows
         plain = grads(model)
         assert not any(".other." in name and g.abs().sum() > 0 for name, g in plain.items())
+
+    def test_a_reference_call_between_forward_and_backward(self, reentrant):
+        """As in preference tuning: the recomputation still knows which row had which adapter."""
+        names = ["default", "__base__", "default"]
+        expected = grads(adapted(), adapter_names=names)
+        model = checkpointed(lora(), reentrant, PLACES[1])
+        model.train()
+        loss = model(input_ids=IDS, labels=IDS, use_cache=False, adapter_names=names).loss
+        with torch.no_grad():
+            with model.disable_adapter():
+                model(input_ids=IDS[:1])
+            model(input_ids=IDS[:2])
+            model(input_ids=IDS[:2], adapter_names=["__base__", "default"])
+        loss.backward()
+        equal({name: p.grad for name, p in trained(model).items()}, expected)
 
     def test_the_other_task_classes(self, reentrant):
         for task in ("SEQ_2_SEQ_LM", "SEQ_CLS"):
@@ -575,9 +597,7 @@ def test_two_processes_train_as_one(tmp_path):
     equal(first_grads, {name: p.grad for name, p in trained(model).items()}, rtol=1e-4, atol=1e-6)
     equal(first, {name: p.detach() for name, p in trained(model).items()}, rtol=1e-4, atol=1e-6)
     assert not (tmp_path / "never").exists()
-    equal(
-        peft.load_peft_weights(tmp_path / "saved"), get_peft_model_state_dict(model), rtol=1e-4, atol=1e-6
-    )
+    equal(peft.load_peft_weights(tmp_path / "saved"), get_peft_model_state_dict(model), rtol=1e-4, atol=1e-6)
 
 
 COMPILED = {
@@ -740,7 +760,7 @@ def test_merge_for_generation_and_unmerge_between_steps(name):
     assert not torch.equal(outputs[0], outputs[-1])
 
 
-@pytest.mark.parametrize("name", [n for n in CHECKPOINTED])
+@pytest.mark.parametrize("name", list(CHECKPOINTED))
 @pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])
 def test_a_merged_model_is_a_plain_model_on_disk(name, tie, tmp_path):
     model = adapted(CHECKPOINTED[name](), tiny_llama(tie)).eval()
@@ -1129,8 +1149,14 @@ class TestInjection:
         model = Mlp()
         inject_adapter_in_model(LoraConfig(r=2, target_modules=["lin0"]), model, "one")
         inject_adapter_in_model(LoraConfig(r=3, target_modules=["lin1"]), model, "two", low_cpu_mem_usage=False)
-        assert set(get_peft_model_state_dict(model, adapter_name="one")) == {"lin0.lora_A.weight", "lin0.lora_B.weight"}
-        assert set(get_peft_model_state_dict(model, adapter_name="two")) == {"lin1.lora_A.weight", "lin1.lora_B.weight"}
+        assert set(get_peft_model_state_dict(model, adapter_name="one")) == {
+            "lin0.lora_A.weight",
+            "lin0.lora_B.weight",
+        }
+        assert set(get_peft_model_state_dict(model, adapter_name="two")) == {
+            "lin1.lora_A.weight",
+            "lin1.lora_B.weight",
+        }
         assert set(model.peft_config) == {"one", "two"}
 
     def test_targets_from_a_state_dict(self):

@@ -17,6 +17,7 @@ from laws import (
     BATCH,
     NOT_IDENTITY,
     Cell,
+    base_weights,
     by_definition,
     cells,
     equal_states,
@@ -45,6 +46,12 @@ def over(found: Iterable[Cell]) -> Any:
     return pytest.mark.parametrize("cell", [pytest.param(cell, id=cell.id) for cell in found])
 
 
+@pytest.fixture(autouse=True)
+def no_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Model cards take most of the time of a save, and are tested elsewhere."""
+    monkeypatch.setattr(PeftModel, "create_or_update_model_card", lambda self, folder: None)
+
+
 def test_every_weight_method_of_the_registry_is_here() -> None:
     names = {method.name for method in methods()}
     assert {"lora", "ia3", "oft", "vera", "hira", "ln_tuning", "trainable_tokens"} <= names
@@ -58,7 +65,7 @@ def test_every_weight_method_of_the_registry_is_here() -> None:
 def test_merged_equals_unmerged_and_comes_out_again(cell: Cell) -> None:
     """1: forward = apply(x, fold(W)) + fold_bias(b). 2: unfold(fold(W)) = W."""
     model = cell.adapted("one", "two")
-    before, base = cell.run(model), state(cell.base())
+    before, base = cell.run(model), base_weights(cell.base())
     cell.apart(before, cell.run(cell.base()))
     for options in ({}, {"safe_merge": True}, {"adapter_names": ["one"]}):
         model.merge_adapter(**options)
@@ -69,7 +76,7 @@ def test_merged_equals_unmerged_and_comes_out_again(cell: Cell) -> None:
         _same_base(cell, model, base, f"unmerged after {options}")
         cell.near(cell.run(model), before, "unmerged")
     merged = model.merge_and_unload()
-    assert list(merged.state_dict()) == list(base) or "bias" in cell.method.name
+    assert list(merged.state_dict()) == list(cell.base().state_dict()) or "bias" in cell.method.name
     cell.near(cell.run(merged), before, "unloaded")
 
 
@@ -86,7 +93,7 @@ def test_an_inactive_adapter_is_merged_by_name(cell: Cell) -> None:
 @over(cells("merge", precisions=ONE, switches=False))
 def test_a_safe_merge_leaves_nothing_behind(cell: Cell) -> None:
     model = cell.adapted("one")
-    base = state(cell.base())
+    base = base_weights(cell.base())
     with torch.no_grad():
         for p in parameters_of(model, "one"):
             p.fill_(float("nan"))
@@ -99,14 +106,13 @@ def test_a_safe_merge_leaves_nothing_behind(cell: Cell) -> None:
 def _same_base(cell: Cell, model: PeftModel, wanted: dict, what: str, exact: bool = False) -> None:
     """The base model's weights: the same bits where the layer keeps the original, else but for rounding."""
     exact = exact or not all(layer.reversible for _, layer in layers(model))
-    with model.disable_adapter():
-        found = state(copy.deepcopy(model).unload())
-    assert list(found) == list(wanted)
+    found = base_weights(model)
+    assert found.keys() == wanted.keys()
     for key, value in wanted.items():
         if exact:
             assert torch.equal(found[key], value), f"{what}: {key}"
         else:
-            cell.near(found[key], value, f"{what}: {key}", factor=0.5)
+            cell.near(found[key], value, f"{what}: {key}", factor=0.5 if cell.dtype == torch.float32 else 1)
 
 
 # --- 3: mixed batches -----------------------------------------------------------------------------------------
@@ -138,16 +144,14 @@ def test_a_row_of_a_mixed_batch_has_the_value_of_its_adapter_alone(cell: Cell) -
 def test_a_row_of_a_mixed_batch_has_the_gradient_of_its_adapter_alone(cell: Cell) -> None:
     """3, in training mode."""
     model = cell.adapted("one", "two").train()
-    weight = torch.randn(BATCH, generator=torch.Generator().manual_seed(5))
     found: dict[str, list[torch.Tensor]] = {}
     for names in (ROWS, "one", "two"):
-        rows = torch.tensor([1.0 if names is ROWS or name == names else 0.0 for name in ROWS]) * weight
+        rows = torch.tensor([1.0 if names is ROWS or name == names else 0.0 for name in ROWS])
         if names is not ROWS:
             model.set_adapter(names)
         model.set_requires_grad(["one", "two"], True)
         model.zero_grad()
-        out = model(*cell.inputs(), **({"adapter_names": ROWS} if names is ROWS else {}))
-        (out.float().flatten(1).pow(2).sum(1) * rows).sum().backward()
+        cell.loss(model, rows, **({"adapter_names": ROWS} if names is ROWS else {})).backward()
         for name in ("one", "two") if names is ROWS else (names,):
             key = f"{name} mixed" if names is ROWS else name
             found[key] = [p.grad.clone() for p in parameters_of(model, name)]
@@ -224,7 +228,7 @@ def _same_tensors(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor
 # --- 5 and 6: fresh adapters ----------------------------------------------------------------------------------
 
 
-@over(cells(precisions=ALL))
+@over(cells(precisions=TWO))
 def test_a_fresh_adapter_changes_nothing(cell: Cell) -> None:
     """5, and its opposite for the rows that start at random."""
     base, fresh = cell.run(cell.base()), cell.run(cell.fresh("default"))
@@ -266,7 +270,7 @@ def test_switched_off_adapters_leave_the_base_model(cell: Cell) -> None:
     assert trained == {id(p) for p in parameters_of(model, "one")}
 
 
-@over(cells("merge", precisions=TWO))
+@over(cells("merge", precisions=ONE))
 def test_switched_off_adapters_leave_the_base_model_even_if_merged(cell: Cell) -> None:
     """7."""
     base = cell.run(cell.base())
@@ -301,7 +305,7 @@ def test_two_active_adapters_are_what_their_family_says(cell: Cell) -> None:
     both = cell.run(model)
     cell.near(both, wanted, "two active adapters", factor=2)
     cell.apart(both, one)
-    base = state(cell.base())
+    base = base_weights(cell.base())
     model.merge_adapter()
     cell.near(cell.run(model), wanted, "both merged", factor=2)
     model.unmerge_adapter()
@@ -367,7 +371,7 @@ def test_adapters_do_not_touch_each_other(cell: Cell) -> None:
     assert torch.equal(cell.run(model), one)
     trained = {id(p) for p in parameters_of(model, "one")}
     assert {id(p) for p in model.parameters() if p.requires_grad} == trained
-    model.train()(*cell.inputs()).float().pow(2).sum().backward()
+    cell.loss(model.train()).backward()
     assert {id(p) for p in model.parameters() if p.grad is not None} == trained
     model.eval().delete_adapter("two")
     assert not any("two" in layer for _, layer in layers(model)) and "two" not in model.peft_config
@@ -409,11 +413,11 @@ def test_unloading_a_merged_model_gives_the_base_model_back(cell: Cell) -> None:
 # --- 11: gradients --------------------------------------------------------------------------------------------
 
 
-@over(cells(precisions=ALL))
+@over(cells(precisions=TWO))
 def test_gradients_reach_every_tensor_of_the_adapter_and_none_of_the_base(cell: Cell) -> None:
     """11."""
     model = cell.adapted("one").train()
-    model(*cell.inputs()).float().pow(2).sum().backward()
+    cell.loss(model).backward()
     own = {id(p) for p in parameters_of(model, "one")}
     for name, p in model.named_parameters():
         if id(p) in own:
@@ -424,30 +428,23 @@ def test_gradients_reach_every_tensor_of_the_adapter_and_none_of_the_base(cell: 
     assert own
 
 
-@over(cells("merge", precisions=ONE))
+@over(cell for cell in cells("merge", precisions=ONE) if cell.differentiable)
 def test_the_gradient_is_that_of_the_merged_weight(cell: Cell) -> None:
-    """11, in value: a small step along the gradient changes the merged model's loss as the gradient says."""
+    """11, in value: a small step changes the merged model's loss by what the gradient says."""
     model = cell.adapted("one")
+    cell.loss(model).backward()
     own = parameters_of(model, "one")
-    model(*cell.inputs()).square().mean().backward()
-    generator = torch.Generator().manual_seed(7)
-    if any(hasattr(layer, "lora_magnitude_vector") and len(layer.lora_magnitude_vector) for _, layer in layers(model)):
-        own = [p for p in own if p.dim() == 1 or p.shape[0] == 1]  # DoRA's norm is a constant for the gradient
-    steps = [torch.randn(p.shape, generator=generator) * (p.grad != 0) for p in own]
-    expected = sum((p.grad * step).sum() for p, step in zip(own, steps)).item()
-    losses = []
+    generator, moved = torch.Generator().manual_seed(7), []
+    steps = [torch.randn(p.shape, generator=generator) * 1e-3 for p in own]
     for sign in (1, -1):
-        moved = copy.deepcopy(model)
+        other = copy.deepcopy(model)
         with torch.no_grad():
-            ids = {id(p): i for i, p in enumerate(own)}
-            for p, q in zip(parameters_of(model, "one"), parameters_of(moved, "one")):
-                if id(p) in ids:
-                    q.add_(steps[ids[id(p)]], alpha=sign * 1e-3)
-        moved = moved.merge_and_unload().double()
+            for p, step in zip(parameters_of(other, "one"), steps):
+                p.add_(step, alpha=sign)
         with torch.no_grad():
-            inputs = [x.double() if x.is_floating_point() else x for x in cell.inputs()]
-            losses.append(moved(*inputs).square().mean().item())
-    assert (losses[0] - losses[1]) / 2e-3 == pytest.approx(expected, rel=0.03, abs=2e-3)
+            moved.append(cell.loss(other.merge_and_unload()).item())
+    expected = sum((p.grad * step).sum() for p, step in zip(own, steps)).item()
+    assert (moved[0] - moved[1]) / 2 == pytest.approx(expected, rel=0.03, abs=3e-6)
 
 
 # --- 12: copies -----------------------------------------------------------------------------------------------
@@ -493,7 +490,8 @@ def test_adapters_may_adapt_different_layers(cell: Cell, tmp_path: Path) -> None
     for row, name in enumerate(rows):
         cell.near(mixed[row], {"both": both, "last": last, "__base__": base}[name][row], name)
     model.save_pretrained(tmp_path)
-    assert all(".1.layer" in key or ".layer" not in key for key in load_file(tmp_path / "last/adapter_model.safetensors"))
+    saved = load_file(tmp_path / "last" / "adapter_model.safetensors")
+    assert all(".1.layer" in key or ".layer" not in key for key in saved)
     loaded = PeftModel.from_pretrained(cell.base(), tmp_path / "last")
     assert torch.equal(cell.run(loaded), last)
     assert sum(1 for _ in layers(loaded)) == 1

@@ -1,101 +1,135 @@
-"""Small tools around adapted models."""
+"""Conveniences around adapted models: scales for a while, signatures as the base model shows them, and checks."""
 
 from __future__ import annotations
 
 import inspect
+import json
+import math
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from copy import deepcopy
-from types import MethodType
+from numbers import Real
 from typing import Any
 
 from torch import nn
 
+from peft.config import locate_config
+from peft.core.checkpoint import anatomy
 from peft.core.walk import layers_of
 
 
-def check_if_peft_model(model_name_or_path: str) -> bool:
-    """Whether a folder, or a repository on the hub, holds an adapter."""
-    from peft.config import PeftConfig
-
-    try:
-        PeftConfig.from_pretrained(model_name_or_path)
-    except Exception:
-        return False
-    return True
-
-
 @contextmanager
-def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
-    """A context in which the scales of all adapters are multiplied; they are what they were after it.
+def rescale_adapter_scale(model: nn.Module, multiplier: float | int) -> Iterator[None]:
+    """A context in which the adapters act ``multiplier`` times as strongly; afterwards their scales are as before.
+
+    Args:
+        model: a :class:`PeftModel`, or any module with adapters of a method that has a scale (LoRA and its relatives).
 
     Raises:
-        TypeError: if the multiplier is no number.
-        ValueError: if the model has no layers with a scale.
+        TypeError: if ``multiplier`` is no number.
+        ValueError: if it is not finite, or the model has no adapters with a scale, or some that are merged (a merged
+            adapter's scale is part of the weight).
     """
-    if not isinstance(multiplier, int | float):
-        raise TypeError(f"multiplier should be a number, got {type(multiplier).__name__}.")
-    layers = [layer for _, layer in layers_of(model) if isinstance(getattr(layer, "scaling", None), dict)]
+    if not isinstance(multiplier, Real) or isinstance(multiplier, bool):
+        raise TypeError(f"multiplier should be a number, got {multiplier!r}, a {type(multiplier).__name__}.")
+    if not math.isfinite(multiplier):
+        raise ValueError(f"multiplier should be finite, got {multiplier!r}.")
+    layers = [layer for _, layer in layers_of(anatomy(model)[0]) if "scaling" in layer.settings]
     if not layers:
-        raise ValueError("the model has no adapter layers with a scale, such as LoRA's.")
-    before = [(layer, dict(layer.scaling)) for layer in layers]
+        raise ValueError(
+            f"this {type(model).__name__} has no adapters with a scale; only LoRA and its relatives have one."
+        )
+    if any(layer.merged for layer in layers):
+        raise ValueError("adapters are merged into the base weights, scale and all; call unmerge_adapter() first.")
+    before = [dict(layer.scaling) for layer in layers]
     try:
-        for layer, scaling in before:
-            for name, scale in scaling.items():
-                layer.scaling[name] = scale * multiplier
+        for layer, scaling in zip(layers, before, strict=True):
+            layer.scaling.update({name: value * multiplier for name, value in scaling.items()})
         yield
     finally:
-        for layer, scaling in before:
-            layer.scaling.update(scaling)
+        for layer, scaling in zip(layers, before, strict=True):
+            layer.scaling.update({name: value for name, value in scaling.items() if name in layer})
 
 
 @contextmanager
 def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
-    """A context in which adapters take their inputs in whatever dtype they come, as layerwise casting needs."""
-    layers = [layer for _, layer in layers_of(model)] if active else []
+    """A context in which adapters take their input as it is, instead of in their own dtype.
+
+    For models whose hooks change dtypes by themselves, such as diffusers' layerwise casting.
+
+    Args:
+        model: any module with adapters; without any, nothing happens.
+        active: False makes the context do nothing.
+    """
+    layers = [layer for _, layer in layers_of(anatomy(model)[0])] if active else []
     before = [layer.cast_input_dtype_enabled for layer in layers]
     try:
         for layer in layers:
             layer.cast_input_dtype_enabled = False
         yield
     finally:
-        for layer, enabled in zip(layers, before):
+        for layer, enabled in zip(layers, before, strict=True):
             layer.cast_input_dtype_enabled = enabled
 
 
-def _take_over(model: Any, name: str, source: Callable) -> None:
-    """Give a method of the model the signature and docstring of the base model's."""
-    current = getattr(model, name)
-
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return current(*args, **kwargs)
-
-    method.__doc__, method.__name__ = source.__doc__, name
-    parameters = list(inspect.signature(source).parameters.values())
-    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    method.__signature__ = inspect.Signature([own, *deepcopy(parameters)])  # type: ignore[attr-defined]
-    setattr(model, name, MethodType(method, model))
+def update_forward_signature(model: nn.Module) -> None:
+    """Let ``model.forward`` show the parameters and docstring of the base model's, if it shows none of its own."""
+    _show_base_method(model, "forward")
 
 
-def update_forward_signature(model: Any) -> None:
-    """Let the model's ``forward`` show the base model's signature, as some libraries inspect it."""
-    _take_over(model, "forward", model.get_base_model().forward)
+def update_generate_signature(model: nn.Module) -> None:
+    """Let ``model.generate`` show the parameters and docstring of the base model's, if it shows none of its own."""
+    _show_base_method(model, "generate")
 
 
-def update_generate_signature(model: Any) -> None:
-    """Let the model's ``generate`` show the base model's signature."""
-    _take_over(model, "generate", model.get_base_model().generate)
-
-
-def update_signature(model: Any, method: str = "all") -> None:
-    """Let ``forward``, ``generate`` or both ("all") show the base model's signatures.
+def update_signature(model: nn.Module, method: str = "all") -> None:
+    """Let a :class:`PeftModel` show the base model's parameters in ``forward``, ``generate``, or both ("all").
 
     Raises:
         ValueError: for another method.
     """
-    if method not in ("all", "forward", "generate"):
-        raise ValueError(f"method {method!r} is not supported; choose 'all', 'forward' or 'generate'.")
-    if method in ("all", "forward"):
-        update_forward_signature(model)
-    if method in ("all", "generate"):
-        update_generate_signature(model)
+    choices = {"forward": ("forward",), "generate": ("generate",), "all": ("forward", "generate")}
+    if method not in choices:
+        raise ValueError(f"method should be one of {', '.join(map(repr, choices))}, got {method!r}.")
+    for name in choices[method]:
+        _show_base_method(model, name)
+
+
+def _show_base_method(model: nn.Module, name: str) -> None:
+    shown = getattr(model, name, None)
+    origin = getattr(model.get_base_model(), name, None)  # type: ignore[operator]
+    if shown is None or origin is None or name not in dir(type(model)):
+        return
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    if any(p.kind not in variadic for p in inspect.signature(shown).parameters.values()):
+        return
+    method = _stand_in(name)
+    signature = inspect.signature(origin)
+    me = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    rest = [
+        p.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD) if p.kind is inspect.Parameter.POSITIONAL_ONLY else p
+        for p in signature.parameters.values()
+    ]
+    me = me.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    method.__signature__ = signature.replace(parameters=[me, *rest])  # type: ignore[attr-defined]
+    method.__doc__, method.__name__ = origin.__doc__, name
+    object.__setattr__(model, name, types.MethodType(method, model))
+
+
+def _stand_in(name: str) -> Callable[..., Any]:
+    """A method of one object that calls the method of its class: it carries a signature of its own."""
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(type(self), name)(self, *args, **kwargs)
+
+    return method
+
+
+def check_if_peft_model(model_name_or_path: str) -> bool:
+    """Whether a folder, or a repository on the hub, holds an adapter; False also where it cannot be reached."""
+    try:
+        with open(locate_config(model_name_or_path), encoding="utf-8") as file:
+            values = json.load(file)
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and "peft_type" in values

@@ -102,8 +102,8 @@ def inject_adapter_in_model(
     check_config(peft_config)
     if peft_config.is_prompt_learning:
         raise ValueError(
-            f"{type(peft_config).__name__} cannot be injected: prompt learning changes what goes into a model, not its "
-            "modules. Use get_peft_model."
+            f"{type(peft_config).__name__} cannot be injected: prompt learning changes what goes into a model, not "
+            "its modules. Use get_peft_model."
         )
     if isinstance(inner := getattr(model, "base_model", model), BaseTuner):
         raise TypeError(

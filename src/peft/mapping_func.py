@@ -62,8 +62,8 @@ def _check_model(model: nn.Module, adapter_name: str) -> None:
     if isinstance(model, PeftModel | BaseTuner):
         kind = type(model).__name__
         raise TypeError(
-            f"the model is a {kind} already. For a further adapter call add_adapter({adapter_name!r}, config) on the "
-            "PeftModel; to start anew, first take the adapters out with unload() or merge_and_unload()."
+            f"the model is a {kind} already. For a further adapter call add_adapter({adapter_name!r}, config) on "
+            "the PeftModel; to start anew, first take the adapters out with unload() or merge_and_unload()."
         )
     if not isinstance(model, nn.Module):
         raise TypeError(f"model should be an nn.Module, got {type(model).__name__}.")

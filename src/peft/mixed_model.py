@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -60,7 +60,7 @@ class PeftMixedModel(PeftModel):
         add_auxiliary(self.get_base_model(), adapter_name, peft_config)
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]
         cls,
         model: nn.Module,
         model_id: str | os.PathLike,
@@ -70,7 +70,8 @@ class PeftMixedModel(PeftModel):
         **kwargs: Any,
     ) -> PeftMixedModel:
         """Put a saved adapter around its base model; load the others with :meth:`load_adapter`."""
-        return super().from_pretrained(model, model_id, adapter_name, is_trainable, config, **kwargs)
+        loaded = super().from_pretrained(model, model_id, adapter_name, is_trainable, config, **kwargs)
+        return cast(PeftMixedModel, loaded)
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Merge the active adapters, whatever their methods, and return the plain model."""

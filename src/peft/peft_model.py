@@ -37,6 +37,7 @@ from peft.core.diagnostics import (
 from peft.core.tuner import BaseTuner, check_adapter_name, context_of
 from peft.core.walk import layers_of, wrappers_of
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.error import CheckpointError, ConfigError
 
 
@@ -209,30 +210,33 @@ class PeftModel(PushToHubMixin, nn.Module):
         """Tell the layers which adapter each row has; kept for a backward, which may run the forward again."""
         names, context = kwargs.pop("adapter_names", None), context_of(self.get_base_model())
         kwargs.pop("task_ids", None)
-        if names is None:
-            if context.adapter_names is not None:
-                context.set_adapter_names(None)
+        before, held = context.adapter_names, context.held
+        if names is None and before is None:
             return function(*args, **kwargs)
-        self._check_rows(names, args, kwargs)
+        if names is not None:
+            self._check_rows(names, args, kwargs)
         context.set_adapter_names(names)
+        context.held = names is not None
         fast_path = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # it knows one weight for all rows
         try:
             return function(*args, **kwargs)
         finally:
             torch.backends.mha.set_fastpath_enabled(fast_path)
+            context.held = held
             if not keep:
-                context.set_adapter_names(None)
+                context.set_adapter_names(before)  # a backward may still need them
 
     def _check_rows(self, names: Sequence[str], args: tuple, kwargs: dict) -> None:
         known = [*self.peft_config, BASE]
         unknown = sorted(set(names) - set(known))
         if unknown:
             raise ValueError(f"adapter_names has unknown adapters: {unknown}. There are {known}.")
-        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.dim() > 0]
-        if tensors and len(names) != tensors[0].shape[0]:
+        main = (kwargs.get(name) for name in (getattr(self.get_base_model(), "main_input_name", ""), "inputs_embeds"))
+        given = (v for v in (*args[:1], *main, *kwargs.values()) if isinstance(v, torch.Tensor) and v.dim() > 0)
+        if (first := next(given, None)) is not None and len(names) != len(first):
             raise ValueError(
-                f"adapter_names has {len(names)} names, but the batch has {tensors[0].shape[0]} samples; give as many."
+                f"adapter_names has {len(names)} names, but the batch has {len(first)} samples; give as many."
             )
         if any(layer.merged for _, layer in layers_of(self.get_base_model())):
             raise ValueError("adapter_names cannot be used while adapters are merged; call unmerge_adapter() first.")
@@ -347,6 +351,9 @@ class PeftModel(PushToHubMixin, nn.Module):
             with atomic_folder(folder) as path:
                 write_weights(path, tensors[name], safe_serialization)
                 self._config_to_save(name).save_pretrained(os.fspath(folder))
+            stale = os.path.join(folder, WEIGHTS_NAME if safe_serialization else SAFETENSORS_WEIGHTS_NAME)
+            if os.path.exists(stale):  # of an earlier save in the other format
+                os.remove(stale)
         self.create_or_update_model_card(save_directory)
 
     def _config_to_save(self, name: str) -> PeftConfig:
@@ -415,7 +422,7 @@ class PeftModel(PushToHubMixin, nn.Module):
     def _class_for(cls, config: PeftConfig) -> type[PeftModel]:
         from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
-        return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, cls) if cls is PeftModel else cls
+        return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", cls) if cls is PeftModel else cls
 
     def load_adapter(
         self,
@@ -469,10 +476,9 @@ class PeftModel(PushToHubMixin, nn.Module):
             raise CheckpointError(
                 f"the file lacks {empty[:5]}, and low_cpu_mem_usage leaves nothing else to put there."
             )
-        if written_by:
-            for _, layer in layers_of(self.get_base_model()):
-                if name in layer:
-                    layer.upgrade(name, written_by)
+        for _, layer in layers_of(self.get_base_model()):
+            if name in layer:
+                layer.upgrade(name, written_by or "0.0")  # older files do not say
         if result.missing_keys:
             warnings.warn(_listed("Found missing adapter keys while loading the checkpoint", result.missing_keys))
         if result.unexpected_keys:

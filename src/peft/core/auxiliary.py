@@ -14,7 +14,7 @@ from peft.core.families import RowsLayer
 from peft.core.kinds import Kind
 from peft.core.layer import BaseTunerLayer
 from peft.core.switch import Switch
-from peft.core.walk import AuxiliaryWrapper, Site, file_path, join, walk
+from peft.core.walk import AuxiliaryWrapper, Site, file_path, join, replace_module, walk
 
 
 class AuxiliaryTrainingWrapper(Switch, AuxiliaryWrapper):
@@ -54,6 +54,8 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     def update(self, adapter_name: str, tied_module: nn.Module | None = None, **kwargs: Any) -> None:
         source = self.original_module
         duplicate = copy.deepcopy(source.get_base_layer() if isinstance(source, BaseTunerLayer) else source)
+        for site in [site for site in walk(duplicate) if site.wrappers]:  # adapters inside it stay with the original
+            replace_module(duplicate, site.key, site.module)
         for p in duplicate.parameters():
             if p.is_floating_point():
                 p.requires_grad_(True)
@@ -272,12 +274,12 @@ class TrainedBiases:
         if self.applied is not None:
             for place, p in self.parameters(self.applied):
                 self.values[self.applied][place] = p.data
-                p.data = self.originals[place].to(p.device)
+                p.data = self.originals[place].to(p)
                 p.requires_grad_(False)
         self.applied = name if name in self.values else None
         if self.applied is not None:
             for place, p in self.parameters(self.applied):
-                p.data = self.values[self.applied][place].to(p.device)
+                p.data = self.values[self.applied][place].to(p)
                 p.requires_grad_(requires_grad)
 
     def choose(self, names: Sequence[str]) -> str | None:

@@ -1,93 +1,101 @@
-"""The model card (README.md) of saved adapters."""
+"""The model card: README.md beside a saved adapter, with the facts that the hub reads."""
 
 from __future__ import annotations
 
 import os
+import sys
+import warnings
 from typing import Any
 
+from torch import nn
+
 from peft._version import __version__
+from peft.core.checkpoint import atomic_folder
 
 
-PIPELINES = {
-    "CAUSAL_LM": "text-generation",
-    "SEQ_CLS": "text-classification",
-    "TOKEN_CLS": "token-classification",
-    "QUESTION_ANS": "question-answering",
-    "FEATURE_EXTRACTION": "feature-extraction",
-}
-
-BODY = """
-# Model Card for Model ID
-
-An adapter for {base}, trained with the PEFT library.
-
-## Use
-
-```python
-from peft import AutoPeftModel
-
-model = AutoPeftModel.from_pretrained("path/to/this/folder")
-```
-
-## Training
-
-Method: {methods}.
-
-### Framework versions
-
-- PEFT {version}
-"""
+CARD_NAME = "README.md"
+_BASE_TAG = "base_model:adapter:"
+_VERSIONS = "### Framework versions"
+_QUANTIZATION = "The following quantization config was used during training:"
+_PIPELINES = {"CAUSAL_LM": "text-generation"}
 
 
-def create_or_update_model_card(model: Any, output_dir: str | os.PathLike) -> None:
-    """Write README.md into a folder, or bring the one that is there up to date.
+def create_or_update_model_card(model: nn.Module, output_dir: str | os.PathLike) -> None:
+    """Write README.md, or bring the facts in it up to date; a user's own text and fields are kept.
 
-    The metadata says which library, method and base model the adapter belongs to; text and metadata that a user has
-    written stay.
+    A card that cannot be read stays as it is, with a warning. Nothing is downloaded.
 
     Args:
-        model: a PeftModel.
+        model: a :class:`PeftModel`.
+        output_dir: the folder; made if need be.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    path = os.path.join(output_dir, "README.md")
+    file = os.path.join(output_dir, CARD_NAME)
+    if os.path.isfile(file):
+        try:
+            card = ModelCard.load(file, ignore_metadata_errors=True)
+        except Exception as error:
+            warnings.warn(f"{file} cannot be read as a model card ({error}); it is left as it is.")
+            return
+    else:
+        card = ModelCard.from_template(ModelCardData())
+    for name, value in _facts(model, list(card.data.get("tags") or ())).items():
+        card.data[name] = value
+    card.text = _with_versions(_with_quantization(card.text, model))
+    with atomic_folder(output_dir) as path, open(path(CARD_NAME), "w", encoding="utf-8", newline="") as out:
+        out.write(str(card))
+
+
+def _facts(model: Any, tags: list[str]) -> dict[str, Any]:
+    """Fields of the card's head: name -> value."""
+    base = model.get_base_model()
     configs = list(model.peft_config.values())
-    methods = sorted({str(getattr(config.peft_type, "value", config.peft_type)) for config in configs})
-    base = next((config.base_model_name_or_path for config in configs if config.base_model_name_or_path), None)
-    if os.path.exists(path):
-        card = ModelCard.load(path, ignore_metadata_errors=True)
-    else:
-        text = BODY.format(base=base or "a base model", methods=", ".join(methods), version=__version__)
-        card = ModelCard.from_template(ModelCardData(), template_str=text)
-    data = card.data
-    data.library_name = "peft"
-    if base and not os.path.isdir(base):
-        data.base_model = data.get("base_model") or base
-    task = next((config.task_type for config in configs if config.task_type), None)
-    pipeline = PIPELINES.get(str(getattr(task, "value", task)))
-    if pipeline and not data.get("pipeline_tag"):
-        data.pipeline_tag = pipeline
-    tags = list(data.get("tags") or [])
-    new = [f"base_model:adapter:{base}"] if base else []
-    new += [method.lower() for method in methods]
-    if hasattr(model.get_base_model(), "config"):
-        new.append("transformers")
-    data.tags = tags + [tag for tag in new if tag not in tags]
-    card.text = _with_version(card.text)
-    card.save(path)
+    named = [name for config in configs if (name := config.base_model_name_or_path)]
+    origin = next(iter(named), None) or vars(base).get("name_or_path") or None
+    new = [_BASE_TAG + origin] if origin else []
+    new += dict.fromkeys(str(getattr(c.peft_type, "value", c.peft_type)).lower() for c in configs)
+    new += ["transformers"] if _of_transformers(base) else []
+    own = [tag for tag in tags if tag not in new and not (origin and tag.startswith(_BASE_TAG))]
+    facts: dict[str, Any] = {"base_model": origin} if origin else {}
+    facts["library_name"] = "peft"
+    task = next((str(getattr(c.task_type, "value", c.task_type)) for c in configs if c.task_type), None)
+    if task in _PIPELINES:
+        facts["pipeline_tag"] = _PIPELINES[task]
+    facts["tags"] = [*own, *new]
+    return facts
 
 
-def _with_version(text: str) -> str:
-    """The text, with our version under "Framework versions"."""
-    line = f"- PEFT {__version__}"
-    if line in text:
+def _of_transformers(base: nn.Module) -> bool:
+    """Whether it is a model of transformers, without importing that."""
+    library = sys.modules.get("transformers.modeling_utils")
+    return library is not None and isinstance(base, library.PreTrainedModel)
+
+
+def _with_quantization(text: str, model: Any) -> str:
+    """The card's text with how the base model is quantised, if it is; written once."""
+    config = getattr(getattr(model.get_base_model(), "config", None), "quantization_config", None)
+    if config is None or _QUANTIZATION in text:
         return text
-    lines = text.rstrip("\n").split("\n")
-    old = [i for i, entry in enumerate(lines) if entry.startswith("- PEFT ")]
-    if old:
-        lines[old[-1]] = line
-    elif "### Framework versions" in lines:
-        lines.insert(lines.index("### Framework versions") + 1, f"\n{line}")
+    values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    lines = "\n".join(f"- {name}: {value}" for name, value in values.items())
+    section = f"## Training procedure\n\n{_QUANTIZATION}\n{lines}\n"
+    before, found, after = text.rpartition(_VERSIONS)
+    return f"{before}{section}\n{found}{after}" if found else f"{text.rstrip()}\n\n{section}"
+
+
+def _with_versions(text: str) -> str:
+    """The card's text with this version in the section of versions, which is appended if there is none."""
+    line = f"- PEFT {__version__}"
+    before, found, after = text.rpartition(_VERSIONS)
+    if not found:
+        return f"{text.rstrip()}\n\n{_VERSIONS}\n\n{line}\n"
+    lines = after.split("\n")
+    end = next((i for i, other in enumerate(lines) if other.startswith("#")), len(lines))
+    old = next((i for i in range(end) if lines[i].startswith("- PEFT ")), None)
+    if old is not None:
+        lines[old] = line
     else:
-        lines += ["", "### Framework versions", "", line]
-    return "\n".join(lines) + "\n"
+        first = next((i for i in range(1, end) if lines[i].strip()), end)
+        lines[first:first] = [line]
+    return before + found + "\n".join(lines)

@@ -13,7 +13,8 @@ from peft.core.walk import inner_name
 class InputGrads:
     """A forward hook of the input embedding: while reentrant checkpointing is on, its output requires grad.
 
-    So do ``inputs_embeds`` that the model is called with (:meth:`from_embeddings`, a hook of the model). It looks at the model's own switches in every call, so it does not matter when, or by whom, they are turned.
+    So do ``inputs_embeds`` that the model is called with (:meth:`from_embeddings`, a hook of the model). It looks at
+    the model's own switches in every call, so it does not matter when, or by whom, they are turned.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -35,7 +36,7 @@ class InputGrads:
         return output
 
     def from_embeddings(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """The call of the model with ``inputs_embeds`` that require grad, where they should; the caller's do not change."""
+        """The model's call, with ``inputs_embeds`` that require grad where needed; the caller's tensor does not."""
         embeds = kwargs.get("inputs_embeds")
         if isinstance(embeds, torch.Tensor) and not embeds.requires_grad and self.needed():
             kwargs = {**kwargs, "inputs_embeds": embeds.detach().requires_grad_()}
@@ -55,7 +56,10 @@ def watch_checkpointing(model: nn.Module) -> None:
     while inner := inner_name(embedding):
         embedding = embedding.get_submodule(inner)
     watch = InputGrads(model)
-    hooks = embedding.register_forward_hook(watch), model.register_forward_pre_hook(watch.from_embeddings, with_kwargs=True)
+    hooks = (
+        embedding.register_forward_hook(watch),
+        model.register_forward_pre_hook(watch.from_embeddings, with_kwargs=True),
+    )
     model.__dict__["_peft_input_grads"] = watch, hooks
 
 

@@ -156,14 +156,8 @@ def add_combined(
     check_adapter_name(adapter_name, [*tuner.peft_config, *operations.adapters_of(tuner.model)])
     sources = (p for _, layer in tuner_layers(tuner) for name in adapters for p in layer.adapter_parameters(name))
     widen = not any(p.dtype in (torch.float16, torch.bfloat16) for p in sources)
-    replication = config.__dict__.get("layer_replication")
     tuner.peft_config[adapter_name] = config
-    record = biases_of(tuner.model)
-    applied = record.applied if record else None
-    trained = bool(applied) and any(p.requires_grad for _, p in record.parameters(applied))
     try:
-        if replication:
-            config.layer_replication = None  # the model has its copies of layers already
         with torch.random.fork_rng(devices=[]):  # what a fresh adapter draws is overwritten
             tuner.inject_adapter(tuner.model, adapter_name, autocast_adapter_dtype=widen)
         with torch.no_grad():
@@ -175,11 +169,6 @@ def add_combined(
         tuner._take_back(tuner.model, adapter_name)
         del tuner.peft_config[adapter_name]
         raise
-    finally:
-        if replication:
-            config.layer_replication = replication
-        if applied:
-            record.apply(applied, trained)
 
 
 def _copy_auxiliary(model: nn.Module, adapters: Sequence[str], adapter_name: str) -> None:

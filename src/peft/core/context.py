@@ -6,6 +6,7 @@ The facts stay until the next call replaces them: gradient checkpointing reads t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -19,16 +20,25 @@ class Context:
     Attributes:
         adapter_names: one adapter name for each row of the batch (:data:`BASE` for none), or None.
         current: while a group of rows is computed, the adapters of that group; else None.
+        held: a call with ``adapter_names`` is under way.
     """
+
+    hook: Any  # of the model, calls :meth:`forget`
 
     def __init__(self) -> None:
         self.adapter_names: tuple[str, ...] | None = None
         self.current: list[str] | None = None
+        self.held = False
         self._groups: dict[tuple, tuple[list[tuple[str, torch.Tensor]], torch.Tensor]] = {}
 
     def set_adapter_names(self, names: Sequence[str] | None) -> None:
         self.adapter_names = None if names is None else tuple(names)
         self._groups.clear()
+
+    def forget(self, module: Any, args: tuple) -> None:
+        """Hook of the model: a call that says nothing of adapters does not use the names of an earlier one."""
+        if not self.held and self.adapter_names is not None:
+            self.set_adapter_names(None)
 
     def groups(
         self, names: tuple[str, ...], batch: int, device: torch.device

@@ -96,6 +96,12 @@ class RotationLayer(BaseTunerLayer):
     def unfold(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         return self._turn(weight, torch.linalg.inv(self.rotation(name).float()).to(weight.dtype))
 
+    def keeps_base(self, name: str) -> bool:
+        """A series that stands for a rotation can be far from one, even singular: then its inverse is of no use."""
+        rotation = self.rotation(name).float()
+        eye = torch.eye(len(rotation), device=rotation.device)
+        return bool((rotation @ rotation.T - eye).abs().max() > 0.01)
+
     def _turn(self, weight: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
         if self.kind.lookup:
             return rotation.T @ weight
@@ -179,9 +185,10 @@ class CopyLayer(BaseTunerLayer):
 
     def _read(self, name: str) -> Any:
         """An attribute of the acting module, in the base module's dtype: the parent may compute with it itself."""
-        ready = "_active_adapter" in self.__dict__
-        mixed = ready and self.context.adapter_names is not None and self.context.current is None
-        names = self._current() if ready and not mixed else []
+        state = self.__dict__
+        computes = state.get("read_by_parent") and name in ("weight", "bias")  # otherwise it is read to be looked at
+        mixed = "context" in state and self.context.adapter_names is not None and self.context.current is None
+        names = self._current() if "_active_adapter" in state and (computes or not mixed) else []
         if not names:
             return getattr(self.base_layer, name)
         value, dtype = getattr(self._copies()[names[-1]], name), self._other_dtype(names[-1])

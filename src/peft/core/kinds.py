@@ -27,6 +27,7 @@ class Kind:
         read_by_parent: another module reads ``layer.weight`` instead of calling the layer.
         lookup: x holds indices, W is a table.
         companions: sub-modules that belong to the layer and are adapted with it.
+        fan_in_fan_out: W is stored ``[in, out]``.
     """
 
     name = "Linear"
@@ -37,6 +38,7 @@ class Kind:
     read_by_parent = False
     lookup = False
     companions: tuple[str, ...] = ()
+    fan_in_fan_out = False
 
     def matches(self, m: nn.Module) -> bool:
         return isinstance(m, self.types)
@@ -75,6 +77,10 @@ class Kind:
         """The dense weight that a pair stands for. Raises ValueError where no weight of the layer equals it."""
         return b @ a
 
+    def pairs(self, m: nn.Module, a: torch.Tensor, b: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Views of A and B as the pairs that act apart from each other: one for each group, or expert."""
+        return [(a, b)]
+
     def no_dense_pair(self, m: nn.Module) -> str | None:
         """Why no weight of this layer equals a low-rank pair, or None."""
         return None
@@ -108,6 +114,8 @@ class AttentionOutput(Linear):
 
 class TransposedLinear(Linear):
     """``Conv1D`` of GPT-2: W is stored ``[in, out]``."""
+
+    fan_in_fan_out = True
 
     def matches(self, m: nn.Module) -> bool:
         pytorch_utils = sys.modules.get("transformers.pytorch_utils")
@@ -157,6 +165,9 @@ class Conv(Kind):
         if reason := self.no_dense_pair(m):
             raise NoEqualWeightError(reason)
         return torch.einsum("or,ri...->oi...", b.flatten(1), a)
+
+    def pairs(self, m: nn.Module, a: torch.Tensor, b: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return list(zip(a.chunk(m.groups), b.chunk(m.groups)))
 
     def no_dense_pair(self, m: nn.Module) -> str | None:
         if m.groups == 1:
@@ -298,6 +309,10 @@ class Stack(Kind):
             return b @ a
         product = torch.einsum("ore,eri->eoi", b.unflatten(1, (-1, experts)), a.unflatten(0, (experts, -1)))
         return product.flatten(0, 1)
+
+    def pairs(self, m: nn.Module, a: torch.Tensor, b: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        experts = self._experts(m)[0]
+        return list(zip(a.unflatten(0, (experts, -1)), b.unflatten(1, (-1, experts)).unbind(-1)))
 
     def take_rows(self, m: nn.Module, args: tuple, kwargs: dict, rows: torch.Tensor) -> tuple[tuple, dict]:
         raise ValueError(

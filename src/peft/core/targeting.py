@@ -118,14 +118,18 @@ def find_targets(config: Any, model: nn.Module, layer_cls: type[BaseTunerLayer],
     sites = list(walk(model))
     found: list[Target] = []
     companions: set[str] = set()
+    whole: tuple[str, ...] = ()  # the modules left out
     for site in sites:
-        if matches(skip, site.key) or not site.key:
+        if not site.key or site.key.startswith(whole):
+            continue
+        if matches(skip, site.key):
+            whole += (f"{site.key}.",)
             continue
         found += _parameter_targets(config, site)
         if config.target_modules and selected(config, site.key) and site.key not in companions:
             target = _module_target(config, site, layer_cls)
-            whole = target.kind is None or layer_cls.any_module
-            for child in () if whole else target.kind.companions:
+            alone = target.kind is None or layer_cls.any_module
+            for child in () if alone else target.kind.companions:
                 companions.add(join(site.key, child))
                 inner = next(s for s in sites if s.key == join(site.key, child))
                 found.append(_module_target(config, inner, layer_cls))

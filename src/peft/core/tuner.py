@@ -40,7 +40,16 @@ TASK_HEADS = ("classifier", "score", "qa_outputs")
 
 def context_of(model: nn.Module) -> Context:
     """The object through which all adapted layers of a model learn about the current call."""
-    return model.__dict__.setdefault("_peft_context", Context())
+    context = model.__dict__.get("_peft_context")
+    if context is None:
+        context = model.__dict__["_peft_context"] = Context()
+        context.hook = model.register_forward_pre_hook(context.forget)
+    return context
+
+
+def _drop_context(model: nn.Module) -> None:
+    if "_peft_context" in model.__dict__:
+        model.__dict__.pop("_peft_context").hook.remove()
 
 
 class BaseTuner(nn.Module):
@@ -110,11 +119,13 @@ class BaseTuner(nn.Module):
         config = self.peft_config[adapter_name]
         check_adapter_name(adapter_name, operations.adapters_of(model))
         layer_map = getattr(config, "layer_replication", None)
-        replicated = bool(layer_map) and replicate_layers(model, layer_map)
+        replicated = replicate_layers(model, layer_map) if layer_map else False
         try:
             keys = None if state_dict is None else keys_of(model, state_dict, self.layer_cls)
             self.prepare_config(config, model, keys)
             targets = find_targets(config, model, self.layer_cls, set(getattr(config, "modules_to_save", None) or ()))
+            if hasattr(config, "fan_in_fan_out"):  # the layers tell; the field is for other readers of the file
+                config.fan_in_fan_out = any(target.kind and target.kind.fan_in_fan_out for target in targets)
             with torch.device("meta") if low_cpu_mem_usage else nullcontext():
                 layers = [(target, self._layer_for(model, target)) for target in targets]
                 self._share(adapter_name, config, [layer for _, layer in layers])
@@ -193,6 +204,8 @@ class BaseTuner(nn.Module):
     def _take_back(self, model: nn.Module, name: str) -> None:
         """Undo an injection that failed half way."""
         operations.remove(model, name)
+        if not operations.adapters_of(model):
+            _drop_context(model)
         for attribute in self.layer_cls.shared:
             if name in getattr(self, attribute, ()):
                 del getattr(self, attribute)[name]
@@ -270,7 +283,7 @@ class BaseTuner(nn.Module):
     def _leave(self, model: nn.Module) -> nn.Module:
         stop_watching(model)
         model.__dict__.pop("peft_config", None)
-        model.__dict__.pop("_peft_context", None)
+        _drop_context(model)
         return model
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

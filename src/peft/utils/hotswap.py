@@ -65,6 +65,7 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
             f"Incompatible PEFT types found: {kinds[0]} and {kinds[1]}. Only an adapter of the same method can be "
             "swapped in; load this one with load_adapter."
         )
+    fields: tuple[str, ...]
     if config0.peft_type == PeftType.LORA:
         fields = _LORA_FIELDS
     else:
@@ -97,7 +98,7 @@ def hotswap_adapter(
     Raises:
         ValueError: as :func:`hotswap_adapter_from_state_dict`.
     """
-    config = PeftConfig.from_pretrained(model_name_or_path, **kwargs)
+    config = PeftConfig.from_pretrained(os.fspath(model_name_or_path), **kwargs)
     tensors = load_peft_weights(model_name_or_path, device=torch_device, **kwargs)
     hotswap_adapter_from_state_dict(model, tensors, adapter_name, config)
 
@@ -372,8 +373,9 @@ def prepare_model_for_compiled_hotswap(
     with torch.no_grad():
         for _, layer, name in pairs:
             _prepare_pair(layer, name, target_rank)
-    for given in configs if target_rank is not None else []:
-        _widen_config(given, target_rank)
+    if target_rank is not None:
+        for given in configs:
+            _widen_config(given, target_rank)
 
 
 def _is_compiled(model: nn.Module) -> bool:

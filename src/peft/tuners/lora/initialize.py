@@ -22,7 +22,8 @@ def initialize(layer: LoraLayer, name: str, config: LoraConfig) -> None:
     a, b = layer.pair(name)
     with torch.no_grad():
         if init == "orthogonal":
-            _orthogonal(a, b)
+            for down, up in layer.kind.pairs(layer.get_base_layer(), a, b):
+                _orthogonal(down, up)
         elif layer.kind.lookup:
             a.zero_()
             b.normal_()
@@ -44,8 +45,11 @@ def _zero_up(a: torch.Tensor, b: torch.Tensor, std: float | None) -> None:
 def _orthogonal(a: torch.Tensor, b: torch.Tensor) -> None:
     """A and B from the odd and the even rows of one random orthogonal matrix: B A = 0, neither factor is."""
     r = a.shape[0]
-    if b.shape[1] != r:
-        raise ValueError("init_lora_weights='orthogonal' needs a B that reads the whole rank; this layer is grouped.")
+    if r % 2:
+        raise ValueError(
+            f"init_lora_weights='orthogonal' needs an even rank, and in this layer each group has rank {r}; choose "
+            "another r, for instance with rank_pattern."
+        )
     q, _ = torch.linalg.qr(torch.randn(r, r))
     a.copy_((torch.randn(a[0].numel(), r // 2) @ q[0::2]).T.view_as(a) / 10)
     b.copy_((torch.randn(r // 2, b.shape[0]).T @ q[1::2]).view_as(b) / 10)

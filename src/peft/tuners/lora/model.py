@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -158,7 +158,7 @@ class Mixer:
     """Combines the pairs of one layer; ``cat``: side by side instead of summed."""
 
     def __init__(
-        self, way: Way, cat: bool, density: float | None, vote: str, clamp: float | None, driver: str | None
+        self, way: Way, cat: bool, density: float | None, vote: Any, clamp: float | None, driver: str | None
     ) -> None:
         self.way, self.cat, self.density, self.vote = way, cat, density, vote
         self.clamp, self.driver = clamp, driver
@@ -210,7 +210,7 @@ class Mixer:
         return factorize(self._summed(updates, weights), rank, self.clamp, self.driver)
 
     def _pruned(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self.way.pruning is None:
+        if self.way.pruning is None or self.density is None:
             return tensor
         return prune(tensor, self.density, self.way.pruning, rescale=self.way.pruning == "random")
 
