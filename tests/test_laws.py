@@ -117,7 +117,7 @@ def _same_base(cell: Cell, model: PeftModel, wanted: dict, what: str, exact: boo
 
 # --- 3: mixed batches -----------------------------------------------------------------------------------------
 
-ROWS = ["one", "two", "__base__", "one", "two", "one"]
+ROWS = ["two", "one", "__base__", "one", "one", "two"]  # a permutation that is not its own inverse
 assert len(ROWS) == BATCH
 
 
@@ -476,27 +476,77 @@ def test_a_copy_stands_alone(cell: Cell) -> None:
 # --- an adapter that adapts only some of the layers -----------------------------------------------------------
 
 
-@over(cell for cell in cells("several", precisions=ONE) if cell.place.name == "Linear")
+PART = {"Linear": "blocks.1.layer", "MultiheadAttention[masked]": "attn.out_proj"}
+"""Layer -> the part of it that the second adapter adapts alone."""
+
+
+@over(cell for cell in cells("several", precisions=ONE) if cell.place.name in PART)
 def test_adapters_may_adapt_different_layers(cell: Cell, tmp_path: Path) -> None:
+    part = PART[cell.place.name]
     model = cell.adapted("both")
-    both = cell.run(model)
-    model.add_adapter("last", cell.config(second=True, target_modules=["blocks.1.layer"]))
+    both, base = cell.run(model), cell.run(cell.base())
+    model.add_adapter("last", cell.config(second=True, target_modules=[part]))
     perturb(model, "last", 12)
     assert torch.equal(cell.run(model), both)
     model.set_adapter("last")
     last = cell.run(model)
-    rows = ["both", "last", "__base__"] * 2
-    mixed, base = cell.run(model, adapter_names=rows), cell.run(cell.base())
-    for row, name in enumerate(rows):
-        cell.near(mixed[row], {"both": both, "last": last, "__base__": base}[name][row], name)
+    cell.apart(last, both)
+    for rows in (["both", "last", "__base__"] * 2, ["last", "__base__"] * 3, ["last"] * BATCH):
+        mixed = cell.run(model, adapter_names=rows)
+        for row, name in enumerate(rows):
+            cell.near(mixed[row], {"both": both, "last": last, "__base__": base}[name][row], f"{name} of {rows}")
     model.save_pretrained(tmp_path)
-    saved = load_file(tmp_path / "last" / "adapter_model.safetensors")
-    assert all(".1.layer" in key or ".layer" not in key for key in saved)
     loaded = PeftModel.from_pretrained(cell.base(), tmp_path / "last")
+    assert [key for key, _ in layers(loaded)] == [part]
     assert torch.equal(cell.run(loaded), last)
-    assert sum(1 for _ in layers(loaded)) == 1
     model.delete_adapter("both")
     assert torch.equal(cell.run(model), last)
+    equal_states(model.unload().state_dict(), state(cell.base()))
+
+
+# --- what adapters train beside their layers ------------------------------------------------------------------
+
+
+def _beside() -> list[Any]:
+    found = []
+    for cell in cells(precisions=TWO, switches=False):
+        own = getattr(cell.method.config_cls, "OWN_BIAS", None)
+        extras = {"whole": {"modules_to_save": ["blocks.1.layer"]}, "biases": {"bias": own}, "all": {"bias": "all"}}
+        for name, fields in extras.items():
+            if cell.place.name == "Linear" and all(cell.method.has(f) and value for f, value in fields.items()):
+                found.append(pytest.param(cell, fields, id=f"{cell.id}-{name}"))
+    return found
+
+
+@pytest.mark.parametrize(("cell", "fields"), _beside())
+def test_what_is_trained_beside_the_layers_keeps_the_laws(cell: Cell, fields: dict[str, Any], tmp_path: Path) -> None:
+    """3, 4, 7, 9, 10, 12 for `modules_to_save` and for trained biases."""
+    config = cell.config(target_modules=["blocks.0.layer"], **fields)
+    model = get_peft_model(cell.base(), config, autocast_adapter_dtype=cell.autocast).eval()
+    base = cell.run(cell.base())
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_((torch.randn(p.shape) * 0.3).to(p.dtype))
+    before, tensors = cell.run(model), get_peft_model_state_dict(model)
+    cell.apart(before, base)
+    with model.disable_adapter():
+        assert torch.equal(cell.run(model), base)
+    assert torch.equal(cell.run(model), before)
+    model.save_pretrained(tmp_path)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = PeftModel.from_pretrained(cell.base(), tmp_path, autocast_adapter_dtype=cell.autocast)
+    for other in (loaded, copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert torch.equal(cell.run(other), before)
+        _same_tensors(get_peft_model_state_dict(other), tensors)
+        with other.disable_adapter():
+            assert torch.equal(cell.run(other), base)
+        other.delete_adapter("default")
+        assert torch.equal(cell.run(other), base) and torch.equal(cell.run(model), before)
+    if cell.refusal("merge") is None:
+        cell.near(cell.run(copy.deepcopy(model).merge_and_unload()), before)
     equal_states(model.unload().state_dict(), state(cell.base()))
 
 

@@ -43,6 +43,8 @@ _TABLE = {
     "peft.tuners.hira": ("HiraConfig", "HiraModel"),
     "peft.tuners.ia3": ("IA3Config", "IA3Model"),
     "peft.tuners.ln_tuning": ("LNTuningConfig", "LNTuningModel"),
+    "peft.tuners.loha": ("LoHaConfig", "LoHaModel"),
+    "peft.tuners.lokr": ("LoKrConfig", "LoKrModel"),
     "peft.tuners.lora": (
         "ArrowConfig",
         "BdLoraConfig",
@@ -57,6 +59,7 @@ _TABLE = {
         "VeloraConfig",
     ),
     "peft.tuners.oft": ("OFTConfig", "OFTModel"),
+    "peft.tuners.prefix_tuning": ("PrefixTuningConfig",),
     "peft.tuners.trainable_tokens": ("TrainableTokensConfig", "TrainableTokensModel"),
     "peft.tuners.vera": ("VeraConfig", "VeraModel"),
     "peft.utils.constants": (
@@ -81,16 +84,15 @@ _LATER = """
     AdaLoraConfig AdaLoraModel AdamssConfig AdamssModel AdaptionPromptConfig AdaptionPromptModel BOFTConfig BOFTModel
     BeftConfig BeftModel C3AConfig C3AModel CPTConfig CPTEmbedding CartridgeConfig CartridgeEncoder DeftConfig
     DeftModel DeloraConfig DeloraModel FourierFTConfig FourierFTModel FrodConfig FrodModel GloraConfig GloraModel
-    GraloraConfig GraloraModel HRAConfig HRAModel LilyConfig LilyModel LoHaConfig LoHaModel LoKrConfig LoKrModel
-    MissConfig MissModel MultitaskPromptTuningConfig MultitaskPromptTuningInit OSFConfig OSFModel PeanutConfig
-    PeanutModel PolyConfig PolyModel PrefixEncoder PrefixTuningConfig PromptEmbedding PromptEncoder
-    PromptEncoderConfig PromptEncoderReparameterizationType PromptTuningConfig PromptTuningInit PsoftConfig PsoftModel
-    PveraConfig PveraModel RandLoraConfig RandLoraModel RoadConfig RoadModel ShadowConfig ShadowModel ShiraConfig
-    ShiraModel SupertuningConfig SupertuningModel TinyLoraConfig TinyLoraModel UniLoraConfig UniLoraModel VBLoRAConfig
-    VBLoRAModel WaveFTConfig WaveFTModel XLoraConfig XLoraModel compose_cartridge_adapters convert_to_lora
-    create_arrow_model find_kappa_target_modules get_eva_state_dict initialize_kv_prefix_from_past_key_values
-    initialize_kv_prefix_from_text initialize_lora_eva_weights preprocess_loraga
-    prompt_embeddings_from_past_key_values replace_lora_weights_loftq save_as_lora
+    GraloraConfig GraloraModel HRAConfig HRAModel LilyConfig LilyModel MissConfig MissModel MultitaskPromptTuningConfig
+    MultitaskPromptTuningInit OSFConfig OSFModel PeanutConfig PeanutModel PolyConfig PolyModel PrefixEncoder
+    PromptEmbedding PromptEncoder PromptEncoderConfig PromptEncoderReparameterizationType PromptTuningConfig
+    PromptTuningInit PsoftConfig PsoftModel PveraConfig PveraModel RandLoraConfig RandLoraModel RoadConfig RoadModel
+    ShadowConfig ShadowModel ShiraConfig ShiraModel SupertuningConfig SupertuningModel TinyLoraConfig TinyLoraModel
+    UniLoraConfig UniLoraModel VBLoRAConfig VBLoRAModel WaveFTConfig WaveFTModel XLoraConfig XLoraModel
+    compose_cartridge_adapters convert_to_lora create_arrow_model find_kappa_target_modules get_eva_state_dict
+    initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text initialize_lora_eva_weights
+    preprocess_loraga prompt_embeddings_from_past_key_values replace_lora_weights_loftq save_as_lora
 """
 
 

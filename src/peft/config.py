@@ -129,9 +129,10 @@ class Options:
     """A group of fields declared with `option`, validated when an instance is made."""
 
     def __new__(cls, *args: Any, **kwargs: Any):
-        unknown = [name for name in kwargs if name not in cls._known_keywords()]
+        known = cls._known_keywords()
+        unknown = [name for name in kwargs if name not in known]
         if unknown:
-            hint = nearest(unknown[0], cls._known_keywords())
+            hint = nearest(unknown[0], known)
             raise TypeError(f"{cls.__name__} has no field {unknown[0]!r}.{hint}")
         return super().__new__(cls)
 

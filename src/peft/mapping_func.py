@@ -14,7 +14,6 @@ from peft.mapping import check_config
 from peft.mixed_model import PeftMixedModel
 from peft.peft_model import PeftModel
 from peft.utils.error import nearest
-from peft.utils.transformers_weight_conversion import convert_config_for
 
 
 def get_peft_model(
@@ -47,7 +46,6 @@ def get_peft_model(
     _check_model(model, adapter_name)
     cls = PeftMixedModel if mixed else _class_for_task(peft_config)
     _record_origin(model, peft_config, revision)
-    convert_config_for(model, peft_config)
     return cls(
         model,
         peft_config,
@@ -69,8 +67,8 @@ def _check_model(model: nn.Module, adapter_name: str) -> None:
         raise TypeError(f"model should be an nn.Module, got {type(model).__name__}.")
     if adapters := adapters_of(model):
         warnings.warn(
-            f"the model already has adapters in it ({', '.join(adapters)}), and gets a further one. If it belongs to a "
-            "PeftModel, call add_adapter on that one; to replace the adapters, call unload() on it first.",
+            f"the model already has adapters in it ({', '.join(adapters)}), and gets a further one. If it belongs to "
+            "a PeftModel, call add_adapter on that one; to replace the adapters, call unload() on it first.",
             stacklevel=3,
         )
 

@@ -39,6 +39,10 @@ from peft.core.walk import layers_of, wrappers_of
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.error import CheckpointError, ConfigError
+from peft.utils.transformers_weight_conversion import (
+    convert_config_for,
+    convert_peft_adapter_state_dict_for_transformers,
+)
 
 
 HUB_ARGUMENTS = ("subfolder", "cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
@@ -80,6 +84,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         self.peft_type = peft_config.peft_type
         self.special_peft_forward_args = {"adapter_names"}
         self._add_heads(peft_config)
+        convert_config_for(model, peft_config)
         self.base_model = self._tuner_class(peft_config)(
             model,
             {adapter_name: peft_config},
@@ -264,6 +269,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         check_adapter_name(adapter_name, list(self.peft_config))
         self._check_method(peft_config)
         self._add_heads(peft_config)
+        convert_config_for(self.get_base_model(), peft_config)
         self.peft_config[adapter_name] = peft_config
         try:
             self.base_model.inject_adapter(
@@ -470,6 +476,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         self, name: str, weights: dict[str, torch.Tensor], written_by: str | None, assign: bool, options: dict
     ) -> LoadResult:
         ignore = options.get("ignore_mismatched_sizes", False)
+        weights = convert_peft_adapter_state_dict_for_transformers(self, self.peft_config[name], weights, name)
         result = set_peft_model_state_dict(self, weights, name, ignore, low_cpu_mem_usage=assign)
         empty = [entry.saved for entry in entries(self, name) if entry.tensor.device.type == "meta"]
         if empty:

@@ -234,18 +234,16 @@ class TrainedBiases:
     def __contains__(self, name: str) -> bool:
         return name in self.values
 
-    def __deepcopy__(self, memo: dict) -> TrainedBiases:
-        new = TrainedBiases()
-        moved = {place: copy.deepcopy(module, memo) for place, module in self.places.items()}
-        key = {place: (id(module), place[1]) for place, module in moved.items()}
-        new.places = {key[place]: module for place, module in moved.items()}
-        new.originals = {key[place]: value.clone() for place, value in self.originals.items()}
-        new.values = {
-            name: {key[place]: value.clone() for place, value in values.items()}
-            for name, values in self.values.items()
-        }
-        new.applied = self.applied
-        return new
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy, or what comes out of a pickle, knows its own modules by their new identities."""
+        key = {place: (id(module), place[1]) for place, module in state["places"].items()}
+
+        def renamed(values: dict) -> dict:
+            return {key[place]: value for place, value in values.items()}
+
+        self.places, self.originals = renamed(state["places"]), renamed(state["originals"])
+        self.values = {name: renamed(values) for name, values in state["values"].items()}
+        self.applied = state["applied"]
 
     def add(self, name: str, sites: Iterable[tuple[nn.Module, str]]) -> None:
         """Record an adapter that trains these biases, from the base model's own values; what is applied stays so."""

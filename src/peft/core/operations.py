@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from peft.core.auxiliary import AuxiliaryTrainingWrapper, biases_of
+from peft.core.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, biases_of
 from peft.core.layer import BaseTunerLayer
 from peft.core.replicate import restore_layers, separate_layers
 from peft.core.walk import inner_name, layers_of, replace_module, walk, wrappers_of
@@ -109,10 +109,15 @@ def mark_only_adapters_as_trainable(model: nn.Module) -> None:
 
 
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-    """Hold an adapter in float32 where it is in a 16-bit dtype, so that small updates are not rounded away."""
+    """Hold an adapter in float32 where it is in a 16-bit dtype, so that small updates are not rounded away.
+
+    Whole modules that it trains (``modules_to_save``) stay as they are: they compute in the model's dtype.
+    """
     if not autocast_adapter_dtype:
         return
     for _, wrapper in wrappers_of(model):
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            continue
         for p in wrapper.adapter_parameters(adapter_name):
             if p.dtype in (torch.float16, torch.bfloat16):
                 p.data = p.data.float()

@@ -3,6 +3,8 @@
 from peft.tuners.hira import HiraConfig, HiraModel
 from peft.tuners.ia3 import IA3Config, IA3Model
 from peft.tuners.ln_tuning import LNTuningConfig, LNTuningModel
+from peft.tuners.loha import LoHaConfig, LoHaModel
+from peft.tuners.lokr import LoKrConfig, LoKrModel
 from peft.tuners.lora import (
     ArrowConfig,
     BdLoraConfig,
@@ -17,6 +19,7 @@ from peft.tuners.lora import (
     VeloraConfig,
 )
 from peft.tuners.oft import OFTConfig, OFTModel
+from peft.tuners.prefix_tuning import PrefixTuningConfig
 from peft.tuners.trainable_tokens import TrainableTokensConfig, TrainableTokensModel
 from peft.tuners.vera import VeraConfig, VeraModel
 
@@ -32,6 +35,10 @@ __all__ = [
     "KasaConfig",
     "LNTuningConfig",
     "LNTuningModel",
+    "LoHaConfig",
+    "LoHaModel",
+    "LoKrConfig",
+    "LoKrModel",
     "LoftQConfig",
     "LoraConfig",
     "LoraGAConfig",
@@ -40,6 +47,7 @@ __all__ = [
     "MontecloraConfig",
     "OFTConfig",
     "OFTModel",
+    "PrefixTuningConfig",
     "TrainableTokensConfig",
     "TrainableTokensModel",
     "VeloraConfig",

@@ -77,7 +77,7 @@ class TaskType(str, enum.Enum):
 # Keys are `PeftType` members or, for methods of third parties, plain upper-case strings. A member hashes and compares
 # like its string, so both kinds are looked up alike.
 PEFT_TYPE_TO_CONFIG_MAPPING: dict[str, Any] = {}
-PEFT_TYPE_TO_TUNER_MAPPING: dict[Any, type] = {}
+PEFT_TYPE_TO_TUNER_MAPPING: dict[Any, Any] = {}
 PEFT_TYPE_TO_MIXED_MODEL_MAPPING: dict[str, Any] = {}
 PEFT_TYPE_TO_PREFIX_MAPPING: dict[str, str] = {}
 

@@ -446,7 +446,7 @@ def _may_mean(config: Any, conversion: Any, conversions: list[Any]) -> bool:
     target = conversion.target_patterns[0].lstrip(".")
     if any(f".{target}".endswith(f".{p}") or f".{p}".endswith(f".{target}") for p in parameters):
         return True
-    names = []
+    names: list[str] = []
     for source in conversion.source_patterns:
         inside = source.removesuffix(".weight").lstrip(".").replace("*", "0")
         block = f"model.layers.0.{inside}" if inside.startswith("mlp.") else f"model.layers.0.mlp.{inside}"

@@ -1,0 +1,138 @@
+"""What LoHa and LoKr share: config fields, scale, dropouts of whole rows and of the whole update."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from peft.config import (
+    ExcludeModules,
+    LayerSelection,
+    ModulesToSave,
+    RankPatterns,
+    TargetModules,
+    option,
+    resolve_pattern,
+)
+from peft.core.families import DeltaLayer
+from peft.core.kinds import Kind
+from peft.core.tuner import BaseTuner
+
+
+@dataclass
+class LycorisConfig(RankPatterns, TargetModules, ExcludeModules, ModulesToSave, LayerSelection):
+    """Fields of the methods that come from LyCORIS (arXiv 2309.14859)."""
+
+    r: int = option(8, "Rank of the factors.", minimum=1)
+    alpha: int = option(8, "The update is scaled by alpha / r.")
+    rank_dropout: float = option(
+        0.0, "Share of the outputs that get no update in a training step.", minimum=0, below=1
+    )
+    module_dropout: float = option(
+        0.0, "Probability of leaving out the whole update of a layer in a training step.", minimum=0, below=1
+    )
+    use_effective_conv2d: bool = option(
+        False, "Give convolutions with a kernel larger than 1 a core tensor [r, r, *kernel] between smaller factors."
+    )
+
+
+class LycorisLayer(DeltaLayer):
+    """dW, scaled by alpha / r. A method defines :meth:`delta_weight` and, where cheaper, :meth:`product`."""
+
+    settings: ClassVar[dict[str, type]] = {
+        "r": dict,
+        "alpha": dict,
+        "scaling": dict,
+        "rank_dropout": dict,
+        "rank_dropout_scale": dict,
+        "module_dropout": dict,
+    }
+
+    @classmethod
+    def refusal(cls, kind: Kind, module: nn.Module, config: LycorisConfig) -> str | None:
+        if (kind.through_weight or kind.read_by_parent) and (config.rank_dropout or config.module_dropout):
+            return "its weight is not used by calling it, so rank_dropout and module_dropout have no place there"
+        return None
+
+    def update_layer(self, name: str, config: LycorisConfig, key: str) -> None:
+        r = resolve_pattern(config.rank_pattern, key, config.r)
+        self.put(name, r=r, alpha=resolve_pattern(config.alpha_pattern, key, config.alpha))
+        self.put(name, rank_dropout=config.rank_dropout, module_dropout=config.module_dropout)
+        self.put(name, rank_dropout_scale=getattr(config, "rank_dropout_scale", True))
+        self.put(name, scaling=self.initial_scaling(name))
+
+    def has_core(self, config: LycorisConfig) -> bool:
+        """Whether a convolution's factors have a core tensor between them."""
+        return config.use_effective_conv2d and math.prod(self.shape[2:]) > 1
+
+    def core_shape(self, r: int) -> tuple[int, ...]:
+        """Shape of that tensor. The file format gives kernels of one dimension a second one of size 1."""
+        kernel = self.shape[2:]
+        return (r, r, *kernel, 1) if len(kernel) == 1 else (r, r, *kernel)
+
+    def product(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """dW x, without dropout."""
+        return super().delta(name, x)
+
+    def delta(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        y = self.product(name, x)
+        if not self.training:
+            return y
+        if p := self.module_dropout[name]:  # multiplied and not skipped: every parameter gets a gradient
+            y = y * (torch.rand(1, device=y.device) > p).to(y.dtype)
+        if p := self.rank_dropout[name]:
+            kept = (torch.rand(self.shape[0], device=y.device) > p).to(y.dtype)
+            if self.rank_dropout_scale[name]:
+                kept = kept / kept.mean().clamp_min(1 / len(kept))
+            y = y * self.kind.along_channels(kept, self.get_base_layer())
+        return y
+
+    # --- scale ------------------------------------------------------------------------------------------------
+    def initial_scaling(self, name: str) -> float:
+        """alpha / r."""
+        return self.alpha[name] / self.r[name]
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Make the scale of an adapter ``scale`` times its initial one."""
+        if adapter in self:
+            self.scaling[adapter] = scale * self.initial_scaling(adapter)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scales of the active adapters."""
+        for name in self.active_adapters:
+            if name in self:
+                self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scales of the active adapters; None brings back the initial ones."""
+        for name in self.active_adapters:
+            if name in self:
+                self.scaling[name] = self.initial_scaling(name) if scale is None else self.scaling[name] / scale
+
+
+class LycorisTuner(BaseTuner):
+    """Base of the tuners of these methods."""
+
+
+def kaiming(*shape: int) -> nn.Parameter:
+    """A parameter drawn like the weight of ``nn.Linear``: uniform within 1 / sqrt(fan in)."""
+    return nn.Parameter(nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5)))
+
+
+def zeros(*shape: int) -> nn.Parameter:
+    """A parameter of zeros."""
+    return nn.Parameter(torch.zeros(shape))
+
+
+def through_core(a: torch.Tensor, b: torch.Tensor, core: torch.Tensor, shape: Any) -> torch.Tensor:
+    """Sum over ranks i, j of ``core[i, j] a[i, out] b[j, in]``: a convolution's weight ``[out, in, *kernel]``."""
+    return torch.einsum("ijk,io,jn->onk", core.flatten(2), a, b).contiguous().view(shape)
+
+
+def mix(w: torch.Tensor, x: torch.Tensor, dims: int) -> torch.Tensor:
+    """``w`` applied to the channels of x, which stand before the last ``dims`` axes."""
+    return x @ w.mT if dims == 0 else (w @ x.flatten(-dims)).unflatten(-1, x.shape[-dims:])
