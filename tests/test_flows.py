@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
-import socket
+import sys
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -544,12 +545,6 @@ class TestGenerate:
 # --- many processes, compilation, precision --------------------------------------------------------------------
 
 
-def _port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def _mlp() -> PeftModel:
     torch.manual_seed(0)
     config = LoraConfig(r=2, target_modules=["lin0"], modules_to_save=["lin1"], bias="lora_only")
@@ -561,11 +556,14 @@ def _batch() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(8, 6, generator=generator), torch.randn(8, 4, generator=generator)
 
 
-def _ddp_worker(rank: int, port: int, folder: str) -> None:
+def _ddp_worker(rank: int, folder: str) -> None:
     """One of two processes: half a batch each, two steps."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if sys.platform == "linux":
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # whatever the name of this machine resolves to
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
     inner = _mlp()
     model = nn.parallel.DistributedDataParallel(inner)
     x, y = (t.chunk(2)[rank] for t in _batch())
@@ -584,7 +582,7 @@ def _ddp_worker(rank: int, port: int, folder: str) -> None:
 
 
 def test_two_processes_train_as_one(tmp_path):
-    torch.multiprocessing.spawn(_ddp_worker, args=(_port(), str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(_ddp_worker, args=(str(tmp_path),), nprocs=2)
     model, (x, y) = _mlp(), _batch()
     optimizer = torch.optim.SGD(trained(model).values(), lr=0.1)
     for _ in range(2):

@@ -7,7 +7,16 @@ import torch
 from torch import nn
 from toys import TOYS, Mlp, tiny_llama
 
-from peft import HiraConfig, IA3Config, LoraConfig, OFTConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import (
+    HiraConfig,
+    IA3Config,
+    LoraConfig,
+    OFTConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+)
 from peft.utils.hotswap import (
     check_hotswap_configs_compatible,
     hotswap_adapter,
@@ -417,3 +426,13 @@ def test_scale_changes_still_work_after_preparation():
     for layer in layers:
         layer.unscale_layer()
     torch.testing.assert_close(model(x), before)
+
+
+def test_names_of_tensors_in_memory_are_understood() -> None:
+    """diffusers passes the adapter's name in the keys, as they are in the model."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    model = inject_adapter_in_model(config, nn.Sequential(nn.Linear(4, 4)))
+    wanted = {name: torch.randn_like(t) for name, t in model.state_dict().items() if ".default." in name}
+    hotswap_adapter_from_state_dict(model, wanted, "default", config)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in wanted.items())

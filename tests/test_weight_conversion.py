@@ -21,6 +21,7 @@ from peft import (
     LNTuningConfig,
     LoraConfig,
     OFTConfig,
+    PeftModel,
     TrainableTokensConfig,
     VeraConfig,
     get_base_model_state_dict,
@@ -147,6 +148,22 @@ def test_adapters_of_modules_act_on_the_stacked_parameters(tmp_path, build, targ
     assert set_peft_model_state_dict(model, converted) == ([], [])
     torch.testing.assert_close(model(IDS).logits, want, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model.merge_and_unload()(IDS).logits, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_peft_model_of_experts_is_saved_and_loaded(tmp_path):
+    base = mixtral()
+    tensors, merged = old_adapter(mixtral, base, ["w1", "w2", "w3", "gate"], scale=2)
+    save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = LoraConfig(r=4, target_modules=["w1", "w2", "w3", "gate"], lora_dropout=0.05, task_type="CAUSAL_LM")
+    config.save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    torch.testing.assert_close(model(IDS).logits, merged(IDS).logits, rtol=1e-4, atol=1e-5)
+    model.save_pretrained(tmp_path / "again")
+    again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "again")
+    assert again.load_adapter(tmp_path, "old") == ([], [])
+    torch.testing.assert_close(again(IDS).logits, merged(IDS).logits, rtol=1e-4, atol=1e-5)
+    again.set_adapter("old")
+    torch.testing.assert_close(again(IDS).logits, merged(IDS).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_modules_of_different_ranks():

@@ -35,6 +35,10 @@ class Entry:
     put: Callable[[torch.Tensor], None] | None = None
     as_saved: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.detach
 
+    def names(self) -> list[str]:
+        """All names by which a state dict may mean this tensor; some clients give those in memory."""
+        return [name for name in (self.memory, *self.aliases, self.saved) if name]
+
 
 class LoadResult(NamedTuple):
     """Names in the file: tensors that the adapter has and the file lacks, and the other way round."""
@@ -163,7 +167,7 @@ def set_peft_model_state_dict(
     if not own:
         operations.require_adapters(root, [adapter_name])
     for entry in own:
-        for name in (entry.saved, *entry.aliases):
+        for name in entry.names():
             known[name] = entry
     embeddings = base_weights(root, prefix)
     plan: list[tuple[Entry, torch.Tensor]] = []

@@ -162,7 +162,7 @@ class _Given:
             require_adapters(root, [adapter])
         if any(entry.tensor.is_meta for entry in own):
             raise CheckpointError(f"adapter {adapter!r} has no values yet (low_cpu_mem_usage); load its file first.")
-        known = {_plain(name): entry for entry in own for name in (*entry.aliases, entry.saved)}
+        known = {_plain(name): entry for entry in own for name in entry.names()}
         base = {_plain(name): entry for name, entry in base_weights(root, prefix).items()}
         # what has no place in memory is a view of the pair of another layer
         self.own = {entry.memory: entry for entry in own if entry.memory}
