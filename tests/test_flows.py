@@ -875,6 +875,12 @@ class TestTied:
         assert merged.lm_head.weight is merged.model.embed_tokens.weight
         torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-5)
 
+    def test_tokens_leave_a_head_that_is_trained_whole(self):
+        model = tied(lora(trainable_token_indices=[3], modules_to_save=["lm_head"])).eval()
+        assert len([name for name in trained(model) if "trainable_tokens_delta" in name]) == 1
+        expected = logits(model)
+        torch.testing.assert_close(logits(model.merge_and_unload()), expected, rtol=1e-4, atol=1e-5)
+
     def test_both_ends_with_different_tokens(self, tmp_path):
         model = tied(lora(trainable_token_indices={"embed_tokens": [3], "lm_head": [9]})).eval()
         assert len([name for name in trained(model) if "trainable_tokens_delta" in name]) == 2

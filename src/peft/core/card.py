@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import warnings
@@ -29,7 +30,7 @@ def create_or_update_model_card(model: nn.Module, output_dir: str | os.PathLike)
         model: a :class:`PeftModel`.
         output_dir: the folder; made if need be.
     """
-    from huggingface_hub import ModelCard, ModelCardData
+    from huggingface_hub import ModelCard
 
     file = os.path.join(output_dir, CARD_NAME)
     if os.path.isfile(file):
@@ -39,12 +40,20 @@ def create_or_update_model_card(model: nn.Module, output_dir: str | os.PathLike)
             warnings.warn(f"{file} cannot be read as a model card ({error}); it is left as it is.")
             return
     else:
-        card = ModelCard.from_template(ModelCardData())
+        card = ModelCard(_blank(), ignore_metadata_errors=True)
     for name, value in _facts(model, list(card.data.get("tags") or ())).items():
         card.data[name] = value
     card.text = _with_versions(_with_quantization(card.text, model))
     with atomic_folder(output_dir) as path, open(path(CARD_NAME), "w", encoding="utf-8", newline="") as out:
         out.write(str(card))
+
+
+@functools.cache
+def _blank() -> str:
+    """An empty card; rendering its template takes longer than all else in a save."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    return str(ModelCard.from_template(ModelCardData()))
 
 
 def _facts(model: Any, tags: list[str]) -> dict[str, Any]:

@@ -382,7 +382,11 @@ def _wrap_tokens(model: nn.Module, name: str, indices: list[int] | dict[str, lis
             raise ValueError(f"trainable_token_indices names the module {target!r}, which the model does not have.")
         chosen.update({site.key: rows for site in sites})
     for key, rows in chosen.items():
-        ties = [t.key for t in tied_sites(model, locate(model, key).module) if chosen.get(t.key, rows) == rows]
+        ties = [
+            site.key
+            for site in tied_sites(model, locate(model, key).module)
+            if chosen.get(site.key, rows) == rows and not _has_copy(site, name)
+        ]
         wrapper = _wrapper(model, key, TrainableTokensWrapper)
         if name in wrapper:
             continue
@@ -391,6 +395,11 @@ def _wrap_tokens(model: nn.Module, name: str, indices: list[int] | dict[str, lis
             _wrapper(model, other, TrainableTokensWrapper).update(
                 name, token_indices=rows, tied_adapter=wrapper.token_adapter
             )
+
+
+def _has_copy(site: Site, name: str) -> bool:
+    """Whether the adapter trains the whole module already."""
+    return any(isinstance(wrapper, ModulesToSaveWrapper) and name in wrapper for _, wrapper in site.wrappers)
 
 
 def _wrapper(model: nn.Module, key: str, cls: type[AuxiliaryTrainingWrapper]) -> Any:

@@ -58,7 +58,7 @@ class LycorisLayer(DeltaLayer):
             return "its weight is not used by calling it, so rank_dropout and module_dropout have no place there"
         return None
 
-    def update_layer(self, name: str, config: LycorisConfig, key: str) -> None:
+    def update_layer(self, name: str, config: Any, key: str) -> None:
         r = resolve_pattern(config.rank_pattern, key, config.r)
         self.put(name, r=r, alpha=resolve_pattern(config.alpha_pattern, key, config.alpha))
         self.put(name, rank_dropout=config.rank_dropout, module_dropout=config.module_dropout)
