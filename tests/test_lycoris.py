@@ -22,7 +22,7 @@ from peft.utils.error import ConfigError, NotSupportedYetError
 
 RECORDED = Path(__file__).parent / "data" / "lycoris.safetensors"
 with safe_open(RECORDED, "pt") as file:
-    CASES = {name: json.loads(value) for name, value in (file.metadata() or {}).items() if "|" in name}
+    CASES = {name: json.loads(value) for name, value in sorted((file.metadata() or {}).items()) if "|" in name}
     TENSORS = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
