@@ -924,3 +924,20 @@ def test_a_model_that_is_itself_the_target_holder():
     adapted = get_peft_model(nested, LoraConfig(r=2, target_modules=["0.0", "1"]))
     assert adapted(X).shape == (5, 6)
     assert len(get_peft_model_state_dict(adapted)) == 4
+
+
+def test_a_merged_adapter_can_be_rescaled() -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(6, 6))
+    x, before = torch.randn(3, 6), base[0].weight.detach().clone()
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)).eval()
+    layer = model.base_model.model[0]
+    layer.scale_layer(3)
+    expected = model(x)
+    layer.unscale_layer()
+    model.merge_adapter()
+    layer.scale_layer(3)
+    torch.testing.assert_close(model(x), expected)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(layer.base_layer.weight, before)

@@ -34,6 +34,37 @@ class DeltaLayer(BaseTunerLayer):
         return weight - self.delta_weight(name).to(weight.dtype)
 
 
+class ScaledLayer(DeltaLayer):
+    """A dW with a factor for each adapter, ``scaling[name]``. A method defines :meth:`initial_scaling`."""
+
+    def initial_scaling(self, name: str) -> float:
+        """What s starts at, from the adapter's config."""
+        raise NotImplementedError
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Make the scale of an adapter ``scale`` times its initial one."""
+        if adapter in self:
+            self._rescale({adapter: scale * self.initial_scaling(adapter)})
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scales of the active adapters."""
+        self._rescale({name: self.scaling[name] * scale for name in self.active_adapters if name in self})
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scales of the active adapters; None brings back the initial ones."""
+        names = [name for name in self.active_adapters if name in self]
+        self._rescale({n: self.initial_scaling(n) if scale is None else self.scaling[n] / scale for n in names})
+
+    def _rescale(self, scaling: dict[str, Any]) -> None:
+        """What is merged is taken out by the scale that it went in by, and put back by the new one."""
+        merged = list(self.merged_adapters) if set(scaling) & set(self.merged_adapters) else []
+        if merged:
+            self.unmerge()
+        self.scaling.update(scaling)
+        if merged:
+            self.merge(adapter_names=merged)
+
+
 class FoldLayer(BaseTunerLayer):
     """W' = f(W) for any f. A method defines :meth:`reweight`; several adapters add up their f(W) - W.
 

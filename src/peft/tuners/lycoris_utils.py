@@ -18,7 +18,7 @@ from peft.config import (
     option,
     resolve_pattern,
 )
-from peft.core.families import DeltaLayer
+from peft.core.families import ScaledLayer
 from peft.core.kinds import Kind
 from peft.core.tuner import BaseTuner
 
@@ -40,7 +40,7 @@ class LycorisConfig(RankPatterns, TargetModules, ExcludeModules, ModulesToSave, 
     )
 
 
-class LycorisLayer(DeltaLayer):
+class LycorisLayer(ScaledLayer):
     """dW, scaled by alpha / r. A method defines :meth:`delta_weight` and, where cheaper, :meth:`product`."""
 
     settings: ClassVar[dict[str, type]] = {
@@ -95,23 +95,6 @@ class LycorisLayer(DeltaLayer):
     def initial_scaling(self, name: str) -> float:
         """alpha / r."""
         return self.alpha[name] / self.r[name]
-
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """Make the scale of an adapter ``scale`` times its initial one."""
-        if adapter in self:
-            self.scaling[adapter] = scale * self.initial_scaling(adapter)
-
-    def scale_layer(self, scale: float) -> None:
-        """Multiply the scales of the active adapters."""
-        for name in self.active_adapters:
-            if name in self:
-                self.scaling[name] *= scale
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the scales of the active adapters; None brings back the initial ones."""
-        for name in self.active_adapters:
-            if name in self:
-                self.scaling[name] = self.initial_scaling(name) if scale is None else self.scaling[name] / scale
 
 
 class LycorisTuner(BaseTuner):

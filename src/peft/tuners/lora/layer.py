@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from peft.config import resolve_pattern
-from peft.core.families import DeltaLayer
+from peft.core.families import ScaledLayer
 from peft.core.kinds import Kind
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.initialize import initialize
@@ -18,7 +18,7 @@ from peft.tuners.lora.pairs import without_padding
 from peft.tuners.lora.variants import LoraVariant, TiedPair, resolve_variant
 
 
-class LoraLayer(DeltaLayer):
+class LoraLayer(ScaledLayer):
     """y' = y + s B A drop(x), A ``[r, in]`` and B ``[out, r]``, s = lora_alpha / r (or / sqrt r).
 
     On convolutions A is a convolution with the base layer's geometry and B one of size 1. On embeddings A is a table
@@ -125,23 +125,6 @@ class LoraLayer(DeltaLayer):
         """lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA (arXiv 2312.03732)."""
         r = self.r[name]
         return self.lora_alpha[name] / (math.sqrt(r) if self.use_rslora[name] else r)
-
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """Make the scale of an adapter ``scale`` times its initial one."""
-        if adapter in self:
-            self.scaling[adapter] = scale * self.initial_scaling(adapter)
-
-    def scale_layer(self, scale: float) -> None:
-        """Multiply the scales of the active adapters."""
-        for name in self.active_adapters:
-            if name in self:
-                self.scaling[name] *= scale
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the scales of the active adapters; None brings back the initial ones."""
-        for name in self.active_adapters:
-            if name in self:
-                self.scaling[name] = self.initial_scaling(name) if scale is None else self.scaling[name] / scale
 
     # --- files ------------------------------------------------------------------------------------------------
     def adapter_state(self, name: str) -> Iterator[tuple[str, str, torch.Tensor]]:
