@@ -207,8 +207,10 @@ def _refuses(layer: BaseTunerLayer, adapter_names: list[str] | None, safe_merge:
         return False
     if not layer.storage.can_write or any(layer.unmergeable(name) for name in new):
         return True
+    if not safe_merge:
+        return False
     tensors = layer._folded_weight(new), layer._folded_bias(new)
-    return safe_merge and not all(t is None or bool(t.isfinite().all()) for t in tensors)
+    return not all(t is None or bool(t.isfinite().all()) for t in tensors)
 
 
 def unmerge(model: nn.Module) -> None:
