@@ -22,11 +22,14 @@ REFERENCE = json.loads((Path(__file__).parent / "data" / "reference_api.json").r
 # What other libraries import, as they write it.
 IMPORTED_BY_CLIENTS = {
     "peft": "PeftModel PeftModelForCausalLM PeftMixedModel PeftConfig PromptLearningConfig PeftType TaskType "
-    "LoraConfig OFTConfig LoftQConfig LoraModel AutoPeftModelForCausalLM get_peft_model inject_adapter_in_model "
-    "get_peft_model_state_dict set_peft_model_state_dict prepare_model_for_kbit_training __version__",
+    "LoraConfig LoKrConfig OFTConfig PrefixTuningConfig LoftQConfig LoraModel AutoPeftModelForCausalLM "
+    "get_peft_model inject_adapter_in_model get_peft_model_state_dict set_peft_model_state_dict "
+    "prepare_model_for_kbit_training __version__",
     "peft.peft_model": "PeftModel",
     "peft.functional": "delete_adapter set_adapter inject_adapter_in_model get_peft_model_state_dict "
     "set_peft_model_state_dict set_requires_grad cast_adapter_dtype",
+    "peft.tuners.loha.layer": "LoHaLayer",
+    "peft.tuners.lokr.layer": "LoKrLayer factorization",
     "peft.helpers": "disable_input_dtype_casting",
     "peft.tuners": "lora LoraModel LoraConfig",
     "peft.tuners.tuners_utils": "BaseTunerLayer BaseTuner",

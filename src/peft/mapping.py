@@ -69,7 +69,7 @@ def check_config(peft_config: Any) -> None:
         method = peft_config.peft_type
         named = str(getattr(method, "value", method))
         raise NotSupportedYetError(
-            f"{type(peft_config).__name__}: no method is registered for peft_type {named!r}. "
+            f"{type(peft_config).__name__}: this version has no method for peft_type {named!r} yet. "
             f"There are {', '.join(sorted(method_names()))}; register_peft_method adds others."
         )
 
