@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import cProfile
 import json
 import os
 from pathlib import Path
@@ -941,3 +942,24 @@ def test_a_merged_adapter_can_be_rescaled() -> None:
     model.unmerge_adapter()
     torch.testing.assert_close(model(x), expected)
     torch.testing.assert_close(layer.base_layer.weight, before)
+
+
+def test_loading_does_the_same_work_whatever_the_number_of_adapters(tmp_path: Path) -> None:
+    """Counted in function calls, which do not depend on the machine."""
+    config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    get_peft_model(tiny_llama(), config).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(tiny_llama(), tmp_path, adapter_name="a0")
+
+    def calls(i: int) -> int:
+        profile = cProfile.Profile()
+        profile.runcall(model.load_adapter, tmp_path, f"a{i}")
+        return sum(entry.callcount for entry in profile.getstats())
+
+    counts = [calls(i) for i in range(1, 13)]
+    assert counts[-1] < 1.1 * counts[1]
+    switches = []
+    for name in ("a1", "a12"):
+        profile = cProfile.Profile()
+        profile.runcall(model.set_adapter, name)
+        switches.append(sum(entry.callcount for entry in profile.getstats()))
+    assert switches[1] <= 1.1 * switches[0]

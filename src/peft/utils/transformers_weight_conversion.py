@@ -178,7 +178,8 @@ def _conversions_of(model: nn.Module) -> list[Any]:
     """transformers' weight conversions for a model, where it has stacked experts; else none."""
     if WeightConverter is None or not hasattr(model, "base_model_prefix"):
         return []
-    if not any(p.dim() == 3 for p in model.parameters()):
+    held = (p for site in walk(model) for p in site.module._parameters.values())
+    if not any(p is not None and p.dim() == 3 for p in held):
         return []
     from transformers.conversion_mapping import get_model_conversion_mapping
 
