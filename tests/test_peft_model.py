@@ -963,3 +963,10 @@ def test_loading_does_the_same_work_whatever_the_number_of_adapters(tmp_path: Pa
         profile.runcall(model.set_adapter, name)
         switches.append(sum(entry.callcount for entry in profile.getstats()))
     assert switches[1] <= 1.1 * switches[0]
+
+
+def test_all_linear_leaves_out_a_head_that_another_adapter_trains_whole() -> None:
+    first = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_llama(), first)
+    model.add_adapter("second", LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    assert not any("lm_head" in key for key in get_peft_model_state_dict(model, adapter_name="second"))

@@ -19,7 +19,7 @@ from peft.core import operations
 from peft.core.auxiliary import bias_state
 from peft.core.layer import BaseTunerLayer
 from peft.core.tuner import BaseTuner
-from peft.core.walk import file_path, join, layers_of, walk
+from peft.core.walk import Site, embeddings_of, file_path, join, layers_of, walk
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.error import CheckpointError
 
@@ -129,15 +129,19 @@ def get_peft_model_state_dict(
     return found
 
 
+def _embedding_sites(root: nn.Module) -> Iterator[tuple[Site, nn.Parameter]]:
+    """Where the input and the output embedding are, and their base weights."""
+    ends = embeddings_of(root)
+    for site in walk(root):
+        weight = site.module._parameters.get("weight")
+        if weight is not None and any(end is site.module for end in ends):
+            yield site, weight
+
+
 def _embeddings(root: nn.Module, prefix: str, adapter: str, always: bool) -> dict[str, torch.Tensor]:
     """Base weights of the input and output embeddings that the adapter adapts (or of both, if ``always``)."""
-    ends = [getattr(root, getter, lambda: None)() for getter in ("get_input_embeddings", "get_output_embeddings")]
     found = {}
-    for site in walk(root):
-        outer = site.wrappers[0][1] if site.wrappers else site.module
-        weight = site.module._parameters.get("weight")
-        if weight is None or not any(end is outer or end is site.module for end in ends):
-            continue
+    for site, weight in _embedding_sites(root):
         adapted = any(isinstance(w, BaseTunerLayer) and adapter in w and not w.follows_ties for _, w in site.wrappers)
         if adapted or (always and not site.wrappers):
             path = file_path(join(site.path, "weight"), adapter, [*site.above, *site.wrappers])
@@ -198,14 +202,10 @@ def set_peft_model_state_dict(
 def base_weights(root: nn.Module, prefix: str) -> dict[str, Entry]:
     """Base weights of embeddings, which files may hold beside the adapter."""
     found = {}
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        module = getattr(root, getter, lambda: None)() if hasattr(root, getter) else None
-        for site in walk(root):
-            outer = site.wrappers[0][1] if site.wrappers else site.module
-            if module is not None and module in (outer, site.module) and "weight" in site.module._parameters:
-                entry = Entry(prefix + join(site.path, "weight"), "", site.module.weight)
-                found[entry.saved] = found[prefix + join(site.key, "weight")] = entry
-                found[prefix + join(site.key, "base_layer.weight")] = entry
+    for site, weight in _embedding_sites(root):
+        entry = Entry(prefix + join(site.path, "weight"), "", weight)
+        found[entry.saved] = found[prefix + join(site.key, "weight")] = entry
+        found[prefix + join(site.key, "base_layer.weight")] = entry
     return found
 
 

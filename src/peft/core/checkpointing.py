@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft.core.walk import inner_name
+from peft.core.walk import embeddings_of
 
 
 class InputGrads:
@@ -45,16 +45,9 @@ class InputGrads:
 
 def watch_checkpointing(model: nn.Module) -> None:
     """Install the hooks on a transformers model, once."""
-    if "_peft_input_grads" in model.__dict__ or not hasattr(model, "get_input_embeddings"):
+    embedding = embeddings_of(model)[0]
+    if "_peft_input_grads" in model.__dict__ or embedding is None:
         return
-    try:
-        embedding = model.get_input_embeddings()
-    except (NotImplementedError, AttributeError):
-        return
-    if not isinstance(embedding, nn.Module):
-        return
-    while inner := inner_name(embedding):
-        embedding = embedding.get_submodule(inner)
     watch = InputGrads(model)
     hooks = (
         embedding.register_forward_hook(watch),

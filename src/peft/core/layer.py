@@ -485,7 +485,7 @@ class BaseTunerLayer(Switch, nn.Module):
             ValueError: if the adapter cannot be merged, or its merged weight is not finite; the layer is unchanged.
         """
         inner = self.base_layer
-        if isinstance(inner, BaseTunerLayer) and set(adapter_names or inner._live()) - set(inner.merged_adapters):
+        if isinstance(inner, BaseTunerLayer) and inner.to_merge(adapter_names):
             inner.merge(safe_merge, adapter_names)
         new = check_adapters_to_merge(self, adapter_names)
         if not new:
@@ -506,6 +506,11 @@ class BaseTunerLayer(Switch, nn.Module):
                 "nothing was merged. The adapter is broken or was trained in a dtype too narrow for it."
             )
         self._write(names, weight.to(dtype), bias)
+
+    def to_merge(self, adapter_names: Sequence[str] | None = None) -> list[str]:
+        """Those of these adapters (default: the active ones) that are here and not merged yet."""
+        wanted = dict.fromkeys(self._active_adapter if adapter_names is None else adapter_names)
+        return [name for name in wanted if name in self and name not in self.merged_adapters]
 
     def _check_writable(self) -> None:
         if not self.storage.can_write:
@@ -581,11 +586,10 @@ def check_adapters_to_merge(module: BaseTunerLayer, adapter_names: list[str] | N
 
     Warns if all of them are merged already.
     """
+    if isinstance(adapter_names, str):
+        raise ValueError(f"adapter_names should be a list of adapter names, got the string {adapter_names!r}.")
+    new = module.to_merge(adapter_names)
     wanted = module.active_adapters if adapter_names is None else adapter_names
-    if isinstance(wanted, str):
-        raise ValueError(f"adapter_names should be a list of adapter names, got the string {wanted!r}.")
-    here = [name for name in dict.fromkeys(wanted) if name in module]
-    new = [name for name in here if name not in module.merged_adapters]
-    if here and not new:
-        warnings.warn(f"All adapters to merge are merged already: {', '.join(here)}.")
+    if not new and (merged := [name for name in wanted if name in module.merged_adapters]):
+        warnings.warn(f"All adapters to merge are merged already: {', '.join(merged)}.")
     return new

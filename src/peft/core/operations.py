@@ -16,7 +16,7 @@ from tqdm import tqdm
 from peft.core.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, biases_of
 from peft.core.layer import BaseTunerLayer
 from peft.core.replicate import restore_layers, separate_layers
-from peft.core.walk import inner_name, layers_of, replace_module, walk, wrappers_of
+from peft.core.walk import embeddings_of, layers_of, replace_module, walk, wrappers_of
 
 
 def names_of(adapter_names: str | Sequence[str]) -> list[str]:
@@ -201,8 +201,7 @@ def merge(model: nn.Module, adapter_names: list[str] | None = None, safe_merge: 
 @torch.no_grad()
 def _refuses(layer: BaseTunerLayer, adapter_names: list[str] | None, safe_merge: bool) -> bool:
     """Whether a merge will fail at this layer."""
-    wanted = layer.active_adapters if adapter_names is None else names_of(adapter_names)
-    new = [name for name in dict.fromkeys(wanted) if name in layer and name not in layer.merged_adapters]
+    new = layer.to_merge(adapter_names)
     if layer.kind is None or not new:
         return False
     if not layer.storage.can_write or any(layer.unmergeable(name) for name in new):
@@ -269,25 +268,14 @@ def unload(
 
 
 def _tied_embeddings(model: nn.Module) -> bool:
-    ends = _embeddings(model)
-    return len(ends) == 2 and ends[0].weight is ends[1].weight
-
-
-def _embeddings(model: nn.Module) -> list[nn.Module]:
-    """Input and output embeddings of a transformer, without wrappers; empty where the model has not both."""
-    ends = []
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        module = getattr(model, getter, lambda: None)() if hasattr(model, "config") else None
-        while module is not None and (inner := inner_name(module)):
-            module = module.get_submodule(inner)
-        if isinstance(getattr(module, "weight", None), nn.Parameter):
-            ends.append(module)
-    return ends
+    first, last = embeddings_of(model)
+    weight = getattr(first, "weight", None)
+    return hasattr(model, "config") and isinstance(weight, nn.Parameter) and weight is getattr(last, "weight", None)
 
 
 def _tie_or_untie(model: nn.Module) -> None:
     """After merging, embedding and head share their weight again if both got the same; if not, the config says so."""
-    first, last = _embeddings(model)
+    first, last = embeddings_of(model)
     if torch.equal(first.weight, last.weight):
         last.weight = first.weight
         return

@@ -13,7 +13,7 @@ from torch import nn
 
 from peft.core.kinds import Kind, Stack, kind_names, kind_of
 from peft.core.layer import BaseTunerLayer
-from peft.core.walk import Site, join, walk
+from peft.core.walk import Site, embeddings_of, join, walk
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_NAMES
 from peft.utils.error import NoMatchingPeftModuleError
 
@@ -62,15 +62,12 @@ def selected(config: Any, key: str) -> bool:
 
 def all_linear(model: nn.Module, task_type: str | None) -> set[str]:
     """Names of all linear layers but the output head: suffixes where these name no other module, else whole names."""
-    heads = set()
-    output = getattr(model, "get_output_embeddings", None)
-    if output is not None and isinstance(head := output(), nn.Module):
-        heads.add(id(head.get_base_layer() if isinstance(head, BaseTunerLayer) else head))
+    head = embeddings_of(model)[1]
     wanted: list[str] = []
     others: list[str] = []
     for site in walk(model):
         kind = kind_of(site.module)
-        is_head = id(site.module) in heads or (task_type == "SEQ_CLS" and site.key.split(".")[0] in SEQ_CLS_HEAD_NAMES)
+        is_head = site.module is head or (task_type == "SEQ_CLS" and site.key.split(".")[0] in SEQ_CLS_HEAD_NAMES)
         linear = kind is not None and kind.name == "Linear" and not is_head
         (wanted if linear else others).append(site.key)
     suffixes = {key.rpartition(".")[2] for key in wanted}

@@ -31,7 +31,7 @@ from peft.core.layer import BaseTunerLayer
 from peft.core.replicate import replicate_layers, restore_layers
 from peft.core.storage import storage_of
 from peft.core.targeting import Target, find_targets, matches, resolve_targets
-from peft.core.walk import Site, layers_of, locate, parent_of, replace_module, walk
+from peft.core.walk import Site, embeddings_of, layers_of, locate, parent_of, replace_module, walk
 
 
 # Heads that task classes add to modules_to_save by themselves; that a model lacks some of them is no mistake.
@@ -372,9 +372,13 @@ def _wrap_modules_to_save(model: nn.Module, name: str, modules: list[str], tie: 
 
 def _wrap_tokens(model: nn.Module, name: str, indices: list[int] | dict[str, list[int]]) -> None:
     if not isinstance(indices, dict):
-        embedding = model.get_input_embeddings()
-        key = next(s.key for s in walk(model) if s.module is embedding or any(w is embedding for _, w in s.wrappers))
-        indices = {key: indices}
+        embedding = embeddings_of(model)[0]
+        if embedding is None:
+            raise ValueError(
+                f"{type(model).__name__} does not say what its input embedding is; give trainable_token_indices "
+                "as a dict of module name -> indices."
+            )
+        indices = {next(site.key for site in walk(model) if site.module is embedding): indices}
     chosen = {}
     for target, rows in indices.items():
         sites = [site for site in walk(model) if matches([target], site.key)]

@@ -42,6 +42,25 @@ def inner_name(module: nn.Module) -> str | None:
     return module.inner if isinstance(module, AuxiliaryWrapper) else None
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside all wrappers."""
+    while inner := inner_name(module):
+        module = module.get_submodule(inner)
+    return module
+
+
+def embeddings_of(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+    """Input and output embedding of a transformer, without wrappers; None where it has none."""
+    ends: list[nn.Module | None] = []
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            module = getattr(model, getter, lambda: None)()
+        except (NotImplementedError, AttributeError):  # transformers' answer for models without embeddings
+            module = None
+        ends.append(unwrapped(module) if isinstance(module, nn.Module) else None)
+    return ends[0], ends[1]
+
+
 def walk(model: nn.Module, repeated: bool = False) -> Iterator[Site]:
     """All modules of a model, wrapped ones once, in the order of ``named_modules``.
 

@@ -11,7 +11,7 @@ from peft.config import PeftConfig, option
 from peft.core.auxiliary import TrainableTokensLayer as TokensLayer
 from peft.core.registry import define_tuner
 from peft.core.tuner import BaseTuner
-from peft.core.walk import walk
+from peft.core.walk import embeddings_of, walk
 from peft.utils.error import ConfigError
 from peft.utils.peft_types import PeftType
 
@@ -48,10 +48,9 @@ class TokensTuner(BaseTuner):
     """Applies trainable tokens, by default to the input embedding."""
 
     def prepare_config(self, config: Any, model: nn.Module, keys: set[str] | None) -> None:
-        if config.target_modules is None and keys is None and hasattr(model, "get_input_embeddings"):
-            embedding = model.get_input_embeddings()
-            sites = (s for s in walk(model) if s.module is embedding or any(w is embedding for _, w in s.wrappers))
-            config.target_modules = {site.key for site in sites}
+        embedding = embeddings_of(model)[0]
+        if config.target_modules is None and keys is None and embedding is not None:
+            config.target_modules = {site.key for site in walk(model) if site.module is embedding}
         super().prepare_config(config, model, keys)
 
 
