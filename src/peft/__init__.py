@@ -4,6 +4,8 @@ The public names are resolved when they are first used: importing this package c
 does not import transformers.
 """
 
+import os
+
 from peft._lazy import lazy_module, no_such_name
 from peft._version import __version__ as __version__
 
@@ -40,8 +42,32 @@ _TABLE = {
         "get_layer_status",
         "get_model_status",
     ),
+    "peft.tuners.adalora": ("AdaLoraConfig", "AdaLoraModel"),
+    "peft.tuners.adamss": ("AdamssConfig", "AdamssModel"),
+    "peft.tuners.adaption_prompt": ("AdaptionPromptConfig", "AdaptionPromptModel"),
+    "peft.tuners.beft": ("BeftConfig", "BeftModel"),
+    "peft.tuners.boft": ("BOFTConfig", "BOFTModel"),
+    "peft.tuners.bottleneck": ("BottleneckConfig", "BottleneckModel"),
+    "peft.tuners.c3a": ("C3AConfig", "C3AModel"),
+    "peft.tuners.cartridge": (
+        "CartridgeConfig",
+        "CartridgeEncoder",
+        "compose_cartridge_adapters",
+        "initialize_kv_prefix_from_past_key_values",
+        "initialize_kv_prefix_from_text",
+        "prompt_embeddings_from_past_key_values",
+    ),
+    "peft.tuners.cpt": ("CPTConfig", "CPTEmbedding"),
+    "peft.tuners.deft": ("DeftConfig", "DeftModel"),
+    "peft.tuners.delora": ("DeloraConfig", "DeloraModel"),
+    "peft.tuners.fourierft": ("FourierFTConfig", "FourierFTModel"),
+    "peft.tuners.frod": ("FrodConfig", "FrodModel"),
+    "peft.tuners.glora": ("GloraConfig", "GloraModel"),
+    "peft.tuners.gralora": ("GraloraConfig", "GraloraModel"),
     "peft.tuners.hira": ("HiraConfig", "HiraModel"),
+    "peft.tuners.hra": ("HRAConfig", "HRAModel"),
     "peft.tuners.ia3": ("IA3Config", "IA3Model"),
+    "peft.tuners.lily": ("LilyConfig", "LilyModel"),
     "peft.tuners.ln_tuning": ("LNTuningConfig", "LNTuningModel"),
     "peft.tuners.loha": ("LoHaConfig", "LoHaModel"),
     "peft.tuners.lokr": ("LoKrConfig", "LoKrModel"),
@@ -58,10 +84,29 @@ _TABLE = {
         "MontecloraConfig",
         "VeloraConfig",
     ),
+    "peft.tuners.miss": ("MissConfig", "MissModel"),
+    "peft.tuners.multitask_prompt_tuning": ("MultitaskPromptTuningConfig", "MultitaskPromptTuningInit"),
     "peft.tuners.oft": ("OFTConfig", "OFTModel"),
-    "peft.tuners.prefix_tuning": ("PrefixTuningConfig",),
+    "peft.tuners.osf": ("OSFConfig", "OSFModel"),
+    "peft.tuners.p_tuning": ("PromptEncoder", "PromptEncoderConfig", "PromptEncoderReparameterizationType"),
+    "peft.tuners.peanut": ("PeanutConfig", "PeanutModel"),
+    "peft.tuners.poly": ("PolyConfig", "PolyModel"),
+    "peft.tuners.prefix_tuning": ("PrefixEncoder", "PrefixTuningConfig"),
+    "peft.tuners.prompt_tuning": ("PromptEmbedding", "PromptTuningConfig", "PromptTuningInit"),
+    "peft.tuners.psoft": ("PsoftConfig", "PsoftModel"),
+    "peft.tuners.pvera": ("PveraConfig", "PveraModel"),
+    "peft.tuners.randlora": ("RandLoraConfig", "RandLoraModel"),
+    "peft.tuners.road": ("RoadConfig", "RoadModel"),
+    "peft.tuners.shadow": ("ShadowConfig", "ShadowModel"),
+    "peft.tuners.shira": ("ShiraConfig", "ShiraModel"),
+    "peft.tuners.supertuning": ("SupertuningConfig", "SupertuningModel"),
+    "peft.tuners.tinylora": ("TinyLoraConfig", "TinyLoraModel"),
     "peft.tuners.trainable_tokens": ("TrainableTokensConfig", "TrainableTokensModel"),
+    "peft.tuners.unilora": ("UniLoraConfig", "UniLoraModel"),
+    "peft.tuners.vblora": ("VBLoRAConfig", "VBLoRAModel"),
     "peft.tuners.vera": ("VeraConfig", "VeraModel"),
+    "peft.tuners.waveft": ("WaveFTConfig", "WaveFTModel"),
+    "peft.tuners.xlora": ("XLoraConfig", "XLoraModel"),
     "peft.utils.constants": (
         "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
         "bloom_model_postprocess_past_key_value",
@@ -79,20 +124,19 @@ _TABLE = {
     "peft.utils.warning": ("PeftWarning",),
 }
 
+_FOLDER = os.path.dirname(__file__)
+_TABLE = {
+    module: names
+    for module, names in _TABLE.items()
+    if not module.startswith("peft.tuners.")
+    or os.path.exists(os.path.join(_FOLDER, *module.split(".")[1:]) + ".py")
+    or os.path.isdir(os.path.join(_FOLDER, *module.split(".")[1:]))
+}
+
 # Names of the ecosystem's API that this release does not have. Whoever adds one moves it into the table above.
 _LATER = """
-    AdaLoraConfig AdaLoraModel AdamssConfig AdamssModel AdaptionPromptConfig AdaptionPromptModel BOFTConfig BOFTModel
-    BeftConfig BeftModel C3AConfig C3AModel CPTConfig CPTEmbedding CartridgeConfig CartridgeEncoder DeftConfig
-    DeftModel DeloraConfig DeloraModel FourierFTConfig FourierFTModel FrodConfig FrodModel GloraConfig GloraModel
-    GraloraConfig GraloraModel HRAConfig HRAModel LilyConfig LilyModel MissConfig MissModel MultitaskPromptTuningConfig
-    MultitaskPromptTuningInit OSFConfig OSFModel PeanutConfig PeanutModel PolyConfig PolyModel PrefixEncoder
-    PromptEmbedding PromptEncoder PromptEncoderConfig PromptEncoderReparameterizationType PromptTuningConfig
-    PromptTuningInit PsoftConfig PsoftModel PveraConfig PveraModel RandLoraConfig RandLoraModel RoadConfig RoadModel
-    ShadowConfig ShadowModel ShiraConfig ShiraModel SupertuningConfig SupertuningModel TinyLoraConfig TinyLoraModel
-    UniLoraConfig UniLoraModel VBLoRAConfig VBLoRAModel WaveFTConfig WaveFTModel XLoraConfig XLoraModel
-    compose_cartridge_adapters convert_to_lora create_arrow_model find_kappa_target_modules get_eva_state_dict
-    initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text initialize_lora_eva_weights
-    preprocess_loraga prompt_embeddings_from_past_key_values replace_lora_weights_loftq save_as_lora
+    convert_to_lora create_arrow_model find_kappa_target_modules get_eva_state_dict initialize_lora_eva_weights
+    preprocess_loraga replace_lora_weights_loftq save_as_lora
 """
 
 
