@@ -72,12 +72,16 @@ class FoldLayer(BaseTunerLayer):
     """
 
     reversible = False
+    reads_weight = True
 
     def reweight(self, name: str, base: torch.Tensor) -> torch.Tensor:
         """f(W), from the weight without any adapter, ``[out, in, *kernel]``."""
         raise NotImplementedError
 
     def delta(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        return self.recomputed(lambda x: self._change(name, x), x)
+
+    def _change(self, name: str, x: torch.Tensor) -> torch.Tensor:
         base = self.unmerged_weight().to(dtype=_dtype_of(x))
         return self.kind.apply(self.get_base_layer(), x, self.reweight(name, base) - base)
 

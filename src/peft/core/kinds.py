@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from peft.core.storage import is_foreign_linear
 from peft.utils.error import NoEqualWeightError
 
 
@@ -102,7 +103,10 @@ class Kind:
 
 
 class Linear(Kind):
-    """``nn.Linear``: W is ``[out, in]``, and x has its features last."""
+    """``nn.Linear``, and the linear layers of quantisation libraries: W is ``[out, in]``, x has its features last."""
+
+    def matches(self, m: nn.Module) -> bool:
+        return isinstance(m, self.types) or (type(self) is Linear and is_foreign_linear(m))
 
 
 class AttentionOutput(Linear):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from peft.core.context import Context
 from peft.core.kinds import Kind, kind_of
@@ -29,6 +31,7 @@ class BaseTunerLayer(Switch, nn.Module):
         shared: names of tensors that the tuner keeps for the whole model.
         bare: names in ``weights`` whose module holds a single ``weight``, saved under the bare name.
         reversible: ``unfold`` undoes ``fold``; otherwise the original weight is kept while merged.
+        reads_weight: the forward computes with the dense base weight.
         any_module: the method replaces a module whole and needs to know no kind.
         follows_ties: modules tied to a targeted embedding get the same adapter.
         by_name: the classes of adapted layers by kind and storage: ``{"Linear": lora.Linear, ...}``.
@@ -39,6 +42,7 @@ class BaseTunerLayer(Switch, nn.Module):
     shared: ClassVar[tuple[str, ...]] = ()
     bare: ClassVar[tuple[str, ...]] = ()
     reversible: ClassVar[bool] = True
+    reads_weight: ClassVar[bool] = False
     any_module: ClassVar[bool] = False
     follows_ties: ClassVar[bool] = False
     by_name: ClassVar[dict[str, type[BaseTunerLayer]]] = {}
@@ -127,12 +131,19 @@ class BaseTunerLayer(Switch, nn.Module):
         self.cast_input_dtype_enabled = True
         self.tied_to: dict[str, BaseTunerLayer] = {}  # adapters that follow those of a tied layer
         self.shares_weight = False  # another module holds the same parameter
+        self.merge_error = 0.0  # |rounded - W'| / |W'| of the last merge, where the storage rounds
         self._adapters: dict[str, None] = {}
         self._kept: dict[str, Any] = {}
         for name, container in {**self.weights, **self.settings}.items():
             setattr(self, name, container())
         if self.kind is not None:
             self.storage = storage_of(base, self.kind.weight)
+            if not self.storage.can_read and (self.kind.through_weight or self.reads_weight):
+                raise ValueError(
+                    f"the forward of {type(self).__name__} needs the dense weight, and weights kept by "
+                    f"{self.storage.name} cannot be read. Use LoRA or another method that adds to the output, or load "
+                    "the base model unquantised or quantised by bitsandbytes."
+                )
             self.in_features, self.out_features = self.kind.sizes(base)
         elif not self.any_module:
             raise ValueError(f"{type(base).__name__} is no kind of layer that {type(self).__name__} can adapt.")
@@ -189,17 +200,19 @@ class BaseTunerLayer(Switch, nn.Module):
                 yield container
 
     def _place(self, item: torch.Tensor | nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
-        """Device and dtype for a new part: those of the base weight, where that is a floating-point tensor."""
+        """Device and dtype for a new part: those of the base weight, where that is a dense tensor."""
         tensors = [item] if isinstance(item, torch.Tensor) else list(item.parameters())
         if any(t.device.type == "meta" for t in tensors):
             return None, None
         base = self.get_base_layer()
         anchor = getattr(base, self.kind.weight, None) if self.kind else next(base.parameters(), None)
         if not isinstance(anchor, torch.Tensor):
-            anchor = next((p for p in base.parameters()), None)
+            anchor = next(itertools.chain(base.parameters(), base.buffers()), None)
         if anchor is None or anchor.device.type == "meta":
             return None, None
         floating = anchor.dtype.is_floating_point and anchor.dtype.itemsize > 1
+        if self.kind is not None and self.storage.name is not None:
+            floating = False  # codes have no dtype to follow, so the adapter stays in float32, as in QLoRA
         return anchor.device, anchor.dtype if floating and all(t.is_floating_point() for t in tensors) else None
 
     def adapter_parameters(self, name: str) -> Iterator[torch.Tensor]:
@@ -317,8 +330,22 @@ class BaseTunerLayer(Switch, nn.Module):
             values = self._effective(names)
             return functional_call(base, {k: v for k, v in values.items() if v is not None}, args, kwargs)
         bias = self._folded_bias(names)
-        y = kind.apply(base, args[0], self._folded_weight(names))
+        y = self.recomputed(lambda x: kind.apply(base, x, self._as_input(self._folded_weight(names), x)), args[0])
         return y if bias is None else y + kind.along_channels(bias, base)
+
+    def _as_input(self, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """A weight that was dequantised, in the dtype of the input."""
+        return weight if self.storage.name is None or not x.is_floating_point() else weight.to(x.dtype)
+
+    def recomputed(self, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        """``function(x)``, which reads the dense base weight.
+
+        Where that is a copy made for the occasion (the base is quantised), it is not kept for the backward pass but
+        made again there.
+        """
+        if self.storage.name is None or not torch.is_grad_enabled():
+            return function(x)
+        return checkpoint(function, x, use_reentrant=False)
 
     def dtype_of(self, name: str) -> torch.dtype:
         """The dtype of an adapter's tensors."""
@@ -390,10 +417,7 @@ class BaseTunerLayer(Switch, nn.Module):
         """Replace the base weight by ``[out, in, *kernel]``."""
         base = self.get_base_layer()
         stored = self.kind.restore(weight, base)
-        if self.shares_weight:  # tied or replicated: the others keep theirs
-            setattr(base, self.kind.weight, nn.Parameter(stored.contiguous(), requires_grad=False))
-        else:
-            self.storage.write(base, self.kind.weight, stored)
+        self.storage.write(base, self.kind.weight, stored, self.shares_weight)
 
     def unmerged_weight(self) -> torch.Tensor:
         """The base weight without any adapter, ``[out, in, *kernel]``."""
@@ -408,8 +432,8 @@ class BaseTunerLayer(Switch, nn.Module):
     def _stripped(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight without what this layer has merged into it."""
         if "weight" in self._kept:
-            kept = self.storage.read_kept(self._kept["weight"])
-            return _wide(self.kind.orient(kept, self.get_base_layer()))
+            base = self.get_base_layer()
+            return _wide(self.kind.orient(self.storage.read_kept(base, self.kind.weight, self._kept["weight"]), base))
         for name in reversed(self._fold_order(self.merged_adapters)):
             weight = self.unfold(name, weight)
         return weight
@@ -507,6 +531,16 @@ class BaseTunerLayer(Switch, nn.Module):
             )
         self._write(names, weight.to(dtype), bias)
 
+    def replace_base(self, module: nn.Module) -> nn.Module:
+        """Put another layer in the place of the innermost one, which is returned."""
+        layer: BaseTunerLayer = self
+        while isinstance(layer.base_layer, BaseTunerLayer):
+            layer.storage = storage_of(module, layer.kind.weight)
+            layer = layer.base_layer
+        old, layer.base_layer = layer.base_layer, module
+        layer.storage = storage_of(module, layer.kind.weight)
+        return old
+
     def to_merge(self, adapter_names: Sequence[str] | None = None) -> list[str]:
         """Those of these adapters (default: the active ones) that are here and not merged yet."""
         wanted = dict.fromkeys(self._active_adapter if adapter_names is None else adapter_names)
@@ -514,9 +548,10 @@ class BaseTunerLayer(Switch, nn.Module):
 
     def _check_writable(self) -> None:
         if not self.storage.can_write:
+            way = "merge_and_unload(dequantize=True), " if self.storage.can_read else ""
             raise ValueError(
                 f"weights kept by {self.storage.name} cannot be written, so nothing can be merged into "
-                "them. Load the base model unquantised to merge, or keep the adapter unmerged."
+                f"them. To merge: {way}or load the base model unquantised and the adapter on it."
             )
 
     def _write(self, names: list[str], weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -525,9 +560,12 @@ class BaseTunerLayer(Switch, nn.Module):
         keep = any(self.keeps_base(name) for name in names)
         if keep or self.shares_weight or not self.storage.lossless:
             self._kept["weight"] = self.storage.keep(base, kind.weight)
+        wanted = None if self.storage.lossless else _wide(weight)
         if keep and old_bias is not None:
             self._kept["bias"] = old_bias.detach()
         self.set_base_weight(weight)
+        if wanted is not None:
+            self.merge_error = float((_wide(self.get_base_weight()) - wanted).norm() / wanted.norm().clamp_min(1e-30))
         if bias is not None and old_bias is None:
             warnings.warn(
                 f"merging gives {type(base).__name__} a bias that it did not have; a model saved with it "

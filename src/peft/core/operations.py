@@ -5,8 +5,9 @@ Everything here works on any module that holds tuner layers, with or without a :
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -175,6 +176,10 @@ def align(model: nn.Module) -> None:
             wrapper.enable_adapters(False)
 
 
+ROUNDING = 0.01
+"""Relative error of a merged weight from which a warning tells of it."""
+
+
 def merge(model: nn.Module, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
     """Merge adapters (default: the active ones) into the base weights of all layers, or of none.
 
@@ -196,6 +201,96 @@ def merge(model: nn.Module, adapter_names: list[str] | None = None, safe_merge: 
                     other.merge(adapter_names=names)
             error.args = (f"{path}: {error}",) if len(error.args) == 1 else error.args
             raise
+    _tell_rounding([item for item, names in zip(layers, before) if item[1].merged_adapters != names])
+
+
+def _tell_rounding(layers: list[tuple[str, BaseTunerLayer]]) -> None:
+    """Warn if rounding to the storage's codes has changed the weights just merged by more than a hundredth."""
+    path, layer = max(layers, key=lambda item: item[1].merge_error, default=("", None))
+    if layer is not None and layer.merge_error > ROUNDING:
+        warnings.warn(
+            f"merging rounded the weights to what {layer.storage.name} can keep: relative error up to "
+            f"{layer.merge_error:.1%} (in {path or 'the model'}). merge_and_unload(dequantize=True) gives dense "
+            "merged layers without it; unmerging restores the original codes."
+        )
+
+
+@torch.no_grad()
+def dequantize(model: nn.Module, adapter_names: list[str] | None = None) -> Callable[[], None]:
+    """Put dense layers, in the compute dtype, in the place of the quantised ones that are to be merged.
+
+    Where a layer computes in the dtype of its input, that is the dtype of the model's other parameters.
+
+    Returns:
+        A function that brings the quantised layers back, with what was merged into them.
+
+    Raises:
+        ValueError: if a weight cannot be read; the model is then unchanged.
+    """
+    layers = [(path, x) for path, x in layers_of(model) if x.kind is not None and x.storage.name is not None]
+    layers = [(path, x) for path, x in layers if x.merged or x.to_merge(adapter_names)]
+    for path, layer in layers:
+        if reason := _no_dense_layer(layer):
+            raise ValueError(f"{path}: {reason} Load the base model unquantised and the adapter on it.")
+    rest = [p.dtype for site in walk(model) for p in site.module._parameters.values() if _is_dense(p)]
+    before = [(layer, list(layer.merged_adapters)) for _, layer in layers]
+    for layer, _ in before:
+        layer.unmerge()
+    replaced = []
+    for layer, _ in before:
+        if layer.storage.name is not None:  # else a layer around it has seen to it
+            old = layer.get_base_layer()
+            dtype = layer.storage.compute_dtype(old, layer.kind.weight) or next(iter(rest), torch.float32)
+            replaced.append((layer, layer.replace_base(_dense(layer, dtype))))
+    _merge_again(before)
+
+    def back() -> None:
+        for layer, _ in before:
+            layer.unmerge()
+        for layer, old in replaced:
+            layer.replace_base(old)
+        _merge_again(before)
+
+    return back
+
+
+def _merge_again(before: list[tuple[BaseTunerLayer, list[str]]]) -> None:
+    for layer, names in reversed(before):
+        if names:
+            layer.merge(adapter_names=names)
+
+
+def _no_dense_layer(layer: BaseTunerLayer) -> str | None:
+    if not layer.storage.can_read:
+        return f"weights kept by {layer.storage.name} cannot be read, so they cannot be dequantised."
+    if layer.kind.name != "Linear" and not _is_torchs(layer.get_base_layer()):
+        return (
+            f"{layer.storage.name} keeps it as {type(layer.get_base_layer()).__name__}, which has no dense form here."
+        )
+    return None
+
+
+def _is_torchs(m: nn.Module) -> bool:
+    return type(m).__module__.startswith("torch.nn.")
+
+
+def _is_dense(p: nn.Parameter | None) -> bool:
+    return type(p) is nn.Parameter and p.dtype in (torch.float16, torch.bfloat16, torch.float32)
+
+
+def _dense(layer: BaseTunerLayer, dtype: torch.dtype) -> nn.Module:
+    """An ordinary layer with the weight of a quantised one."""
+    old = layer.get_base_layer()
+    weight, bias = layer.get_base_weight().to(dtype), layer.get_base_bias()
+    if _is_torchs(old):  # the weight alone is another class
+        new = copy.copy(old)
+        new._parameters = dict(old._parameters)
+    else:
+        new = nn.Linear(layer.in_features, layer.out_features, bias=bias is not None, device="meta")
+    new.weight = nn.Parameter(layer.kind.restore(weight, old).contiguous(), requires_grad=False)
+    if bias is not None:
+        new.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+    return new.train(old.training)
 
 
 @torch.no_grad()
@@ -237,13 +332,20 @@ def unload(
     adapter_names: list[str] | None = None,
     safe_merge: bool = False,
     progressbar: bool = False,
+    dequantize_first: bool = False,
 ) -> nn.Module:
     """Take all adapters out of the model, after merging them if asked; returns the plain model, changed in place."""
     record = biases_of(model)
     tied = _tied_embeddings(model)
     if merge_first:
         active = active_of(model)
-        merge(model, adapter_names, safe_merge)
+        back = dequantize(model, adapter_names) if dequantize_first else None
+        try:
+            merge(model, adapter_names, safe_merge)
+        except Exception:
+            if back is not None:
+                back()
+            raise
         bias = record.choose(active if adapter_names is None else adapter_names) if record else None
     else:
         unmerge(model)

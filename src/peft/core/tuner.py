@@ -262,19 +262,27 @@ class BaseTuner(nn.Module):
         operations.unmerge(self.model)
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        dequantize: bool = False,
     ) -> nn.Module:
         """Merge adapters (default: the active ones) and return the plain model, changed in place.
 
         Args:
             safe_merge: refuse results that are not finite; the model is then unchanged.
+            dequantize: quantised layers that are merged come out dense, in their compute dtype, so that nothing is
+                rounded to the codes of the quantisation. Without it the merged weight is quantised again.
 
         Raises:
             ValueError: if an adapter cannot be merged, with the reason.
         """
         if adapter_names is not None:
             operations.require_adapters(self.model, adapter_names, self.peft_config)
-        return self._leave(operations.unload(self.model, True, adapter_names, safe_merge, progressbar))
+        return self._leave(
+            operations.unload(self.model, True, adapter_names, safe_merge, progressbar, dequantize_first=dequantize)
+        )
 
     def unload(self) -> nn.Module:
         """Take all adapters out, unmerged, and return the plain model, changed in place."""

@@ -2,10 +2,30 @@
 
 from torch import nn
 
+from peft.core.storage.aqlm import AQLM
+from peft.core.storage.awq import AWQ
+from peft.core.storage.bitsandbytes import BitsAndBytes4bit, BitsAndBytes8bit
+from peft.core.storage.eetq import EETQ
+from peft.core.storage.gptq import GPTQ
+from peft.core.storage.hqq import HQQ
 from peft.core.storage.plain import Plain, Storage
+from peft.core.storage.quantized import ForwardOnly, Quantized, is_from
+from peft.core.storage.quanto import Quanto
+from peft.core.storage.torchao import TorchAO
 
 
-_STORAGES: list[Storage] = [Plain()]
+_STORAGES: list[Storage] = [
+    BitsAndBytes4bit(),
+    BitsAndBytes8bit(),
+    HQQ(),
+    Quanto(),
+    TorchAO(),
+    GPTQ(),
+    AWQ(),
+    EETQ(),
+    AQLM(),
+    Plain(),
+]
 
 
 def register_storage(storage: Storage) -> None:
@@ -18,4 +38,9 @@ def storage_of(m: nn.Module, attribute: str) -> Storage:
     return next(storage for storage in _STORAGES if storage.matches(m, attribute))
 
 
-__all__ = ["Plain", "Storage", "register_storage", "storage_of"]
+def is_foreign_linear(m: nn.Module) -> bool:
+    """Whether a library's class is a linear layer, with ``in_features`` and ``out_features``, but no ``nn.Linear``."""
+    return any(is_from(m, package, name) for storage in _STORAGES for package, name in storage.linears)
+
+
+__all__ = ["ForwardOnly", "Plain", "Quantized", "Storage", "is_foreign_linear", "register_storage", "storage_of"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -12,10 +12,12 @@ class Storage:
     """Reads a weight dense and writes it back, in the layout in which the module stores it.
 
     Attributes:
-        name: shown in status reports (``quantization_backend``); None for a dense weight.
-        prefix: replaces the kind's name in the class name of adapted layers (``Linear4bit``), if set.
+        name: the library, shown in status reports (``quantization_backend``); None for a dense weight.
+        layer_name: replaces the kind's name in the class name of adapted layers (``Linear4bit``), if set.
         can_read, can_write: whether the weight can be had dense, and replaced.
         lossless: whether what is written is what is read afterwards. If not, the original is kept for ``unmerge``.
+        linears: ``(package, class)`` of layers that are linear without being ``nn.Linear``.
+        slots: the attributes of a module that hold its weight.
     """
 
     name: str | None = None
@@ -23,27 +25,42 @@ class Storage:
     can_read = True
     can_write = True
     lossless = True
+    linears: ClassVar[tuple[tuple[str, str], ...]] = ()
+    slots: ClassVar[tuple[str, ...]] = ()
 
     def matches(self, m: nn.Module, attribute: str) -> bool:
+        """Whether this storage keeps ``m.<attribute>``."""
         raise NotImplementedError
 
     def read(self, m: nn.Module, attribute: str) -> torch.Tensor:
         """The dense weight, detached."""
         raise NotImplementedError
 
-    def write(self, m: nn.Module, attribute: str, value: torch.Tensor) -> None:
+    def write(self, m: nn.Module, attribute: str, value: torch.Tensor, shared: bool = False) -> None:
+        """Replace the weight; another module that holds the same parameter (``shared``) keeps its own."""
         raise NotImplementedError
+
+    def compute_dtype(self, m: nn.Module, attribute: str) -> torch.dtype | None:
+        """The dtype in which the layer multiplies, None if that is the input's."""
+        return None
 
     def keep(self, m: nn.Module, attribute: str) -> Any:
         """What :meth:`put_back` needs to restore the weight bit for bit."""
-        raise NotImplementedError
+        return {slot: getattr(m, slot, None) for slot in self.slots}
 
     def put_back(self, m: nn.Module, attribute: str, kept: Any) -> None:
-        raise NotImplementedError
+        """Restore what :meth:`keep` gave."""
+        for slot, value in kept.items():
+            setattr(m, slot, value)
 
-    def read_kept(self, kept: Any) -> torch.Tensor:
+    def read_kept(self, m: nn.Module, attribute: str, kept: Any) -> torch.Tensor:
         """The dense weight that ``kept`` stands for."""
-        raise NotImplementedError
+        now = self.keep(m, attribute)
+        self.put_back(m, attribute, kept)
+        try:
+            return self.read(m, attribute)
+        finally:
+            self.put_back(m, attribute, now)
 
 
 class Plain(Storage):
@@ -55,8 +72,11 @@ class Plain(Storage):
     def read(self, m: nn.Module, attribute: str) -> torch.Tensor:
         return getattr(m, attribute).detach()
 
-    def write(self, m: nn.Module, attribute: str, value: torch.Tensor) -> None:
-        getattr(m, attribute).data = value.contiguous()
+    def write(self, m: nn.Module, attribute: str, value: torch.Tensor, shared: bool = False) -> None:
+        if shared:
+            setattr(m, attribute, nn.Parameter(value.contiguous(), requires_grad=False))
+        else:
+            getattr(m, attribute).data = value.contiguous()
 
     def keep(self, m: nn.Module, attribute: str) -> tuple[nn.Parameter, torch.Tensor]:
         parameter = getattr(m, attribute)
@@ -67,5 +87,5 @@ class Plain(Storage):
         parameter.data = data
         setattr(m, attribute, parameter)
 
-    def read_kept(self, kept: tuple[nn.Parameter, torch.Tensor]) -> torch.Tensor:
+    def read_kept(self, m: nn.Module, attribute: str, kept: tuple[nn.Parameter, torch.Tensor]) -> torch.Tensor:
         return kept[1]

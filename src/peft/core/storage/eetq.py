@@ -1,0 +1,19 @@
+"""EETQ: 8 bits by rows, interleaved for its CUDA kernels."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from peft.core.storage.quantized import ForwardOnly
+
+
+class EETQ(ForwardOnly):
+    """Runs forward and backward through the library's kernels; read and written by nobody else."""
+
+    name = "eetq"
+    install = "eetq"
+    linears: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("eetq", "EetqLinear"),
+        ("transformers.integrations.eetq", "EetqLinear"),
+    )
+    slots: ClassVar[tuple[str, ...]] = ("weight",)
