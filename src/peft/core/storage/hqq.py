@@ -25,8 +25,10 @@ class HQQ(Quantized):
             raise ValueError("this HQQLinear was loaded without its quant_config, so hqq cannot quantise it again. "
                              "Call merge_and_unload(dequantize=True) for a dense merged layer.")  # fmt: skip
         options = {key: value for key, value in m.quant_config.items() if key != "offload_meta"}
-        m.W_q = m.meta = None
-        m.quantize(value.contiguous(), **options)
+        config = {**options, "offload_meta": m.offload_meta}  # the constructor takes it out of the config
+        new = type(m)(None, config, compute_dtype=m.compute_dtype, device=str(m.device), initialize=False)
+        new.quantize(value.contiguous(), **options)
+        m.W_q, m.meta = nn.Parameter(new.W_q.data, requires_grad=False), new.meta
 
     def compute_dtype(self, m: nn.Module, attribute: str) -> torch.dtype | None:
         return m.compute_dtype

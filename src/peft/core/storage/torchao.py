@@ -39,7 +39,11 @@ class TorchAO(Quantized):
                 granularity = self.library("torchao.quantization.granularity")
                 whole = list(old.block_size) == list(old.shape)
                 options[name] = granularity.PerTensor() if whole else granularity.PerRow()
-            elif hasattr(old, name):
+            elif name == "mapping_type":
+                kinds = self.library("torchao.quantization.quant_primitives").MappingType
+                symmetric = old.zero_point is None or not bool(old.zero_point.any())
+                options[name] = kinds.SYMMETRIC if symmetric else kinds.ASYMMETRIC
+            elif name in _attributes(type(old)):
                 options[name] = getattr(old, name)
             elif parameter.default is parameter.empty:
                 make = None
@@ -50,3 +54,9 @@ class TorchAO(Quantized):
                 "Call merge_and_unload(dequantize=True) for a dense merged layer."
             )
         return make(value.to(old.dtype), **options)
+
+
+def _attributes(cls: Any) -> list[str]:
+    """The options of a tensor class, without the tensors (scales ...) that follow from the value."""
+    lists = (getattr(cls, name, None) for name in ("tensor_attribute_names", "optional_tensor_attribute_names"))
+    return [name for names in lists for name in names or ()]
