@@ -141,7 +141,7 @@ class BaseTunerLayer(Switch, nn.Module):
             if not self.storage.can_read and (self.kind.through_weight or self.reads_weight):
                 raise ValueError(
                     f"the forward of {type(self).__name__} needs the dense weight, and weights kept by "
-                    f"{self.storage.name} cannot be read. Use LoRA or another method that adds to the output, or load "
+                    f"{self.storage.name} cannot be read. Use a method that adds to the output, or load "
                     "the base model unquantised or quantised by bitsandbytes."
                 )
             self.in_features, self.out_features = self.kind.sizes(base)
