@@ -28,7 +28,7 @@ from peft.config import (
     resolve_pattern,
 )
 from peft.tuners.lora import config as lora_config
-from peft.tuners.lora.config import EvaConfig, LoftQConfig, LoraConfig, LoraRuntimeConfig
+from peft.tuners.lora.config import EvaConfig, LoraConfig, LoraRuntimeConfig
 from peft.utils import peft_types
 from peft.utils.error import ConfigError, ConfigFileError, NotSupportedYetError, PeftError
 from peft.utils.peft_types import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType, TaskType, register_peft_method
@@ -426,8 +426,7 @@ def test_prompt_learning_base():
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 REFUSED = {
-    "init_lora_weights": ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "eva", "lora_ga", "mica"],
-    "loftq_config": [{"loftq_bits": 4}, LoftQConfig()],
+    "init_lora_weights": ["pissa", "pissa_niter_16", "olora", "corda", "eva", "lora_ga", "mica"],
     "eva_config": [{}, {"rho": 3.0}, EvaConfig()],
     "corda_config": [{"corda_method": "kpm"}],
     "lora_ga_config": [{"direction": "ArBr"}],

@@ -64,7 +64,7 @@ class ForwardOnly(Quantized):
     def _refuse(self, verb: str) -> ValueError:
         return ValueError(
             f"weights kept by {self.name} cannot be {verb}. Methods whose forward does not need the dense weight "
-            "(LoRA, IA3, OFT, VeRA, ...) train on them unmerged; for the rest load the base model unquantised, or "
+            "train on them unmerged; for the rest load the base model unquantised, or "
             "quantised by bitsandbytes (BitsAndBytesConfig)."
         )
 

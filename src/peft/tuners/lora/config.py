@@ -148,8 +148,8 @@ class MontecloraConfig(Options):
     buffer_size: int = option(150, "How many noise tensors are drawn ahead.", minimum=1)
 
 
-_INITS_NOW = (True, False, "gaussian", "orthogonal")
-_INITS_LATER = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga", "mica")
+_INITS_NOW = (True, False, "gaussian", "orthogonal", "loftq")
+_INITS_LATER = ("pissa", "olora", "corda", "eva", "lora_ga", "mica")
 _PISSA_STEPS = r"pissa_niter_\d+"
 _PLAIN_LORA = "Leave it out to train LoRA without it."
 
@@ -165,8 +165,7 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
     METHOD: ClassVar[PeftType] = PeftType.LORA
     OWN_BIAS: ClassVar[str] = "lora_only"
     NOT_YET: ClassVar[dict[str, NotYet]] = {
-        "init_lora_weights": NotYet("Use True, False, 'gaussian' or 'orthogonal'.", _needs_later_init),
-        "loftq_config": NotYet("Leave it empty."),
+        "init_lora_weights": NotYet("Use True, False, 'gaussian', 'orthogonal' or 'loftq'.", _needs_later_init),
         "eva_config": NotYet("Leave it out and use init_lora_weights=True."),
         "corda_config": NotYet("Leave it out and use init_lora_weights=True."),
         "lora_ga_config": NotYet("Leave it out and use init_lora_weights=True."),
@@ -203,7 +202,8 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
         True,
         "How A and B start. True: A uniform, B zero. 'gaussian': A normal, B zero. 'orthogonal': random rows of one "
         "orthogonal matrix for both, for even ranks. False: both random, so the adapter changes the output from the "
-        "start; for tests. 'pissa', 'pissa_niter_<n>', 'olora', 'corda', 'loftq', 'eva', 'lora_ga' and 'mica' are "
+        "start; for tests. 'loftq': the weight is rounded to few bits, and the pair fits the rest. 'pissa', "
+        "'pissa_niter_<n>', 'olora', 'corda', 'eva', 'lora_ga' and 'mica' are "
         "known, but not supported yet.",
         choices=(*_INITS_NOW, *_INITS_LATER),
         pattern=_PISSA_STEPS,
@@ -214,7 +214,9 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
         None,
         "Tokens whose embeddings are trained besides: their indices, or a dict of embedding module name -> indices.",
     )
-    loftq_config: LoftQConfig | dict = option(dict, "Options of LoftQ. Not supported yet.", nested=LoftQConfig)
+    loftq_config: LoftQConfig | dict = option(
+        dict, "Options of LoftQ, for init_lora_weights='loftq'.", nested=LoftQConfig
+    )
     eva_config: EvaConfig | None = option(None, "Options of EVA. Not supported yet.", nested=EvaConfig)
     corda_config: CordaConfig | None = option(None, "Options of CorDA. Not supported yet.", nested=CordaConfig)
     lora_ga_config: LoraGAConfig | None = option(None, "Options of LoRA-GA. Not supported yet.", nested=LoraGAConfig)

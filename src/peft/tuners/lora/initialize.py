@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -24,6 +24,8 @@ def initialize(layer: LoraLayer, name: str, config: LoraConfig) -> None:
         if init == "orthogonal":
             for down, up in layer.kind.pairs(layer.get_base_layer(), a, b):
                 _orthogonal(down, up)
+        elif init == "loftq":
+            _loftq(layer, name, a, b, config)
         elif layer.kind.lookup:
             a.zero_()
             b.normal_()
@@ -40,6 +42,22 @@ def _zero_up(a: torch.Tensor, b: torch.Tensor, std: float | None) -> None:
     else:
         nn.init.normal_(a, std=std)
     b.zero_()
+
+
+def _loftq(layer: LoraLayer, name: str, a: torch.Tensor, b: torch.Tensor, config: LoraConfig) -> None:
+    """W becomes what is left of it in few bits, and s B A fits the rest (LoftQ)."""
+    from peft.utils.loftq_utils import loftq_init
+
+    options: Any = config.loftq_config
+    bits, turns = (options.get("loftq_bits", 4), options.get("loftq_iter", 1)) if isinstance(options, dict) else (
+        options.loftq_bits, options.loftq_iter
+    )  # fmt: skip
+    weight = layer.get_base_weight()
+    with weight.device:  # the pair may be on the meta device, to be loaded later; the weight is not
+        rounded, down, up = loftq_init(weight, bits, layer.r[name], turns)
+    layer.set_base_weight(rounded)
+    a.copy_(down)
+    b.copy_(up / layer.scaling[name])
 
 
 def _orthogonal(a: torch.Tensor, b: torch.Tensor) -> None:

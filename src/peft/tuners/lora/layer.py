@@ -12,6 +12,7 @@ from torch import nn
 from peft.config import resolve_pattern
 from peft.core.families import ScaledLayer
 from peft.core.kinds import Kind
+from peft.core.storage import storage_of
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.initialize import initialize
 from peft.tuners.lora.pairs import without_padding
@@ -48,6 +49,14 @@ class LoraLayer(ScaledLayer):
     def refusal(cls, kind: Kind, module: nn.Module, config: LoraConfig) -> str | None:
         if config.lora_bias and (kind.lookup or kind.bias is None):
             return "lora_bias has no place on a layer without bias"
+        if config.init_lora_weights == "loftq":
+            if kind.name != "Linear":
+                return "init_lora_weights='loftq' quantises linear layers only"
+            if (storage := storage_of(module, kind.weight)).name is not None:
+                return (
+                    f"init_lora_weights='loftq' starts from a dense weight, and {storage.name} keeps this one; "
+                    "use the default initialisation and then peft.replace_lora_weights_loftq"
+                )
         if config.use_dora and (reason := kind.no_dense_pair(module)):
             return f"DoRA needs the norm of the adapted weight, but {reason}"
         return None
