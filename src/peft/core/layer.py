@@ -561,7 +561,7 @@ class BaseTunerLayer(Switch, nn.Module):
         if keep or self.shares_weight or not self.storage.lossless:
             self._kept["weight"] = self.storage.keep(base, kind.weight)
         wanted = None if self.storage.lossless else _wide(weight)
-        if keep and old_bias is not None:
+        if (keep or not self.storage.lossless) and old_bias is not None:
             self._kept["bias"] = old_bias.detach()
         self.set_base_weight(weight)
         if wanted is not None:

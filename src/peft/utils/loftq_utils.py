@@ -119,8 +119,9 @@ def replace_lora_weights_loftq(
     from peft.core.walk import layers_of  # not above: the core imports its helpers from this package
     from peft.tuners.lora import Linear4bit, LoraModel
 
-    tuner = getattr(peft_model, "base_model", None)
-    if not isinstance(tuner, LoraModel):
+    lora_model: type = LoraModel
+    tuner: Any = getattr(peft_model, "base_model", None)
+    if not isinstance(tuner, lora_model):
         raise ValueError(f"LoftQ fits LoRA, and this is {type(tuner or peft_model).__name__} without it.")
     layers = [(n, layer) for n, layer in layers_of(tuner.model) if isinstance(layer, Linear4bit)]
     layers = [(name, layer) for name, layer in layers if adapter_name in layer]

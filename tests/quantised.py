@@ -1,0 +1,97 @@
+"""Small models of quantised linear layers, one entry for each storage that runs on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+
+IN, HIDDEN = 64, 128
+"""Sizes: blocks of 4-bit codes have 64 entries, and CPU kernels want rows in multiples of 32."""
+
+
+def plain(seed: int = 0, bias: bool = True) -> nn.Sequential:
+    """Two linear layers with tanh between them; weights of unit gain, so that no rounding is hidden."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(IN, HIDDEN, bias=bias), nn.Tanh(), nn.Linear(HIDDEN, IN, bias=bias)).eval()
+
+
+def _bnb4(bias: bool = True, **options: Any) -> nn.Module:
+    bnb = pytest.importorskip("bitsandbytes")
+    model = plain(bias=bias)
+    for i in (0, 2):
+        old = model[i]
+        new = bnb.nn.Linear4bit(old.in_features, old.out_features, bias=bias, **options)
+        new.load_state_dict(old.state_dict())
+        model[i] = new
+    return model.to("cpu").eval()
+
+
+def _bnb8() -> nn.Module:
+    bnb = pytest.importorskip("bitsandbytes")
+    model = plain()
+    for i in (0, 2):
+        old = model[i]
+        new = bnb.nn.Linear8bitLt(old.in_features, old.out_features, has_fp16_weights=False)
+        new.load_state_dict(old.state_dict())
+        model[i] = new
+    return model.to("cpu").eval()
+
+
+def _hqq() -> nn.Module:
+    quantize = pytest.importorskip("hqq.core.quantize")
+    model, config = plain(), quantize.BaseQuantizeConfig(nbits=4, group_size=32)
+    for i in (0, 2):
+        model[i] = quantize.HQQLinear(model[i], config, compute_dtype=torch.float32, device="cpu")
+    return model.eval()
+
+
+def _torchao(config: Callable[[Any], Any]) -> nn.Module:
+    quantization = pytest.importorskip("torchao.quantization")
+    model = plain()
+    quantization.quantize_(model, config(quantization))
+    return model
+
+
+def _quanto(weights: str) -> nn.Module:
+    quanto = pytest.importorskip("optimum.quanto")
+    model = plain()
+    quanto.quantize(model, weights=getattr(quanto, weights))
+    quanto.freeze(model)
+    return model.eval()
+
+
+BASES: dict[str, Callable[[], nn.Module]] = {
+    "bnb-nf4": lambda: _bnb4(quant_type="nf4", compress_statistics=False),
+    "bnb-nf4-double": lambda: _bnb4(quant_type="nf4", compress_statistics=True),
+    "bnb-fp4": lambda: _bnb4(bias=False, quant_type="fp4", compress_statistics=False),
+    "bnb-nf4-bfloat16": lambda: _bnb4(quant_type="nf4", compute_dtype=torch.bfloat16),
+    "bnb-int8": _bnb8,
+    "hqq-4": _hqq,
+    "torchao-int8": lambda: _torchao(lambda q: q.Int8WeightOnlyConfig()),
+    "torchao-int4": lambda: _torchao(
+        lambda q: q.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=q.PerGroup(32))
+    ),
+    "quanto-int8": lambda: _quanto("qint8"),
+    "quanto-int4": lambda: _quanto("qint4"),
+}
+"""Name -> a model in evaluation mode."""
+
+MAIN = ("bnb-nf4-double", "bnb-int8")
+"""Those that every law is tested on; the others meet the laws of merging."""
+
+NOISE = {"bnb-nf4-bfloat16": 2e-2, "bnb-int8": 2e-2}
+"""How far the layer's own forward is from W x, relative: 16-bit products, and rounded activations."""
+
+
+def pack(model: nn.Module) -> None:
+    """Repack 4-bit codes as bitsandbytes does on CPUs with AVX512-BF16 at the first forward in evaluation mode."""
+    functional = pytest.importorskip("bitsandbytes").functional
+    for m in model.modules():
+        if type(m).__name__ == "Linear4bit" and hasattr(m.weight, "quant_state"):
+            m.weight.data, _ = functional._convert_weight_packed_for_cpu(m.weight.data, m.weight.quant_state)
