@@ -91,7 +91,7 @@ NOISE = {"bnb-nf4-bfloat16": 2e-2, "bnb-int8": 2e-2}
 
 def pack(model: nn.Module) -> None:
     """Repack 4-bit codes as bitsandbytes does on CPUs with AVX512-BF16 at the first forward in evaluation mode."""
-    functional = pytest.importorskip("bitsandbytes").functional
+    bnb = pytest.importorskip("bitsandbytes")
     for m in model.modules():
-        if type(m).__name__ == "Linear4bit" and hasattr(m.weight, "quant_state"):
-            m.weight.data, _ = functional._convert_weight_packed_for_cpu(m.weight.data, m.weight.quant_state)
+        if isinstance(m, bnb.nn.Linear4bit):
+            m.weight.data, _ = bnb.functional._convert_weight_packed_for_cpu(m.weight.data, m.weight.quant_state)

@@ -79,14 +79,11 @@ class FoldLayer(BaseTunerLayer):
         raise NotImplementedError
 
     def delta(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        return self.recomputed(lambda x: self._change(name, x), x)
-
-    def _change(self, name: str, x: torch.Tensor) -> torch.Tensor:
         base = self.unmerged_weight().to(dtype=_dtype_of(x))
         return self.kind.apply(self.get_base_layer(), x, self.reweight(name, base) - base)
 
     def transform_output(self, name: str, x: torch.Tensor, y: torch.Tensor, base_y: torch.Tensor) -> torch.Tensor:
-        return y + self.delta(name, x)
+        return y + self.recomputed(lambda x: self.delta(name, x), x)
 
     def fold(self, name: str, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         return weight + (self.reweight(name, base) - base).to(weight.dtype)

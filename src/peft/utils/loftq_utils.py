@@ -119,7 +119,7 @@ def replace_lora_weights_loftq(
     from peft.core.walk import layers_of  # not above: the core imports its helpers from this package
     from peft.tuners.lora import Linear4bit, LoraModel
 
-    lora_model: type = LoraModel
+    lora_model: Any = LoraModel
     tuner: Any = getattr(peft_model, "base_model", None)
     if not isinstance(tuner, lora_model):
         raise ValueError(f"LoftQ fits LoRA, and this is {type(tuner or peft_model).__name__} without it.")
