@@ -112,6 +112,7 @@ _TABLE = {
         "bloom_model_postprocess_past_key_value",
     ),
     "peft.utils.error": ("NoMatchingPeftModuleError", "PeftError"),
+    "peft.utils.loftq_utils": ("replace_lora_weights_loftq",),
     "peft.utils.other": ("cast_mixed_precision_params", "prepare_model_for_kbit_training", "shift_tokens_right"),
     "peft.utils.peft_types": ("PeftType", "TaskType"),
     "peft.utils.save_and_load": (
@@ -136,7 +137,7 @@ _TABLE = {
 # Names of the ecosystem's API that this release does not have. Whoever adds one moves it into the table above.
 _LATER = """
     convert_to_lora create_arrow_model find_kappa_target_modules get_eva_state_dict initialize_lora_eva_weights
-    preprocess_loraga replace_lora_weights_loftq save_as_lora
+    preprocess_loraga save_as_lora
 """
 
 

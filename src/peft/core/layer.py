@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from peft.core.context import Context
 from peft.core.kinds import Kind, kind_of
-from peft.core.storage import storage_of
+from peft.core.storage import Storage, storage_of
 from peft.core.switch import Switch
 from peft.utils.error import NoEqualWeightError
 
@@ -134,10 +134,10 @@ class BaseTunerLayer(Switch, nn.Module):
         self.merge_error = 0.0  # |rounded - W'| / |W'| of the last merge, where the storage rounds
         self._adapters: dict[str, None] = {}
         self._kept: dict[str, Any] = {}
+        self._storage: tuple[tuple[type, type], Storage] | None = None
         for name, container in {**self.weights, **self.settings}.items():
             setattr(self, name, container())
         if self.kind is not None:
-            self.storage = storage_of(base, self.kind.weight)
             if not self.storage.can_read and (self.kind.through_weight or self.reads_weight):
                 raise ValueError(
                     f"the forward of {type(self).__name__} needs the dense weight, and weights kept by "
@@ -161,6 +161,15 @@ class BaseTunerLayer(Switch, nn.Module):
 
     def __contains__(self, name: str) -> bool:
         return name in self._adapters
+
+    @property
+    def storage(self) -> Storage:
+        """How the base weight is kept now: others may dequantise the model below its adapters."""
+        base = self.get_base_layer()
+        key = type(base), type(getattr(base, self.kind.weight, None))
+        if self._storage is None or self._storage[0] != key:
+            self._storage = key, storage_of(base, self.kind.weight)
+        return self._storage[1]
 
     @property
     def adapter_names(self) -> list[str]:
@@ -432,8 +441,8 @@ class BaseTunerLayer(Switch, nn.Module):
     def _stripped(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight without what this layer has merged into it."""
         if "weight" in self._kept:
-            base = self.get_base_layer()
-            return _wide(self.kind.orient(self.storage.read_kept(base, self.kind.weight, self._kept["weight"]), base))
+            base, storage, kept = self._kept["weight"]
+            return _wide(self.kind.orient(storage.read_kept(base, self.kind.weight, kept), base))
         for name in reversed(self._fold_order(self.merged_adapters)):
             weight = self.unfold(name, weight)
         return weight
@@ -535,10 +544,8 @@ class BaseTunerLayer(Switch, nn.Module):
         """Put another layer in the place of the innermost one, which is returned."""
         layer: BaseTunerLayer = self
         while isinstance(layer.base_layer, BaseTunerLayer):
-            layer.storage = storage_of(module, layer.kind.weight)
             layer = layer.base_layer
         old, layer.base_layer = layer.base_layer, module
-        layer.storage = storage_of(module, layer.kind.weight)
         return old
 
     def to_merge(self, adapter_names: Sequence[str] | None = None) -> list[str]:
@@ -559,7 +566,7 @@ class BaseTunerLayer(Switch, nn.Module):
         old_bias = self.get_base_bias()
         keep = any(self.keeps_base(name) for name in names)
         if keep or self.shares_weight or not self.storage.lossless:
-            self._kept["weight"] = self.storage.keep(base, kind.weight)
+            self._kept["weight"] = base, self.storage, self.storage.keep(base, kind.weight)
         wanted = None if self.storage.lossless else _wide(weight)
         if (keep or not self.storage.lossless) and old_bias is not None:
             self._kept["bias"] = old_bias.detach()
@@ -589,7 +596,11 @@ class BaseTunerLayer(Switch, nn.Module):
         base, kind, attribute = self.get_base_layer(), self.kind, str(self.kind.bias)
         names, bias = self._fold_order(self.merged_adapters)[::-1], self.get_base_bias()
         if "weight" in self._kept:
-            self.storage.put_back(base, kind.weight, self._kept["weight"])
+            old_base, storage, kept_weight = self._kept["weight"]
+            if old_base is not base:  # somebody has dequantised the model meanwhile
+                self.replace_base(old_base)
+                base = old_base
+            storage.put_back(base, kind.weight, kept_weight)
         else:
             stored = self.get_base_weight()
             self.set_base_weight(self._stripped(_wide(stored)).to(stored.dtype))

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from peft.core.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, biases_of
 from peft.core.layer import BaseTunerLayer
 from peft.core.replicate import restore_layers, separate_layers
+from peft.core.storage import storage_of
 from peft.core.walk import embeddings_of, layers_of, replace_module, walk, wrappers_of
 
 
@@ -219,7 +220,8 @@ def _tell_rounding(layers: list[tuple[str, BaseTunerLayer]]) -> None:
 def dequantize(model: nn.Module, adapter_names: list[str] | None = None) -> Callable[[], None]:
     """Put dense layers, in the compute dtype, in the place of the quantised ones that are to be merged.
 
-    Where a layer computes in the dtype of its input, that is the dtype of the model's other parameters.
+    Quantised layers take inputs of any dtype, dense ones do not: where the model's other parameters are wider than the
+    compute dtype (norms in float32, say), the layers get that dtype.
 
     Returns:
         A function that brings the quantised layers back, with what was merged into them.
@@ -232,7 +234,7 @@ def dequantize(model: nn.Module, adapter_names: list[str] | None = None) -> Call
     for path, layer in layers:
         if reason := _no_dense_layer(layer):
             raise ValueError(f"{path}: {reason} Load the base model unquantised and the adapter on it.")
-    rest = [p.dtype for site in walk(model) for p in site.module._parameters.values() if _is_dense(p)]
+    widest = _widest(model)
     before = [(layer, list(layer.merged_adapters)) for _, layer in layers]
     for layer, _ in before:
         layer.unmerge()
@@ -240,7 +242,8 @@ def dequantize(model: nn.Module, adapter_names: list[str] | None = None) -> Call
     for layer, _ in before:
         if layer.storage.name is not None:  # else a layer around it has seen to it
             old = layer.get_base_layer()
-            dtype = layer.storage.compute_dtype(old, layer.kind.weight) or next(iter(rest), torch.float32)
+            own = layer.storage.compute_dtype(old, layer.kind.weight)
+            dtype = torch.promote_types(own or widest or torch.float32, widest or own or torch.float32)
             replaced.append((layer, layer.replace_base(_dense(layer, dtype))))
     _merge_again(before)
 
@@ -274,8 +277,17 @@ def _is_torchs(m: nn.Module) -> bool:
     return type(m).__module__.startswith("torch.nn.")
 
 
-def _is_dense(p: nn.Parameter | None) -> bool:
-    return type(p) is nn.Parameter and p.dtype in (torch.float16, torch.bfloat16, torch.float32)
+def _widest(model: nn.Module) -> torch.dtype | None:
+    """The widest dtype among the parameters of the model's dense modules, None if there are none."""
+    found: torch.dtype | None = None
+    for site in walk(model):
+        parameters = [p for p in site.module._parameters.values() if p is not None]
+        if any(storage_of(site.module, name).name is not None for name in ("weight", *site.module._parameters)):
+            continue
+        for p in parameters:
+            if p.dtype in (torch.float16, torch.bfloat16, torch.float32):
+                found = p.dtype if found is None else torch.promote_types(found, p.dtype)
+    return found
 
 
 def _dense(layer: BaseTunerLayer, dtype: torch.dtype) -> nn.Module:

@@ -26,6 +26,7 @@ __getattr__, __dir__, __all__ = lazy_module(
         ),
         "peft.utils.error": ("NoMatchingPeftModuleError", "PeftError"),
         "peft.utils.integrations": ("map_cache_to_layer_device_map",),
+        "peft.utils.loftq_utils": ("loftq_init", "replace_lora_weights_loftq"),
         "peft.utils.other": (
             "AuxiliaryTrainingWrapper",
             "ModulesToSaveWrapper",

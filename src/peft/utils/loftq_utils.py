@@ -75,7 +75,7 @@ def loftq_init(
         weight: ``[out, in]``, dense.
         num_bits: 2, 4 or 8.
         reduced_rank: rank of the pair.
-        num_iter: how many turns.
+        num_iter: how many turns; the best of them counts.
 
     Returns:
         The weight that the base shall have, read from its codes, in the dtype of ``weight``; A ``[r, in]`` and B
@@ -87,12 +87,15 @@ def loftq_init(
     if num_iter < 1:
         raise ValueError(f"LoftQ takes at least one iteration, not {num_iter}.")
     wide = weight.detach().float()
-    pair = torch.zeros_like(wide)
+    pair, least = torch.zeros_like(wide), float("inf")
     for _ in range(num_iter):
         rounded = round_to_bits(wide - pair, num_bits)
         a, b = low_rank(wide - rounded, reduced_rank)
         pair = b @ a
-    return rounded.to(weight.dtype), a, b
+        error = float((wide - rounded - pair).norm())
+        if error < least:  # at two bits a turn can make it worse
+            least, best = error, (rounded.to(weight.dtype), a, b)
+    return best
 
 
 @torch.no_grad()

@@ -1,0 +1,289 @@
+"""Quantised bases in use: loaded by transformers, prepared, trained, saved, reloaded, merged; LoftQ; errors."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from quantised import BASES, plain
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Trainer
+from transformers import TrainingArguments as Arguments
+
+from peft import (
+    HiraConfig,
+    LoftQConfig,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    prepare_model_for_kbit_training,
+    replace_lora_weights_loftq,
+)
+from peft.core import storage as storages
+from peft.tuners import lora
+from peft.utils.loftq_utils import loftq_init, round_to_bits
+
+
+bnb = pytest.importorskip("bitsandbytes")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+FOUR = {
+    "load_in_4bit": True,
+    "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_compute_dtype": torch.bfloat16,
+}
+EIGHT = {"load_in_8bit": True}
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+IDS = torch.arange(24).view(2, 12) * 5 % 64
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0, initializer_range=0.1,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("llama")
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+    return path
+
+
+def load(folder: Path, options: dict | None = None, dtype: torch.dtype = torch.bfloat16) -> LlamaForCausalLM:
+    quantization = BitsAndBytesConfig(**options) if options else None
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=dtype).eval()
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits.float()
+
+
+def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def tuned(base: nn.Module, **fields) -> PeftModel:
+    config = LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False, task_type="CAUSAL_LM", **fields)
+    return get_peft_model(base, config).eval()
+
+
+@pytest.mark.parametrize(("options", "layer"), [(FOUR, lora.Linear4bit), (EIGHT, lora.Linear8bitLt)])
+def test_layers_carry_the_names_that_others_test_for(folder, options, layer):
+    model = tuned(load(folder, options))
+    adapted = model.base_model.model.model.layers[0].self_attn.q_proj
+    assert isinstance(adapted, layer) and isinstance(adapted, lora.LoraLayer)
+    assert adapted.lora_A["default"].weight.dtype == torch.float32
+    from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
+
+    assert layer in (Linear4bit, Linear8bitLt)
+    assert model.get_layer_status()[0].quantization_backend == "bitsandbytes"
+    assert isinstance(model.get_base_model(), LlamaForCausalLM)
+
+
+def test_packed_weights_count_as_what_they_hold(folder):
+    dense, quantised = tuned(load(folder)), tuned(load(folder, FOUR))
+    assert quantised.get_nb_trainable_parameters() == dense.get_nb_trainable_parameters()
+
+
+@pytest.mark.parametrize("options", [FOUR, EIGHT], ids=["4bit", "8bit"])
+@pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": True}, {"use_reentrant": False}], ids=str)
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_prepared_model_trains(folder, options, checkpointing, dora):
+    base = prepare_model_for_kbit_training(load(folder, options), checkpointing is not None, checkpointing)
+    assert base.model.norm.weight.dtype == base.lm_head.weight.dtype == torch.float32
+    assert not any(p.requires_grad for p in base.parameters())
+    model = tuned(base, use_dora=dora, lora_dropout=0.1).train()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    assert grads and all(g is not None and g.isfinite().all() and g.any() for g in grads.values())
+
+
+def test_trained_saved_and_reloaded_on_four_and_on_sixteen_bits(folder, tmp_path):
+    base = prepare_model_for_kbit_training(load(folder, FOUR), gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=TARGETS, task_type="CAUSAL_LM"))
+    rows = [{"input_ids": row, "labels": row} for row in IDS]
+    arguments = Arguments(
+        output_dir=str(tmp_path / "trainer"), max_steps=3, learning_rate=0.05, report_to=[], save_strategy="no",
+        per_device_train_batch_size=2, use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    losses = [h["loss"] for h in _train(model, arguments, rows) if "loss" in h]
+    assert losses[-1] < losses[0]
+    wanted = logits(model.eval())
+    model.save_pretrained(tmp_path / "adapter")
+
+    base = prepare_model_for_kbit_training(load(folder, FOUR))
+    again = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    assert distance(logits(again), wanted) < 1e-6
+    sixteen = PeftModel.from_pretrained(load(folder), tmp_path / "adapter").eval()
+    assert distance(logits(sixteen), wanted) < 0.25  # what four bits take from the base
+
+    merged = again.merge_and_unload(dequantize=True)
+    assert type(merged.model.layers[0].self_attn.q_proj) is nn.Linear
+    assert merged.model.layers[0].self_attn.q_proj.weight.dtype == torch.float32  # as the norms before it
+    assert isinstance(merged.model.layers[0].self_attn.k_proj, bnb.nn.Linear4bit)  # not adapted, so left alone
+    assert distance(logits(merged), wanted) < 0.02
+    rounded = PeftModel.from_pretrained(load(folder, FOUR), tmp_path / "adapter").eval().merge_and_unload()
+    assert isinstance(rounded.model.layers[0].self_attn.q_proj, bnb.nn.Linear4bit)
+    assert distance(logits(rounded), wanted) < 0.25
+
+
+def _train(model: nn.Module, arguments: Arguments, rows: list) -> list[dict]:
+    arguments.logging_steps = 1
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+    trainer.train()
+    return trainer.state.log_history
+
+
+@pytest.mark.parametrize("options", [FOUR, EIGHT], ids=["4bit", "8bit"])
+def test_the_dequantisation_of_transformers_keeps_working(folder, options):
+    merged = tuned(load(folder, options)).merge_and_unload()
+    wanted = logits(merged)
+    dense = merged.dequantize()
+    assert not any(isinstance(m, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt) for m in dense.modules())
+    assert distance(logits(dense), wanted) < 0.05
+
+    model = tuned(load(folder, options))
+    wanted = logits(model)
+    model.base_model.model.dequantize()  # below the adapters, which then sit on dense layers
+    assert distance(logits(model), wanted) < 0.05
+    assert distance(logits(model.merge_and_unload()), wanted) < 0.05
+
+    model = tuned(load(folder, options))
+    wanted = logits(model)
+    model.merge_adapter()
+    model.base_model.model.dequantize()  # with the adapter inside: taking it out brings the codes back
+    model.unmerge_adapter()
+    assert distance(logits(model), wanted) < 0.05
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "hira"])
+def test_a_failed_dense_merge_leaves_the_quantised_model(method):
+    config = {
+        "lora": LoraConfig(r=4, target_modules=["0", "2"], init_lora_weights=False),
+        "dora": LoraConfig(r=4, target_modules=["0", "2"], use_dora=True),
+        "hira": HiraConfig(r=4, target_modules=["0", "2"], init_weights=False),
+    }[method]
+    model = get_peft_model(BASES["bnb-nf4-double"](), config).eval()
+    old = model.base_model.model[0].base_layer
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("_A.default.weight") or name.endswith("_A.default"):
+                p[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        model.merge_and_unload(safe_merge=True, dequantize=True)
+    assert model.base_model.model[0].base_layer is old
+
+
+# --- LoftQ ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_loftq_starts_closer_to_the_weight_than_rounding(bits):
+    weight = plain()[0].weight.detach()
+    rounded, a, b = loftq_init(weight, bits, 8, 5)
+    plainly = (weight - round_to_bits(weight, bits)).norm()
+    assert (weight - rounded - b @ a).norm() < 0.95 * plainly
+    assert len((rounded[0] / rounded[0].abs().max()).unique()) <= 2**bits
+
+    model = get_peft_model(
+        plain(),
+        LoraConfig(
+            r=8, lora_alpha=16, target_modules=["0"], init_lora_weights="loftq",
+            loftq_config=LoftQConfig(loftq_bits=bits, loftq_iter=5),
+        ),
+    )  # fmt: skip
+    layer = model.base_model.model[0]
+    assert torch.allclose(layer.get_base_weight(), rounded, atol=1e-5)
+    whole = layer._folded_weight(["default"])  # the scale of 2 is in the pair
+    assert (weight - whole).norm() < 0.95 * plainly
+
+
+def test_loftq_refuses_what_it_cannot_do():
+    with pytest.raises(ValueError, match="2, 4 or 8 bits, not 3"):
+        round_to_bits(torch.ones(4, 4), 3)
+    with pytest.raises(ValueError, match="replace_lora_weights_loftq"):
+        get_peft_model(BASES["bnb-nf4-double"](), LoraConfig(target_modules=["0"], init_lora_weights="loftq"))
+
+
+def test_loftq_fits_a_model_that_is_quantised_already(folder):
+    full, ordinary = logits(load(folder)), load(folder, FOUR)
+    before = distance(logits(ordinary), full)
+    model = get_peft_model(ordinary, LoraConfig(r=16, lora_alpha=8, target_modules="all-linear"))
+    replace_lora_weights_loftq(model)
+    assert distance(logits(model), full) < 0.9 * before
+    fitted = logits(model)
+    replace_lora_weights_loftq(model, str(folder / "model.safetensors"), callback=lambda m, name: False)
+    assert torch.equal(logits(model), fitted)
+    with pytest.raises(ValueError, match="load_in_4bit"):
+        replace_lora_weights_loftq(get_peft_model(load(folder), LoraConfig(target_modules=TARGETS)))
+
+
+# --- errors -----------------------------------------------------------------------------------------------------
+
+
+class Sealed(nn.Module):
+    """A linear layer of a library whose weight only its own kernels can read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        inner = plain()[0]
+        self.in_features, self.out_features, self.bias = inner.in_features, inner.out_features, inner.bias
+        self.register_buffer("packed", inner.weight.detach())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.packed, self.bias)
+
+
+@pytest.fixture
+def sealed(monkeypatch) -> nn.Module:
+    class Storage(storages.ForwardOnly):
+        name = "sealed"
+        linears = ((Sealed.__module__, "Sealed"),)
+        slots = ("packed",)
+
+    monkeypatch.setattr(storages, "_STORAGES", [Storage(), *storages._STORAGES])
+    return nn.Sequential(Sealed())
+
+
+def test_a_forward_only_base_trains_but_does_not_merge(sealed):
+    model = get_peft_model(sealed, LoraConfig(target_modules=["0"], init_lora_weights=False))
+    model(torch.randn(3, 64)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    with pytest.raises(ValueError, match=r"sealed cannot be written.*load the base model unquantised"):
+        model.merge_and_unload()
+    with pytest.raises(ValueError, match="sealed cannot be read"):
+        model.merge_and_unload(dequantize=True)
+    assert isinstance(model.base_model.model[0], lora.LoraLayer)
+
+
+@pytest.mark.parametrize(
+    "config", [HiraConfig(target_modules=["0"]), LoraConfig(target_modules=["0"], use_dora=True)], ids=["hira", "dora"]
+)
+def test_a_method_that_needs_the_weight_is_refused_on_a_forward_only_base(sealed, config):
+    with pytest.raises(ValueError, match=r"sealed cannot be read.*(bitsandbytes|BitsAndBytesConfig)"):
+        get_peft_model(sealed, config)
+    assert isinstance(sealed[0], Sealed)
+
+
+def test_a_library_that_is_gone_is_named(monkeypatch):
+    model = BASES["bnb-nf4-double"]()
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
+    with pytest.raises(ImportError, match=r"bitsandbytes.*pip install -U 'bitsandbytes"):
+        storages.storage_of(model[0], "weight").read(model[0], "weight")
+
+
+def test_a_weight_whose_class_cannot_be_made_anew_is_named():
+    pytest.importorskip("torchao")
+    model = BASES["torchao-int8"]()
+    storage, weight = storages.storage_of(model[0], "weight"), model[0].weight
+    maker = type(weight.data).from_hp
+    try:
+        type(weight.data).from_hp = None
+        with pytest.raises(ValueError, match=r"torchao.*Int8Tensor.*dequantize=True"):
+            storage.write(model[0], "weight", storage.read(model[0], "weight"))
+    finally:
+        type(weight.data).from_hp = maker
