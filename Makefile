@@ -1,4 +1,5 @@
 # make demo   fine-tune a small language model on real text and print what came of it (about six minutes on two cores)
+# make qlora  the same task on a base in four bits, beside LoRA in 32 (about eight minutes on two cores)
 # make test   lint, type check, tests
 # make bench  the benchmarks: ratios and times
 #
@@ -17,10 +18,10 @@ RUN   := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench clean
+.PHONY: help install demo qlora test lint bench clean
 
 help:
-	@sed -n 's/^# \{0,1\}//;1,9p' Makefile
+	@sed -n 's/^# \{0,1\}//;1,10p' Makefile
 
 install: $(STAMP)
 
@@ -33,6 +34,9 @@ $(STAMP): pyproject.toml
 
 demo: $(STAMP)
 	$(RUN) examples/sentiment.py $(ARGS)
+
+qlora: $(STAMP)
+	$(RUN) examples/qlora.py $(ARGS)
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .

@@ -287,3 +287,29 @@ def test_a_weight_whose_class_cannot_be_made_anew_is_named():
             storage.write(model[0], "weight", storage.read(model[0], "weight"))
     finally:
         type(weight.data).from_hp = maker
+
+
+@pytest.mark.parametrize(
+    ("module", "cls", "attributes"),
+    [
+        ("gptqmodel.nn_modules.qlinear", "BaseQuantLinear", {"in_features": 64, "out_features": 128}),
+        ("auto_gptq.nn_modules.qlinear.qlinear_cuda", "QuantLinear", {"infeatures": 64, "outfeatures": 128}),
+        ("awq.modules.linear.gemm", "WQLinear_GEMM", {"in_features": 64, "out_features": 128}),
+        ("transformers.integrations.eetq", "EetqLinear", {"weight": torch.zeros(64, 128, dtype=torch.int8)}),
+        ("aqlm.inference", "QuantizedLinear", {"in_features": 64, "out_features": 128}),
+    ],
+)
+def test_layers_of_libraries_that_are_not_here_are_known_by_their_names(monkeypatch, module, cls, attributes):
+    """Stand-ins: what is tested is that such a class is a linear layer, of this size, that runs forward only."""
+    monkeypatch.setitem(sys.modules, module.partition(".")[0], sys.modules.get(module.partition(".")[0], sys))
+    made = type(cls, (nn.Module,), {"__module__": module, "forward": lambda self, x: x @ torch.ones(64, 128)})()
+    for name, value in attributes.items():
+        setattr(made, name, value)
+    made.bias = None
+    made.register_buffer("codes", torch.zeros(4, dtype=torch.int32))
+    model = get_peft_model(nn.Sequential(made), LoraConfig(r=4, target_modules=["0"], init_lora_weights=False))
+    layer = model.base_model.model[0]
+    assert layer.lora_A["default"].weight.shape == (4, 64) and layer.lora_B["default"].weight.shape == (128, 4)
+    model(torch.randn(2, 64)).sum().backward()
+    with pytest.raises(ValueError, match=f"weights kept by {layer.storage.name} cannot be written"):
+        model.merge_adapter()

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peft.core.storage import is_foreign_linear
+from peft.core.storage import foreign_linear
 from peft.utils.error import NoEqualWeightError
 
 
@@ -106,7 +106,11 @@ class Linear(Kind):
     """``nn.Linear``, and the linear layers of quantisation libraries: W is ``[out, in]``, x has its features last."""
 
     def matches(self, m: nn.Module) -> bool:
-        return isinstance(m, self.types) or (type(self) is Linear and is_foreign_linear(m))
+        return isinstance(m, self.types) or (type(self) is Linear and foreign_linear(m) is not None)
+
+    def shape(self, m: nn.Module) -> tuple[int, ...]:
+        storage = None if isinstance(m, self.types) else foreign_linear(m)
+        return (m.out_features, m.in_features) if storage is None else storage.linear_shape(m)
 
 
 class AttentionOutput(Linear):

@@ -38,9 +38,9 @@ def storage_of(m: nn.Module, attribute: str) -> Storage:
     return next(storage for storage in _STORAGES if storage.matches(m, attribute))
 
 
-def is_foreign_linear(m: nn.Module) -> bool:
-    """Whether a library's class is a linear layer, with ``in_features`` and ``out_features``, but no ``nn.Linear``."""
-    return any(is_from(m, package, name) for storage in _STORAGES for package, name in storage.linears)
+def foreign_linear(m: nn.Module) -> Storage | None:
+    """The storage of a library whose class is a linear layer but no ``nn.Linear``; None for other modules."""
+    return next((s for s in _STORAGES if any(is_from(m, package, name) for package, name in s.linears)), None)
 
 
-__all__ = ["ForwardOnly", "Plain", "Quantized", "Storage", "is_foreign_linear", "register_storage", "storage_of"]
+__all__ = ["ForwardOnly", "Plain", "Quantized", "Storage", "foreign_linear", "register_storage", "storage_of"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from torch import nn
+
 from peft.core.storage.quantized import ForwardOnly
 
 
@@ -17,3 +19,7 @@ class EETQ(ForwardOnly):
         ("transformers.integrations.eetq", "EetqLinear"),
     )
     slots: ClassVar[tuple[str, ...]] = ("weight",)
+
+    def linear_shape(self, m: nn.Module) -> tuple[int, int]:
+        inner, out = m.weight.shape  # the kernels want it transposed
+        return out, inner

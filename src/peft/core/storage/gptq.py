@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from torch import nn
+
 from peft.core.storage.quantized import ForwardOnly
 
 
@@ -14,3 +16,8 @@ class GPTQ(ForwardOnly):
     install = "gptqmodel"
     linears: ClassVar[tuple[tuple[str, str], ...]] = (("gptqmodel", "BaseQuantLinear"), ("auto_gptq", "QuantLinear"))
     slots: ClassVar[tuple[str, ...]] = ("qweight",)
+
+    def linear_shape(self, m: nn.Module) -> tuple[int, int]:
+        if hasattr(m, "outfeatures"):  # auto-gptq
+            return m.outfeatures, m.infeatures
+        return super().linear_shape(m)

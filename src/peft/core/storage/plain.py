@@ -44,6 +44,10 @@ class Storage:
         """The dtype in which the layer multiplies, None if that is the input's."""
         return None
 
+    def linear_shape(self, m: nn.Module) -> tuple[int, int]:
+        """``(out, in)`` of one of ``linears``."""
+        return m.out_features, m.in_features
+
     def keep(self, m: nn.Module, attribute: str) -> Any:
         """What :meth:`put_back` needs to restore the weight bit for bit."""
         return {slot: getattr(m, slot, None) for slot in self.slots}
