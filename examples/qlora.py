@@ -190,14 +190,14 @@ def _report(results: dict) -> None:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The options of the command line."""
     parser = argparse.ArgumentParser(description="QLoRA on SmolLM2-135M, beside LoRA on the same base in 32 bits.")
-    parser.add_argument("--steps", type=int, help="training steps (default: 60; 4 with --tiny)")
-    parser.add_argument("--rows", type=int, default=500, help="held-out reviews to ask about")
+    parser.add_argument("--steps", type=int, help="training steps (default: 40; 4 with --tiny)")
+    parser.add_argument("--rows", type=int, default=300, help="held-out reviews to ask about")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output-dir", type=Path, default=support.HERE / "output", help="where adapters are saved")
     parser.add_argument("--tiny", action="store_true", help="a random tiny model, a few reviews: does it all run?")
     args = parser.parse_args(argv)
     if args.steps is None:
-        args.steps = 4 if args.tiny else 60
+        args.steps = 4 if args.tiny else 40
     if args.steps < 1:
         parser.error(f"--steps must be at least 1, not {args.steps}")
     args.output_dir.mkdir(parents=True, exist_ok=True)
