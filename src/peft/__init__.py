@@ -91,7 +91,7 @@ _TABLE = {
     "peft.tuners.p_tuning": ("PromptEncoder", "PromptEncoderConfig", "PromptEncoderReparameterizationType"),
     "peft.tuners.peanut": ("PeanutConfig", "PeanutModel"),
     "peft.tuners.poly": ("PolyConfig", "PolyModel"),
-    "peft.tuners.prefix_tuning": ("PrefixEncoder", "PrefixTuningConfig"),
+    "peft.tuners.prefix_tuning": ("PrefixTuningConfig",),
     "peft.tuners.prompt_tuning": ("PromptEmbedding", "PromptTuningConfig", "PromptTuningInit"),
     "peft.tuners.psoft": ("PsoftConfig", "PsoftModel"),
     "peft.tuners.pvera": ("PveraConfig", "PveraModel"),
@@ -125,24 +125,27 @@ _TABLE = {
     "peft.utils.warning": ("PeftWarning",),
 }
 
-_FOLDER = os.path.dirname(__file__)
-_TABLE = {
-    module: names
-    for module, names in _TABLE.items()
-    if not module.startswith("peft.tuners.")
-    or os.path.exists(os.path.join(_FOLDER, *module.split(".")[1:]) + ".py")
-    or os.path.isdir(os.path.join(_FOLDER, *module.split(".")[1:]))
-}
+
+def _is_here(module: str) -> bool:
+    """Whether the package has the file (or folder) of a module."""
+    path = os.path.join(os.path.dirname(__file__), *module.split(".")[1:])
+    return os.path.exists(f"{path}.py") or os.path.isdir(path)
+
+
+# A method whose file is not there yet is announced by its names.
+_ABSENT = {name for module, names in _TABLE.items() if not _is_here(module) for name in names}
+_TABLE = {module: names for module, names in _TABLE.items() if _is_here(module)}
 
 # Names of the ecosystem's API that this release does not have. Whoever adds one moves it into the table above.
 _LATER = """
+    PrefixEncoder
     convert_to_lora create_arrow_model find_kappa_target_modules get_eva_state_dict initialize_lora_eva_weights
     preprocess_loraga save_as_lora
 """
 
 
 def _missing(name: str) -> str:
-    later = _LATER.split()
+    later = {*_LATER.split(), *_ABSENT}
     if name not in later:
         return no_such_name(__name__, name, [*__all__, *later])
     names = {other for group in _TABLE.values() for other in group}
