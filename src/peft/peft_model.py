@@ -114,7 +114,6 @@ class PeftModel(PushToHubMixin, nn.Module):
             if len(args) > len(cls.inputs):
                 raise TypeError(f"forward() takes {len(cls.inputs)} positional inputs, got {len(args)}.")
             given = dict(zip(cls.inputs, args), **kwargs)
-            given.pop("task_ids", None)
             return PeftModel.forward(self, **{k: v for k, v in given.items() if v is not None or k not in cls.inputs})
 
         keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -202,8 +201,10 @@ class PeftModel(PushToHubMixin, nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """``adapter_names`` gives one adapter for each sample (``"__base__"`` for none), in training too.
 
+        ``task_ids`` gives one task number for each sample, ``[batch]``, to methods that know of tasks.
+
         Raises:
-            ValueError: for unknown adapters, or a number of names that is not the number of samples.
+            ValueError: for unknown adapters, or a number of names or tasks that is not the number of samples.
         """
         return self._call(self.get_base_model(), args, kwargs, keep=torch.is_grad_enabled())
 
@@ -212,39 +213,45 @@ class PeftModel(PushToHubMixin, nn.Module):
         return self._call(self.get_base_model().generate, args, kwargs, keep=False)
 
     def _call(self, function: Callable, args: tuple, kwargs: dict, keep: bool) -> Any:
-        """Tell the layers which adapter each row has; kept for a backward, which may run the forward again."""
-        names, context = kwargs.pop("adapter_names", None), context_of(self.get_base_model())
-        kwargs.pop("task_ids", None)
-        before, held = context.adapter_names, context.held
-        if names is None and before is None:
+        """Tell the layers each row's adapter and task; kept for a backward, which may run the forward again."""
+        names, tasks = kwargs.pop("adapter_names", None), kwargs.pop("task_ids", None)
+        context = context_of(self.get_base_model())
+        before, tasks_before, held = context.adapter_names, context.task_ids, context.held
+        if names is None and tasks is None and before is None and tasks_before is None:
             return function(*args, **kwargs)
         if names is not None:
             self._check_rows(names, args, kwargs)
+        if tasks is not None:
+            tasks = torch.as_tensor(tasks).reshape(-1)
+            self._check_length("task_ids", len(tasks), args, kwargs)
         context.set_adapter_names(names)
-        context.held = names is not None
+        context.task_ids = tasks
+        context.held = names is not None or tasks is not None
         fast_path = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)  # it knows one weight for all rows
+        torch.backends.mha.set_fastpath_enabled(fast_path and names is None)  # it knows one weight for all rows
         try:
             return function(*args, **kwargs)
         finally:
             torch.backends.mha.set_fastpath_enabled(fast_path)
             context.held = held
-            if not keep:
-                context.set_adapter_names(before)  # a backward may still need them
+            if not keep:  # a backward may still need them
+                context.set_adapter_names(before)
+                context.task_ids = tasks_before
 
     def _check_rows(self, names: Sequence[str], args: tuple, kwargs: dict) -> None:
         known = [*self.peft_config, BASE]
         unknown = sorted(set(names) - set(known))
         if unknown:
             raise ValueError(f"adapter_names has unknown adapters: {unknown}. There are {known}.")
-        main = (kwargs.get(name) for name in (getattr(self.get_base_model(), "main_input_name", ""), "inputs_embeds"))
-        given = (v for v in (*args[:1], *main, *kwargs.values()) if isinstance(v, torch.Tensor) and v.dim() > 0)
-        if (first := next(given, None)) is not None and len(names) != len(first):
-            raise ValueError(
-                f"adapter_names has {len(names)} names, but the batch has {len(first)} samples; give as many."
-            )
+        self._check_length("adapter_names", len(names), args, kwargs)
         if any(layer.merged for _, layer in layers_of(self.get_base_model())):
             raise ValueError("adapter_names cannot be used while adapters are merged; call unmerge_adapter() first.")
+
+    def _check_length(self, what: str, count: int, args: tuple, kwargs: dict) -> None:
+        main = (kwargs.get(name) for name in (getattr(self.get_base_model(), "main_input_name", ""), "inputs_embeds"))
+        given = (v for v in (*args[:1], *main, *kwargs.values()) if isinstance(v, torch.Tensor) and v.dim() > 0)
+        if (first := next(given, None)) is not None and count != len(first):
+            raise ValueError(f"{what} has {count} entries, but the batch has {len(first)} samples; give as many.")
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
         """Make the model's embedding give outputs that require grad. Adapted models do so by themselves."""

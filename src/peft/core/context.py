@@ -19,15 +19,19 @@ class Context:
 
     Attributes:
         adapter_names: one adapter name for each row of the batch (:data:`BASE` for none), or None.
+        task_ids: one task number for each row, ``[batch]``, or None.
         current: while a group of rows is computed, the adapters of that group; else None.
-        held: a call with ``adapter_names`` is under way.
+        rows: while rows of a mixed batch are computed, which they are, and how many there are in all; else None.
+        held: a call that carries such facts is under way.
     """
 
     hook: Any  # of the model, calls :meth:`forget`
 
     def __init__(self) -> None:
         self.adapter_names: tuple[str, ...] | None = None
+        self.task_ids: torch.Tensor | None = None
         self.current: list[str] | None = None
+        self.rows: tuple[torch.Tensor, int] | None = None
         self.held = False
         self._groups: dict[tuple, tuple[list[tuple[str, torch.Tensor]], torch.Tensor]] = {}
 
@@ -36,9 +40,31 @@ class Context:
         self._groups.clear()
 
     def forget(self, module: Any, args: tuple) -> None:
-        """Hook of the model: a call that says nothing of adapters does not use the names of an earlier one."""
-        if not self.held and self.adapter_names is not None:
+        """Hook of the model: a call that says nothing of adapters or tasks does not use those of an earlier one."""
+        if self.held:
+            return
+        self.task_ids = None
+        if self.adapter_names is not None:
             self.set_adapter_names(None)
+
+    def tasks(self, batch: int, device: torch.device) -> torch.Tensor | None:
+        """The task of each of ``batch`` rows, ``[batch]``, None where the call names none.
+
+        A batch with a multiple of the rows repeats each task: beams, or tokens laid out as rows.
+
+        Raises:
+            ValueError: if the rows of the batch cannot be told apart by the tasks.
+        """
+        if self.task_ids is None:
+            return None
+        rows, total = self.rows or (None, batch)
+        if total % len(self.task_ids):
+            raise ValueError(
+                f"task_ids holds {len(self.task_ids)} numbers, but the batch has {total} rows. Give one for each "
+                "sample."
+            )
+        tasks = self.task_ids.to(device).repeat_interleave(total // len(self.task_ids))
+        return tasks if rows is None else tasks[rows]
 
     def groups(
         self, names: tuple[str, ...], batch: int, device: torch.device
