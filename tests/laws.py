@@ -32,6 +32,10 @@ from peft.utils.peft_types import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNE
 EXTRAS: dict[str, dict[str, Any]] = {
     "oft": {"oft_block_size": 4},
     "trainable_tokens": {"token_indices": [1, 3, 6]},
+    "vblora": {"num_vectors": 10, "vector_length": 4, "init_vector_bank_bound": 0.7},
+    "unilora": {"theta_d_length": 32, "init_theta_d_bound": 2.0},
+    "tinylora": {"u": 6},
+    "randlora": {"randlora_alpha": 8},
 }
 """Method -> fields without which it does nothing small; `r`, where it counts, is 4 for every method."""
 
@@ -53,14 +57,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "oft[terms]": {"num_cayley_neumann_terms": 7},
     "vera[drawn]": {"save_projection": False, "projection_prng_key": 5},
     "hira[random]": {"init_weights": False},
+    "randlora[sparse]": {"sparse": True, "randlora_alpha": 8},
+    "randlora[drawn]": {"very_sparse": True, "save_projection": False, "projection_prng_key": 5, "randlora_alpha": 8},
+    "unilora[indices]": {"save_indices": True, "proj_seed": 5},
+    "tinylora[tied]": {"weight_tying": 0.5, "init_weights": "uniform", "save_projection": False},
 }
 """Main switches of single methods, as rows of their own: method[switch] -> fields."""
 
-NOT_IDENTITY = {"lora[random]", "hira[random]"}
+NOT_IDENTITY = {"lora[random]", "hira[random]", "vblora", "unilora", "unilora[indices]", "tinylora[tied]"}
 """Rows whose fresh adapter is random by definition."""
 
 
-HELD_CONSTANT = {"lora[dora]": "the norm of W + dW", "oft[constrained]": "the projection onto the ball"}
+HELD_CONSTANT = {
+    "lora[dora]": "the norm of W + dW",
+    "oft[constrained]": "the projection onto the ball",
+    "vblora": "which vectors of the bank are in use",
+}
 """Rows whose definition takes something for a constant in the backward pass."""
 
 

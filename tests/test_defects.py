@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,12 @@ from peft import (
     LoraConfig,
     OFTConfig,
     PeftModel,
+    PveraConfig,
+    RandLoraConfig,
+    TinyLoraConfig,
     TrainableTokensConfig,
+    UniLoraConfig,
+    VBLoRAConfig,
     VeraConfig,
     get_peft_model,
     get_peft_model_state_dict,
@@ -111,9 +117,31 @@ class TestSharedTensorsAreWrittenOnce:
         }
         save_file({**stored, **repeated}, path)
         torch.manual_seed(0)
-        with pytest.warns(UserWarning, match="vera_A"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
             again = PeftModel.from_pretrained(tiny_llama(), tmp_path)
         assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+    def test_bases_of_full_rank_are_written_once_for_the_model(self, tmp_path):
+        """Where the reference writes them for each layer; it loads such a file as well."""
+        torch.manual_seed(0)
+        config = RandLoraConfig(r=8, target_modules=["q_proj", "v_proj", "up_proj"])
+        model = disturb(get_peft_model(tiny_llama(), config))
+        model.save_pretrained(tmp_path)
+        stored = load_file(tmp_path / "adapter_model.safetensors")
+        assert [key for key in stored if "randlora_A" in key] == ["base_model.randlora_A"]
+        assert [key for key in stored if "randlora_B" in key] == ["base_model.randlora_B"]
+        layers = [key.removesuffix(".randlora_lambda") for key in stored if key.endswith(".randlora_lambda")]
+        parts = ("randlora_A", "randlora_B")
+        repeated = {f"{layer}.{part}": stored[f"base_model.{part}"].clone() for layer in layers for part in parts}
+        alone = {key: value for key, value in stored.items() if key.removeprefix("base_model.") not in parts}
+        for tensors in ({**stored, **repeated}, {**alone, **repeated}):
+            save_file(tensors, tmp_path / "adapter_model.safetensors")
+            torch.manual_seed(0)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                again = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+            assert torch.equal(again(IDS).logits, model(IDS).logits)
 
     def test_without_them_they_are_drawn_again(self, tmp_path):
         model = self.model(save_projection=False, projection_prng_key=5)
@@ -360,3 +388,85 @@ class TestRotationsOfConvolutions:
         expected = model(x)
         assert not torch.allclose(expected, before, atol=1e-2)
         torch.testing.assert_close(model.merge_and_unload()(x), expected, **CLOSE)
+
+
+class TestMethodsThatChangeTheModelAtTheStart:
+    """Some methods are not the identity when fresh, by their definition: their configs say so."""
+
+    @pytest.mark.parametrize("config_cls", [VBLoRAConfig, UniLoraConfig])
+    def test_it_is_documented(self, config_cls):
+        assert "not the identity" in config_cls.__doc__
+        torch.manual_seed(0)
+        base = tiny_llama()
+        before = base(IDS).logits
+        model = get_peft_model(base, config_cls(target_modules=["q_proj"])).eval()
+        assert not torch.equal(model(IDS).logits, before)
+
+    @pytest.mark.parametrize("config_cls", [VeraConfig, PveraConfig, RandLoraConfig, TinyLoraConfig])
+    def test_the_others_are(self, config_cls):
+        torch.manual_seed(0)
+        base = tiny_llama()
+        before = base(IDS).logits
+        model = get_peft_model(base, config_cls(r=2, target_modules=["q_proj"])).eval()
+        torch.testing.assert_close(model(IDS).logits, before, **CLOSE)
+
+
+class TestBasesAreFlattenedInTwoOrders:
+    """RandLoRA pairs column n r + p of B with row p N + n of A, which is not the paper's sum; it is documented."""
+
+    @pytest.mark.parametrize("shape", [(6, 10), (10, 6), (8, 8)])
+    def test_the_update_is_that_of_the_files(self, shape):
+        from peft.tuners.randlora import RandLoraLayer
+
+        torch.manual_seed(0)
+        out, inner = shape
+        model = get_peft_model(nn.Sequential(nn.Linear(inner, out)), RandLoraConfig(r=3, target_modules=["0"]))
+        layer = model.base_model.model[0]
+        with torch.no_grad():
+            layer.randlora_lambda["default"].normal_()
+            layer.randlora_gamma["default"].normal_()
+        weights, gamma = layer.randlora_lambda["default"], layer.randlora_gamma["default"]
+        a, b, (r, bases) = layer.randlora_A["default"], layer.randlora_B["default"], weights.shape
+        assert bases == -(-min(shape) // r)
+        wanted = torch.zeros(max(shape), min(shape))
+        for n in range(bases):
+            for p in range(r):
+                column = n * r + p
+                rho, nu = divmod(column, bases)
+                wanted += torch.outer(b[:, n, p], weights[rho, nu] * a[rho, 0] * gamma[nu])
+        wanted = (wanted.T if out < inner else wanted) * 640 / r
+        torch.testing.assert_close(layer.get_delta_weight("default"), wanted, rtol=1e-4, atol=1e-3)
+        assert "not the paper's" in RandLoraLayer.__doc__
+
+
+class TestSmallFilesOfVectorBanks:
+    """`save_only_topk_weights`: what is loaded computes the same, and can be trained further."""
+
+    @pytest.mark.parametrize(("vectors", "dtype"), [(200, torch.uint8), (300, torch.int16)])
+    def test_the_file(self, vectors, dtype, tmp_path):
+        torch.manual_seed(0)
+        fields = {
+            "num_vectors": vectors,
+            "vector_length": 8,
+            "topk": 3,
+            "r": 2,
+            "target_modules": ["q_proj", "up_proj"],
+        }
+        model = get_peft_model(tiny_llama(), VBLoRAConfig(save_only_topk_weights=True, **fields)).eval()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.3 * torch.randn(p.shape) if p.requires_grad else 0)
+        wanted = model(IDS).logits
+        model.save_pretrained(tmp_path)
+        stored = load_file(tmp_path / "adapter_model.safetensors")
+        assert not any(key.endswith(("logits_A", "logits_B")) for key in stored)
+        indices = [value for key, value in stored.items() if key.endswith("_topk_indices")]
+        weights = [value for key, value in stored.items() if key.endswith("_topk_weights")]
+        assert len(indices) == len(weights) == len(stored) // 2 and {v.dtype for v in indices} == {dtype}
+        assert {v.shape[-1] for v in indices} == {3} and {v.shape[-1] for v in weights} == {2}
+        torch.manual_seed(0)
+        again = PeftModel.from_pretrained(tiny_llama(), tmp_path, is_trainable=True)
+        torch.testing.assert_close(again(IDS).logits, wanted, **CLOSE)
+        again(IDS).logits.square().mean().backward()
+        gradients = [p.grad for p in again.parameters() if p.requires_grad]
+        assert gradients and all(g.isfinite().all() and g.any() for g in gradients)

@@ -33,7 +33,9 @@ class Entry:
     tensor: torch.Tensor
     aliases: tuple[str, ...] = ()
     put: Callable[[torch.Tensor], None] | None = None
-    as_saved: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.detach
+    as_saved: Callable[[torch.Tensor], torch.Tensor | dict[str, torch.Tensor]] = torch.Tensor.detach
+    split: tuple[str, ...] = ()
+    as_loaded: Callable[[dict[str, torch.Tensor]], torch.Tensor] | None = None
 
     def names(self) -> list[str]:
         """All names by which a state dict may mean this tensor; some clients give those in memory."""
@@ -59,6 +61,7 @@ def entries(model: nn.Module, adapter: str) -> Iterator[Entry]:
     """All tensors of an adapter, found by walking the layers that hold them."""
     root, prefix = anatomy(model)
     shared: dict[str, Any] = {}
+    repeated: list[str] = []  # where files may say again what the layers share
     for site in walk(root):
         for depth, (path, wrapper) in enumerate(site.wrappers):
             place = file_path(path, adapter, [*site.above, *site.wrappers[:depth]]) if path else path
@@ -69,15 +72,21 @@ def entries(model: nn.Module, adapter: str) -> Iterator[Entry]:
                 entry = Entry(prefix + join(place, saved), held, tensor, aliases)
                 if isinstance(wrapper, BaseTunerLayer):
                     entry.as_saved = partial(wrapper.as_saved, adapter, saved)
+                    entry.split, entry.as_loaded = wrapper.split, partial(wrapper.as_loaded, adapter)
                 yield entry
-            if isinstance(wrapper, BaseTunerLayer) and adapter in wrapper:
+            if isinstance(wrapper, BaseTunerLayer) and adapter in wrapper and wrapper.shared:
                 shared.update({attribute: getattr(wrapper, attribute) for attribute in wrapper.shared})
+                repeated.append(prefix + place)
     for saved, memory, tensor in bias_state(root, adapter):
         yield Entry(prefix + saved, prefix + memory, tensor)
     for attribute, container in shared.items():
-        tensor, memory = container[adapter], f"base_model.{attribute}.{adapter}"
-        put = None if isinstance(tensor, nn.Parameter) else _setter(container, adapter)
-        yield Entry(f"base_model.{attribute}", memory, tensor, put=put)
+        value, memory = container[adapter], f"base_model.{attribute}.{adapter}"
+        if isinstance(value, nn.Module):
+            for sub, tensor in value.state_dict(keep_vars=True).items():
+                yield Entry(f"base_model.{attribute}.{sub}", f"{memory}.{sub}", tensor)
+            continue
+        put = None if isinstance(value, nn.Parameter) else _setter(container, adapter)
+        yield Entry(f"base_model.{attribute}", memory, value, tuple(join(p, attribute) for p in repeated), put)
 
 
 def _setter(container: Any, adapter: str) -> Callable[[torch.Tensor], None]:
@@ -123,7 +132,9 @@ def get_peft_model_state_dict(
             continue
         seen.add(id(entry.tensor))
         value = (state_dict or {}).get(entry.memory, entry.tensor)
-        found[entry.saved] = entry.as_saved(value).detach()
+        written = entry.as_saved(value)
+        parts = written if isinstance(written, dict) else {"": written}
+        found.update({entry.saved + suffix: part.detach() for suffix, part in parts.items()})
     if save_embedding_layers:
         found.update(_embeddings(root, prefix, adapter_name, always=save_embedding_layers is True))
     return found
@@ -178,7 +189,7 @@ def set_peft_model_state_dict(
     unexpected: list[str] = []
     wrong: list[tuple[Entry, torch.Tensor]] = []
     found: set[int] = set()
-    for name, value in peft_model_state_dict.items():
+    for name, value in _joined(peft_model_state_dict, own, prefix).items():
         names = (name, prefix + name, name.removeprefix("base_model.model."))
         place = next((known[n] for n in names if n in known), embeddings.get(name))
         if place is None:
@@ -197,6 +208,16 @@ def set_peft_model_state_dict(
             _write(model, entry, value, low_cpu_mem_usage)
     missing = [e.saved for e in own if id(e.tensor) not in found and e.put is None]
     return LoadResult(missing, unexpected)
+
+
+def _joined(state_dict: dict[str, torch.Tensor], own: list[Entry], prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors of a file, with those that stand for one tensor of the adapter put together."""
+    joined = dict(state_dict)
+    for entry in own:
+        for saved in (entry.saved, entry.saved.removeprefix(prefix)):
+            if entry.as_loaded and entry.split and all(saved + suffix in joined for suffix in entry.split):
+                joined[saved] = entry.as_loaded({suffix: joined.pop(saved + suffix) for suffix in entry.split})
+    return joined
 
 
 def base_weights(root: nn.Module, prefix: str) -> dict[str, Entry]:

@@ -34,6 +34,66 @@ class DeltaLayer(BaseTunerLayer):
         return weight - self.delta_weight(name).to(weight.dtype)
 
 
+class LowRankLayer(DeltaLayer):
+    """dW = B A with a pair of matrices that the method makes of its parameters: :meth:`pair`.
+
+    The weight is the matrix ``[out, in * kernel]``. ``dropout`` is the attribute that holds the dropout on the input.
+    """
+
+    dropout: ClassVar[str] = ""
+
+    def pair(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A ``[r, in * kernel]`` and B ``[out, r]``, in the dtype of the adapter."""
+        raise NotImplementedError
+
+    def dropped(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """x after dropout, which indices do not have."""
+        return x if self.kind.lookup or not self.dropout else getattr(self, self.dropout)[name](x)
+
+    def delta(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        base, (a, b) = self.get_base_layer(), self.pair(name)
+        return self.kind.up(base, self.kind.down(base, self.dropped(name, x), a), b)
+
+    def delta_weight(self, name: str) -> torch.Tensor:
+        a, b = self.pair(name)
+        return (b @ a).view(self.shape)
+
+
+class SampleLayer(BaseTunerLayer):
+    """y' = y + f(x) with an f that depends on the sample: a method defines :meth:`update`. No weight equals it.
+
+    Attributes:
+        because: why not, for the errors.
+    """
+
+    because: ClassVar[str] = "its update depends on the sample"
+
+    def update(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """f(x), shaped like the output."""
+        raise NotImplementedError
+
+    @classmethod
+    def refusal(cls, kind: Kind, module: nn.Module, config: Any) -> str | None:
+        if kind.through_weight or kind.read_by_parent:
+            return f"its weight is read by another computation, and {cls.because}, so there is no weight to give"
+        return None
+
+    def transform_output(self, name: str, x: torch.Tensor, y: torch.Tensor, base_y: torch.Tensor) -> torch.Tensor:
+        return y + self.update(name, x)
+
+    def unmergeable(self, name: str) -> str | None:
+        return f"{self.because}, so no one weight equals it. Keep the adapter unmerged."
+
+    def _read(self, name: str) -> Any:
+        value = getattr(self.base_layer, name)
+        fused = self.__dict__.get("read_by_parent") and isinstance(value, torch.Tensor)
+        return value.as_subclass(_Unfused) if fused else value
+
+
+class _Unfused(torch.Tensor):
+    """A weight that torch's fused kernels leave alone: they would compute with it and never call the layer."""
+
+
 class ScaledLayer(DeltaLayer):
     """A dW with a factor for each adapter, ``scaling[name]``. A method defines :meth:`initial_scaling`."""
 
@@ -318,6 +378,11 @@ class RowsLayer(BaseTunerLayer):
     def fold(self, name: str, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         index, rows = self._index(name, weight.device), self._rows(name).to(weight.dtype)
         return weight.index_copy(1, index, rows.T) if self.kind.lookup else weight.index_copy(0, index, rows)
+
+
+def input_dropout(p: float) -> nn.Module:
+    """Dropout with the probability ``p``, which costs nothing where that is 0."""
+    return nn.Dropout(p) if p else nn.Identity()
 
 
 def _as(dtype: torch.dtype, value: Any) -> Any:

@@ -86,9 +86,25 @@ class Kind:
         """Why no weight of this layer equals a low-rank pair, or None."""
         return None
 
+    def down(self, m: nn.Module, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        """``A x`` for a matrix A ``[r, in * kernel]`` that multiplies x as the weight ``[out, in * kernel]`` does."""
+        return self.apply(m, x, a)
+
+    def up(self, m: nn.Module, h: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """``B h`` for a matrix B ``[out, r]`` and what :meth:`down` gives."""
+        return F.linear(h, b)
+
     def along_channels(self, v: torch.Tensor, m: nn.Module) -> torch.Tensor:
         """A vector over features, shaped to multiply x or y."""
         return v
+
+    def channels_last(self, y: torch.Tensor) -> torch.Tensor:
+        """x or y with the features as the last axis, a view."""
+        return y
+
+    def channels_back(self, y: torch.Tensor) -> torch.Tensor:
+        """The inverse of :meth:`channels_last`."""
+        return y
 
     def batch_axis(self, m: nn.Module) -> int:
         return 0
@@ -155,8 +171,22 @@ class Conv(Kind):
     def apply(self, m: nn.Module, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         return m._conv_forward(x, w, None)
 
+    def down(self, m: nn.Module, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        a = a.view(-1, *self.shape(m)[1:])
+        return m._conv_forward(x, a.repeat(m.groups, *[1] * (a.dim() - 1)), None)  # each group has its own A x
+
+    def up(self, m: nn.Module, h: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[self.dims - 1]
+        return convolve(h, b.reshape(*b.shape, *[1] * self.dims), groups=m.groups)
+
     def along_channels(self, v: torch.Tensor, m: nn.Module) -> torch.Tensor:
         return v.reshape(-1, *[1] * self.dims)
+
+    def channels_last(self, y: torch.Tensor) -> torch.Tensor:
+        return y.movedim(-self.dims - 1, -1)
+
+    def channels_back(self, y: torch.Tensor) -> torch.Tensor:
+        return y.movedim(-1, -self.dims - 1)
 
     def factor(self, m: nn.Module, r: int, bias: bool = False) -> tuple[nn.Module, nn.Module]:
         if r % m.groups:

@@ -26,10 +26,14 @@ class BaseTunerLayer(Switch, nn.Module):
     dict for each tensor name, keyed by adapter: ``layer.lora_A["default"].weight``.
 
     Attributes:
-        weights: trained (or at least saved) tensors: name -> ``nn.ModuleDict`` or ``nn.ParameterDict``.
+        weights: saved tensors: name -> ``nn.ModuleDict`` or ``nn.ParameterDict`` for those that train, ``BufferDict``
+            for frozen ones.
         settings: the rest that is kept for each adapter: name -> ``dict`` or ``nn.ModuleDict``.
-        shared: names of tensors that the tuner keeps for the whole model.
+        shared: names of tensors that the tuner keeps for the whole model. Layers may share parts in ``weights`` as
+            well: what several hold is trained once, and saved once, under the first of them.
+        split: what :meth:`as_saved` appends to the name of a tensor that it writes as several.
         bare: names in ``weights`` whose module holds a single ``weight``, saved under the bare name.
+        random_in_training: a training step draws random numbers, even without dropout.
         reversible: ``unfold`` undoes ``fold``; otherwise the original weight is kept while merged.
         reads_weight: the forward computes with the dense base weight.
         any_module: the method replaces a module whole and needs to know no kind.
@@ -41,6 +45,8 @@ class BaseTunerLayer(Switch, nn.Module):
     settings: ClassVar[dict[str, type]] = {}
     shared: ClassVar[tuple[str, ...]] = ()
     bare: ClassVar[tuple[str, ...]] = ()
+    split: ClassVar[tuple[str, ...]] = ()
+    random_in_training: ClassVar[bool] = False
     reversible: ClassVar[bool] = True
     reads_weight: ClassVar[bool] = False
     any_module: ClassVar[bool] = False
@@ -81,8 +87,14 @@ class BaseTunerLayer(Switch, nn.Module):
         return bias
 
     @classmethod
-    def share(cls, config: Any, layers: Sequence[BaseTunerLayer]) -> dict[str, torch.Tensor]:
-        """The tensors named in ``shared``, for the whole model; a Parameter is trained, a plain tensor frozen."""
+    def share(cls, config: Any, layers: Sequence[BaseTunerLayer]) -> dict[str, Any]:
+        """What the layers have in common, made before :meth:`update_layer` fills them one by one.
+
+        Returns:
+            For a name in ``shared`` the tensor of the whole model (a Parameter is trained, a plain tensor frozen), or
+            an ``nn.ParameterDict`` of several. For a name in ``weights`` or ``settings`` a list with the part of each
+            layer.
+        """
         return {}
 
     @classmethod
@@ -98,9 +110,16 @@ class BaseTunerLayer(Switch, nn.Module):
         """Why the adapter cannot become part of the weight, or None."""
         return None
 
-    def as_saved(self, name: str, saved: str, tensor: torch.Tensor) -> torch.Tensor:
-        """What the file holds for a tensor of the adapter, by its name in the file."""
+    def as_saved(self, name: str, saved: str, tensor: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
+        """What the file holds for a tensor of the adapter, by its name in the file.
+
+        Several tensors in the place of the one are a dict: what to append to its name -> tensor.
+        """
         return tensor
+
+    def as_loaded(self, name: str, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The one tensor that :meth:`as_saved` has written as several, in the parts named in ``split``."""
+        raise NotImplementedError
 
     def upgrade(self, name: str, written_by: str) -> None:
         """Adjust an adapter just loaded from a file of another version, where the two mean different things."""
@@ -186,10 +205,13 @@ class BaseTunerLayer(Switch, nn.Module):
         self._adapters[name] = None
         for container in self._containers(name):
             item = container[name]
-            device, dtype = self._place(item)
-            moved = item.to(device=device, dtype=dtype)
+            device, dtype = self.place_for(item)
+            frozen = not isinstance(item, nn.Module | nn.Parameter)  # kept as exact as it was made
+            moved = item.to(device=device, dtype=None if frozen else dtype)
             if isinstance(item, nn.Parameter) and moved is not item:
-                container[name] = nn.Parameter(moved.detach(), requires_grad=item.requires_grad)
+                moved = nn.Parameter(moved.detach(), requires_grad=item.requires_grad)
+            if moved is not item:
+                container[name] = moved
 
     def put(self, name: str, **values: Any) -> None:
         """Store parts of an adapter: one value for each name declared in ``weights`` or ``settings``."""
@@ -208,7 +230,7 @@ class BaseTunerLayer(Switch, nn.Module):
             if name in container:
                 yield container
 
-    def _place(self, item: torch.Tensor | nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+    def place_for(self, item: torch.Tensor | nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
         """Device and dtype for a new part: those of the base weight, where that is a dense tensor."""
         tensors = [item] if isinstance(item, torch.Tensor) else list(item.parameters())
         if any(t.device.type == "meta" for t in tensors):
@@ -225,12 +247,19 @@ class BaseTunerLayer(Switch, nn.Module):
         return anchor.device, anchor.dtype if floating and all(t.is_floating_point() for t in tensors) else None
 
     def adapter_parameters(self, name: str) -> Iterator[torch.Tensor]:
-        for container in self._containers(name):
+        for container in (*self._containers(name), *self._trained_by_all(name)):
             item = container[name]
             if isinstance(item, nn.Module):
                 yield from item.parameters()
-            else:
+            elif isinstance(item, nn.Parameter):
                 yield item
+
+    def _trained_by_all(self, name: str) -> Iterator[Any]:
+        """Containers of trained tensors that the layers of the model have in common."""
+        for attribute in self.shared:
+            container = self._modules.get(attribute)
+            if container is not None and name in self and name in container:
+                yield container
 
     def adapter_state(self, name: str) -> Iterator[tuple[str, str, torch.Tensor]]:
         for attribute in self.weights:
@@ -403,8 +432,10 @@ class BaseTunerLayer(Switch, nn.Module):
         for name, rows in groups:
             part = base_y.index_select(0, rows)
             if name in self:
+                self.context.rows = rows, len(x)
                 part = self.transform_output(name, self.cast(name, rows_of[name]), part, part).to(base_y.dtype)
             parts.append(part)
+        self.context.rows = None
         return torch.cat(parts).index_select(0, order)
 
     def _with_current(self, name: str, args: tuple, kwargs: dict) -> Any:

@@ -172,24 +172,39 @@ class BaseTuner(nn.Module):
         return self.layer_cls.by_name.get(name, self.layer_cls)
 
     def _share(self, name: str, config: Any, layers: list[BaseTunerLayer]) -> None:
-        """Make the tensors that all layers share; an adapter that needs the same ones as another uses those."""
-        if not self.layer_cls.shared:
-            return
+        """Make what layers share; an adapter that needs the same frozen tensors as another uses those."""
         with torch.device("cpu"):
-            tensors = self.layer_cls.share(config, layers)
+            common = self.layer_cls.share(config, layers)
         device = next((p.device for p in self.model.parameters() if p.device.type != "meta"), None)
-        for attribute, tensor in tensors.items():
-            trained = isinstance(tensor, nn.Parameter)
-            if not hasattr(self, attribute):
-                persistent = getattr(config, "save_projection", True)
-                setattr(self, attribute, nn.ParameterDict() if trained else BufferDict(persistent=persistent))
-            container = getattr(self, attribute)
-            same = next(
-                (t for t in container.values() if t.shape == tensor.shape and torch.equal(t.cpu(), tensor)), None
-            )
-            container[name] = same if same is not None and not trained else tensor.to(device)
+        for attribute, value in common.items():
+            if isinstance(value, list):
+                for layer, part in zip(layers, value):
+                    layer.put(name, **{attribute: part})
+                continue
+            container = self._container_of(attribute, value, getattr(config, "save_projection", True))
+            if isinstance(value, nn.Parameter):
+                value = nn.Parameter(value.detach().to(*layers[0].place_for(value)))
+            elif isinstance(value, nn.Module):
+                value.to(*layers[0].place_for(value))
+            else:
+                held = (t for t in container.values() if t.shape == value.shape and torch.equal(t.cpu(), value))
+                value = next(held, value).to(device)
+            container[name] = value
             for layer in layers:
-                layer.__dict__[attribute] = container
+                holder = layer.__dict__ if isinstance(container, BufferDict) else layer._modules
+                holder[attribute] = container
+
+    def _container_of(self, attribute: str, value: Any, persistent: bool) -> Any:
+        """Where the shared tensors called ``attribute`` are kept: with the tuner, and known to every layer."""
+        if not hasattr(self, attribute):
+            there = (getattr(x, attribute, None) for _, x in layers_of(self.model) if isinstance(x, self.layer_cls))
+            container = next((found for found in there if found is not None), None)
+            if container is None and isinstance(value, nn.Module):
+                container = nn.ModuleDict()
+            elif container is None:
+                container = nn.ParameterDict() if isinstance(value, nn.Parameter) else BufferDict(None, persistent)
+            setattr(self, attribute, container)
+        return getattr(self, attribute)
 
     def _fill(self, model: nn.Module, name: str, config: Any, layers: list[tuple[Target, BaseTunerLayer]]) -> None:
         for target, layer in layers:

@@ -1,0 +1,96 @@
+"""PVeRA: VeRA whose inner activations are drawn from a normal distribution that it learns (arXiv 2512.07703)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from peft.config import option
+from peft.core.families import LowRankLayer, input_dropout
+from peft.core.kinds import fan
+from peft.core.layer import BaseTunerLayer
+from peft.core.registry import define_tuner
+from peft.tuners.vera_utils import SharedPairConfig, shared_pair, vectors
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_PVERA_TARGET_MODULES_MAPPING
+from peft.utils.peft_types import PeftType
+
+
+@dataclass
+class PveraConfig(SharedPairConfig):
+    """Config of PVeRA: y' = y + b * (B z), z normal with mean and log-variance d * (A x)."""
+
+    METHOD: ClassVar[PeftType] = PeftType.PVERA
+    OWN_BIAS: ClassVar[str] = "pvera_only"
+
+    pvera_dropout: float = option(0.0, "Dropout on the input of the update.", minimum=0, below=1)
+    sample_at_inference: bool = option(
+        False, "Draw z in evaluation mode too, as in training; otherwise it is the mean. A merged adapter is its mean."
+    )
+    generator_seed: int | None = option(None, "Seed of the draws of z; None: they come from torch's own generator.")
+
+
+class PveraLayer(LowRankLayer):
+    """(mu, log s^2) = d * (A x) with A ``[2 r, in]``; y' = y + b * (B z), z = mu + s e in training and mu else.
+
+    As a weight it is that of the mean: dW = diag(b) B diag(d) A with the first halves of d and A.
+    """
+
+    weights: ClassVar[dict[str, type]] = {"pvera_lambda_b": nn.ParameterDict, "pvera_lambda_d": nn.ParameterDict}
+    settings: ClassVar[dict[str, type]] = {
+        "r": dict,
+        "pvera_dropout": nn.ModuleDict,
+        "sample_at_inference": dict,
+        "pvera_generator": dict,
+    }
+    shared: ClassVar[tuple[str, ...]] = ("pvera_A", "pvera_B")
+    dropout: ClassVar[str] = "pvera_dropout"
+    random_in_training: ClassVar[bool] = True
+
+    @classmethod
+    def share(cls, config: PveraConfig, layers: Sequence[BaseTunerLayer]) -> dict[str, torch.Tensor]:
+        """A ``[2 r, largest in]`` and B ``[largest out, r]``."""
+        a, b = shared_pair(2 * config.r, config.r, config.projection_prng_key, layers)
+        return {"pvera_A": a, "pvera_B": b}
+
+    def update_layer(self, name: str, config: PveraConfig, key: str) -> None:
+        b, d = vectors(self.shape[0], 2 * config.r, config)
+        seed = config.generator_seed
+        generator = None if seed is None else torch.Generator("cpu").manual_seed(seed)
+        self.put(name, r=config.r, sample_at_inference=config.sample_at_inference, pvera_generator=generator)
+        self.put(name, pvera_lambda_b=b, pvera_lambda_d=d, pvera_dropout=input_dropout(config.pvera_dropout))
+
+    def matrices(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """diag(d) A for the mean and for the log-variance, and diag(b) B, cut to this layer."""
+        b, d = self.pvera_lambda_b[name], self.pvera_lambda_d[name]
+        rows, columns = fan(self.shape)
+        mean, variance = (d[:, None] * self.pvera_A[name][:, :columns].to(d)).chunk(2)
+        return mean, variance, b[:, None] * self.pvera_B[name][:rows].to(b)
+
+    def pair(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, _, b = self.matrices(name)
+        return mean, b
+
+    def delta(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        if not (self.training or self.sample_at_inference[name]):
+            return super().delta(name, x)
+        base, x, (mean, variance, b) = self.get_base_layer(), self.dropped(name, x), self.matrices(name)
+        center, spread = self.kind.down(base, x, mean), self.kind.down(base, x, variance)
+        generator = self.pvera_generator[name]
+        if generator is None:
+            noise = torch.randn_like(center)
+        else:  # drawn on the CPU, so that a seed means the same on every device
+            noise = torch.randn(center.shape, generator=generator).to(center)
+        return self.kind.up(base, torch.addcmul(center, (spread / 2).exp(), noise), b)
+
+
+PveraModel = define_tuner(
+    "PveraModel",
+    PveraLayer,
+    PveraConfig,
+    prefix="pvera_lambda_",
+    targets=TRANSFORMERS_MODELS_TO_PVERA_TARGET_MODULES_MAPPING,
+)

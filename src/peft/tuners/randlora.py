@@ -1,0 +1,127 @@
+"""RandLoRA: dW = s sum_n B_n diag(lambda_n) A diag(gamma_n), of full rank, with frozen random bases (2502.00987)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from peft.config import FanInFanOut, LayerSelection, ModulesToSave, TargetModules, TrainedBias, option
+from peft.core.families import LowRankLayer, ScaledLayer, input_dropout
+from peft.core.kinds import fan
+from peft.core.layer import BaseTunerLayer
+from peft.core.registry import define_tuner
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_RANDLORA_TARGET_MODULES_MAPPING
+from peft.utils.peft_types import PeftType
+
+
+@dataclass
+class RandLoraConfig(TargetModules, FanInFanOut, TrainedBias, ModulesToSave, LayerSelection):
+    """Config of RandLoRA: weighted sums of frozen random products, as many as the update needs to have full rank."""
+
+    METHOD: ClassVar[PeftType] = PeftType.RANDLORA
+    OWN_BIAS: ClassVar[str] = "randlora_only"
+
+    r: int = option(32, "Rank of each basis. A smaller one means more bases, and more trained parameters.", minimum=1)
+    projection_prng_key: int = option(0, "Seed of the bases.")
+    save_projection: bool = option(
+        True, "Write the bases into the file. Without, they are drawn anew from projection_prng_key when it is loaded."
+    )
+    sparse: bool = option(False, "Bases of -1, 0 and 1 (then scaled), 0 with the probability 2/3.")
+    very_sparse: bool = option(
+        False, "As sparse, but 0 with the probability 1 - 1/sqrt(d), d the smaller side of the largest layer."
+    )
+    randlora_dropout: float = option(0.0, "Dropout on the input of the update.", minimum=0, below=1)
+    randlora_alpha: int = option(640, "The update is scaled by randlora_alpha / r; about 20 r is usual.")
+    init_weights: bool = option(True, "Start with lambda = 0, so that nothing changes; otherwise lambda is random.")
+
+
+class WeightedBases(torch.autograd.Function):
+    """lambda[p, n] A[p] gamma[n] as ``[r * N, width]``, keeping only the factors for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: torch.Tensor, basis: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+        """Weights ``[r, N]``, basis ``[r, width]``, gamma ``[N, width]``."""
+        ctx.save_for_backward(weights, basis, gamma)
+        return (basis[:, None] * gamma[None]).mul_(weights[:, :, None]).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor]:  # type: ignore[override]
+        weights, basis, gamma = ctx.saved_tensors
+        each = gradient.view(*weights.shape, -1) * basis[:, None]
+        return (each * gamma).sum(-1), None, torch.einsum("rn,rnw->nw", weights, each)
+
+
+class RandLoraLayer(LowRankLayer, ScaledLayer):
+    """dW = s B' A', transposed where out < in: the wide side of the layer belongs to B, the narrow one to A.
+
+    Column ``n r + p`` of B' is ``B[:, n, p]``; row ``p N + n`` of A' is ``lambda[p, n] A[p] gamma[n]``. So B and A are
+    paired in different orders, and the sum is not the paper's, basis by basis. With random bases both are as good, and
+    the format of the files has the former.
+    """
+
+    weights: ClassVar[dict[str, type]] = {"randlora_lambda": nn.ParameterDict, "randlora_gamma": nn.ParameterDict}
+    settings: ClassVar[dict[str, type]] = {
+        "r": dict,
+        "num_bases": dict,
+        "randlora_alpha": dict,
+        "scaling": dict,
+        "randlora_dropout": nn.ModuleDict,
+    }
+    shared: ClassVar[tuple[str, ...]] = ("randlora_A", "randlora_B")
+    dropout: ClassVar[str] = "randlora_dropout"
+
+    @classmethod
+    def share(cls, config: RandLoraConfig, layers: Sequence[BaseTunerLayer]) -> dict[str, torch.Tensor]:
+        """A ``[r, 1, narrow]`` and B ``[wide, N, r]`` for the largest layer, both with the standard deviation 1."""
+        narrow, wide = sorted(map(max, zip(*(fan(layer.shape) for layer in layers))))
+        bases, generator = -(-narrow // config.r), torch.Generator().manual_seed(config.projection_prng_key)
+        shapes = (config.r, 1, narrow), (wide, bases, config.r)
+        if config.sparse or config.very_sparse:
+            chance = 0.5 / math.sqrt(narrow) if config.very_sparse else 1 / 6
+            drawn = [torch.rand(shape, generator=generator) for shape in shapes]
+            a, b = ((u > 1 - chance).float() - (u < chance).float() for u in drawn)
+        else:
+            a = _uniform(shapes[0], narrow, generator)
+            b = _uniform((bases, wide, config.r), config.r, generator).transpose(0, 1)
+        return {"randlora_A": (a / a.std()).float(), "randlora_B": (b / b.std()).float().contiguous()}
+
+    def update_layer(self, name: str, config: RandLoraConfig, key: str) -> None:
+        narrow = min(fan(self.shape))
+        bases = -(-narrow // config.r)
+        weights = torch.zeros(config.r, bases) if config.init_weights else torch.randn(config.r, bases) * 0.1
+        gamma = torch.full((bases, narrow), 1 / max(bases, narrow))
+        self.put(name, r=config.r, num_bases=bases, randlora_alpha=config.randlora_alpha)
+        self.put(name, scaling=self.initial_scaling(name), randlora_dropout=input_dropout(config.randlora_dropout))
+        self.put(name, randlora_lambda=nn.Parameter(weights), randlora_gamma=nn.Parameter(gamma))
+
+    def initial_scaling(self, name: str) -> float:
+        return self.randlora_alpha[name] / self.r[name]
+
+    def pair(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, gamma = self.randlora_lambda[name], self.randlora_gamma[name]
+        out, inner = fan(self.shape)
+        narrow, wide = sorted((out, inner))
+        basis = self.randlora_A[name][:, 0, :narrow].to(weights)
+        a = WeightedBases.apply(weights * self.scaling[name], basis, gamma)
+        b = self.randlora_B[name].flatten(1)[:wide, : len(a)].to(weights)
+        return (b.T, a.T) if out < inner else (a, b)
+
+
+def _uniform(shape: tuple[int, ...], fan_in: int, generator: torch.Generator) -> torch.Tensor:
+    """Uniform in +-1 / sqrt(fan in); drawn in bfloat16, as files without the bases rely on."""
+    bound = math.sqrt(1 / fan_in)
+    return torch.empty(shape, dtype=torch.bfloat16).uniform_(-bound, bound, generator=generator)
+
+
+RandLoraModel = define_tuner(
+    "RandLoraModel",
+    RandLoraLayer,
+    RandLoraConfig,
+    prefix="randlora_",
+    targets=TRANSFORMERS_MODELS_TO_RANDLORA_TARGET_MODULES_MAPPING,
+)

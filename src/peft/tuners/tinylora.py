@@ -1,0 +1,111 @@
+"""TinyLoRA: dW = B (sum_k v_k P_k) A in the leading singular subspace, with v shared by layers (2602.04118)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from peft.config import FanInFanOut, LayerSelection, ModulesToSave, TargetModules, TrainedBias, option
+from peft.core.buffers import BufferDict
+from peft.core.families import LowRankLayer, input_dropout
+from peft.core.kinds import fan
+from peft.core.layer import BaseTunerLayer
+from peft.core.registry import define_tuner
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_TINYLORA_TARGET_MODULES_MAPPING
+from peft.utils.peft_types import PeftType
+
+
+@dataclass
+class TinyLoraConfig(TargetModules, FanInFanOut, TrainedBias, ModulesToSave, LayerSelection):
+    """Config of TinyLoRA: u numbers for each group of layers, and nothing else, are trained."""
+
+    METHOD: ClassVar[PeftType] = PeftType.TINYLORA
+    OWN_BIAS: ClassVar[str] = "tinylora_only"
+
+    r: int = option(2, "Rank of the frozen factors; at most that of the weight.", minimum=1)
+    u: int = option(64, "How many numbers are trained for each group of layers.", minimum=1)
+    weight_tying: float = option(
+        0.0, "0: each layer is a group of its own; 1: all are one; between: neighbours are.", minimum=0, maximum=1
+    )
+    projection_seed: int = option(42, "Seed of the random matrices P.")
+    save_projection: bool = option(
+        True, "Write P into the file. Without, it is drawn again from projection_seed when it is loaded."
+    )
+    init_v_bound: float = option(0.02, "Bound of the trained numbers where they start at random.", minimum=0)
+    tinylora_dropout: float = option(0.0, "Dropout on the input of the update.", minimum=0, below=1)
+    init_weights: bool | str = option(
+        True,
+        "Start with v = 0, so that nothing changes; 'uniform' or False: uniform in +- init_v_bound.",
+        choices=(True, False, "uniform"),
+    )
+
+
+class TinyLoraLayer(LowRankLayer):
+    """dW = B M A with A = sqrt(S) V^T and B = U sqrt(S) of the weight's SVD, M = sum_k v_k P_k ``[r, r]``.
+
+    Of an embedding A and B are those of the table ``[tokens, dim]``.
+    """
+
+    weights: ClassVar[dict[str, type]] = {"tinylora_A": BufferDict, "tinylora_B": BufferDict, "tinylora_P": BufferDict}
+    settings: ClassVar[dict[str, type]] = {
+        "r": dict,
+        "u": dict,
+        "layer_index": dict,
+        "tinylora_v_key": dict,
+        "save_projection": dict,
+        "tinylora_dropout": nn.ModuleDict,
+    }
+    shared: ClassVar[tuple[str, ...]] = ("tinylora_v",)
+    dropout: ClassVar[str] = "tinylora_dropout"
+
+    @classmethod
+    def share(cls, config: TinyLoraConfig, layers: Sequence[BaseTunerLayer]) -> dict[str, Any]:
+        """The trained vectors ``[u]``, one for each group of neighbouring layers, and which group a layer is in."""
+        groups = max(1, round(len(layers) * (1 - config.weight_tying)))
+        bound = 0.0 if config.init_weights is True else config.init_v_bound
+        start = (torch.empty(config.u).uniform_(-bound, bound) for _ in range(groups))
+        vectors = nn.ParameterDict({str(i): nn.Parameter(v) for i, v in enumerate(start)})
+        keys = [str(min(i // (len(layers) // groups), groups - 1)) for i in range(len(layers))]
+        return {"tinylora_v": vectors, "tinylora_v_key": keys, "layer_index": list(range(len(layers)))}
+
+    def update_layer(self, name: str, config: TinyLoraConfig, key: str) -> None:
+        rows, columns = fan(self.shape)
+        r = min(config.r, rows, columns)
+        generator = torch.Generator("cpu").manual_seed(config.projection_seed + self.layer_index[name])
+        p = torch.empty(config.u, r, r, device="cpu").normal_(0, 1 / math.sqrt(r), generator=generator)
+        left, right = (columns, rows) if self.kind.lookup else (rows, columns)
+        a, b = torch.empty(r, right), torch.empty(left, r)
+        if not a.is_meta:  # otherwise the file brings them
+            weight = self.unmerged_weight().detach().flatten(1).float()
+            u, s, v = torch.linalg.svd(weight.T if self.kind.lookup else weight, full_matrices=False)
+            a, b = s[:r].sqrt()[:, None] * v[:r], u[:, :r] * s[:r].sqrt()
+        self.put(name, r=r, u=config.u, save_projection=config.save_projection, tinylora_P=p)
+        self.put(name, tinylora_A=a, tinylora_B=b, tinylora_dropout=input_dropout(config.tinylora_dropout))
+
+    def pair(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        v = self.tinylora_v[name][self.tinylora_v_key[name]]
+        a, b, p = (t[name].to(v.dtype) for t in (self.tinylora_A, self.tinylora_B, self.tinylora_P))
+        core = torch.einsum("u,uij->ij", v, p)
+        return (b.T, (core @ a).T) if self.kind.lookup else (a, b @ core)
+
+    def adapter_parameters(self, name: str) -> Iterator[torch.Tensor]:
+        if name in self:
+            yield self.tinylora_v[name][self.tinylora_v_key[name]]
+
+    def adapter_state(self, name: str) -> Iterator[tuple[str, str, torch.Tensor]]:
+        kept = super().adapter_state(name)
+        return (entry for entry in kept if self.save_projection[name] or entry[0] != "tinylora_P")
+
+
+TinyLoraModel = define_tuner(
+    "TinyLoraModel",
+    TinyLoraLayer,
+    TinyLoraConfig,
+    prefix="tinylora_",
+    targets=TRANSFORMERS_MODELS_TO_TINYLORA_TARGET_MODULES_MAPPING,
+)
