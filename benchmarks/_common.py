@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -143,6 +144,15 @@ def resident() -> int:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return 0
+
+
+def environment(threads: int, ours: bool) -> dict[str, str]:
+    """The environment of a process that measures this library, or another one."""
+    values = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
+    values.pop("PYTHONPATH", None)
+    if ours:
+        values["PYTHONPATH"] = str(Path(__file__).resolve().parent.parent / "src")
+    return values
 
 
 def machine() -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -310,12 +309,12 @@ CASES = [
 # --- running -------------------------------------------------------------------------------------------------
 def run_case(python: str, case: str, threads: int, ours: bool) -> Figures:
     """The figures of a case, measured in a process of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
-    environment.pop("PYTHONPATH", None)
-    if ours:
-        environment["PYTHONPATH"] = str(HERE.parent / "src")
+    from _common import environment
+
     command = [python, str(HERE / "run.py"), "--worker", case, "--threads", str(threads)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tempfile.gettempdir())
+    done = subprocess.run(
+        command, env=environment(threads, ours), capture_output=True, text=True, cwd=tempfile.gettempdir()
+    )
     if done.returncode:
         print(f"{case} failed in {python}:\n{done.stderr[-2000:]}", file=sys.stderr)
         return {}
