@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 import peft.tuners  # noqa: F401  registers the methods
 from peft import PeftConfig, PeftModel, get_peft_model
-from peft.core.families import CopyLayer, DeltaLayer, FoldLayer, RotationLayer, RowsLayer, ScaleLayer
+from peft.core.families import CopyLayer, DeltaLayer, FoldLayer, OutputLayer, RotationLayer, RowsLayer, ScaleLayer
 from peft.core.layer import BaseTunerLayer
 from peft.core.tuner import BaseTuner
 from peft.core.walk import locate, walk
@@ -31,6 +31,7 @@ from peft.utils.peft_types import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNE
 
 EXTRAS: dict[str, dict[str, Any]] = {
     "oft": {"oft_block_size": 4},
+    "road": {"group_size": 2},
     "trainable_tokens": {"token_indices": [1, 3, 6]},
     "vblora": {"num_vectors": 10, "vector_length": 4, "init_vector_bank_bound": 0.7},
     "unilora": {"theta_d_length": 32, "init_theta_d_bound": 2.0},
@@ -61,10 +62,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "randlora[drawn]": {"very_sparse": True, "save_projection": False, "projection_prng_key": 5, "randlora_alpha": 8},
     "unilora[indices]": {"save_indices": True, "proj_seed": 5},
     "tinylora[tied]": {"weight_tying": 0.5, "init_weights": "uniform", "save_projection": False},
+    "hra[odd]": {"r": 3},
+    "hra[orthogonal]": {"apply_GS": True, "init_weights": False},
+    "road[2]": {"variant": "road_2"},
+    "road[4]": {"variant": "road_4"},
+    "beft[random]": {"init_weights": False},
 }
 """Main switches of single methods, as rows of their own: method[switch] -> fields."""
 
-NOT_IDENTITY = {"lora[random]", "hira[random]", "vblora", "unilora", "unilora[indices]", "tinylora[tied]"}
+NOT_IDENTITY = {
+    *("lora[random]", "hira[random]", "hra[odd]", "hra[orthogonal]", "beft[random]"),
+    *("vblora", "unilora", "unilora[indices]", "tinylora[tied]"),
+}
 """Rows whose fresh adapter is random by definition."""
 
 
@@ -93,6 +102,11 @@ class Method:
     def has(self, field: str) -> bool:
         """Whether the config knows a field."""
         return field in {f.name for f in dataclasses.fields(self.config_cls)}
+
+    @property
+    def shifts(self) -> bool:
+        """Whether it adds to the output what merging puts into the bias, of a layer without one too."""
+        return self.name.startswith("beft") or self.name == "lora[bias]"
 
     def is_a(self, *families: type) -> bool:
         return issubclass(self.layer_cls, families)
@@ -471,6 +485,12 @@ REFUSED = [
     ),
     Refusal(
         "adapt",
+        "has no bias that BEFT could train",
+        "a table has no bias",
+        lambda m, p: m.name.startswith("beft") and p.kind == "Embedding",
+    ),
+    Refusal(
+        "adapt",
         "use_dora.*target_parameters|target_parameters.*use_dora",
         "DoRA scales outputs, and what a bare parameter's module puts out is not known",
         lambda m, p: bool(m.given.get("use_dora")) and p.parameters,
@@ -486,6 +506,12 @@ REFUSED = [
         "no grouped kernel equals it",
         "the pair's A reads all channels, a grouped kernel only those of its group",
         _grouped_pair,
+    ),
+    Refusal(
+        "merge",
+        "pairs channels of different groups",
+        "a pair of outputs of two groups would read the inputs of both, a grouped kernel those of one",
+        lambda m, p: m.name.startswith("road") and "groups" in p.name,
     ),
     Refusal(
         "delta",
@@ -596,7 +622,9 @@ def by_definition(cell: Cell, model: PeftModel, names: list[str]) -> nn.Module:
             alone = [values[key, slot].double() for values in each]
             start = getattr(target, slot)  # None where merging gives a bias to a layer without
             wide = torch.zeros_like(alone[0]) if start is None else start.detach().double()
-            if not cell.method.is_a(RotationLayer):
+            if cell.method.is_a(OutputLayer):
+                wide = _mapped(layer, names, wide, slot)
+            elif not cell.method.is_a(RotationLayer):
                 wide = _combined(cell.method, wide, alone)
             elif slot == layer.kind.weight:
                 wide = _turned(layer, names, wide)
@@ -622,6 +650,20 @@ def _combined(method: Method, start: torch.Tensor, alone: list[torch.Tensor]) ->
     assert method.is_a(ScaleLayer), f"say here what two active adapters of {method.layer_cls.__name__} mean"
     factors = [torch.where(start == 0, 1, one / start) for one in alone]
     return start * torch.stack(factors).prod(0)
+
+
+def _mapped(layer: BaseTunerLayer, names: list[str], start: torch.Tensor, slot: str) -> torch.Tensor:
+    """M_2 M_1 W, and M_2 (M_1 b + c_1) + c_2: what comes out of one map goes into the next."""
+    base = layer.get_base_layer()
+    for name in names:
+        matrix = layer.map_output(name, torch.eye(layer.shape[0], dtype=torch.float64)).detach().T
+        shift = layer.shift(name)
+        if slot == layer.kind.bias:
+            start = matrix @ start + (0 if shift is None else shift.detach().double())
+        else:
+            weight = layer.kind.orient(start, base)
+            start = layer.kind.restore((matrix @ weight.flatten(1)).view_as(weight), base)
+    return start
 
 
 def _turned(layer: BaseTunerLayer, names: list[str], start: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from toys import Attention, Mlp, tiny_llama
 
 from peft import (
     HiraConfig,
+    HRAConfig,
     IA3Config,
     LNTuningConfig,
     LoraConfig,
@@ -389,6 +390,17 @@ class TestRotationsOfConvolutions:
         assert not torch.allclose(expected, before, atol=1e-2)
         torch.testing.assert_close(model.merge_and_unload()(x), expected, **CLOSE)
 
+    def test_reflections_of_a_kernel_that_is_no_square(self) -> None:
+        torch.manual_seed(0)
+        base, x = nn.Sequential(nn.Conv2d(2, 6, (3, 5), padding=(1, 2))), torch.randn(2, 2, 5, 6)
+        before = base(x)
+        model = get_peft_model(base, HRAConfig(target_modules=["0"], r=4))
+        torch.testing.assert_close(model(x), before, **CLOSE)
+        disturb(model)
+        expected = model(x)
+        assert not torch.allclose(expected, before, atol=1e-2)
+        torch.testing.assert_close(model.merge_and_unload()(x), expected, **CLOSE)
+
 
 class TestMethodsThatChangeTheModelAtTheStart:
     """Some methods are not the identity when fresh, by their definition: their configs say so."""
@@ -470,3 +482,38 @@ class TestSmallFilesOfVectorBanks:
         again(IDS).logits.square().mean().backward()
         gradients = [p.grad for p in again.parameters() if p.requires_grad]
         assert gradients and all(g.isfinite().all() and g.any() for g in gradients)
+
+
+class TestRotationsOfInputs:
+    """What the conventions of the file format mean, and what a training step keeps."""
+
+    def test_the_exact_cayley_transform_is_the_transpose_of_the_series(self) -> None:
+        rotations = []
+        for series in (True, False):
+            torch.manual_seed(0)
+            config = OFTConfig(target_modules=["0"], oft_block_size=4, use_cayley_neumann=series, init_weights=False)
+            model = get_peft_model(nn.Sequential(nn.Linear(8, 6)), config)
+            rotations.append(model.base_model.model[0].rotation("default").detach())
+        series, exact = rotations
+        torch.testing.assert_close(exact @ exact.T, torch.eye(8), **CLOSE)
+        assert (series - exact.T).abs().max() < 0.05 < 0.3 < (series - exact).abs().max()
+
+    @pytest.mark.parametrize("r", [3, 4])
+    def test_only_an_even_number_of_reflections_starts_as_the_identity(self, r: int) -> None:
+        torch.manual_seed(0)
+        model = get_peft_model(nn.Sequential(nn.Linear(8, 6)), HRAConfig(target_modules=["0"], r=r))
+        distance = (model.base_model.model[0].rotation("default") - torch.eye(8)).abs().max()
+        assert (distance < 1e-6) == (r % 2 == 0)
+
+    @pytest.mark.parametrize("config", [HRAConfig, OFTConfig])
+    def test_a_training_step_keeps_no_square_matrix_of_the_inputs(self, config: type) -> None:
+        features, sizes = 256, []
+        model = get_peft_model(nn.Sequential(nn.Linear(features, 8)), config(target_modules=["0"]))
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(torch.randn(2, features)).sum().backward()
+        assert sizes and max(sizes) < features * features

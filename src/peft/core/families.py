@@ -153,8 +153,8 @@ class RotationLayer(BaseTunerLayer):
     """W' = W R^T, R square and invertible: a rotation of the input, y = W (x R).
 
     On a table of embeddings, which has no input to rotate, R turns the output: y = (W x) R. On convolutions R acts
-    on the flattened ``in * kernel`` axis, through the weight. A method defines :meth:`rotation`, the size of which is
-    :attr:`rotated_features`, and :meth:`rotate` where it can do without the whole matrix.
+    on the flattened ``in * kernel`` axis, through the weight. A method defines :meth:`rotate` for vectors of
+    :attr:`rotated_features`, as cheaply as its R allows: nothing in a training step needs the whole matrix.
     """
 
     @property
@@ -162,13 +162,14 @@ class RotationLayer(BaseTunerLayer):
         shape = self.shape
         return shape[0] if self.kind.lookup else int(torch.Size(shape[1:]).numel())
 
-    def rotation(self, name: str) -> torch.Tensor:
-        """R, ``[features, features]``."""
+    def rotate(self, name: str, x: torch.Tensor, back: bool = False) -> torch.Tensor:
+        """x R along the last axis; x R^T with ``back``."""
         raise NotImplementedError
 
-    def rotate(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """x R along the last axis."""
-        return x @ self.rotation(name)
+    def rotation(self, name: str) -> torch.Tensor:
+        """R, ``[features, features]``."""
+        like = next(self.adapter_parameters(name))
+        return self.rotate(name, torch.eye(self.rotated_features, device=like.device, dtype=like.dtype))
 
     def needs_weight(self) -> bool:
         return len(self.shape) > 2
@@ -183,10 +184,15 @@ class RotationLayer(BaseTunerLayer):
         return list(names) if self.kind.lookup else super()._fold_order(names)
 
     def fold(self, name: str, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-        return self._turn(weight, self.rotation(name).to(weight.dtype))
+        if self.kind.lookup:
+            return self.rotate(name, weight.T).T
+        return self.rotate(name, weight.flatten(1), back=True).view_as(weight)
 
     def unfold(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        return self._turn(weight, torch.linalg.inv(self.rotation(name).float()).to(weight.dtype))
+        inverse = torch.linalg.inv(self.rotation(name).float()).to(weight.dtype)
+        if self.kind.lookup:
+            return inverse.T @ weight
+        return (weight.flatten(1) @ inverse.T).view_as(weight)
 
     def keeps_base(self, name: str) -> bool:
         """A series that stands for a rotation can be far from one, even singular: then its inverse is of no use."""
@@ -194,10 +200,37 @@ class RotationLayer(BaseTunerLayer):
         eye = torch.eye(len(rotation), device=rotation.device)
         return bool((rotation @ rotation.T - eye).abs().max() > 0.01)
 
-    def _turn(self, weight: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-        if self.kind.lookup:
-            return rotation.T @ weight
-        return (weight.flatten(1) @ rotation.T).view_as(weight)
+
+class OutputLayer(BaseTunerLayer):
+    """An affine map of the output, y' = M y + c: W' = M W and b' = M b + c.
+
+    A method defines :meth:`map_output` and/or :meth:`shift`. What has no bias (a table) takes no c.
+    """
+
+    reversible = False  # M may be singular
+
+    def map_output(self, name: str, y: torch.Tensor) -> torch.Tensor:
+        """M y along the last axis."""
+        return y
+
+    def shift(self, name: str) -> torch.Tensor | None:
+        """c, ``[out]``, or None."""
+        return None
+
+    def transform_output(self, name: str, x: torch.Tensor, y: torch.Tensor, base_y: torch.Tensor) -> torch.Tensor:
+        if type(self).map_output is not OutputLayer.map_output:
+            axis = self.kind.channel_axis
+            y = self.map_output(name, y.to(self.dtype_of(name)).movedim(axis, -1)).movedim(-1, axis)
+        shift = self.shift(name)
+        return y if shift is None else y + self.kind.along_channels(shift, self.get_base_layer())
+
+    def fold(self, name: str, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        return self.map_output(name, weight.movedim(0, -1)).movedim(-1, 0)
+
+    def fold_bias(self, name: str, bias: torch.Tensor | None) -> torch.Tensor | None:
+        shift = self.shift(name)
+        mapped = None if bias is None else self.map_output(name, bias)
+        return mapped if shift is None else shift if mapped is None else mapped + shift
 
 
 class ScaleLayer(BaseTunerLayer):

@@ -29,6 +29,7 @@ class Kind:
         lookup: x holds indices, W is a table.
         companions: sub-modules that belong to the layer and are adapted with it.
         fan_in_fan_out: W is stored ``[in, out]``.
+        channel_axis: the axis of x and y that holds the features.
     """
 
     name = "Linear"
@@ -40,6 +41,7 @@ class Kind:
     lookup = False
     companions: tuple[str, ...] = ()
     fan_in_fan_out = False
+    channel_axis = -1
 
     def matches(self, m: nn.Module) -> bool:
         return isinstance(m, self.types)
@@ -159,6 +161,7 @@ class Conv(Kind):
 
     def __init__(self, dims: int):
         self.dims = dims
+        self.channel_axis = -1 - dims
         self.name = f"Conv{dims}d"
         self.types = ((nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1],)
 

@@ -510,7 +510,8 @@ class BaseTunerLayer(Switch, nn.Module):
         bias = old = self.get_base_bias() if inner is None else inner._folded_bias(inner._current())
         for name in self._fold_order(names):
             bias = self.fold_bias(name, bias)
-        return bias if bias is None or old is None else bias.to(old.dtype)
+        like = getattr(self.get_base_layer(), self.kind.weight) if old is None else old
+        return bias.to(like.dtype) if bias is not None and like.is_floating_point() else bias
 
     def _effective(self, names: list[str]) -> dict[str, torch.Tensor | None]:
         """The tensors that the base layer should read, as it stores them, by attribute; nested layers included."""

@@ -131,12 +131,10 @@ class OFTLayer(RotationLayer):
         rotation = (self.oft_embedding_R if self.kind.lookup else self.oft_R)[name]()
         return rotation.expand(self.r[name], -1, -1)
 
-    def rotation(self, name: str) -> torch.Tensor:
-        return torch.block_diag(*self.blocks(name))
-
-    def rotate(self, name: str, x: torch.Tensor) -> torch.Tensor:
+    def rotate(self, name: str, x: torch.Tensor, back: bool = False) -> torch.Tensor:
+        blocks = self.blocks(name).to(x.dtype)
         pieces = x.unflatten(-1, (self.r[name], -1)).unsqueeze(-2)
-        return (pieces @ self.blocks(name).to(x.dtype)).squeeze(-2).flatten(-2)
+        return (pieces @ (blocks.mT if back else blocks)).squeeze(-2).flatten(-2)
 
 
 def nearest_divisor(features: int, wanted: int, field: str) -> int:

@@ -1,0 +1,52 @@
+"""BEFT: a trained shift of the output, y' = y + beta (bias-efficient fine-tuning, arXiv 2509.15974)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from peft.config import ModulesToSave, TargetModules, option
+from peft.core.families import OutputLayer
+from peft.core.kinds import Kind
+from peft.core.registry import define_tuner
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_BEFT_TARGET_MODULES_MAPPING
+from peft.utils.peft_types import PeftType
+
+
+@dataclass
+class BeftConfig(TargetModules, ModulesToSave):
+    """Config of BEFT: y' = y + beta, best on the value projections."""
+
+    METHOD: ClassVar[PeftType] = PeftType.BEFT
+
+    init_weights: bool = option(True, "Start at zero, so that nothing changes; otherwise at random numbers.")
+
+
+class BeftLayer(OutputLayer):
+    """A vector beta ``[1, out]``. Merged, it is part of the bias, which a layer without one gets."""
+
+    weights: ClassVar[dict[str, type]] = {"beft_bias": nn.ParameterDict}
+
+    @classmethod
+    def refusal(cls, kind: Kind, module: nn.Module, config: Any) -> str | None:
+        return None if kind.bias else "it has no bias that BEFT could train; target linear or convolutional layers"
+
+    def update_layer(self, name: str, config: BeftConfig, key: str) -> None:
+        shape = 1, self.shape[0]
+        self.put(name, beft_bias=nn.Parameter(torch.zeros(shape) if config.init_weights else torch.randn(shape)))
+
+    def shift(self, name: str) -> torch.Tensor:
+        return self.beft_bias[name][0]
+
+
+BeftModel = define_tuner(
+    "BeftModel",
+    BeftLayer,
+    BeftConfig,
+    prefix="beft_",
+    targets=TRANSFORMERS_MODELS_TO_BEFT_TARGET_MODULES_MAPPING,
+    mixed=True,
+)
