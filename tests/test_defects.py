@@ -515,5 +515,17 @@ class TestRotationsOfInputs:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            model(torch.randn(2, features)).sum().backward()
+            model(torch.randn(2, features, requires_grad=True)).sum().backward()
         assert sizes and max(sizes) < features * features
+
+    def test_blocks_are_not_repeated_for_each_sample(self) -> None:
+        batch, features, sizes = 64, 64, []
+        model = get_peft_model(nn.Sequential(nn.Linear(features, 8)), OFTConfig(target_modules=["0"]))
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            sizes.append(tensor.untyped_storage().nbytes() // tensor.element_size())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(torch.randn(batch, features, requires_grad=True)).sum().backward()
+        assert sizes and max(sizes) <= batch * features

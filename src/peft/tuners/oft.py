@@ -133,8 +133,8 @@ class OFTLayer(RotationLayer):
 
     def rotate(self, name: str, x: torch.Tensor, back: bool = False) -> torch.Tensor:
         blocks = self.blocks(name).to(x.dtype)
-        pieces = x.unflatten(-1, (self.r[name], -1)).unsqueeze(-2)
-        return (pieces @ (blocks.mT if back else blocks)).squeeze(-2).flatten(-2)
+        pieces = x.unflatten(-1, (self.r[name], -1))
+        return torch.einsum("...dk,dkc->...dc", pieces, blocks.mT if back else blocks).flatten(-2)
 
 
 def nearest_divisor(features: int, wanted: int, field: str) -> int:

@@ -79,10 +79,10 @@ class RoadLayer(OutputLayer):
         return (cosine[:, :2], sine[:, 2:]) if variant == "road_4" else (cosine, sine)
 
     def map_output(self, name: str, y: torch.Tensor) -> torch.Tensor:
-        cosine, sine = (c.to(y.dtype) for c in self.coefficients(name))
-        pairs = y.unflatten(-1, (-1, 2, self.group_size[name] // 2))
-        first, second = pairs.unbind(-2)
-        return (pairs * cosine + torch.stack((-second, first), -2) * sine).flatten(-3)
+        half = self.group_size[name] // 2
+        cosine, sine = (c.expand(-1, 2, half).flatten().to(y.dtype) for c in self.coefficients(name))
+        first, second = y.unflatten(-1, (-1, 2, half)).unbind(-2)
+        return torch.addcmul(y * cosine, torch.stack((-second, first), -2).flatten(-3), sine)
 
 
 RoadModel = define_tuner(
