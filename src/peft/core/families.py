@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -10,11 +11,48 @@ from torch import nn
 
 from peft.core.kinds import Kind
 from peft.core.layer import BaseTunerLayer, check_adapters_to_merge
+from peft.kernels.linear import Factors, is_plain, low_rank_linear, plain_weight
 from peft.utils.error import NoEqualWeightError
 
 
 class DeltaLayer(BaseTunerLayer):
-    """W' = W + dW. A method defines :meth:`delta_weight`, and :meth:`delta` only where a cheaper way exists."""
+    """W' = W + dW. A method defines :meth:`delta_weight`, and :meth:`delta` only where a cheaper way exists.
+
+    Where dW is a low-rank product, :meth:`factors` says so, and the fused kernels compute with it. :meth:`delta`
+    stays, as what they are tested against.
+    """
+
+    def factors(self, name: str) -> Factors | None:
+        """dW of a linear layer as s B A with dropout on the input, or None where the adapter is something else.
+
+        A and B may be computed from the adapter's tensors; gradients flow through that.
+        """
+        return None
+
+    def _all_factors(self, names: Iterable[str], x: torch.Tensor) -> list[Factors] | None:
+        """The factors of adapters, if all have them and the fused kernels can be used for this input."""
+        if not self.kind.matrix or self.changes_input or not x.is_floating_point() or is_plain():
+            return None
+        found = []
+        for name in names:
+            factors = self.factors(name)
+            if factors is None or not (self.cast_input_dtype_enabled or factors.down.dtype == x.dtype):
+                return None
+            found.append(factors)
+        return found
+
+    def _plain_weight(self, x: torch.Tensor) -> torch.Tensor | None:
+        """W where the base layer is nothing but W x + b, frozen."""
+        base = self._modules["base_layer"]
+        weight = plain_weight(base, x) if self.kind.is_plain(base) else None
+        return weight if weight is None else self.kind.orient(weight, base)
+
+    def _adapted(self, names: list[str], args: tuple, kwargs: dict) -> Any:
+        if len(args) == 1 and not kwargs and not self.by_weight:
+            factors = self._all_factors(names, args[0])
+            if factors is not None:
+                return low_rank_linear(self._modules["base_layer"], args[0], factors, self._plain_weight(args[0]))
+        return super()._adapted(names, args, kwargs)
 
     def delta_weight(self, name: str) -> torch.Tensor:
         """dW, ``[out, in, *kernel]``."""

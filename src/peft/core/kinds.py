@@ -30,6 +30,7 @@ class Kind:
         companions: sub-modules that belong to the layer and are adapted with it.
         fan_in_fan_out: W is stored ``[in, out]``.
         channel_axis: the axis of x and y that holds the features.
+        matrix: ``y = x W^T + b`` along the last axis of x.
     """
 
     name = "Linear"
@@ -42,6 +43,7 @@ class Kind:
     companions: tuple[str, ...] = ()
     fan_in_fan_out = False
     channel_axis = -1
+    matrix = False
 
     def matches(self, m: nn.Module) -> bool:
         return isinstance(m, self.types)
@@ -49,6 +51,10 @@ class Kind:
     def refusal(self, m: nn.Module) -> str | None:
         """Why this very module cannot be adapted, or None."""
         return None
+
+    def is_plain(self, m: nn.Module) -> bool:
+        """Whether the module's own forward is just ``y = x W^T + b`` with W as it is stored."""
+        return False
 
     def shape(self, m: nn.Module) -> tuple[int, ...]:
         """``[out, in, *kernel]`` of W, without reading W."""
@@ -123,6 +129,11 @@ class Kind:
 class Linear(Kind):
     """``nn.Linear``, and the linear layers of quantisation libraries: W is ``[out, in]``, x has its features last."""
 
+    matrix = True
+
+    def is_plain(self, m: nn.Module) -> bool:
+        return type(m) in self.types
+
     def matches(self, m: nn.Module) -> bool:
         return isinstance(m, self.types) or (type(self) is Linear and foreign_linear(m) is not None)
 
@@ -146,6 +157,9 @@ class TransposedLinear(Linear):
     def matches(self, m: nn.Module) -> bool:
         pytorch_utils = sys.modules.get("transformers.pytorch_utils")
         return pytorch_utils is not None and isinstance(m, pytorch_utils.Conv1D)
+
+    def is_plain(self, m: nn.Module) -> bool:
+        return type(m).__name__ == "Conv1D"
 
     def shape(self, m: nn.Module) -> tuple[int, ...]:
         return m.nf, m.nx

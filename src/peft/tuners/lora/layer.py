@@ -13,6 +13,7 @@ from peft.config import resolve_pattern
 from peft.core.families import ScaledLayer
 from peft.core.kinds import Kind
 from peft.core.storage import storage_of
+from peft.kernels import Factors, active_rate, is_bare_linear
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.initialize import initialize
 from peft.tuners.lora.pairs import without_padding
@@ -98,6 +99,17 @@ class LoraLayer(ScaledLayer):
             a, b = self.pair(name)
             return self.kind.apply(self.get_base_layer(), x, a) @ b.T * self.scaling[name]
         return self.lora_B[name](self.lora_A[name](self.lora_dropout[name](x))) * self.scaling[name]
+
+    def factors(self, name: str) -> Factors | None:
+        modules = self._modules
+        down, up = (modules[part]._modules.get(name) for part in ("lora_A", "lora_B"))
+        if name in self.lora_variant or not (is_bare_linear(down) and is_bare_linear(up)):
+            return None
+        dropout = modules["lora_dropout"]._modules[name]
+        rate = active_rate(dropout)
+        if rate is None or up._parameters["bias"] is not None:
+            return None
+        return Factors(down._parameters["weight"], up._parameters["weight"], self.scaling[name], rate)
 
     def delta_weight(self, name: str) -> torch.Tensor:
         a, b = self.pair(name) if name not in self.tied_to else self.lora_variant[name].pair(self, name)

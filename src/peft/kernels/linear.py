@@ -1,0 +1,318 @@
+"""Linear layer and low-rank updates in one step: y = W x + b + sum_i s_i B_i A_i drop_i(x).
+
+The update is accumulated into the base layer's output, and its gradient into the gradient of the input, by the
+products themselves. Kept for the backward pass are x, once for all layers that read it and not at all where its own
+graph gives it back (:mod:`peft.kernels.remake`), and the ``[n, r]`` products A x. Adapters may be wider than the
+activations: they are rounded for the products, and their gradients come in their own dtype.
+
+:func:`composed` says the same in plain operations; compilers, function transforms and tensor subclasses get that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd import Function
+
+from peft.kernels.dropout import draw_seed, dropped_copy, zero_dropped_
+from peft.kernels.remake import kept
+
+
+_PLAIN: list[bool] = []
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    """A context in which every layer computes as its method is written, without the kernels: their specification."""
+    _PLAIN.append(True)
+    try:
+        yield
+    finally:
+        _PLAIN.pop()
+
+
+def is_plain() -> bool:
+    """Whether the call is within :func:`plain`."""
+    return bool(_PLAIN)
+
+
+@dataclass(slots=True)
+class Factors:
+    """An update dW = scale * up @ down of a linear layer, on an input with dropout.
+
+    Attributes:
+        down, up: A ``[r, in]`` and B ``[out, r]``, floating point.
+        scale: a number. dropout: the probability with which entries of the input are dropped now.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    scale: float = 1.0
+    dropout: float = 0.0
+
+
+def low_rank_linear(
+    base: nn.Module, x: torch.Tensor, factors: Sequence[Factors], weight: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The output of ``base`` with low-rank updates, ``[..., out]`` in the dtype that ``base`` gives.
+
+    Args:
+        base: a linear layer of any storage, called for its output unless ``weight`` is given.
+        x: ``[..., in]``.
+        factors: the updates.
+        weight: W ``[out, in]`` where ``base`` is a plain ``W x + b`` (see :func:`plain_weight`).
+    """
+    if not is_eager(x):
+        return composed(base(x), x, factors)
+    if not (torch.is_grad_enabled() and _trains(x, factors)):
+        return _infer(base, x, factors, weight)
+    if weight is not None and not torch.is_autocast_enabled(x.device.type) and x.dtype == weight.dtype:
+        return _apply(x, None, weight, base.bias, factors)
+    y = base(x)
+    free = is_fresh(base) and y.is_contiguous() and not y._is_view()
+    return _apply(x, y if free else y.clone(memory_format=torch.contiguous_format), None, None, factors)
+
+
+def composed(y: torch.Tensor, x: torch.Tensor, factors: Sequence[Factors]) -> torch.Tensor:
+    """The same in plain operations: the updates of ``x`` added to ``y``."""
+    dtype = product_dtype(y)
+    for f in factors:
+        inner = F.dropout(x, f.dropout) if f.dropout else x
+        update = F.linear(F.linear(inner.to(dtype), f.down.to(dtype)), f.up.to(dtype))
+        y = torch.add(y, update, alpha=f.scale).to(y.dtype)
+    return y
+
+
+def is_eager(x: torch.Tensor) -> bool:
+    """Whether the call is neither traced, transformed nor recorded, on an ordinary tensor."""
+    if torch.compiler.is_compiling():
+        return False
+    if type(x) is not torch.Tensor and type(x) is not nn.Parameter:
+        return False
+    if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def is_bare_linear(module: nn.Module | None) -> bool:
+    """Whether calling the module is a product with its weight and nothing else: no hooks, no other class."""
+    return type(module) is nn.Linear and not _is_hooked(module) and type(module._parameters["weight"]) is nn.Parameter
+
+
+def active_rate(dropout: nn.Module) -> float | None:
+    """The probability with which a dropout module drops entries now; None where it is another kind of module."""
+    if type(dropout) is nn.Identity:
+        return 0.0
+    if type(dropout) is not nn.Dropout or dropout.p >= 1 or _is_hooked(dropout):
+        return None
+    return dropout.p if dropout.training else 0.0
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    own = module.__dict__
+    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    return bool(hooks) or "forward" in own
+
+
+def plain_weight(base: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+    """W as ``base`` stores it if the layer computes ``W x + b`` and nothing else, and is frozen; else None.
+
+    Hooks, a replaced ``forward`` and tensor subclasses (sharded or quantised weights) make a layer another one.
+    """
+    if _is_hooked(base):
+        return None
+    parameters = base._parameters
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    if type(weight) is not nn.Parameter or weight.requires_grad or weight.device != x.device:
+        return None
+    return weight if bias is None or (type(bias) is nn.Parameter and not bias.requires_grad) else None
+
+
+def is_fresh(base: nn.Module) -> bool:
+    """Whether the output of a base layer may be changed in place: nothing else can hold or need it."""
+    own = base.__dict__
+    if own["_forward_hooks"] or "forward" in own:
+        return False
+    return type(base) is nn.Linear or type(base).__module__.partition(".")[0] in _LIBRARIES
+
+
+# Their linear layers keep nothing of what they give: it may be changed in place.
+_LIBRARIES = ("bitsandbytes", "hqq", "torchao")
+
+
+def product_dtype(y: torch.Tensor) -> torch.dtype:
+    """The dtype of the small products: that of the activations, or float32 on processors that only emulate it."""
+    if y.dtype in (torch.bfloat16, torch.float16) and y.device.type == "cpu" and not _multiplies(y.dtype):
+        return torch.float32
+    return y.dtype
+
+
+_NATIVE: dict[torch.dtype, bool] = {}
+
+
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether the processor has instructions for products of 16-bit numbers."""
+    if dtype not in _NATIVE:
+        features = torch.backends.cpu.get_cpu_capability()
+        native = dtype == torch.bfloat16 and "AVX512" in features and torch.cpu._is_avx512_bf16_supported()
+        _NATIVE[dtype] = bool(native or features in ("SVE256", "SVE"))
+    return _NATIVE[dtype]
+
+
+def _trains(x: torch.Tensor, factors: Sequence[Factors]) -> bool:
+    return x.requires_grad or any(f.down.requires_grad or f.up.requires_grad for f in factors)
+
+
+def _infer(base: nn.Module, x: torch.Tensor, factors: Sequence[Factors], weight: torch.Tensor | None) -> torch.Tensor:
+    """Without autograd: the update goes straight into the base layer's output."""
+    plain = weight is not None and weight.dtype == x.dtype and not torch.is_autocast_enabled(x.device.type)
+    y = F.linear(x, weight, base.bias) if plain else base(x)
+    if not plain and not (y.is_contiguous() and is_fresh(base)):
+        y = y.clone(memory_format=torch.contiguous_format)
+    out, dtype = y.view(-1, y.shape[-1]), product_dtype(y)
+    rows = x.reshape(-1, x.shape[-1])
+    with _no_autocast(x):
+        for f in factors:
+            inner = dropped_copy(rows, f.dropout, draw_seed()) if f.dropout else rows
+            hidden = torch.mm(_in(dtype, inner), _in(dtype, f.down).t())
+            _accumulate(out, hidden, _in(dtype, f.up).t(), f.scale / (1 - f.dropout))
+    return y
+
+
+def _in(dtype: torch.dtype, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _accumulate(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """y += scale * a b, in place; y may be narrower than a and b."""
+    if a.dtype == y.dtype:
+        return y.addmm_(a, b, alpha=scale)
+    return y.add_(torch.mm(a, b), alpha=scale)
+
+
+def _no_autocast(x: torch.Tensor) -> Any:
+    """The products choose their dtypes themselves."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def _apply(
+    x: torch.Tensor,
+    y: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    factors: Sequence[Factors],
+) -> torch.Tensor:
+    scales = [f.scale / (1 - f.dropout) for f in factors]
+    drops = [(f.dropout, draw_seed()) if f.dropout else None for f in factors]
+    pairs = [t for f in factors for t in (f.down, f.up)]
+    with _no_autocast(x):
+        return LowRankLinear.apply(x, y, weight, bias, scales, drops, *pairs)
+
+
+class LowRankLinear(Function):
+    """y = W x + b, or a given y which is changed in place, plus the low-rank updates of x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        y: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        scales: list[float],
+        drops: list[tuple[float, int] | None],
+        *pairs: torch.Tensor,
+    ) -> torch.Tensor:
+        if y is None:
+            result = _linear(x, weight, bias)
+        else:
+            ctx.mark_dirty(y)
+            result = y
+        out, dtype = result.view(-1, result.shape[-1]), product_dtype(result)
+        rows, needed, reads = _in(dtype, x.reshape(-1, x.shape[-1])), [], False
+        for i, drop in enumerate(drops):
+            a, b = pairs[2 * i], pairs[2 * i + 1]
+            hidden = torch.mm(rows if drop is None else dropped_copy(rows, *drop), _in(dtype, a).t())
+            _accumulate(out, hidden, _in(dtype, b).t(), scales[i])
+            needed.append(hidden if b.requires_grad else None)
+            reads |= a.requires_grad
+        ctx.scales, ctx.drops, ctx.dtype, ctx.shape, ctx.given = scales, drops, dtype, x.shape, y is not None
+        ctx.kept = kept(x) if reads else None
+        ctx.save_for_backward(None if ctx.kept is None else ctx.kept.tensor, weight, *pairs, *needed)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        with _no_autocast(gradient):
+            return _backward(ctx, gradient)
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """W x + b, never as a view: outputs of a layer may be changed in place."""
+    if bias is None or x.dim() == 2:
+        return F.linear(x, weight, bias)
+    out = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight.t())
+    return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], out.shape[-1]))
+
+
+def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    saved, weight, *rest = ctx.saved_tensors
+    count, dtype = len(ctx.scales), ctx.dtype
+    twice = torch.is_grad_enabled()  # a gradient of the gradient will be asked for
+    if twice and ctx.kept is None:
+        raise RuntimeError(
+            "second derivatives of a low-rank update with a frozen down-projection need its input, which is not kept. "
+            "Compute them within `with peft.kernels.plain():`."
+        )
+    dy = gradient.reshape(-1, gradient.shape[-1])
+    needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
+    inner, grads = None, []
+    if twice or any(needs[::2]):
+        inner = _in(dtype, ctx.kept.get(saved).reshape(-1, ctx.shape[-1]))
+    dx = torch.mm(dy, weight) if needs_x and weight is not None else None
+    dy = _in(dtype, dy)
+    for i, (scale, drop) in enumerate(zip(ctx.scales, ctx.drops)):
+        a, b, hidden = rest[2 * i], rest[2 * i + 1], rest[2 * count + i]
+        dropped = inner if drop is None or inner is None else dropped_copy(inner, *drop)
+        d_down = d_up = None
+        if needs_x or needs[2 * i]:
+            dh = _scaled_mm(dy, _in(dtype, b), scale)
+            if needs[2 * i]:
+                d_down = _in(a.dtype, torch.mm(dh.t(), dropped))
+            if needs_x:
+                dx = _into(dx, dh, _in(dtype, a), drop, gradient.dtype)
+        if needs[2 * i + 1]:
+            if twice:
+                hidden = torch.mm(dropped, _in(dtype, a).t())
+            d_up = _in(b.dtype, _scaled_mm(hidden.t(), dy, scale).t())
+        grads += [d_down, d_up]
+    dx = None if dx is None else dx.view(ctx.shape)
+    return dx, (gradient if ctx.given else None), None, None, None, None, *grads
+
+
+def _scaled_mm(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """scale * a b in one call."""
+    key = a.dtype, a.device
+    if key not in _NOTHING:
+        _NOTHING[key] = torch.zeros((), dtype=a.dtype, device=a.device)
+    return torch.addmm(_NOTHING[key], a, b, beta=0, alpha=scale)
+
+
+_NOTHING: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
+
+
+def _into(
+    dx: torch.Tensor | None, dh: torch.Tensor, a: torch.Tensor, drop: tuple[float, int] | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """dx + drop(dh A), in place where there is a dx."""
+    if drop is not None:
+        part = zero_dropped_(torch.mm(dh, a), *drop)
+        return _in(dtype, part) if dx is None else dx.add_(part)
+    return _in(dtype, torch.mm(dh, a)) if dx is None else _accumulate(dx, dh, a, 1.0)

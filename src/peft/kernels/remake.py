@@ -1,0 +1,169 @@
+"""The input of a layer, kept for the backward pass at no cost where autograd keeps what it was made from.
+
+The input of a linear layer is mostly the output of a norm (w * x_hat), of a gate (silu(g) * u) or of an activation,
+and the node of that operation keeps its own operands. Such an input is computed again from them: one pass over it,
+bit for bit the same for products and activations, instead of a copy of it in memory.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+
+Recipe = Callable[[], torch.Tensor]
+DEPTH = 4  # operations that are repeated at most
+
+_CHANGED = (
+    "a tensor that the backward pass needs has been modified by an in-place operation after the forward pass: "
+    "it is at version {now} instead of {then}. Clone it before changing it."
+)
+
+
+class Kept:
+    """A layer's input for its backward pass: the tensor, or how to make it.
+
+    All layers that read the same input share one, and while their backward passes follow each other the input is made
+    once. Made inside :meth:`torch.autograd.Function.forward`; ``tensor`` goes through ``ctx.save_for_backward``.
+    """
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.recipe = recipe_of(x)
+        self.tensor = x if self.recipe is None else None
+        self.users = self.left = 0
+        self.made: torch.Tensor | None = None
+
+    def get(self, saved: torch.Tensor | None) -> torch.Tensor:
+        """The input; ``saved`` is what the context kept of it."""
+        if self.recipe is None:
+            return saved
+        value = self.recipe() if self.made is None else self.made
+        self.left -= 1
+        self.made = value if self.left > 0 else None
+        if self.left <= 0:
+            self.left = self.users  # another backward pass may follow, if the graph is retained
+        return value
+
+
+def kept(x: torch.Tensor) -> Kept:
+    """What to keep of ``x``: shared with the other layers that read it."""
+    node = x.grad_fn
+    if node is None:
+        return Kept(x)
+    shared = node.metadata.get("peft_kept")
+    found = shared() if shared is not None else None
+    if found is None or found.recipe is None:
+        found = Kept(x)
+        if found.recipe is not None:
+            node.metadata["peft_kept"] = weakref.ref(found)
+    found.users += 1
+    found.left = found.users
+    return found
+
+
+def recipe_of(x: torch.Tensor) -> Recipe | None:
+    """How to make ``x`` again from what its graph keeps, or None where it has to be kept."""
+    if x.grad_fn is None or x._is_view():
+        return None
+    try:
+        return None if _is_recomputed() else _of_node(x.grad_fn, DEPTH)
+    except (AttributeError, RuntimeError):  # an older torch that shows less of its graph, or a graph already freed
+        return None
+
+
+def _is_recomputed() -> bool:
+    """Whether gradient checkpointing is at work: it keeps nothing, and counts what is kept."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
+
+
+def _of_node(node: Any, depth: int) -> Recipe | None:
+    maker = _MAKERS.get(node.name())
+    return maker(node, depth) if maker is not None and depth > 0 else None
+
+
+def _operand(node: Any, name: str) -> Recipe | None:
+    """A tensor that a node keeps; None where hooks have put something else in its place."""
+    raw, saved = f"_raw_saved_{name}", f"_saved_{name}"
+    if getattr(node, raw).unpack_hook is None:
+        return (lambda: getattr(node, saved)) if getattr(node, saved) is not None else None
+    tensor = getattr(node, raw).data  # hooks may allow to unpack once only, so what they hold is read as it is
+    if not isinstance(tensor, torch.Tensor):
+        return None
+    version = tensor._version
+
+    def read() -> torch.Tensor:
+        value = getattr(node, raw).data
+        if value._version != version:
+            raise RuntimeError(_CHANGED.format(now=value._version, then=version))
+        return value
+
+    return read
+
+
+def _product(node: Any, depth: int) -> Recipe | None:
+    """a * b: a is kept where b requires grad, and the other way round; what is not kept is made by its own node."""
+    left, right = node.next_functions
+    if left[0] is not None and right[0] is not None:
+        first, second = _operand(node, "self"), _operand(node, "other")
+        return None if first is None or second is None else lambda: first() * second()
+    kept_one, edge = ("self", right) if left[0] is None else ("other", left)
+    factor, made = _operand(node, kept_one), _output_of(edge, depth)
+    return None if factor is None or made is None else lambda: _times(made(), factor())
+
+
+def _times(made: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """A product in the place of its first factor, which nobody else has, where it fits there."""
+    fits = made.dtype == factor.dtype and (factor.shape in (made.shape, made.shape[-1:]))
+    return made.mul_(factor) if fits else made * factor
+
+
+def _output_of(edge: tuple[Any, int], depth: int) -> Recipe | None:
+    node, index = edge
+    return _of_node(node, depth - 1) if node is not None and index == 0 else None
+
+
+def _cast(node: Any, depth: int) -> Recipe | None:
+    (source,) = node.next_functions
+    narrow = _output_of(source, depth)
+    if narrow is None:
+        return None
+    # the node knows the metadata of its output, which is what its backward takes
+    dtype = node._input_metadata[0].dtype
+    return lambda: narrow().to(dtype)
+
+
+def _activation(function: Callable[..., torch.Tensor], *options: str) -> Callable[[Any, int], Recipe | None]:
+    def maker(node: Any, depth: int) -> Recipe | None:
+        x = _operand(node, "self")
+        given = {option: getattr(node, f"_saved_{option}") for option in options}
+        return None if x is None else lambda: function(x(), **given)
+
+    return maker
+
+
+def _layer_norm(node: Any, depth: int) -> Recipe | None:
+    parts = [_operand(node, name) for name in ("input", "result1", "result2")]
+    affine = [_operand(node, name) for name in ("weight", "bias")]
+    if None in parts or None in affine:
+        return None
+
+    def make() -> torch.Tensor:
+        x, mean, rstd = (part() for part in parts)  # type: ignore[misc]
+        weight, bias = (part() for part in affine)  # type: ignore[misc]
+        return torch.addcmul(bias.to(rstd.dtype), (x - mean) * rstd, weight.to(rstd.dtype)).to(x.dtype)
+
+    return make
+
+
+_MAKERS: dict[str, Callable[[Any, int], Recipe | None]] = {
+    "MulBackward0": _product,
+    "ToCopyBackward0": _cast,
+    "SiluBackward0": _activation(F.silu),
+    "GeluBackward0": _activation(F.gelu, "approximate"),
+    "NativeLayerNormBackward0": _layer_norm,
+}
