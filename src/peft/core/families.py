@@ -18,6 +18,8 @@ from peft.utils.error import NoEqualWeightError
 class DeltaLayer(BaseTunerLayer):
     """W' = W + dW. A method defines :meth:`delta_weight`, and :meth:`delta` only where a cheaper way exists.
 
+    Without one, dW is as large as W: where W can hold it, W + dW is multiplied by once, else dW on its own.
+
     Where dW is a low-rank product, :meth:`factors` says so, and the fused kernels compute with it. :meth:`delta`
     stays, as what they are tested against.
     """
@@ -54,13 +56,16 @@ class DeltaLayer(BaseTunerLayer):
                 return low_rank_linear(self._modules["base_layer"], args[0], factors, self._plain_weight(args[0]))
         return super()._adapted(names, args, kwargs)
 
+    def needs_weight(self) -> bool:
+        return type(self).delta is DeltaLayer.delta and self.sums_exactly()
+
     def delta_weight(self, name: str) -> torch.Tensor:
         """dW, ``[out, in, *kernel]``."""
         raise NotImplementedError
 
     def delta(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """dW x."""
-        return self.kind.apply(self.get_base_layer(), x, self.delta_weight(name).to(dtype=_dtype_of(x)))
+        return self.multiplied(x, lambda: self.delta_weight(name).to(dtype=_dtype_of(x)), [name])
 
     def transform_output(self, name: str, x: torch.Tensor, y: torch.Tensor, base_y: torch.Tensor) -> torch.Tensor:
         return y + self.delta(name, x)
@@ -176,12 +181,19 @@ class FoldLayer(BaseTunerLayer):
         """f(W), from the weight without any adapter, ``[out, in, *kernel]``."""
         raise NotImplementedError
 
+    def needs_weight(self) -> bool:
+        return type(self).delta is FoldLayer.delta and self.sums_exactly()
+
+    def change(self, name: str, dtype: torch.dtype | None) -> torch.Tensor:
+        """f(W) - W, computed in a dtype."""
+        base = self.unmerged_weight().to(dtype=dtype)
+        return self.reweight(name, base) - base
+
     def delta(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        base = self.unmerged_weight().to(dtype=_dtype_of(x))
-        return self.kind.apply(self.get_base_layer(), x, self.reweight(name, base) - base)
+        return self.multiplied(x, lambda: self.change(name, _dtype_of(x)), [name])
 
     def transform_output(self, name: str, x: torch.Tensor, y: torch.Tensor, base_y: torch.Tensor) -> torch.Tensor:
-        return y + self.recomputed(lambda x: self.delta(name, x), x)
+        return y + self.delta(name, x)
 
     def fold(self, name: str, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         return weight + (self.reweight(name, base) - base).to(weight.dtype)

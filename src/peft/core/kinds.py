@@ -77,6 +77,17 @@ class Kind:
         """``W x``, without bias."""
         return F.linear(x, w)
 
+    def gradients(
+        self, m: nn.Module, x: torch.Tensor, w: torch.Tensor, gradient: torch.Tensor, wanted: tuple[bool, bool]
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Gradients of x and of W from that of :meth:`apply`'s output, those that are wanted."""
+        with torch.enable_grad():
+            inputs = [t.detach().requires_grad_(want) if want else t for t, want in zip((x, w), wanted)]
+            y = self.apply(m, *inputs)
+        found = iter(torch.autograd.grad(y, [t for t, want in zip(inputs, wanted) if want], gradient))
+        of_x, of_w = (next(found) if want else None for want in wanted)
+        return of_x, of_w
+
     def factor(self, m: nn.Module, r: int, bias: bool = False) -> tuple[nn.Module, nn.Module]:
         """An empty low-rank pair (down, up) for this layer, with the shapes of the file format."""
         inner, out = self.sizes(m)
@@ -133,6 +144,13 @@ class Linear(Kind):
 
     def is_plain(self, m: nn.Module) -> bool:
         return type(m) in self.types
+
+    def gradients(
+        self, m: nn.Module, x: torch.Tensor, w: torch.Tensor, gradient: torch.Tensor, wanted: tuple[bool, bool]
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        of_x = gradient @ w if wanted[0] else None
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        return of_x, rows.T @ x.reshape(-1, x.shape[-1]) if wanted[1] else None
 
     def matches(self, m: nn.Module) -> bool:
         return isinstance(m, self.types) or (type(self) is Linear and foreign_linear(m) is not None)

@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint
 
 from peft.core.context import Context
 from peft.core.kinds import Kind, kind_of
+from peft.core.product import made_product
 from peft.core.storage import Storage, storage_of
 from peft.core.switch import Switch
 from peft.utils.error import NoEqualWeightError
@@ -166,7 +166,6 @@ class BaseTunerLayer(Switch, nn.Module):
             self.in_features, self.out_features = self.kind.sizes(base)
         elif not self.any_module:
             raise ValueError(f"{type(base).__name__} is no kind of layer that {type(self).__name__} can adapt.")
-        self.by_weight = self.kind is not None and (self.kind.through_weight or self.needs_weight())
         if adapter_name is not None:
             self.add_adapter(adapter_name, config)
             self.set_adapter(adapter_name)
@@ -198,6 +197,17 @@ class BaseTunerLayer(Switch, nn.Module):
     def shape(self) -> tuple[int, ...]:
         """``[out, in, *kernel]`` of the base weight."""
         return self.kind.shape(self.get_base_layer())
+
+    @property
+    def by_weight(self) -> bool:
+        """Whether the forward multiplies by the weight with the adapters in it."""
+        return self.kind is not None and (self.kind.through_weight or self.needs_weight())
+
+    def sums_exactly(self) -> bool:
+        """Whether W can hold an update added to it: quantised or 16-bit weights would round small ones away."""
+        weight = getattr(self.get_base_layer(), self.kind.weight, None)
+        plain = self.storage.name is None and isinstance(weight, torch.Tensor) and weight.dtype.itemsize >= 4
+        return plain and not torch.is_autocast_enabled(weight.device.type)
 
     def add_adapter(self, name: str, config: Any, key: str = "") -> None:
         """Allocate an adapter and put it on the device, and into the dtype, of the base weight."""
@@ -368,22 +378,29 @@ class BaseTunerLayer(Switch, nn.Module):
             values = self._effective(names)
             return functional_call(base, {k: v for k, v in values.items() if v is not None}, args, kwargs)
         bias = self._folded_bias(names)
-        y = self.recomputed(lambda x: kind.apply(base, x, self._as_input(self._folded_weight(names), x)), args[0])
+        y = self.multiplied(args[0], lambda: self._as_input(self._folded_weight(names), args[0]), names)
         return y if bias is None else y + kind.along_channels(bias, base)
 
     def _as_input(self, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """A weight that was dequantised, in the dtype of the input."""
         return weight if self.storage.name is None or not x.is_floating_point() else weight.to(x.dtype)
 
-    def recomputed(self, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        """``function(x)``, which reads the dense base weight.
+    def multiplied(self, x: torch.Tensor, make: Callable[[], torch.Tensor], names: Sequence[str] = ()) -> torch.Tensor:
+        """``make() x``, with a weight ``[out, in, *kernel]`` made of these adapters: made again in the backward pass.
 
-        Where that is a copy made for the occasion (the base is quantised), it is not kept for the backward pass but
-        made again there.
+        Neither the weight nor what it is computed from is kept meanwhile: a dense base that was dequantised, or an
+        update that takes as much memory as W.
         """
-        if self.storage.name is None or not torch.is_grad_enabled():
-            return function(x)
-        return checkpoint(function, x, use_reentrant=False)
+        assert self.kind is not None
+        return made_product(self.kind, self.get_base_layer(), x, make, self._read_by(names))
+
+    def _read_by(self, names: Sequence[str]) -> list[torch.Tensor]:
+        """The tensors from which the weight with these adapters is made."""
+        found = [p for name in names for p in self.adapter_parameters(name)]
+        inner = self._inside()
+        if inner is not None:
+            return found + inner._read_by(inner._current())
+        return found + list(self.get_base_layer().parameters(recurse=False))
 
     def dtype_of(self, name: str) -> torch.dtype:
         """The dtype of an adapter's tensors."""

@@ -72,11 +72,15 @@ class HiraLayer(FoldLayer):
     def reweight(self, name: str, base: torch.Tensor) -> torch.Tensor:
         return base + base * self.product(name).to(base.dtype)
 
+    def change(self, name: str, dtype: torch.dtype | None) -> torch.Tensor:
+        return self.unmerged_weight().to(dtype=dtype) * self.product(name)
+
+    def needs_weight(self) -> bool:
+        drops = self.training and any(isinstance(dropout, nn.Dropout) for dropout in self.hira_dropout.values())
+        return self.sums_exactly() and not drops
+
     def delta(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        base = self.unmerged_weight().to(dtype=x.dtype if x.is_floating_point() else None)
-        if not self.kind.lookup:
-            x = self.hira_dropout[name](x)
-        return self.kind.apply(self.get_base_layer(), x, base * self.product(name))
+        return super().delta(name, x if self.kind.lookup else self.hira_dropout[name](x))
 
 
 HiraModel = define_tuner(

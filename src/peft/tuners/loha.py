@@ -8,7 +8,6 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from peft.config import option
 from peft.core.kinds import fan
@@ -70,9 +69,7 @@ class LoHaLayer(LycorisLayer):
         r, (out, columns) = self.r[name], fan(self.shape)
         grouped = len(self.shape) > 2 and self.shape[1] != self.in_features
         if grouped or name in self.hada_t1 or r * r * (out + columns) >= out * columns:
-            # the two products are made again for the backward pass: to keep them takes twice the memory of W
-            weight = checkpoint(self.delta_weight, name, use_reentrant=False, preserve_rng_state=False)
-            return self.kind.apply(base, x, weight)
+            return super().product(name, x)
         a = (a1[:, :, None] * a2[:, None, :]).flatten(1)
         b = (b1[:, None, :] * b2[None, :, :]).view(r * r, *self.shape[1:])
         return mix(a, self.kind.apply(base, x, b), len(self.shape) - 2) * self.scaling[name]

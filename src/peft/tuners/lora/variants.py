@@ -69,7 +69,7 @@ class DoraLinearVariant(LoraVariant):
         if dropped:
             x = dropout(x)
         if dropped or layer.merged or module is not layer.base_layer:
-            inner = layer.recomputed(lambda x: self._base_output(layer, x), x)
+            inner = layer.multiplied(x, lambda: self._base_weight(layer, x))
         else:
             bias = layer.get_base_bias()
             inner = base_y if bias is None else base_y - layer.kind.along_channels(bias, module)
@@ -79,9 +79,9 @@ class DoraLinearVariant(LoraVariant):
             delta = layer.delta(name, x)
         return y + (g - 1) * inner + g * delta
 
-    def _base_output(self, layer: LoraLayer, x: torch.Tensor) -> torch.Tensor:
+    def _base_weight(self, layer: LoraLayer, x: torch.Tensor) -> torch.Tensor:
         base = layer.unmerged_weight()
-        return layer.kind.apply(layer.get_base_layer(), x, base.to(x.dtype) if x.is_floating_point() else base)
+        return base.to(x.dtype) if x.is_floating_point() else base
 
     def fold(self, layer: LoraLayer, name: str, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         g = self._factor(layer, name, base).view(-1, *[1] * (base.dim() - 1))

@@ -1,0 +1,57 @@
+"""W x with a W that is made for the occasion: not kept for the backward pass, but made again there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from peft.core.kinds import Kind
+
+
+def made_product(
+    kind: Kind,
+    base: nn.Module,
+    x: torch.Tensor,
+    make: Callable[[], torch.Tensor],
+    parameters: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    """``make() x`` as a layer of this kind multiplies, keeping x and the parameters alone for the backward pass.
+
+    Unlike a checkpoint, the backward pass does not multiply by W once more to no end.
+
+    Args:
+        make: W, ``[out, in, *kernel]``; it must give the same one when called again.
+        parameters: the tensors from which ``make`` computes it and which may need a gradient.
+    """
+    if not torch.is_grad_enabled():
+        return kind.apply(base, x, make())
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+        return checkpoint(lambda x: kind.apply(base, x, make()), x, use_reentrant=False)
+    trained = [p for p in parameters if p.requires_grad]
+    return _Product.apply(kind, base, make, x, *trained)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, kind: Kind, base: nn.Module, make: Callable, x: torch.Tensor, *trained: Any) -> torch.Tensor:
+        ctx.kind, ctx.base, ctx.make = kind, base, make
+        ctx.save_for_backward(x, *trained)
+        return kind.apply(base, x, make())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        x, *trained = ctx.saved_tensors
+        with torch.set_grad_enabled(bool(trained)):
+            weight = ctx.make()
+        wanted = ctx.needs_input_grad[3], bool(trained)
+        of_x, of_weight = ctx.kind.gradients(ctx.base, x, weight.detach(), gradient, wanted)
+        of_trained: tuple[torch.Tensor | None, ...] = ()
+        if trained:
+            of_trained = torch.autograd.grad(weight, trained, of_weight, allow_unused=True)
+        return None, None, None, of_x, *of_trained
