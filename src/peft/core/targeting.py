@@ -13,6 +13,7 @@ from torch import nn
 
 from peft.core.kinds import Kind, Stack, kind_names, kind_of
 from peft.core.layer import BaseTunerLayer
+from peft.core.roles import find_roles
 from peft.core.walk import Site, embeddings_of, join, walk
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_NAMES
 from peft.utils.error import NoMatchingPeftModuleError
@@ -61,7 +62,7 @@ def selected(config: Any, key: str) -> bool:
 
 
 def all_linear(model: nn.Module, task_type: str | None) -> set[str]:
-    """Names of all linear layers but the output head: suffixes where these name no other module, else whole names."""
+    """Names of all linear layers but the output head, as short as they can be without meaning other modules."""
     head = embeddings_of(model)[1]
     wanted: list[str] = []
     others: list[str] = []
@@ -70,17 +71,45 @@ def all_linear(model: nn.Module, task_type: str | None) -> set[str]:
         is_head = site.module is head or (task_type == "SEQ_CLS" and site.key.split(".")[0] in SEQ_CLS_HEAD_NAMES)
         linear = kind is not None and kind.name == "Linear" and not is_head
         (wanted if linear else others).append(site.key)
-    suffixes = {key.rpartition(".")[2] for key in wanted}
-    if any(suffix.isdigit() for suffix in suffixes) or any(matches(suffixes, key) for key in others):
-        return set(wanted)
-    return suffixes
+    return _short_names(wanted, others)
 
 
-def resolve_targets(config: Any, model: nn.Module, mapping: dict[str, Any], keys: Iterable[str] | None) -> None:
-    """Settle ``config.target_modules``: from a state dict's keys, "all-linear", or the architecture's defaults.
+def _short_names(wanted: list[str], others: list[str]) -> set[str]:
+    """The last parts of the wanted names, as few as mean no other module; the whole names if no three do."""
+    for parts in (1, 2, 3):
+        suffixes = {".".join(key.split(".")[-parts:]) for key in wanted}
+        if not any(suffix.split(".")[0].isdigit() for suffix in suffixes) and not any(
+            matches(suffixes, key) for key in others
+        ):
+            return suffixes
+    return set(wanted)
+
+
+def found_targets(model: nn.Module, roles: Iterable[str]) -> set[str]:
+    """Names of the layers that play these roles in the model, found by its structure; empty where there are none."""
+    wanted = find_roles(model, roles)
+    chosen = set(wanted)
+    return _short_names(wanted, [site.key for site in walk(model) if site.key not in chosen])
+
+
+def resolve_targets(
+    config: Any,
+    model: nn.Module,
+    mapping: dict[str, Any],
+    keys: Iterable[str] | None,
+    roles: Iterable[str] = ("query", "value"),
+) -> None:
+    """Settle ``config.target_modules``: from a state dict's keys, "all-linear", or the defaults.
+
+    The defaults are those of the architecture's row in a table; where there is none, or it names nothing that the
+    model has, the layers that play certain roles, found by the model's structure.
+
+    Args:
+        mapping: the table, ``model_type`` -> names, or a regex.
+        roles: those of :mod:`peft.core.roles`, or "linear": all linear layers.
 
     Raises:
-        ValueError: if there are no targets, and no defaults for this architecture.
+        ValueError: if there are no targets, and no defaults can be found.
     """
     if keys is not None:
         config.target_modules = set(keys)
@@ -89,17 +118,35 @@ def resolve_targets(config: Any, model: nn.Module, mapping: dict[str, Any], keys
     if isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
         config.target_modules = all_linear(model, config.task_type)
     elif targets is None and not getattr(config, "target_parameters", None):
-        model_type = getattr(getattr(model, "config", None), "model_type", None)
-        if model_type not in mapping:
-            names = sorted({site.key.rpartition(".")[2] for site in walk(model) if kind_of(site.module)})
-            raise ValueError(
-                f"no default target_modules are known for {type(model).__name__}"
-                + (f" (model_type {model_type!r})" if model_type else "")
-                + f". Set target_modules in {type(config).__name__}: names such as {names[:12]}, a regex, or "
-                f'"{INCLUDE_LINEAR_LAYERS_SHORTHAND}".'
-            )
-        default = mapping[model_type]
+        default = table_row(mapping, model)
+        if default is None:
+            linear = "linear" in roles
+            default = all_linear(model, config.task_type) if linear else found_targets(model, roles)
+        if not default:
+            raise ValueError(_no_default(config, model, roles))
         config.target_modules = default if isinstance(default, str) else set(default)
+
+
+def table_row(mapping: dict[str, Any], model: nn.Module) -> Any:
+    """What a table by ``model_type`` says for a model, or None: also if it names nothing that this model has."""
+    row = mapping.get(str(getattr(getattr(model, "config", None), "model_type", None)))
+    return row if row and any(matches(row, site.key) for site in walk(model)) else None
+
+
+def _no_default(config: Any, model: nn.Module, roles: Iterable[str]) -> str:
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    linear = sorted(all_linear(model, config.task_type))
+    layers = {site.key.rpartition(".")[2]: type(site.module).__name__ for site in walk(model) if kind_of(site.module)}
+    others = sorted(f"{name} ({kind})" for name, kind in layers.items() if name not in linear)
+    return (
+        f"no default target_modules are known for {type(model).__name__}"
+        + (f" (model_type {model_type!r})" if model_type else "")
+        + f", and its structure shows none: {type(config).__name__} looks for layers that act as {', '.join(roles)}. "
+        + (f"Its linear layers are {', '.join(linear[:20])}. " if linear else "It has no linear layers. ")
+        + (f"Further layers that can be adapted: {', '.join(others[:12])}. " if not linear and others else "")
+        + "Set target_modules: a list of such names, or of the last parts of their names; a regex that matches whole "
+        f'names; or "{INCLUDE_LINEAR_LAYERS_SHORTHAND}".'
+    )
 
 
 def find_targets(config: Any, model: nn.Module, layer_cls: type[BaseTunerLayer], skip: set[str]) -> list[Target]:

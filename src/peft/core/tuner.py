@@ -65,11 +65,14 @@ class BaseTuner(nn.Module):
     Attributes:
         layer_cls: the method's layer. prefix: what its tensors' names start with.
         target_module_mapping: default targets by ``model_type``.
+        default_roles: what the layers adapted by default do in models that the table does not know, see
+            :mod:`peft.core.roles`; "linear": all linear layers.
     """
 
     layer_cls: ClassVar[type[BaseTunerLayer]]
     prefix: ClassVar[str] = ""
     target_module_mapping: ClassVar[dict[str, Any]] = {}
+    default_roles: ClassVar[tuple[str, ...]] = ("query", "value")
 
     def __init__(
         self,
@@ -143,7 +146,7 @@ class BaseTuner(nn.Module):
 
     def prepare_config(self, config: Any, model: nn.Module, keys: set[str] | None) -> None:
         """Settle what the config leaves open: its targets in this model."""
-        resolve_targets(config, model, self.target_module_mapping, keys)
+        resolve_targets(config, model, self.target_module_mapping, keys, self.default_roles)
 
     def _layer_for(self, model: nn.Module, target: Target) -> BaseTunerLayer:
         """The tuner layer around a target: the one that is there, or a new one."""

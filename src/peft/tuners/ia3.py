@@ -12,7 +12,7 @@ from peft.config import ExcludeModules, FanInFanOut, ModulesToSave, TargetModule
 from peft.core.combine import checked_weights, weighted_sum
 from peft.core.families import ScaleLayer
 from peft.core.registry import define_tuner
-from peft.core.targeting import matches
+from peft.core.targeting import found_targets, matches, table_row
 from peft.core.tuner import BaseTuner
 from peft.utils.constants import (
     TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
@@ -77,11 +77,13 @@ class IA3Tuner(BaseTuner):
     """Applies (IA)^3: finds the feed-forward modules of an architecture, and combines adapters."""
 
     def prepare_config(self, config: Any, model: nn.Module, keys: set[str] | None) -> None:
-        if config.target_modules is None and config.feedforward_modules is None:
-            model_type = getattr(getattr(model, "config", None), "model_type", "")
-            config.feedforward_modules = set(
-                TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.get(model_type, ())
-            )
+        if config.target_modules is None and config.feedforward_modules is None and keys is None:
+            if table_row(self.target_module_mapping, model) is None:
+                config.feedforward_modules = found_targets(model, ("feedforward",))
+            else:
+                config.feedforward_modules = set(
+                    TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.get(model.config.model_type, ())
+                )
         super().prepare_config(config, model, keys)
 
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
@@ -100,6 +102,7 @@ IA3Model = define_tuner(
     IA3Config,
     prefix="ia3_",
     targets=TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
+    default_roles=("key", "value", "feedforward"),
     mixed=True,
     base=IA3Tuner,
 )

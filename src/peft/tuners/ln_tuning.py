@@ -33,4 +33,5 @@ LNTuningModel = define_tuner(
     LNTuningConfig,
     prefix="ln_tuning_",
     targets=TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING,
+    default_roles=("norm",),
 )
