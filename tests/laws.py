@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 import peft.tuners  # noqa: F401  registers the methods
 from peft import PeftConfig, PeftModel, get_peft_model
+from peft.core.blocks import BlockLayer
 from peft.core.families import CopyLayer, DeltaLayer, FoldLayer, OutputLayer, RotationLayer, RowsLayer, ScaleLayer
 from peft.core.layer import BaseTunerLayer
 from peft.core.tuner import BaseTuner
@@ -114,11 +115,11 @@ class Method:
 
 @functools.cache
 def methods() -> tuple[Method, ...]:
-    """All registered methods that adapt layers, and the variants of the table."""
+    """All registered methods that adapt single layers, not whole blocks, and the variants of the table."""
     rows: dict[str, tuple[Any, dict[str, Any]]] = {}
     found = []
     for key, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items():
-        if issubclass(tuner, BaseTuner):
+        if issubclass(tuner, BaseTuner) and not issubclass(tuner.layer_cls, BlockLayer):
             rows[getattr(key, "value", key).lower()] = (key, {})
     for name, fields in VARIANTS.items():
         rows[name] = (rows[name.partition("[")[0]][0], fields)

@@ -126,7 +126,7 @@ class BaseTuner(nn.Module):
         try:
             keys = None if state_dict is None else keys_of(model, state_dict, self.layer_cls)
             self.prepare_config(config, model, keys)
-            targets = find_targets(config, model, self.layer_cls, set(getattr(config, "modules_to_save", None) or ()))
+            targets = self.targets_of(config, model)
             if hasattr(config, "fan_in_fan_out"):  # the layers tell; the field is for other readers of the file
                 config.fan_in_fan_out = any(target.kind and target.kind.fan_in_fan_out for target in targets)
             with torch.device("meta") if low_cpu_mem_usage else nullcontext():
@@ -147,6 +147,10 @@ class BaseTuner(nn.Module):
     def prepare_config(self, config: Any, model: nn.Module, keys: set[str] | None) -> None:
         """Settle what the config leaves open: its targets in this model."""
         resolve_targets(config, model, self.target_module_mapping, keys, self.default_roles)
+
+    def targets_of(self, config: Any, model: nn.Module) -> list[Target]:
+        """The modules to adapt."""
+        return find_targets(config, model, self.layer_cls, set(getattr(config, "modules_to_save", None) or ()))
 
     def _layer_for(self, model: nn.Module, target: Target) -> BaseTunerLayer:
         """The tuner layer around a target: the one that is there, or a new one."""

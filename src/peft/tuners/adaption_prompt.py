@@ -1,0 +1,140 @@
+"""LLaMA-Adapter: attn' = attn + W_o g softmax(s q K_p^T) V_p in the last layers (Zhang et al., arXiv 2303.16199)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from peft.config import PeftConfig, option
+from peft.core.attention import AttentionFunction, can_watch, keys_and_values, watched
+from peft.core.blocks import (
+    ATTENTION,
+    BlockLayer,
+    BlockTuner,
+    find_blocks,
+    first_input,
+    first_output,
+    width_of,
+    with_first,
+)
+from peft.core.kinds import kind_of
+from peft.core.registry import define_tuner
+from peft.core.targeting import Target, matches
+from peft.core.walk import join, locate, walk
+from peft.utils.error import ConfigError, NoMatchingPeftModuleError
+from peft.utils.peft_types import PeftType
+
+
+@dataclass
+class AdaptionPromptConfig(PeftConfig):
+    """Config of LLaMA-Adapter: a trained prompt that the last layers also attend to, behind a gate."""
+
+    METHOD: ClassVar[PeftType] = PeftType.ADAPTION_PROMPT
+
+    target_modules: str | None = option(
+        None,
+        "Name of the attention modules, such as 'self_attn'. Left out, it is found by the structure of the model.",
+    )
+    adapter_len: int = option(None, "Number of prompt tokens in each adapted layer.", minimum=1)
+    adapter_layers: int = option(None, "Number of layers to adapt, counted from the top.", minimum=1)
+
+
+class AdaptedAttention(BlockLayer):
+    """Wraps an attention. Its own projections make K_p = W_k P and V_p = W_v P of the prompt P ``[1, adapter_len,
+    width]``, without a rotation for positions; the gate g ``[1]`` starts at zero."""
+
+    weights: ClassVar[dict[str, type]] = {"adaption_prompt": nn.ParameterDict, "adaption_gate": nn.ParameterDict}
+
+    def update_layer(self, name: str, config: AdaptionPromptConfig, key: str) -> None:
+        prompt = torch.randn(1, config.adapter_len, width_of(self.base_layer))
+        self.put(name, adaption_prompt=nn.Parameter(prompt), adaption_gate=nn.Parameter(torch.zeros(1)))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        base, x = self.base_layer, first_input(self.base_layer, args, kwargs)
+        acting = self.acting(x)
+        if not acting:
+            return base(*args, **kwargs)
+        pairs = {
+            name: keys_and_values(base, self.adaption_prompt[name].to(x.dtype), args, kwargs) for name, _ in acting
+        }
+        unprojected: list[torch.Tensor] = []
+
+        def around(attend: AttentionFunction, module: nn.Module, query: torch.Tensor, *rest: Any, **options: Any):
+            output, weights = attend(module, query, *rest, **options)
+            update = torch.zeros_like(output)
+            for name, rows in acting:
+                own = query if rows is None else query.index_select(0, rows)
+                keys, values = (self._for_heads(part, own, rows) for part in pairs[name])
+                seen = F.scaled_dot_product_attention(own, keys, values, scale=options.get("scaling")).transpose(1, 2)
+                seen = (self.adaption_gate[name] * seen).to(output.dtype)
+                update = update + seen if rows is None else update.index_add(0, rows, seen)
+            if self.projects:
+                return output + update, weights
+            unprojected.append(update)
+            return output, weights
+
+        output = watched(base, around, args, kwargs)
+        for update in unprojected:
+            output = with_first(output, first_output(output) + update.flatten(2))
+        return output
+
+    @property
+    def projects(self) -> bool:
+        """Whether W_o acts on what the prompt gives: files leave it out where layers are transposed (GPT-2)."""
+        kinds = [kind for site in walk(self.base_layer) if (kind := kind_of(site.module)) is not None]
+        return not any(kind.fan_in_fan_out for kind in kinds)
+
+    @staticmethod
+    def _for_heads(x: torch.Tensor, query: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+        """Keys or values ``[1, groups, adapter_len, features]`` for each row and head of the queries."""
+        if len(x) > 1 and rows is not None:  # the projections are adapted, differently for each row
+            x = x.index_select(0, rows)
+        return x.repeat_interleave(query.shape[1] // x.shape[1], dim=1).expand(len(query), -1, -1, -1)
+
+
+class AdaptionPromptTuner(BlockTuner):
+    """Applies LLaMA-Adapter to the self-attentions of the last transformer blocks."""
+
+    def find(self, config: AdaptionPromptConfig, model: nn.Module) -> list[Target]:
+        missing = [field for field in ("adapter_len", "adapter_layers") if getattr(config, field) is None]
+        if missing:
+            raise ConfigError(
+                f"AdaptionPromptConfig: {' and '.join(missing)} must be set, to whole numbers such as 4."
+            )
+        keys = [
+            join(block.key, part.core)
+            for block in find_blocks(model)
+            for part in block.sublayers
+            if part.role == ATTENTION
+        ]
+        if config.target_modules is None and keys:
+            config.target_modules = keys[-1].rpartition(".")[2]
+        chosen = [key for key in keys if matches([config.target_modules or ""], key)]
+        if len(chosen) < config.adapter_layers:
+            names = ", ".join(sorted({key.rpartition(".")[2] for key in keys})) or "nothing"
+            raise NoMatchingPeftModuleError(
+                f"adapter_layers={config.adapter_layers}, but {type(model).__name__} has {len(chosen)} "
+                f"self-attentions called {config.target_modules!r}; those found are called {names}."
+            )
+        targets = [Target(key, locate(model, key).module, None) for key in chosen[-config.adapter_layers :]]
+        for target in targets:
+            if not can_watch(target.module):
+                raise ValueError(
+                    f"{target.key!r} ({type(target.module).__name__}) computes its attention by itself, not by the "
+                    "attention functions of transformers, so its queries cannot be reached."
+                )
+        return targets
+
+
+AdaptionPromptModel = define_tuner(
+    "AdaptionPromptModel",
+    AdaptedAttention,
+    AdaptionPromptConfig,
+    prefix="adaption_prompt_",
+    mixed=True,
+    base=AdaptionPromptTuner,
+)
