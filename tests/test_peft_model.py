@@ -970,3 +970,31 @@ def test_all_linear_leaves_out_a_head_that_another_adapter_trains_whole() -> Non
     model = get_peft_model(tiny_llama(), first)
     model.add_adapter("second", LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
     assert not any("lm_head" in key for key in get_peft_model_state_dict(model, adapter_name="second"))
+
+
+def test_what_a_file_does_not_hold_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading draws no values for what the file fills; nothing may stay without any for all that."""
+    mlp(lora("lin0", "lin1", use_dora=True, init_lora_weights=True)).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    lacks = [key for key in tensors if "lin1" in key]
+    save_file({key: value for key, value in tensors.items() if key not in lacks}, file, metadata={"format": "pt"})
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))  # memory as it comes
+    with pytest.warns(UserWarning, match=r"missing.*lin1"):
+        model = PeftModel.from_pretrained(Mlp(), tmp_path)
+    with pytest.warns(UserWarning, match=r"missing.*lin1"):
+        model.load_adapter(tmp_path, "other")
+    for name in ("default", "other"):
+        layer = model.base_model.model.lin1
+        assert not layer.lora_B[name].weight.any() and layer.lora_A[name].weight.isfinite().all()
+        torch.testing.assert_close(layer.lora_magnitude_vector[name].weight, layer.get_base_weight().norm(dim=1))
+        assert torch.equal(model.base_model.model.lin0.lora_A[name].weight, tensors[next(iter(tensors))])
+
+
+def test_loading_leaves_the_random_numbers_alone(tmp_path: Path) -> None:
+    mlp().save_pretrained(tmp_path)
+    base = Mlp()
+    before = torch.random.get_rng_state()
+    PeftModel.from_pretrained(base, tmp_path).load_adapter(tmp_path, "other")
+    assert torch.equal(torch.random.get_rng_state(), before)

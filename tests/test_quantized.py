@@ -104,6 +104,7 @@ def test_a_prepared_model_trains(folder, options, checkpointing, dora):
 
 def test_trained_saved_and_reloaded_on_four_and_on_sixteen_bits(folder, tmp_path):
     base = prepare_model_for_kbit_training(load(folder, FOUR), gradient_checkpointing_kwargs={"use_reentrant": False})
+    torch.manual_seed(0)
     model = get_peft_model(base, LoraConfig(r=4, target_modules=TARGETS, task_type="CAUSAL_LM"))
     rows = [{"input_ids": row, "labels": row} for row in IDS]
     arguments = Arguments(
@@ -119,7 +120,8 @@ def test_trained_saved_and_reloaded_on_four_and_on_sixteen_bits(folder, tmp_path
     again = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     assert distance(logits(again), wanted) < 1e-6
     sixteen = PeftModel.from_pretrained(load(folder), tmp_path / "adapter").eval()
-    assert distance(logits(sixteen), wanted) < 0.25  # what four bits take from the base
+    taken = distance(logits(load(folder)), logits(load(folder, FOUR)))  # by four bits, from the base alone
+    assert distance(logits(sixteen), wanted) < 1.5 * taken
 
     merged = again.merge_and_unload(dequantize=True)
     assert type(merged.model.layers[0].self_attn.q_proj) is nn.Linear
@@ -128,7 +130,7 @@ def test_trained_saved_and_reloaded_on_four_and_on_sixteen_bits(folder, tmp_path
     assert distance(logits(merged), wanted) < 0.02
     rounded = PeftModel.from_pretrained(load(folder, FOUR), tmp_path / "adapter").eval().merge_and_unload()
     assert isinstance(rounded.model.layers[0].self_attn.q_proj, bnb.nn.Linear4bit)
-    assert distance(logits(rounded), wanted) < 0.25
+    assert distance(logits(rounded), wanted) < 1.5 * taken
 
 
 def _train(model: nn.Module, arguments: Arguments, rows: list) -> list[dict]:

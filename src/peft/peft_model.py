@@ -34,6 +34,7 @@ from peft.core.diagnostics import (
     get_layer_status,
     get_model_status,
 )
+from peft.core.filling import filled_later
 from peft.core.tuner import BaseTuner, check_adapter_name, context_of
 from peft.core.walk import layers_of, wrappers_of
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
@@ -415,15 +416,11 @@ class PeftModel(PushToHubMixin, nn.Module):
         config = _read_config(model_id, config, is_trainable, hub)
         weights = load_peft_weights(model_id, key_mapping=key_mapping, **hub)
         frozen = [p for p in model.parameters() if not p.requires_grad]
-        peft_model = cls._class_for(config)(
-            model,
-            config,
-            adapter_name,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-        )
+        placing = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
+        with filled_later() as filling:
+            peft_model = cls._class_for(config)(model, config, adapter_name, **placing)
         try:
-            peft_model._load(adapter_name, weights, config.peft_version, low_cpu_mem_usage, kwargs)
+            peft_model._load(adapter_name, weights, config.peft_version, kwargs, filling.skipped, **placing)
         except Exception:
             peft_model.base_model.unload().requires_grad_(True)
             for p in frozen:
@@ -465,12 +462,14 @@ class PeftModel(PushToHubMixin, nn.Module):
         config = _read_config(model_id, kwargs.pop("peft_config", None), is_trainable, hub)
         weights = load_peft_weights(model_id, torch_device, key_mapping, **hub)
         fresh = adapter_name not in self.peft_config
-        if fresh:
-            self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
-        else:
-            self._check_method(config)
+        placing = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
+        with filled_later() as filling:
+            if fresh:
+                self.add_adapter(adapter_name, config, **placing)
+            else:
+                self._check_method(config)
         try:
-            result = self._load(adapter_name, weights, config.peft_version, low_cpu_mem_usage, kwargs)
+            result = self._load(adapter_name, weights, config.peft_version, kwargs, filling.skipped, **placing)
         except Exception:
             if fresh:
                 self.delete_adapter(adapter_name)
@@ -480,13 +479,23 @@ class PeftModel(PushToHubMixin, nn.Module):
         return result
 
     def _load(
-        self, name: str, weights: dict[str, torch.Tensor], written_by: str | None, assign: bool, options: dict
+        self,
+        name: str,
+        weights: dict[str, torch.Tensor],
+        written_by: str | None,
+        options: dict,
+        without_values: bool,
+        autocast_adapter_dtype: bool,
+        low_cpu_mem_usage: bool,
     ) -> LoadResult:
         ignore = options.get("ignore_mismatched_sizes", False)
         weights = convert_peft_adapter_state_dict_for_transformers(self, self.peft_config[name], weights, name)
-        result = set_peft_model_state_dict(self, weights, name, ignore, low_cpu_mem_usage=assign)
-        empty = [entry.saved for entry in entries(self, name) if entry.tensor.device.type == "meta"]
-        if empty:
+        result = set_peft_model_state_dict(self, weights, name, ignore, low_cpu_mem_usage)
+        if without_values and (result.missing_keys or ignore) and not low_cpu_mem_usage:
+            self._start_over(name, autocast_adapter_dtype)  # what the file does not hold has to be drawn
+            result = set_peft_model_state_dict(self, weights, name, ignore)
+        left = entries(self, name) if low_cpu_mem_usage else ()
+        if empty := [entry.saved for entry in left if entry.tensor.device.type == "meta"]:
             raise CheckpointError(
                 f"the file lacks {empty[:5]}, and low_cpu_mem_usage leaves nothing else to put there."
             )
@@ -498,6 +507,15 @@ class PeftModel(PushToHubMixin, nn.Module):
         if result.unexpected_keys:
             warnings.warn(_listed("the checkpoint has tensors that the adapter does not", result.unexpected_keys))
         return result
+
+
+    def _start_over(self, name: str, autocast_adapter_dtype: bool) -> None:
+        """Allocate an adapter anew, with its initial values."""
+        model, active = self.get_base_model(), self.active_adapters
+        operations.remove(model, name)
+        self.base_model.inject_adapter(model, name, autocast_adapter_dtype)
+        if name in active:
+            self.set_adapter(active, self.peft_config[name].inference_mode)
 
 
 def _listed(what: str, names: list[str]) -> str:

@@ -18,7 +18,8 @@ class InputGrads:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.switches = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+        name = "gradient_checkpointing"
+        self.switches = [m for m in model.modules() if name in m.__dict__ or hasattr(type(m), name)]
 
     def needed(self) -> bool:
         """Whether some block recomputes its forward in the reentrant way."""

@@ -18,6 +18,19 @@ from peft.core.storage import foreign_linear
 from peft.utils.error import NoEqualWeightError
 
 
+def unfilled(cls: type[nn.Module], *args: Any, **kwargs: Any) -> Any:
+    """A module of torch with memory for its parameters, in which no initial values are drawn."""
+    module = _UNFILLED[cls](*args, **kwargs)
+    module.__class__ = cls
+    return module
+
+
+_UNFILLED = {
+    cls: type(cls.__name__, (cls,), {"reset_parameters": lambda self: None})
+    for cls in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+}
+
+
 class Kind:
     """One kind of layer. Stateless; the module is passed in.
 
@@ -89,9 +102,9 @@ class Kind:
         return of_x, of_w
 
     def factor(self, m: nn.Module, r: int, bias: bool = False) -> tuple[nn.Module, nn.Module]:
-        """An empty low-rank pair (down, up) for this layer, with the shapes of the file format."""
+        """A low-rank pair (down, up) for this layer, with the shapes of the file format and no values yet."""
         inner, out = self.sizes(m)
-        return nn.Linear(inner, r, bias=False), nn.Linear(r, out, bias=bias)
+        return unfilled(nn.Linear, inner, r, bias=False), unfilled(nn.Linear, r, out, bias=bias)
 
     def compose(self, m: nn.Module, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """The dense weight that a pair stands for. Raises ValueError where no weight of the layer equals it."""
@@ -231,8 +244,8 @@ class Conv(Kind):
             )
         conv = self.types[0]
         options = {"stride": m.stride, "padding": m.padding, "dilation": m.dilation, "padding_mode": m.padding_mode}
-        down = conv(m.in_channels, r, m.kernel_size, bias=False, **options)
-        return down, conv(r, m.out_channels, 1, groups=m.groups, bias=bias)
+        down = unfilled(conv, m.in_channels, r, m.kernel_size, bias=False, **options)
+        return down, unfilled(conv, r, m.out_channels, 1, groups=m.groups, bias=bias)
 
     def compose(self, m: nn.Module, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         if reason := self.no_dense_pair(m):
@@ -374,7 +387,7 @@ class Stack(Kind):
 
     def factor(self, m: nn.Module, r: int, bias: bool = False) -> tuple[nn.Module, nn.Module]:
         experts, out, inner = self._experts(m)
-        return nn.Linear(inner, experts * r, bias=False), nn.Linear(experts * r, out, bias=bias)
+        return unfilled(nn.Linear, inner, experts * r, bias=False), unfilled(nn.Linear, experts * r, out, bias=bias)
 
     def compose(self, m: nn.Module, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         experts = self._experts(m)[0]

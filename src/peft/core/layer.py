@@ -155,7 +155,7 @@ class BaseTunerLayer(Switch, nn.Module):
         self._kept: dict[str, Any] = {}
         self._storage: tuple[tuple[type, type], Storage] | None = None
         for name, container in {**self.weights, **self.settings}.items():
-            setattr(self, name, container())
+            (self._modules if issubclass(container, nn.Module) else self.__dict__)[name] = container()
         if self.kind is not None:
             if not self.storage.can_read and (self.kind.through_weight or self.reads_weight):
                 raise ValueError(
@@ -217,6 +217,8 @@ class BaseTunerLayer(Switch, nn.Module):
             item = container[name]
             device, dtype = self.place_for(item)
             frozen = not isinstance(item, nn.Module | nn.Parameter)  # kept as exact as it was made
+            if _is_at(item, device, None if frozen else dtype):
+                continue
             moved = item.to(device=device, dtype=None if frozen else dtype)
             if isinstance(item, nn.Parameter) and moved is not item:
                 moved = nn.Parameter(moved.detach(), requires_grad=item.requires_grad)
@@ -280,7 +282,7 @@ class BaseTunerLayer(Switch, nn.Module):
             if not isinstance(item, nn.Module):
                 yield attribute, f"{attribute}.{name}", item
                 continue
-            for sub, tensor in item.state_dict(keep_vars=True).items():
+            for sub, tensor in _tensors_of(item):
                 saved = attribute if attribute in self.bare else f"{attribute}.{sub}"
                 yield saved, f"{attribute}.{name}.{sub}", tensor
 
@@ -669,6 +671,24 @@ class BaseTunerLayer(Switch, nn.Module):
 
     def extra_repr(self) -> str:
         return f"adapters={self.adapter_names}, active={self._active_adapter}"
+
+
+def _tensors_of(item: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """The tensors that a part is saved with."""
+    if item._modules or item._buffers or item._state_dict_hooks:
+        return list(item.state_dict(keep_vars=True).items())
+    return [(name, p) for name, p in item._parameters.items() if p is not None]
+
+
+def _is_at(item: torch.Tensor | nn.Module, device: torch.device | None, dtype: torch.dtype | None) -> bool:
+    """Whether a part is on this device and in this dtype already (None: any)."""
+    if isinstance(item, torch.Tensor):
+        tensors: Any = (item,)
+    elif item._modules or item._buffers:
+        return False  # its own rules may apply
+    else:
+        tensors = [p for p in item._parameters.values() if p is not None]
+    return all((device is None or t.device == device) and (dtype is None or t.dtype == dtype) for t in tensors)
 
 
 _ANY = Kind()  # how rows are taken from a module whose kind does not matter

@@ -100,16 +100,6 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requ
             p.requires_grad_(requires_grad)
 
 
-def mark_only_adapters_as_trainable(model: nn.Module) -> None:
-    """Freeze every parameter of the base model; those of adapters are left as they are."""
-    record = biases_of(model)
-    trained = {id(p) for _, p in record.parameters(record.applied)} if record and record.applied else set()
-    for site in walk(model):
-        for p in site.module._parameters.values():
-            if p is not None and id(p) not in trained:
-                p.requires_grad_(False)
-
-
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
     """Hold an adapter in float32 where it is in a 16-bit dtype, so that small updates are not rounded away.
 
@@ -118,8 +108,11 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
     if not autocast_adapter_dtype:
         return
     for _, wrapper in wrappers_of(model):
-        if isinstance(wrapper, ModulesToSaveWrapper):
-            continue
+        _widen(wrapper, adapter_name)
+
+
+def _widen(wrapper: nn.Module, adapter_name: str) -> None:
+    if not isinstance(wrapper, ModulesToSaveWrapper):
         for p in wrapper.adapter_parameters(adapter_name):
             if p.dtype in (torch.float16, torch.bfloat16):
                 p.data = p.data.float()
@@ -166,15 +159,34 @@ def active_of(model: nn.Module) -> list[str]:
     return next((active for _, wrapper in wrappers_of(model) if (active := wrapper.active_adapters)), [])
 
 
-def align(model: nn.Module) -> None:
-    """Let layers that are new in the model have the same adapters active, or be switched off, as the others."""
-    wrappers = [wrapper for _, wrapper in wrappers_of(model)]
-    active, off = active_of(model), any(wrapper.disable_adapters for wrapper in wrappers)
+def settle(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+    """What follows when an adapter has got its parts, in one pass.
+
+    The base model is frozen, and the new adapter until it is activated; it is held in float32
+    (:func:`cast_adapter_dtype`). Layers that are new have the same adapters active, or are switched off, as the rest.
+    """
+    record = biases_of(model)
+    trained = {id(p) for _, p in record.parameters(record.applied)} if record and record.applied else set()
+    wrappers = []
+    for site in walk(model):
+        for p in site.module._parameters.values():
+            if p is not None and p.requires_grad and id(p) not in trained:
+                p.requires_grad_(False)
+        wrappers += [wrapper for _, wrapper in site.wrappers]
+    active: list[str] = next((names for wrapper in wrappers if (names := wrapper._active_adapter)), [])
+    off = any(wrapper.disable_adapters for wrapper in wrappers)
     for wrapper in wrappers:
-        if active and not wrapper.active_adapters:
+        if adapter_name in wrapper:
+            wrapper.set_requires_grad(adapter_name, False)
+            if autocast_adapter_dtype:
+                _widen(wrapper, adapter_name)
+        if active and not wrapper._active_adapter:
             wrapper.set_adapter(active)
         if off:
             wrapper.enable_adapters(False)
+    if record and record.applied == adapter_name:
+        for _, p in record.parameters(adapter_name):
+            p.requires_grad_(False)
 
 
 ROUNDING = 0.01

@@ -139,10 +139,7 @@ class BaseTuner(nn.Module):
             if replicated:
                 restore_layers(model)
             raise
-        operations.mark_only_adapters_as_trainable(model)
-        operations.set_requires_grad(model, adapter_name, False)
-        operations.cast_adapter_dtype(model, adapter_name, autocast_adapter_dtype)
-        operations.align(model)
+        operations.settle(model, adapter_name, autocast_adapter_dtype)
 
     def prepare_config(self, config: Any, model: nn.Module, keys: set[str] | None) -> None:
         """Settle what the config leaves open: its targets in this model."""

@@ -10,7 +10,7 @@ from torch import nn
 from peft.core.layer import BaseTunerLayer
 
 
-@dataclass
+@dataclass(slots=True)
 class Site:
     """One module of the model, as an adapter sees it.
 
@@ -76,13 +76,15 @@ def walk(model: nn.Module, repeated: bool = False) -> Iterator[Site]:
         seen.add(id(module))
         inner = inner_name(module)
         if inner is not None:
-            stack.append((join(path, inner), key, module.get_submodule(inner), [*wrappers, (path, module)], above))
+            inside = module._modules[inner] if inner in module._modules else module.get_submodule(inner)
+            stack.append((join(path, inner), key, inside, [*wrappers, (path, module)], above))
             continue
         yield Site(path, key, module, wrappers, above)
-        around = [*above, *wrappers] if wrappers else above
-        for name, child in reversed(list(module._modules.items())):
-            if child is not None:
-                stack.append((join(path, name), join(key, name), child, [], around))
+        if module._modules:
+            around = [*above, *wrappers] if wrappers else above
+            for name, child in reversed(module._modules.items()):
+                if child is not None:
+                    stack.append((join(path, name), join(key, name), child, [], around))
 
 
 def join(path: str, name: str) -> str:

@@ -84,6 +84,7 @@ class TinyLoraLayer(LowRankLayer):
             weight = self.unmerged_weight().detach().flatten(1).float()
             u, s, v = torch.linalg.svd(weight.T if self.kind.lookup else weight, full_matrices=False)
             a, b = s[:r].sqrt()[:, None] * v[:r], u[:, :r] * s[:r].sqrt()
+            a, b = a.contiguous(), b.contiguous()  # as they come from a file, to the last bit of a product
         self.put(name, r=r, u=config.u, save_projection=config.save_projection, tinylora_P=p)
         self.put(name, tinylora_A=a, tinylora_B=b, tinylora_dropout=input_dropout(config.tinylora_dropout))
 

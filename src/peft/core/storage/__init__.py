@@ -28,19 +28,32 @@ _STORAGES: list[Storage] = [
 ]
 
 
+_PLAIN = _STORAGES[-1]
+_LINEARS: dict[type, Storage | None] = {}
+
+
 def register_storage(storage: Storage) -> None:
     """Add a storage; it is asked before those registered earlier. Open to third parties."""
     _STORAGES.insert(0, storage)
+    _LINEARS.clear()
 
 
 def storage_of(m: nn.Module, attribute: str) -> Storage:
     """The storage that keeps ``m.<attribute>``."""
-    return next(storage for storage in _STORAGES if storage.matches(m, attribute))
+    own = type(m).__module__.startswith("torch.nn.") and type(m._parameters.get(attribute)) is nn.Parameter
+    for storage in _STORAGES:
+        if not (own and storage.own_classes) and storage.matches(m, attribute):
+            return storage
+    return _PLAIN
 
 
 def foreign_linear(m: nn.Module) -> Storage | None:
     """The storage of a library whose class is a linear layer but no ``nn.Linear``; None for other modules."""
-    return next((s for s in _STORAGES if any(is_from(m, package, name) for package, name in s.linears)), None)
+    cls = type(m)
+    if cls not in _LINEARS:
+        found = (s for s in _STORAGES if any(is_from(m, package, name) for package, name in s.linears))
+        _LINEARS[cls] = next(found, None)
+    return _LINEARS[cls]
 
 
 __all__ = ["ForwardOnly", "Plain", "Quantized", "Storage", "foreign_linear", "register_storage", "storage_of"]

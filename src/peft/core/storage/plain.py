@@ -18,6 +18,7 @@ class Storage:
         lossless: whether what is written is what is read afterwards. If not, the original is kept for ``unmerge``.
         linears: ``(package, class)`` of layers that are linear without being ``nn.Linear``.
         slots: the attributes of a module that hold its weight.
+        own_classes: a plain ``nn.Parameter`` of a layer of torch's own is never meant, so there is no need to ask.
     """
 
     name: str | None = None
@@ -27,6 +28,7 @@ class Storage:
     lossless = True
     linears: ClassVar[tuple[tuple[str, str], ...]] = ()
     slots: ClassVar[tuple[str, ...]] = ()
+    own_classes = False
 
     def matches(self, m: nn.Module, attribute: str) -> bool:
         """Whether this storage keeps ``m.<attribute>``."""

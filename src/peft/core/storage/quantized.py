@@ -31,6 +31,7 @@ class Quantized(Storage):
     """
 
     lossless = False
+    own_classes = True
     slots: ClassVar[tuple[str, ...]] = ("weight",)
     install = ""
 

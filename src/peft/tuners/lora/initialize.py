@@ -14,12 +14,18 @@ if TYPE_CHECKING:
     from peft.tuners.lora.layer import LoraLayer
 
 
+def is_drawn(config: LoraConfig) -> bool:
+    """Whether A and B start without regard to the base weight, and leave it alone."""
+    return config.init_lora_weights in (True, False, "gaussian", "orthogonal")
+
+
 def initialize(layer: LoraLayer, name: str, config: LoraConfig) -> None:
     """Fill A and B of a fresh adapter. Every choice but False makes dW = 0."""
     init = config.init_lora_weights
-    if init is False:
-        return
     a, b = layer.pair(name)
+    if init is False:
+        _as_torch_does(layer, name)
+        return
     with torch.no_grad():
         if init == "orthogonal":
             for down, up in layer.kind.pairs(layer.get_base_layer(), a, b):
@@ -33,6 +39,16 @@ def initialize(layer: LoraLayer, name: str, config: LoraConfig) -> None:
             _zero_up(a, b, std=1 / layer.r[name] if init == "gaussian" else None)
         if layer.lora_bias[name]:
             layer.lora_B[name].bias.zero_()
+
+
+def _as_torch_does(layer: LoraLayer, name: str) -> None:
+    if layer.kind.lookup:
+        with torch.no_grad():
+            for table in layer.pair(name):
+                table.normal_()
+    else:
+        layer.lora_A[name].reset_parameters()
+        layer.lora_B[name].reset_parameters()
 
 
 def _zero_up(a: torch.Tensor, b: torch.Tensor, std: float | None) -> None:

@@ -11,11 +11,12 @@ from torch import nn
 
 from peft.config import resolve_pattern
 from peft.core.families import ScaledLayer
+from peft.core.filling import skip_values
 from peft.core.kinds import Kind
 from peft.core.storage import storage_of
 from peft.kernels import Factors, active_rate, is_bare_linear
 from peft.tuners.lora.config import LoraConfig
-from peft.tuners.lora.initialize import initialize
+from peft.tuners.lora.initialize import initialize, is_drawn
 from peft.tuners.lora.pairs import without_padding
 from peft.tuners.lora.variants import LoraVariant, TiedPair, resolve_variant
 
@@ -72,16 +73,17 @@ class LoraLayer(ScaledLayer):
             self.put(name, lora_variant=TiedPair())
             return
         self.allocate(name, r, config.lora_bias)
-        initialize(self, name, config)
+        if not (is_drawn(config) and skip_values()):
+            initialize(self, name, config)
         if (variant := resolve_variant(config)) is not None:
             self.put(name, lora_variant=variant)
             variant.init(self, name, config)
 
     def allocate(self, name: str, r: int, bias: bool = False) -> None:
-        """Make an empty pair of rank r, with the shapes of the file format."""
+        """Make a pair of rank r, with the shapes of the file format and no values yet."""
         if self.kind.lookup:
             out, tokens = self.shape
-            a, b = nn.Parameter(torch.randn(r, tokens)), nn.Parameter(torch.randn(out, r))
+            a, b = nn.Parameter(torch.empty(r, tokens)), nn.Parameter(torch.empty(out, r))
             self.put(name, lora_embedding_A=a, lora_embedding_B=b)
         else:
             down, up = self.kind.factor(self.get_base_layer(), r, bias)

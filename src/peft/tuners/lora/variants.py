@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from peft.core.filling import skip_values
+from peft.tuners.lora.initialize import is_drawn
+
 
 if TYPE_CHECKING:
     from peft.tuners.lora.config import LoraConfig
@@ -48,7 +51,10 @@ class DoraLinearVariant(LoraVariant):
 
     def init(self, layer: LoraLayer, name: str, config: LoraConfig) -> None:
         with torch.no_grad():
-            norm = self._norm(layer, name, layer.unmerged_weight())
+            if is_drawn(config) and skip_values():
+                norm = torch.empty(layer.shape[0])
+            else:
+                norm = self._norm(layer, name, layer.unmerged_weight())
         shaped = norm if len(layer.shape) == 2 else norm.view(1, -1, *[1] * (len(layer.shape) - 2))
         layer.put(name, lora_magnitude_vector=Magnitude(shaped))
 
