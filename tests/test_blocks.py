@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
-from architectures import ALL, DECODERS, ENCODER_DECODERS, build, inputs
+from architectures import ALL, DECODERS, ENCODER_DECODERS, ENCODERS, build, inputs
+from safetensors.torch import load_file
 from torch import nn
 from toys import Mlp
 
-from peft import (
-    AdaptionPromptConfig,
-    PeftModel,
-    get_peft_model,
-)
+from peft import AdaptionPromptConfig, BottleneckConfig, LoraConfig, PeftModel, get_peft_model
 from peft.core.blocks import ATTENTION, CROSS, FEEDFORWARD, find_blocks
 from peft.core.walk import layers_of
 
@@ -200,3 +198,283 @@ def test_prompts_are_refused_with_a_reason():
     model = prompted("llama")
     with pytest.raises(ValueError, match="no one weight equals it"):
         model.merge_and_unload()
+
+
+# --- bottleneck adapters ----------------------------------------------------------------------------------------
+
+NAMED = ("bert", "roberta", "gpt2", "opt", "llama", "qwen2", "mistral", "gemma", "gemma3", "t5", "bart", "vit")
+PRESETS = ("pfeiffer", "houlsby", "parallel", "scaled_parallel", "adapter_plus")
+EXACT = ("parallel", "scaled_parallel")
+"""Presets whose papers start W_up at zero; the others start near the identity."""
+
+
+def bottlenecked(name: str, preset: str = "houlsby", stirred: bool = True, **fields: Any) -> PeftModel:
+    torch.manual_seed(2)
+    kind = "SEQ_CLS" if name in ("bert", "roberta") else "SEQ_2_SEQ_LM" if name in ENCODER_DECODERS else "CAUSAL_LM"
+    config = BottleneckConfig(preset=preset, **{"reduction_factor": 4, **fields})
+    config.task_type = None if name in ENCODERS else kind
+    model = get_peft_model(build(name), config)
+    if stirred:
+        stir(model, size=0.1)
+    return model
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", NAMED)
+def test_a_bottleneck_starts_near_the_identity_trains_saves_and_loads(name, preset, tmp_path):
+    base = logits(build(name), name)
+    model = bottlenecked(name, preset, stirred=False)
+    start = (logits(model, name) - base).abs().max()
+    assert start < (1e-6 if preset in EXACT else 0.03)
+    trains(model, name, rate=0.03)
+    trained = logits(model, name)
+    differs(trained, base)
+    with model.disable_adapter():
+        gives(logits(model, name), base)
+    model.save_pretrained(str(tmp_path))
+    gives(logits(PeftModel.from_pretrained(build(name), str(tmp_path)), name), trained)
+    gives(logits(model.unload(), name), base)
+
+
+@pytest.mark.parametrize("name", NAMED)
+class TestBottleneck:
+    """What does not depend on the preset, on every architecture."""
+
+    def test_several_adapters_and_mixed_batches(self, name):
+        model = bottlenecked(name)
+        model.add_adapter("other", BottleneckConfig(preset="adapter+", reduction_factor=2, leave_out=[0]))
+        stir(model, "other", seed=5)
+        alone = {"default": logits(model, name), "__base__": logits(build(name), name)}
+        model.set_adapter("other")
+        alone["other"] = logits(model, name)
+        differs(alone["other"], alone["default"])
+        rows = ["other", "__base__", "default", "other"]
+        wanted = torch.stack([alone[row][i] for i, row in enumerate(rows)])
+        gives(logits(model, name, adapter_names=rows), wanted)
+        model.delete_adapter("other")
+        gives(logits(model, name), alone["default"])
+
+    def test_gradient_checkpointing_gives_the_same_gradients(self, name):
+        gradients = []
+        for checkpointed in (False, True):
+            model = bottlenecked(name)
+            if checkpointed:
+                model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
+            for module in model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0
+            model.base_model.model.train()(**inputs(name)).loss.backward()
+            gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+        for plain, again in zip(*gradients, strict=True):
+            gives(again, plain)
+
+    def test_generation_with_a_cache_is_generation_without(self, name):
+        if name in ENCODERS:
+            pytest.skip("it does not generate")
+        model = bottlenecked(name, cross_adapter=True)
+        assert torch.equal(greedy(model, name, True), greedy(model, name, False))
+
+    def test_a_copy_and_a_pickle_act_on_their_own(self, name, tmp_path):
+        model = bottlenecked(name)
+        wanted = logits(model, name)
+        twin = copy.deepcopy(model)
+        torch.save(model, tmp_path / "model.pt")
+        stir(model, seed=7)
+        differs(logits(model, name), wanted)
+        gives(logits(twin, name), wanted)
+        gives(logits(torch.load(tmp_path / "model.pt", weights_only=False), name), wanted)
+
+
+def by_the_book(config: BottleneckConfig, u: Any, h: torch.Tensor, x: torch.Tensor, norm: Any) -> torch.Tensor:
+    """What a sequential adapter makes of a sub-layer's output h and the stream x, step by step."""
+    residual = read = h
+    if config.original_ln_before:
+        read = norm(h + x)
+        residual = {True: h, "post_add": h + x, False: read}[config.residual_before_ln]
+    out = u(read, residual) + residual
+    return norm(out + x) if config.original_ln_after else out
+
+
+ORDERS = [
+    {"original_ln_before": before, "original_ln_after": after, "residual_before_ln": residual, **own}
+    for before in (True, False)
+    for after in (True, False)
+    for residual in ((True, "post_add", False) if before else (True,))
+    for own in ({}, {"ln_before": True, "ln_after": True, "adapter_residual_before_ln": True})
+]
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=lambda order: "-".join(str(value) for value in order.values()))
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_the_order_of_sums_and_norms_is_the_one_asked_for(name, order):
+    """BERT normalises the sum, LLaMA what a sub-layer reads: there N is left out."""
+    model = bottlenecked(name, "pfeiffer", **order)
+    layer = list(layers_of(model))[-1][1]
+    block, seen = layer.base_layer, {}
+    stream, out = (block.output, block.output.dense) if name == "bert" else (block.post_attention_layernorm, block.mlp)
+    handles = [
+        stream.register_forward_pre_hook(lambda module, args: seen.update(x=args[-1])),
+        layer.register_forward_hook(lambda module, args, output: seen.update(y=output)),
+    ]
+    logits(model, name)
+    for handle in handles:
+        handle.remove()
+    bottleneck, norm = layer.bottleneck_feedforward["default"], block.output.LayerNorm if name == "bert" else None
+    with torch.no_grad():
+        x = seen["x"]
+        h = out.forward(block.intermediate(x) if name == "bert" else stream.forward(x))
+        plain = norm.forward if norm is not None else lambda z: z
+        wanted = by_the_book(model.peft_config["default"], bottleneck, h, x, plain)
+    y = seen["y"] if isinstance(seen["y"], torch.Tensor) else seen["y"][0]
+    gives(y, wanted)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_a_parallel_adapter_reads_what_the_network_reads(name):
+    model = bottlenecked(name, "parallel")
+    layer = list(layers_of(model))[-1][1]
+    block, seen = layer.base_layer, {}
+    first, out = (block.intermediate, block.output.dense) if name == "bert" else (block.mlp, block.mlp)
+    logits(model, name)
+    first.register_forward_pre_hook(lambda module, args: seen.update(x=args[0]))
+    out.register_forward_hook(lambda module, args, output: seen.update(h=output))
+    logits(model, name)
+    with torch.no_grad():
+        h = out.forward(block.intermediate.forward(seen["x"]) if name == "bert" else seen["x"])
+        adapter = layer.bottleneck_feedforward["default"]
+        u = adapter.up(torch.relu(adapter.down(seen["x"]))) * 4
+    gives(seen["h"], h + u)
+
+
+def test_the_fields_do_what_they_say():
+    def of(**fields: Any) -> nn.Module:
+        model = bottlenecked("llama", "pfeiffer", **fields)
+        return next(layer for _, layer in layers_of(model)).bottleneck_feedforward["default"]
+
+    torch.manual_seed(0)
+    h = torch.randn(3, 5, 16)
+    with torch.no_grad():
+        assert of(reduction_factor=0.5).down.out_features == 32
+        assert of(reduction_factor={0: 8, "default": 2}).down.out_features == 2
+        plain = of(non_linearity="tanh")
+        u = plain.up(torch.tanh(plain.down(h)))
+        gives(plain(h, h), u)
+        gives(of(non_linearity="tanh", scaling=3.0)(h, h), 3 * u)
+        one, channels = of(scaling="learned"), of(scaling="channel")
+        assert one.scale.shape == (1,) and channels.scale.shape == (16,)
+        gives(channels(h, h), channels.up(torch.relu(channels.down(h))) * channels.scale)
+        gated = of(use_gating=True)
+        gate = torch.sigmoid(gated.gate(h)).mean(1, keepdim=True)
+        gives(gated(h, h), gated.up(torch.relu(gated.down(h))) * gate)
+        normed = of(ln_before=True, ln_after=True)
+        gives(normed(h, h), normed.norm_after(normed.up(torch.relu(normed.down(normed.norm_before(h))))))
+        dropped = of(dropout=0.5).train()(h, h)
+        assert 0.2 < (dropped == 0).float().mean() < 0.8
+        many = torch.randn(400, 1, 16)
+        deep = of(stochastic_depth=0.25)
+        rows = deep.train()(many, many)
+        left = (rows == 0).all(-1).all(-1)
+        assert 0.15 < left.float().mean() < 0.35
+        gives(rows[~left], deep.eval()(many, many)[~left] / 0.75)
+
+
+@pytest.mark.parametrize(("start", "bound"), [("bert", 0.1), ("houlsby", 0.0201), ("mam_adapter", 0.3)])
+def test_bottlenecks_start_as_asked(start, bound):
+    model = bottlenecked("llama", "pfeiffer", stirred=False, init_weights=start, reduction_factor=1)
+    adapter = next(layer for _, layer in layers_of(model)).bottleneck_feedforward["default"]
+    assert adapter.down.weight.abs().max() <= bound
+    assert bool((adapter.up.weight == 0).all()) == (start == "mam_adapter")
+    assert adapter.down.bias.abs().max() == adapter.up.bias.abs().max() == 0
+
+
+def test_blocks_are_left_out_and_cross_attentions_taken_in():
+    model = bottlenecked("t5", "pfeiffer", leave_out=[0, 2], output_adapter=False, cross_adapter=True)
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert {name.partition(".bottleneck_")[0] for name in names} == {"base_model.model.decoder.block.1"}
+    assert all(".bottleneck_cross.default." in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"preset": "pfeifer"}, "pfeiffer"),
+        ({"scaling": "chanel"}, "'learned' or 'channel'"),
+        ({"reduction_factor": 0}, "should be positive"),
+        ({"reduction_factor": {"0": 4}}, "should have a 'default'"),
+        ({"non_linearity": "rellu"}, "Did you mean 'relu'"),
+        ({"leave_out": [0, 1]}, "leave_out=.0, 1. are left out"),
+        ({"output_adapter": False}, "stands at no sub-layer"),
+    ],
+)
+def test_what_has_no_meaning_is_refused(fields, message):
+    base = build("llama")
+    before = [name for name, _ in base.named_modules()]
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(base, BottleneckConfig(**fields))
+    assert [name for name, _ in base.named_modules()] == before
+
+
+def test_a_model_without_blocks_is_refused():
+    with pytest.raises(ValueError, match="it has 0 transformer blocks"):
+        get_peft_model(Mlp(), BottleneckConfig())
+
+
+def test_the_saved_config_names_what_the_preset_means(tmp_path):
+    model = bottlenecked("llama", "par_bn", scaling=2.0)
+    model.save_pretrained(str(tmp_path))
+    config = BottleneckConfig.from_pretrained(str(tmp_path))
+    assert (config.is_parallel, config.scaling, config.init_weights) == (True, 2.0, "mam_adapter")
+    file = load_file(tmp_path / "adapter_model.safetensors")
+    assert "base_model.model.model.layers.0.bottleneck_feedforward.down.weight" in file
+
+
+@pytest.mark.parametrize("first", ["lora", "bottleneck", "prompt"])
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_a_bottleneck_a_lora_and_a_prompt_act_together(name, first):
+    """Whichever comes first: the adapter in a block reads what the adapted sub-layers give."""
+    targets = ["query", "output.dense"] if name == "bert" else ["q_proj", "down_proj"]
+    configs: dict[str, Any] = {
+        "lora": LoraConfig(target_modules=targets, r=2),
+        "bottleneck": BottleneckConfig(preset="houlsby", reduction_factor=4),
+        "prompt": AdaptionPromptConfig(adapter_len=2, adapter_layers=1),
+    }
+    order = [first, *(key for key in configs if key != first)]
+    torch.manual_seed(0)
+    model = get_peft_model(build(name), configs[first], adapter_name=first, mixed=True)
+    for key in order[1:]:
+        model.add_adapter(key, configs[key])
+    for seed, key in enumerate(configs):
+        stir(model, key, seed=seed, size=0.2)
+    model.set_adapter(order)
+    together = logits(model, name)
+    assert all(p.requires_grad for _, layer in layers_of(model) for k in order for p in layer.adapter_parameters(k))
+    model.set_adapter(["lora", "prompt"])
+    differs(logits(model, name), together)
+    parts = {key: {} for key in configs}
+    for path, layer in layers_of(model):
+        for key in configs:
+            for saved, _, tensor in layer.adapter_state(key):
+                parts[key][plain_path(path), saved] = tensor
+    # LoRA in the weights, then the others
+    base = build(name)
+    merged = get_peft_model(base, configs["lora"], adapter_name="lora")
+    put(merged, "lora", parts["lora"])
+    again = get_peft_model(merged.merge_and_unload(), configs["prompt"], adapter_name="prompt", mixed=True)
+    again.add_adapter("bottleneck", configs["bottleneck"])
+    again.set_adapter(["prompt", "bottleneck"])
+    for key in ("prompt", "bottleneck"):
+        put(again, key, parts[key])
+    gives(logits(again, name), together)
+
+
+def put(model: nn.Module, adapter: str, parts: dict[tuple[str, str], torch.Tensor]) -> None:
+    """Fill an adapter with tensors by (layer in the plain model, name in the file)."""
+    with torch.no_grad():
+        for path, layer in layers_of(model):
+            for saved, _, tensor in layer.adapter_state(adapter):
+                tensor.copy_(parts[plain_path(path), saved])
+
+
+def plain_path(path: str) -> str:
+    """The name of a layer in the plain model."""
+    return path.replace(".base_layer", "").removeprefix("base_model.model.")

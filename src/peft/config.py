@@ -305,7 +305,7 @@ class PeftConfigMixin(Options):
     field), and the version of this package otherwise. Saving writes the version of this package.
     """
 
-    METHOD: ClassVar[PeftType | None] = None  # the method this class configures; None for shared base classes
+    METHOD: ClassVar[PeftType | str | None] = None  # the method this class configures; None for shared base classes
     NOT_YET: ClassVar[dict[str, NotYet]] = {}  # field -> values that are refused for now
 
     task_type: str | TaskType | None = option(

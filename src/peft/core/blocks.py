@@ -15,7 +15,7 @@ from peft.core.layer import BaseTunerLayer
 from peft.core.roles import find_roles
 from peft.core.targeting import Target
 from peft.core.tuner import BaseTuner
-from peft.core.walk import Site, join, walk
+from peft.core.walk import Site, join, unwrapped, walk
 
 
 ATTENTION, CROSS, FEEDFORWARD = "attention", "cross", "feedforward"
@@ -47,7 +47,6 @@ class Block:
 
     key: str
     index: int
-    module: nn.Module
     sublayers: list[SubLayer]
     norms: list[str] = field(default_factory=list)
 
@@ -74,7 +73,7 @@ def find_blocks(model: nn.Module) -> list[Block]:
             sublayers = _sublayers(key, sites, all_norms, inside)
             if any(part.role == FEEDFORWARD for part in sublayers):
                 norms = [k.removeprefix(f"{key}.") for k in _norms(key, all_norms, inside)]
-                blocks[key] = Block(key, 0, sites[key].module, sublayers, norms)
+                blocks[key] = Block(key, 0, sublayers, norms)
                 break
     order = {key: place for place, key in enumerate(sites)}
     found = sorted(blocks.values(), key=lambda block: order[block.key])
@@ -180,18 +179,19 @@ class BlockLayer(BaseTunerLayer):
         groups, _ = self.context.groups(self.context.adapter_names, x.shape[0], x.device)
         return [(name, rows if len(groups) > 1 else None) for name, rows in groups if name in self]
 
-    def added(self, y: torch.Tensor, update: Callable[..., torch.Tensor], *given: torch.Tensor) -> torch.Tensor:
+    def added(self, y: torch.Tensor, update: Callable[..., torch.Tensor | None], *given: torch.Tensor) -> torch.Tensor:
         """y ``[batch, ...]`` and, for each adapter, ``update(name, *given)`` of its own rows, added to them."""
         for name, rows in self.acting(y):
             own = given if rows is None else [x.index_select(0, rows) for x in given]
-            new = update(name, *(self.cast(name, x) for x in own)).to(y.dtype)
-            y = y + new if rows is None else y.index_add(0, rows, new)
+            new = update(name, *(self.cast(name, x) for x in own))
+            if new is not None:
+                y = y + new.to(y.dtype) if rows is None else y.index_add(0, rows, new.to(y.dtype))
         return y
 
 
 def first_input(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
     """The tensor that a call hands over first, by position or by name."""
-    return args[0] if args else kwargs[next(iter(inspect.signature(module.forward).parameters))]
+    return args[0] if args else kwargs[next(iter(inspect.signature(unwrapped(module).forward).parameters))]
 
 
 def first_output(output: Any) -> torch.Tensor:
@@ -210,6 +210,13 @@ def width_of(module: nn.Module) -> int:
     return next(kind.sizes(layer)[0] for layer, kind in kinds if kind is not None and not kind.lookup)
 
 
+@dataclass
+class BlockTarget(Target):
+    """A whole block to adapt."""
+
+    block: Block | None = None
+
+
 class BlockTuner(BaseTuner):
     """Applies a method to modules that are found by the structure of the model: :meth:`find`."""
 
@@ -223,6 +230,12 @@ class BlockTuner(BaseTuner):
 
     def prepare_config(self, config: Any, model: nn.Module, keys: set[str] | None) -> None:
         self._keys = keys
+
+    def _layer_for(self, model: nn.Module, target: Target) -> BaseTunerLayer:
+        layer = super()._layer_for(model, target)
+        if isinstance(target, BlockTarget):
+            layer.block = target.block  # type: ignore[assignment]
+        return layer
 
     def targets_of(self, config: Any, model: nn.Module) -> list[Target]:
         found = self.find(config, model)

@@ -121,6 +121,9 @@ class BaseTunerLayer(Switch, nn.Module):
         """The one tensor that :meth:`as_saved` has written as several, in the parts named in ``split``."""
         raise NotImplementedError
 
+    def release(self) -> None:
+        """Undo what the layer has done to other modules; called when it leaves the model."""
+
     def upgrade(self, name: str, written_by: str) -> None:
         """Adjust an adapter just loaded from a file of another version, where the two mean different things."""
 

@@ -148,6 +148,8 @@ def remove(model: nn.Module, adapter_name: str, layer_cls: type[nn.Module] = Bas
                 del getattr(wrapper, attribute)[adapter_name]
         wrapper.delete_adapter(adapter_name)
         if path and not wrapper.adapter_names:
+            if isinstance(wrapper, BaseTunerLayer):
+                wrapper.release()
             inner = wrapper.base_layer if isinstance(wrapper, BaseTunerLayer) else wrapper.unload(merge=False)
             replace_module(model, path, inner)
     if record := biases_of(model):
@@ -382,6 +384,8 @@ def unload(
     for site in tqdm(sites, disable=not progressbar, desc="Unloading and merging" if merge_first else "Unloading"):
         plain = site.module
         for _, wrapper in site.wrappers:
+            if isinstance(wrapper, BaseTunerLayer):
+                wrapper.release()
             if isinstance(wrapper, AuxiliaryTrainingWrapper):
                 inside = wrapper.unload(merge_first, adapter_names)
                 plain = plain if isinstance(inside, BaseTunerLayer) else inside

@@ -51,7 +51,7 @@ def define_tuner(
     tuner = type(
         tuner_name, (base,), {**members, "target_module_mapping": targets or {}, "__doc__": doc, **attributes}
     )
-    method = config_cls.METHOD.value.lower()
+    method = str(getattr(config_cls.METHOD, "value", config_cls.METHOD)).lower()
     register_peft_method(name=method, config_cls=config_cls, model_cls=tuner, prefix=prefix, is_mixed_compatible=mixed)
     alias_submodules(module)
     return tuner

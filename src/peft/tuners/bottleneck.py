@@ -1,0 +1,199 @@
+"""Bottleneck adapters: u(h) = s W_up f(W_down h) after or beside the sub-layers of each transformer block.
+
+Sequential (Pfeiffer et al. 2020, arXiv 2005.00052; Houlsby et al. 2019, arXiv 1902.00751), parallel (He et al. 2022,
+arXiv 2110.04366), and Adapter+ (Steitz and Roth 2024, arXiv 2406.06820).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from peft.config import ModulesToSave, option
+from peft.core.blocks import ATTENTION, CROSS, FEEDFORWARD, width_of
+from peft.core.insertion import InsertLayer, InsertTuner, Joint
+from peft.core.registry import define_tuner
+from peft.utils.error import ConfigError, nearest
+
+
+_COMMON: dict[str, Any] = {
+    "mh_adapter": False, "output_adapter": True, "is_parallel": False, "scaling": 1.0, "init_weights": "bert",
+    "residual_before_ln": True, "original_ln_before": False, "original_ln_after": True, "stochastic_depth": 0.0,
+}  # fmt: skip
+_PFEIFFER = {"reduction_factor": 16, "non_linearity": "relu", "original_ln_before": True}
+_HOULSBY = {"reduction_factor": 16, "non_linearity": "swish", "mh_adapter": True}
+_PARALLEL = {
+    "reduction_factor": 2, "non_linearity": "relu", "is_parallel": True, "scaling": 4.0, "init_weights": "mam_adapter",
+}  # fmt: skip
+_PLUS = {
+    "reduction_factor": 96, "non_linearity": "gelu", "scaling": "channel", "init_weights": "houlsby",
+    "residual_before_ln": False, "original_ln_before": True, "original_ln_after": False, "stochastic_depth": 0.1,
+}  # fmt: skip
+PRESETS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("pfeiffer", "seq_bn"), _PFEIFFER),
+    **dict.fromkeys(("houlsby", "double_seq_bn"), _HOULSBY),
+    **dict.fromkeys(("parallel", "par_bn"), _PARALLEL),
+    **dict.fromkeys(("scaled_parallel", "scaled_par_bn"), {**_PARALLEL, "scaling": "learned"}),
+    **dict.fromkeys(("adapter_plus", "adapter+"), _PLUS),
+}
+"""Name of a preset -> the fields that it sets; those given besides it win."""
+
+
+@dataclass
+class BottleneckConfig(ModulesToSave):
+    """Config of bottleneck adapters. Fields left out have the values of the preset."""
+
+    METHOD: ClassVar[str] = "BOTTLENECK"
+
+    preset: str = option(
+        "pfeiffer",
+        "Where the other fields start: 'pfeiffer' (sequential, after the feed-forward network), 'houlsby' (after the "
+        "attention as well), 'parallel' and 'scaled_parallel' (beside the feed-forward network), 'adapter_plus'. The "
+        "names seq_bn, double_seq_bn, par_bn, scaled_par_bn and adapter+ mean the same.",
+        choices=PRESETS,
+    )
+    mh_adapter: bool = option(None, "Put an adapter at the self-attention.")
+    output_adapter: bool = option(None, "Put an adapter at the feed-forward network.")
+    cross_adapter: bool = option(False, "Put an adapter at the attention of a decoder to its encoder.")
+    reduction_factor: Any = option(
+        None,
+        "Width of the hidden states over width of the bottleneck; below 1 for wider ones. A dict has one for each "
+        "numbered block, {'0': 8, 'default': 16}; blocks are counted over the whole model, an encoder's first.",
+    )
+    non_linearity: str = option(None, "Activation f, by the name that transformers has for it, such as 'gelu'.")
+    is_parallel: bool = option(None, "Read the input of the sub-layer (beside it) instead of its output.")
+    scaling: float | str = option(
+        None, "Factor s: a number, 'learned' for one trained number, or 'channel' for one a feature; trained from 1."
+    )
+    use_gating: bool = option(
+        False, "Multiply by a gate for each sample, the mean over tokens of sigmoid(w h + b): of those of the call."
+    )
+    dropout: float = option(0.0, "Dropout on the adapter's output.", minimum=0, below=1)
+    stochastic_depth: float = option(
+        None, "Probability to leave the adapter out for a sample in training.", minimum=0, below=1
+    )
+    init_weights: str = option(
+        None,
+        "Start of W_down and W_up: 'bert' (both N(0, 0.02^2)), 'mam_adapter' (Kaiming, and zero: the identity) or "
+        "'houlsby' (N(0, 0.01^2) cut off at 0.02). Biases start at zero.",
+        choices=("bert", "mam_adapter", "houlsby"),
+    )
+    ln_before: bool = option(False, "A trained layer norm of the adapter's own before W_down.")
+    ln_after: bool = option(False, "A trained layer norm of the adapter's own after W_up.")
+    adapter_residual_before_ln: bool = option(
+        False, "With ln_after: add the residual before that norm instead of after it."
+    )
+    original_ln_before: bool = option(
+        None,
+        "A sequential adapter reads N(h + x), with x the residual stream, h the sub-layer's output, and N the block's "
+        "normalisation of the sum where it has one (BERT, BART); otherwise it reads h.",
+    )
+    original_ln_after: bool = option(
+        None, "Add x, and apply N where the block has it, to the sum of h and a sequential adapter's output."
+    )
+    residual_before_ln: bool | str = option(
+        None,
+        "What is added to the output of an adapter that reads N(h + x): h (True), h + x ('post_add'), or N(h + x).",
+        choices=(True, False, "post_add"),
+    )
+    leave_out: list[int] = option(list, "Numbers of the blocks that get no adapter.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value in {**_COMMON, **PRESETS[self.preset]}.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        if isinstance(self.scaling, str) and self.scaling not in ("learned", "channel"):
+            raise ConfigError(
+                f"BottleneckConfig: scaling should be a number, 'learned' or 'channel': {self.scaling!r}."
+            )
+        if not isinstance(self.reduction_factor, dict):
+            self.reduction_factor = {"default": self.reduction_factor}
+        self.reduction_factor = {str(key): value for key, value in self.reduction_factor.items()}
+        if "default" not in self.reduction_factor or min(self.reduction_factor.values()) <= 0:
+            raise ConfigError(
+                "BottleneckConfig: reduction_factor should be positive, and a dict of them should have a 'default': "
+                f"{self.reduction_factor!r}."
+            )
+
+    def roles(self) -> list[str]:
+        """The kinds of sub-layers that get an adapter."""
+        wanted = {ATTENTION: self.mh_adapter, CROSS: self.cross_adapter, FEEDFORWARD: self.output_adapter}
+        return [role for role, here in wanted.items() if here]
+
+
+class Bottleneck(nn.Module):
+    """u(h) for hidden states ``[batch, ..., width]``, with W_down ``[c, width]``, W_up ``[width, c]`` and biases."""
+
+    def __init__(self, config: BottleneckConfig, width: int, index: int) -> None:
+        super().__init__()
+        from transformers.activations import ACT2FN
+
+        if config.non_linearity not in ACT2FN:
+            hint = nearest(config.non_linearity, ACT2FN)
+            raise ConfigError(f"BottleneckConfig: unknown non_linearity {config.non_linearity!r}.{hint}")
+        factor = config.reduction_factor.get(str(index), config.reduction_factor["default"])
+        self.config, inner = config, max(1, int(width // factor))
+        self.down, self.act, self.up = nn.Linear(width, inner), ACT2FN[config.non_linearity], nn.Linear(inner, width)
+        if isinstance(config.scaling, str):
+            self.scale = nn.Parameter(torch.ones(width if config.scaling == "channel" else 1))
+        self.gate = nn.Linear(width, 1) if config.use_gating else None
+        self.norm_before, self.norm_after = (
+            nn.LayerNorm(width) if wanted else None for wanted in (config.ln_before, config.ln_after)
+        )
+        for layer in filter(None, (self.down, self.up, self.gate)):
+            nn.init.zeros_(layer.bias)
+            if config.init_weights == "houlsby":
+                nn.init.trunc_normal_(layer.weight, std=0.01, a=-0.02, b=0.02)
+            else:
+                nn.init.normal_(layer.weight, std=0.02)
+        if config.init_weights == "mam_adapter":
+            nn.init.kaiming_uniform_(self.down.weight, a=5**0.5)
+            nn.init.zeros_(self.up.weight)
+
+    def forward(self, h: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """u(h), which is to be added to ``residual``."""
+        config = self.config
+        u = self.up(self.act(self.down(h if self.norm_before is None else self.norm_before(h))))
+        u = u * (self.scale if isinstance(config.scaling, str) else config.scaling)
+        if self.gate is not None:
+            u = u * torch.sigmoid(self.gate(h)).flatten(1).mean(1).view(-1, *[1] * (h.dim() - 1))
+        u = F.dropout(u, config.dropout, self.training)
+        if self.training and config.stochastic_depth:
+            kept = torch.rand(len(u), *[1] * (u.dim() - 1), device=u.device) >= config.stochastic_depth
+            u = u * kept / (1 - config.stochastic_depth)
+        if self.norm_after is None:
+            return u
+        return self.norm_after(u + residual) - residual if config.adapter_residual_before_ln else self.norm_after(u)
+
+
+class BottleneckLayer(InsertLayer):
+    """Wraps a transformer block; holds one bottleneck for each kind of sub-layer that the config names."""
+
+    weights: ClassVar[dict[str, type]] = {
+        f"bottleneck_{role}": nn.ModuleDict for role in (ATTENTION, CROSS, FEEDFORWARD)
+    }
+    settings: ClassVar[dict[str, type]] = {"joints": dict}
+
+    def update_layer(self, name: str, config: BottleneckConfig, key: str) -> None:
+        residual = {"True": "output", "False": "normed"}.get(str(config.residual_before_ln), "sum")
+        self.put(name, joints=Joint(config.is_parallel, config.original_ln_before, residual, config.original_ln_after))
+        for part in self.block.sublayers:
+            if part.role in config.roles():
+                module = Bottleneck(config, width_of(self.base_layer), self.block.index)
+                self.put(name, **{f"bottleneck_{part.role}": module})
+
+    def joint(self, name: str, role: str) -> Joint | None:
+        return self.joints[name] if name in getattr(self, f"bottleneck_{role}") else None
+
+    def change(self, name: str, role: str, h: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return getattr(self, f"bottleneck_{role}")[name](h, residual)
+
+
+BottleneckModel = define_tuner(
+    "BottleneckModel", BottleneckLayer, BottleneckConfig, prefix="bottleneck_", mixed=True, base=InsertTuner
+)
