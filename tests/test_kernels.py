@@ -393,3 +393,140 @@ def test_fully_sharded(tmp_path):
         assert any(isinstance(g, DTensor) for g in got.values())
         got = {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in got.items()}
     assert_equal(got, wanted)
+
+
+# --- rows with different adapters -------------------------------------------------------------------------------
+NAMES = ["default", "a1", "__base__", "a2", "a1", "default"]
+
+
+def several(rates: tuple[float, ...] = (0.0, 0.0, 0.0), dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The net with three adapters of different ranks and targets."""
+    torch.manual_seed(0)
+    ranks, targets = (3, 5, 2), (LAYERS, LAYERS, LAYERS[:3])
+    configs = [
+        LoraConfig(r=r, target_modules=t, init_lora_weights=False, lora_dropout=p)
+        for r, t, p in zip(ranks, targets, rates)
+    ]
+    model = get_peft_model(Net().to(dtype), configs[0])
+    model.add_adapter("a1", configs[1])
+    model.add_adapter("a2", configs[2])
+    model.base_model.set_requires_grad(["default", "a1", "a2"])
+    return model.train()
+
+
+def run_mixed(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Output and gradients of a batch whose rows have different adapters."""
+    inner = model.forward
+    model.forward = lambda x: inner(x, adapter_names=NAMES)
+    try:
+        return run(model, x)
+    finally:
+        del model.forward
+
+
+@pytest.fixture
+def grouped_calls(monkeypatch) -> list[int]:
+    """Rows of each call of the grouped product."""
+    from peft.core import families
+    from peft.kernels.grouped import grouped_linear
+
+    calls = []
+
+    def count(owner, base, x, *args):
+        calls.append(len(x))
+        return grouped_linear(owner, base, x, *args)
+
+    monkeypatch.setattr(families, "grouped_linear", count)
+    return calls
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 3), (6, 40), (6, 2, 2)], ids=str)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)], ids=str)
+def test_rows_with_different_adapters_equal_a_loop_over_them(shape, dtype, tolerance, grouped_calls):
+    model, x = several(dtype=dtype), batch(*shape, dtype=dtype)
+    got = run_mixed(model, x)
+    assert len(grouped_calls) == len(LAYERS)
+    with plain():
+        wanted = run_mixed(model, x)
+    assert len(grouped_calls) == len(LAYERS)
+    assert_equal(got, wanted, tolerance)
+    with torch.no_grad():
+        for _ in range(2):  # the second call uses the stacks of the first
+            assert_equal({"y": model(x, adapter_names=NAMES)}, {"y": wanted["y"]}, tolerance)
+
+
+@pytest.mark.parametrize("length", [1, 40])
+def test_rows_with_dropout(length):
+    """The same seeds, and the masks as modules."""
+    model, x = several((0.3, 0.3, 0.3)), batch(6, length)
+    torch.manual_seed(5)
+    got = run_mixed(model, x)
+    torch.manual_seed(5)
+    for name in LAYERS:
+        layer, seed = getattr(model.base_model.model, name), draw_seed()
+        mask = zero_dropped_(torch.ones(6, length, layer.in_features), 0.3, seed) / 0.7
+        for adapter in layer.adapter_names:
+            rows = [i for i, n in enumerate(NAMES) if n == adapter]
+            layer.lora_dropout[adapter] = Masked(mask[rows])
+    assert_equal(got, run_mixed(model, x))
+
+
+class Masked(nn.Module):
+    """Multiplies by a tensor."""
+
+    def __init__(self, mask: torch.Tensor) -> None:
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x times the mask."""
+        return x * self.mask
+
+
+def test_different_rates_of_dropout_fall_back_to_the_loop(grouped_calls):
+    model = several((0.3, 0.1, 0.0))
+    run_mixed(model, batch(6, 2))
+    assert not grouped_calls
+
+
+def test_stacks_follow_their_adapters():
+    model, x = several().eval(), batch(6, 2)
+
+    def check() -> torch.Tensor:
+        with torch.no_grad():
+            got = model(x, adapter_names=NAMES)
+            with plain():
+                torch.testing.assert_close(got, model(x, adapter_names=NAMES))
+        return got
+
+    before = check()
+    layer = model.base_model.model.down
+    changes = [
+        lambda: (layer.lora_A["a1"].weight.data.fill_(1), model.eval()),  # the version does not tell: .data
+        lambda: nn.init.ones_(layer.lora_B["default"].weight),
+        lambda: setattr(layer.lora_A["default"].weight, "data", torch.ones(3, 12)),
+        lambda: layer.set_scale("a1", 3.0),
+        lambda: (
+            model.delete_adapter("a2"),
+            model.add_adapter("a2", LoraConfig(r=4, target_modules=LAYERS, init_lora_weights=False)),
+        ),
+    ]
+    for change in changes:
+        change()
+        after = check()
+        assert not torch.equal(before, after)
+        before = after
+
+
+def test_several_adapters_train_from_one_batch():
+    model, x = several(), batch(6, 2)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    losses = []
+    for _ in range(20):
+        loss = model(x, adapter_names=NAMES)[[0, 1, 3, 4, 5]].pow(2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert all(g is not None and g.any() for g in grads.values()) and losses[-1] < 0.5 * losses[0]

@@ -508,7 +508,6 @@ class PeftModel(PushToHubMixin, nn.Module):
             warnings.warn(_listed("the checkpoint has tensors that the adapter does not", result.unexpected_keys))
         return result
 
-
     def _start_over(self, name: str, autocast_adapter_dtype: bool) -> None:
         """Allocate an adapter anew, with its initial values."""
         model, active = self.get_base_model(), self.active_adapters

@@ -104,7 +104,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         if rows is None or self._disable_adapters:
             return self._module()(*args, **kwargs)
         kind, x = Kind(), args[0] if args else next(iter(kwargs.values()))
-        groups, order = self.context.groups(tuple(rows), x.shape[0], x.device)
+        groups, order, _ = self.context.groups(tuple(rows), x.shape[0], x.device)
         parts = []
         for name, index in groups:
             module = self.modules_to_save[name] if name in self else self.original_module

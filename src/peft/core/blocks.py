@@ -176,7 +176,7 @@ class BlockLayer(BaseTunerLayer):
             return [(name, None) for name in self.context.current if name in self]
         if self.context.adapter_names is None:
             return [(name, None) for name in self._live()]
-        groups, _ = self.context.groups(self.context.adapter_names, x.shape[0], x.device)
+        groups = self.context.groups(self.context.adapter_names, x.shape[0], x.device).parts
         return [(name, rows if len(groups) > 1 else None) for name, rows in groups if name in self]
 
     def added(self, y: torch.Tensor, update: Callable[..., torch.Tensor | None], *given: torch.Tensor) -> torch.Tensor:

@@ -6,12 +6,26 @@ The facts stay until the next call replaces them: gradient checkpointing reads t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 
 BASE = "__base__"  # the adapter name of rows that use no adapter
+
+
+class Groups(NamedTuple):
+    """The rows of a batch by adapter.
+
+    Attributes:
+        parts: the rows of each adapter, the adapters in the order in which the rows name them.
+        order: where each row of the batch stands once the parts are put one after another.
+        index: which of the parts each row of the batch belongs to.
+    """
+
+    parts: list[tuple[str, torch.Tensor]]
+    order: torch.Tensor
+    index: torch.Tensor
 
 
 class Context:
@@ -33,7 +47,7 @@ class Context:
         self.current: list[str] | None = None
         self.rows: tuple[torch.Tensor, int] | None = None
         self.held = False
-        self._groups: dict[tuple, tuple[list[tuple[str, torch.Tensor]], torch.Tensor]] = {}
+        self._groups: dict[tuple, Groups] = {}
 
     def set_adapter_names(self, names: Sequence[str] | None) -> None:
         self.adapter_names = None if names is None else tuple(names)
@@ -66,10 +80,8 @@ class Context:
         tasks = self.task_ids.to(device).repeat_interleave(total // len(self.task_ids))
         return tasks if rows is None else tasks[rows]
 
-    def groups(
-        self, names: tuple[str, ...], batch: int, device: torch.device
-    ) -> tuple[list[tuple[str, torch.Tensor]], torch.Tensor]:
-        """Rows of each adapter, and where each row of the batch stands once the groups are put one after another.
+    def groups(self, names: tuple[str, ...], batch: int, device: torch.device) -> Groups:
+        """Rows of each adapter in a batch.
 
         A batch with a multiple of ``len(names)`` rows repeats each name: beams, or tokens laid out as rows.
 
@@ -87,7 +99,8 @@ class Context:
             repeat = batch // len(names)
             for i, name in enumerate(names):
                 rows.setdefault(name, []).extend(range(i * repeat, (i + 1) * repeat))
-            groups = [(name, torch.tensor(index, device=device)) for name, index in rows.items()]
-            order = torch.argsort(torch.cat([index for _, index in groups]))
-            self._groups[key] = groups, order
+            parts = [(name, torch.tensor(rows[name], device=device)) for name in rows]
+            order = torch.argsort(torch.cat([part for _, part in parts]))
+            index = torch.repeat_interleave(torch.tensor([len(part) for _, part in parts], device=device))[order]
+            self._groups[key] = Groups(parts, order, index)
         return self._groups[key]

@@ -9,8 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from peft.core.context import Groups
 from peft.core.kinds import Kind
 from peft.core.layer import BaseTunerLayer, check_adapters_to_merge
+from peft.kernels.grouped import can_group, forget, grouped_linear
 from peft.kernels.linear import Factors, is_plain, low_rank_linear, plain_weight
 from peft.utils.error import NoEqualWeightError
 
@@ -58,6 +60,26 @@ class DeltaLayer(BaseTunerLayer):
 
     def needs_weight(self) -> bool:
         return type(self).delta is DeltaLayer.delta and self.sums_exactly()
+
+    def _mixed_rows(self, groups: Groups, args: tuple, kwargs: dict) -> torch.Tensor:
+        if len(args) == 1 and not kwargs:
+            x, names = args[0], [name for name, _ in groups.parts]
+            found = self._all_factors([name for name in names if name in self], x)
+            if found is not None:
+                left = iter(found)
+                factors = [next(left) if name in self else None for name in names]
+                if can_group(x, factors):
+                    base = self._modules["base_layer"]
+                    return grouped_linear(self, base, x, groups.index, factors, self._plain_weight(x))
+        return super()._mixed_rows(groups, args, kwargs)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        forget(self)
+        super().delete_adapter(adapter_name)
+
+    def train(self, mode: bool = True) -> DeltaLayer:
+        forget(self)
+        return super().train(mode)
 
     def delta_weight(self, name: str) -> torch.Tensor:
         """dW, ``[out, in, *kernel]``."""

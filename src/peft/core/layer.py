@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from peft.core.context import Context
+from peft.core.context import Context, Groups
 from peft.core.kinds import Kind, kind_of
 from peft.core.product import made_product
 from peft.core.storage import Storage, storage_of
@@ -429,36 +429,38 @@ class BaseTunerLayer(Switch, nn.Module):
         if first.shape[axis] == 1 and len(names) > 1 and args:  # a row that the samples share, such as positions
             first = first.expand(*[len(names) if a == axis else -1 for a in range(first.dim())])
             args = (first, *args[1:])
-        groups, order = self.context.groups(names, first.shape[axis], first.device)
-        if len(groups) == 1:
-            return self._with_current(groups[0][0], args, kwargs)
-        if not any(name in self for name, _ in groups) and not kind.companions:
+        groups = self.context.groups(names, first.shape[axis], first.device)
+        parts, order, _ = groups
+        if len(parts) == 1:
+            return self._with_current(parts[0][0], args, kwargs)
+        if not any(name in self for name, _ in parts) and not kind.companions:
             return self.base_layer(*args, **kwargs)
         if self.by_weight or self.kind is None:
-            parts = [self._with_current(name, *kind.take_rows(base, args, kwargs, rows)) for name, rows in groups]
-            return kind.join_rows(base, parts, order)
-        return self._mixed_rows(groups, order, args, kwargs)
+            done = [self._with_current(name, *kind.take_rows(base, args, kwargs, rows)) for name, rows in parts]
+            return kind.join_rows(base, done, order)
+        return self._mixed_rows(groups, args, kwargs)
 
-    def _mixed_rows(self, groups: list, order: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
+    def _mixed_rows(self, groups: Groups, args: tuple, kwargs: dict) -> torch.Tensor:
+        """One call of the base layer for all rows, and what each adapter makes of its own."""
         x, *rest = args
-        rows_of = {name: x.index_select(0, rows) for name, rows in groups}
+        rows_of = {name: x.index_select(0, rows) for name, rows in groups.parts}
         inner = x
         if self.changes_input:
             turned = [
                 self.transform_input(name, self.cast(name, part)).to(x.dtype) if name in self else part
                 for name, part in rows_of.items()
             ]
-            inner = torch.cat(turned).index_select(0, order)
+            inner = torch.cat(turned).index_select(0, groups.order)
         base_y = self.base_layer(inner, *rest, **kwargs)
         parts = []
-        for name, rows in groups:
+        for name, rows in groups.parts:
             part = base_y.index_select(0, rows)
             if name in self:
                 self.context.rows = rows, len(x)
                 part = self.transform_output(name, self.cast(name, rows_of[name]), part, part).to(base_y.dtype)
             parts.append(part)
         self.context.rows = None
-        return torch.cat(parts).index_select(0, order)
+        return torch.cat(parts).index_select(0, groups.order)
 
     def _with_current(self, name: str, args: tuple, kwargs: dict) -> Any:
         """The call with one adapter, also in layers whose weight the base layer reads."""

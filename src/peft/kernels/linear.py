@@ -74,9 +74,20 @@ def low_rank_linear(
         return _infer(base, x, factors, weight)
     if weight is not None and not torch.is_autocast_enabled(x.device.type) and x.dtype == weight.dtype:
         return _apply(x, None, weight, base.bias, factors)
+    return _apply(x, base_output(base, x), None, None, factors)
+
+
+def base_output(base: nn.Module, x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """The output of ``base`` as a contiguous tensor that may be changed in place.
+
+    Args:
+        weight: as in :func:`low_rank_linear`.
+    """
+    if weight is not None and weight.dtype == x.dtype and not torch.is_autocast_enabled(x.device.type):
+        return _linear(x, weight, base.bias)
     y = base(x)
     free = is_fresh(base) and y.is_contiguous() and not y._is_view()
-    return _apply(x, y if free else y.clone(memory_format=torch.contiguous_format), None, None, factors)
+    return y if free else y.clone(memory_format=torch.contiguous_format)
 
 
 def composed(y: torch.Tensor, x: torch.Tensor, factors: Sequence[Factors]) -> torch.Tensor:
@@ -148,11 +159,13 @@ _LIBRARIES = ("bitsandbytes", "hqq", "torchao")
 
 def product_dtype(y: torch.Tensor) -> torch.dtype:
     """The dtype of the small products: that of the activations, or float32 on processors that only emulate it."""
-    if y.dtype in (torch.bfloat16, torch.float16) and y.device.type == "cpu" and not _multiplies(y.dtype):
+    dtype = y.dtype
+    if dtype is not torch.float32 and dtype in _SIXTEEN and y.device.type == "cpu" and not _multiplies(dtype):
         return torch.float32
-    return y.dtype
+    return dtype
 
 
+_SIXTEEN = (torch.bfloat16, torch.float16)
 _NATIVE: dict[torch.dtype, bool] = {}
 
 
@@ -171,21 +184,20 @@ def _trains(x: torch.Tensor, factors: Sequence[Factors]) -> bool:
 
 def _infer(base: nn.Module, x: torch.Tensor, factors: Sequence[Factors], weight: torch.Tensor | None) -> torch.Tensor:
     """Without autograd: the update goes straight into the base layer's output."""
-    plain = weight is not None and weight.dtype == x.dtype and not torch.is_autocast_enabled(x.device.type)
-    y = F.linear(x, weight, base.bias) if plain else base(x)
-    if not plain and not (y.is_contiguous() and is_fresh(base)):
-        y = y.clone(memory_format=torch.contiguous_format)
+    y = base_output(base, x, weight)
     out, dtype = y.view(-1, y.shape[-1]), product_dtype(y)
-    rows = x.reshape(-1, x.shape[-1])
-    with _no_autocast(x):
+    with no_autocast(x):
         for f in factors:
-            inner = dropped_copy(rows, f.dropout, draw_seed()) if f.dropout else rows
-            hidden = torch.mm(_in(dtype, inner), _in(dtype, f.down).t())
-            _accumulate(out, hidden, _in(dtype, f.up).t(), f.scale / (1 - f.dropout))
+            inner = dropped_copy(x, f.dropout, draw_seed()) if f.dropout else x
+            hidden = F.linear(in_dtype(dtype, inner), in_dtype(dtype, f.down))
+            if hidden.dim() != 2:
+                hidden = hidden.view(-1, hidden.shape[-1])
+            _accumulate(out, hidden, in_dtype(dtype, f.up).t(), f.scale / (1 - f.dropout))
     return y
 
 
-def _in(dtype: torch.dtype, tensor: torch.Tensor) -> torch.Tensor:
+def in_dtype(dtype: torch.dtype, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in a dtype, itself where it has that already."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
@@ -196,10 +208,13 @@ def _accumulate(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float)
     return y.add_(torch.mm(a, b), alpha=scale)
 
 
-def _no_autocast(x: torch.Tensor) -> Any:
+def no_autocast(x: torch.Tensor) -> Any:
     """The products choose their dtypes themselves."""
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NO_CONTEXT
+
+
+_NO_CONTEXT = nullcontext()
 
 
 def _apply(
@@ -212,7 +227,7 @@ def _apply(
     scales = [f.scale / (1 - f.dropout) for f in factors]
     drops = [(f.dropout, draw_seed()) if f.dropout else None for f in factors]
     pairs = [t for f in factors for t in (f.down, f.up)]
-    with _no_autocast(x):
+    with no_autocast(x):
         return LowRankLinear.apply(x, y, weight, bias, scales, drops, *pairs)
 
 
@@ -236,11 +251,11 @@ class LowRankLinear(Function):
             ctx.mark_dirty(y)
             result = y
         out, dtype = result.view(-1, result.shape[-1]), product_dtype(result)
-        rows, needed, reads = _in(dtype, x.reshape(-1, x.shape[-1])), [], False
+        rows, needed, reads = in_dtype(dtype, x.reshape(-1, x.shape[-1])), [], False
         for i, drop in enumerate(drops):
             a, b = pairs[2 * i], pairs[2 * i + 1]
-            hidden = torch.mm(rows if drop is None else dropped_copy(rows, *drop), _in(dtype, a).t())
-            _accumulate(out, hidden, _in(dtype, b).t(), scales[i])
+            hidden = torch.mm(rows if drop is None else dropped_copy(rows, *drop), in_dtype(dtype, a).t())
+            _accumulate(out, hidden, in_dtype(dtype, b).t(), scales[i])
             needed.append(hidden if b.requires_grad else None)
             reads |= a.requires_grad
         ctx.scales, ctx.drops, ctx.dtype, ctx.shape, ctx.given = scales, drops, dtype, x.shape, y is not None
@@ -250,7 +265,7 @@ class LowRankLinear(Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        with _no_autocast(gradient):
+        with no_autocast(gradient):
             return _backward(ctx, gradient)
 
 
@@ -275,23 +290,23 @@ def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ..
     needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
     inner, grads = None, []
     if twice or any(needs[::2]):
-        inner = _in(dtype, ctx.kept.get(saved).reshape(-1, ctx.shape[-1]))
+        inner = in_dtype(dtype, ctx.kept.get(saved).reshape(-1, ctx.shape[-1]))
     dx = torch.mm(dy, weight) if needs_x and weight is not None else None
-    dy = _in(dtype, dy)
+    dy = in_dtype(dtype, dy)
     for i, (scale, drop) in enumerate(zip(ctx.scales, ctx.drops)):
         a, b, hidden = rest[2 * i], rest[2 * i + 1], rest[2 * count + i]
         dropped = inner if drop is None or inner is None else dropped_copy(inner, *drop)
         d_down = d_up = None
         if needs_x or needs[2 * i]:
-            dh = _scaled_mm(dy, _in(dtype, b), scale)
+            dh = _scaled_mm(dy, in_dtype(dtype, b), scale)
             if needs[2 * i]:
-                d_down = _in(a.dtype, torch.mm(dh.t(), dropped))
+                d_down = in_dtype(a.dtype, torch.mm(dh.t(), dropped))
             if needs_x:
-                dx = _into(dx, dh, _in(dtype, a), drop, gradient.dtype)
+                dx = _into(dx, dh, in_dtype(dtype, a), drop, gradient.dtype)
         if needs[2 * i + 1]:
             if twice:
-                hidden = torch.mm(dropped, _in(dtype, a).t())
-            d_up = _in(b.dtype, _scaled_mm(hidden.t(), dy, scale).t())
+                hidden = torch.mm(dropped, in_dtype(dtype, a).t())
+            d_up = in_dtype(b.dtype, _scaled_mm(hidden.t(), dy, scale).t())
         grads += [d_down, d_up]
     dx = None if dx is None else dx.view(ctx.shape)
     return dx, (gradient if ctx.given else None), None, None, None, None, *grads
@@ -314,5 +329,5 @@ def _into(
     """dx + drop(dh A), in place where there is a dx."""
     if drop is not None:
         part = zero_dropped_(torch.mm(dh, a), *drop)
-        return _in(dtype, part) if dx is None else dx.add_(part)
-    return _in(dtype, torch.mm(dh, a)) if dx is None else _accumulate(dx, dh, a, 1.0)
+        return in_dtype(dtype, part) if dx is None else dx.add_(part)
+    return in_dtype(dtype, torch.mm(dh, a)) if dx is None else _accumulate(dx, dh, a, 1.0)
