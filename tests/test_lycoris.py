@@ -17,7 +17,7 @@ import peft
 from peft import LoHaConfig, LoKrConfig, PrefixTuningConfig, get_peft_model
 from peft.core.families import DeltaLayer
 from peft.tuners.lokr.layer import LoKrLayer, factorization
-from peft.utils.error import ConfigError, NotSupportedYetError
+from peft.utils.error import ConfigError
 
 
 RECORDED = Path(__file__).parent / "data" / "lycoris.safetensors"
@@ -276,14 +276,3 @@ def test_rank_and_alpha_patterns():
 def test_bad_values_are_refused(make):
     with pytest.raises(ConfigError, match="is not valid"):
         make()
-
-
-# ---- A method of a later release ---------------------------------------------------------------------------------
-
-
-def test_prefix_tuning_has_a_config_and_no_method_yet():
-    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5, encoder_hidden_size=16)
-    assert config.is_prompt_learning
-    assert config.peft_type == "PREFIX_TUNING"
-    with pytest.raises(NotSupportedYetError, match="PrefixTuningConfig.*'PREFIX_TUNING'.*LORA"):
-        get_peft_model(Net(), config)

@@ -66,8 +66,8 @@ def method_words() -> set[str]:
     """Names, prefixes and tensor names of the registered methods."""
     words = {str(getattr(kind, "value", kind)).lower() for kind in PEFT_TYPE_TO_TUNER_MAPPING}
     words |= set(PEFT_TYPE_TO_PREFIX_MAPPING.values())
-    for cls in PEFT_TYPE_TO_TUNER_MAPPING.values():
-        words |= set(cls.layer_cls.weights) | set(cls.layer_cls.shared)
+    for layer in (getattr(cls, "layer_cls", None) for cls in PEFT_TYPE_TO_TUNER_MAPPING.values()):
+        words |= set(layer.weights) | set(layer.shared) if layer else set()  # a prompt method has none
     return words - set(ALLOWED)
 
 

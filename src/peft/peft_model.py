@@ -35,6 +35,7 @@ from peft.core.diagnostics import (
     get_model_status,
 )
 from peft.core.filling import filled_later
+from peft.core.prompts import PromptTuner, backbone_of
 from peft.core.tuner import BaseTuner, check_adapter_name, context_of
 from peft.core.walk import layers_of, wrappers_of
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
@@ -60,7 +61,9 @@ class PeftModel(PushToHubMixin, nn.Module):
         low_cpu_mem_usage: allocate the adapter on the meta device; fill it by loading a checkpoint.
 
     Attributes:
-        base_model: the tuner that manages the adapters; ``base_model.model`` is the adapted base model.
+        base_model: the tuner that manages the adapters; ``base_model.model`` is the adapted base model. For methods
+            that train a prompt it is the base model itself.
+        prompt_encoder: adapter name -> what a prompt method trains; only for those.
         peft_config: adapter name -> config.
         heads: modules that the task trains whole, where the base model has them.
 
@@ -70,6 +73,10 @@ class PeftModel(PushToHubMixin, nn.Module):
 
     heads: ClassVar[tuple[str, ...]] = ()
     inputs: ClassVar[tuple[str, ...]] = ()
+    # what virtual tokens before the text do to the task's inputs, see PromptTuner
+    token_inputs: ClassVar[tuple[str, ...]] = ("labels",)
+    position_inputs: ClassVar[tuple[str, ...]] = ()
+    heads_read_ids: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -86,14 +93,21 @@ class PeftModel(PushToHubMixin, nn.Module):
         self.special_peft_forward_args = {"adapter_names"}
         self._add_heads(peft_config)
         convert_config_for(model, peft_config)
-        self.base_model = self._tuner_class(peft_config)(
-            model,
-            {adapter_name: peft_config},
-            adapter_name,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-            autocast_adapter_dtype=autocast_adapter_dtype,
+        options = {
+            "low_cpu_mem_usage": low_cpu_mem_usage,
+            "autocast_adapter_dtype": autocast_adapter_dtype,
             **kwargs,
-        )
+        }
+        configs = {adapter_name: peft_config}
+        if peft_config.is_prompt_learning:
+            for name in ("token_inputs", "position_inputs", "heads_read_ids"):
+                options[name] = getattr(self, name)
+            prompts = PromptTuner(model, configs, adapter_name, **options)
+            self.__dict__["_prompts"] = prompts
+            self.base_model = model
+            self.prompt_encoder = prompts.prompt_encoder
+        else:
+            self.base_model = self._tuner_class(peft_config)(model, configs, adapter_name, **options)
         self.config = getattr(model, "config", {"model_type": "custom"})
 
     def _tuner_class(self, peft_config: PeftConfig) -> type[BaseTuner]:
@@ -131,20 +145,25 @@ class PeftModel(PushToHubMixin, nn.Module):
         except AttributeError:
             if name == "base_model" or "base_model" not in self.__dict__.get("_modules", ()):
                 raise
-            return getattr(self.base_model, name)
+            return getattr(self.tuner if hasattr(type(self.tuner), name) else self.base_model, name)
+
+    @property
+    def tuner(self) -> Any:
+        """What manages the adapters: ``base_model``, or the :class:`PromptTuner` beside it."""
+        return self.__dict__.get("_prompts") or self.base_model
 
     # --- what it is -------------------------------------------------------------------------------------------
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
-        return self.base_model.peft_config
+        return self.tuner.peft_config
 
     @property
     def active_adapter(self) -> str | list[str]:
-        return self.base_model.active_adapter
+        return self.tuner.active_adapter
 
     @property
     def active_adapters(self) -> list[str]:
-        return self.base_model.active_adapters
+        return self.tuner.active_adapters
 
     @property
     def active_peft_config(self) -> PeftConfig:
@@ -168,12 +187,14 @@ class PeftModel(PushToHubMixin, nn.Module):
     @property
     def has_active_enabled_adapter(self) -> bool:
         """Whether some active adapter acts, or none since all are switched off."""
+        if "_prompts" in self.__dict__:
+            return bool(self.active_adapters) and not self.tuner.disabled
         wrappers = [w for _, w in wrappers_of(self.get_base_model())]
         return any(not w.disable_adapters and any(n in w for n in w.active_adapters) for w in wrappers)
 
     def get_base_model(self) -> nn.Module:
         """The base model, with the adapters in it."""
-        return self.base_model.model
+        return self.tuner.model
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) parameters; packed 4-bit weights count as what they stand for."""
@@ -196,7 +217,39 @@ class PeftModel(PushToHubMixin, nn.Module):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the adapter's updates are weights that a LoRA can approximate."""
-        return self.base_model.supports_lora_conversion(adapter_name)
+        return self.tuner.supports_lora_conversion(adapter_name)
+
+    # --- prompts ----------------------------------------------------------------------------------------------
+    @property
+    def transformer_backbone_name(self) -> str | None:
+        """Path of the stack of layers under the task's head, for methods that train a prompt."""
+        backbone = backbone_of(self.get_base_model())
+        return next((n for n, m in self.get_base_model().named_modules() if m is backbone), None)
+
+    def get_prompt(
+        self, batch_size: int, task_ids: torch.Tensor | None = None, max_cache_len: int | None = None
+    ) -> Any:
+        """The active prompt: embeddings ``[batch, tokens, width]``, or a cache that holds its keys and values.
+
+        Args:
+            task_ids: the task of each row, for methods that know of tasks.
+            max_cache_len: make a cache of this fixed length, not one that grows.
+
+        Raises:
+            ValueError: if the model's method trains no prompt.
+        """
+        self._require_prompt()
+        return self.tuner.prompt(batch_size, task_ids, max_cache_len)
+
+    def get_prompt_embedding_to_save(self, adapter_name: str) -> torch.Tensor:
+        """What the file of an adapter has as ``prompt_embeddings``, ``[tokens, width]``, on the CPU."""
+        self._require_prompt()
+        operations.require_adapters(self, [adapter_name], self.peft_config)
+        return self.tuner.saved_prompt(adapter_name).detach().cpu()
+
+    def _require_prompt(self) -> None:
+        if "_prompts" not in self.__dict__:
+            raise ValueError(f"{self.peft_type.value} adapters change weights, and have no prompt.")
 
     # --- calls ------------------------------------------------------------------------------------------------
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -207,11 +260,11 @@ class PeftModel(PushToHubMixin, nn.Module):
         Raises:
             ValueError: for unknown adapters, or a number of names or tasks that is not the number of samples.
         """
-        return self._call(self.get_base_model(), args, kwargs, keep=torch.is_grad_enabled())
+        return self._call(self.tuner.forward, args, kwargs, keep=torch.is_grad_enabled())
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's ``generate`` with the active adapters, or with ``adapter_names`` for each sample."""
-        return self._call(self.get_base_model().generate, args, kwargs, keep=False)
+        return self._call(self.tuner.generate, args, kwargs, keep=False)
 
     def _call(self, function: Callable, args: tuple, kwargs: dict, keep: bool) -> Any:
         """Tell the layers each row's adapter and task; kept for a backward, which may run the forward again."""
@@ -280,7 +333,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         convert_config_for(self.get_base_model(), peft_config)
         self.peft_config[adapter_name] = peft_config
         try:
-            self.base_model.inject_adapter(
+            self.tuner.inject_adapter(
                 self.get_base_model(), adapter_name, autocast_adapter_dtype, low_cpu_mem_usage
             )
         except Exception:
@@ -300,11 +353,11 @@ class PeftModel(PushToHubMixin, nn.Module):
         Raises:
             ValueError: if there is no such adapter.
         """
-        self.base_model.set_adapter(adapter_name, inference_mode)
+        self.tuner.set_adapter(adapter_name, inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Choose whether these adapters train, active or not."""
-        self.base_model.set_requires_grad(adapter_names, requires_grad)
+        self.tuner.set_requires_grad(adapter_names, requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; if it was active, another becomes active.
@@ -312,12 +365,12 @@ class PeftModel(PushToHubMixin, nn.Module):
         Raises:
             ValueError: if there is no such adapter.
         """
-        self.base_model.delete_adapter(adapter_name)
+        self.tuner.delete_adapter(adapter_name)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """A context in which the model is its base."""
-        with operations.adapters_disabled(self.get_base_model()):
+        with self.tuner.switched_off():
             yield
 
     # --- files ------------------------------------------------------------------------------------------------
@@ -414,6 +467,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         """
         hub = {k: kwargs.pop(k) for k in HUB_ARGUMENTS if k in kwargs}
         config = _read_config(model_id, config, is_trainable, hub)
+        config.inference_mode |= config.is_prompt_learning  # the file says how a prompt starts, not the config
         weights = load_peft_weights(model_id, key_mapping=key_mapping, **hub)
         frozen = [p for p in model.parameters() if not p.requires_grad]
         placing = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
@@ -422,10 +476,13 @@ class PeftModel(PushToHubMixin, nn.Module):
         try:
             peft_model._load(adapter_name, weights, config.peft_version, kwargs, filling.skipped, **placing)
         except Exception:
-            peft_model.base_model.unload().requires_grad_(True)
+            peft_model.tuner.unload().requires_grad_(True)
             for p in frozen:
                 p.requires_grad_(False)
             raise
+        config.inference_mode = not is_trainable
+        if is_trainable:
+            peft_model.set_requires_grad(adapter_name, True)
         return peft_model if is_trainable else peft_model.eval()
 
     @classmethod
@@ -460,6 +517,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         """
         hub = {k: kwargs.pop(k) for k in HUB_ARGUMENTS if k in kwargs}
         config = _read_config(model_id, kwargs.pop("peft_config", None), is_trainable, hub)
+        config.inference_mode |= config.is_prompt_learning
         weights = load_peft_weights(model_id, torch_device, key_mapping, **hub)
         fresh = adapter_name not in self.peft_config
         placing = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
@@ -474,6 +532,7 @@ class PeftModel(PushToHubMixin, nn.Module):
             if fresh:
                 self.delete_adapter(adapter_name)
             raise
+        config.inference_mode = not is_trainable
         if is_trainable:
             self.set_requires_grad(adapter_name, True)
         return result
@@ -543,6 +602,8 @@ class PeftModelForSequenceClassification(PeftModel):
 
     heads = ("classifier", "score")
     inputs = (*_ENCODER, *_COMMON)
+    token_inputs = ()
+    heads_read_ids = True
 
 
 class PeftModelForTokenClassification(PeftModel):
@@ -556,6 +617,7 @@ class PeftModelForQuestionAnswering(PeftModel):
     """For ``TaskType.QUESTION_ANS``; the head is trained whole."""
 
     heads = ("qa_outputs",)
+    position_inputs = ("start_positions", "end_positions")
     inputs = (
         "input_ids",
         "attention_mask",

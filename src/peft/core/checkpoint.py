@@ -18,6 +18,7 @@ from torch import nn
 from peft.core import operations
 from peft.core.auxiliary import bias_state
 from peft.core.layer import BaseTunerLayer
+from peft.core.prompts import PromptTuner
 from peft.core.tuner import BaseTuner
 from peft.core.walk import Site, embeddings_of, file_path, join, layers_of, walk
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
@@ -54,7 +55,12 @@ def anatomy(model: nn.Module) -> tuple[nn.Module, str]:
     tuner = model if isinstance(model, BaseTuner) else model._modules.get("base_model")
     if isinstance(tuner, BaseTuner):
         return tuner.model, "base_model.model."
-    return model, ""
+    return (model.base_model, "base_model.") if prompts_of(model) else (model, "")
+
+
+def prompts_of(model: nn.Module) -> PromptTuner | None:
+    """What manages a model's prompts; None where its adapters change weights."""
+    return model.__dict__.get("_prompts")
 
 
 def entries(model: nn.Module, adapter: str) -> Iterator[Entry]:
@@ -77,6 +83,9 @@ def entries(model: nn.Module, adapter: str) -> Iterator[Entry]:
             if isinstance(wrapper, BaseTunerLayer) and adapter in wrapper and wrapper.shared:
                 shared.update({attribute: getattr(wrapper, attribute) for attribute in wrapper.shared})
                 repeated.append(prefix + place)
+    for saved, memory, tensor in prompts.adapter_state(adapter) if (prompts := prompts_of(model)) else ():
+        computed = None if memory else _leave_out  # by a network, from tensors that are saved too
+        yield Entry(saved, memory, tensor, put=computed)
     for saved, memory, tensor in bias_state(root, adapter):
         yield Entry(prefix + saved, prefix + memory, tensor)
     for attribute, container in shared.items():
@@ -87,6 +96,10 @@ def entries(model: nn.Module, adapter: str) -> Iterator[Entry]:
             continue
         put = None if isinstance(value, nn.Parameter) else _setter(container, adapter)
         yield Entry(f"base_model.{attribute}", memory, value, tuple(join(p, attribute) for p in repeated), put)
+
+
+def _leave_out(value: torch.Tensor) -> None:
+    """Keep nothing of a value."""
 
 
 def _setter(container: Any, adapter: str) -> Callable[[torch.Tensor], None]:
@@ -177,6 +190,8 @@ def set_peft_model_state_dict(
         ValueError: if a tensor has another shape than its place; nothing has been changed then.
     """
     root, prefix = anatomy(model)
+    if (prompts := prompts_of(model)) and adapter_name in prompts.peft_config:
+        prompts.make_room(adapter_name, peft_model_state_dict)
     known: dict[str, Entry] = {}
     own = list(entries(model, adapter_name))
     if not own:

@@ -6,7 +6,7 @@ import difflib
 import re
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -47,7 +47,8 @@ def context_of(model: nn.Module) -> Context:
     return context
 
 
-def _drop_context(model: nn.Module) -> None:
+def drop_context(model: nn.Module) -> None:
+    """Take the object and its hook away from a model that has no adapters any more."""
     if "_peft_context" in model.__dict__:
         model.__dict__.pop("_peft_context").hook.remove()
 
@@ -224,7 +225,7 @@ class BaseTuner(nn.Module):
         """Undo an injection that failed half way."""
         operations.remove(model, name)
         if not operations.adapters_of(model):
-            _drop_context(model)
+            drop_context(model)
         for attribute in self.layer_cls.shared:
             if name in getattr(self, attribute, ()):
                 del getattr(self, attribute)[name]
@@ -256,6 +257,10 @@ class BaseTuner(nn.Module):
     def disable_adapter_layers(self) -> None:
         """Switch all adapters off: the model is its base."""
         operations.enable_adapters(self.model, False)
+
+    def switched_off(self) -> AbstractContextManager[None]:
+        """A context in which the model is its base."""
+        return operations.adapters_disabled(self.model)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; if it was the active one, another becomes active.
@@ -310,7 +315,7 @@ class BaseTuner(nn.Module):
     def _leave(self, model: nn.Module) -> nn.Module:
         stop_watching(model)
         model.__dict__.pop("peft_config", None)
-        _drop_context(model)
+        drop_context(model)
         return model
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

@@ -1,11 +1,15 @@
-"""The config of prefix tuning (Li and Liang 2021, arXiv 2101.00190)."""
+"""Prefix tuning: attention over [K_p; K(x)], [V_p; V(x)]; K_p, V_p are trained (Li, Liang 2021, arXiv 2101.00190)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+from torch import nn
+
 from peft.config import PromptLearningConfig, option
+from peft.core.prompts import VirtualTokens, define_prompt
 from peft.utils.peft_types import PeftType
 
 
@@ -22,3 +26,40 @@ class PrefixTuningConfig(PromptLearningConfig):
     prefix_projection: bool = option(
         False, "Make the prefix by a network from token embeddings, instead of training it directly."
     )
+
+
+class PrefixEncoder(VirtualTokens):
+    """The table ``[tokens, 2 layers width]``, or W2 tanh(W1 E + b1) + b2 of a table E ``[tokens, width]``."""
+
+    as_prefix: ClassVar[bool] = True
+    network: ClassVar[tuple[str, ...]] = ("transform",)
+
+    def __init__(self, config: PrefixTuningConfig, word_embeddings: nn.Module | None = None) -> None:
+        super().__init__()
+        out = 2 * config.num_layers * config.token_dim
+        self.prefix_projection = config.prefix_projection and not config.inference_mode
+        if self.prefix_projection:
+            self.embedding = nn.Embedding(config.num_virtual_tokens, config.token_dim)
+            self.transform = nn.Sequential(
+                nn.Linear(config.token_dim, config.encoder_hidden_size),
+                nn.Tanh(),
+                nn.Linear(config.encoder_hidden_size, out),
+            )
+        else:
+            self.embedding = nn.Embedding(config.num_virtual_tokens, out)
+        if config.init_weights == "zero":
+            last = self.transform[-1] if self.prefix_projection else self.embedding
+            for p in last.parameters():
+                nn.init.zeros_(p)
+
+    @classmethod
+    def prepare_config(cls, config: PrefixTuningConfig) -> None:
+        if config.encoder_hidden_size is None:
+            config.encoder_hidden_size = config.token_dim
+
+    def forward(self, indices: torch.Tensor, task_ids: torch.Tensor | None = None) -> torch.Tensor:
+        rows = self.embedding(indices)
+        return self.transform(rows) if self.prefix_projection else rows
+
+
+define_prompt(PrefixEncoder, PrefixTuningConfig, prefix="prefix_tuning_")
