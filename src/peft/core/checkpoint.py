@@ -365,17 +365,24 @@ def load_peft_weights(
         FileNotFoundError: if there is no file of weights.
         ValueError: if the file is damaged.
     """
-    file = find_weights(model_id, **hf_hub_download_kwargs)
+    tensors = read_tensors(find_weights(model_id, **hf_hub_download_kwargs), device)
+    return tensors if not key_mapping else {_renamed(name, key_mapping): t for name, t in tensors.items()}
+
+
+def read_tensors(file: str, device: str | None = None) -> dict[str, torch.Tensor]:
+    """The tensors of one file, safetensors or a pickle.
+
+    Raises:
+        ValueError: if the file is missing or damaged.
+    """
     try:
         if file.endswith(".safetensors"):
             from safetensors.torch import load_file
 
-            tensors = load_file(file, device=str(device or "cpu"))
-        else:
-            tensors = torch_load(file, map_location=torch.device(device or "cpu"))
+            return load_file(file, device=str(device or "cpu"))
+        return torch_load(file, map_location=torch.device(device or "cpu"))
     except Exception as error:
         raise CheckpointError(f"{file} is damaged or no file of adapter weights ({error}).") from error
-    return tensors if not key_mapping else {_renamed(name, key_mapping): t for name, t in tensors.items()}
 
 
 def _renamed(name: str, key_mapping: dict[str, str]) -> str:

@@ -788,36 +788,6 @@ def _first(source: Any, names: Sequence[str]) -> int | None:
     return next((value for name in names if isinstance(value := getattr(source, name, None), int)), None)
 
 
-# --- how prompts start ----------------------------------------------------------------------------------------
-
-
-def rows_of(word_embeddings: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """Embeddings of token ids ``[n]`` as the model reads them, ``[n, width]`` in float32."""
-    with torch.no_grad():
-        return word_embeddings(ids.to(word_embeddings.weight.device)).detach().float().clone()
-
-
-def rows_of_vocabulary(word_embeddings: nn.Module, count: int) -> torch.Tensor:
-    """Embeddings of random tokens, ``[count, width]``."""
-    return rows_of(word_embeddings, torch.randint(0, word_embeddings.weight.shape[0], (count,)))
-
-
-def rows_of_text(
-    word_embeddings: nn.Module, count: int, text: str, tokenizer_name: str, tokenizer_kwargs: dict | None = None
-) -> torch.Tensor:
-    """Embeddings of a text, cut or repeated to ``count`` tokens, ``[count, width]``.
-
-    Raises:
-        ValueError: if the text has no tokens.
-    """
-    from transformers import AutoTokenizer
-
-    ids = AutoTokenizer.from_pretrained(tokenizer_name, **(tokenizer_kwargs or {}))(text)["input_ids"]
-    if not ids:
-        raise ConfigError(f"the text {text!r}, which a prompt should start as, has no tokens.")
-    return rows_of(word_embeddings, torch.tensor((ids * -(-count // len(ids)))[:count]))
-
-
 def define_prompt(encoder_cls: type[VirtualTokens], config_cls: Any, *, prefix: str) -> None:
     """Register a prompt method.
 
