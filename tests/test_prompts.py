@@ -5,6 +5,7 @@ What a prompt is, is checked against the same model fed by hand with the virtual
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +13,14 @@ import torch
 import transformers as hf
 from torch import nn
 
-from peft import PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import (
+    MultitaskPromptTuningConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from peft.core import caches
 
 
@@ -53,12 +61,16 @@ CONFIGS = {"prompt": PromptTuningConfig, "prefix": PrefixTuningConfig}
 
 def base(name: str) -> nn.Module:
     """A tiny model with weights large enough to tell tokens apart; the same ones each time."""
+    return with_large_weights({**DECODERS, **SEQ2SEQ}[name]).eval()
+
+
+def with_large_weights(build: Callable[[], nn.Module]) -> nn.Module:
     torch.manual_seed(0)
-    model = {**DECODERS, **SEQ2SEQ}[name]()
+    model = build()
     for p in model.parameters():
         if p.dim() > 1:
             nn.init.normal_(p, std=0.3)
-    return model.eval()
+    return model
 
 
 def adapted(name: str, method: str, tokens: int = 3, **kwargs: Any) -> PeftModel:
@@ -125,3 +137,277 @@ def test_generate_of_an_encoder_decoder_equals_the_model_fed_by_hand(name: str, 
     got = model.generate(input_ids=PADDED, attention_mask=MASK, **GREEDY)
     assert got.tolist() == target.tolist()
     assert got.tolist() != plain.generate(input_ids=PADDED, attention_mask=MASK, **GREEDY).tolist()
+
+
+WAYS: list[dict[str, Any]] = [
+    {"num_beams": 3},
+    {"do_sample": True, "top_k": 5},
+    {"num_return_sequences": 2, "do_sample": True},
+    {"use_cache": False, "do_sample": False},
+]
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("kwargs", WAYS, ids=str)
+@torch.no_grad()
+def test_other_ways_to_generate(method: str, kwargs: dict[str, Any]) -> None:
+    """Beams, samples and generation without a cache equal plain `generate` fed with the prompt, or give its shape."""
+    model = adapted("llama", method)
+    plain = model.get_base_model()
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, **kwargs}
+    torch.manual_seed(3)
+    got = model.generate(input_ids=PADDED, attention_mask=MASK, **options)
+    if method == "prefix":
+        assert got.shape == (4 * options.get("num_return_sequences", 1), 11)
+        if options.get("do_sample") is False:
+            options["use_cache"] = True
+            assert got.tolist() == model.generate(input_ids=PADDED, attention_mask=MASK, **options).tolist()
+        return
+    embeds = torch.cat([model.get_prompt(4), plain.get_input_embeddings()(PADDED)], 1)
+    torch.manual_seed(3)
+    wanted = plain.generate(inputs_embeds=embeds, attention_mask=torch.cat([MASK.new_ones(4, 3), MASK], 1), **options)
+    assert got[:, 5:].tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gemma3"])
+@torch.no_grad()
+def test_static_caches(name: str, method: str) -> None:
+    model = adapted(name, method)
+    inputs = {"input_ids": PADDED, "attention_mask": MASK}
+    wanted = model.generate(**inputs, **GREEDY)
+    got = model.generate(**inputs, cache_implementation="static", disable_compile=True, **GREEDY)
+    assert got.tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+@torch.no_grad()
+def test_a_conversation_goes_on_with_its_cache(method: str) -> None:
+    model = adapted("llama", method)
+    ids = torch.tensor([[3, 4, 12, 13, 14]])
+    first = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), return_dict_in_generate=True, **GREEDY)
+    cache = {n: first[n] for n in caches.ARGUMENTS[:1] if n in first} or {"past_key_values": first.past_key_values}
+    ids = torch.cat([first.sequences, torch.tensor([[5, 6]])], 1)
+    mask = torch.ones_like(ids)
+    wanted = model.generate(input_ids=ids, attention_mask=mask, **GREEDY)
+    assert model.generate(input_ids=ids, attention_mask=mask, **cache, **GREEDY).tolist() == wanted.tolist()
+
+
+# --- tasks ----------------------------------------------------------------------------------------------------
+
+BERT, LLAMA = {**SIZES, "num_labels": 3}, {**GROUPED, "num_labels": 3}
+EACH_TOKEN = {"labels": (PADDED % 3).tolist()}
+TASKS = {
+    "bert-SEQ_CLS": (lambda: hf.BertForSequenceClassification(hf.BertConfig(**BERT)), {"labels": [0, 1, 2, 0]}),
+    "bert-TOKEN_CLS": (lambda: hf.BertForTokenClassification(hf.BertConfig(**BERT)), EACH_TOKEN),
+    "bert-QUESTION_ANS": (
+        lambda: hf.BertForQuestionAnswering(hf.BertConfig(**SIZES)),
+        {"start_positions": [3, 2, 0, 1], "end_positions": [4, 4, 1, 3]},
+    ),
+    "bert-FEATURE_EXTRACTION": (lambda: hf.BertModel(hf.BertConfig(**SIZES)), {}),
+    "llama-SEQ_CLS": (lambda: hf.LlamaForSequenceClassification(hf.LlamaConfig(**LLAMA)), {"labels": [0, 1, 2, 0]}),
+    "llama-TOKEN_CLS": (lambda: hf.LlamaForTokenClassification(hf.LlamaConfig(**LLAMA)), EACH_TOKEN),
+    "llama-QUESTION_ANS": (
+        lambda: hf.LlamaForQuestionAnswering(hf.LlamaConfig(**GROUPED)),
+        {"start_positions": [3, 2, 0, 1], "end_positions": [4, 4, 1, 3]},
+    ),
+    "llama-FEATURE_EXTRACTION": (lambda: hf.LlamaModel(hf.LlamaConfig(**GROUPED)), {}),
+    "llama-CAUSAL_LM": (lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**GROUPED)), {"labels": PADDED.tolist()}),
+    "t5-SEQ_2_SEQ_LM": (SEQ2SEQ["t5"], {"labels": PADDED.tolist()}),
+    "bart-SEQ_2_SEQ_LM": (SEQ2SEQ["bart"], {"labels": PADDED.tolist()}),
+}  # fmt: skip
+METHODS = {
+    "prompt": PromptTuningConfig,
+    "prefix": PrefixTuningConfig,
+    "projection": lambda **kw: PrefixTuningConfig(prefix_projection=True, encoder_hidden_size=12, **kw),
+    "ptuning": lambda **kw: PromptEncoderConfig(encoder_hidden_size=12, **kw),
+    "lstm": lambda **kw: PromptEncoderConfig(encoder_hidden_size=12, encoder_reparameterization_type="LSTM", **kw),
+    "multitask": lambda **kw: MultitaskPromptTuningConfig(num_tasks=2, num_ranks=2, **kw),
+}
+
+
+def task_base(case: str) -> nn.Module:
+    return without_dropout(with_large_weights(TASKS[case][0]))
+
+
+def for_task(case: str, method: str, **kwargs: Any) -> PeftModel:
+    config = METHODS[method](task_type=case.split("-")[1], num_virtual_tokens=3, **kwargs)
+    base = task_base(case)
+    torch.manual_seed(1)
+    return get_peft_model(base, config)
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    for name in ("dropout", "attention_dropout", "activation_dropout"):
+        for module in model.modules():
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    return model
+
+
+def batch_of(case: str, method: str) -> dict[str, torch.Tensor]:
+    ids, mask = (PADDED.flip(1), MASK.flip(1)) if "bert" in case or "2" in case else (PADDED, MASK)
+    batch = {"input_ids": ids, "attention_mask": mask}
+    batch.update({name: torch.tensor(value) for name, value in TASKS[case][1].items()})
+    return {**batch, "task_ids": torch.tensor([0, 1, 1, 0])} if method == "multitask" else batch
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def loss_of(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    output = model(**batch)
+    if "loss" in output:
+        return output.loss
+    return (output.last_hidden_state * torch.linspace(-1, 1, output.last_hidden_state.shape[-1])).sin().mean()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("case", TASKS)
+def test_a_task_trains_saves_and_trains_on(case: str, method: str, tmp_path: Any) -> None:
+    batch, model = batch_of(case, method), for_task(case, method).train()
+    losses = []
+    for _ in range(2):
+        loss_of(model, batch).backward()
+        losses.append(loss_of(model, batch).item())
+        with torch.no_grad():
+            for name, p in trained(model).items():
+                assert p.grad is not None or name.endswith(("lstm_head", "pooler")), name
+                p -= 0.05 * p.grad
+                p.grad = None
+    assert loss_of(model, batch).item() < losses[0]
+    model.save_pretrained(str(tmp_path))
+    with torch.no_grad():
+        wanted = loss_of(model.eval(), batch)
+        frozen = PeftModel.from_pretrained(task_base(case), str(tmp_path))
+        torch.testing.assert_close(loss_of(frozen, batch), wanted)
+        assert trained(frozen) == {}
+    again = PeftModel.from_pretrained(task_base(case), str(tmp_path), is_trainable=True)
+    assert trained(again).keys() == trained(model).keys()
+    loss_of(again, batch).backward()
+    loss_of(model.train(), batch).backward()
+    for name, p in trained(again).items():
+        torch.testing.assert_close(p.grad, trained(model)[name].grad, msg=name)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("case", TASKS)
+def test_gradient_checkpointing_gives_the_same_gradients(case: str, method: str, reentrant: bool) -> None:
+    batch = batch_of(case, method)
+    plain, model = for_task(case, method).train(), for_task(case, method).train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    with torch.no_grad():
+        loss_of(model.eval(), batch)
+    model.train()
+    first = loss_of(model, batch)
+    with torch.no_grad(), model.disable_adapter():
+        loss_of(model, batch)  # between forward and backward
+    first.backward()
+    loss_of(plain, batch).backward()
+    for name, p in trained(plain).items():
+        torch.testing.assert_close(trained(model)[name].grad, p.grad, msg=name)
+
+
+@torch.no_grad()
+def test_a_head_that_looks_for_padding_finds_it_behind_a_prompt() -> None:
+    """Text padded on the right is classified at its own last token, as each sample alone is."""
+    model = for_task("llama-SEQ_CLS", "prompt").eval()
+    ids, mask = PADDED.flip(1), MASK.flip(1)
+    whole = model(input_ids=ids, attention_mask=mask).logits
+    for row, n in enumerate(mask.sum(1)):
+        torch.testing.assert_close(model(input_ids=ids[row : row + 1, :n]).logits[0], whole[row])
+
+
+# --- several prompts ------------------------------------------------------------------------------------------
+
+
+def with_three(case: str, method: str) -> PeftModel:
+    """A model with prompts of 3, 2 and 5 tokens."""
+    model = for_task(case, method)
+    for name, tokens in (("two", 2), ("five", 5)):
+        model.add_adapter(name, METHODS[method](task_type=case.split("-")[1], num_virtual_tokens=tokens))
+    return model.eval()
+
+
+ROWS = ["five", "__base__", "default", "two"]
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix", "lstm", "multitask"])
+@pytest.mark.parametrize("case", [case for case in TASKS if not case.startswith("bart")])
+def test_a_row_of_a_mixed_batch_equals_its_prompt_alone(case: str, method: str) -> None:
+    model, batch = with_three(case, method), batch_of(case, method)
+    batch = {name: value for name, value in batch.items() if "label" not in name and "positions" not in name}
+    if "2" in case:
+        batch["decoder_input_ids"] = PADDED
+    main = "start_logits" if "QUESTION" in case else "last_hidden_state" if "FEATURE" in case else "logits"
+    mixed = model(**batch, adapter_names=ROWS)[main]
+    for row, name in enumerate(ROWS):
+        one = {key: value[row : row + 1] for key, value in batch.items()}
+        if name == "__base__":
+            one.pop("task_ids", None)
+            with model.disable_adapter():
+                alone = model(**one)[main][0]
+        else:
+            model.set_adapter(name)
+            alone = model(**one)[main][0]
+        got = mixed[row]
+        if got.shape != alone.shape:
+            got = got[: len(alone)] if case.startswith("bert") else got[-len(alone) :]
+        torch.testing.assert_close(got, alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "t5"])
+@torch.no_grad()
+def test_generation_with_a_prompt_for_each_row(name: str, method: str) -> None:
+    model = adapted(name, method)
+    for other, tokens in (("two", 2), ("five", 5)):
+        task = model.peft_config["default"].task_type
+        model.add_adapter(other, CONFIGS[method](task_type=task, num_virtual_tokens=tokens))
+    inputs = {"input_ids": PADDED, "attention_mask": MASK}
+    mixed = model.generate(**inputs, adapter_names=ROWS, **GREEDY)
+    for row, adapter in enumerate(ROWS):
+        one = {key: value[row : row + 1] for key, value in inputs.items()}
+        if adapter == "__base__":
+            with model.disable_adapter():
+                alone = model.generate(**one, **GREEDY)
+        else:
+            model.set_adapter(adapter)
+            alone = model.generate(**one, **GREEDY)
+        assert mixed[row].tolist() == alone[0].tolist(), adapter
+    beams = model.generate(**inputs, adapter_names=ROWS, num_beams=2, **GREEDY)
+    assert beams.shape == mixed.shape
+
+
+def test_switching_and_deleting() -> None:
+    model = with_three("llama-CAUSAL_LM", "prompt")
+    ids = {"input_ids": PADDED}
+    shapes = {}
+    for name in ("two", "five", "default"):
+        model.set_adapter(name)
+        shapes[name] = model(**ids).logits.shape[1]
+        assert list(trained(model)) == [f"prompt_encoder.{name}.embedding.weight"]
+        assert model.active_adapter == name and model.active_peft_config.num_virtual_tokens == shapes[name] - 5
+    assert shapes == {"two": 7, "five": 10, "default": 8}
+    with pytest.raises(ValueError, match="only one prompt can be active"):
+        model.set_adapter(["two", "five"])
+    model.delete_adapter("default")
+    assert model.active_adapter == "two" and "default" not in model.prompt_encoder
+    assert model(**ids).logits.shape[1] == 7
+    with pytest.raises(ValueError, match="'nine' not found"):
+        model.set_adapter("nine")
+
+
+def test_unload_gives_the_base_back() -> None:
+    case = "bert-SEQ_CLS"
+    base = task_base(case)
+    wanted = {name: value.clone() for name, value in base.state_dict().items()}
+    model = for_task(case, "prefix")
+    found = model.unload().state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())

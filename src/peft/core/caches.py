@@ -84,9 +84,10 @@ def _without_trace(layer: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def self_attentions(model: nn.Module) -> list[nn.Module]:
-    """The innermost modules that read the cache of one layer."""
+    """The innermost modules that read the cache of one layer; of an encoder-decoder, those of the decoder."""
     found = []
-    for module in model.modules():
+    stack = model.get_decoder() if model.config.is_encoder_decoder else model
+    for module in stack.modules():
         if hasattr(module, "layer_idx") and cache_argument(module.forward):
             inner = [m for m in module.modules() if m is not module and hasattr(m, "layer_idx")]
             if not any(cache_argument(m.forward) for m in inner):
