@@ -651,6 +651,9 @@ class PromptTuner:
         """One step of generation: virtual tokens go in where the cache is empty; later the mask tells of them."""
         kwargs = named(prepare, (input_ids, *args), kwargs)
         input_ids = kwargs.pop("input_ids")
+        if kwargs.get("use_cache") is False:
+            for name in caches.ARGUMENTS:
+                kwargs.pop(name, None)  # in which a prefix came at the step before
         cache = next((kwargs[name] for name in caches.ARGUMENTS if kwargs.get(name) is not None), None)
         begun = caches.length_of(cache) > 0
         decoder = self.has_encoder
@@ -662,10 +665,9 @@ class PromptTuner:
         if begun and kwargs.get("is_first_iteration") and kwargs.get("next_sequence_length") is not None:
             kwargs["next_sequence_length"] += feed.size  # a conversation goes on: the cache holds the prompt too
         if self.as_prefix and not begun:
-            name = caches.cache_argument(caches.receiver_of(self.model).forward)
             cache = caches.new_cache(self.model) if cache is None else cache
             caches.fill(cache, self.prefix(feed.values))
-            kwargs[str(name)] = cache
+            kwargs[self._cache_name] = cache
         self._extend_step(feed, kwargs, input_ids, enter=not self.as_prefix and not begun)
         if self.as_prefix or begun:
             return prepare(input_ids, **kwargs)
@@ -675,6 +677,10 @@ class PromptTuner:
         embeds = self.model.get_input_embeddings()(input_ids) if embeds is None else embeds
         kwargs.update(inputs_embeds=feed.join(feed.values, embeds), is_first_iteration=True, next_sequence_length=None)
         return prepare(input_ids, **kwargs)
+
+    @property
+    def _cache_name(self) -> str:
+        return str(caches.cache_argument(caches.receiver_of(self.model).forward))
 
     def _extend_step(self, feed: Feed, kwargs: dict[str, Any], ids: torch.Tensor, enter: bool) -> None:
         """Mask, positions and token types of one step; ``enter``: its inputs hold the virtual tokens themselves."""
