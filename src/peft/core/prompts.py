@@ -192,9 +192,7 @@ class PromptTuner:
             operations.remove(model, adapter_name)
             raise
         self._place(adapter_name, encoder, autocast_adapter_dtype)
-        operations.mark_only_adapters_as_trainable(model)
-        operations.set_requires_grad(model, adapter_name, False)
-        operations.align(model)
+        operations.settle(model, adapter_name, autocast_adapter_dtype=False)
 
     def _place(self, name: str, encoder: VirtualTokens, in_float32: bool = True) -> None:
         weight = self.word_embeddings.weight
