@@ -35,6 +35,7 @@ from peft.core.diagnostics import (
     get_model_status,
 )
 from peft.core.filling import filled_later
+from peft.core.memory import explain_out_of_memory, is_out_of_memory
 from peft.core.prompts import PromptTuner, backbone_of
 from peft.core.tuner import BaseTuner, check_adapter_name, context_of
 from peft.core.walk import layers_of, wrappers_of
@@ -257,10 +258,17 @@ class PeftModel(PushToHubMixin, nn.Module):
 
         ``task_ids`` gives one task number for each sample, ``[batch]``, to methods that know of tasks.
 
+        When memory runs out, a note on the error says what a step takes and what would take less.
+
         Raises:
             ValueError: for unknown adapters, or a number of names or tasks that is not the number of samples.
         """
-        return self._call(self.tuner.forward, args, kwargs, keep=torch.is_grad_enabled())
+        try:
+            return self._call(self.tuner.forward, args, kwargs, keep=torch.is_grad_enabled())
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                explain_out_of_memory(error, self, args, kwargs)
+            raise
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's ``generate`` with the active adapters, or with ``adapter_names`` for each sample."""
@@ -333,9 +341,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         convert_config_for(self.get_base_model(), peft_config)
         self.peft_config[adapter_name] = peft_config
         try:
-            self.tuner.inject_adapter(
-                self.get_base_model(), adapter_name, autocast_adapter_dtype, low_cpu_mem_usage
-            )
+            self.tuner.inject_adapter(self.get_base_model(), adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         except Exception:
             del self.peft_config[adapter_name]
             raise

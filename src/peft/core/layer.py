@@ -16,6 +16,7 @@ from peft.core.kinds import Kind, kind_of
 from peft.core.product import made_product
 from peft.core.storage import Storage, storage_of
 from peft.core.switch import Switch
+from peft.kernels.autocast import is_autocast
 from peft.utils.error import NoEqualWeightError
 
 
@@ -210,7 +211,7 @@ class BaseTunerLayer(Switch, nn.Module):
         """Whether W can hold an update added to it: quantised or 16-bit weights would round small ones away."""
         weight = getattr(self.get_base_layer(), self.kind.weight, None)
         plain = self.storage.name is None and isinstance(weight, torch.Tensor) and weight.dtype.itemsize >= 4
-        return plain and not torch.is_autocast_enabled(weight.device.type)
+        return plain and not is_autocast(weight.device.type)
 
     def add_adapter(self, name: str, config: Any, key: str = "") -> None:
         """Allocate an adapter and put it on the device, and into the dtype, of the base weight."""

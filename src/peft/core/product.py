@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from peft.core.kinds import Kind
+from peft.kernels.autocast import is_autocast
 
 
 def made_product(
@@ -30,7 +31,7 @@ def made_product(
     """
     if not torch.is_grad_enabled():
         return kind.apply(base, x, make())
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+    if torch.compiler.is_compiling() or is_autocast(x.device.type):
         return checkpoint(lambda x: kind.apply(base, x, make()), x, use_reentrant=False)
     trained = [p for p in parameters if p.requires_grad]
     return _Product.apply(kind, base, make, x, *trained)

@@ -368,7 +368,7 @@ class PromptTuner:
         tasks = context.tasks(batch, device)
         if names is None:
             return Feed(self._of_stack(self.active_adapters[0], batch, tasks, stack).to(device))
-        groups, order = context.groups(names, batch, device)
+        groups, order, _ = context.groups(names, batch, device)
         parts = [
             None
             if name == BASE

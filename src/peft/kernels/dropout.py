@@ -25,6 +25,8 @@ def zero_dropped_(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
     if x.device.type == "cpu" and p <= 0.5:
         x.view(-1).index_fill_(0, _dropped(x.numel(), p, seed), 0)
         return x
+    if x.is_meta:
+        return x
     generator = torch.Generator(x.device).manual_seed(seed)
     kept = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p, generator=generator)
     return x.mul_(kept)

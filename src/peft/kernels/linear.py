@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import Function
 
+from peft.kernels.autocast import is_autocast
 from peft.kernels.dropout import draw_seed, dropped_copy, zero_dropped_
 from peft.kernels.remake import kept
 
@@ -72,7 +73,7 @@ def low_rank_linear(
         return composed(base(x), x, factors)
     if not (torch.is_grad_enabled() and _trains(x, factors)):
         return _infer(base, x, factors, weight)
-    if weight is not None and not torch.is_autocast_enabled(x.device.type) and x.dtype == weight.dtype:
+    if weight is not None and not is_autocast(x.device.type) and x.dtype == weight.dtype:
         return _apply(x, None, weight, base.bias, factors)
     return _apply(x, base_output(base, x), None, None, factors)
 
@@ -83,7 +84,7 @@ def base_output(base: nn.Module, x: torch.Tensor, weight: torch.Tensor | None = 
     Args:
         weight: as in :func:`low_rank_linear`.
     """
-    if weight is not None and weight.dtype == x.dtype and not torch.is_autocast_enabled(x.device.type):
+    if weight is not None and weight.dtype == x.dtype and not is_autocast(x.device.type):
         return _linear(x, weight, base.bias)
     y = base(x)
     free = is_fresh(base) and y.is_contiguous() and not y._is_view()
@@ -211,7 +212,7 @@ def _accumulate(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float)
 def no_autocast(x: torch.Tensor) -> Any:
     """The products choose their dtypes themselves."""
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NO_CONTEXT
+    return torch.autocast(kind, enabled=False) if is_autocast(kind) else _NO_CONTEXT
 
 
 _NO_CONTEXT = nullcontext()
