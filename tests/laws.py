@@ -33,6 +33,7 @@ from peft.utils.peft_types import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNE
 EXTRAS: dict[str, dict[str, Any]] = {
     "oft": {"oft_block_size": 4},
     "road": {"group_size": 2},
+    "boft": {"boft_block_size": 2},
     "trainable_tokens": {"token_indices": [1, 3, 6]},
     "vblora": {"num_vectors": 10, "vector_length": 4, "init_vector_bank_bound": 0.7},
     "unilora": {"theta_d_length": 32, "init_theta_d_bound": 2.0},
@@ -57,6 +58,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "oft[shared]": {"block_share": True},
     "oft[constrained]": {"coft": True, "eps": 1.0},
     "oft[terms]": {"num_cayley_neumann_terms": 7},
+    "boft[butterfly]": {"boft_block_size": 2, "boft_n_butterfly_factor": 2},
+    "boft[blocks]": {"boft_block_size": 0, "boft_block_num": 2, "init_weights": False},
+    "deft[qr]": {"decomposition_method": "qr", "alpha": 6},
+    "deft[para]": {"para": True},
+    "deft[random]": {"init_weights": False, "init_scale": 20.0},
+    "glora[vector]": {"config_A_B": "vector", "config_C": "vector", "config_D_E": "vector"},
+    "glora[constant]": {"config_A_B": "constant", "config_C": "none"},
+    "glora[random]": {"config_A_B": "constant", "init_weights": False},
     "vera[drawn]": {"save_projection": False, "projection_prng_key": 5},
     "hira[random]": {"init_weights": False},
     "randlora[sparse]": {"sparse": True, "randlora_alpha": 8},
@@ -73,12 +82,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 NOT_IDENTITY = {
     *("lora[random]", "hira[random]", "hra[odd]", "hra[orthogonal]", "beft[random]"),
-    *("vblora", "unilora", "unilora[indices]", "tinylora[tied]"),
+    *("deft[para]", "deft[random]", "glora[random]"),
+    *("vblora", "boft[blocks]", "unilora", "unilora[indices]", "tinylora[tied]"),
 }
 """Rows whose fresh adapter is random by definition."""
 
 
 HELD_CONSTANT = {
+    "deft": "on which side of relu's kink an entry of P is",
     "lora[dora]": "the norm of W + dW",
     "oft[constrained]": "the projection onto the ball",
     "vblora": "which vectors of the bank are in use",
@@ -668,11 +679,12 @@ def _mapped(layer: BaseTunerLayer, names: list[str], start: torch.Tensor, slot: 
 
 
 def _turned(layer: BaseTunerLayer, names: list[str], start: torch.Tensor) -> torch.Tensor:
-    """W (R_1 R_2)^T, and (R_1 R_2)^T W for tables, which rotate their output."""
-    rotation = torch.eye(layer.rotation(names[0]).shape[0], dtype=torch.float64)
-    for name in names:
-        rotation = rotation @ layer.rotation(name).detach().double()
+    """S_2 S_1 W (R_1 R_2)^T, and S_2 R_2^T S_1 R_1^T W for tables, which rotate their output; S scales the output."""
     base = layer.get_base_layer()
     weight = layer.kind.orient(start, base)
-    weight = rotation.T @ weight if layer.kind.lookup else (weight.flatten(1) @ rotation.T).view_as(weight)
+    for name in names if layer.kind.lookup else names[::-1]:
+        rotation, s = layer.rotation(name).detach().double(), layer.scale_out(name)
+        weight = rotation.T @ weight if layer.kind.lookup else (weight.flatten(1) @ rotation.T).view_as(weight)
+        if s is not None:
+            weight = s.detach().double().view(-1, *[1] * (weight.dim() - 1)) * weight
     return layer.kind.restore(weight, base)

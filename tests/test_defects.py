@@ -15,6 +15,8 @@ from torch import nn
 from toys import Attention, Mlp, tiny_llama
 
 from peft import (
+    BOFTConfig,
+    GloraConfig,
     HiraConfig,
     HRAConfig,
     IA3Config,
@@ -390,11 +392,16 @@ class TestRotationsOfConvolutions:
         assert not torch.allclose(expected, before, atol=1e-2)
         torch.testing.assert_close(model.merge_and_unload()(x), expected, **CLOSE)
 
-    def test_reflections_of_a_kernel_that_is_no_square(self) -> None:
+    @pytest.mark.parametrize(
+        "config",
+        [HRAConfig(target_modules=["0"], r=4), BOFTConfig(target_modules=["0"], boft_block_size=5)],
+        ids=["reflections", "butterflies"],
+    )
+    def test_kernels_that_are_no_square(self, config: Any) -> None:
         torch.manual_seed(0)
         base, x = nn.Sequential(nn.Conv2d(2, 6, (3, 5), padding=(1, 2))), torch.randn(2, 2, 5, 6)
         before = base(x)
-        model = get_peft_model(base, HRAConfig(target_modules=["0"], r=4))
+        model = get_peft_model(base, config)
         torch.testing.assert_close(model(x), before, **CLOSE)
         disturb(model)
         expected = model(x)
@@ -498,6 +505,26 @@ class TestRotationsOfInputs:
         torch.testing.assert_close(exact @ exact.T, torch.eye(8), **CLOSE)
         assert (series - exact.T).abs().max() < 0.05 < 0.3 < (series - exact).abs().max()
 
+    def test_butterflies_use_the_exact_convention(self) -> None:
+        torch.manual_seed(0)
+        config = BOFTConfig(target_modules=["0"], boft_block_size=4, init_weights=False)
+        layer = get_peft_model(nn.Sequential(nn.Linear(8, 6)), config).base_model.model[0]
+        q, eye = layer.boft_R["default"][0].detach(), torch.eye(4)
+        skew = (q - q.mT) / 2
+        blocks = torch.block_diag(*((eye - skew) @ torch.linalg.inv(eye + skew)))
+        torch.testing.assert_close(layer.rotation("default").detach(), blocks, **CLOSE)
+
+    def test_a_butterfly_reaches_features_that_its_blocks_do_not(self) -> None:
+        torch.manual_seed(0)
+        reached = []
+        for factors in (1, 2, 3):
+            config = BOFTConfig(target_modules=["0"], boft_n_butterfly_factor=factors, init_weights=False)
+            layer = get_peft_model(nn.Sequential(nn.Linear(16, 6)), config).base_model.model[0]
+            rotation = layer.rotation("default").detach()
+            torch.testing.assert_close(rotation @ rotation.T, torch.eye(16), **CLOSE)
+            reached.append(int((rotation.abs() > 1e-9).sum(1).max()))
+        assert reached == [4, 8, 16]
+
     @pytest.mark.parametrize("r", [3, 4])
     def test_only_an_even_number_of_reflections_starts_as_the_identity(self, r: int) -> None:
         torch.manual_seed(0)
@@ -505,17 +532,19 @@ class TestRotationsOfInputs:
         distance = (model.base_model.model[0].rotation("default") - torch.eye(8)).abs().max()
         assert (distance < 1e-6) == (r % 2 == 0)
 
-    @pytest.mark.parametrize("config", [HRAConfig, OFTConfig])
+    @pytest.mark.parametrize("config", [HRAConfig, OFTConfig, BOFTConfig, HiraConfig, GloraConfig])
     def test_a_training_step_keeps_no_square_matrix_of_the_inputs(self, config: type) -> None:
         features, sizes = 256, []
-        model = get_peft_model(nn.Sequential(nn.Linear(features, 8)), config(target_modules=["0"]))
+        outputs = features if config in (HiraConfig, GloraConfig) else 8  # these could keep one of the weight's size
+        model = get_peft_model(nn.Sequential(nn.Linear(features, outputs)), config(target_modules=["0"]))
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
             sizes.append(tensor.numel())
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            model(torch.randn(2, features, requires_grad=True)).sum().backward()
+            loss = model(torch.randn(2, features, requires_grad=True)).sum()
+        loss.backward()
         assert sizes and max(sizes) < features * features
 
     def test_blocks_are_not_repeated_for_each_sample(self) -> None:

@@ -37,6 +37,7 @@ class Entry:
     as_saved: Callable[[torch.Tensor], torch.Tensor | dict[str, torch.Tensor]] = torch.Tensor.detach
     split: tuple[str, ...] = ()
     as_loaded: Callable[[dict[str, torch.Tensor]], torch.Tensor] | None = None
+    takes: Callable[[torch.Size], bool] | None = None
 
     def names(self) -> list[str]:
         """All names by which a state dict may mean this tensor; some clients give those in memory."""
@@ -78,7 +79,8 @@ def entries(model: nn.Module, adapter: str) -> Iterator[Entry]:
                 entry = Entry(prefix + join(place, saved), held, tensor, aliases)
                 if isinstance(wrapper, BaseTunerLayer):
                     entry.as_saved = partial(wrapper.as_saved, adapter, saved)
-                    entry.split, entry.as_loaded = wrapper.split, partial(wrapper.as_loaded, adapter)
+                    entry.split, entry.as_loaded = wrapper.split, partial(wrapper.as_loaded, adapter, saved)
+                    entry.takes = partial(wrapper.takes, adapter, saved)
                 yield entry
             if isinstance(wrapper, BaseTunerLayer) and adapter in wrapper and wrapper.shared:
                 shared.update({attribute: getattr(wrapper, attribute) for attribute in wrapper.shared})
@@ -211,7 +213,7 @@ def set_peft_model_state_dict(
             unexpected.append(name)
             continue
         found.add(id(place.tensor))
-        fits = place.tensor.shape == value.shape
+        fits = place.tensor.shape == value.shape or (place.takes is not None and place.takes(value.shape))
         (plan if fits else wrong).append((place, value))
     if wrong and not ignore_mismatched_sizes:
         raise CheckpointError(_mismatch(model, adapter_name, wrong))
@@ -272,13 +274,13 @@ def _write(model: nn.Module, entry: Entry, value: torch.Tensor, assign: bool) ->
     elif not entry.memory:  # a view of another layer's tensor, or a weight of the base model
         if entry.tensor.device.type != "meta":
             entry.tensor.data.copy_(value)
-    elif assign or entry.tensor.device.type == "meta":
+    elif assign or entry.tensor.device.type == "meta" or entry.tensor.shape != value.shape:
         path, _, name = entry.memory.rpartition(".")
         holder = model if hasattr(model, "base_model") or not entry.memory.startswith("base_model.") else None
         parent = (holder or model).get_submodule(path if holder else path.removeprefix("base_model."))
         old = parent._parameters.get(name, entry.tensor)
         device = _device_near(model, entry) if old.device.type == "meta" else old.device
-        value = value.to(device)
+        value = value.to(device, old.dtype if old.shape != value.shape else None)
         if isinstance(old, nn.Parameter):
             parent._parameters[name] = nn.Parameter(value, requires_grad=old.requires_grad)
         else:

@@ -193,7 +193,9 @@ class ScaledLayer(DeltaLayer):
 class FoldLayer(BaseTunerLayer):
     """W' = f(W) for any f. A method defines :meth:`reweight`; several adapters add up their f(W) - W.
 
-    :meth:`delta` is the forward's ``(f(W) - W) x``, dropout included.
+    Where it changes the bias as well, by what depends on W and b alone, it defines :meth:`shift`.
+
+    :meth:`delta` is the forward's ``(f(W) - W) x``, dropout included, where the forward is not ``f(W) x``.
     """
 
     reversible = False
@@ -214,19 +216,31 @@ class FoldLayer(BaseTunerLayer):
     def delta(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return self.multiplied(x, lambda: self.change(name, _dtype_of(x)), [name])
 
+    def shift(self, name: str) -> torch.Tensor | None:
+        """b' - b, ``[out]``, or None."""
+        return None
+
     def transform_output(self, name: str, x: torch.Tensor, y: torch.Tensor, base_y: torch.Tensor) -> torch.Tensor:
-        return y + self.delta(name, x)
+        y, shift = y + self.delta(name, x), self.shift(name)
+        return y if shift is None else y + self.kind.along_channels(shift, self.get_base_layer())
+
+    def fold_bias(self, name: str, bias: torch.Tensor | None) -> torch.Tensor | None:
+        shift = self.shift(name)
+        return bias if shift is None or bias is None else bias + shift
 
     def fold(self, name: str, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        if weight is base:
+            return self.reweight(name, base)
         return weight + (self.reweight(name, base) - base).to(weight.dtype)
 
 
 class RotationLayer(BaseTunerLayer):
-    """W' = W R^T, R square and invertible: a rotation of the input, y = W (x R).
+    """W' = diag(s) W R^T, R square and invertible: a rotation of the input, y = W (x R), and a scale of the output.
 
-    On a table of embeddings, which has no input to rotate, R turns the output: y = (W x) R. On convolutions R acts
-    on the flattened ``in * kernel`` axis, through the weight. A method defines :meth:`rotate` for vectors of
-    :attr:`rotated_features`, as cheaply as its R allows: nothing in a training step needs the whole matrix.
+    The bias stays as it is, and most methods have no s. On a table of embeddings, which has no input to rotate, R
+    turns the output: y = (W x) R. On convolutions R acts on the flattened ``in * kernel`` axis, through the weight. A
+    method defines :meth:`rotate` for vectors of :attr:`rotated_features`, as cheaply as its R allows: nothing in a
+    training step needs the whole matrix.
     """
 
     @property
@@ -237,6 +251,10 @@ class RotationLayer(BaseTunerLayer):
     def rotate(self, name: str, x: torch.Tensor, back: bool = False) -> torch.Tensor:
         """x R along the last axis; x R^T with ``back``."""
         raise NotImplementedError
+
+    def scale_out(self, name: str) -> torch.Tensor | None:
+        """s, ``[out]``, or None."""
+        return None
 
     def rotation(self, name: str) -> torch.Tensor:
         """R, ``[features, features]``."""
@@ -250,15 +268,20 @@ class RotationLayer(BaseTunerLayer):
         return x if self.kind.lookup else self.rotate(name, x)
 
     def transform_output(self, name: str, x: torch.Tensor, y: torch.Tensor, base_y: torch.Tensor) -> torch.Tensor:
-        return self.rotate(name, y.to(self.dtype_of(name))) if self.kind.lookup else y
+        s, bias = self.scale_out(name), self.get_base_bias()
+        y = self.rotate(name, y.to(self.dtype_of(name))) if self.kind.lookup else y
+        return y if s is None else y * s if bias is None else torch.addcmul(bias - bias * s, y, s)
 
     def _fold_order(self, names: Any) -> list[str]:
         return list(names) if self.kind.lookup else super()._fold_order(names)
 
     def fold(self, name: str, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        s = self.scale_out(name)
         if self.kind.lookup:
-            return self.rotate(name, weight.T).T
-        return self.rotate(name, weight.flatten(1), back=True).view_as(weight)
+            weight = self.rotate(name, weight.T).T
+        else:
+            weight = self.rotate(name, weight.flatten(1), back=True).view_as(weight)
+        return weight if s is None else weight * s.view(-1, *[1] * (weight.dim() - 1)).to(weight.dtype)
 
     def unfold(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         inverse = torch.linalg.inv(self.rotation(name).float()).to(weight.dtype)

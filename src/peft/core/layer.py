@@ -118,12 +118,16 @@ class BaseTunerLayer(Switch, nn.Module):
         """
         return tensor
 
-    def as_loaded(self, name: str, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+    def as_loaded(self, name: str, saved: str, parts: dict[str, torch.Tensor]) -> torch.Tensor:
         """The one tensor that :meth:`as_saved` has written as several, in the parts named in ``split``."""
         raise NotImplementedError
 
     def release(self) -> None:
         """Undo what the layer has done to other modules; called when it leaves the model."""
+
+    def takes(self, name: str, saved: str, shape: torch.Size) -> bool:
+        """Whether a file's tensor of another shape can take the place of the adapter's, by its name in the file."""
+        return False
 
     def upgrade(self, name: str, written_by: str) -> None:
         """Adjust an adapter just loaded from a file of another version, where the two mean different things."""
@@ -248,7 +252,7 @@ class BaseTunerLayer(Switch, nn.Module):
 
     def place_for(self, item: torch.Tensor | nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
         """Device and dtype for a new part: those of the base weight, where that is a dense tensor."""
-        tensors = [item] if isinstance(item, torch.Tensor) else list(item.parameters())
+        tensors = [item] if isinstance(item, torch.Tensor) else [*item.parameters(), *item.buffers()]
         if any(t.device.type == "meta" for t in tensors):
             return None, None
         base = self.get_base_layer()
@@ -507,6 +511,11 @@ class BaseTunerLayer(Switch, nn.Module):
         bias = getattr(self.get_base_layer(), self.kind.bias, None) if self.kind.bias else None
         return None if bias is None else bias.detach() if not bias.requires_grad else bias
 
+    def unmerged_bias(self) -> torch.Tensor | None:
+        """The bias without what this layer has merged into it."""
+        kept = self._kept.get("bias", self)
+        return self.get_base_bias() if kept is self else kept
+
     def _fold_order(self, names: Any) -> list[str]:
         """Rotations apply to x one after another, hence to W in reverse order."""
         names = list(names)
@@ -524,7 +533,8 @@ class BaseTunerLayer(Switch, nn.Module):
         weight = self.get_base_weight() if inner is None else inner._folded_weight(inner._current())
         if not names:
             return weight
-        dtype, weight, base = weight.dtype, _wide(weight), self.unmerged_weight()
+        dtype, weight = weight.dtype, _wide(weight)
+        base = weight if inner is None and not self.merged else self.unmerged_weight()
         for name in self._fold_order(names):
             weight = self.fold(name, weight, base)
         return weight.to(dtype)

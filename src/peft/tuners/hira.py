@@ -27,7 +27,11 @@ from peft.utils.peft_types import PeftType
 
 @dataclass
 class HiraConfig(TargetModules, ExcludeModules, FanInFanOut, ModulesToSave, LayerSelection, RankPattern):
-    """Config of HiRA: dW = W * (B A), entry by entry."""
+    """Config of HiRA: dW = W * (B A), entry by entry.
+
+    A low-rank pair whose update can have full rank: for tasks where LoRA's rank is the limit. The weight takes part in
+    every step, so one costs more than LoRA's until merged.
+    """
 
     METHOD: ClassVar[PeftType] = PeftType.HIRA
 

@@ -97,7 +97,7 @@ class VBLoRALayer(LowRankLayer):
         # the last weight is what the others leave of 1
         return {"_topk_indices": place.to(small), "_topk_weights": best.softmax(-1)[..., :-1].contiguous()}
 
-    def as_loaded(self, name: str, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+    def as_loaded(self, name: str, saved: str, parts: dict[str, torch.Tensor]) -> torch.Tensor:
         place, weights = parts["_topk_indices"].long(), parts["_topk_weights"]
         weights = torch.cat((weights, (1 - weights.sum(-1, keepdim=True)).clamp(min=0)), -1)
         logits = weights.new_full((*place.shape[:-1], len(self.vblora_vector_bank[name])), float("-inf"))

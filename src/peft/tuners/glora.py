@@ -1,0 +1,155 @@
+"""GLoRA: W' = W + W * A + B and b' = b + b * D + E + W C (arXiv 2306.07967)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from peft.config import ModulesToSave, TargetModules, TrainedBias, option
+from peft.core.families import FoldLayer
+from peft.core.kinds import Kind, fan
+from peft.core.registry import define_tuner
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_GLORA_TARGET_MODULES_MAPPING
+from peft.utils.error import ConfigError
+from peft.utils.peft_types import PeftType
+
+
+@dataclass
+class GloraConfig(TargetModules, TrainedBias, ModulesToSave):
+    """Config of GLoRA: five trained terms that scale and shift the weight and the bias.
+
+    The general form of which LoRA, scales, shifts and prompts are cases: for searching which of them a task wants.
+    Merged, it costs nothing, and the layer keeps its shape.
+    """
+
+    METHOD: ClassVar[PeftType] = PeftType.GLORA
+    OWN_BIAS: ClassVar[str] = "glora_only"
+
+    r: int = option(8, "Rank of the terms that are products of two matrices.", minimum=1)
+    config_A_B: Literal["lora", "vector", "constant", "none"] = option(
+        "lora",
+        "Form of A and B: a low-rank product, one number for each output, one number, or not there.",
+        choices=("lora", "vector", "constant", "none"),
+    )
+    config_C: Literal["lora", "vector", "none"] = option(
+        "lora",
+        "Form of C: a low-rank product, one number for each input, or not there. Only for layers with a bias.",
+        choices=("lora", "vector", "none"),
+    )
+    config_D_E: Literal["vector", "constant", "none"] = option(
+        "constant",
+        "Form of D and E: one number for each output, one number, or not there. Only for layers with a bias.",
+        choices=("vector", "constant", "none"),
+    )
+    init_weights: bool = option(True, "Start with all terms 0, so that nothing changes; otherwise at random numbers.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.config_A_B == self.config_C == self.config_D_E == "none":
+            raise ConfigError(
+                "GloraConfig: config_A_B, config_C and config_D_E are all 'none', so nothing is trained."
+            )
+
+
+class GloraTerm(nn.Module):
+    """One of the five terms: ``Xd Xu``, ``X``, or nothing, which files hold as ``zeros``.
+
+    Args:
+        form: "lora", "vector", "constant" or "none".
+        shape: of the dense term; rank: of the product; init: start at zero.
+    """
+
+    def __init__(self, form: str, shape: tuple[int, ...], rank: int, init: bool) -> None:
+        super().__init__()
+        self.shape = shape
+        if form == "none":
+            self.register_buffer("zeros", torch.zeros(()))
+        elif form == "lora":
+            self.Xd = nn.Parameter(torch.zeros(shape[0], rank))
+            self.Xu = nn.Parameter(torch.empty(rank, shape[1]))
+            for part in (self.Xu,) if init else (self.Xu, self.Xd):
+                nn.init.kaiming_uniform_(part, a=math.sqrt(5))
+        else:
+            size = (1,) if form == "constant" else (shape[0], *[1] * (len(shape) - 1))
+            self.X = nn.Parameter(torch.zeros(size))
+            if not init:
+                if form == "constant":
+                    nn.init.normal_(self.X, std=0.02)
+                else:
+                    nn.init.kaiming_uniform_(self.X.data.view(1, -1) if len(size) == 1 else self.X, a=math.sqrt(5))
+
+    def forward(self, like: torch.Tensor) -> torch.Tensor | None:
+        """The term, of a shape that broadcasts to the dense one, or None."""
+        if "zeros" in self._buffers:
+            return None
+        return (self.Xd @ self.Xu if hasattr(self, "Xd") else self.X).to(like.dtype)
+
+
+class GloraLayer(FoldLayer):
+    """A and B are ``[out, in * kernel]``, C ``[in * kernel, 1]``, D and E ``[out]``; without a bias only A and B."""
+
+    weights: ClassVar[dict[str, type]] = {f"glora_{term}": nn.ModuleDict for term in "ABCDE"}
+    settings: ClassVar[dict[str, type]] = {"r": dict}
+    split: ClassVar[tuple[str, ...]] = ("",)
+
+    @classmethod
+    def refusal(cls, kind: Kind, module: nn.Module, config: GloraConfig) -> str | None:
+        if config.config_A_B == "none" and (kind.bias is None or getattr(module, kind.bias, None) is None):
+            return "it has no bias, and with config_A_B='none' only terms of the bias are trained"
+        return None
+
+    def update_layer(self, name: str, config: GloraConfig, key: str) -> None:
+        out, inner = fan(self.shape)
+        biased = self.get_base_bias() is not None
+        forms = {"A": config.config_A_B, "B": config.config_A_B, "C": config.config_C if biased else "none"}
+        forms |= dict.fromkeys("DE", config.config_D_E if biased else "none")
+        shapes = {"A": (out, inner), "B": (out, inner), "C": (inner, 1), "D": (out,), "E": (out,)}
+        terms = {t: GloraTerm(forms[t], shapes[t], config.r, config.init_weights) for t in forms}
+        self.put(name, r=config.r, **{f"glora_{t}": term for t, term in terms.items()})
+
+    def term(self, letter: str, name: str, like: torch.Tensor) -> torch.Tensor | None:
+        """A term in the dtype of a tensor, or None where it is not there."""
+        return getattr(self, f"glora_{letter}")[name](like)
+
+    def reweight(self, name: str, base: torch.Tensor) -> torch.Tensor:
+        weight = base.flatten(1)
+        a, b = self.term("A", name, base), self.term("B", name, base)
+        folded = weight if a is None else torch.addcmul(weight, weight, a)
+        return (folded if b is None else folded + b).view_as(base)
+
+    def shift(self, name: str) -> torch.Tensor | None:
+        bias = self.unmerged_bias()
+        if bias is None:
+            return None
+        c, d, e = (self.term(letter, name, bias) for letter in "CDE")
+        parts = [None if d is None else bias * d, e]
+        if c is not None:
+            parts.append(
+                checkpoint(lambda c: self.unmerged_weight().flatten(1).to(c.dtype) @ c, c, use_reentrant=False)[:, 0]
+            )
+        given = [part for part in parts if part is not None]
+        return sum(given[1:], given[0]) if given else None
+
+    # --- files ------------------------------------------------------------------------------------------------
+    def as_saved(self, name: str, saved: str, tensor: torch.Tensor) -> torch.Tensor:
+        term, _, part = saved.partition(".")
+        return tensor.new_zeros(getattr(self, term)[name].shape) if part == "zeros" else tensor
+
+    def as_loaded(self, name: str, saved: str, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Zeros of any shape are one number in memory."""
+        (tensor,) = parts.values()
+        return tensor.new_zeros(()) if saved.endswith(".zeros") else tensor
+
+
+GloraModel = define_tuner(
+    "GloraModel",
+    GloraLayer,
+    GloraConfig,
+    prefix="glora_",
+    targets=TRANSFORMERS_MODELS_TO_GLORA_TARGET_MODULES_MAPPING,
+)
