@@ -21,7 +21,16 @@ from transformers.pytorch_utils import Conv1D
 import peft.tuners  # noqa: F401  registers the methods
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.core.blocks import BlockLayer
-from peft.core.families import CopyLayer, DeltaLayer, FoldLayer, OutputLayer, RotationLayer, RowsLayer, ScaleLayer
+from peft.core.families import (
+    CopyLayer,
+    DeltaLayer,
+    FoldLayer,
+    OutputLayer,
+    RotationLayer,
+    RowsLayer,
+    SampleLayer,
+    ScaleLayer,
+)
 from peft.core.layer import BaseTunerLayer
 from peft.core.tuner import BaseTuner
 from peft.core.walk import locate, walk
@@ -39,6 +48,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "unilora": {"theta_d_length": 32, "init_theta_d_bound": 2.0},
     "tinylora": {"u": 6},
     "randlora": {"randlora_alpha": 8},
+    "poly": {"n_skills": 2, "r": 1},
 }
 """Method -> fields without which it does nothing small; `r`, where it counts, is 4 for every method."""
 
@@ -70,6 +80,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "hira[random]": {"init_weights": False},
     "randlora[sparse]": {"sparse": True, "randlora_alpha": 8},
     "randlora[drawn]": {"very_sparse": True, "save_projection": False, "projection_prng_key": 5, "randlora_alpha": 8},
+    "poly[splits]": {"n_splits": 2},
+    "lily[shared]": {"stride_A": 2, "num_B": 3, "scaling": 0.7},
+    "lily[token]": {"routing": "token"},
     "unilora[indices]": {"save_indices": True, "proj_seed": 5},
     "tinylora[tied]": {"weight_tying": 0.5, "init_weights": "uniform", "save_projection": False},
     "hra[odd]": {"r": 3},
@@ -126,11 +139,11 @@ class Method:
 
 @functools.cache
 def methods() -> tuple[Method, ...]:
-    """All registered methods that adapt single layers, not whole blocks, and the variants of the table."""
+    """All registered methods that adapt single layers, not whole blocks nor by other adapters, and the variants."""
     rows: dict[str, tuple[Any, dict[str, Any]]] = {}
     found = []
     for key, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items():
-        if issubclass(tuner, BaseTuner) and not issubclass(tuner.layer_cls, BlockLayer):
+        if issubclass(tuner, BaseTuner) and not issubclass(tuner.layer_cls, BlockLayer) and key != "XLORA":
             rows[getattr(key, "value", key).lower()] = (key, {})
     for name, fields in VARIANTS.items():
         rows[name] = (rows[name.partition("[")[0]][0], fields)
@@ -512,6 +525,24 @@ REFUSED = [
         "no grouped kernel equals it",
         "DoRA needs the norm of the adapted weight, and a pair on a grouped convolution has no weight",
         lambda m, p: bool(m.given.get("use_dora")) and _grouped_pair(m, p),
+    ),
+    Refusal(
+        "adapt",
+        "its weight is read by another computation",
+        "the update depends on the sample, so there is no weight to give to a computation that reads one",
+        lambda m, p: m.is_a(SampleLayer) and (p.kind == "MultiheadAttention" or p.name == "Linear[out_proj]"),
+    ),
+    Refusal(
+        "adapt",
+        "n_splits=2 does not divide",
+        "a table of eleven tokens has no two equal parts",
+        lambda m, p: m.given.get("n_splits") == 2 and p.kind == "Embedding",
+    ),
+    Refusal(
+        "merge",
+        "no one weight equals it",
+        "the update depends on the sample",
+        lambda m, p: m.is_a(SampleLayer),
     ),
     Refusal(
         "merge",

@@ -20,10 +20,12 @@ from peft import (
     HiraConfig,
     HRAConfig,
     IA3Config,
+    LilyConfig,
     LNTuningConfig,
     LoraConfig,
     OFTConfig,
     PeftModel,
+    PolyConfig,
     PveraConfig,
     RandLoraConfig,
     TinyLoraConfig,
@@ -146,6 +148,30 @@ class TestSharedTensorsAreWrittenOnce:
                 again = PeftModel.from_pretrained(tiny_llama(), tmp_path)
             assert torch.equal(again(IDS).logits, model(IDS).logits)
 
+    def test_parts_of_neighbours_are_written_under_the_first_of_them(self, tmp_path):
+        """Files that repeat them for each layer load as well."""
+        torch.manual_seed(0)
+        config = LilyConfig(r=3, stride_A=2, num_B=2, target_modules=["q_proj", "up_proj"])
+        model = disturb(get_peft_model(tiny_llama(), config))
+        model.save_pretrained(tmp_path)
+        stored = load_file(tmp_path / "adapter_model.safetensors")
+        places = {name: f"base_model.model.model.layers.{{}}.{name}" for name in ("self_attn.q_proj", "mlp.up_proj")}
+        parts = ("lily_A.weight", "lily_B.weight")
+        routers = {f"{place.format(i)}.lily_router.weight" for place in places.values() for i in range(2)}
+        first = {f"{place.format(0)}.{part}" for place in places.values() for part in parts}
+        assert set(stored) == routers | first
+        repeated = {
+            f"{place.format(1)}.{part}": stored[f"{place.format(0)}.{part}"].clone()
+            for place in places.values()
+            for part in parts
+        }
+        save_file({**stored, **repeated}, tmp_path / "adapter_model.safetensors")
+        torch.manual_seed(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            again = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+
     def test_without_them_they_are_drawn_again(self, tmp_path):
         model = self.model(save_projection=False, projection_prng_key=5)
         model.save_pretrained(tmp_path)
@@ -223,6 +249,8 @@ MIXED = {
     "hira": lambda: HiraConfig(target_modules=["q_proj", "up_proj"], r=2),
     "ln": lambda: LNTuningConfig(target_modules=["input_layernorm", "norm"]),
     "tokens": lambda: TrainableTokensConfig(token_indices=[3, 9]),
+    "poly": lambda: PolyConfig(target_modules=["q_proj", "up_proj"], r=2, n_skills=2),
+    "lily": lambda: LilyConfig(target_modules=["q_proj", "up_proj"], r=2),
 }
 
 
@@ -558,3 +586,79 @@ class TestRotationsOfInputs:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             model(torch.randn(batch, features, requires_grad=True)).sum().backward()
         assert sizes and max(sizes) <= batch * features
+
+
+class TestRoutingDependsOnTheSampleAlone:
+    """Lily's weights of the experts used to be averaged over the whole batch."""
+
+    def model(self, **fields: Any) -> PeftModel:
+        torch.manual_seed(0)
+        config = LilyConfig(r=4, num_B=3, scaling=4.0, target_modules=["q_proj", "v_proj", "down_proj"], **fields)
+        return disturb(get_peft_model(tiny_llama(), config))
+
+    @torch.no_grad()
+    def test_a_sample_does_not_depend_on_its_neighbours(self) -> None:
+        model = self.model()
+        whole = model(IDS).logits
+        for row in range(3):
+            torch.testing.assert_close(model(IDS[row : row + 1]).logits[0], whole[row], **CLOSE)
+
+    @torch.no_grad()
+    def test_nor_on_its_padding(self) -> None:
+        model = self.model()
+        ids, mask = IDS.clone(), torch.ones_like(IDS)
+        ids[1, 4:], mask[1, 4:] = 0, 0
+        padded = model(input_ids=ids, attention_mask=mask).logits
+        torch.testing.assert_close(padded[1, :4], model(IDS[1:2, :4]).logits[0], **CLOSE)
+
+    @torch.no_grad()
+    def test_with_weights_for_each_token_not_on_later_ones(self) -> None:
+        model = self.model(routing="token")
+        torch.testing.assert_close(model(IDS[:, :3]).logits, model(IDS).logits[:, :3], **CLOSE)
+
+    @torch.no_grad()
+    def test_files_that_do_not_say_are_computed_as_they_were_trained(self, tmp_path: Path) -> None:
+        model = self.model(routing="batch")
+        whole = model(IDS).logits
+        assert (model(IDS[:1]).logits - whole[:1]).abs().max() > 1e-4
+        model.save_pretrained(tmp_path)
+        path = tmp_path / "adapter_config.json"
+        config = json.loads(path.read_text())
+        del config["routing"]
+        path.write_text(json.dumps(config))
+        torch.manual_seed(0)
+        again = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+        assert again.peft_config["default"].routing == "batch"
+        assert torch.equal(again(IDS).logits, whole)
+        assert LilyConfig().routing == "sample"
+
+
+class TestTasksOfTheSamples:
+    """Poly needs to know the task of each sample."""
+
+    def model(self, **fields: Any) -> PeftModel:
+        torch.manual_seed(0)
+        config = PolyConfig(r=4, n_skills=3, target_modules=["q_proj", "v_proj", "down_proj"], **fields)
+        return disturb(get_peft_model(tiny_llama(), config))
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("splits", [1, 2])
+    def test_each_sample_has_its_task(self, splits: int) -> None:
+        model = self.model(n_tasks=3, n_splits=splits)
+        whole = model(IDS, task_ids=torch.tensor([2, 0, 2])).logits
+        for row, task in enumerate((2, 0, 2)):
+            alone = model(IDS[row : row + 1], task_ids=torch.tensor([task])).logits[0]
+            torch.testing.assert_close(alone, whole[row], **CLOSE)
+        assert (model(IDS, task_ids=torch.tensor([0, 0, 0])).logits[0] - whole[0]).abs().max() > 1e-3
+        ids = model.generate(input_ids=IDS, task_ids=torch.tensor([2, 0, 2]), max_new_tokens=2, do_sample=False)
+        assert ids.shape == (3, IDS.shape[1] + 2)
+
+    def test_missing_and_unknown_tasks_are_named(self) -> None:
+        model = self.model(n_tasks=3)
+        with pytest.raises(ValueError, match="needs task_ids"):
+            model(IDS)
+        with pytest.raises(ValueError, match=r"outside 0\.\.2"):
+            model(IDS, task_ids=torch.tensor([0, 1, 3]))
+        with pytest.raises(ValueError, match="2 entries, but the batch has 3"):
+            model(IDS, task_ids=torch.tensor([0, 1]))
+        assert self.model()(IDS).logits.isfinite().all()

@@ -51,10 +51,15 @@ class LoadResult(NamedTuple):
     unexpected_keys: list[str]
 
 
+def tuner_of(model: nn.Module) -> BaseTuner | None:
+    """What manages adapters that change weights; None for a plain module that has some, and for prompts."""
+    tuner = model if isinstance(model, BaseTuner) else model._modules.get("base_model")
+    return tuner if isinstance(tuner, BaseTuner) else None
+
+
 def anatomy(model: nn.Module) -> tuple[nn.Module, str]:
     """The adapted base model, and the prefix of its names in files."""
-    tuner = model if isinstance(model, BaseTuner) else model._modules.get("base_model")
-    if isinstance(tuner, BaseTuner):
+    if (tuner := tuner_of(model)) is not None:
         return tuner.model, "base_model.model."
     return (model.base_model, "base_model.") if prompts_of(model) else (model, "")
 
@@ -88,6 +93,8 @@ def entries(model: nn.Module, adapter: str) -> Iterator[Entry]:
     for saved, memory, tensor in prompts.adapter_state(adapter) if (prompts := prompts_of(model)) else ():
         computed = None if memory else _leave_out  # by a network, from tensors that are saved too
         yield Entry(saved, memory, tensor, put=computed)
+    for saved, memory, tensor in tuner.adapter_state(adapter) if (tuner := tuner_of(model)) else ():
+        yield Entry(saved, memory, tensor)
     for saved, memory, tensor in bias_state(root, adapter):
         yield Entry(prefix + saved, prefix + memory, tensor)
     for attribute, container in shared.items():

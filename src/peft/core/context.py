@@ -34,6 +34,8 @@ class Context:
     Attributes:
         adapter_names: one adapter name for each row of the batch (:data:`BASE` for none), or None.
         task_ids: one task number for each row, ``[batch]``, or None.
+        scalings: weights of routed adapters, ``[batch, tokens, layers, adapters]``; None: they give nothing.
+        mask: the model's ``attention_mask``, ``[batch, tokens]``, 0 where padded, or None.
         current: while a group of rows is computed, the adapters of that group; else None.
         rows: while rows of a mixed batch are computed, which they are, and how many there are in all; else None.
         held: a call that carries such facts is under way.
@@ -44,6 +46,8 @@ class Context:
     def __init__(self) -> None:
         self.adapter_names: tuple[str, ...] | None = None
         self.task_ids: torch.Tensor | None = None
+        self.scalings: torch.Tensor | None = None
+        self.mask: torch.Tensor | None = None
         self.current: list[str] | None = None
         self.rows: tuple[torch.Tensor, int] | None = None
         self.held = False
@@ -53,8 +57,11 @@ class Context:
         self.adapter_names = None if names is None else tuple(names)
         self._groups.clear()
 
-    def forget(self, module: Any, args: tuple) -> None:
+    def forget(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         """Hook of the model: a call that says nothing of adapters or tasks does not use those of an earlier one."""
+        mask, two_lengths = kwargs.get("attention_mask"), getattr(module, "config", None)
+        known = isinstance(mask, torch.Tensor) and mask.dim() == 2
+        self.mask = mask if known and not getattr(two_lengths, "is_encoder_decoder", False) else None
         if self.held:
             return
         self.task_ids = None
@@ -69,16 +76,22 @@ class Context:
         Raises:
             ValueError: if the rows of the batch cannot be told apart by the tasks.
         """
-        if self.task_ids is None:
+        return None if self.task_ids is None else self._of_rows("task_ids", self.task_ids, batch, device)
+
+    def padding(self, batch: int, tokens: int, device: torch.device) -> torch.Tensor | None:
+        """1 for the tokens of the rows, 0 for their padding, ``[batch, tokens]``; None where it is not known."""
+        if self.mask is None or self.mask.shape[1] != tokens:
             return None
+        return self._of_rows("attention_mask", self.mask, batch, device)
+
+    def _of_rows(self, what: str, values: torch.Tensor, batch: int, device: torch.device) -> torch.Tensor:
         rows, total = self.rows or (None, batch)
-        if total % len(self.task_ids):
+        if total % len(values):
             raise ValueError(
-                f"task_ids holds {len(self.task_ids)} numbers, but the batch has {total} rows. Give one for each "
-                "sample."
+                f"{what} has {len(values)} entries, but the batch has {total} rows. Give one for each sample."
             )
-        tasks = self.task_ids.to(device).repeat_interleave(total // len(self.task_ids))
-        return tasks if rows is None else tasks[rows]
+        values = values.to(device).repeat_interleave(total // len(values), 0)
+        return values if rows is None else values[rows]
 
     def groups(self, names: tuple[str, ...], batch: int, device: torch.device) -> Groups:
         """Rows of each adapter in a batch.

@@ -137,6 +137,21 @@ class SampleLayer(BaseTunerLayer):
         """f(x), shaped like the output."""
         raise NotImplementedError
 
+    def each_up(self, h: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """``B h`` with a matrix for each sample.
+
+        Args:
+            h: what ``kind.down`` gives. b: ``[batch, r, out]``.
+        """
+        h = self.kind.channels_last(h)
+        groups = getattr(self.get_base_layer(), "groups", 1)
+        pieces = h.reshape(len(h), -1, groups, b.shape[1])  # [batch, positions, groups, r]
+        if groups == 1:
+            y = pieces.squeeze(2) @ b
+        else:
+            y = torch.einsum("bpgr,brgo->bpgo", pieces, b.unflatten(-1, (groups, -1))).flatten(-2)
+        return self.kind.channels_back(y.view(*h.shape[:-1], -1))
+
     @classmethod
     def refusal(cls, kind: Kind, module: nn.Module, config: Any) -> str | None:
         if kind.through_weight or kind.read_by_parent:

@@ -58,6 +58,7 @@ class BaseTunerLayer(Switch, nn.Module):
     other_param_names: tuple[str, ...] = ()
     changes_input = False
     kind: Kind | None
+    key = ""  # the name of the module in the unadapted model
 
     # --- what a method defines ------------------------------------------------------------------------------
     def update_layer(self, name: str, config: Any, key: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
@@ -43,7 +43,7 @@ def context_of(model: nn.Module) -> Context:
     context = model.__dict__.get("_peft_context")
     if context is None:
         context = model.__dict__["_peft_context"] = Context()
-        context.hook = model.register_forward_pre_hook(context.forget)
+        context.hook = model.register_forward_pre_hook(context.forget, with_kwargs=True)
     return context
 
 
@@ -165,6 +165,7 @@ class BaseTuner(nn.Module):
             path = inside[0] if inside else site.path
         cls = self._class_for(target.kind, site.module)
         layer = cls(model.get_submodule(path), kind=target.kind, context=context_of(model))
+        layer.key = target.key
         layer.train(layer.base_layer.training)
         layer.read_by_parent |= isinstance(parent_of(model, path)[0], READERS)
         replace_module(model, path, layer)
@@ -229,6 +230,10 @@ class BaseTuner(nn.Module):
         for attribute in self.layer_cls.shared:
             if name in getattr(self, attribute, ()):
                 del getattr(self, attribute)[name]
+
+    def adapter_state(self, name: str) -> Iterator[tuple[str, str, torch.Tensor]]:
+        """What an adapter has beside its layers: name in the file, name in the :class:`PeftModel`, tensor."""
+        return iter(())
 
     # --- life of the adapters ---------------------------------------------------------------------------------
     @property

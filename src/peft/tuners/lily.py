@@ -1,0 +1,122 @@
+"""Lily: W x + s (sum_e p_e B_e) A x, p the mean of softmax(R A x); A and the B_e are shared (arXiv 2407.09946)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from peft.config import ExcludeModules, LayerSelection, ModulesToSave, TargetModules, option
+from peft.core.families import SampleLayer
+from peft.core.kinds import fan
+from peft.core.layer import BaseTunerLayer
+from peft.core.registry import define_tuner
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LILY_TARGET_MODULES_MAPPING
+from peft.utils.peft_types import PeftType
+
+
+@dataclass
+class LilyConfig(TargetModules, ExcludeModules, ModulesToSave, LayerSelection):
+    """Config of Lily: low-rank pairs that layers share, with the B chosen by the input.
+
+    For when one adapter has to cover varied inputs at few parameters: neighbouring layers share A, all layers of a
+    kind share a set of experts B, and each sample mixes these by a small router in each layer. It cannot be merged.
+    """
+
+    METHOD: ClassVar[PeftType] = PeftType.LILY
+
+    r: int = option(32, "Rank of A and of each expert B.", minimum=1)
+    stride_A: int = option(
+        1, "How many neighbouring layers, of those with the same name and shape, share an A.", minimum=1
+    )
+    num_B: int = option(2, "Experts B, shared by all layers with the same name and shape.", minimum=1)
+    scaling: float = option(1.0, "Factor of the update.")
+    init_weights: bool = option(True, "Start with B = 0, so that nothing changes; otherwise B is random.")
+    routing: str = option(
+        "sample",
+        "Over what the weights of the experts are averaged. 'sample': the tokens of a sample, padding left out where "
+        "the model gets an attention mask. 'token': nothing, so that a token does not depend on later ones. 'batch': "
+        "all tokens of the batch; the output for a sample then depends on its neighbours. Files that do not say "
+        "were trained so.",
+        choices=("sample", "token", "batch"),
+    )
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict:
+        """Files without ``routing`` come from an implementation that averages over the batch."""
+        return {"routing": "batch", **kwargs} if "peft_version" in kwargs else kwargs
+
+
+class LilyLayer(SampleLayer):
+    """y' = y + s (sum_e p_e B_e) A x, p the average of softmax(R A x).
+
+    ``lily_A.weight`` is ``[r, in * kernel]``, ``lily_B.weight`` ``[num_B * r, out]``, ``lily_router.weight``
+    ``[num_B, r]``.
+    """
+
+    weights: ClassVar[dict[str, type]] = {
+        "lily_A": nn.ModuleDict,
+        "lily_B": nn.ModuleDict,
+        "lily_router": nn.ModuleDict,
+    }
+    settings: ClassVar[dict[str, type]] = {"r": dict, "num_B": dict, "scaling": dict, "routing": dict}
+    because: ClassVar[str] = "its routing depends on the sample"
+
+    @classmethod
+    def share(cls, config: LilyConfig, layers: Sequence[BaseTunerLayer]) -> dict[str, Any]:
+        """A for neighbours, and the experts for all layers, of those with the same last name and shape."""
+        alike: dict[tuple, list[nn.Module]] = {}
+        experts: dict[tuple, nn.Module] = {}
+        first, second = [], []
+        for layer in layers:
+            rows, columns = fan(layer.shape)
+            group = (layer.key.rpartition(".")[2], layer.shape)
+            known = alike.setdefault(group, [])
+            new = len(known) % config.stride_A == 0
+            known.append(nn.Linear(columns, config.r, bias=False) if new else known[-1])
+            if group not in experts:
+                experts[group] = nn.Linear(rows, config.num_B * config.r, bias=False)
+                if config.init_weights:
+                    nn.init.zeros_(experts[group].weight)
+            first.append(known[-1])
+            second.append(experts[group])
+        return {"lily_A": first, "lily_B": second}
+
+    def update_layer(self, name: str, config: LilyConfig, key: str) -> None:
+        self.put(name, lily_router=nn.Linear(config.r, config.num_B, bias=False))
+        self.put(name, r=config.r, num_B=config.num_B, scaling=config.scaling, routing=config.routing)
+
+    def update(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        base, r, routing = self.get_base_layer(), self.r[name], self.routing[name]
+        h = self.kind.down(base, x, self.lily_A[name].weight)
+        pieces = self.kind.channels_last(h).unflatten(-1, (-1, r))  # [batch, ..., groups, r]
+        chances = self.lily_router[name](pieces).softmax(-1)
+        experts = self.lily_B[name].weight * self.scaling[name]
+        if routing == "token":
+            each = (chances.unsqueeze(-1) * pieces.unsqueeze(-2)).flatten(-3)
+            return self.kind.up(base, self.kind.channels_back(each), experts.T)
+        experts = experts.unflatten(0, (-1, r))  # [num_B, r, out]
+        if routing == "batch":
+            return self.kind.up(base, h, torch.einsum("e,ero->or", chances.flatten(0, -2).mean(0), experts))
+        return self.each_up(h, torch.einsum("be,ero->bro", self.average(chances), experts))
+
+    def average(self, chances: torch.Tensor) -> torch.Tensor:
+        """The mean over the positions of each sample, without padding, ``[batch, num_B]``."""
+        flat = chances.flatten(1, -2)
+        mask = self.context.padding(len(flat), flat.shape[1], flat.device)
+        if mask is None:
+            return flat.mean(1)
+        mask = mask.to(flat).unsqueeze(-1)
+        return (flat * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+
+LilyModel = define_tuner(
+    "LilyModel",
+    LilyLayer,
+    LilyConfig,
+    prefix="lily_",
+    targets=TRANSFORMERS_MODELS_TO_LILY_TARGET_MODULES_MAPPING,
+)

@@ -1,0 +1,137 @@
+"""Poly: W x + (sum_s w_s B_s)(sum_s w_s A_s) x / r, w learned for each task (arXiv 2202.13914, 2211.03831)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+from torch.distributions import RelaxedBernoulli
+
+from peft.config import ExcludeModules, ModulesToSave, TargetModules, option
+from peft.core.families import SampleLayer
+from peft.core.kinds import fan
+from peft.core.registry import define_tuner
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_POLY_TARGET_MODULES_MAPPING
+from peft.utils.peft_types import PeftType
+
+
+@dataclass
+class PolyConfig(TargetModules, ExcludeModules, ModulesToSave):
+    """Config of Poly: an inventory of LoRA-like skills, mixed by learned weights for each task.
+
+    For training on many tasks at once, and few-shot transfer to new ones that mix the same skills. A call says the
+    task of each sample: ``model(..., task_ids=tensor)``. It cannot be merged.
+    """
+
+    METHOD: ClassVar[PeftType] = PeftType.POLY
+
+    r: int = option(8, "Rank of each skill.", minimum=1)
+    init_weights: bool = option(True, "Start with B = 0, so that nothing changes; otherwise B is random.")
+    poly_type: str = option("poly", "How skills are chosen; there is one way.", choices=("poly",))
+    n_tasks: int = option(1, "Number of tasks; with one, task_ids can be left out.", minimum=1)
+    n_skills: int = option(4, "Number of skills that the tasks mix.", minimum=1)
+    n_splits: int = option(
+        1, "Parts of the features that choose skills apart: multi-head routing. Divides in- and output.", minimum=1
+    )
+
+
+class PolyRouter(nn.Module):
+    """The weights of the skills for each task and split: ``module_logits``, ``[tasks, splits * skills]``."""
+
+    def __init__(self, tasks: int, splits: int, skills: int) -> None:
+        super().__init__()
+        self.splits, self.tasks = splits, tasks
+        self.module_logits = nn.Parameter(torch.empty(tasks, splits * skills).uniform_(-1e-3, 1e-3))
+
+    def forward(self, tasks: torch.Tensor | None, batch: int) -> torch.Tensor:
+        """Weights ``[batch, splits, skills]`` that add up to 1; relaxed Bernoulli draws in training.
+
+        Raises:
+            ValueError: if the tasks are not given, or are not among those of the config.
+        """
+        if tasks is None:
+            if self.tasks > 1:
+                raise ValueError(
+                    f"the adapter mixes skills for {self.tasks} tasks, so a call needs task_ids: one number in "
+                    f"0..{self.tasks - 1} for each sample, model(..., task_ids=torch.tensor([...]))."
+                )
+            tasks = self.module_logits.new_zeros(batch, dtype=torch.long)
+        elif bool(((tasks < 0) | (tasks >= self.tasks)).any()):
+            raise ValueError(f"task_ids={tasks.tolist()} names a task outside 0..{self.tasks - 1} (n_tasks).")
+        logits = self.module_logits[tasks].unflatten(-1, (self.splits, -1))
+        if self.training:
+            weights = RelaxedBernoulli(logits.new_tensor(1.0), logits=logits).rsample()
+        else:
+            weights = logits.sigmoid()
+        return weights / (weights.sum(-1, keepdim=True) + 1e-12)
+
+
+class PolyLayer(SampleLayer):
+    """y' = y + B A x / r with A = sum_s w_s A_s and B = sum_s w_s B_s for each split, w by the sample's task.
+
+    A is ``[splits, skills, in * kernel / splits, r]``, B ``[splits, skills, r, out / splits]``.
+    """
+
+    weights: ClassVar[dict[str, type]] = {
+        "poly_router": nn.ModuleDict,
+        "poly_lora_A": nn.ParameterDict,
+        "poly_lora_B": nn.ParameterDict,
+    }
+    settings: ClassVar[dict[str, type]] = {"r": dict, "n_tasks": dict, "n_skills": dict, "n_splits": dict}
+    random_in_training: ClassVar[bool] = True
+    because: ClassVar[str] = "its update depends on the task of the sample"
+
+    def update_layer(self, name: str, config: PolyConfig, key: str) -> None:
+        (rows, columns), splits, skills, r = fan(self.shape), config.n_splits, config.n_skills, config.r
+        if rows % splits or columns % splits:
+            raise ValueError(
+                f"n_splits={splits} does not divide the {columns} input and {rows} output features of "
+                f"{key or 'layer'}; choose a divisor of both, or leave the layer out of the targets."
+            )
+        a = torch.empty(skills, splits, r, columns // splits)
+        b = torch.zeros(splits, skills, r, rows // splits)
+        for matrix in a.flatten(0, 1):
+            nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
+        if not config.init_weights:
+            for matrix in b.flatten(0, 1):
+                nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
+        self.put(name, poly_lora_A=nn.Parameter(a.permute(1, 0, 3, 2).contiguous()), poly_lora_B=nn.Parameter(b))
+        self.put(name, poly_router=PolyRouter(config.n_tasks, splits, skills))
+        self.put(name, r=r, n_tasks=config.n_tasks, n_skills=skills, n_splits=splits)
+
+    def update(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        router, a, b = self.poly_router[name], self.poly_lora_A[name], self.poly_lora_B[name]
+        router.train(self.training)
+        weights = router(self.context.tasks(len(x), x.device), len(x))
+        up = torch.einsum("bqs,qsrd->brqd", weights, b).flatten(-2) / self.r[name]
+        return self.each_up(self.each_down(x, a, weights), up)
+
+    def each_down(self, x: torch.Tensor, a: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """A x with the A of each sample."""
+        if self.kind.lookup or len(self.shape) > 2:
+            return self._mixed_after(x, a, weights)
+        each = torch.einsum("bqs,qsir->bqir", weights, a).flatten(1, 2)
+        return (x.reshape(len(x), -1, x.shape[-1]) @ each).view(*x.shape[:-1], -1)
+
+    def _mixed_after(self, x: torch.Tensor, a: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The same where x is no matrix: every skill's A x, mixed afterwards."""
+        splits, skills, inner, r = a.shape
+        full = a.new_zeros(splits, skills, r, splits, inner)
+        for split in range(splits):
+            full[split, :, :, split] = a[split].mT
+        h = self.kind.channels_last(self.kind.down(self.get_base_layer(), x, full.view(-1, splits * inner)))
+        pieces = h.reshape(len(h), -1, splits, skills, r)  # positions and groups of a convolution together
+        mixed = torch.einsum("bpqsr,bqs->bpr", pieces, weights)
+        return self.kind.channels_back(mixed.reshape(*h.shape[:-1], -1))
+
+
+PolyModel = define_tuner(
+    "PolyModel",
+    PolyLayer,
+    PolyConfig,
+    prefix="poly_",
+    targets=TRANSFORMERS_MODELS_TO_POLY_TARGET_MODULES_MAPPING,
+)

@@ -1,0 +1,70 @@
+"""The experts: LoRA adapters, loaded as any are, into layers that weigh them."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from peft.config import PeftConfig
+from peft.core.tuner import BaseTuner
+from peft.tuners.lora.model import LoraModel
+from peft.tuners.xlora.config import XLoraConfig
+from peft.tuners.xlora.layer import XLoraLayer
+from peft.utils.error import ConfigError
+from peft.utils.peft_types import PeftType
+
+
+class ExpertModel(LoraModel):
+    """LoRA whose layers can weigh their adapters by the token."""
+
+    layer_cls = tuner_layer_cls = XLoraLayer
+
+
+def check(config: XLoraConfig, model: nn.Module) -> None:
+    """Fill in the width of the hidden state; refuse a config without experts, or of another width."""
+    if not config.adapters:
+        raise ConfigError("XLoraConfig: adapters is empty; give each expert: name -> folder of a LoRA adapter.")
+    known = getattr(model, "config", None)
+    text = known.get_text_config() if hasattr(known, "get_text_config") else known
+    width = getattr(text, "hidden_size", None)
+    config.hidden_size = width if config.hidden_size is None else config.hidden_size
+    if config.hidden_size is None:
+        raise ConfigError(f"XLoraConfig: {type(model).__name__} does not tell its hidden_size; set it in the config.")
+    if width not in (None, config.hidden_size):
+        raise ConfigError(f"XLoraConfig: hidden_size={config.hidden_size}, but that of the model is {width}.")
+
+
+def load_experts(model: nn.Module, config: XLoraConfig, device: str | None, autocast: bool) -> None:
+    """Put the experts into the model, all or none."""
+    from peft.peft_model import PeftModel
+
+    class Experts(PeftModel):
+        """Loads the experts as any LoRA is loaded."""
+
+        def _tuner_class(self, peft_config: PeftConfig) -> type[BaseTuner]:
+            return ExpertModel
+
+    experts: PeftModel | None = None
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    try:
+        for name, path in (config.adapters or {}).items():
+            found = PeftConfig.from_pretrained(path)
+            if found.peft_type != PeftType.LORA:
+                kind = getattr(found.peft_type, "value", found.peft_type)
+                raise ConfigError(f"XLoraConfig: the expert {name!r} is a {kind} adapter; experts have to be LoRA.")
+            if getattr(found, "modules_to_save", None) or getattr(found, "bias", "none") != "none":
+                raise ConfigError(
+                    f"XLoraConfig: the expert {name!r} trains whole modules or biases, which cannot be weighed by "
+                    "the token. Train it with modules_to_save=None and bias='none'."
+                )
+            options = {"config": found, "autocast_adapter_dtype": autocast}
+            if experts is None:
+                experts = Experts.from_pretrained(model, path, name, **options)
+            else:
+                options["peft_config"] = options.pop("config")
+                experts.load_adapter(path, name, torch_device=device, **options)
+    except Exception:
+        if experts is not None:
+            experts.unload().requires_grad_(True)
+            for p in frozen:
+                p.requires_grad_(False)
+        raise
