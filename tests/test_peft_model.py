@@ -998,3 +998,12 @@ def test_loading_leaves_the_random_numbers_alone(tmp_path: Path) -> None:
     before = torch.random.get_rng_state()
     PeftModel.from_pretrained(base, tmp_path).load_adapter(tmp_path, "other")
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_an_adapter_added_to_a_model_in_evaluation_does_not_drop_out(tmp_path: Path) -> None:
+    mlp(lora("lin0", lora_dropout=0.9)).save_pretrained(tmp_path)
+    model = mlp(lora("lin0", lora_dropout=0.9)).eval()
+    model.load_adapter(tmp_path, "other")
+    model.set_adapter("other")
+    assert not any(module.training for module in model.modules() if isinstance(module, nn.Dropout))
+    assert torch.equal(model(X), model(X))

@@ -151,6 +151,7 @@ class BaseTunerLayer(Switch, nn.Module):
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.training = base_layer.training
         base = self.get_base_layer()
         self.kind = kind or kind_of(base)
         self.read_by_parent = self.kind is not None and self.kind.read_by_parent
@@ -237,6 +238,8 @@ class BaseTunerLayer(Switch, nn.Module):
     def put(self, name: str, **values: Any) -> None:
         """Store parts of an adapter: one value for each name declared in ``weights`` or ``settings``."""
         for attribute, value in values.items():
+            if isinstance(value, nn.Module) and not self.training:
+                value.eval()  # a new module would drop out in a model that does not train
             getattr(self, attribute)[name] = value
 
     def drop(self, name: str, attribute: str) -> None:

@@ -166,7 +166,6 @@ class BaseTuner(nn.Module):
         cls = self._class_for(target.kind, site.module)
         layer = cls(model.get_submodule(path), kind=target.kind, context=context_of(model))
         layer.key = target.key
-        layer.train(layer.base_layer.training)
         layer.read_by_parent |= isinstance(parent_of(model, path)[0], READERS)
         replace_module(model, path, layer)
         return layer
