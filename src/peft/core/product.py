@@ -50,9 +50,11 @@ class _Product(torch.autograd.Function):
         x, *trained = ctx.saved_tensors
         with torch.set_grad_enabled(bool(trained)):
             weight = ctx.make()
-        wanted = ctx.needs_input_grad[3], bool(trained)
-        of_x, of_weight = ctx.kind.gradients(ctx.base, x, weight.detach(), gradient, wanted)
-        of_trained: tuple[torch.Tensor | None, ...] = ()
-        if trained:
+        follows = weight.requires_grad  # the base weight alone does not
+        of_x, of_weight = ctx.kind.gradients(
+            ctx.base, x, weight.detach(), gradient, (ctx.needs_input_grad[3], follows)
+        )
+        of_trained: tuple[torch.Tensor | None, ...] = (None,) * len(trained)
+        if follows:
             of_trained = torch.autograd.grad(weight, trained, of_weight, allow_unused=True)
         return None, None, None, of_x, *of_trained
