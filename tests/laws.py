@@ -49,6 +49,15 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "tinylora": {"u": 6},
     "randlora": {"randlora_alpha": 8},
     "poly": {"n_skills": 2, "r": 1},
+    "shira": {"r": 1, "random_seed": 3},
+    "supertuning": {"sparsity": 0.5},
+    "c3a": {"block_size": 4},
+    "fourierft": {"n_frequency": 12, "scaling": 30.0},
+    "waveft": {"n_frequency": 12, "scaling": 4.0},
+    "gralora": {"alpha": 8},
+    "delora": {"delora_lambda": 4},
+    "miss": {"r": 3},
+    "psoft": {"r": 3, "psoft_alpha": 4},
 }
 """Method -> fields without which it does nothing small; `r`, where it counts, is 4 for every method."""
 
@@ -84,6 +93,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lily[shared]": {"stride_A": 2, "num_B": 3, "scaling": 0.7},
     "lily[token]": {"routing": "token"},
     "unilora[indices]": {"save_indices": True, "proj_seed": 5},
+    "supertuning[pair]": {"sparsity": 0.7, "r": 2, "lora_alpha": 3, "save_precomputed_indices": False},
+    "c3a[pattern]": {"block_size_pattern": {".*": 3}, "init_weights": True},
+    "waveft[entries]": {"use_idwt": False, "n_frequency": 12, "init_weights": False},
+    "waveft[db4]": {"wavelet_family": "db4", "n_frequency": 12, "scaling": 8.0},
+    "gralora[hybrid]": {"alpha": 8, "gralora_k": 4, "hybrid_r": 2},
+    "miss[bat]": {"r": 3, "init_weights": "bat"},
+    "miss[mini]": {"r": 3, "init_weights": "mini", "mini_r": 2},
+    "peanut[deep]": {"depth": 2, "act_fn": "gelu", "scaling": 2.0},
+    "psoft[free]": {"psoft_orth": False, "r": 3, "psoft_alpha": 2, "ab_svd_init": "pissa_init"},
+    "psoft[series]": {"use_cayley_neumann": True, "cayley_neumann_eps": 0.9, "r": 3, "psoft_svd": "lowrank"},
     "tinylora[tied]": {"weight_tying": 0.5, "init_weights": "uniform", "save_projection": False},
     "hra[odd]": {"r": 3},
     "hra[orthogonal]": {"apply_GS": True, "init_weights": False},
@@ -94,6 +113,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 """Main switches of single methods, as rows of their own: method[switch] -> fields."""
 
 NOT_IDENTITY = {
+    "c3a",
+    "fourierft",
+    "waveft[entries]",
     *("lora[random]", "hira[random]", "hra[odd]", "hra[orthogonal]", "beft[random]"),
     *("deft[para]", "deft[random]", "glora[random]"),
     *("vblora", "boft[blocks]", "unilora", "unilora[indices]", "tinylora[tied]"),

@@ -37,6 +37,8 @@ FRESH_DIFFERS = {"boft_llama": "the reference without its CUDA extension made on
 TIGHT = {"rtol": 1e-5, "atol": 1e-5}
 AMPLIFIED = {"randlora_llama": "steps along gradients of 15: the reference on two threads is 0.2 % off itself on one"}
 """Cases whose training is too unstable to be compared beyond the first step in float32."""
+OTHER_GRADIENT = {"c3a_llama": "the reference's gradient of the input is not that of its forward pass"}
+"""Cases in which only gradients that pass no other adapted layer, and the first loss, can be compared."""
 
 
 @functools.cache
@@ -183,6 +185,12 @@ class TestGolden:
             grads = torch.autograd.grad(loss, list(params.values()))
             if step == 0:
                 norms = {name: grad.norm().item() for name, grad in zip(params, grads, strict=True)}
+                if case in OTHER_GRADIENT:
+                    last = [name for name in norms if ".layers.1." in name and ".o_proj." in name]
+                    assert last
+                    assert [norms[n] for n in last] == pytest.approx([record["grad_norm"][n] for n in last], rel=1e-3)
+                    assert losses[0] == pytest.approx(record["losses_sgd"][0], rel=1e-5)
+                    return
                 assert norms == pytest.approx(record["grad_norm"], rel=1e-3, abs=1e-6)
             with torch.no_grad():
                 for param, grad in zip(params.values(), grads, strict=True):

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from peft.core.context import Groups
@@ -122,6 +123,26 @@ class LowRankLayer(DeltaLayer):
     def delta_weight(self, name: str) -> torch.Tensor:
         a, b = self.pair(name)
         return (b @ a).view(self.shape)
+
+
+class SparseLayer(DeltaLayer):
+    """dW with few entries that are not zero. A method defines :meth:`entries`."""
+
+    def entries(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions in the flattened ``[out, in * kernel]`` and the values there; what has one position adds up."""
+        raise NotImplementedError
+
+    def delta_weight(self, name: str) -> torch.Tensor:
+        positions, values = self.entries(name)
+        return values.new_zeros(self.shape).flatten().index_add(0, positions, values).view(self.shape)
+
+    def fold(self, name: str, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        positions, values = self.entries(name)
+        return weight.flatten().index_add(0, positions, values.to(weight.dtype)).view_as(weight)
+
+    def unfold(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        positions, values = self.entries(name)
+        return weight.flatten().index_add(0, positions, -values.to(weight.dtype)).view_as(weight)
 
 
 class SampleLayer(BaseTunerLayer):
@@ -521,6 +542,16 @@ class RowsLayer(BaseTunerLayer):
     def fold(self, name: str, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         index, rows = self._index(name, weight.device), self._rows(name).to(weight.dtype)
         return weight.index_copy(1, index, rows.T) if self.kind.lookup else weight.index_copy(0, index, rows)
+
+
+def drops(layer: nn.Module, dropouts: Iterable[nn.Module]) -> bool:
+    """Whether any of these dropouts acts in the layer's next forward."""
+    return layer.training and any(isinstance(dropout, nn.Dropout) for dropout in dropouts)
+
+
+def padded(x: torch.Tensor, size: int) -> torch.Tensor:
+    """x with its last axis filled with zeros up to ``size``."""
+    return x if x.shape[-1] == size else F.pad(x, (0, size - x.shape[-1]))
 
 
 def input_dropout(p: float) -> nn.Module:

@@ -32,6 +32,7 @@ class BaseTunerLayer(Switch, nn.Module):
         settings: the rest that is kept for each adapter: name -> ``dict`` or ``nn.ModuleDict``.
         shared: names of tensors that the tuner keeps for the whole model. Layers may share parts in ``weights`` as
             well: what several hold is trained once, and saved once, under the first of them.
+        remade: names in ``weights`` that the file does not hold: they are made anew from the config and the base.
         split: what :meth:`as_saved` appends to the name of a tensor that it writes as several.
         bare: names in ``weights`` whose module holds a single ``weight``, saved under the bare name.
         random_in_training: a training step draws random numbers, even without dropout.
@@ -47,6 +48,7 @@ class BaseTunerLayer(Switch, nn.Module):
     shared: ClassVar[tuple[str, ...]] = ()
     bare: ClassVar[tuple[str, ...]] = ()
     split: ClassVar[tuple[str, ...]] = ()
+    remade: ClassVar[tuple[str, ...]] = ()
     random_in_training: ClassVar[bool] = False
     reversible: ClassVar[bool] = True
     reads_weight: ClassVar[bool] = False
@@ -288,7 +290,7 @@ class BaseTunerLayer(Switch, nn.Module):
     def adapter_state(self, name: str) -> Iterator[tuple[str, str, torch.Tensor]]:
         for attribute in self.weights:
             container = self._modules[attribute]
-            if name not in container:
+            if name not in container or attribute in self.remade:
                 continue
             item = container[name]
             if not isinstance(item, nn.Module):

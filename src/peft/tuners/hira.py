@@ -19,7 +19,7 @@ from peft.config import (
     option,
     resolve_pattern,
 )
-from peft.core.families import FoldLayer
+from peft.core.families import FoldLayer, drops
 from peft.core.registry import define_tuner
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_HIRA_TARGET_MODULES_MAPPING
 from peft.utils.peft_types import PeftType
@@ -80,8 +80,7 @@ class HiraLayer(FoldLayer):
         return self.unmerged_weight().to(dtype=dtype) * self.product(name)
 
     def needs_weight(self) -> bool:
-        drops = self.training and any(isinstance(dropout, nn.Dropout) for dropout in self.hira_dropout.values())
-        return self.sums_exactly() and not drops
+        return self.sums_exactly() and not drops(self, self.hira_dropout.values())
 
     def delta(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return super().delta(name, x if self.kind.lookup else self.hira_dropout[name](x))

@@ -21,6 +21,7 @@ from peft.config import (
 )
 from peft.core.families import RotationLayer
 from peft.core.registry import define_tuner
+from peft.tuners.cayley import cayley_series
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING
 from peft.utils.error import ConfigError
 from peft.utils.peft_types import PeftType
@@ -89,21 +90,11 @@ class OFTRotation(nn.Module):
             wide = q.float() if q.dtype.itemsize < 4 else q  # there is no solver for 16 bits
             rotation = torch.linalg.solve(eye + wide, eye - wide, left=False).to(q.dtype)
         else:
-            rotation = self._series(q, eye)
+            rotation = cayley_series(q, self.terms)
         if self.dropout and self.training:
             still = torch.rand(len(q), 1, 1, device=q.device) < self.dropout
             rotation = torch.where(still, eye, rotation)
         return rotation
-
-    def _series(self, q: torch.Tensor, eye: torch.Tensor) -> torch.Tensor:
-        terms = self.terms or 0
-        if terms <= 2:
-            return eye + 2 * q * (terms - 1)
-        total, power = eye + 2 * q, q
-        for _ in range(max(terms, 4) - 3):
-            power = power @ q
-            total = total + 2 * power
-        return total + power @ q
 
 
 class OFTLayer(RotationLayer):

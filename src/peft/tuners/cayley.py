@@ -1,0 +1,20 @@
+"""The series that stands for a Cayley transform."""
+
+from __future__ import annotations
+
+import torch
+
+
+def cayley_series(q: torch.Tensor, terms: int) -> torch.Tensor:
+    """About (I + Q)(I - Q)^-1 for small Q ``[..., n, n]``: I + 2 (Q + ... + Q^(t-2)) + Q^(t-1).
+
+    Fewer than four terms are special in the file format: one is I, two are I + 2 Q, three are four.
+    """
+    eye = torch.eye(q.shape[-1], device=q.device, dtype=q.dtype)
+    if terms <= 2:
+        return eye + 2 * q * (terms - 1)
+    total, power = eye + 2 * q, q
+    for _ in range(max(terms, 4) - 3):
+        power = power @ q
+        total = total + 2 * power
+    return total + power @ q

@@ -1,0 +1,106 @@
+"""MiSS: y' = y + (sum of the blocks of x) D; "bat": W' = W + W M + M, block by block (arXiv 2409.15371)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from peft.config import ExcludeModules, LayerSelection, ModulesToSave, TargetModules, TrainedBias, option
+from peft.core.families import DeltaLayer, drops, input_dropout, padded
+from peft.core.kinds import fan
+from peft.core.registry import define_tuner
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING
+from peft.utils.peft_types import PeftType
+
+
+@dataclass
+class MissConfig(TargetModules, ExcludeModules, TrainedBias, ModulesToSave, LayerSelection):
+    """Config of MiSS: one trained matrix D, shared by the blocks of r inputs; its three forms are in init_weights.
+
+    Use it in place of LoRA for half the parameters at the same r, and less memory and time; "bat" lets the update
+    depend on the weight, "mini" shares D among the outputs as well.
+    """
+
+    METHOD: ClassVar[PeftType] = PeftType.MISS
+    OWN_BIAS: ClassVar[str] = "miss_only"
+
+    r: int = option(64, "Size of the blocks, and rank of the update.", minimum=1)
+    miss_dropout: float = option(0.0, "Dropout on the input of the update.", minimum=0, below=1)
+    mini_r: int = option(1, "'mini' only: outputs that D has; they are repeated for the others.", minimum=1)
+    init_weights: bool | str = option(
+        True,
+        "The form, each starting at zeros, so that nothing changes: True, 'bat' or 'mini'. False is the form of True "
+        "with random numbers.",
+        choices=(True, False, "bat", "mini"),
+    )
+
+
+class MissLayer(DeltaLayer):
+    """``miss_block`` is D ``[r, out]``, for "mini" ``[r, mini_r]``, for "bat" M ``[out / r, r, r]``.
+
+    "bat": each block (J, I) of r x r entries of W becomes ``W_JI + W_JI M_J + M_J``. Where r does not divide the
+    features, the last blocks are filled with zeros.
+    """
+
+    weights: ClassVar[dict[str, type]] = {"miss_block": nn.ParameterDict}
+    settings: ClassVar[dict[str, type]] = {"miss_r": dict, "form": dict, "miss_dropout": nn.ModuleDict}
+
+    def update_layer(self, name: str, config: MissConfig, key: str) -> None:
+        r, rows, form = config.r, self.shape[0], config.init_weights
+        shapes = {"bat": (-(-rows // r), r, r), "mini": (r, config.mini_r)}
+        block = torch.zeros(shapes.get(str(form), (r, rows)))
+        if form is False:
+            nn.init.kaiming_uniform_(block, a=5**0.5)
+        self.put(name, miss_r=r, form=form, miss_block=nn.Parameter(block))
+        self.put(name, miss_dropout=input_dropout(config.miss_dropout))
+
+    def keeps_base(self, name: str) -> bool:
+        return self.form[name] == "bat"
+
+    def up(self, name: str) -> torch.Tensor:
+        """D ``[r, out]``."""
+        block, rows = self.miss_block[name], self.shape[0]
+        return block if block.shape[1] == rows else block.repeat(1, -(-rows // block.shape[1]))[:, :rows]
+
+    def _bat(self, name: str, base: torch.Tensor) -> torch.Tensor:
+        m, r, (rows, columns) = self.miss_block[name], self.miss_r[name], fan(self.shape)
+        wide = padded(base.flatten(1).to(m.dtype), -(-columns // r) * r)
+        blocks = padded(wide.T, len(m) * r).T.reshape(len(m), r, -1, r).transpose(1, 2)  # [J, I, r, r]
+        change = blocks @ m[:, None] + m[:, None]
+        return change.transpose(1, 2).flatten(2).flatten(0, 1)[:rows, :columns].reshape(self.shape)
+
+    def delta_weight(self, name: str) -> torch.Tensor:
+        if self.form[name] == "bat":
+            return self._bat(name, self.unmerged_weight())
+        columns = fan(self.shape)[1]
+        d = self.up(name)
+        return d.T.repeat(1, -(-columns // len(d)))[:, :columns].reshape(self.shape)
+
+    def fold(self, name: str, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        if self.form[name] == "bat":
+            return weight + self._bat(name, base).to(weight.dtype)
+        return super().fold(name, weight, base)
+
+    def needs_weight(self) -> bool:
+        only_bat = bool(self.form) and all(form == "bat" for form in self.form.values())
+        return only_bat and self.sums_exactly() and not drops(self, self.miss_dropout.values())
+
+    def delta(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        x = x if self.kind.lookup else self.miss_dropout[name](x)
+        if self.form[name] == "bat" or not self.kind.matrix:
+            return super().delta(name, x)
+        d, r = self.up(name), self.miss_r[name]
+        blocks = padded(x, -(-x.shape[-1] // r) * r).unflatten(-1, (-1, r))
+        return blocks.sum(-2) @ d
+
+
+MissModel = define_tuner(
+    "MissModel",
+    MissLayer,
+    MissConfig,
+    prefix="miss_",
+    targets=TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING,
+)

@@ -1,0 +1,153 @@
+"""PSOFT: dW = B (R - I) A, an orthogonal R within the weight's principal subspace (openreview FSHrinMArK)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from peft.config import ExcludeModules, FanInFanOut, LayerSelection, ModulesToSave, TargetModules, option
+from peft.core.buffers import BufferDict
+from peft.core.families import LowRankLayer, ScaledLayer, input_dropout
+from peft.core.kinds import fan
+from peft.core.registry import define_tuner
+from peft.tuners.cayley import cayley_series
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_PSOFT_TARGET_MODULES_MAPPING
+from peft.utils.peft_types import PeftType
+
+
+@dataclass
+class PsoftConfig(TargetModules, ExcludeModules, FanInFanOut, ModulesToSave, LayerSelection):
+    """Config of PSOFT: rotates the part of the weight that its r largest singular values make up, and scales it.
+
+    Use it where OFT's rotations are wanted at the cost of a LoRA: r (r - 1) / 2 + 2 r numbers a layer. The frozen
+    factors are not in the file; they come from the SVD of the base weight when it is loaded.
+    """
+
+    METHOD: ClassVar[PeftType] = PeftType.PSOFT
+
+    r: int = option(32, "Dimension of the principal subspace.", minimum=1)
+    psoft_alpha: int = option(32, "The update is scaled by psoft_alpha / r, which B is divided by: 1 at the start.")
+    psoft_dropout: float = option(0.0, "Dropout on the input of the update.", minimum=0, below=1)
+    ab_svd_init: str = option(
+        "psoft_init",
+        "Where the singular values go: all to B (the columns of A are orthogonal, as the paper wants it), or with "
+        "'pissa_init' their roots to A and to B.",
+        choices=("psoft_init", "pissa_init"),
+    )
+    psoft_svd: str = option("full", "Exact SVD, or a randomised one that is faster.", choices=("full", "lowrank"))
+    psoft_svd_lowrank_niter: int = option(10, "Iterations of the randomised SVD.", minimum=0)
+    random_seed: int = option(0, "Seed of the randomised SVD.")
+    psoft_orth: bool = option(True, "R is orthogonal; otherwise any r x r matrix.")
+    psoft_mag_b: bool = option(True, "Train a scale of R's rows.")
+    psoft_mag_a: bool = option(True, "Train a scale of R's columns.")
+    use_cayley_neumann: bool = option(False, "Approximate the Cayley transform by a Neumann series.")
+    num_cayley_neumann_terms: int = option(5, "Terms of that series.", minimum=1)
+    cayley_neumann_eps: float | None = option(
+        None, "Scale a Q of larger Frobenius norm down to this, so that the series converges.", minimum=0, below=1
+    )
+    init_weights: bool = option(True, "Start with R = I, so that nothing changes; otherwise at a random R.")
+
+
+class PsoftRotation(nn.Module):
+    """R ``[r, r]`` = diag(vector_b) C diag(vector_a); C is ``weight``, or it is orthogonal and ``weight`` the upper
+    triangle of a skew-symmetric Q.
+
+    C is the Cayley transform (I + Q)(I - Q)^-1: the transpose of what the exact rotations of OFT and BOFT are for the
+    same Q. Files depend on that.
+    """
+
+    def __init__(self, r: int, config: PsoftConfig) -> None:
+        super().__init__()
+        self.r, self.orthogonal = r, config.psoft_orth
+        self.terms = config.num_cayley_neumann_terms if config.use_cayley_neumann else None
+        self.radius = config.cayley_neumann_eps
+        weight = torch.zeros(r * (r - 1) // 2) if self.orthogonal else torch.eye(r)
+        self.weight = nn.Parameter(weight)
+        if config.psoft_mag_b:
+            self.vector_b = nn.Parameter(torch.ones(r))
+        if config.psoft_mag_a:
+            self.vector_a = nn.Parameter(torch.ones(r))
+        if not config.init_weights:
+            with torch.no_grad():
+                self.weight += torch.randn_like(self.weight) * 0.1
+
+    def cayley(self) -> torch.Tensor:
+        """C of the triangle, ``[r, r]``."""
+        rows, columns = torch.triu_indices(self.r, self.r, 1, device=self.weight.device)
+        wide = self.weight.float() if self.weight.dtype.itemsize < 4 else self.weight  # no solver has 16 bits
+        q = wide.new_zeros(self.r, self.r).index_put((rows, columns), wide)
+        q, eye = q - q.T, torch.eye(self.r, device=q.device, dtype=q.dtype)
+        if self.terms is None:
+            return torch.linalg.solve(eye - q, eye + q, left=False).to(self.weight.dtype)
+        if self.radius is not None:
+            q = q * (self.radius / q.norm().clamp_min(1e-30)).clamp(max=1)
+        return cayley_series(q, self.terms).to(self.weight.dtype)
+
+    def forward(self) -> torch.Tensor:
+        """R, ``[r, r]``."""
+        r = self.cayley() if self.orthogonal else self.weight
+        if "vector_b" in self._parameters:
+            r = self.vector_b[:, None] * r
+        return r * self.vector_a if "vector_a" in self._parameters else r
+
+
+class PsoftLayer(LowRankLayer, ScaledLayer):
+    """dW = s B (R - I) A with s B A the best approximation of W of rank r: A = V^T and B = U S / s of its SVD."""
+
+    weights: ClassVar[dict[str, type]] = {"psoft_R": nn.ModuleDict, "psoft_A": BufferDict, "psoft_B": BufferDict}
+    settings: ClassVar[dict[str, type]] = {
+        "r": dict,
+        "psoft_alpha": dict,
+        "scaling": dict,
+        "psoft_dropout": nn.ModuleDict,
+    }
+    remade: ClassVar[tuple[str, ...]] = ("psoft_A", "psoft_B")
+    dropout: ClassVar[str] = "psoft_dropout"
+
+    def update_layer(self, name: str, config: PsoftConfig, key: str) -> None:
+        r, (rows, columns) = config.r, fan(self.shape)
+        if r > min(rows, columns):
+            raise ValueError(
+                f"r={r} is more than the weight of {key or 'the layer'} has singular values: {min(rows, columns)}. "
+                "Lower it, or leave that module out of target_modules."
+            )
+        u, s, v = self._decompose(config)
+        self.put(name, r=r, psoft_alpha=config.psoft_alpha, scaling=config.psoft_alpha / r)
+        if config.ab_svd_init == "psoft_init":
+            a, b = v, u * s
+        else:
+            a, b = s.sqrt()[:, None] * v, u * s.sqrt()
+        self.put(name, psoft_A=a.contiguous(), psoft_B=b / self.scaling[name])
+        self.put(name, psoft_R=PsoftRotation(r, config), psoft_dropout=input_dropout(config.psoft_dropout))
+
+    def _decompose(self, config: PsoftConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """U ``[out, r]``, S ``[r]``, V^T ``[r, in * kernel]``."""
+        weight, r = self.unmerged_weight().detach().flatten(1).float(), config.r
+        if config.psoft_svd == "full":
+            u, s, v = torch.linalg.svd(weight, full_matrices=False)
+            return u[:, :r], s[:r], v[:r]
+        with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
+            torch.manual_seed(config.random_seed)
+            u, s, v = torch.svd_lowrank(weight, q=r, niter=config.psoft_svd_lowrank_niter)
+        return u, s, v.T
+
+    def initial_scaling(self, name: str) -> float:
+        return self.psoft_alpha[name] / self.r[name]
+
+    def pair(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        turned = self.psoft_R[name]()
+        turned = turned - torch.eye(len(turned), device=turned.device, dtype=turned.dtype)
+        a, b = (t[name].to(turned.dtype) for t in (self.psoft_A, self.psoft_B))
+        return a, (b * self.scaling[name]) @ turned
+
+
+PsoftModel = define_tuner(
+    "PsoftModel",
+    PsoftLayer,
+    PsoftConfig,
+    prefix="psoft_",
+    targets=TRANSFORMERS_MODELS_TO_PSOFT_TARGET_MODULES_MAPPING,
+)
