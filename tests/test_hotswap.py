@@ -9,10 +9,19 @@ from toys import TOYS, Mlp, tiny_llama
 
 from peft import (
     HiraConfig,
+    HRAConfig,
     IA3Config,
+    LilyConfig,
     LoraConfig,
     OFTConfig,
     PeftModel,
+    PolyConfig,
+    PveraConfig,
+    RandLoraConfig,
+    TinyLoraConfig,
+    UniLoraConfig,
+    VBLoRAConfig,
+    VeraConfig,
     get_peft_model,
     get_peft_model_state_dict,
     inject_adapter_in_model,
@@ -436,3 +445,45 @@ def test_names_of_tensors_in_memory_are_understood() -> None:
     wanted = {name: torch.randn_like(t) for name, t in model.state_dict().items() if ".default." in name}
     hotswap_adapter_from_state_dict(model, wanted, "default", config)
     assert all(torch.equal(model.state_dict()[name], value) for name, value in wanted.items())
+
+
+# ---- Other methods --------------------------------------------------------------------------------------------------
+
+
+OTHERS = {
+    "hra": lambda: HRAConfig(r=2, target_modules=["q_proj", "up_proj"]),
+    "lily": lambda: LilyConfig(r=2, stride_A=2, target_modules=["q_proj", "up_proj"]),
+    "poly": lambda: PolyConfig(r=2, n_skills=2, target_modules=["q_proj", "up_proj"]),
+    "pvera": lambda: PveraConfig(r=4, target_modules=["q_proj", "up_proj"]),
+    "randlora": lambda: RandLoraConfig(r=4, target_modules=["q_proj", "up_proj"]),
+    "tinylora": lambda: TinyLoraConfig(u=4, target_modules=["q_proj", "up_proj"]),
+    "unilora": lambda: UniLoraConfig(theta_d_length=16, target_modules=["q_proj", "up_proj"]),
+    "vblora": lambda: VBLoRAConfig(num_vectors=8, vector_length=8, target_modules=["q_proj", "up_proj"]),
+    "vblora-small": lambda: VBLoRAConfig(
+        num_vectors=8, vector_length=8, target_modules=["q_proj", "up_proj"], save_only_topk_weights=True
+    ),
+    "vera": lambda: VeraConfig(r=4, target_modules=["q_proj", "up_proj"]),
+}
+
+
+@pytest.mark.parametrize("method", OTHERS)
+def test_other_methods_are_swapped_by_structure(method, tmp_path):
+    """Also those whose layers share tensors, which the file has once."""
+
+    def moved(seed):
+        torch.manual_seed(0)
+        model = get_peft_model(tiny_llama(), OTHERS[method]()).eval()
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(torch.randn(p.shape) * 0.3 if p.requires_grad else 0)
+        return model
+
+    ids = torch.tensor([[3, 14, 15, 9, 2, 6]])
+    model, other = moved(1), moved(2)
+    other.save_pretrained(tmp_path)
+    before = {name: id(p) for name, p in model.named_parameters()}
+    assert (model(ids).logits - other(ids).logits).abs().max() > 1e-4
+    hotswap_adapter(model, tmp_path, "default")
+    torch.testing.assert_close(model(ids).logits, other(ids).logits, rtol=1e-4, atol=1e-5)
+    assert {name: id(p) for name, p in model.named_parameters()} == before

@@ -19,14 +19,21 @@ from toys import Attention, Mlp, tiny_llama
 import peft
 from peft import (
     HiraConfig,
+    HRAConfig,
     IA3Config,
     LNTuningConfig,
     LoraConfig,
     OFTConfig,
     PeftMixedModel,
     PeftModel,
+    PolyConfig,
+    PveraConfig,
+    RandLoraConfig,
     TaskType,
+    TinyLoraConfig,
     TrainableTokensConfig,
+    UniLoraConfig,
+    VBLoRAConfig,
     VeraConfig,
     get_peft_model,
     get_peft_model_state_dict,
@@ -736,6 +743,16 @@ MIXABLE = {
     "hira": lambda: HiraConfig(r=2, target_modules=["lin0", "lin1"], init_weights=False),
     "ia3": lambda: IA3Config(target_modules=["lin0", "lin1"], feedforward_modules=["lin1"], init_ia3_weights=False),
 }
+SHARING = {
+    "hra": lambda: HRAConfig(r=2, target_modules=["lin0", "lin1"]),
+    "oft": lambda: OFTConfig(oft_block_size=2, target_modules=["lin0", "lin1"]),
+    "pvera": lambda: PveraConfig(r=4, target_modules=["lin0", "lin1"]),
+    "randlora": lambda: RandLoraConfig(r=2, randlora_alpha=4, target_modules=["lin0", "lin1"]),
+    "tinylora": lambda: TinyLoraConfig(u=4, r=2, target_modules=["lin0", "lin1"]),
+    "unilora": lambda: UniLoraConfig(theta_d_length=16, target_modules=["lin0", "lin1"]),
+    "vblora": lambda: VBLoRAConfig(num_vectors=8, vector_length=2, r=2, target_modules=["lin0", "lin1"]),
+    "vera": lambda: VeraConfig(r=4, target_modules=["lin0", "lin1"]),
+}
 
 
 class TestMixedModel:
@@ -791,6 +808,43 @@ class TestMixedModel:
         again.set_adapter("two")
         torch.testing.assert_close(alone(X), again(X))
 
+    @pytest.mark.parametrize("lora_first", [True, False])
+    @pytest.mark.parametrize("method", SHARING)
+    def test_rotations_and_methods_that_share_tensors(self, method, lora_first, tmp_path):
+        configs = [MIXABLE["lora"](), SHARING[method]()]
+        configs = configs if lora_first else configs[::-1]
+        model = mlp(configs[0], "one", mixed=True).eval()
+        model.add_adapter("two", configs[1])
+        generator = torch.Generator().manual_seed(3)
+        for name in ("one", "two"):
+            tensors = get_peft_model_state_dict(model, adapter_name=name)
+            kinds = {k: v + 0.3 * torch.randn(v.shape, generator=generator) for k, v in tensors.items()}
+            set_peft_model_state_dict(model, kinds, name)
+        alone = {}
+        for name in ("one", "two"):
+            model.set_adapter(name)
+            alone[name] = model(X)
+        model.set_adapter(["one", "two"])
+        both = model(X)
+        assert all((both - output).abs().max() > 1e-3 for output in alone.values())
+        assert (alone["one"] - alone["two"]).abs().max() > 1e-3
+        rows = ["two", "one", "one", "two", "two"]
+        mixed = model(X, adapter_names=rows)
+        for row, name in enumerate(rows):
+            torch.testing.assert_close(mixed[row], alone[name][row], **CLOSE)
+        model.merge_adapter()
+        torch.testing.assert_close(model(X), both, rtol=1e-4, atol=1e-4)
+        model.unmerge_adapter()
+        model.save_pretrained(tmp_path)
+        torch.manual_seed(0)
+        again = PeftMixedModel.from_pretrained(Mlp(), tmp_path / "two", adapter_name="two")
+        again.load_adapter(tmp_path / "one", "one")
+        for name in ("one", "two"):
+            again.set_adapter(name)
+            torch.testing.assert_close(again(X), alone[name])
+        again.delete_adapter("two")
+        torch.testing.assert_close(again(X), alone["one"])
+
     def test_loaded_in_another_order(self, tmp_path):
         """Files know nothing of the nesting in memory."""
         model = self.both("lora", "hira")
@@ -843,7 +897,7 @@ class TestMixedModel:
     def test_methods_that_cannot_be_mixed(self):
         base = Mlp()
         with pytest.raises(ValueError, match="LORA"):
-            get_peft_model(base, VeraConfig(r=2, target_modules=["lin0"]), mixed=True)
+            get_peft_model(base, PolyConfig(r=2, target_modules=["lin0"]), mixed=True)
         model = mlp(mixed=True)
         with pytest.raises(ValueError, match="LN_TUNING.*LORA"):
             model.add_adapter("two", LNTuningConfig(target_modules=["norm"]))

@@ -213,7 +213,7 @@ def set_peft_model_state_dict(
     unexpected: list[str] = []
     wrong: list[tuple[Entry, torch.Tensor]] = []
     found: set[int] = set()
-    for name, value in _joined(peft_model_state_dict, own, prefix).items():
+    for name, value in joined(peft_model_state_dict, own, prefix).items():
         names = (name, prefix + name, name.removeprefix("base_model.model."))
         place = next((known[n] for n in names if n in known), embeddings.get(name))
         if place is None:
@@ -234,7 +234,7 @@ def set_peft_model_state_dict(
     return LoadResult(missing, unexpected)
 
 
-def _joined(state_dict: dict[str, torch.Tensor], own: list[Entry], prefix: str) -> dict[str, torch.Tensor]:
+def joined(state_dict: dict[str, torch.Tensor], own: list[Entry], prefix: str) -> dict[str, torch.Tensor]:
     """The tensors of a file, with those that stand for one tensor of the adapter put together."""
     joined = dict(state_dict)
     for entry in own:

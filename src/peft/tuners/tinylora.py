@@ -109,4 +109,5 @@ TinyLoraModel = define_tuner(
     TinyLoraConfig,
     prefix="tinylora_",
     targets=TRANSFORMERS_MODELS_TO_TINYLORA_TARGET_MODULES_MAPPING,
+    mixed=True,
 )

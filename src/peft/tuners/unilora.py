@@ -98,4 +98,5 @@ UniLoraModel = define_tuner(
     UniLoraConfig,
     prefix="unilora_",
     targets=TRANSFORMERS_MODELS_TO_UNILORA_TARGET_MODULES_MAPPING,
+    mixed=True,
 )

@@ -63,4 +63,5 @@ VeraModel = define_tuner(
     VeraConfig,
     prefix="vera_lambda_",
     targets=TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING,
+    mixed=True,
 )

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from peft.config import PeftConfig, resolve_pattern
-from peft.core.checkpoint import Entry, anatomy, entries, load_peft_weights
+from peft.core.checkpoint import Entry, anatomy, entries, joined, load_peft_weights
 from peft.core.checkpoint import base_weights as base_weights
 from peft.core.kinds import Stack
 from peft.core.operations import require_adapters
@@ -168,7 +168,7 @@ class _Given:
         self.own = {entry.memory: entry for entry in own if entry.memory}
         self.found: dict[str, tuple[Entry, torch.Tensor]] = {}
         unexpected = []
-        for name, value in state_dict.items():
+        for name, value in joined({_plain(n): v for n, v in state_dict.items()}, own, prefix).items():
             plain = _plain(name)
             names = (plain, prefix + plain, plain.removeprefix("base_model.model."))
             entry = next((known[n] for n in names if n in known), None) or base.get(plain)
@@ -196,7 +196,8 @@ class _Given:
         Raises:
             ValueError: for a tensor that is missing or has another shape.
         """
-        missing = [e.saved for key, e in self.own.items() if key not in self.found and e.put is None]
+        there = {id(entry.tensor) for entry, _ in self.found.values()}  # what layers share has a place in each
+        missing = [e.saved for e in self.own.values() if id(e.tensor) not in there and e.put is None]
         if missing:
             raise CheckpointError(f"Hot swapping the adapter did not succeed, missing keys: {', '.join(missing[:8])}.")
         for entry, value in self.found.values():
