@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from peft import LoraConfig, get_peft_model
-from peft.kernels import Factors, is_plain, low_rank_linear, plain
+from peft.kernels import Factors, adapted_norm, dora_linear, is_plain, low_rank_linear, plain
 from peft.kernels.dropout import draw_seed, zero_dropped_
 from peft.kernels.linear import composed
 from peft.kernels.remake import recipe_of
@@ -530,3 +530,35 @@ def test_several_adapters_train_from_one_batch():
         losses.append(loss.item())
     grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert all(g is not None and g.any() for g in grads.values()) and losses[-1] < 0.5 * losses[0]
+
+
+# --- DoRA -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.04)], ids=str)
+def test_dora_equals_the_plain_path(bias, dtype, tolerance):
+    model, x = adapted(bias, dtype=dtype, use_dora=True), batch(4, 3, dtype=dtype)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "magnitude" in name:
+                p.mul_(torch.linspace(0.5, 1.5, len(p)))
+        model.base_model.model.up.lora_magnitude_vector["default"].weight[0] = 0  # its row leaves no trace in y
+    got = run(model, x)
+    with plain():
+        wanted = run(model, x)
+    assert_equal(got, wanted, tolerance)
+
+
+def test_dora_norm_equals_that_of_the_matrix():
+    torch.manual_seed(0)
+    w, a, b = torch.randn(7, 9), torch.randn(3, 9), torch.randn(7, 3)
+    torch.testing.assert_close(adapted_norm(w, a, b, 0.7), (w + 0.7 * b @ a).norm(dim=1))
+
+
+def test_dora_keeps_no_more_than_its_output():
+    torch.manual_seed(0)
+    x, f, m = torch.randn(7, 6, requires_grad=True), pair(6, 5), torch.rand(5, requires_grad=True)
+    base = nn.Linear(6, 5).requires_grad_(False)
+    shapes = kept_shapes(lambda: dora_linear(x, base.weight, base.bias, f, m))
+    assert shapes.count((7, 6)) == 1 and shapes.count((7, 5)) == 1 and shapes.count((7, 2)) == 1
+    narrow, g, n = nn.Linear(6, 2).requires_grad_(False), pair(6, 2), torch.rand(2, requires_grad=True)
+    assert kept_shapes(lambda: dora_linear(x, narrow.weight, narrow.bias, g, n)).count((7, 2)) == 1  # A x alone

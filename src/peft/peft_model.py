@@ -39,6 +39,7 @@ from peft.core.memory import explain_out_of_memory, is_out_of_memory
 from peft.core.prompts import PromptTuner, backbone_of
 from peft.core.tuner import BaseTuner, check_adapter_name, context_of
 from peft.core.walk import layers_of, wrappers_of
+from peft.kernels import chunked_loss
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.error import CheckpointError, ConfigError
@@ -643,9 +644,23 @@ class PeftModelForFeatureExtraction(PeftModel):
 
 
 class PeftModelForCausalLM(PeftModel):
-    """For ``TaskType.CAUSAL_LM``."""
+    """For ``TaskType.CAUSAL_LM``.
+
+    Attributes:
+        chunked_loss: compute the loss of training calls without the logits of the whole batch in memory; the output's
+            logits are then the last token's. A call may say otherwise: ``forward(..., chunked_loss=True)``.
+    """
 
     inputs = (*_ENCODER, *_COMMON)
+    chunked_loss: bool = False
+
+    def _call(self, function: Callable, args: tuple, kwargs: dict, keep: bool) -> Any:
+        chunked = kwargs.pop("chunked_loss", None)
+        chunked = self.chunked_loss and self.training if chunked is None else chunked
+        if not chunked or kwargs.get("labels") is None:
+            return super()._call(function, args, kwargs, keep)
+        with chunked_loss(self.get_base_model()):
+            return super()._call(function, args, kwargs, keep)
 
     def prepare_inputs_for_generation(self, *args: Any, task_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
         return self.get_base_model().prepare_inputs_for_generation(*args, **kwargs)

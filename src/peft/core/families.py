@@ -14,7 +14,7 @@ from peft.core.context import Groups
 from peft.core.kinds import Kind
 from peft.core.layer import BaseTunerLayer, check_adapters_to_merge
 from peft.kernels.grouped import can_group, forget, grouped_linear
-from peft.kernels.linear import Factors, is_plain, low_rank_linear, plain_weight
+from peft.kernels.linear import Factors, is_eager, is_plain, low_rank_linear, plain_weight
 from peft.utils.error import NoEqualWeightError
 
 
@@ -45,6 +45,12 @@ class DeltaLayer(BaseTunerLayer):
                 return None
             found.append(factors)
         return found
+
+    def weight_for_kernels(self, x: torch.Tensor) -> torch.Tensor | None:
+        """W ``[out, in]`` where kernels may compute the whole layer for this input, outside autocast; else None."""
+        if not self.kind.matrix or self.by_weight or self.merged_adapters or is_plain() or not is_eager(x):
+            return None
+        return None if torch.is_autocast_enabled(x.device.type) else self._plain_weight(x)
 
     def _plain_weight(self, x: torch.Tensor) -> torch.Tensor | None:
         """W where the base layer is nothing but W x + b, frozen."""

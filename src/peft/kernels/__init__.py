@@ -1,6 +1,20 @@
 """Fused autograd functions. Plain torch operations are their specification, and tests hold the two equal."""
 
-from peft.kernels.linear import Factors, active_rate, is_bare_linear, is_plain, low_rank_linear, plain
+from peft.kernels.dora import adapted_norm, dora_linear
+from peft.kernels.linear import Factors, active_rate, is_bare_linear, is_hooked, is_plain, low_rank_linear, plain
+from peft.kernels.loss import chunked_cross_entropy, chunked_loss
 
 
-__all__ = ["Factors", "active_rate", "is_bare_linear", "is_plain", "low_rank_linear", "plain"]
+__all__ = [
+    "Factors",
+    "active_rate",
+    "adapted_norm",
+    "chunked_cross_entropy",
+    "chunked_loss",
+    "dora_linear",
+    "is_bare_linear",
+    "is_hooked",
+    "is_plain",
+    "low_rank_linear",
+    "plain",
+]

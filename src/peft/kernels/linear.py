@@ -114,19 +114,20 @@ def is_eager(x: torch.Tensor) -> bool:
 
 def is_bare_linear(module: nn.Module | None) -> bool:
     """Whether calling the module is a product with its weight and nothing else: no hooks, no other class."""
-    return type(module) is nn.Linear and not _is_hooked(module) and type(module._parameters["weight"]) is nn.Parameter
+    return type(module) is nn.Linear and not is_hooked(module) and type(module._parameters["weight"]) is nn.Parameter
 
 
 def active_rate(dropout: nn.Module) -> float | None:
     """The probability with which a dropout module drops entries now; None where it is another kind of module."""
     if type(dropout) is nn.Identity:
         return 0.0
-    if type(dropout) is not nn.Dropout or dropout.p >= 1 or _is_hooked(dropout):
+    if type(dropout) is not nn.Dropout or dropout.p >= 1 or is_hooked(dropout):
         return None
     return dropout.p if dropout.training else 0.0
 
 
-def _is_hooked(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class says."""
     own = module.__dict__
     hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
     return bool(hooks) or "forward" in own
@@ -137,7 +138,7 @@ def plain_weight(base: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
 
     Hooks, a replaced ``forward`` and tensor subclasses (sharded or quantised weights) make a layer another one.
     """
-    if _is_hooked(base):
+    if is_hooked(base):
         return None
     parameters = base._parameters
     weight, bias = parameters.get("weight"), parameters.get("bias")
@@ -193,7 +194,7 @@ def _infer(base: nn.Module, x: torch.Tensor, factors: Sequence[Factors], weight:
             hidden = F.linear(in_dtype(dtype, inner), in_dtype(dtype, f.down))
             if hidden.dim() != 2:
                 hidden = hidden.view(-1, hidden.shape[-1])
-            _accumulate(out, hidden, in_dtype(dtype, f.up).t(), f.scale / (1 - f.dropout))
+            accumulate(out, hidden, in_dtype(dtype, f.up).t(), f.scale / (1 - f.dropout))
     return y
 
 
@@ -202,7 +203,7 @@ def in_dtype(dtype: torch.dtype, tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
-def _accumulate(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+def accumulate(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
     """y += scale * a b, in place; y may be narrower than a and b."""
     if a.dtype == y.dtype:
         return y.addmm_(a, b, alpha=scale)
@@ -256,7 +257,7 @@ class LowRankLinear(Function):
         for i, drop in enumerate(drops):
             a, b = pairs[2 * i], pairs[2 * i + 1]
             hidden = torch.mm(rows if drop is None else dropped_copy(rows, *drop), in_dtype(dtype, a).t())
-            _accumulate(out, hidden, in_dtype(dtype, b).t(), scales[i])
+            accumulate(out, hidden, in_dtype(dtype, b).t(), scales[i])
             needed.append(hidden if b.requires_grad else None)
             reads |= a.requires_grad
         ctx.scales, ctx.drops, ctx.dtype, ctx.shape, ctx.given = scales, drops, dtype, x.shape, y is not None
@@ -299,7 +300,7 @@ def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ..
         dropped = inner if drop is None or inner is None else dropped_copy(inner, *drop)
         d_down = d_up = None
         if needs_x or needs[2 * i]:
-            dh = _scaled_mm(dy, in_dtype(dtype, b), scale)
+            dh = scaled_mm(dy, in_dtype(dtype, b), scale)
             if needs[2 * i]:
                 d_down = in_dtype(a.dtype, torch.mm(dh.t(), dropped))
             if needs_x:
@@ -307,13 +308,13 @@ def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ..
         if needs[2 * i + 1]:
             if twice:
                 hidden = torch.mm(dropped, in_dtype(dtype, a).t())
-            d_up = in_dtype(b.dtype, _scaled_mm(hidden.t(), dy, scale).t())
+            d_up = in_dtype(b.dtype, scaled_mm(hidden.t(), dy, scale).t())
         grads += [d_down, d_up]
     dx = None if dx is None else dx.view(ctx.shape)
     return dx, (gradient if ctx.given else None), None, None, None, None, *grads
 
 
-def _scaled_mm(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+def scaled_mm(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
     """scale * a b in one call."""
     key = a.dtype, a.device
     if key not in _NOTHING:
@@ -331,4 +332,4 @@ def _into(
     if drop is not None:
         part = zero_dropped_(torch.mm(dh, a), *drop)
         return in_dtype(dtype, part) if dx is None else dx.add_(part)
-    return in_dtype(dtype, torch.mm(dh, a)) if dx is None else _accumulate(dx, dh, a, 1.0)
+    return in_dtype(dtype, torch.mm(dh, a)) if dx is None else accumulate(dx, dh, a, 1.0)

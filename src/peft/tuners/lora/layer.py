@@ -103,15 +103,27 @@ class LoraLayer(ScaledLayer):
         return self.lora_B[name](self.lora_A[name](self.lora_dropout[name](x))) * self.scaling[name]
 
     def factors(self, name: str) -> Factors | None:
+        return None if name in self.lora_variant else self.bare_factors(name)
+
+    def bare_factors(self, name: str) -> Factors | None:
+        """The pair without what a variant makes of it, or None where calling its parts does more than multiply."""
         modules = self._modules
         down, up = (modules[part]._modules.get(name) for part in ("lora_A", "lora_B"))
-        if name in self.lora_variant or not (is_bare_linear(down) and is_bare_linear(up)):
+        if not (is_bare_linear(down) and is_bare_linear(up)):
             return None
         dropout = modules["lora_dropout"]._modules[name]
         rate = active_rate(dropout)
         if rate is None or up._parameters["bias"] is not None:
             return None
         return Factors(down._parameters["weight"], up._parameters["weight"], self.scaling[name], rate)
+
+    def _adapted(self, names: list[str], args: tuple, kwargs: dict) -> Any:
+        variant = self.lora_variant.get(names[0]) if len(names) == 1 else None
+        if variant is not None and len(args) == 1 and not kwargs:
+            y = variant.fused(self, names[0], args[0])
+            if y is not None:
+                return y
+        return super()._adapted(names, args, kwargs)
 
     def delta_weight(self, name: str) -> torch.Tensor:
         a, b = self.pair(name) if name not in self.tied_to else self.lora_variant[name].pair(self, name)

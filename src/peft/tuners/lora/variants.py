@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from peft.core.filling import skip_values
+from peft.kernels import adapted_norm, dora_linear, is_hooked
 from peft.tuners.lora.initialize import is_drawn
 
 
@@ -28,6 +29,10 @@ class LoraVariant:
         self, layer: LoraLayer, name: str, x: torch.Tensor, y: torch.Tensor, base_y: torch.Tensor
     ) -> torch.Tensor:
         return y + layer.delta(name, x)
+
+    def fused(self, layer: LoraLayer, name: str, x: torch.Tensor) -> torch.Tensor | None:
+        """The layer's whole output from one kernel, or None where there is none for this call."""
+        return None
 
     def fold(self, layer: LoraLayer, name: str, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         return weight + layer.delta_weight(name).to(weight.dtype)
@@ -59,8 +64,20 @@ class DoraLinearVariant(LoraVariant):
         layer.put(name, lora_magnitude_vector=Magnitude(shaped))
 
     def _norm(self, layer: LoraLayer, name: str, base: torch.Tensor) -> torch.Tensor:
+        if layer.kind.matrix and name not in layer.tied_to:
+            down, up = (t.detach() for t in layer.pair(name))
+            return adapted_norm(base.detach(), down, up, layer.scaling[name])
         delta = layer.delta_weight(name).detach()
         return (base.to(delta) + delta).flatten(1).norm(dim=1)
+
+    def fused(self, layer: LoraLayer, name: str, x: torch.Tensor) -> torch.Tensor | None:
+        weight, factors = layer.weight_for_kernels(x), layer.bare_factors(name)
+        if weight is None or factors is None or factors.dropout or weight.dtype != x.dtype:
+            return None
+        magnitude = layer.lora_magnitude_vector[name]
+        if is_hooked(magnitude) or type(magnitude.weight) is not nn.Parameter:
+            return None
+        return dora_linear(x, weight, layer.base_layer.bias, factors, magnitude.weight)
 
     def _factor(self, layer: LoraLayer, name: str, base: torch.Tensor) -> torch.Tensor:
         """g, ``[out]``."""

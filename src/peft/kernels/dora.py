@@ -1,0 +1,140 @@
+"""Linear layer with a low-rank update and new row norms: y = g (W x + s B A x) + b, g = m / |W + s B A|.
+
+The norms come from the factors and one product with W: |W + s B A|^2 = |W|^2 + 2 s B . (W A^T) + s^2 B (A A^T) . B,
+row by row. They are constants for the gradient (arXiv 2402.09353, section 4.3). The gradient of m needs the product
+before its scale, which the output gives back; narrow layers multiply once more instead of keeping it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd import Function
+
+from peft.kernels.linear import Factors, accumulate, in_dtype, no_autocast, product_dtype, scaled_mm
+from peft.kernels.remake import kept
+
+
+NARROW = 3  # a layer with so many times more inputs than outputs computes its product again
+
+
+def adapted_norm(weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: float) -> torch.Tensor:
+    """Row norms of ``W + scale * B A``, ``[out]``, without making that matrix.
+
+    Args:
+        weight: W ``[out, in]``, of any floating-point dtype. down, up: A ``[r, in]`` and B ``[out, r]``.
+    """
+    dtype = torch.promote_types(up.dtype, torch.float32)
+    wide, a, b = (in_dtype(dtype, t) for t in (weight, down, up))
+    squares = torch.linalg.vector_norm(wide, dim=1).square()
+    cross = (b * (wide @ a.t())).sum(1)
+    own = (b * (b @ (a @ a.t()))).sum(1)
+    return (squares + 2 * scale * cross + scale**2 * own).clamp_min(0).sqrt().to(up.dtype)
+
+
+def dora_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, factors: Factors, magnitude: torch.Tensor
+) -> torch.Tensor:
+    """The output ``[..., out]`` of a frozen linear layer with DoRA, in the dtype of x; dropout is not looked at.
+
+    Args:
+        x: ``[..., in]``, in the dtype of ``weight``. magnitude: m ``[out]``.
+    """
+    with no_autocast(x):
+        return DoraLinear.apply(x, weight, bias, factors.down, factors.up, magnitude, factors.scale)
+
+
+class DoraLinear(Function):
+    """See :func:`dora_linear`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        down: torch.Tensor,
+        up: torch.Tensor,
+        magnitude: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        norm = adapted_norm(weight, down, up, scale)
+        y, hidden = _product(x, weight, down, up, scale)
+        y.mul_(magnitude / norm)
+        if bias is not None:
+            y.add_(bias)
+        y = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+        recomputes = len(weight) * NARROW <= weight.shape[1]
+        ctx.scale, ctx.shape = scale, x.shape
+        ctx.kept = kept(x) if down.requires_grad or recomputes else None
+        output = y if magnitude.requires_grad and not recomputes else None
+        ctx.save_for_backward(ctx.kept and ctx.kept.tensor, weight, bias, down, up, magnitude, norm, hidden, output)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        with no_autocast(gradient):
+            return _backward(ctx, gradient)
+
+
+def _product(
+    x: torch.Tensor, weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """W x + s B A x, ``[n, out]``, and A x, ``[n, r]``."""
+    rows = x.reshape(-1, x.shape[-1])
+    y = torch.mm(rows, weight.t())
+    dtype = product_dtype(y)
+    hidden = torch.mm(in_dtype(dtype, rows), in_dtype(dtype, down).t())
+    return accumulate(y, hidden, in_dtype(dtype, up).t(), scale), hidden
+
+
+def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    saved, weight, bias, down, up, magnitude, norm, hidden, output = ctx.saved_tensors
+    needs_x, _, _, needs_down, needs_up, needs_magnitude, _ = ctx.needs_input_grad
+    x = None if ctx.kept is None else ctx.kept.get(saved)
+    dy, factor = gradient.reshape(-1, gradient.shape[-1]), magnitude / norm
+    d_magnitude = _magnitude_gradient(ctx, x, dy, factor, output) if needs_magnitude else None
+    dz = dy * in_dtype(dy.dtype, factor)
+    dx = torch.mm(dz, weight) if needs_x else None
+    dtype = product_dtype(dz)
+    wide = in_dtype(dtype, dz)
+    dh = scaled_mm(wide, in_dtype(dtype, up), ctx.scale)
+    d_down = d_up = None
+    if dx is not None:
+        dx = accumulate(dx, dh, in_dtype(dtype, down), 1.0).view(ctx.shape)
+    if needs_down:
+        d_down = in_dtype(down.dtype, torch.mm(dh.t(), in_dtype(dtype, x.reshape(-1, x.shape[-1]))))
+    if needs_up:
+        d_up = in_dtype(up.dtype, scaled_mm(hidden.t(), wide, ctx.scale).t())
+    return dx, None, None, d_down, d_up, d_magnitude, None
+
+
+def _magnitude_gradient(
+    ctx: Any, x: torch.Tensor | None, dy: torch.Tensor, factor: torch.Tensor, output: torch.Tensor | None
+) -> torch.Tensor:
+    """The sum over tokens of dy times the product before its scale, over the norm."""
+    _, weight, bias, down, up, magnitude, norm, hidden, _ = ctx.saved_tensors
+    dtype = magnitude.dtype
+    if output is None:
+        total = (dy * _product(x, weight, down, up, ctx.scale)[0]).sum(0, dtype=dtype)
+        return total / norm
+    total = (dy * output.view_as(dy)).sum(0, dtype=dtype)
+    if bias is not None:
+        total = total - bias * dy.sum(0, dtype=dtype)
+    total = total / factor
+    gone = factor == 0
+    if gone.any():  # these outputs are their bias and tell nothing of the product
+        rows = gone.nonzero().squeeze(1)
+        x = x if x is not None else _missing()
+        product = _product(x, weight[rows], down, up[rows], ctx.scale)[0]
+        total[rows] = (dy[:, rows] * product).sum(0, dtype=dtype)
+    return total / norm
+
+
+def _missing() -> torch.Tensor:
+    raise RuntimeError(
+        "the gradient of a DoRA magnitude that is zero needs the layer's input, which is not kept while lora_A is "
+        "frozen. Train lora_A as well, or compute within `with peft.kernels.plain():`."
+    )
