@@ -14,12 +14,17 @@ import transformers as hf
 from torch import nn
 
 from peft import (
+    CartridgeConfig,
+    CPTConfig,
     MultitaskPromptTuningConfig,
     PeftModel,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
+    compose_cartridge_adapters,
     get_peft_model,
+    initialize_kv_prefix_from_past_key_values,
+    initialize_kv_prefix_from_text,
 )
 from peft.core import caches
 
@@ -411,3 +416,228 @@ def test_unload_gives_the_base_back() -> None:
     found = model.unload().state_dict()
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+# --- context-aware prompts and cartridges ---------------------------------------------------------------------
+
+CONTEXT = {"cpt_token_ids": [3, 4, 5, 6, 7, 8, 9, 10, 11], "cpt_tokens_type_mask": [1, 2, 3, 4, 4, 6, 7, 8, 8]}
+
+
+def context_model(**kwargs: Any) -> PeftModel:
+    return get_peft_model(base("llama"), CPTConfig(task_type="CAUSAL_LM", **CONTEXT, **kwargs))
+
+
+def test_a_context_starts_as_its_tokens() -> None:
+    model = context_model().eval()
+    ids = torch.tensor([[12, 13, 14]])
+    whole = torch.cat([torch.tensor([CONTEXT["cpt_token_ids"]]), ids], 1)
+    torch.testing.assert_close(model(input_ids=ids).logits, model.get_base_model()(input_ids=whole).logits)
+    assert list(trained(model)) == ["prompt_encoder.default.delta_embedding.weight"]
+
+
+def test_moves_of_a_context_are_bounded_and_labels_stay() -> None:
+    model = context_model(opt_projection_epsilon=0.1, opt_projection_format_epsilon=0.3)
+    encoder = model.prompt_encoder["default"]
+    nn.init.ones_(encoder.delta_embedding.weight)
+    scale = (16 / 2048) ** 0.5
+    wanted = torch.tensor([0.3, 0.1, 0.3, 0, 0, 0.1, 0.3, 0, 0]) * scale
+    torch.testing.assert_close(encoder.get_projection().norm(dim=1), wanted, atol=1e-8, rtol=1e-5)
+    model(input_ids=PADDED, labels=PADDED).loss.backward()
+    moved = encoder.delta_embedding.weight.grad.norm(dim=1) > 0
+    assert moved.tolist() == (wanted > 1e-6).tolist()
+    nn.init.constant_(encoder.delta_embedding.weight, 1e-6)
+    torch.testing.assert_close(encoder.get_projection()[0], torch.full((16,), 1e-6))
+
+
+def test_labels_of_a_context_count_less_the_earlier_they_are() -> None:
+    model = context_model(opt_weighted_loss_type="decay", opt_loss_decay_factor=0.5)
+    ids, types = torch.tensor([[12, 13, 14, 15]]), torch.tensor([[1, 3, 4, 4]])
+    output = model(input_ids=ids, labels=ids, input_type_mask=types)
+    each = nn.functional.cross_entropy(
+        output.logits[0, :-1], torch.tensor([*CONTEXT["cpt_token_ids"], *ids[0]])[1:], reduction="none"
+    )
+    picked = each[[2, 3, 6, 7, 10, 11]]  # before the labels 6 7, 10 11 of the context and 14 15 of the text
+    wanted = (picked * torch.tensor([0.25, 0.25, 0.5, 0.5, 1, 1])).mean()
+    torch.testing.assert_close(output.loss, wanted)
+    plain = context_model()(input_ids=ids, labels=ids, input_type_mask=types)
+    torch.testing.assert_close(plain.loss, picked.mean())
+
+
+@torch.no_grad()
+def test_hidden_tokens_of_a_context_are_not_seen() -> None:
+    model = context_model(cpt_mask=[0, *[1] * 8]).eval()
+    before = model(input_ids=PADDED).logits[:, -1]
+    model.prompt_encoder["default"].embedding.weight[0] += 5
+    torch.testing.assert_close(model(input_ids=PADDED).logits[:, -1], before)
+    model.prompt_encoder["default"].embedding.weight[1] += 5
+    assert (model(input_ids=PADDED).logits[:, -1] - before).abs().max() > 0.1
+
+
+def test_a_context_is_saved_and_trained_on(tmp_path: Any) -> None:
+    model = context_model(opt_weighted_loss_type="decay", opt_loss_decay_factor=0.5)
+    nn.init.normal_(model.prompt_encoder["default"].delta_embedding.weight)
+    model.save_pretrained(str(tmp_path))
+    again = PeftModel.from_pretrained(base("llama"), str(tmp_path), is_trainable=True)
+    for one in (model, again):
+        one(input_ids=PADDED, labels=PADDED).loss.backward()
+    ((name, p),) = trained(again).items()
+    torch.testing.assert_close(p, trained(model)[name])
+    torch.testing.assert_close(p.grad, trained(model)[name].grad)
+    assert again.generate(input_ids=PADDED, attention_mask=MASK, input_type_mask=MASK, **GREEDY).shape == (4, 13)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{"cpt_token_ids": None}, {"cpt_mask": [1]}, {"task_type": "SEQ_CLS"}, {"opt_weighted_loss_type": "more"}],
+)
+def test_bad_contexts_are_refused(kwargs: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(kwargs))):
+        CPTConfig(**{"task_type": "CAUSAL_LM", **CONTEXT, **kwargs})
+
+
+def cartridge(**kwargs: Any) -> PeftModel:
+    torch.manual_seed(1)
+    return get_peft_model(base("qwen3"), CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, **kwargs)).eval()
+
+
+@torch.no_grad()
+def test_a_cartridge_made_from_a_text_acts_as_that_text() -> None:
+    model, text = cartridge(), torch.tensor([[3, 4, 12]])
+    name = caches.cache_argument(model.get_base_model().forward)
+    cache = hf.DynamicCache()
+    model.get_base_model()(input_ids=text, **{name: cache})
+    values = initialize_kv_prefix_from_past_key_values(model, past_key_values=cache)
+    assert values.shape == (3, 2 * 2 * 2 * 8)
+    ids = torch.tensor([[13, 14, 15]])
+    wanted = model.get_base_model()(input_ids=torch.cat([text, ids], 1)).logits[:, 3:]
+    torch.testing.assert_close(model(input_ids=ids).logits, wanted)
+
+    class Tokenizer:
+        def __call__(self, text: str) -> dict[str, list[int]]:
+            return {"input_ids": [int(word) for word in text.split()]}
+
+    other = cartridge()
+    got = initialize_kv_prefix_from_text(other, Tokenizer(), text="3 4 12 20 21", use_chat_template=False)
+    torch.testing.assert_close(got, values)
+    with pytest.raises(ValueError, match="at least 3 cached tokens, got 2"):
+        initialize_kv_prefix_from_text(other, Tokenizer(), text="3 4", use_chat_template=False)
+    with pytest.raises(ValueError, match="PromptTuningConfig adapter"):
+        initialize_kv_prefix_from_past_key_values(adapted("llama", "prompt"), past_key_values=cache)
+
+
+def test_the_first_tokens_of_a_cartridge_stay() -> None:
+    model = cartridge(num_frozen_tokens=2).train()
+    assert {name: list(p.shape) for name, p in trained(model).items()} == {
+        "prompt_encoder.default.trainable_embedding": [1, 64]
+    }
+    model(input_ids=PADDED, labels=PADDED).loss.backward()
+    assert model.prompt_encoder["default"].frozen_embedding.grad is None
+
+
+@torch.no_grad()
+def test_cartridges_are_saved_and_composed(tmp_path: Any) -> None:
+    first, second = cartridge(), cartridge(num_frozen_tokens=0)
+    nn.init.normal_(second.prompt_encoder["default"].trainable_embedding)
+    for name, model in (("first", first), ("second", second)):
+        model.save_pretrained(str(tmp_path / name))
+        again = PeftModel.from_pretrained(base("qwen3"), str(tmp_path / name))
+        torch.testing.assert_close(again(input_ids=PADDED).logits, model(input_ids=PADDED).logits)
+    compose_cartridge_adapters([tmp_path / "first", tmp_path / "second"], output_path=tmp_path / "both")
+    both = PeftModel.from_pretrained(base("qwen3"), str(tmp_path / "both"))
+    saved = [model.get_prompt_embedding_to_save("default") for model in (first, second, both)]
+    assert torch.equal(torch.cat(saved[:2]), saved[2])
+    assert both.peft_config["default"].num_virtual_tokens == 6
+    assert both.generate(input_ids=PADDED, attention_mask=MASK, **GREEDY).shape == (4, 13)
+
+
+# --- errors, starts and clients -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_a_prompt_of_another_base_is_refused_with_both_sizes(method: str, tmp_path: Any) -> None:
+    adapted("llama", method).save_pretrained(str(tmp_path))
+    other = hf.LlamaForCausalLM(hf.LlamaConfig(**{**GROUPED, "hidden_size": 32}))
+    sizes = "token_dim=16, but LlamaForCausalLM has 32" if method == "prompt" else "token_dim=8, .* has 16"
+    before = other.state_dict().keys()
+    with pytest.raises(ValueError, match=sizes):
+        PeftModel.from_pretrained(other, str(tmp_path))
+    assert other.state_dict().keys() == before and not hasattr(other, "peft_config")
+    if method == "prefix":
+        deeper = hf.LlamaForCausalLM(hf.LlamaConfig(**{**GROUPED, "num_hidden_layers": 3}))
+        with pytest.raises(ValueError, match="num_layers=2, but LlamaForCausalLM has 3"):
+            PeftModel.from_pretrained(deeper, str(tmp_path))
+
+
+def test_what_makes_no_sense_is_refused() -> None:
+    with pytest.raises(ValueError, match="needs num_virtual_tokens"):
+        get_peft_model(base("llama"), PromptTuningConfig(task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="input embedding"):
+        get_peft_model(nn.Linear(3, 3), PromptTuningConfig(num_virtual_tokens=3))
+    model = adapted("llama", "prompt")
+    with pytest.raises(ValueError, match=r"tensor \[batch, length\]"):
+        model(input_ids=PADDED, attention_mask=torch.ones(4, 1, 5, 5))
+    with pytest.raises(ValueError, match="nothing to merge"):
+        model.merge_and_unload()
+    with pytest.raises(ValueError, match="task_ids"):
+        for_task("llama-CAUSAL_LM", "multitask")(input_ids=PADDED)
+    with pytest.raises(ValueError, match="TEXT' needs prompt_tuning_init_text"):
+        PromptTuningConfig(prompt_tuning_init="TEXT", num_virtual_tokens=3)
+
+
+@torch.no_grad()
+def test_starts_from_the_vocabulary_and_from_zero() -> None:
+    model = adapted("llama", "prompt", prompt_tuning_init="SAMPLE_VOCAB")
+    table = model.get_base_model().get_input_embeddings().weight
+    rows = model.prompt_encoder["default"].embedding.weight
+    assert all(any(torch.equal(row, token) for token in table) for row in rows)
+    zero = adapted("llama", "prefix", init_weights="zero")
+    assert not zero.prompt_encoder["default"].embedding.weight.any()
+
+
+def test_starts_from_other_tasks(tmp_path: Any) -> None:
+    source = for_task("llama-CAUSAL_LM", "multitask")
+    source.save_pretrained(str(tmp_path))
+    old = source.prompt_encoder["default"]
+    path = str(tmp_path / "adapter_model.safetensors")
+    for start in ("AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED"):
+        config = MultitaskPromptTuningConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=3, num_tasks=3, num_ranks=2, prompt_tuning_init=start,
+            prompt_tuning_init_state_dict_path=path, prompt_tuning_init_task=1,
+        )  # fmt: skip
+        new = get_peft_model(base("llama"), config).prompt_encoder["default"]
+        assert torch.equal(new.embedding.weight, old.embedding.weight)
+        wanted = {"AVERAGE_SOURCE_TASKS": old.prefix_task_cols.mean(0), "EXACT_SOURCE_TASK": old.prefix_task_cols[1]}
+        assert all(torch.equal(cols, wanted[start]) for cols in new.prefix_task_cols) if start in wanted else True
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_the_trainer_trains_a_prompt(method: str, tmp_path: Any) -> None:
+    model = adapted("llama", method)
+    data = [{"input_ids": row, "labels": row} for row in PADDED]
+    arguments = hf.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=3, learning_rate=0.1, report_to=[], use_cpu=True, save_strategy="no",
+        gradient_checkpointing=True,
+    )  # fmt: skip
+    before = model.get_prompt_embedding_to_save("default").clone()
+    trainer = hf.Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data)
+    trainer.train()
+    assert not torch.equal(model.get_prompt_embedding_to_save("default"), before)
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+def test_the_tutorials_prefix_config_works() -> None:
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=10, encoder_hidden_size=512)
+    model = get_peft_model(base("llama"), config)
+    assert model.get_nb_trainable_parameters()[0] == 10 * 2 * 2 * 8
+    assert model.is_prompt_learning and model.prompt_tokens["default"].tolist() == list(range(10))
+    assert model.word_embeddings is model.base_model.get_input_embeddings()
+    assert model.transformer_backbone_name == "model"
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_a_bfloat16_base(method: str) -> None:
+    model = get_peft_model(base("llama").bfloat16(), CONFIGS[method](task_type="CAUSAL_LM", num_virtual_tokens=3))
+    assert all(p.dtype == torch.float32 for p in trained(model).values())
+    model(input_ids=PADDED, attention_mask=MASK, labels=PADDED).loss.backward()
+    assert all(p.grad.isfinite().all() for p in trained(model).values())
+    assert model.eval().generate(input_ids=PADDED, attention_mask=MASK, **GREEDY).shape == (4, 13)

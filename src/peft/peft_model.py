@@ -19,12 +19,11 @@ from peft.core import operations
 from peft.core.card import create_or_update_model_card
 from peft.core.checkpoint import (
     LoadResult,
-    atomic_folder,
     entries,
     get_peft_model_state_dict,
     load_peft_weights,
     set_peft_model_state_dict,
-    write_weights,
+    write_adapter,
 )
 from peft.core.context import BASE
 from peft.core.diagnostics import (
@@ -41,7 +40,6 @@ from peft.core.tuner import BaseTuner, check_adapter_name, context_of
 from peft.core.walk import layers_of, wrappers_of
 from peft.kernels import chunked_loss
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.error import CheckpointError, ConfigError
 from peft.utils.transformers_weight_conversion import (
     convert_config_for,
@@ -107,7 +105,7 @@ class PeftModel(PushToHubMixin, nn.Module):
             prompts = PromptTuner(model, configs, adapter_name, **options)
             self.__dict__["_prompts"] = prompts
             self.base_model = model
-            self.prompt_encoder = prompts.prompt_encoder
+            self.prompt_encoder, self.prompt_tokens = prompts.prompt_encoder, prompts.prompt_tokens
         else:
             self.base_model = self._tuner_class(peft_config)(model, configs, adapter_name, **options)
         self.config = getattr(model, "config", {"model_type": "custom"})
@@ -422,12 +420,7 @@ class PeftModel(PushToHubMixin, nn.Module):
             return
         for name in names:
             folder = os.path.join(save_directory, name) if name != "default" else save_directory
-            with atomic_folder(folder) as path:
-                write_weights(path, tensors[name], safe_serialization)
-                self._config_to_save(name).save_pretrained(os.fspath(folder))
-            stale = os.path.join(folder, WEIGHTS_NAME if safe_serialization else SAFETENSORS_WEIGHTS_NAME)
-            if os.path.exists(stale):  # of an earlier save in the other format
-                os.remove(stale)
+            write_adapter(folder, tensors[name], self._config_to_save(name), safe_serialization)
         self.create_or_update_model_card(save_directory)
 
     def _config_to_save(self, name: str) -> PeftConfig:

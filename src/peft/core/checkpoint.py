@@ -91,8 +91,7 @@ def entries(model: nn.Module, adapter: str) -> Iterator[Entry]:
                 shared.update({attribute: getattr(wrapper, attribute) for attribute in wrapper.shared})
                 repeated.append(prefix + place)
     for saved, memory, tensor in prompts.adapter_state(adapter) if (prompts := prompts_of(model)) else ():
-        computed = None if memory else _leave_out  # by a network, from tensors that are saved too
-        yield Entry(saved, memory, tensor, put=computed)
+        yield Entry(saved, memory, tensor, put=None if memory else partial(prompts.load_prompt, adapter))
     for saved, memory, tensor in tuner.adapter_state(adapter) if (tuner := tuner_of(model)) else ():
         yield Entry(saved, memory, tensor)
     for saved, memory, tensor in bias_state(root, adapter):
@@ -105,10 +104,6 @@ def entries(model: nn.Module, adapter: str) -> Iterator[Entry]:
             continue
         put = None if isinstance(value, nn.Parameter) else _setter(container, adapter)
         yield Entry(f"base_model.{attribute}", memory, value, tuple(join(p, attribute) for p in repeated), put)
-
-
-def _leave_out(value: torch.Tensor) -> None:
-    """Keep nothing of a value."""
 
 
 def _setter(container: Any, adapter: str) -> Callable[[torch.Tensor], None]:
@@ -228,7 +223,7 @@ def set_peft_model_state_dict(
         warnings.warn("these tensors have another shape and were left out: " + ", ".join(e.saved for e, _ in wrong))
     _unmerge_for(root, adapter_name)
     with torch.no_grad():
-        for entry, value in plan:
+        for entry, value in sorted(plan, key=lambda item: item[0].put is None):  # exact tensors after rounded ones
             _write(model, entry, value, low_cpu_mem_usage)
     missing = [e.saved for e in own if id(e.tensor) not in found and e.put is None]
     return LoadResult(missing, unexpected)
@@ -334,6 +329,18 @@ def atomic_folder(folder: str | os.PathLike) -> Iterator[Callable[[str], str]]:
         for temporary, _ in pending:
             if os.path.exists(temporary):
                 os.remove(temporary)
+
+
+def write_adapter(
+    folder: str | os.PathLike, tensors: dict[str, torch.Tensor], config: Any, safe_serialization: bool = True
+) -> None:
+    """Write an adapter's tensors and its config into a folder; what was there stays until all is written."""
+    with atomic_folder(folder) as path:
+        write_weights(path, tensors, safe_serialization)
+        config.save_pretrained(os.fspath(folder))
+    stale = os.path.join(folder, WEIGHTS_NAME if safe_serialization else SAFETENSORS_WEIGHTS_NAME)
+    if os.path.exists(stale):  # of an earlier save in the other format
+        os.remove(stale)
 
 
 def write_weights(path: Callable[[str], str], tensors: dict[str, torch.Tensor], safe_serialization: bool) -> None:

@@ -44,13 +44,21 @@ class VirtualTokens(nn.Module):
         in_decoder: an encoder-decoder's decoder gets virtual tokens too, the second half of them.
         uses_tasks: ``forward`` takes the task of each row as well.
         network: names of the submodules between table and prompt, which exist while such a network is trained.
+        frozen: names of parameters, or of modules that hold them, which are not trained.
+        inputs: names of inputs that are the method's, not the base model's.
+        attended: 1 for virtual tokens that the text may see, 0 for others, ``[tokens]``; None: it sees all.
+        own_labels: labels of the virtual tokens, ``[tokens]``; None: none of them is predicted.
     """
 
     as_prefix: ClassVar[bool] = False
     in_decoder: ClassVar[bool] = False
     uses_tasks: ClassVar[bool] = False
     network: ClassVar[tuple[str, ...]] = ()
-    embedding: nn.Module
+    frozen: ClassVar[tuple[str, ...]] = ()
+    inputs: ClassVar[tuple[str, ...]] = ()
+    attended: torch.Tensor | None = None
+    own_labels: torch.Tensor | None = None
+    embedding: Any
 
     def forward(self, indices: torch.Tensor, task_ids: torch.Tensor | None = None) -> torch.Tensor:
         """indices ``[batch, tokens]`` -> ``[batch, tokens, width]``; ``task_ids``: ``[batch]``."""
@@ -69,14 +77,51 @@ class VirtualTokens(nn.Module):
     def has_network(self) -> bool:
         return any(hasattr(self, name) for name in self.network)
 
-    def adapter_state(self, saved: torch.Tensor) -> Iterator[tuple[str, str, torch.Tensor]]:
+    def train_on(self, requires_grad: bool) -> VirtualTokens:
+        """Let it train, or not."""
+        for name, p in self.named_parameters():
+            p.requires_grad_(requires_grad and name.partition(".")[0] not in self.frozen)
+        return self
+
+    def saved(self) -> torch.Tensor:
+        """What a file has as ``prompt_embeddings``, ``[tokens, width]``."""
+        if not self.has_network:
+            return self.embedding.weight
+        rows = torch.arange(self.embedding.num_embeddings, device=self.embedding.weight.device)
+        with torch.no_grad():
+            return self.eval()(rows[None])[0]
+
+    def load_prompt_embeddings(self, prompt_embeddings: torch.Tensor) -> None:
+        """Become a given prompt, ``[tokens, width]``.
+
+        Raises:
+            ValueError: if a network makes the prompt, or the shape is another one.
+        """
+        if self.has_network:
+            raise ValueError("this prompt is the output of a network, which cannot be told what to give.")
+        check_shape(prompt_embeddings, self.embedding.weight)
+        put(self.embedding, "weight", prompt_embeddings)
+
+    def label_weights(self, types: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
+        """How much each token counts in the loss, ``[batch, tokens + length]``; None: all the same.
+
+        Args:
+            types: the input called ``inputs[0]``, ``[batch, length]``, or None.
+        """
+        return None
+
+    def select_labels(self, labels: torch.Tensor, types: torch.Tensor) -> torch.Tensor:
+        """Labels of a text, ``[batch, length]``, with -100 for tokens that its types exclude from the loss."""
+        return labels
+
+    def adapter_state(self) -> Iterator[tuple[str, str, torch.Tensor]]:
         """(name in the file, name in memory, tensor); a tensor that is computed has no name in memory."""
         for name, tensor in self.state_dict(keep_vars=True).items():
             if self.has_network:
                 yield ENCODER + name, name, tensor
             elif name != "embedding.weight":
                 yield name, name, tensor
-        yield "prompt_embeddings", "" if self.has_network else "embedding.weight", saved
+        yield "prompt_embeddings", "" if self.has_network else "embedding.weight", self.saved()
 
 
 @dataclass
@@ -86,20 +131,55 @@ class Feed:
     Attributes:
         values: ``[batch, tokens, width]``; shorter rows are padded at their beginning.
         lengths: how many tokens each row has, ``[batch]``; None: all of them.
+        attended: 1 for tokens that the text may see, 0 for others, ``[batch, tokens]``; None: it sees all.
+        labels: labels of the virtual tokens, ``[batch, tokens]``; None: none of them is predicted.
     """
 
     values: torch.Tensor
     lengths: torch.Tensor | None = None
+    attended: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
 
     @property
     def size(self) -> int:
         return self.values.shape[1]
 
+    def nothing(self, rows: int) -> Feed:
+        """A feed of no tokens for some rows."""
+        return Feed(self.values[:1, :0].expand(rows, -1, -1))
+
+    def padded(self, rows: int, size: int) -> Feed:
+        """The same, with padding in front up to ``size`` tokens."""
+        gap, device = size - self.size, self.values.device
+        attended = (
+            torch.ones(rows, self.size, dtype=torch.long, device=device) if self.attended is None else self.attended
+        )
+        labels = attended.new_full((rows, self.size), -100) if self.labels is None else self.labels
+        pad = nn.functional.pad
+        return Feed(
+            pad(self.values, (0, 0, gap, 0)),
+            torch.full((rows,), self.size, device=device),
+            pad(attended, (gap, 0)),
+            pad(labels, (gap, 0), value=-100),
+        )
+
+    @classmethod
+    def joined(cls, parts: list[Feed], order: torch.Tensor) -> Feed:
+        """Padded feeds of groups of rows as one, with the rows in the order of the batch."""
+        values, lengths, attended, labels = (
+            torch.cat([getattr(part, field) for part in parts])[order]
+            for field in ("values", "lengths", "attended", "labels")
+        )
+        even = bool((lengths == values.shape[1]).all())
+        return cls(values, None if even else lengths, None if even and bool(attended.all()) else attended, labels)
+
     def mask(self, like: torch.Tensor) -> torch.Tensor:
         """1 for virtual tokens, 0 for padding: ``[batch, tokens]`` in the dtype of ``like``."""
-        if self.lengths is None:
-            return like.new_ones(like.shape[0], self.size)
-        return (self._index(like) >= 0).to(like.dtype)
+        return like.new_ones(like.shape[0], self.size) if self.attended is None else self.attended.to(like)
+
+    @property
+    def needs_mask(self) -> bool:
+        return self.lengths is not None or self.attended is not None
 
     def positions(self, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Positions of the virtual tokens, and those of the text, ``[batch, length]``, moved behind them."""
@@ -181,10 +261,11 @@ class PromptTuner:
         config = self.peft_config[adapter_name]
         check_adapter_name(adapter_name, list(self.prompt_encoder))
         cls = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+        word_embeddings = self.word_embeddings
         settle_sizes(config, model, cls.as_prefix)
         cls.prepare_config(config)
         with torch.device("meta") if low_cpu_mem_usage else nullcontext():
-            encoder = cls(config, self.word_embeddings)
+            encoder = cls(config, word_embeddings)
         try:
             with torch.device("meta") if low_cpu_mem_usage else nullcontext():
                 add_auxiliary(model, adapter_name, config)
@@ -199,7 +280,7 @@ class PromptTuner:
         dtype = weight.dtype if weight.is_floating_point() and not in_float32 else None
         if weight.device.type != "meta" and not any(p.is_meta for p in encoder.parameters()):
             encoder.to(weight.device, dtype)
-        self.prompt_encoder[name] = encoder.requires_grad_(False).train(self.model.training)
+        self.prompt_encoder[name] = encoder.train_on(False).train(self.model.training)
         self.prompt_tokens[name] = torch.arange(encoder.count(self.peft_config[name]))
 
     @property
@@ -238,7 +319,7 @@ class PromptTuner:
             own = [name for name in names if name in operations.adapters_of(self.model)]
             operations.set_adapter(self.model, own or names, inference_mode) if own else None
         for name, encoder in self.prompt_encoder.items():
-            encoder.requires_grad_(name in names and not inference_mode)
+            encoder.train_on(name in names and not inference_mode)
         self.active_adapter = adapter_name
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -247,7 +328,7 @@ class PromptTuner:
         operations.require_adapters(self.model, names, self.peft_config)
         operations.set_requires_grad(self.model, adapter_names, requires_grad)
         for name in names:
-            self.prompt_encoder[name].requires_grad_(requires_grad)
+            self.prompt_encoder[name].train_on(requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; if it was the active one, another becomes active.
@@ -314,23 +395,32 @@ class PromptTuner:
     def adapter_state(self, name: str) -> Iterator[tuple[str, str, torch.Tensor]]:
         """(name in the file, name in memory or "", tensor) of everything that belongs to a prompt."""
         if name in self.prompt_encoder:
-            encoder = self.prompt_encoder[name]
-            saved = self.saved_prompt(name) if encoder.has_network else encoder.embedding.weight
-            for file, memory, tensor in encoder.adapter_state(saved):
+            with self._as_saved(name) as encoder:
+                state = list(encoder.adapter_state())
+            for file, memory, tensor in state:
                 yield file, f"{ENCODER}{name}.{memory}" if memory else "", tensor
 
     @torch.no_grad()
     def saved_prompt(self, name: str) -> torch.Tensor:
         """The virtual tokens themselves, ``[tokens, width]``."""
+        with self._as_saved(name) as encoder:
+            return encoder.saved().detach()
+
+    @contextmanager
+    def _as_saved(self, name: str) -> Iterator[VirtualTokens]:
+        """A context in which a prompt is in evaluation mode."""
         encoder = self.prompt_encoder[name]
-        if not encoder.has_network:
-            return encoder.embedding.weight.detach()
         training = encoder.training
         try:
-            device = next(encoder.parameters()).device
-            return encoder.eval()(self.prompt_tokens[name].to(device)[None])[0]
+            yield encoder.eval()
         finally:
             encoder.train(training)
+
+    def load_prompt(self, name: str, value: torch.Tensor) -> None:
+        """Take what a file has as ``prompt_embeddings``, unless a network that is in the file too makes it."""
+        encoder = self.prompt_encoder[name]
+        if not encoder.has_network:
+            encoder.load_prompt_embeddings(value)
 
     def make_room(self, name: str, state_dict: dict[str, torch.Tensor]) -> None:
         """Give a prompt the form in which a file has it: with its network, or as the table that the network made."""
@@ -343,7 +433,7 @@ class PromptTuner:
         old = next(encoder.parameters())
         with torch.device(old.device):
             fresh = type(encoder)(config, self.word_embeddings)
-        self.prompt_encoder[name] = fresh.to(old.dtype).train(encoder.training).requires_grad_(old.requires_grad)
+        self.prompt_encoder[name] = fresh.to(old.dtype).train(encoder.training).train_on(old.requires_grad)
 
     # --- what goes into a call --------------------------------------------------------------------------------
     def encode(self, name: str, batch: int, tasks: torch.Tensor | None = None) -> torch.Tensor:
@@ -367,27 +457,33 @@ class PromptTuner:
             return None
         tasks = context.tasks(batch, device)
         if names is None:
-            return Feed(self._of_stack(self.active_adapters[0], batch, tasks, stack).to(device))
+            return self._feed_of(self.active_adapters[0], batch, tasks, stack)
         groups, order, _ = context.groups(names, batch, device)
-        parts = [
-            None
-            if name == BASE
-            else self._of_stack(name, len(index), None if tasks is None else tasks[index], stack).to(device)
-            for name, index in groups
-        ]
-        sizes = [0 if part is None else part.shape[1] for part in parts]
-        size, real = max(sizes), next((part for part in parts if part is not None), None)
-        if real is None or size == 0:
+        feeds = {
+            name: self._feed_of(name, len(rows), None if tasks is None else tasks[rows], stack)
+            for name, rows in groups
+            if name != BASE
+        }
+        size = max((feed.size for feed in feeds.values()), default=0)
+        if size == 0:
             return None
-        padded = [
-            real.new_zeros(len(index), size, real.shape[-1])
-            if part is None
-            else nn.functional.pad(part, (0, 0, size - part.shape[1], 0))
-            for part, (_, index) in zip(parts, groups, strict=True)
+        empty = next(iter(feeds.values()))
+        parts = [
+            (feeds[name] if name in feeds else empty.nothing(len(rows))).padded(len(rows), size)
+            for name, rows in groups
         ]
-        lengths = torch.cat([torch.full((len(index),), n) for n, (_, index) in zip(sizes, groups, strict=True)])
-        lengths = lengths.to(device)[order]
-        return Feed(torch.cat(padded)[order], None if min(sizes) == size else lengths)
+        return Feed.joined(parts, order)
+
+    def _feed_of(self, name: str, batch: int, tasks: torch.Tensor | None, stack: int) -> Feed:
+        """What ``batch`` rows with one prompt get."""
+        encoder, values = self.prompt_encoder[name], self.encode(name, batch, tasks)
+        if not self.as_prefix:
+            n = self.peft_config[name].num_virtual_tokens
+            values = values[:, n * stack : n * (stack + 1)]
+        values = values.to(self.word_embeddings.weight.device)
+        own = (encoder.attended, encoder.own_labels)
+        rows = [None if given is None else given.to(values.device).expand(batch, -1) for given in own]
+        return Feed(values, None, rows[0], rows[1])
 
     def prompt(self, batch: int, tasks: torch.Tensor | None = None, max_cache_len: int | None = None) -> Any:
         """The active prompt: embeddings ``[batch, tokens, width]``, or a cache that holds its keys and values."""
@@ -397,13 +493,6 @@ class PromptTuner:
         cache = caches.new_cache(self.model, max_cache_len)
         caches.fill(cache, self.prefix(values))
         return cache
-
-    def _of_stack(self, name: str, batch: int, tasks: torch.Tensor | None, stack: int) -> torch.Tensor:
-        values = self.encode(name, batch, tasks)
-        if self.as_prefix:
-            return values
-        n = self.peft_config[name].num_virtual_tokens
-        return values[:, n * stack : n * (stack + 1)]
 
     @property
     def as_prefix(self) -> bool:
@@ -431,6 +520,7 @@ class PromptTuner:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward with the prompts of the call."""
         inputs = named(self.model.forward, args, kwargs)
+        given = self._taken(inputs)
         main = next((inputs[n] for n in ("input_ids", "inputs_embeds") if inputs.get(n) is not None), None)
         if self.disabled or (main is None and inputs.get("encoder_outputs") is None):
             return self.model(**inputs)
@@ -439,8 +529,32 @@ class PromptTuner:
         if main is not None:
             if self.heads_read_ids and inputs.get("input_ids") is not None and not self.has_encoder:
                 return self._forward_with_ids(inputs)
+            if given is not None and self.active_adapters and inputs.get("labels") is not None:
+                encoder = self.prompt_encoder[self.active_adapters[0]]
+                inputs["labels"] = encoder.select_labels(inputs["labels"], given)
             inputs = self.extended(inputs)
+            if (weights := self._label_weights(given, main)) is not None:
+                return self._with_weighted_loss(inputs, weights)
         return self.model(**(self._decoder_extended(inputs) if self.in_decoder else inputs))
+
+    def _taken(self, inputs: dict[str, Any]) -> Any:
+        """Take the methods' own inputs out of a call; the first of them is given back."""
+        names = {name for encoder in self.prompt_encoder.values() for name in encoder.inputs}
+        taken = [inputs.pop(name) for name in names if name in inputs]
+        return next((value for value in taken if value is not None), None)
+
+    def _label_weights(self, types: torch.Tensor | None, text: torch.Tensor) -> torch.Tensor | None:
+        if context_of(self.model).adapter_names is not None or not self.active_adapters:
+            return None  # rows of a mixed batch count alike
+        return self.prompt_encoder[self.active_adapters[0]].label_weights(types, *text.shape[:2])
+
+    def _with_weighted_loss(self, inputs: dict[str, Any], weights: torch.Tensor) -> Any:
+        """The loss is sum(w * cross entropy) over the labelled tokens, divided by their number."""
+        labels = inputs.pop("labels", None)
+        output = self.model(**inputs)
+        if labels is not None:
+            output["loss"] = weighted_cross_entropy(output.logits, labels, weights)
+        return output
 
     def extended(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Inputs of the encoder, or of the only stack, with the virtual tokens in front."""
@@ -459,7 +573,7 @@ class PromptTuner:
     def _extend_companions(self, feed: Feed, inputs: dict[str, Any], text: torch.Tensor, left: bool) -> None:
         """Mask, positions and token types; ``text`` is any tensor ``[batch, length]``."""
         mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
-        if mask is None and feed.lengths is not None:
+        if mask is None and feed.needs_mask:
             mask = torch.ones(text.shape, dtype=torch.long, device=text.device)
         if mask is not None:
             check_mask(mask, "attention_mask")
@@ -489,7 +603,8 @@ class PromptTuner:
     def _extend_labels(self, feed: Feed, inputs: dict[str, Any], left: bool = False) -> None:
         for name in self.token_inputs:
             if (labels := inputs.get(name)) is not None:
-                inputs[name] = feed.join(feed.fill(labels, -100), labels, left)
+                own = feed.fill(labels, -100) if feed.labels is None else feed.labels
+                inputs[name] = feed.join(own, labels, left)
         for name in self.position_inputs:
             if (place := inputs.get(name)) is not None:
                 inputs[name] = place + (feed.lengths.to(place) if left and feed.lengths is not None else feed.size)
@@ -609,6 +724,7 @@ class PromptTuner:
         """The base model's ``generate`` with the prompts of the call; only the text and its continuation come back."""
         if args:
             kwargs = {"inputs": args[0], **dict(zip(GENERATE, args[1:])), **kwargs}
+        self._taken(kwargs)
         if self.disabled or (not self.active_adapters and context_of(self.model).adapter_names is None):
             return self.model.generate(**kwargs)
         if self.has_encoder and not self.as_prefix:
@@ -665,7 +781,7 @@ class PromptTuner:
         if self.as_prefix and not begun:
             cache = caches.new_cache(self.model) if cache is None else cache
             caches.fill(cache, self.prefix(feed.values))
-            kwargs[self._cache_name] = cache
+            kwargs[self.cache_name] = cache
         self._extend_step(feed, kwargs, input_ids, enter=not self.as_prefix and not begun)
         if self.as_prefix or begun:
             return prepare(input_ids, **kwargs)
@@ -677,14 +793,15 @@ class PromptTuner:
         return prepare(input_ids, **kwargs)
 
     @property
-    def _cache_name(self) -> str:
+    def cache_name(self) -> str:
+        """What the model calls the cache among its arguments."""
         return str(caches.cache_argument(caches.receiver_of(self.model).forward))
 
     def _extend_step(self, feed: Feed, kwargs: dict[str, Any], ids: torch.Tensor, enter: bool) -> None:
         """Mask, positions and token types of one step; ``enter``: its inputs hold the virtual tokens themselves."""
         before = "decoder_" if self.has_encoder else ""
         mask, positions = kwargs.get(f"{before}attention_mask"), kwargs.get(f"{before}position_ids")
-        if mask is None and feed.lengths is not None:
+        if mask is None and feed.needs_mask:
             self._positions_for_padding(ids)
             mask = torch.ones(ids.shape, dtype=torch.long, device=ids.device)
         if mask is not None and mask.dim() == 2:
@@ -717,6 +834,33 @@ def named(function: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, 
     if not args:
         return dict(kwargs)
     return {**inspect.signature(function).bind_partial(*args).arguments, **kwargs}
+
+
+def weighted_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """sum(w * cross entropy of the next token) / number of labels.
+
+    Args:
+        logits: ``[batch, length, vocabulary]``. labels: ``[batch, length]``, -100 for none. weights: the same.
+    """
+    labels, weights = labels[:, 1:].to(logits.device), weights[:, 1:].to(logits.device, torch.float32)
+    each = nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels, reduction="none")
+    return (each * weights).sum() / (labels != -100).sum().clamp(min=1)
+
+
+@torch.no_grad()
+def put(module: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Give a parameter other values, or its first ones where it is on the meta device."""
+    old = getattr(module, name)
+    if old.is_meta:
+        setattr(module, name, nn.Parameter(value.detach().to(old.dtype).clone(), old.requires_grad))
+    else:
+        old.copy_(value)
+
+
+def check_shape(given: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Raise ValueError where a prompt has not the shape of its place."""
+    if given.shape != wanted.shape:
+        raise ValueError(f"the prompt is {list(given.shape)}, but its place {list(wanted.shape)} [tokens, width].")
 
 
 def check_mask(mask: Any, name: str) -> None:

@@ -74,6 +74,8 @@ class StartedPrompt(VirtualTokens):
 
 def rows_of(word_embeddings: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """Embeddings of token ids ``[n]`` as the model reads them, ``[n, width]`` in float32."""
+    if ids.is_meta:
+        return torch.empty(len(ids), word_embeddings.weight.shape[1], device="meta")
     with torch.no_grad():
         return word_embeddings(ids.to(word_embeddings.weight.device)).detach().float().clone()
 
