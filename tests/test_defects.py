@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from pathlib import Path
@@ -16,23 +17,35 @@ from toys import Attention, Mlp, tiny_llama
 
 from peft import (
     BOFTConfig,
+    C3AConfig,
+    DeloraConfig,
+    FourierFTConfig,
     GloraConfig,
+    GraloraConfig,
     HiraConfig,
     HRAConfig,
     IA3Config,
     LilyConfig,
     LNTuningConfig,
+    LoHaConfig,
+    LoKrConfig,
     LoraConfig,
+    MissConfig,
     OFTConfig,
+    PeanutConfig,
     PeftModel,
     PolyConfig,
+    PsoftConfig,
     PveraConfig,
     RandLoraConfig,
+    ShiraConfig,
+    SupertuningConfig,
     TinyLoraConfig,
     TrainableTokensConfig,
     UniLoraConfig,
     VBLoRAConfig,
     VeraConfig,
+    WaveFTConfig,
     get_peft_model,
     get_peft_model_state_dict,
     set_peft_model_state_dict,
@@ -662,3 +675,105 @@ class TestTasksOfTheSamples:
         with pytest.raises(ValueError, match="2 entries, but the batch has 3"):
             model(IDS, task_ids=torch.tensor([0, 1]))
         assert self.model()(IDS).logits.isfinite().all()
+
+
+class TestSeveralCirculantAdapters:
+    """A second C3A adapter used to read the output of the first one in place of the input, and crashed."""
+
+    def test_two_are_active(self):
+        torch.manual_seed(0)
+        config = C3AConfig(block_size=4, target_modules=["0"])
+        model = get_peft_model(nn.Sequential(nn.Linear(12, 8)), config)
+        model.add_adapter("other", config)
+        model.base_model.set_adapter(["default", "other"])
+        layer, x = model.base_model.model[0], torch.randn(5, 12)
+        weight = layer.get_base_weight() + sum(layer.get_delta_weight(name) for name in ("default", "other"))
+        torch.testing.assert_close(model(x), F.linear(x, weight, layer.get_base_bias()), **CLOSE)
+
+    def test_the_gradient_of_the_input_is_that_of_the_forward_pass(self):
+        torch.manual_seed(0)
+        model = get_peft_model(nn.Sequential(nn.Linear(12, 8)), C3AConfig(block_size=4, target_modules=["0"]))
+        layer, x = model.base_model.model[0], torch.randn(5, 12, requires_grad=True)
+        gradient = torch.randn(5, 8)
+        model(x).backward(gradient)
+        weight = layer.get_base_weight() + layer.get_delta_weight("default")
+        torch.testing.assert_close(x.grad, gradient @ weight, **CLOSE)
+
+
+class TestStartsThatAreNotTheIdentity:
+    """Methods whose default start changes the model's output say so in their config, and in the help of the field."""
+
+    @pytest.mark.parametrize("config", [C3AConfig(block_size=8), FourierFTConfig(n_frequency=50)])
+    def test_it_is_documented(self, config):
+        cls = type(config)
+        field = next(f for f in dataclasses.fields(cls) if f.name == "init_weights")
+        assert "identity" in field.metadata["help"] and "init_weights=True" in cls.__doc__
+        config.target_modules = {"q_proj"}
+        torch.manual_seed(0)
+        base = tiny_llama()
+        wanted = base(IDS).logits
+        model = get_peft_model(base, config)
+        assert (model(IDS).logits - wanted).abs().max() > 1e-4
+        config.init_weights = True
+        model.add_adapter("still", config)
+        model.set_adapter("still")
+        torch.testing.assert_close(model(IDS).logits, wanted, **CLOSE)
+
+
+class TestNoDenseUpdateIsKept:
+    """Updates as large as the weight used to be made in the forward pass, and kept for the backward pass."""
+
+    @pytest.mark.parametrize(
+        "config",
+        [
+            C3AConfig(block_size=16),
+            DeloraConfig(r=2),
+            FourierFTConfig(n_frequency=20),
+            GraloraConfig(r=2, gralora_k=2),
+            HiraConfig(r=2),
+            LoHaConfig(r=2),
+            LoKrConfig(r=2),
+            MissConfig(r=2),
+            MissConfig(r=2, init_weights="bat"),
+            PeanutConfig(r=2),
+            PsoftConfig(r=2, psoft_alpha=2),
+            ShiraConfig(r=1),
+            SupertuningConfig(sparsity=0.99),
+            WaveFTConfig(n_frequency=20),
+            WaveFTConfig(n_frequency=20, wavelet_family="db2"),
+        ],
+        ids=lambda config: config.peft_type.value,
+    )
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_what_autograd_keeps_is_smaller_than_the_weight(self, config, dtype):
+        size = 256
+        torch.manual_seed(0)
+        base = nn.Sequential(nn.Linear(size, size, dtype=dtype))
+        config.target_modules = {"0"}
+        model = get_peft_model(base, config).train()
+        x, kept = torch.randn(2, size, dtype=dtype, requires_grad=True), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            y = model(x)
+        own = {t.untyped_storage().data_ptr() for t in model.state_dict(keep_vars=True).values()}
+        assert kept and all(t.numel() <= size * size // 4 for t in kept if t.untyped_storage().data_ptr() not in own)
+        y.sum().backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+class TestConventionsOfTheCayleyTransform:
+    """PSOFT's rotation of a skew-symmetric Q is (I + Q)(I - Q)^-1, the transpose of OFT's exact one: files hold Q."""
+
+    def test_the_two(self):
+        from peft.tuners.oft import OFTRotation
+        from peft.tuners.psoft import PsoftRotation
+
+        torch.manual_seed(0)
+        psoft = PsoftRotation(4, PsoftConfig(psoft_mag_a=False, psoft_mag_b=False))
+        oft = OFTRotation(1, 4, terms=None, radius=None, dropout=0.0)
+        with torch.no_grad():
+            psoft.weight.normal_()
+            oft.weight.copy_(psoft.weight)
+        q, eye = oft.skew()[0], torch.eye(4)
+        torch.testing.assert_close(psoft(), (eye + q) @ torch.linalg.inv(eye - q), **CLOSE)
+        torch.testing.assert_close(psoft(), oft()[0].T, **CLOSE)
+        assert "transpose" in PsoftRotation.__doc__

@@ -97,7 +97,7 @@ class PeanutLayer(LowRankLayer, ScaledLayer):
         return h.T
 
     def pair(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.storage.name is not None and torch.is_grad_enabled():  # a weight made dense is not kept
+        if not self.sums_exactly() and torch.is_grad_enabled():  # a copy of the weight is not kept
             h = checkpoint(self.network, name, use_reentrant=False, preserve_rng_state=False)
         else:
             h = self.network(name)
