@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from toys import Mlp
 
-from peft import AdaptionPromptConfig, BottleneckConfig, LoraConfig, PeftModel, get_peft_model
+from peft import AdaptionPromptConfig, BottleneckConfig, LoraConfig, PeftModel, ShadowConfig, get_peft_model
 from peft.core.blocks import ATTENTION, CROSS, FEEDFORWARD, find_blocks
 from peft.core.walk import layers_of
 
@@ -478,3 +478,159 @@ def put(model: nn.Module, adapter: str, parts: dict[tuple[str, str], torch.Tenso
 def plain_path(path: str) -> str:
     """The name of a layer in the plain model."""
     return path.replace(".base_layer", "").removeprefix("base_model.model.")
+
+
+# --- Shadow -----------------------------------------------------------------------------------------------------
+
+SHADOWED = ("llama", "qwen2", "mistral", "gemma", "gpt2", "opt")
+
+
+def shadowed(name: str, stirred: bool = True, **fields: Any) -> PeftModel:
+    torch.manual_seed(2)
+    model = get_peft_model(build(name), ShadowConfig(r=4, task_type="CAUSAL_LM", **fields))
+    if stirred:
+        stir(model, size=0.2)
+    return model
+
+
+@pytest.mark.parametrize("name", SHADOWED)
+class TestShadow:
+    """A shadow network beside decoders."""
+
+    def test_starts_as_the_identity_trains_saves_and_loads(self, name, tmp_path):
+        base = logits(build(name), name)
+        model = shadowed(name, stirred=False)
+        gives(logits(model, name), base)
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.03)
+        losses = []
+        for _ in range(4):
+            loss = model.eval()(**inputs(name)).loss
+            losses.append(loss.item())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        assert losses[-1] < losses[0]
+        assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+        trained = logits(model, name)
+        differs(trained, base)
+        model.save_pretrained(str(tmp_path))
+        gives(logits(PeftModel.from_pretrained(build(name), str(tmp_path)), name), trained)
+        with model.disable_adapter():
+            gives(logits(model, name), base)
+        plain = model.unload()
+        gives(logits(plain, name), base)
+
+    def test_generation_with_a_cache_is_generation_without(self, name):
+        model = shadowed(name)
+        assert torch.equal(greedy(model, name, True), greedy(model, name, False))
+        beams = [
+            model.generate(
+                input_ids=inputs(name)["input_ids"], num_beams=3, do_sample=False, max_new_tokens=5, use_cache=cached
+            )
+            for cached in (True, False)
+        ]
+        assert torch.equal(*beams)
+
+    def test_several_adapters_and_mixed_batches(self, name):
+        model = shadowed(name)
+        model.add_adapter("other", ShadowConfig(r=2, shadow_num_hidden_layers=2, task_type="CAUSAL_LM"))
+        stir(model, "other", seed=5, size=0.2)
+        alone = {"default": logits(model, name), "__base__": logits(build(name), name)}
+        model.set_adapter("other")
+        alone["other"] = logits(model, name)
+        differs(alone["other"], alone["default"])
+        rows = ["other", "__base__", "default", "other"]
+        wanted = torch.stack([alone[row][i] for i, row in enumerate(rows)])
+        gives(logits(model, name, adapter_names=rows), wanted)
+        model.delete_adapter("other")
+        gives(logits(model, name), alone["default"])
+
+    def test_gradient_checkpointing_gives_the_same_gradients(self, name):
+        gradients = []
+        for checkpointed in (False, True):
+            model = shadowed(name, shadow_dropout=0.0)
+            if checkpointed:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+            for module in model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0
+            model.train()(**inputs(name)).loss.backward()
+            gradients.append([p.grad for p in model.parameters() if p.requires_grad and p.grad is not None])
+        for plain, again in zip(*gradients, strict=True):
+            gives(again, plain)
+
+    def test_the_shadow_network_stands_alone(self, name):
+        model = shadowed(name)
+        alone = model.base_model.unload_shadow(copy=True)
+        labels = inputs(name)["input_ids"]
+        logits(model, name)
+        with torch.no_grad():
+            wanted = model.base_model.shadow_auxiliary_loss(labels)
+            gives(alone(input_ids=labels, labels=labels).loss, wanted)
+        assert alone.generate(input_ids=labels, max_new_tokens=2, do_sample=False).shape[0] == len(labels)
+
+
+def test_shadow_gives_what_its_formula_says():
+    """h <- h + alpha W_up W_down (h - s), then the block, then s <- (1 - g) s + g T(h)."""
+    model = shadowed("llama")
+    calls: list[tuple[torch.Tensor, torch.Tensor]] = []
+    held = [layer for _, layer in layers_of(model)]
+    for layer in held:
+        layer.base_layer.register_forward_hook(lambda module, args, output: calls.append((args[0], output)))
+    ids = inputs("llama")["input_ids"]
+    with torch.no_grad():
+        logits(model, "llama")
+        h = model.get_input_embeddings()(ids)
+        s = held[0].shadow_backbone["default"](inputs_embeds=h).last_hidden_state
+        for layer, (given, output) in zip(held, calls, strict=True):
+            gives(given, h + 0.1 * layer.shadow_up["default"](layer.shadow_down["default"](h - s)))
+            h, gate = output, torch.sigmoid(layer.shadow_update_gate["default"](output))
+            s = (1 - gate) * s + gate * layer.shadow_update_transform["default"](output)
+
+
+def test_the_loss_of_the_shadow_network_is_added():
+    model = shadowed("llama", auxiliary_loss_weight=0.3)
+    given = inputs("llama")
+    together = model.eval()(**given).loss
+    alone = model.base_model.last_shadow_loss
+    with torch.no_grad():
+        plain = model(input_ids=given["input_ids"]).logits
+        own = nn.functional.cross_entropy(plain[:, :-1].flatten(0, 1), given["labels"][:, 1:].flatten())
+    gives(together.detach(), own + 0.3 * alone)
+
+
+def test_shadow_networks_may_be_narrower_and_have_embeddings_of_their_own():
+    model = shadowed("llama", shadow_hidden_size=8, shadow_num_attention_heads=2, shadow_intermediate_size=12)
+    backbone = model.base_model.shadow_backbone["default"]
+    assert backbone.embed_tokens.weight.shape == (40, 8)
+    assert model.base_model.shadow_projection["default"].weight.shape == (16, 8)
+    assert torch.equal(greedy(model, "llama", True), greedy(model, "llama", False))
+    assert shadowed("llama", share_embeddings=False).base_model.shadow_backbone["default"].embed_tokens is not None
+
+
+def test_a_cache_that_was_filled_without_the_shadow_is_refused():
+    model = shadowed("llama")
+    ids = inputs("llama")["input_ids"]
+    with model.disable_adapter():
+        cache = model(input_ids=ids, use_cache=True)
+    with pytest.raises(ValueError, match="filled without adapter 'default'"):
+        model(input_ids=ids[:, :1], cache=cache.cache if "cache" in cache else cache.past_key_values)
+
+
+def test_shadow_refuses_models_with_two_stacks():
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration has 2"):
+        get_peft_model(build("t5"), ShadowConfig())
+    with pytest.raises(ValueError, match=r"name no transformer block; these are model.layers.0, model.layers.1"):
+        get_peft_model(build("llama"), ShadowConfig(target_modules=["q_proj"]))
+
+
+def test_shadows_of_different_blocks_live_side_by_side():
+    model = shadowed("llama", target_modules=["layers.0"])
+    model.add_adapter("upper", ShadowConfig(r=2, target_modules=["layers.1"], task_type="CAUSAL_LM"))
+    stir(model, "upper", seed=5, size=0.2)
+    model.set_adapter("upper")
+    wanted = logits(model, "llama")
+    differs(wanted, logits(build("llama"), "llama"))
+    assert model(**inputs("llama")).loss.isfinite() and model.base_model.last_shadow_loss > 0
+    model.delete_adapter("default")
+    gives(logits(model, "llama"), wanted)

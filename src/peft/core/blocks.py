@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -168,16 +168,20 @@ class BlockLayer(BaseTunerLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.base_layer(*args, **kwargs)
 
-    def acting(self, x: torch.Tensor) -> list[tuple[str, torch.Tensor | None]]:
-        """Adapters that act on a batch ``[batch, ...]``, each with the rows that are its own (None: all)."""
+    def acting(self, x: torch.Tensor, held: Container[str] | None = None) -> list[tuple[str, torch.Tensor | None]]:
+        """Adapters that act on a batch ``[batch, ...]``, each with the rows that are its own (None: all).
+
+        Args:
+            held: which adapters may act; those that the layer holds, if left out.
+        """
+        held = self if held is None else held
         if self._disable_adapters:
             return []
-        if self.context.current is not None:
-            return [(name, None) for name in self.context.current if name in self]
-        if self.context.adapter_names is None:
-            return [(name, None) for name in self._live()]
+        if self.context.adapter_names is None or self.context.current is not None:
+            names = self._active_adapter if self.context.current is None else self.context.current
+            return [(name, None) for name in names if name in held]
         groups = self.context.groups(self.context.adapter_names, x.shape[0], x.device).parts
-        return [(name, rows if len(groups) > 1 else None) for name, rows in groups if name in self]
+        return [(name, rows if len(groups) > 1 else None) for name, rows in groups if name in held]
 
     def added(self, y: torch.Tensor, update: Callable[..., torch.Tensor | None], *given: torch.Tensor) -> torch.Tensor:
         """y ``[batch, ...]`` and, for each adapter, ``update(name, *given)`` of its own rows, added to them."""

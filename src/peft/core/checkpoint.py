@@ -73,6 +73,7 @@ def entries(model: nn.Module, adapter: str) -> Iterator[Entry]:
     """All tensors of an adapter, found by walking the layers that hold them."""
     root, prefix = anatomy(model)
     shared: dict[str, Any] = {}
+    labelled = False
     repeated: list[str] = []  # where files may say again what the layers share
     for site in walk(root):
         for depth, (path, wrapper) in enumerate(site.wrappers):
@@ -89,6 +90,7 @@ def entries(model: nn.Module, adapter: str) -> Iterator[Entry]:
                 yield entry
             if isinstance(wrapper, BaseTunerLayer) and adapter in wrapper and wrapper.shared:
                 shared.update({attribute: getattr(wrapper, attribute) for attribute in wrapper.shared})
+                labelled = wrapper.labelled
                 repeated.append(prefix + place)
     for saved, memory, tensor in prompts.adapter_state(adapter) if (prompts := prompts_of(model)) else ():
         yield Entry(saved, memory, tensor, put=None if memory else partial(prompts.load_prompt, adapter))
@@ -99,8 +101,9 @@ def entries(model: nn.Module, adapter: str) -> Iterator[Entry]:
     for attribute, container in shared.items():
         value, memory = container[adapter], f"base_model.{attribute}.{adapter}"
         if isinstance(value, nn.Module):
+            label = "default." if labelled else ""
             for sub, tensor in value.state_dict(keep_vars=True).items():
-                yield Entry(f"base_model.{attribute}.{sub}", f"{memory}.{sub}", tensor)
+                yield Entry(f"base_model.{attribute}.{label}{sub}", f"{memory}.{sub}", tensor)
             continue
         put = None if isinstance(value, nn.Parameter) else _setter(container, adapter)
         yield Entry(f"base_model.{attribute}", memory, value, tuple(join(p, attribute) for p in repeated), put)

@@ -34,6 +34,7 @@ class BaseTunerLayer(Switch, nn.Module):
             well: what several hold is trained once, and saved once, under the first of them.
         remade: names in ``weights`` that the file does not hold: they are made anew from the config and the base.
         split: what :meth:`as_saved` appends to the name of a tensor that it writes as several.
+        labelled: files say "default" in the names of tensors, in the place of the adapter's name.
         bare: names in ``weights`` whose module holds a single ``weight``, saved under the bare name.
         random_in_training: a training step draws random numbers, even without dropout.
         reversible: ``unfold`` undoes ``fold``; otherwise the original weight is kept while merged.
@@ -46,6 +47,7 @@ class BaseTunerLayer(Switch, nn.Module):
     weights: ClassVar[dict[str, type]] = {}
     settings: ClassVar[dict[str, type]] = {}
     shared: ClassVar[tuple[str, ...]] = ()
+    labelled: ClassVar[bool] = False
     bare: ClassVar[tuple[str, ...]] = ()
     split: ClassVar[tuple[str, ...]] = ()
     remade: ClassVar[tuple[str, ...]] = ()
@@ -297,7 +299,8 @@ class BaseTunerLayer(Switch, nn.Module):
                 yield attribute, f"{attribute}.{name}", item
                 continue
             for sub, tensor in _tensors_of(item):
-                saved = attribute if attribute in self.bare else f"{attribute}.{sub}"
+                part = f"default.{sub}" if self.labelled else sub
+                saved = attribute if attribute in self.bare else f"{attribute}.{part}"
                 yield saved, f"{attribute}.{name}.{sub}", tensor
 
     @property

@@ -1,0 +1,197 @@
+"""Shadow: a small network beside the model, h <- h + alpha W_up W_down (h - s), s <- (1 - g) s + g T(h).
+
+The state s starts as what the network makes of the same input; g = sigmoid(G(h)) (ShadowPEFT, arXiv 2604.20313).
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from peft.config import ExcludeModules, LayerSelection, ModulesToSave, TargetModules, option
+from peft.core import operations
+from peft.core.blocks import BlockLayer, BlockTarget, BlockTuner, find_blocks, first_output, width_of
+from peft.core.registry import define_tuner
+from peft.core.targeting import selected
+from peft.core.walk import layers_of, locate
+from peft.tuners.shadow_utils import Call, Network, loss_of, network_for, stack_of, standalone
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.peft_types import PeftType
+
+
+@dataclass
+class ShadowConfig(TargetModules, ExcludeModules, LayerSelection, ModulesToSave, Network):
+    """Config of Shadow. Left out, ``target_modules`` are all blocks of the decoder."""
+
+    METHOD: ClassVar[PeftType] = PeftType.SHADOW
+
+    r: int = option(8, "Width of the bottleneck from the difference of the states to the update.", minimum=1)
+    shadow_alpha: float = option(0.1, "Factor of the update.")
+    shadow_dropout: float = option(0.2, "Dropout on the difference of the states.", minimum=0, below=1)
+    init_weights: bool = option(True, "Start with W_up = 0, so that nothing changes; otherwise at random numbers.")
+    update_hidden_size: int = option(None, "Width inside T and G; `r` if left out.", minimum=1)
+    auxiliary_loss_weight: float = option(
+        0.05, "Weight of the loss of the shadow network alone, which is added where labels are given.", minimum=0
+    )
+
+
+class ShadowLayer(BlockLayer):
+    """Wraps a decoder block. The shadow network is shared by all layers; the first of them runs it."""
+
+    weights: ClassVar[dict[str, type]] = {
+        f"shadow_{part}": nn.ModuleDict for part in ("down", "up", "update_transform", "update_gate")
+    }
+    settings: ClassVar[dict[str, type]] = {"shadow_dropout": nn.ModuleDict, "alpha": dict}
+    shared: ClassVar[tuple[str, ...]] = ("shadow_backbone", "shadow_projection", "shadow_head")
+    labelled = True
+    states: dict[str, list[torch.Tensor]]  # common to all layers: adapter -> s before the first block, s now
+
+    def update_layer(self, name: str, config: ShadowConfig, key: str) -> None:
+        width, inner = width_of(self.base_layer), config.update_hidden_size or config.r
+        down, up = nn.Linear(width, config.r, bias=False), nn.Linear(config.r, width, bias=False)
+        if config.init_weights:
+            nn.init.zeros_(up.weight)
+        transform, gate = (
+            nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width)) for _ in range(2)
+        )
+        self.put(name, shadow_down=down, shadow_up=up, shadow_update_transform=transform, shadow_update_gate=gate)
+        self.put(name, shadow_dropout=nn.Dropout(config.shadow_dropout), alpha=config.shadow_alpha)
+
+    @classmethod
+    def share(cls, config: ShadowConfig, layers: Any) -> dict[str, Any]:
+        stack, width = layers[0].stack, width_of(layers[0].base_layer)
+        backbone = network_for(config, stack, width)
+        backbone.loss_weight = config.auxiliary_loss_weight
+        inner = backbone.config.hidden_size
+        projection = nn.Identity() if inner == width else nn.Linear(inner, width, bias=False)
+        head = nn.Identity() if layers[0].head is None else copy.deepcopy(layers[0].head)
+        for module in (backbone, head):
+            module.requires_grad_(True)
+        return {"shadow_backbone": backbone, "shadow_projection": projection, "shadow_head": head}
+
+    def start(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Hook of the transformer: run the shadow network on what it is called with."""
+        call = Call(module, args, kwargs)
+        self.states.clear()
+        for name, rows in self.acting(call.embeds, self.shadow_backbone):
+            state = call.run(name, self.shadow_backbone[name], rows)
+            self.states[name] = [self.shadow_projection[name](state)] * 2
+        return (), call.kwargs
+
+    def finish(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        """Hook of the model: add the loss of the shadow network to the model's."""
+        labels, loss = kwargs.get("labels"), getattr(output, "loss", None)
+        self.loss: torch.Tensor | None = None
+        acting = [] if labels is None or loss is None else self.acting(labels, self.shadow_backbone)
+        for name in [name for name, rows in acting if rows is None][:1]:  # a mixed batch has no one shadow network
+            alone = loss_of(self.logits(name, module), labels, kwargs.get("attention_mask"))
+            self.loss = alone.detach()
+            output.loss = loss + self.shadow_backbone[name].loss_weight * alone.to(loss.device)
+        return output
+
+    def head_of(self, name: str, model: Any) -> nn.Module:
+        """What reads the shadow's states: a classifier's copied head, or the head of the language model."""
+        own = self.shadow_head[name]
+        return model.get_output_embeddings() if isinstance(own, nn.Identity) else own
+
+    def logits(self, name: str, model: Any) -> torch.Tensor:
+        """What the shadow network said alone in the last call."""
+        head = self.head_of(name, model)
+        return head(self.states[name][0].to(next(head.parameters()).dtype))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        h = args[0] if args else kwargs.pop("hidden_states")
+        acting = self.acting(h)
+        for name, rows in acting:
+            own = self.cast(name, h if rows is None else h.index_select(0, rows))
+            apart = self.shadow_dropout[name](own - self.states[name][1])
+            new = (self.alpha[name] * self.shadow_up[name](self.shadow_down[name](apart))).to(h.dtype)
+            h = h + new if rows is None else h.index_add(0, rows, new)
+        output = self.base_layer(h, *args[1:], **kwargs)
+        for name, rows in acting:
+            y = first_output(output)
+            y = self.cast(name, y if rows is None else y.index_select(0, rows))
+            gate = torch.sigmoid(self.shadow_update_gate[name](y))
+            self.states[name][1] = (1 - gate) * self.states[name][1] + gate * self.shadow_update_transform[name](y)
+        return output
+
+    def release(self) -> None:
+        for handle in self.__dict__.pop("handles", ()):
+            handle.remove()
+
+
+class ShadowTuner(BlockTuner):
+    """Applies Shadow to the blocks of a decoder."""
+
+    def find(self, config: ShadowConfig, model: nn.Module) -> list[BlockTarget]:  # type: ignore[override]
+        blocks = find_blocks(model)
+        stacks = {block.key.rpartition(".")[0] for block in blocks}
+        if len(stacks) != 1:
+            raise NoMatchingPeftModuleError(
+                f"Shadow adapts models with one stack of transformer blocks; {type(model).__name__} has {len(stacks)}."
+            )
+        if config.target_modules is None:
+            config.target_modules = {block.key for block in blocks}  # type: ignore[assignment]
+        chosen = [block for block in blocks if selected(config, block.key)]
+        if not chosen:
+            raise NoMatchingPeftModuleError(
+                f"target_modules {config.target_modules} name no transformer block; these are "
+                f"{', '.join(block.key for block in blocks)}."
+            )
+        return [BlockTarget(block.key, locate(model, block.key).module, None, block=block) for block in chosen]
+
+    def _share(self, name: str, config: Any, layers: list[Any]) -> None:
+        stack, root = locate(self.model, stack_of(self.model)).module, self.model
+        head = next((m for key in SEQ_CLS_HEAD_NAMES if (m := getattr(root, key, None)) is not None), None)
+        head = getattr(head, "original_module", head) if config.task_type == "SEQ_CLS" else None
+        there = [layer for _, layer in layers_of(root) if isinstance(layer, ShadowLayer)]
+        states = next((layer.states for layer in there if "states" in layer.__dict__), {})
+        for layer in layers:
+            layer.__dict__.update(states=states, stack=stack, head=head)
+        super()._share(name, config, layers)
+        self._watch(there)
+
+    def _watch(self, layers: list[ShadowLayer]) -> None:
+        """Hook the model, through one of the layers, unless that is done."""
+        if layers and not any("handles" in layer.__dict__ for layer in layers):
+            start = layers[0].stack.register_forward_pre_hook(layers[0].start, with_kwargs=True)
+            finish = self.model.register_forward_hook(layers[0].finish, with_kwargs=True)
+            layers[0].__dict__["handles"] = [start, finish]
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._watch([layer for _, layer in layers_of(self.model) if isinstance(layer, ShadowLayer)])
+
+    def _layer(self) -> ShadowLayer:
+        return next(x for _, x in layers_of(self.model) if isinstance(x, ShadowLayer) and "handles" in x.__dict__)
+
+    @property
+    def last_shadow_loss(self) -> torch.Tensor | None:
+        """The loss of the shadow network in the last call with labels, without its weight; detached."""
+        return getattr(self._layer(), "loss", None)
+
+    def shadow_auxiliary_loss(
+        self, labels: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """The loss of the shadow network alone in the last call, None where it did not run; see :func:`loss_of`."""
+        name, layer = self.active_adapters[0], self._layer()
+        return loss_of(layer.logits(name, self.model), labels, attention_mask) if name in layer.states else None
+
+    def unload_shadow(self, adapter_name: str | None = None, copy: bool = False) -> nn.Module:
+        """An adapter's shadow network (default: the active one's) as a small model of the base's class.
+
+        Args:
+            copy: give copies of its modules; otherwise it shares them with this model.
+        """
+        name = adapter_name or self.active_adapters[0]
+        operations.require_adapters(self.model, [name])
+        parts = self.shadow_backbone[name], self.shadow_projection[name], self._layer().head_of(name, self.model)
+        return standalone(self.model, stack_of(self.model), *parts, copy)
+
+
+ShadowModel = define_tuner("ShadowModel", ShadowLayer, ShadowConfig, prefix="shadow_", base=ShadowTuner)
