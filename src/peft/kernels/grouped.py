@@ -18,6 +18,7 @@ from torch import nn
 from torch.autograd import Function
 from torch.utils.weak import WeakIdKeyDictionary
 
+from peft.kernels import gpu
 from peft.kernels.dropout import draw_seed, dropped_copy, zero_dropped_
 from peft.kernels.linear import Factors, base_output, in_dtype, is_eager, no_autocast, product_dtype
 from peft.kernels.remake import kept
@@ -163,6 +164,8 @@ _MASKS = WeakIdKeyDictionary()  # by index: all layers of a call share their mas
 def _add(y: torch.Tensor, x: torch.Tensor, stack: Stack, index: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
     """y += scale * the updates of x, in place; returns x A^T, ``[tokens, G * r]`` (short rows) or ``[rows, S, r]``."""
     dtype = stack.down.dtype
+    if gpu.can_run(x, stack.down):
+        return gpu.add_low_rank_(y, in_dtype(dtype, x), stack.down, stack.up, scale, index)
     if _is_short(x, stack):
         hidden = in_dtype(dtype, x).reshape(-1, x.shape[-1]) @ stack.down.flatten(0, 1).t()
         hidden.masked_fill_(_others(x, stack, index), 0)
