@@ -30,7 +30,7 @@ from laws import (
 from safetensors.torch import load_file
 from torch import nn
 
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftModel, convert_to_lora, get_peft_model, get_peft_model_state_dict, save_as_lora
 from peft.core.families import CopyLayer, OutputLayer, RotationLayer, RowsLayer
 
 
@@ -359,6 +359,22 @@ def test_the_delta_weight_is_what_merging_adds(cell: Cell) -> None:
         assert deltas[key].any() or cell.method.name.startswith("beft")  # which changes the bias alone
         cell.near(_stored(layer), before[key] + deltas[key], str(key))
         cell.near(layer.get_delta_weight("one").detach(), deltas[key], "while merged")
+
+
+@over(cells("merge", "delta", "lora", precisions=ONE))
+def test_a_lora_of_full_rank_says_the_same(cell: Cell, tmp_path: Path) -> None:
+    model = cell.adapted("one")
+    before = state(model)
+    save_as_lora(tmp_path, model, 1.0, "one")
+    equal_states(state(model), before)
+    lora = PeftModel.from_pretrained(cell.base(), tmp_path).eval()
+    cell.near(cell.run(lora), cell.run(model), factor=3)  # a decomposition rounds, too
+
+
+@over(cells("delta", precisions=ONE, refused=True, switches=False))
+def test_what_is_no_change_of_a_weight_is_no_lora(cell: Cell) -> None:
+    with pytest.raises(ValueError, match=cell.refusal("delta").phrase):
+        convert_to_lora(cell.fresh("one"), 2, "one")
 
 
 def _by_weight(model: nn.Module) -> list[tuple[tuple[str, str], Any]]:

@@ -85,6 +85,8 @@ _TABLE = {
         "LoraRuntimeConfig",
         "MontecloraConfig",
         "VeloraConfig",
+        "convert_to_lora",
+        "save_as_lora",
     ),
     "peft.tuners.miss": ("MissConfig", "MissModel"),
     "peft.tuners.multitask_prompt_tuning": ("MultitaskPromptTuningConfig", "MultitaskPromptTuningInit"),
@@ -140,8 +142,8 @@ _TABLE = {module: names for module, names in _TABLE.items() if _is_here(module)}
 
 # Names of the ecosystem's API that this release does not have. Whoever adds one moves it into the table above.
 _LATER = """
-    convert_to_lora create_arrow_model find_kappa_target_modules get_eva_state_dict initialize_lora_eva_weights
-    preprocess_loraga save_as_lora
+    create_arrow_model find_kappa_target_modules get_eva_state_dict initialize_lora_eva_weights
+    preprocess_loraga
 """
 
 

@@ -458,7 +458,7 @@ class CopyLayer(BaseTunerLayer):
             return copy.deepcopy(value).to(dtype)
         return value if dtype is None else _as(dtype, value)
 
-    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+    def weight_change(self, name: str) -> torch.Tensor:
         raise NoEqualWeightError(f"{type(self).__name__} replaces the module whole; there is no change of one weight.")
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

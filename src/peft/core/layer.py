@@ -576,10 +576,18 @@ class BaseTunerLayer(Switch, nn.Module):
         Raises:
             ValueError: if no weight equals the adapter.
         """
-        if reason := self.unmergeable(adapter):
+        return self.kind.restore(self.weight_change(adapter), self.get_base_layer())
+
+    def weight_change(self, name: str) -> torch.Tensor:
+        """What an adapter adds to the base weight, ``[out, in, *kernel]``.
+
+        Raises:
+            ValueError: if no weight equals the adapter.
+        """
+        if reason := self.unmergeable(name):
             raise NoEqualWeightError(reason)
         base = self.unmerged_weight()
-        return self.kind.restore(self.fold(adapter, base, base) - base, self.get_base_layer())
+        return self.fold(name, base, base) - base
 
     # --- merge ------------------------------------------------------------------------------------------------
     @torch.no_grad()

@@ -25,7 +25,7 @@ from peft.core.auxiliary import (
 from peft.core.buffers import BufferDict
 from peft.core.checkpointing import stop_watching, watch_checkpointing
 from peft.core.context import Context
-from peft.core.families import DeltaLayer
+from peft.core.families import CopyLayer
 from peft.core.kinds import READERS, Kind, Stack
 from peft.core.layer import BaseTunerLayer
 from peft.core.replicate import replicate_layers, restore_layers
@@ -325,7 +325,7 @@ class BaseTuner(nn.Module):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether every layer's update is a weight that can be factored into a LoRA."""
         layers = [layer for _, layer in layers_of(self.model) if adapter_name in layer]
-        return bool(layers) and all(isinstance(layer, DeltaLayer) for layer in layers)
+        return bool(layers) and not any(isinstance(x, CopyLayer) or x.unmergeable(adapter_name) for x in layers)
 
     @staticmethod
     def get_model_config(model: nn.Module) -> dict:

@@ -13,6 +13,7 @@ from peft.tuners.lora.config import (
     MontecloraConfig,
     VeloraConfig,
 )
+from peft.tuners.lora.conversion import convert_to_lora, save_as_lora
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.lora.variants import LoraVariant
@@ -52,4 +53,6 @@ __all__ = [
     "MultiheadAttention",
     "ParamWrapper",
     "VeloraConfig",
+    "convert_to_lora",
+    "save_as_lora",
 ]

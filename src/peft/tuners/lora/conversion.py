@@ -1,0 +1,239 @@
+"""Adapters of other methods as LoRA: B A = dW, the best pair by singular value decomposition (Eckart, Young 1936)."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from peft.core import operations
+from peft.core.checkpoint import anatomy, atomic_folder, get_peft_model_state_dict, write_weights
+from peft.core.combine import factorize, resized
+from peft.core.layer import BaseTunerLayer
+from peft.core.memory import meta_copy
+from peft.core.walk import layers_of, walk
+from peft.tuners.lora.config import LoraConfig
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.model import LoraModel
+from peft.tuners.lora.pairs import join_pair, pair_blocks
+
+
+# What says which layers are adapted, and what is trained beside them: the same fields in every config.
+_KEPT = (
+    *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("modules_to_save", "bias", "task_type", "base_model_name_or_path", "revision"),
+)
+Place = tuple[str, str]  # the name of a module in the plain model, and of the weight in it
+
+
+def convert_to_lora(
+    model: nn.Module,
+    rank: float,
+    adapter_name: str = "default",
+    progressbar: bool = False,
+    compile_kwargs: dict[str, Any] | None = None,
+) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    """A LoRA that does what an adapter of another method does, as nearly as its rank allows. The model is unchanged.
+
+    Every adapter that a weight equals can be converted, on every layer that a LoRA can adapt: also rotations, scales
+    and DoRA, whose updates depend on the base weight and are right for this base model only.
+
+    Args:
+        model: a model with the adapter.
+        rank: an int: the rank in all layers. A float in (0, 1]: in each layer the lowest rank whose squared singular
+            values make up this share of all; 1.0 gives the full rank, and with it the same outputs.
+        compile_kwargs: compile the decomposition by ``torch.compile`` with these arguments.
+
+    Returns:
+        The config, and the tensors under the names that they have in files.
+
+    Raises:
+        ValueError: for a rank that has no meaning, an unknown adapter, one that no weight equals, and biases that a
+            LoRA cannot have.
+    """
+    root = anatomy(model)[0]
+    config = _config_of(model, root, adapter_name)
+    _check_rank(rank)
+    places = _layers(root, adapter_name)
+    if not places:
+        raise ValueError(f"adapter {adapter_name!r} adapts no layer by a weight, so no LoRA can stand for it.")
+    decompose = factorize if compile_kwargs is None else torch.compile(factorize, **compile_kwargs)
+    pairs, shifts = {}, {}
+    with torch.no_grad():
+        for place, layer in tqdm(places.items(), disable=not progressbar, desc="Converting to LoRA"):
+            pairs[place] = _pair(layer, adapter_name, rank, decompose)
+            shifts[place] = _shift(layer, adapter_name)
+    _check_fixed(rank, pairs)
+    ranks = {place: down.shape[0] * down.shape[1] // _experts(places[place]) for place, (down, _) in pairs.items()}
+    biased = any(shift is not None for shift in shifts.values())
+    lora = _lora_config(config, ranks, biased, rank)
+    return lora, _written(model, root, lora, adapter_name, pairs, shifts)
+
+
+def save_as_lora(
+    path: str | os.PathLike,
+    model: nn.Module,
+    rank: float,
+    adapter_name: str = "default",
+    progressbar: bool = False,
+    compile_kwargs: dict[str, Any] | None = None,
+) -> None:
+    """Write what :func:`convert_to_lora` gives into a folder, to be loaded as any LoRA.
+
+    Raises:
+        ValueError: as :func:`convert_to_lora`; if ``path`` is a file. Nothing is written then.
+    """
+    if os.path.isfile(path):
+        raise ValueError(f"{path} is a file; save_as_lora needs a folder.")
+    config, tensors = convert_to_lora(model, rank, adapter_name, progressbar, compile_kwargs)
+    config.inference_mode = True
+    with atomic_folder(path) as place:
+        write_weights(place, tensors, safe_serialization=True)
+        config.save_pretrained(os.fspath(path))
+
+
+# --- what is converted ----------------------------------------------------------------------------------------
+
+
+def _config_of(model: nn.Module, root: nn.Module, name: str) -> Any:
+    configs = getattr(model, "peft_config", None) or {}
+    operations.require_adapters(root, [name], configs or None)
+    return configs[name]
+
+
+def _check_rank(rank: float) -> None:
+    if isinstance(rank, bool) or not isinstance(rank, int | float) or rank <= 0:
+        raise ValueError(f"rank should be an int of at least 1, or a float in (0, 1], got {rank!r}.")
+    if isinstance(rank, float) and rank > 1:
+        raise ValueError(f"a rank that is a float is a share of the update's energy, in (0, 1]; got {rank}.")
+
+
+def _check_fixed(rank: float, pairs: dict[Place, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    largest = max(min(down.shape[2], up.shape[1]) * down.shape[0] for down, up in pairs.values())
+    if isinstance(rank, int) and rank > largest:
+        raise ValueError(f"rank {rank} is larger than that of any update of this model, which is at most {largest}.")
+
+
+def _layers(root: nn.Module, name: str) -> dict[Place, BaseTunerLayer]:
+    found = {}
+    for site in walk(root):
+        for _, wrapper in site.wrappers:
+            if isinstance(wrapper, BaseTunerLayer) and name in wrapper:
+                found[site.key, getattr(wrapper.kind, "weight", "")] = wrapper
+    return found
+
+
+def _experts(layer: BaseTunerLayer) -> int:
+    return 1 if layer.kind.lookup else pair_blocks(layer)[0]
+
+
+def _pair(
+    layer: BaseTunerLayer, name: str, rank: float, decompose: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(down ``[blocks, r, in]``, up ``[blocks, out, r]``) of the update of a layer, r for each block."""
+    change = layer.weight_change(name)
+    blocks = _blocks(layer, change.to(torch.promote_types(change.dtype, torch.float32)))
+    groups = 1 if _experts(layer) > 1 else len(blocks)
+    most = min(blocks.shape[1:])
+    if isinstance(rank, float):
+        inner = _explaining(torch.linalg.svdvals(blocks), rank)
+    else:
+        inner = -(-rank // groups)
+    down, up = decompose(blocks, min(inner, most))
+    return resized(down, inner, 1), resized(up, inner, 2)
+
+
+def _blocks(layer: BaseTunerLayer, change: torch.Tensor) -> torch.Tensor:
+    """dW as matrices ``[blocks, out, in]``; that of a group of a convolution has zeros for the other groups."""
+    if layer.kind.lookup:
+        return change[None]
+    experts, groups = pair_blocks(layer)
+    if groups == 1:
+        return change.flatten(1).unflatten(0, (experts, -1))
+    parts = change.unflatten(0, (groups, -1))  # [groups, out, in / groups, *kernel]
+    wide = parts.new_zeros(groups, parts.shape[1], groups, *parts.shape[2:])
+    for group, part in enumerate(parts):
+        wide[group, :, group] = part
+    return wide.flatten(2)
+
+
+def _explaining(values: torch.Tensor, share: float) -> int:
+    """The lowest rank at which the squared singular values ``[blocks, n]`` make up a share of all, in every block."""
+    if share == 1.0:
+        return values.shape[-1]
+    energy = values.double().square().cumsum(-1)
+    reached = energy >= share * energy[:, -1:]
+    return int((~reached).sum(-1).max()) + 1
+
+
+def _shift(layer: BaseTunerLayer, name: str) -> torch.Tensor | None:
+    """What the adapter adds to the bias, or None."""
+    bias = getattr(layer.get_base_layer(), layer.kind.bias, None) if layer.kind.bias else None
+    changed = layer.fold_bias(name, bias)
+    if changed is None or changed is bias:
+        return None
+    if layer.merged:
+        raise ValueError("the adapter changes biases, and is merged; call unmerge_adapter() before converting it.")
+    return changed if bias is None else changed - bias
+
+
+# --- what it becomes ------------------------------------------------------------------------------------------
+
+
+def _lora_config(config: Any, ranks: dict[Place, int], biased: bool, rank: float) -> LoraConfig:
+    known = {field.name for field in dataclasses.fields(config)}
+    kept = {field: getattr(config, field) for field in _KEPT if field in known}
+    if "trainable_token_indices" in known:
+        kept["trainable_token_indices"] = config.trainable_token_indices
+    common = max(set(ranks.values()), key=list(ranks.values()).count)
+    others = {
+        re.escape(".".join(filter(None, (key, "" if weight == "weight" else weight)))): r
+        for (key, weight), r in ranks.items()
+        if r != common
+    }
+    if biased:
+        kept["lora_bias"] = True
+    return LoraConfig(r=common, lora_alpha=common, rank_pattern=others, alpha_pattern=dict(others), **kept)
+
+
+def _written(
+    model: nn.Module,
+    root: nn.Module,
+    lora: LoraConfig,
+    name: str,
+    pairs: dict[Place, tuple[torch.Tensor, torch.Tensor]],
+    shifts: dict[Place, torch.Tensor | None],
+) -> dict[str, torch.Tensor]:
+    """The tensors by their names in files: those of a LoRA in a copy of the model that has no memory."""
+    bare = meta_copy(root)
+    for _, layer in layers_of(bare):
+        layer.merged_adapters, layer._kept = [], {}  # of what has no values, none have to be taken out
+    bare = operations.unload(bare, merge_first=False)
+    bare.__dict__.pop("peft_config", None)
+    tuner = LoraModel(bare, {name: lora}, name, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
+    for place, layer in _layers(bare, name).items():
+        if isinstance(layer, LoraLayer):
+            _fill(layer, name, *pairs[place], shifts[place])
+    found = get_peft_model_state_dict(tuner, adapter_name=name, save_embedding_layers=False)
+    own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers="auto")
+    found = {key: own[key] if value.is_meta else value for key, value in found.items()}
+    prefix = anatomy(model)[1]
+    return {
+        key if key.startswith("base_model.") or not prefix else prefix + key: value for key, value in found.items()
+    }
+
+
+def _fill(layer: LoraLayer, name: str, down: torch.Tensor, up: torch.Tensor, shift: torch.Tensor | None) -> None:
+    a, b = join_pair(layer, down, up, name)
+    if layer.kind.lookup:
+        layer.lora_embedding_A[name], layer.lora_embedding_B[name] = nn.Parameter(a), nn.Parameter(b)
+        return
+    layer.lora_A[name].weight, layer.lora_B[name].weight = nn.Parameter(a.contiguous()), nn.Parameter(b.contiguous())
+    if layer.lora_bias[name]:
+        layer.lora_B[name].bias = nn.Parameter(b.new_zeros(len(b)) if shift is None else shift.to(b.dtype))
