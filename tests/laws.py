@@ -43,6 +43,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "oft": {"oft_block_size": 4},
     "road": {"group_size": 2},
     "boft": {"boft_block_size": 2},
+    "adalora": {"init_r": 4, "target_r": 2, "total_step": 10},
     "trainable_tokens": {"token_indices": [1, 3, 6]},
     "vblora": {"num_vectors": 10, "vector_length": 4, "init_vector_bank_bound": 0.7},
     "unilora": {"theta_d_length": 32, "init_theta_d_bound": 2.0},

@@ -16,6 +16,7 @@ from torch import nn
 from toys import Attention, Mlp, tiny_llama
 
 from peft import (
+    AdaLoraConfig,
     BOFTConfig,
     C3AConfig,
     DeloraConfig,
@@ -50,6 +51,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.core.walk import layers_of
 
 
 IDS = torch.tensor([[3, 14, 15, 9, 2, 6], [5, 3, 5, 8, 9, 7], [9, 3, 2, 3, 8, 4]])
@@ -777,3 +779,67 @@ class TestConventionsOfTheCayleyTransform:
         torch.testing.assert_close(psoft(), (eye + q) @ torch.linalg.inv(eye - q), **CLOSE)
         torch.testing.assert_close(psoft(), oft()[0].T, **CLOSE)
         assert "transpose" in PsoftRotation.__doc__
+
+
+class TestRankBudgets:
+    """Convolutions with groups used to crash in the forward; pruned ranks used to be computed with until reloaded."""
+
+    def test_a_grouped_convolution(self) -> None:
+        torch.manual_seed(0)
+        base, x = nn.Sequential(nn.Conv2d(4, 6, (3, 2), groups=2, padding=1)), torch.randn(2, 4, 5, 5)
+        before = base(x)
+        model = get_peft_model(base, AdaLoraConfig(init_r=4, target_r=2, total_step=4, target_modules=["0"]))
+        torch.testing.assert_close(model(x), before, **CLOSE)
+        disturb(model)
+        expected = model(x)
+        assert not torch.allclose(expected, before, atol=1e-3)
+        torch.testing.assert_close(model.merge_and_unload()(x), expected, **CLOSE)
+
+    def train(self, steps: int = 12) -> tuple[PeftModel, list[int]]:
+        """A model trained under a budget of 8, then 4 ranks; how many are not zero after each step."""
+        torch.manual_seed(0)
+        base = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8))
+        budget = {"init_r": 4, "target_r": 2, "tinit": 2, "tfinal": 3, "deltaT": 2, "total_step": 12}
+        model = get_peft_model(base, AdaLoraConfig(target_modules=["0", "2"], lora_alpha=16, **budget))
+        x, wanted = torch.randn(16, 8), torch.randn(16, 8)
+        optimizer, ranks = torch.optim.SGD(model.parameters(), lr=1.0), []
+        for step in range(steps):
+            optimizer.zero_grad()
+            F.mse_loss(model(x), wanted).backward()
+            optimizer.step()
+            model.base_model.update_and_allocate(step)
+            ranks.append(sum(int(layer.lora_E["default"].count_nonzero()) for _, layer in layers_of(model)))
+        return model, ranks
+
+    def test_the_schedule(self) -> None:
+        _, ranks = self.train()
+        assert ranks == [8, 8, 8, 8, 5, 8, 4, 8, 4, 4, 4, 4]
+
+    def test_settled_ranks_are_all_that_is_computed_and_saved(self, tmp_path: Path) -> None:
+        model, _ = self.train()
+        x = torch.randn(3, 8)
+        pairs = [layer.pair("default") for _, layer in layers_of(model)]
+        assert sum(len(a) for a, _ in pairs) == sum(b.shape[1] for _, b in pairs) == 4
+        wanted = model.eval()(x)
+        model.save_pretrained(tmp_path)
+        pattern = json.loads((tmp_path / "adapter_config.json").read_text())["rank_pattern"]
+        assert list(pattern) == ["0.lora_E", "2.lora_E"] and sum(map(sum, pattern.values())) == 4
+        stored = load_file(tmp_path / "adapter_model.safetensors")
+        assert stored["base_model.model.0.lora_A"].shape == (sum(pattern["0.lora_E"]), 8)
+        torch.manual_seed(0)
+        base = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8))
+        again = PeftModel.from_pretrained(base, tmp_path)
+        torch.testing.assert_close(again(x), wanted, **CLOSE)
+        torch.testing.assert_close(model.merge_and_unload()(x), wanted, **CLOSE)
+
+    def test_the_loss_keeps_the_factors_orthogonal(self) -> None:
+        torch.manual_seed(0)
+        config = AdaLoraConfig(total_step=9, orth_reg_weight=0.5, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        base = tiny_llama()
+        plain = base(IDS, labels=IDS).loss
+        model = get_peft_model(base, config)
+        found = model(input_ids=IDS, labels=IDS).loss
+        penalties = torch.stack([layer.penalty("default") / 2 for _, layer in layers_of(model)])
+        torch.testing.assert_close(found, plain + 0.5 * penalties.mean())
+        with model.disable_adapter():
+            torch.testing.assert_close(model(input_ids=IDS, labels=IDS).loss, plain)
