@@ -82,7 +82,7 @@ def rows() -> dict[str, tuple[str, dict[str, Any]]]:
 
     found = {}
     for key, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items():
-        if isinstance(tuner, type) and issubclass(tuner, BaseTuner):
+        if isinstance(tuner, type) and issubclass(tuner, BaseTuner) and key != "XLORA":  # it weighs other adapters
             name = str(getattr(key, "value", key)).lower()
             found[name] = name, {**HYPERPARAMETERS.get(name, {}), **OFTEN_ELSEWHERE.get(name, {})}
     return {**found, **{row: what for row, what in METHODS.items() if what[0] in found}}

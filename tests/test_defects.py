@@ -457,7 +457,7 @@ class TestMethodsThatChangeTheModelAtTheStart:
 
     @pytest.mark.parametrize("config_cls", [VBLoRAConfig, UniLoraConfig])
     def test_it_is_documented(self, config_cls):
-        assert "not the identity" in config_cls.__doc__
+        assert "not the identity" in " ".join(config_cls.__doc__.split())
         torch.manual_seed(0)
         base = tiny_llama()
         before = base(IDS).logits
@@ -843,3 +843,11 @@ class TestRankBudgets:
         torch.testing.assert_close(found, plain + 0.5 * penalties.mean())
         with model.disable_adapter():
             torch.testing.assert_close(model(input_ids=IDS, labels=IDS).loss, plain)
+
+
+class TestFieldsThatWouldDoNothing:
+    """`use_qalora` on other layers than those of GPTQ used to train plain LoRA without a word."""
+
+    def test_it_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="use_qalora"):
+            get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], use_qalora=True))

@@ -21,7 +21,11 @@ from peft.utils.peft_types import PeftType
 
 @dataclass
 class PveraConfig(SharedPairConfig):
-    """Config of PVeRA: y' = y + b * (B z), z normal with mean and log-variance d * (A x)."""
+    """Config of PVeRA: VeRA that draws its inner activations, y' = y + b * (B z), z ~ N(d_mu A x, exp(d_sigma A x)).
+
+    For very few trained parameters with some regularisation from the noise, and for uncertainty estimates from
+    several draws (``sample_at_inference``).
+    """
 
     METHOD: ClassVar[PeftType] = PeftType.PVERA
     OWN_BIAS: ClassVar[str] = "pvera_only"

@@ -21,7 +21,11 @@ from peft.utils.peft_types import PeftType
 
 @dataclass
 class RandLoraConfig(TargetModules, FanInFanOut, TrainedBias, ModulesToSave, LayerSelection):
-    """Config of RandLoRA: weighted sums of frozen random products, as many as the update needs to have full rank."""
+    """Config of RandLoRA: weighted sums of frozen random products, as many as the update needs to have full rank.
+
+    For when low rank holds a task back: the update has full rank at about the parameters of a LoRA, for more time in
+    each step.
+    """
 
     METHOD: ClassVar[PeftType] = PeftType.RANDLORA
     OWN_BIAS: ClassVar[str] = "randlora_only"

@@ -22,7 +22,10 @@ from peft.utils.peft_types import PeftType
 
 @dataclass
 class TinyLoraConfig(TargetModules, FanInFanOut, TrainedBias, ModulesToSave, LayerSelection):
-    """Config of TinyLoRA: u numbers for each group of layers, and nothing else, are trained."""
+    """Config of TinyLoRA: u numbers for each group of layers, and nothing else, are trained.
+
+    For the smallest adapters of all, tens of parameters, such as in reinforcement learning on a capable model.
+    """
 
     METHOD: ClassVar[PeftType] = PeftType.TINYLORA
     OWN_BIAS: ClassVar[str] = "tinylora_only"

@@ -22,7 +22,11 @@ from peft.utils.peft_types import PeftType
 
 @dataclass
 class UniLoraConfig(TargetModules, FanInFanOut, TrainedBias, ModulesToSave, LayerSelection):
-    """Config of Uni-LoRA. A fresh adapter is not the identity: A and B start as random numbers, both."""
+    """Config of Uni-LoRA: one short trained vector for the whole model, spread over all A and B by a fixed projection.
+
+    For when the number of trained parameters itself has to be chosen, below what any rank of LoRA gives. A fresh
+    adapter is not the identity: A and B start as random numbers, both.
+    """
 
     METHOD: ClassVar[PeftType] = PeftType.UNILORA
     OWN_BIAS: ClassVar[str] = "unilora_only"

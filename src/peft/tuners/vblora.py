@@ -22,7 +22,11 @@ from peft.utils.peft_types import PeftType
 
 @dataclass
 class VBLoRAConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, ModulesToSave, LayerSelection):
-    """Config of VB-LoRA. A fresh adapter is not the identity: the bank and the logits start at random, both."""
+    """Config of VB-LoRA: all A and B are put together from one small bank of vectors.
+
+    For very small files: with ``save_only_topk_weights`` an adapter is the bank and a few indices. A fresh adapter is
+    not the identity: the bank and the logits start at random, both.
+    """
 
     METHOD: ClassVar[PeftType] = PeftType.VBLORA
     OWN_BIAS: ClassVar[str] = "vblora_only"
