@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from toys import tiny_llama
+from transformers import AutoModelForCausalLM
 
 from peft import LoraConfig, PeftModel, VeraConfig, XLoraConfig, get_peft_model
 
@@ -17,6 +18,38 @@ from peft import LoraConfig, PeftModel, VeraConfig, XLoraConfig, get_peft_model
 IDS = torch.tensor([[3, 14, 15, 9, 2, 6], [5, 3, 5, 8, 9, 7], [9, 3, 2, 3, 8, 4]])
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 TARGETS = {"one": ["q_proj", "v_proj"], "two": ["q_proj", "down_proj"]}
+
+
+RECORDED = {
+    "plain": {},
+    "layerwise": {
+        "layerwise_scalings": True,
+        "xlora_depth": 2,
+        "softmax_temperature": 0.5,
+        "global_scaling_weight": 2.0,
+        "scaling_pass_value": 0.5,
+    },
+    "sparse": {"enable_softmax": False, "enable_softmax_topk": True, "top_k_lora": 1, "xlora_depth": 3},
+    "loose": {"enable_softmax": False},
+}
+HERE = Path(__file__).parent
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", RECORDED)
+def test_recorded_outputs(case: str) -> None:
+    """As another implementation computes them."""
+    cases, stored = HERE / "golden" / "cases", load_file(HERE / "data" / "xlora.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(HERE / "golden" / "models" / "llama", dtype=torch.float32)
+    adapters = {"qv": str(cases / "lora_llama_qv"), "all": str(cases / "lora_all_linear")}
+    config = XLoraConfig(adapters=adapters, xlora_size=4, task_type="CAUSAL_LM", **RECORDED[case])
+    model = get_peft_model(model, config).eval()
+    for name, p in model.base_model.internal_xlora_classifier.named_parameters():
+        p.copy_(stored[f"{case}.start.{name}"])
+        p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(5)))
+    logits = model(input_ids=stored["input_ids"]).logits
+    torch.testing.assert_close(model.get_latest_scalings()[:, -1], stored[f"{case}.scalings"], **CLOSE)
+    torch.testing.assert_close(logits[:, -1], stored[f"{case}.logits"], **CLOSE)
 
 
 def base() -> nn.Module:
