@@ -52,6 +52,7 @@ def _minimal(cls: type) -> PeftConfig:
     kwargs = {"task_type": "CAUSAL_LM", "base_model_name_or_path": "base", "target_modules": ["v_proj", "q_proj"]}
     if "feedforward_modules" in names:
         kwargs["feedforward_modules"] = ["q_proj"]
+    kwargs["cpt_token_ids"] = [1, 2]
     return cls(**{k: v for k, v in kwargs.items() if k in names})
 
 
