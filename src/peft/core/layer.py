@@ -277,10 +277,12 @@ class BaseTunerLayer(Switch, nn.Module):
     def adapter_parameters(self, name: str) -> Iterator[torch.Tensor]:
         for container in (*self._containers(name), *self._trained_by_all(name)):
             item = container[name]
-            if isinstance(item, nn.Module):
-                yield from item.parameters()
-            elif isinstance(item, nn.Parameter):
+            if isinstance(item, nn.Parameter):
                 yield item
+            elif isinstance(item, nn.Module) and item._modules:
+                yield from item.parameters()
+            elif isinstance(item, nn.Module):  # the same, without a walk
+                yield from (p for p in item._parameters.values() if p is not None)
 
     def _trained_by_all(self, name: str) -> Iterator[Any]:
         """Containers of trained tensors that the layers of the model have in common."""

@@ -112,6 +112,8 @@ def file_path(path: str, adapter: str, around: list[tuple[str, nn.Module]]) -> s
 
     ``around`` holds the wrappers above the module, outermost first; those of other adapters leave no trace.
     """
+    if not around:
+        return path
     parts = path.split(".")
     for outer, wrapper in reversed(around):
         if not isinstance(wrapper, BaseTunerLayer) or adapter not in wrapper:
