@@ -26,7 +26,7 @@ from peft import (
     initialize_kv_prefix_from_past_key_values,
     initialize_kv_prefix_from_text,
 )
-from peft.core import caches
+from peft.core.prompts import caches
 
 
 SIZES = {
@@ -299,8 +299,10 @@ def test_a_task_trains_saves_and_trains_on(case: str, method: str, tmp_path: Any
         torch.testing.assert_close(p.grad, trained(model)[name].grad, msg=name)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("method", METHODS)
+CHECKPOINTED = [*((method, False) for method in METHODS), ("prompt", True), ("prefix", True)]
+
+
+@pytest.mark.parametrize(("method", "reentrant"), CHECKPOINTED)
 @pytest.mark.parametrize("case", TASKS)
 def test_gradient_checkpointing_gives_the_same_gradients(case: str, method: str, reentrant: bool) -> None:
     batch = batch_of(case, method)

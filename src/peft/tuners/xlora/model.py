@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from peft.core import operations
-from peft.core.caches import length_of
+from peft.core.prompts.caches import length_of
 from peft.core.registry import define_tuner
 from peft.core.tuner import BaseTuner, context_of
 from peft.core.walk import layers_of
