@@ -32,7 +32,7 @@ IMPORTED_BY_CLIENTS = {
     "peft.tuners.lokr.layer": "LoKrLayer factorization",
     "peft.helpers": "disable_input_dtype_casting",
     "peft.tuners": "lora LoraModel LoraConfig",
-    "peft.tuners.tuners_utils": "BaseTunerLayer BaseTuner",
+    "peft.tuners.tuners_utils": "BaseTunerLayer BaseTuner BasePromptEncoder",
     "peft.tuners.lora": "LoraLayer LoraConfig Linear",
     "peft.tuners.lora.layer": "LoraLayer Linear Conv2d Embedding",
     "peft.tuners.lora.model": "LoraModel",

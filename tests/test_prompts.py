@@ -198,6 +198,29 @@ def test_a_conversation_goes_on_with_its_cache(method: str) -> None:
     assert model.generate(input_ids=ids, attention_mask=mask, **cache, **GREEDY).tolist() == wanted.tolist()
 
 
+@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "t5", "bart"])
+@torch.no_grad()
+def test_embeddings_and_positions_may_be_given(name: str, method: str) -> None:
+    """Embeddings in the place of ids give the same; positions are those in the text, without the virtual tokens."""
+    model = adapted(name, method)
+    embed = model.get_base_model().get_input_embeddings()
+    decoder = {"decoder_input_ids": PADDED.flip(1)} if name in SEQ2SEQ else {}
+    if name == "bart":
+        decoder = {"decoder_inputs_embeds": embed(PADDED.flip(1))}
+    inputs = {"attention_mask": MASK, **decoder}
+    wanted = model(input_ids=PADDED, **inputs).logits
+    torch.testing.assert_close(model(inputs_embeds=embed(PADDED), **inputs).logits, wanted)
+    generated = model.generate(inputs_embeds=embed(PADDED), attention_mask=MASK, **GREEDY)
+    ids = model.generate(input_ids=PADDED, attention_mask=MASK, **GREEDY)
+    assert generated.tolist() == (ids if name in SEQ2SEQ else ids[:, 5:]).tolist()
+    if name not in SEQ2SEQ:
+        positions = torch.arange(5).expand(4, -1)
+        torch.testing.assert_close(model(input_ids=PADDED, position_ids=positions, **inputs).logits, wanted)
+        moved = model(input_ids=PADDED, position_ids=positions * 2, **inputs).logits
+        assert (moved - wanted).abs().max() > 1e-3
+
+
 # --- tasks ----------------------------------------------------------------------------------------------------
 
 BERT, LLAMA = {**SIZES, "num_labels": 3}, {**GROUPED, "num_labels": 3}
@@ -366,6 +389,32 @@ def test_a_row_of_a_mixed_batch_equals_its_prompt_alone(case: str, method: str) 
         if got.shape != alone.shape:
             got = got[: len(alone)] if case.startswith("bert") else got[-len(alone) :]
         torch.testing.assert_close(got, alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix", "lstm", "multitask"])
+@pytest.mark.parametrize("case", ["bert-SEQ_CLS", "llama-CAUSAL_LM", "t5-SEQ_2_SEQ_LM"])
+def test_a_mixed_batch_trains_each_prompt_on_its_rows(case: str, method: str) -> None:
+    batch = batch_of(case, method)
+    labels = batch.pop("labels")
+    if "2" in case:
+        batch["decoder_input_ids"] = PADDED
+    own = {name: torch.tensor([float(name == row) for row in ROWS]) for name in set(ROWS)}
+
+    def gradients(model: PeftModel, rows: torch.Tensor, **kwargs: Any) -> dict[str, list[torch.Tensor]]:
+        model.set_requires_grad(list(model.peft_config), True)
+        logits = model(**batch, **kwargs).logits
+        last = logits[:, -labels.shape[1] :] if labels.dim() > 1 else logits
+        (last.tanh().flatten(1).mean(1) * rows).sum().backward()
+        return {name: [p.grad for p in model.prompt_encoder[name].parameters()] for name in model.peft_config}
+
+    mixed = gradients(with_three(case, method), torch.ones(4), adapter_names=ROWS)
+    for name in ("default", "two", "five"):
+        model = with_three(case, method)
+        model.set_adapter(name)
+        alone = gradients(model, own[name])[name]
+        assert any(grad is not None and grad.any() for grad in alone)
+        for found, wanted in zip(mixed[name], alone, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["prompt", "prefix"])

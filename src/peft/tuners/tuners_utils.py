@@ -7,6 +7,7 @@ from torch import nn
 
 from peft.core.layer import BaseTunerLayer, check_adapters_to_merge
 from peft.core.operations import cast_adapter_dtype, delete_adapter, set_adapter, set_requires_grad
+from peft.core.prompts import VirtualTokens as BasePromptEncoder
 from peft.core.replicate import clone_module, replicate_layers
 from peft.core.targeting import selected as check_target_module_exists
 from peft.core.tuner import BaseTuner
@@ -40,6 +41,7 @@ def get_device_map(model: nn.Module) -> dict[str, torch.device]:
 
 
 __all__ = [
+    "BasePromptEncoder",
     "BaseTuner",
     "BaseTunerLayer",
     "cast_adapter_dtype",

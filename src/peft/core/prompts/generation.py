@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -48,8 +49,10 @@ class PromptTuner(PromptedCalls):
     def _preparing(self) -> Iterator[None]:
         """A context in which ``generate`` of the base model enters the prompts as it prepares each step."""
         model = self.model
+        step: Any = partial(self._prepare_step, model.prepare_inputs_for_generation)
+        step.__signature__ = inspect.signature(model.prepare_inputs_for_generation)  # generate asks what it takes
         wrapped = {
-            "prepare_inputs_for_generation": partial(self._prepare_step, model.prepare_inputs_for_generation),
+            "prepare_inputs_for_generation": step,
             "_prepare_cache_for_generation": partial(_with_more_room, model._prepare_cache_for_generation, self),
         }
         vars(model).update(wrapped)
