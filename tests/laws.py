@@ -110,6 +110,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "road[2]": {"variant": "road_2"},
     "road[4]": {"variant": "road_4"},
     "beft[random]": {"init_weights": False},
+    "osf[random]": {"init_weights": False, "effective_rank": 0.3},
 }
 """Main switches of single methods, as rows of their own: method[switch] -> fields."""
 
@@ -118,7 +119,7 @@ NOT_IDENTITY = {
     "fourierft",
     "waveft[entries]",
     *("lora[random]", "hira[random]", "hra[odd]", "hra[orthogonal]", "beft[random]"),
-    *("deft[para]", "deft[random]", "glora[random]"),
+    *("deft[para]", "deft[random]", "glora[random]", "osf[random]"),
     *("vblora", "boft[blocks]", "unilora", "unilora[indices]", "tinylora[tied]"),
 }
 """Rows whose fresh adapter is random by definition."""
@@ -128,6 +129,8 @@ HELD_CONSTANT = {
     "deft": "on which side of relu's kink an entry of P is",
     "lora[dora]": "the norm of W + dW",
     "oft[constrained]": "the projection onto the ball",
+    "osf": "the gradient's part along the frozen directions is left out",
+    "osf[random]": "the same",
     "vblora": "which vectors of the bank are in use",
 }
 """Rows whose definition takes something for a constant in the backward pass."""

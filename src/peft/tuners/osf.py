@@ -1,0 +1,129 @@
+"""OSF: W' = U_h S_h V_h + U_l S_l V_l, W's top frozen and its tail trained beside it (arXiv 2504.07097)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from peft.config import ModulesToSave, TargetModules, check_pattern, option, resolve_pattern
+from peft.core.buffers import BufferDict
+from peft.core.families import FoldLayer
+from peft.core.kinds import fan
+from peft.core.registry import define_tuner
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_OSF_TARGET_MODULES_MAPPING
+from peft.utils.error import ConfigError
+from peft.utils.peft_types import PeftType
+
+
+@dataclass
+class OSFConfig(TargetModules, ModulesToSave):
+    """Config of OSF: the large singular directions of W keep what the model knows, the small ones learn.
+
+    For learning tasks one after another without forgetting: gradients along the frozen directions are left out. As
+    many numbers train as the tail of the decomposition has, which is far more than a LoRA's.
+    """
+
+    METHOD: ClassVar[PeftType] = PeftType.OSF
+
+    effective_rank: int | float | None = option(
+        None,
+        "How many of the largest singular values are frozen with their vectors: a number, or a share of all below 1. "
+        "Left out, half of them.",
+    )
+    rank_pattern: dict | None = option(
+        None, "effective_rank of particular modules: a module name, an end of one, or a regular expression -> rank."
+    )
+    init_weights: bool | None = option(
+        True, "Start with the tail of W, so that nothing changes; otherwise at random numbers."
+    )
+    target_svd_config: dict | None = option(
+        None, "Not used: rank_pattern says the same and more. Part of the file format, where it is empty."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.target_svd_config:
+            raise ConfigError(
+                "OSFConfig: target_svd_config has no effect on the ranks in any release. Give rank_pattern instead, "
+                f"rank_pattern={dict(self.target_svd_config)!r}."
+            )
+        ranks = {f"rank_pattern[{key!r}]": value for key, value in check_pattern(self, "rank_pattern").items()}
+        for field, rank in {"effective_rank": self.effective_rank, **ranks}.items():
+            if rank is not None and not (type(rank) is int and rank > 0 or type(rank) is float and 0 < rank < 1):
+                raise ConfigError(
+                    f"OSFConfig: {field}={rank!r} is not valid: it must be a whole number of at least 1, or a share "
+                    "of the singular values, between 0 and 1."
+                )
+
+
+class OSFLayer(FoldLayer):
+    """W' = U_h S_h V_h + U_l S_l V_l, from the SVD of W as ``[out, in * kernel]``; k = rank - effective rank.
+
+    ``osf_svd_params`` has U_low ``[out, k]``, S_low ``[k]`` and V_low ``[k, in * kernel]``. The frozen part is made
+    from the base again when a file is loaded. Gradients of U_low and V_low get their parts along U_h and V_h removed.
+    """
+
+    weights: ClassVar[dict[str, type]] = {
+        "osf_svd_params": nn.ModuleDict,
+        "osf_U_high": BufferDict,
+        "osf_S_high": BufferDict,
+        "osf_V_high": BufferDict,
+    }
+    settings: ClassVar[dict[str, type]] = {"effective_rank": dict}
+    remade: ClassVar[tuple[str, ...]] = ("osf_U_high", "osf_S_high", "osf_V_high")
+
+    def update_layer(self, name: str, config: OSFConfig, key: str) -> None:
+        rank = min(fan(self.shape))
+        wanted = resolve_pattern(config.rank_pattern, key, config.effective_rank)
+        top = rank // 2 if wanted is None else int(wanted * rank) if isinstance(wanted, float) else wanted
+        if top >= rank:
+            raise ConfigError(
+                f"effective_rank={wanted} freezes all of the {rank} singular values of "
+                f"{key or type(self.get_base_layer()).__name__!r}, and nothing is left to train. Lower it there, by "
+                "rank_pattern, or leave that module out of target_modules."
+            )
+        u, s, v = torch.linalg.svd(self.unmerged_weight().detach().flatten(1).float(), full_matrices=False)
+        high, low = (u[:, :top], s[:top], v[:top]), (u[:, top:], s[top:], v[top:])
+        if not config.init_weights:
+            low = tuple(torch.randn(part.shape) for part in low)
+        parts = {part: nn.Parameter(t.contiguous()) for part, t in zip(("U_low", "S_low", "V_low"), low)}
+        self.put(name, effective_rank=top, osf_svd_params=nn.ParameterDict(parts))
+        self.put(name, osf_U_high=high[0].contiguous(), osf_S_high=high[1].clone(), osf_V_high=high[2].clone())
+
+    def reweight(self, name: str, base: torch.Tensor) -> torch.Tensor:
+        u, s, v = (self.osf_svd_params[name][part].to(base.dtype) for part in ("U_low", "S_low", "V_low"))
+        top_u, top_s, top_v = (getattr(self, part)[name].to(base.dtype) for part in self.remade)
+        u, v = _Beside.apply(u, top_u), _Beside.apply(v.T, top_v.T).T
+        return torch.addmm((top_u * top_s) @ top_v, u * s, v).view_as(base)
+
+    def change(self, name: str, dtype: torch.dtype | None) -> torch.Tensor:
+        base = self.unmerged_weight()  # the difference of two large weights is formed before it is rounded
+        return (self.reweight(name, base) - base).to(dtype=dtype)
+
+
+class _Beside(torch.autograd.Function):
+    """A matrix as it is; its gradient without what lies in the span of the orthonormal columns of another."""
+
+    @staticmethod
+    def forward(ctx: Any, matrix: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(columns)
+        return matrix.view_as(matrix)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        (columns,) = ctx.saved_tensors
+        return torch.addmm(gradient, columns, columns.T @ gradient, alpha=-1), None
+
+
+OSFModel = define_tuner(
+    "OSFModel",
+    OSFLayer,
+    OSFConfig,
+    prefix="osf_",
+    targets=TRANSFORMERS_MODELS_TO_OSF_TARGET_MODULES_MAPPING,
+)
