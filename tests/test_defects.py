@@ -33,6 +33,7 @@ from peft import (
     LoraConfig,
     MissConfig,
     OFTConfig,
+    OSFConfig,
     PeanutConfig,
     PeftModel,
     PolyConfig,
@@ -843,6 +844,55 @@ class TestRankBudgets:
         torch.testing.assert_close(found, plain + 0.5 * penalties.mean())
         with model.disable_adapter():
             torch.testing.assert_close(model(input_ids=IDS, labels=IDS).loss, plain)
+
+
+class TestFrozenSingularDirections:
+    """What was merged used to stay merged, switched off or not, and layers other than linear ones were left out."""
+
+    @staticmethod
+    def model() -> tuple[PeftModel, torch.Tensor, torch.Tensor]:
+        torch.manual_seed(0)
+        base, x = nn.Sequential(nn.Conv1d(4, 6, 3, padding=1), nn.Flatten(), nn.Linear(30, 8)), torch.randn(3, 4, 5)
+        before = base(x).detach()
+        return get_peft_model(base, OSFConfig(target_modules=["0", "2"], effective_rank=2)), x, before
+
+    @torch.no_grad()
+    def test_what_is_merged_comes_out_again(self) -> None:
+        model, x, before = self.model()
+        weights = [p.clone() for p in model.get_base_model()[0].base_layer.parameters()]
+        disturb(model)
+        expected = model(x)
+        assert not torch.allclose(expected, before, atol=1e-2)
+        model.merge_adapter()
+        torch.testing.assert_close(model(x), expected, **CLOSE)
+        with model.disable_adapter():
+            torch.testing.assert_close(model(x), before, **CLOSE)
+        model.unmerge_adapter()
+        assert all(map(torch.equal, model.get_base_model()[0].base_layer.parameters(), weights))
+        torch.testing.assert_close(model(x), expected, **CLOSE)
+
+    def test_a_convolution_is_adapted(self) -> None:
+        model, x, before = self.model()
+        assert [key for key in get_peft_model_state_dict(model) if ".0." in key and "U_low" in key]
+        model(x).square().sum().backward()
+        for layer in (model.get_base_model()[i] for i in (0, 2)):
+            low, u, v = layer.osf_svd_params["default"], layer.osf_U_high["default"], layer.osf_V_high["default"]
+            assert all(low[part].grad.norm() > 1e-3 for part in low)
+            assert (u.T @ low["U_low"].grad).norm() < 1e-5 * low["U_low"].grad.norm()
+            assert (low["V_low"].grad @ v.T).norm() < 1e-5 * low["V_low"].grad.norm()
+
+    def test_ranks(self) -> None:
+        base, ranks = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 10)), {"^0$": 0.4, "1": 9}
+        model = get_peft_model(base, OSFConfig(target_modules=["0", "1"], rank_pattern=ranks))
+        assert [layer.osf_S_high["default"].numel() for layer in (base[0], base[1])] == [3, 9]
+        assert model.get_nb_trainable_parameters()[0] == (12 + 1 + 8) * 5 + (10 + 1 + 12) * 1
+        with pytest.raises(ValueError, match="effective_rank=10 freezes all of the 10 singular values of '1'"):
+            model.add_adapter("all", OSFConfig(target_modules=["1"], effective_rank=10))
+        for wrong in (0, 1.0, -0.5, "8", True):
+            with pytest.raises(ValueError, match="effective_rank.*whole number of at least 1"):
+                OSFConfig(effective_rank=wrong)
+        with pytest.raises(ValueError, match="rank_pattern=.*0.*3"):
+            OSFConfig(target_svd_config={"0": 3})
 
 
 class TestFieldsThatWouldDoNothing:
