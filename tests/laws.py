@@ -611,12 +611,17 @@ REFUSED = [
 
 
 def cells(
-    *operations: str, precisions: tuple[str, ...] = tuple(DTYPES), refused: bool = False, switches: bool = True
+    *operations: str,
+    precisions: tuple[str, ...] = tuple(DTYPES),
+    refused: bool = False,
+    switches: bool = True,
+    each_layer: bool = True,
 ) -> list[Cell]:
     """The cells in which all these operations mean something; with `refused`, those in which the last means nothing.
 
-    Methods meet every layer in each of the precisions. Their switches meet one layer of each kind, in float32 unless
-    the law is asked for in all precisions, and only if a switch could break it (`switches`).
+    Methods meet every layer in float32 (unless a law says that one of each kind will do: `each_layer`), and one layer
+    of each kind in the other precisions. Their switches meet one layer of each kind, in float32 unless the law is
+    asked for in all precisions, and only if a switch could break it (`switches`).
     """
     found = []
     for method in methods():
@@ -627,6 +632,8 @@ def cells(
             if switch and not (switches and place.typical):
                 continue
             for precision in precisions if not switch or len(precisions) == len(DTYPES) else precisions[:1]:
+                if not place.typical and not (each_layer and precision == "float32"):
+                    continue
                 cell = Cell(method, place, precision)
                 *before, last = ("adapt", *operations) if operations != ("adapt",) else operations
                 if all(cell.refusal(op) is None for op in before) and (cell.refusal(last) is not None) == refused:

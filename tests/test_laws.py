@@ -80,7 +80,7 @@ def test_merged_equals_unmerged_and_comes_out_again(cell: Cell) -> None:
     cell.near(cell.run(merged), before, "unloaded")
 
 
-@over(cells("merge", precisions=ONE, switches=False))
+@over(cells("merge", precisions=ONE, switches=False, each_layer=False))
 def test_an_inactive_adapter_is_merged_by_name(cell: Cell) -> None:
     model = cell.adapted("one", "two")
     model.set_adapter("two")
@@ -90,7 +90,7 @@ def test_an_inactive_adapter_is_merged_by_name(cell: Cell) -> None:
     cell.near(cell.run(merged), wanted, "the other adapter")
 
 
-@over(cells("merge", precisions=ONE, switches=False))
+@over(cells("merge", precisions=ONE, switches=False, each_layer=False))
 def test_a_safe_merge_leaves_nothing_behind(cell: Cell) -> None:
     model = cell.adapted("one")
     base = base_weights(cell.base())
@@ -188,7 +188,7 @@ def test_what_is_loaded_is_what_was_saved(cell: Cell, tmp_path: Path) -> None:
     torch.testing.assert_close(cell.run(other), wanted)
 
 
-@over(cells(precisions=ONE, switches=False))
+@over(cells(precisions=ONE, switches=False, each_layer=False))
 def test_pickled_weights_load_as_well(cell: Cell, tmp_path: Path) -> None:
     model = cell.adapted("default")
     model.save_pretrained(tmp_path, safe_serialization=False)
@@ -198,7 +198,7 @@ def test_pickled_weights_load_as_well(cell: Cell, tmp_path: Path) -> None:
     assert torch.equal(cell.run(loaded), cell.run(model))
 
 
-@over(cells(precisions=ONE, switches=False))
+@over(cells(precisions=ONE, switches=False, each_layer=False))
 def test_no_adapter_name_is_special(cell: Cell, tmp_path: Path) -> None:
     """Names that are numbers of modules, names of tensors, or beginnings of other names."""
     names = ["default", "0", next(iter(cell.method.layer_cls.weights)), "default2", "layer"]
@@ -239,7 +239,7 @@ def test_a_fresh_adapter_changes_nothing(cell: Cell) -> None:
         cell.near(fresh, base, factor=0.5)
 
 
-@over(cells(precisions=TWO, switches=False))
+@over(cells(precisions=TWO, switches=False, each_layer=False))
 def test_the_same_seed_gives_the_same_tensors(cell: Cell) -> None:
     """6."""
     first, second, other = (get_peft_model_state_dict(cell.fresh("default", seed=seed)) for seed in (3, 3, 4))
@@ -271,7 +271,7 @@ def test_switched_off_adapters_leave_the_base_model(cell: Cell) -> None:
     assert trained == {id(p) for p in parameters_of(model, "one")}
 
 
-@over(cells("merge", precisions=ONE))
+@over(cells("merge", precisions=ONE, each_layer=False))
 def test_switched_off_adapters_leave_the_base_model_even_if_merged(cell: Cell) -> None:
     """7."""
     base = cell.run(cell.base())
@@ -388,7 +388,7 @@ def _stored(layer: Any) -> torch.Tensor:
 # --- 9 and 10: adding, deleting, unloading --------------------------------------------------------------------
 
 
-@over(cells(precisions=ONE, switches=False))
+@over(cells(precisions=ONE, switches=False, each_layer=False))
 def test_adapters_do_not_touch_each_other(cell: Cell) -> None:
     """9: adding, activating and deleting leave the others' outputs; only the active one trains."""
     model = cell.adapted("one", "two")
@@ -430,7 +430,7 @@ def test_unloading_gives_the_base_model_back(cell: Cell) -> None:
     assert torch.equal(cell.run(plain), out)
 
 
-@over(cells("merge", precisions=ONE, switches=False))
+@over(cells("merge", precisions=ONE, switches=False, each_layer=False))
 def test_unloading_a_merged_model_gives_the_base_model_back(cell: Cell) -> None:
     wanted = state(cell.base())
     model = cell.adapted("one")
@@ -484,7 +484,7 @@ def test_the_gradient_is_that_of_the_merged_weight(cell: Cell) -> None:
 # --- 12: copies -----------------------------------------------------------------------------------------------
 
 
-@over(cells(precisions=ONE, switches=False))
+@over(cells(precisions=ONE, switches=False, each_layer=False))
 def test_a_copy_stands_alone(cell: Cell) -> None:
     """12: deepcopy, a pickle of the whole model, and its state dict."""
     model = cell.adapted("one", "two")
