@@ -31,7 +31,11 @@ from peft.utils.peft_types import PeftType
 
 @dataclass
 class AdaptionPromptConfig(PeftConfig):
-    """Config of LLaMA-Adapter: a trained prompt that the last layers also attend to, behind a gate."""
+    """Config of LLaMA-Adapter: a trained prompt that the last layers also attend to, behind a gate.
+
+    For instruction tuning of decoders with about a million parameters: the gates start at zero, so training is
+    steady from the first step. It cannot be merged.
+    """
 
     METHOD: ClassVar[PeftType] = PeftType.ADAPTION_PROMPT
 

@@ -18,7 +18,10 @@ from peft.utils.peft_types import PeftType
 
 @dataclass
 class BeftConfig(TargetModules, ModulesToSave):
-    """Config of BEFT: y' = y + beta, best on the value projections."""
+    """Config of BEFT: y' = y + beta, best on the value projections.
+
+    For the smallest adapters, one number for each output of a few layers; merged, it is a bias.
+    """
 
     METHOD: ClassVar[PeftType] = PeftType.BEFT
 

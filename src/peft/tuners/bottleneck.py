@@ -45,7 +45,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class BottleneckConfig(ModulesToSave):
-    """Config of bottleneck adapters. Fields left out have the values of the preset."""
+    """Config of bottleneck adapters. Fields left out have the values of the preset.
+
+    For many tasks on one encoder or translation model, where a non-linear update is wanted; it cannot be merged.
+    Pfeiffer's preset is the lightest, Houlsby's has the most capacity; parallel suits generation, Adapter+ vision.
+    """
 
     METHOD: ClassVar[str] = "BOTTLENECK"
 
@@ -84,9 +88,7 @@ class BottleneckConfig(ModulesToSave):
     )
     ln_before: bool = option(False, "A trained layer norm of the adapter's own before W_down.")
     ln_after: bool = option(False, "A trained layer norm of the adapter's own after W_up.")
-    adapter_residual_before_ln: bool = option(
-        False, "With ln_after: add the residual before that norm instead of after it."
-    )
+    adapter_residual_before_ln: bool = option(False, "With ln_after: add the residual before that norm, not after.")
     original_ln_before: bool = option(
         None,
         "A sequential adapter reads N(h + x), with x the residual stream, h the sub-layer's output, and N the block's "
@@ -108,9 +110,7 @@ class BottleneckConfig(ModulesToSave):
             if getattr(self, name) is None:
                 setattr(self, name, value)
         if isinstance(self.scaling, str) and self.scaling not in ("learned", "channel"):
-            raise ConfigError(
-                f"BottleneckConfig: scaling should be a number, 'learned' or 'channel': {self.scaling!r}."
-            )
+            raise ConfigError(f"BottleneckConfig: scaling is a number, 'learned' or 'channel', not {self.scaling!r}.")
         if not isinstance(self.reduction_factor, dict):
             self.reduction_factor = {"default": self.reduction_factor}
         self.reduction_factor = {str(key): value for key, value in self.reduction_factor.items()}

@@ -23,7 +23,11 @@ from peft.utils.peft_types import PeftType
 
 @dataclass
 class CartridgeConfig(PromptLearningConfig):
-    """Config of cartridges."""
+    """Config of cartridges.
+
+    For a long text that is asked about again and again: the trained cache takes a fraction of the text's memory,
+    and several can be put one after another.
+    """
 
     METHOD: ClassVar[PeftType] = PeftType.CARTRIDGE
 

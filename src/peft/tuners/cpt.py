@@ -27,7 +27,11 @@ FIXED = 1e-10  # the bound of tokens that stay as they are
 
 @dataclass
 class CPTConfig(PromptLearningConfig):
-    """Config of context-aware prompt tuning; ``num_virtual_tokens`` is the number of ``cpt_token_ids``."""
+    """Config of context-aware prompt tuning.
+
+    For few-shot classification with a decoder: the examples in the prompt are themselves refined, within bounds
+    that keep it from overfitting. ``num_virtual_tokens`` is the number of ``cpt_token_ids``.
+    """
 
     METHOD: ClassVar[PeftType] = PeftType.CPT
 

@@ -18,7 +18,11 @@ from peft.utils.peft_types import PeftType
 
 @dataclass
 class HRAConfig(TargetModules, ExcludeModules, TrainedBias, ModulesToSave, LayerSelection):
-    """Config of HRA: W' = W (I - 2 u_1 u_1^T) ... (I - 2 u_r u_r^T) with unit vectors u."""
+    """Config of HRA: W' = W (I - 2 u_1 u_1^T) ... (I - 2 u_r u_r^T) with unit vectors u.
+
+    Between LoRA and OFT: as cheap as a low-rank update (the product of reflections is one of rank r), yet
+    orthogonal, so it keeps the angles between neurons.
+    """
 
     METHOD: ClassVar[PeftType] = PeftType.HRA
     OWN_BIAS: ClassVar[str] = "hra_only"

@@ -24,7 +24,11 @@ from peft.utils.peft_types import PeftType
 
 @dataclass
 class IA3Config(TargetModules, ExcludeModules, FanInFanOut, ModulesToSave):
-    """Config of (IA)^3: y' = l * (W x + b), and y' = W (l * x) + b for feed-forward modules."""
+    """Config of (IA)^3: y' = l * (W x + b), and y' = W (l * x) + b for feed-forward modules.
+
+    For few-shot learning: one number for each activation, a tenth of a LoRA's parameters or less, at a learning
+    rate near 3e-3. Merged, it costs nothing.
+    """
 
     METHOD: ClassVar[PeftType] = PeftType.IA3
 

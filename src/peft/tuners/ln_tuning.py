@@ -16,7 +16,10 @@ from peft.utils.peft_types import PeftType
 
 @dataclass
 class LNTuningConfig(TargetModules, ExcludeModules, ModulesToSave):
-    """Config of LN tuning: the target modules, of any type, are trained as copies."""
+    """Config of LN tuning: the target modules, of any type, are trained as copies.
+
+    For a cheap first attempt, and beside other methods: norms hold few numbers, but act on all features.
+    """
 
     METHOD: ClassVar[PeftType] = PeftType.LN_TUNING
 

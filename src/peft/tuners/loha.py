@@ -19,7 +19,11 @@ from peft.utils.peft_types import PeftType
 
 @dataclass
 class LoHaConfig(LycorisConfig):
-    """Config of LoHa: dW = s (A1 B1) * (A2 B2), entry by entry, of rank up to r^2."""
+    """Config of LoHa: dW = s (A1 B1) * (A2 B2), entry by entry, of rank up to r^2.
+
+    For concepts and styles in image generation, where a higher rank at the size of a LoRA helps; it has kernels
+    of convolutions of its own (``use_effective_conv2d``).
+    """
 
     METHOD: ClassVar[PeftType] = PeftType.LOHA
 

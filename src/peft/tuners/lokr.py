@@ -19,7 +19,11 @@ from peft.utils.peft_types import PeftType
 
 @dataclass
 class LoKrConfig(LycorisConfig):
-    """Config of LoKr: dW = s W1 (x) W2, with W2, and W1 if asked for, low-rank where that is smaller."""
+    """Config of LoKr: dW = s W1 (x) W2, with W2, and W1 if asked for, low-rank where that is smaller.
+
+    For very small files in image generation: the Kronecker product has full rank where both factors have, at few
+    parameters.
+    """
 
     METHOD: ClassVar[PeftType] = PeftType.LOKR
 

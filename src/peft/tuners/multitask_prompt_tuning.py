@@ -32,7 +32,11 @@ FROM_SOURCE = tuple(MultitaskPromptTuningInit)[2:]
 
 @dataclass
 class MultitaskPromptTuningConfig(PromptStart):
-    """Config of multitask prompt tuning."""
+    """Config of multitask prompt tuning.
+
+    For a prompt that is learned from many tasks and moved to a new one: train with several ``task_ids``, then
+    start from that file (``prompt_tuning_init``) for the target task.
+    """
 
     METHOD: ClassVar[PeftType] = PeftType.MULTITASK_PROMPT_TUNING
     STARTS: ClassVar[Any] = MultitaskPromptTuningInit

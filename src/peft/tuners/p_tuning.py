@@ -25,7 +25,11 @@ class PromptEncoderReparameterizationType(str, enum.Enum):
 
 @dataclass
 class PromptEncoderConfig(PromptLearningConfig):
-    """Config of P-tuning."""
+    """Config of P-tuning.
+
+    For understanding tasks with small models, where a prompt that is trained directly is unstable: a network
+    makes it, and after training only its output is needed.
+    """
 
     METHOD: ClassVar[PeftType] = PeftType.P_TUNING
 

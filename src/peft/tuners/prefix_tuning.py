@@ -15,7 +15,11 @@ from peft.utils.peft_types import PeftType
 
 @dataclass
 class PrefixTuningConfig(PromptLearningConfig):
-    """Config of prefix tuning: trained keys and values before those of the text, in every attention layer."""
+    """Config of prefix tuning: trained keys and values before those of the text, in every attention layer.
+
+    For generation from one frozen model with a prefix for each task or user: stronger than a prompt, as each
+    layer has vectors of its own. 10 to 200 tokens; a learning rate near 1e-2.
+    """
 
     METHOD: ClassVar[PeftType] = PeftType.PREFIX_TUNING
 

@@ -21,7 +21,11 @@ class PromptTuningInit(str, enum.Enum):
 
 @dataclass
 class PromptTuningConfig(PromptStart):
-    """Config of prompt tuning."""
+    """Config of prompt tuning.
+
+    For very large models and many tasks: an adapter is a few rows, and a batch may mix them. It needs a large
+    learning rate, 1e-2 to 0.3, and many steps; start from a text (TEXT) where the task can be told in words.
+    """
 
     METHOD: ClassVar[PeftType] = PeftType.PROMPT_TUNING
     STARTS: ClassVar[Any] = PromptTuningInit

@@ -26,7 +26,10 @@ from peft.utils.peft_types import PeftType
 
 @dataclass
 class ShadowConfig(TargetModules, ExcludeModules, LayerSelection, ModulesToSave, Network):
-    """Config of Shadow. Left out, ``target_modules`` are all blocks of the decoder."""
+    """Config of Shadow. Left out, ``target_modules`` are all blocks of the decoder.
+
+    For serving on two sides: the small network, trained beside a large decoder, also runs alone on a small device.
+    """
 
     METHOD: ClassVar[PeftType] = PeftType.SHADOW
 

@@ -18,7 +18,11 @@ from peft.utils.peft_types import PeftType
 
 @dataclass
 class TrainableTokensConfig(PeftConfig):
-    """Config of trainable tokens: the vectors of some tokens, in the embedding and in a head tied to it."""
+    """Config of trainable tokens: the vectors of some tokens, in the embedding and in a head tied to it.
+
+    For new special tokens, alone or beside another method (``trainable_token_indices``): megabytes less than a
+    copy of the embedding in ``modules_to_save``.
+    """
 
     METHOD: ClassVar[PeftType] = PeftType.TRAINABLE_TOKENS
 
