@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,7 +10,18 @@ import torch
 from torch import nn
 from toys import Mlp, tiny_llama
 
-from peft import IA3Config, LoraConfig, PeftModel, check_training, get_peft_model
+from peft import (
+    AdaptionPromptConfig,
+    BottleneckConfig,
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    check_training,
+    get_peft_model,
+)
 
 
 IDS = torch.randint(0, 30, (2, 8), generator=torch.Generator().manual_seed(0))
@@ -27,6 +39,41 @@ def codes(model: nn.Module, batch: dict | None = BATCH, **options: Any) -> list[
     for finding in findings:
         assert finding.message.endswith(".") and finding.advice and finding.code in str(finding)
     return [finding.code for finding in findings]
+
+
+OTHERS = [
+    PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8, task_type="CAUSAL_LM"),
+    AdaptionPromptConfig(adapter_len=3, adapter_layers=2, task_type="CAUSAL_LM"),
+    BottleneckConfig(task_type="CAUSAL_LM"),
+]
+"""Methods that change no weight."""
+
+
+def of_another_method(config: Any) -> PeftModel:
+    """A tiny model with such an adapter."""
+    return get_peft_model(tiny_llama(), copy.deepcopy(config))
+
+
+@pytest.mark.parametrize("config", OTHERS, ids=lambda config: type(config).__name__)
+def test_methods_that_change_no_weight(config: Any) -> None:
+    """What is found in an adapted layer is found in a prompt, too."""
+    model = of_another_method(config)
+    assert codes(model) == []
+    assert codes(model, None, learning_rate=2e-5) == ["low_learning_rate"]
+    model.disable_adapter_layers()
+    assert "adapter_disabled" in codes(model)
+    model.enable_adapter_layers()
+    model.requires_grad_(False)
+    assert codes(model) == ["nothing_trains"]
+    model = of_another_method(config)
+    model.add_adapter("other", copy.deepcopy(config))
+    model.set_requires_grad("other")
+    assert codes(model, None) == ["adapter_inactive"]
+    model = of_another_method(config)
+    model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    assert codes(model.train()) == []
 
 
 @pytest.mark.parametrize("config", [LoraConfig(r=2, task_type="CAUSAL_LM"), IA3Config(task_type="CAUSAL_LM")])

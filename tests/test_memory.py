@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,7 +15,18 @@ from torch.autograd.graph import saved_tensors_hooks
 from toys import Mlp, tiny_llama
 from transformers import BertConfig, GPT2Config, LlamaConfig, T5Config, ViTConfig
 
-from peft import IA3Config, LoraConfig, PeftModel, estimate_memory, get_peft_model
+from peft import (
+    AdaptionPromptConfig,
+    BottleneckConfig,
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    estimate_memory,
+    explain_out_of_memory,
+    get_peft_model,
+)
 
 
 TOLERANCE = 0.05  # of the bytes saved by autograd, as the docstring of estimate_memory says
@@ -37,7 +50,13 @@ METHODS = {
     "lora": lambda task: LoraConfig(r=4, target_modules="all-linear", task_type=task),
     "dropout": lambda task: LoraConfig(r=4, lora_dropout=0.1, task_type=task),
     "ia3": lambda task: IA3Config(task_type=task),
+    "bottleneck": lambda task: BottleneckConfig(preset="houlsby", reduction_factor=4, task_type=task),
+    "prefix": lambda task: PrefixTuningConfig(num_virtual_tokens=3, task_type=task),
+    "prompt": lambda task: PromptTuningConfig(num_virtual_tokens=3, task_type=task),
+    "llama_adapter": lambda task: AdaptionPromptConfig(adapter_len=3, adapter_layers=2, task_type=task),
 }
+MEANINGLESS = {("vit", "prefix"), ("vit", "prompt"), ("vit", "llama_adapter")}
+MEANINGLESS |= {("bert", "llama_adapter"), ("t5", "llama_adapter")}
 
 
 def stored(model: nn.Module) -> int:
@@ -75,8 +94,9 @@ def inputs(name: str, batch: int, length: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids[:, 0] % 2 if name == "bert" else ids}
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "method"), [(name, method) for name in CASES for method in METHODS if (name, method) not in MEANINGLESS]
+)
 def test_the_estimate_is_what_is_measured(name: str, method: str) -> None:
     """Gradients and optimizer states exactly, activations within the stated tolerance; from a config alone."""
     class_name, config, task = CASES[name]
@@ -107,6 +127,16 @@ def test_a_model_is_left_as_it_is() -> None:
     assert estimate_memory(model, None, 2, 8) == first
     with pytest.raises(ValueError, match="has adapters already"):
         estimate_memory(model, config)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_without_a_cache(name: str) -> None:
+    """As trainers have it: then models look at their positions, and keep the same."""
+    class_name, config, task = CASES[name]
+    config = copy.deepcopy(config)
+    first = estimate_memory(config, LoraConfig(r=4, task_type=task), 2, 8, device="cpu")
+    config.use_cache = False
+    assert estimate_memory(config, LoraConfig(r=4, task_type=task), 2, 8, device="cpu") == first
 
 
 def test_all_parameters_train_without_an_adapter() -> None:
@@ -190,6 +220,22 @@ def test_the_table() -> None:
     assert "batch of 2 x 8" in text and re.search(r"\d kB", text)
 
 
+class _FailsInBackward(torch.autograd.Function):
+    """Gives what it gets, and cannot allocate in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def _fail(error: Exception) -> None:
+    raise error
+
+
 class TestOutOfMemory:
     """The error keeps its class and message, and gets figures and ways out."""
 
@@ -212,7 +258,7 @@ class TestOutOfMemory:
     @pytest.mark.parametrize(
         "error",
         [
-            torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
             RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes."),
         ],
     )
@@ -226,9 +272,9 @@ class TestOutOfMemory:
         assert len(re.findall(r"\d (?:B|kB|MB)\b", text)) >= 7
 
     def test_what_is_done_already_is_not_advised(self) -> None:
-        model = self.failing(torch.cuda.OutOfMemoryError("CUDA out of memory."))
+        model = self.failing(torch.OutOfMemoryError("CUDA out of memory."))
         model.get_base_model().gradient_checkpointing_enable()
-        text = self.note(model.train(), torch.cuda.OutOfMemoryError, input_ids=torch.ones(1, 8, dtype=torch.long))
+        text = self.note(model.train(), torch.OutOfMemoryError, input_ids=torch.ones(1, 8, dtype=torch.long))
         assert "gradient_checkpointing_enable" not in text and "a smaller batch" not in text
 
     def test_the_allocator_of_the_cpu(self) -> None:
@@ -237,18 +283,59 @@ class TestOutOfMemory:
         text = self.note(model, RuntimeError, x=torch.zeros(1, 6).expand(2**44, 6))
         assert "DefaultCPUAllocator" in text and "What helps" in text
 
+    def test_a_step_of_the_trainer(self, tmp_path: Any) -> None:
+        """The model's forward is what the Trainer calls, so its error has the note with nothing asked for."""
+        text = self.trained(self.failing(torch.OutOfMemoryError("CUDA out of memory.")), tmp_path)
+        assert "batch of 2" in text and "1 takes" in text and text.count("What helps") == 1
+
+    @pytest.mark.parametrize("where", ["forward", "backward", "optimizer"])
+    def test_a_whole_training(self, where: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        error = torch.OutOfMemoryError("CUDA out of memory.")
+        model = get_peft_model(tiny_llama(), LoraConfig(r=2, task_type="CAUSAL_LM"))
+        if where == "forward":
+            model = self.failing(error)
+        elif where == "backward":
+            layer = model.get_base_model().model.layers[1].mlp
+            layer.register_forward_hook(lambda module, args, output: _FailsInBackward.apply(output))
+        else:
+            monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: _fail(error))
+        text = self.trained(model, tmp_path, context=True)
+        assert "batch of 2" in text and text.count("What helps") == 1
+        for way in ("1 takes", "gradient_checkpointing_enable", "load_in_4bit"):
+            assert way in text
+        assert not model._forward_pre_hooks
+
+    def trained(self, model: PeftModel, folder: Any, context: bool = False) -> str:
+        """The notes of the error in a training by the Trainer, within the context or not."""
+        ids = torch.randint(0, 30, (8, 6))
+        arguments = transformers.TrainingArguments(
+            str(folder), max_steps=1, per_device_train_batch_size=2, report_to="none", use_cpu=True
+        )
+        rows = [{"input_ids": row, "labels": row} for row in ids]
+        trainer = transformers.Trainer(model, arguments, train_dataset=rows)
+        with pytest.raises(torch.OutOfMemoryError) as caught:
+            with explain_out_of_memory(model) if context else nullcontext():
+                trainer.train()
+        return "\n".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
+
+    def test_nothing_has_been_called_yet(self) -> None:
+        with pytest.raises(torch.OutOfMemoryError) as caught:
+            with explain_out_of_memory(Mlp()):
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+        assert "What helps" in caught.value.__notes__[0] and "No figures" in caught.value.__notes__[0]
+
     def test_other_errors_are_left_alone(self) -> None:
         text = self.note(self.failing(RuntimeError("shapes differ")), RuntimeError, input_ids=torch.ones(1, 2).long())
         assert text == "shapes differ"
 
     def test_without_figures(self) -> None:
         """An error in the estimate itself hides nothing and stops nothing."""
-        model = self.failing(torch.cuda.OutOfMemoryError("CUDA out of memory."))
+        model = self.failing(torch.OutOfMemoryError("CUDA out of memory."))
 
         def fail(module: nn.Module, args: tuple) -> None:
             if args and args[0].is_meta:
                 raise ValueError("not on meta")
 
         model.get_base_model().model.layers[0].mlp.register_forward_pre_hook(fail)
-        text = self.note(model, torch.cuda.OutOfMemoryError, input_ids=torch.ones(4, 8, dtype=torch.long))
+        text = self.note(model, torch.OutOfMemoryError, input_ids=torch.ones(4, 8, dtype=torch.long))
         assert "a smaller batch" in text and "ValueError: not on meta" in text

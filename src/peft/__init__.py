@@ -22,7 +22,7 @@ _TABLE = {
         "AutoPeftModelForTokenClassification",
     ),
     "peft.config": ("PeftConfig", "PromptLearningConfig"),
-    "peft.core.memory": ("MemoryEstimate", "estimate_memory"),
+    "peft.core.memory": ("MemoryEstimate", "estimate_memory", "explain_out_of_memory"),
     "peft.core.training": ("Finding", "check_training"),
     "peft.mapping": (
         "PEFT_TYPE_TO_CONFIG_MAPPING",

@@ -34,7 +34,7 @@ from peft.core.diagnostics import (
     get_model_status,
 )
 from peft.core.filling import filled_later
-from peft.core.memory import explain_out_of_memory, is_out_of_memory
+from peft.core.memory import add_way_out
 from peft.core.prompts import PromptTuner, backbone_of
 from peft.core.tuner import BaseTuner, check_adapter_name, context_of
 from peft.core.walk import layers_of, wrappers_of
@@ -265,8 +265,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         try:
             return self._call(self.tuner.forward, args, kwargs, keep=torch.is_grad_enabled())
         except RuntimeError as error:
-            if is_out_of_memory(error):
-                explain_out_of_memory(error, self, args, kwargs)
+            add_way_out(error, self, args, kwargs)
             raise
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

@@ -254,7 +254,11 @@ def find_places(block: nn.Module, shape: Block, args: tuple, kwargs: dict[str, A
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a is b or (a.shape == b.shape and torch.equal(a, b))
+    if a is b or a.shape != b.shape:
+        return a is b
+    if a.is_meta:  # no values to compare
+        return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    return torch.equal(a, b)
 
 
 def _observe(block: nn.Module, shape: Block, args: tuple, kwargs: dict[str, Any]) -> tuple[list[_Event], torch.Tensor]:

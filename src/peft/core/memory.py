@@ -243,8 +243,14 @@ def _saving(site: Site, model: nn.Module, bits: int | None) -> int:
 # --- bytes of activations -------------------------------------------------------------------------------------
 
 
+_QUESTIONS = {torch.all: True, torch.Tensor.all: True, torch.any: False, torch.Tensor.any: False}
+
+
 class _KeepsAs(TorchFunctionMode):
-    """On the meta device, attention and dropout keep what they keep on another: GPUs fuse what CPUs do in steps."""
+    """On the meta device, attention and dropout keep what they keep on another: GPUs fuse what CPUs do in steps.
+
+    Models ask whether all of a mask is set, or all positions follow one another: where there are no values, they do.
+    """
 
     def __init__(self, device: str) -> None:
         super().__init__()
@@ -257,9 +263,12 @@ class _KeepsAs(TorchFunctionMode):
             given = {**dict(zip(names, args)), **kwargs}
             if self.fuses or not given.get("dropout_p"):
                 return _fused_attention(**given)
+        elif func in _QUESTIONS and len(args) == 1 and not kwargs and args[0].is_meta:
+            return torch.tensor(_QUESTIONS[func])
         elif func is nn.functional.dropout and self.fuses:
             given = {"p": 0.5, "training": True, **dict(zip(("input", "p", "training"), args)), **kwargs}
-            return torch.native_dropout(given["input"], given["p"], given["training"])[0]
+            if given["training"]:
+                return torch.native_dropout(given["input"], given["p"], True)[0]
         return func(*args, **kwargs)
 
 
@@ -400,18 +409,47 @@ def _on_meta(value: Any) -> Any:
 _EXPLAINING: ContextVar[bool] = ContextVar("_EXPLAINING", default=False)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed: torch has a class for accelerators, and a message for the CPU."""
     return isinstance(error, torch.cuda.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def explain_out_of_memory(error: Exception, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Add a note to the error of a forward call: what a step takes, by estimate, and what would take less.
+@contextmanager
+def explain_out_of_memory(model: nn.Module) -> Iterator[None]:
+    """In this context, errors for want of memory get a note: what a step takes, by estimate, and what would take less.
 
-    It never raises, and needs no memory of the device that has none left.
+    The forward of an adapted model explains its own errors. This is for what it does not see: backward, optimizer, or
+    a training as a whole::
+
+        with peft.explain_out_of_memory(model):
+            trainer.train()
+
+    The figures are those of the last forward of ``model`` in the context. The errors stay what they are otherwise.
     """
-    if _EXPLAINING.get():  # the estimate itself is a forward
-        return
+    given: list[Any] = [(), {}]
+
+    def note(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not torch.compiler.is_compiling():
+            given[:] = _on_meta(args), _on_meta(kwargs)  # their shapes, so that no batch is kept
+
+    handle = model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield
+    except RuntimeError as error:
+        add_way_out(error, model, *given)
+        raise
+    finally:
+        handle.remove()
+
+
+def add_way_out(error: Exception, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Add the note of :func:`explain_out_of_memory` to the error of a forward with these arguments, or after it.
+
+    Errors of other kinds, and those that have the note, stay as they are. It never raises, and needs no memory of the
+    device that has none left.
+    """
+    if not _is_out_of_memory(error) or _EXPLAINING.get() or hasattr(error, "_has_way_out"):
+        return  # the estimate itself is a forward
     token = _EXPLAINING.set(True)
     try:
         note = _way_out(model, args, kwargs)
@@ -420,6 +458,7 @@ def explain_out_of_memory(error: Exception, model: nn.Module, args: tuple, kwarg
         note = f"{_WAYS_OUT} (No figures: {type(failure).__name__}{': ' + reason[0] if reason else ''})"
     finally:
         _EXPLAINING.reset(token)
+    error._has_way_out = True  # type: ignore[attr-defined]
     if hasattr(error, "add_note"):
         error.add_note(note)
     else:  # Python 3.10

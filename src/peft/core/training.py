@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from peft.core.diagnostics import count_parameters
+from peft.core.prompts import PromptTuner
 from peft.core.walk import layers_of, wrappers_of
 
 
@@ -71,8 +72,15 @@ def check_training(
 # --- at rest --------------------------------------------------------------------------------------------------
 
 
+def _holders_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What holds parameters of adapters, by its path: layers and wrappers in the model, and prompts beside it."""
+    yield from wrappers_of(model)
+    if isinstance(prompts := getattr(model, "tuner", None), PromptTuner):
+        yield "prompt_encoder", prompts
+
+
 def _at_rest(model: nn.Module) -> Iterator[Finding]:
-    layers = list(layers_of(model))
+    holders, layers = list(_holders_of(model)), list(layers_of(model))
     if not any(p.requires_grad for p in model.parameters()):
         yield Finding(
             "nothing_trains",
@@ -80,7 +88,7 @@ def _at_rest(model: nn.Module) -> Iterator[Finding]:
             "A loaded adapter is frozen unless PeftModel.from_pretrained(..., is_trainable=True) says otherwise, and "
             "one whose config has inference_mode=True stays so; model.set_adapter(name) makes one train.",
         )
-    if disabled := [path for path, wrapper in wrappers_of(model) if wrapper.disable_adapters]:
+    if disabled := [path for path, holder in holders if holder.disable_adapters]:
         yield Finding(
             "adapter_disabled",
             f"The adapters are switched off in {_some(disabled)}, so the model computes without them.",
@@ -92,8 +100,8 @@ def _at_rest(model: nn.Module) -> Iterator[Finding]:
             f"Adapters are merged in {_some(merged)}: their parameters take no part in the forward.",
             "Take them out with model.unmerge_adapter().",
         )
-    idle = {name for _, w in wrappers_of(model) for name in w.adapter_names if _trains(w, name)}
-    idle -= {name for _, w in wrappers_of(model) for name in w.active_adapters}
+    idle = {name for _, holder in holders for name in holder.adapter_names if _trains(holder, name)}
+    idle -= {name for _, holder in holders for name in holder.active_adapters}
     if idle:
         yield Finding(
             "adapter_inactive",
@@ -102,8 +110,8 @@ def _at_rest(model: nn.Module) -> Iterator[Finding]:
         )
 
 
-def _trains(wrapper: nn.Module, name: str) -> bool:
-    return any(p.requires_grad for p in wrapper.adapter_parameters(name))
+def _trains(holder: Any, name: str) -> bool:
+    return any(p.requires_grad for p in holder.adapter_parameters(name))
 
 
 def _some(names: list[str], most: int = 3) -> str:
@@ -131,7 +139,7 @@ def _of_optimizer(
     if learning_rate is None or not trained:
         return
     share = count_parameters(model)[0] / max(1, count_parameters(model)[1])
-    if learning_rate <= LOW_LEARNING_RATE and share < SMALL_SHARE and any(True for _ in wrappers_of(model)):
+    if learning_rate <= LOW_LEARNING_RATE and share < SMALL_SHARE and any(True for _ in _holders_of(model)):
         yield Finding(
             "low_learning_rate",
             f"A learning rate of {learning_rate:g} is one for training all weights; {100 * share:.2g} % train here.",
@@ -202,7 +210,7 @@ def _of_step(
         )
     if frozen:
         return found
-    owners = {id(p): path for path, w in wrappers_of(model) for n in w.adapter_names for p in w.adapter_parameters(n)}
+    owners = {id(p): path for path, w in _holders_of(model) for n in w.adapter_names for p in w.adapter_parameters(n)}
     pairs = [(owners.get(id(p), name), grad) for (name, p), grad in zip(trained.items(), grads)]
     return [*found, *_of_gradients(pairs)]
 

@@ -122,6 +122,19 @@ class Prompts:
     def active_adapters(self) -> list[str]:
         return operations.names_of(self.active_adapter)
 
+    @property
+    def adapter_names(self) -> list[str]:
+        return list(self.prompt_encoder)
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether all prompts are switched off, as for a layer."""
+        return self.disabled
+
+    def adapter_parameters(self, name: str) -> list[nn.Parameter]:
+        """The parameters of one adapter's virtual tokens, as for a layer."""
+        return list(self.prompt_encoder[name].parameters())
+
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make one adapter the active one, and the only one that trains (none in ``inference_mode``).
 
