@@ -313,15 +313,14 @@ class TestOutOfMemory:
         )
         rows = [{"input_ids": row, "labels": row} for row in ids]
         trainer = transformers.Trainer(model, arguments, train_dataset=rows)
-        with pytest.raises(torch.OutOfMemoryError) as caught:
-            with explain_out_of_memory(model) if context else nullcontext():
-                trainer.train()
+        explaining = explain_out_of_memory(model) if context else nullcontext()
+        with pytest.raises(torch.OutOfMemoryError) as caught, explaining:
+            trainer.train()
         return "\n".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
 
     def test_nothing_has_been_called_yet(self) -> None:
-        with pytest.raises(torch.OutOfMemoryError) as caught:
-            with explain_out_of_memory(Mlp()):
-                raise torch.OutOfMemoryError("CUDA out of memory.")
+        with pytest.raises(torch.OutOfMemoryError) as caught, explain_out_of_memory(Mlp()):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
         assert "What helps" in caught.value.__notes__[0] and "No figures" in caught.value.__notes__[0]
 
     def test_other_errors_are_left_alone(self) -> None:
