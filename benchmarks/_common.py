@@ -9,10 +9,12 @@ import importlib.metadata
 import os
 import platform
 import statistics
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+
+HERE = Path(__file__).resolve().parent
 
 def llama(
     layers: int = 6,
@@ -76,10 +80,11 @@ def floor_step(model: nn.Module, ids: torch.Tensor) -> Callable[[], torch.Tensor
 
 
 def seconds(action: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    start = time.perf_counter()
+    """Wall time of one call, or CPU time of this process where the environment says ``BENCHMARK_CLOCK=cpu``."""
+    clock = time.process_time if os.environ.get("BENCHMARK_CLOCK") == "cpu" else time.perf_counter
+    start = clock()
     action()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def in_turn(*actions: Callable[[], object], repeats: int = 15, warm: int = 2) -> list[list[float]]:
@@ -151,7 +156,7 @@ def environment(threads: int, ours: bool) -> dict[str, str]:
     values = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
     values.pop("PYTHONPATH", None)
     if ours:
-        values["PYTHONPATH"] = str(Path(__file__).resolve().parent.parent / "src")
+        values["PYTHONPATH"] = str(HERE.parent / "src")
     return values
 
 
@@ -165,6 +170,29 @@ def machine() -> str:
         pass
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{name}, {cores} cores"
+
+
+def measured_with(reference: str | None, threads: int) -> list[str]:
+    """Lines on the day, the machine and the versions, for a report."""
+    lines = [
+        f"Measured {date.today():%Y-%m-%d} on {machine()}, {threads} thread{'s' * (threads > 1)}.",
+        f"Here: {versions('torch', 'transformers', 'bitsandbytes')}.",
+    ]
+    if reference:
+        code = "from _common import versions; print(versions('peft', 'torch', 'transformers', 'bitsandbytes'))"
+        done = subprocess.run([reference, "-c", code], capture_output=True, text=True, cwd=HERE)
+        lines.append(f"Reference: {done.stdout.strip() or 'unknown versions'}.")
+    return lines
+
+
+def write_section(name: str, text: str) -> None:
+    """Put a text between the marks of a section in RESULTS.md; what else stands there is kept."""
+    path, start, end = HERE / "RESULTS.md", f"<!-- {name} -->", f"<!-- end of {name} -->"
+    old = path.read_text() if path.exists() else "# Results\n"
+    if start not in old:
+        old = f"{old}\n{start}\n{end}\n"
+    before, _, rest = old.partition(start)
+    path.write_text(f"{before}{start}\n{text}\n{end}{rest.partition(end)[2]}")
 
 
 def versions(*packages: str) -> str:

@@ -2,6 +2,9 @@
 
     python benchmarks/methods.py [--reference-python PATH] [--methods lora,oft] [--json FILE] [--threads 2]
 
+The table goes to ``benchmarks/RESULTS.md`` (between the marks there) unless ``--methods`` picks some rows: those are
+printed only, or written too with ``--write``. ``--clock cpu`` measures CPU time, for machines with other work.
+
 A LLaMA-shaped model of 6 layers, width 576, 9 heads (3 key-value), 1,536 inner, a vocabulary of 2,000, float32, with
 random weights; 4 x 128 tokens; the method on all linear layers of the blocks, with the hyperparameters of its paper
 (`HYPERPARAMETERS`, `METHODS`). The floor is the frozen model's forward and backward to its input embeddings. Each
@@ -12,12 +15,15 @@ not have, or that cannot be on such layers, have no figures there.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -107,14 +113,12 @@ def adapted(method: str, fields: dict[str, Any]) -> Any:
     return model
 
 
-def work(method: str, fields: dict[str, Any], threads: int) -> None:
-    """In a process of one library: the bytes and counts once, then a pair of times for each line of input."""
+def answer(method: str, fields: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], object] | None]:
+    """Bytes and counts of a method, and its training step; an error, and None, where it cannot be measured."""
     import torch
-    from _common import floor_step, llama, saved_bytes, seconds, tokens, training_step
+    from _common import saved_bytes, tokens, training_step
 
-    torch.set_num_threads(threads)
-    ids, base = tokens(), llama().train()
-    floor = floor_step(base, ids)
+    ids = tokens()
     try:
         model = adapted(method, fields)
         extra = {"task_ids": torch.zeros(len(ids), dtype=torch.long)} if method == "poly" else {}
@@ -122,26 +126,40 @@ def work(method: str, fields: dict[str, Any], threads: int) -> None:
         step()
     except Exception as error:
         traceback.print_exc()
-        print(json.dumps({"error": f"{type(error).__name__}: {error}"}), flush=True)
-        return
+        return {"error": f"{type(error).__name__}: {error}"}, None
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    figures = {"trainable": trained, "bytes": saved_bytes(step, model), "floor_bytes": saved_bytes(floor, base)}
+    return {"trainable": trained, "bytes": saved_bytes(step, model)}, step
+
+
+def work(threads: int) -> None:
+    """In the process of a library: a line of input names a method, or is empty and asks for a pair of times."""
+    import torch
+    from _common import floor_step, llama, saved_bytes, seconds, tokens
+
+    torch.set_num_threads(threads)
+    base = llama().train()
+    floor = floor_step(base, tokens())
     floor()
-    print(json.dumps(figures), flush=True)
-    for _ in sys.stdin:
-        print(json.dumps({"step": seconds(step), "floor": seconds(floor)}), flush=True)
+    floor_bytes, step = saved_bytes(floor, base), None
+    for line in sys.stdin:
+        if line.strip():
+            del step
+            gc.collect()
+            figures, step = answer(*json.loads(line))
+            print(json.dumps({**figures, "floor_bytes": floor_bytes}), flush=True)
+        elif step is not None:
+            print(json.dumps({"step": seconds(step), "floor": seconds(floor)}), flush=True)
 
 
 class Library:
-    """A process that measures one method with one library."""
+    """A process that measures with one library."""
 
-    def __init__(self, python: str, ours: bool, method: str, fields: dict[str, Any], threads: int) -> None:
+    def __init__(self, python: str, ours: bool, threads: int) -> None:
         from _common import environment
 
-        command = [python, str(HERE / "methods.py"), "--worker", json.dumps([method, fields])]
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed with the process
         self.process = subprocess.Popen(
-            [*command, "--threads", str(threads)],
+            [python, str(HERE / "methods.py"), "--worker", "--threads", str(threads)],
             env=environment(threads, ours),
             cwd=tempfile.gettempdir(),
             stdin=subprocess.PIPE,
@@ -149,36 +167,37 @@ class Library:
             stderr=self.log,
             text=True,
         )
-        self.facts = self._read()
+        self.facts: dict[str, Any] = {}
         self.times: list[dict[str, float]] = []
 
-    def _read(self) -> dict[str, Any]:
-        for line in self.process.stdout or ():
-            if line.startswith("{"):
-                return json.loads(line)
+    def _ask(self, line: str) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        try:
+            self.process.stdin.write(f"{line}\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass
+        for reply in self.process.stdout:
+            if reply.startswith("{"):
+                return json.loads(reply)
         self.log.seek(0)
-        return {"error": (self.log.read().strip().splitlines() or ["ended without a word"])[-1]}
+        raise RuntimeError("a measuring process ended:\n" + self.log.read()[-2000:])
 
-    @property
-    def works(self) -> bool:
+    def take(self, method: str, fields: dict[str, Any]) -> bool:
+        """Turn to a method; whether it can be measured."""
+        self.times, self.facts = [], self._ask(json.dumps([method, fields]))
         return "error" not in self.facts
 
     def measure(self) -> None:
         """One more repetition."""
-        assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        self.times.append(self._read())
+        self.times.append(self._ask(""))
 
-    def close(self) -> dict[str, Any]:
-        """End the process; its figures."""
+    def figures(self) -> dict[str, Any]:
+        """What came out for the method."""
         from _common import ratio
 
-        if self.process.stdin is not None:
-            self.process.stdin.close()
-        self.process.wait()
-        self.log.close()
-        if not self.works:
+        if "error" in self.facts:
             return self.facts
         steps, floors = ([each[key] for each in self.times] for key in ("step", "floor"))
         return {
@@ -188,24 +207,27 @@ class Library:
             "bytes": self.facts["bytes"] / self.facts["floor_bytes"],
         }
 
+    def close(self) -> None:
+        """End the process."""
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        self.process.wait()
+        self.log.close()
+
 
 def measured(
-    method: str, fields: dict[str, Any], reference: str | None, threads: int, repeats: int
+    libraries: dict[str, Library], method: str, fields: dict[str, Any], repeats: int
 ) -> dict[str, dict[str, Any]]:
-    """Figures of both libraries ("here", "reference"), whose repetitions take turns."""
+    """Figures of the libraries ("here", "reference"), whose repetitions take turns."""
     from _common import ratio
 
-    here = Library(sys.executable, True, method, fields, threads)
-    libraries = {"here": here}
-    if reference and here.works:
-        libraries["reference"] = Library(reference, False, method, fields, threads)
-    working = [library for library in libraries.values() if library.works]
-    for _ in range(repeats if here.works else 0):
-        for library in working:
+    working = {name: library for name, library in libraries.items() if library.take(method, fields)}
+    for _ in range(repeats if "here" in working else 0):
+        for library in working.values():
             library.measure()
-    figures = {name: library.close() for name, library in libraries.items()}
+    figures = {name: libraries[name].figures() for name in libraries}
     if len(working) == 2:
-        first, second = ([each["step"] for each in library.times] for library in working)
+        first, second = ([each["step"] for each in library.times] for library in working.values())
         figures["here"]["to_reference"] = ratio(first, second)
     return figures
 
@@ -234,29 +256,56 @@ def main() -> None:
     parser.add_argument("--methods", help="some of the rows, with commas between them")
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=11)
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: on a machine with other work")
+    parser.add_argument("--write", action="store_true", help="write RESULTS.md although not all rows are measured")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        work(*json.loads(options.worker), options.threads)
+        work(options.threads)
         return
+    os.environ["BENCHMARK_CLOCK"] = options.clock
     sys.path.insert(0, str(HERE.parent / "src"))
-    from _common import machine, versions
-
     known = rows()
     chosen = options.methods.split(",") if options.methods else list(known)
     if unknown := sorted(set(chosen) - set(known)):
         parser.error(f"unknown methods {unknown}; there are {sorted(known)}")
+    found = measure_all({row: known[row] for row in chosen}, options)
+    if options.write or not options.methods:
+        from _common import write_section
+
+        write_section("methods.py", report(found, options))
+
+
+def measure_all(chosen: dict[str, tuple[str, dict[str, Any]]], options: argparse.Namespace) -> dict[str, Any]:
+    """The figures of these rows, which are printed (and written to ``--json``) as they come."""
+    from _common import machine, versions
+
+    libraries = {"here": Library(sys.executable, True, options.threads)}
+    if options.reference_python:
+        libraries["reference"] = Library(options.reference_python, False, options.threads)
     head = {"machine": machine(), "threads": options.threads, "versions": versions("torch", "transformers")}
-    figures: dict[str, Any] = {**head, "methods": {}}
-    print(f"{head['machine']}, {options.threads} threads; {head['versions']}\n\n{HEADER}", flush=True)
-    for row in chosen:
-        method, fields = known[row]
-        result = measured(method, fields, options.reference_python, options.threads, options.repeats)
-        figures["methods"][row] = {"method": method, "fields": fields, **result}
+    figures: dict[str, Any] = {}
+    print(HEADER, flush=True)
+    for row, (method, fields) in chosen.items():
+        result = measured(libraries, method, fields, options.repeats)
+        figures[row] = {"method": method, "fields": fields, **result}
         print(line(row, result), flush=True)
         if options.json:
-            options.json.write_text(json.dumps(figures, indent=1) + "\n")
+            options.json.write_text(json.dumps({**head, "methods": figures}, indent=1) + "\n")
+    for library in libraries.values():
+        library.close()
+    return figures
+
+
+def report(figures: dict[str, Any], options: argparse.Namespace) -> str:
+    """The table in Markdown, with the machine and the versions."""
+    from _common import measured_with
+
+    head = measured_with(options.reference_python, options.threads)
+    clock = "CPU time" if options.clock == "cpu" else "Wall time"
+    about = f"{clock}, medians of {options.repeats} repetitions in turn."
+    return "\n".join([*head, about, "", HEADER, *(line(row, result) for row, result in figures.items())])
 
 
 if __name__ == "__main__":

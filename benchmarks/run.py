@@ -1,6 +1,6 @@
 """Each case of the table of targets, here and in a reference library, in turn and in fresh processes.
 
-    python benchmarks/run.py --reference-python PATH [--cases step,load] [--rounds 3] [--threads 2]
+    python benchmarks/run.py --reference-python PATH [--cases step,load-30th] [--rounds 3] [--threads 2] [--clock cpu]
 
 ``PATH`` is the Python of an environment that has the reference. Without it only this library is measured. Results
 go to ``benchmarks/RESULTS.md`` (between the marks there) unless ``--cases`` picks some: those are printed only,
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -19,15 +20,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
-RESULTS = HERE / "RESULTS.md"
-MARKS = ("<!-- run.py -->", "<!-- end of run.py -->")
 Figures = dict[str, float]
 
 
@@ -394,39 +392,17 @@ def measured(case: Case, reference: str | None, rounds: int, threads: int) -> Ro
     )
 
 
-def environment_of(python: str) -> str:
-    """Versions in the reference's environment."""
-    code = "from _common import versions; print(versions('peft', 'torch', 'transformers', 'bitsandbytes'))"
-    done = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=HERE)
-    return done.stdout.strip() or "unknown versions"
-
-
 HEADER = """| case | target | here | reference | here / reference | here / floor | reference / floor | met |
 |---|---|---:|---:|---:|---:|---:|---|"""
 
 
-def report(rows: list[Row], reference: str | None, threads: int, rounds: int) -> str:
+def report(rows: list[Row], options: argparse.Namespace) -> str:
     """The table in Markdown, with the machine and the versions."""
-    from _common import machine, versions
+    from _common import measured_with
 
-    lines = [
-        f"Measured {date.today():%Y-%m-%d} on {machine()}, {threads} threads; "
-        f"{rounds} rounds of fresh processes in turn.",
-        f"Here: {versions('torch', 'transformers', 'bitsandbytes')}.",
-    ]
-    if reference:
-        lines.append(f"Reference: {environment_of(reference)}.")
-    return "\n".join([*lines, "", HEADER, *(row.line() for row in rows)])
-
-
-def write(text: str) -> None:
-    """Put the table between its marks in RESULTS.md; what else stands there is kept."""
-    old = RESULTS.read_text() if RESULTS.exists() else "# Results\n"
-    if MARKS[0] not in old:
-        head, _, rest = old.partition("\n")
-        old = f"{head}\n\n{MARKS[0]}\n{MARKS[1]}\n{rest}"
-    before, _, rest = old.partition(MARKS[0])
-    RESULTS.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}")
+    head = measured_with(options.reference_python, options.threads)
+    about = f"{options.rounds} rounds of fresh processes in turn."
+    return "\n".join([*head, about, "", HEADER, *(row.line() for row in rows)])
 
 
 def main() -> None:
@@ -437,9 +413,12 @@ def main() -> None:
     parser.add_argument("--cases", help=f"some of: {','.join(names)}")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clock", choices=["wall", "cpu"], help="cpu: CPU time, on a machine with other work")
     parser.add_argument("--write", action="store_true", help="write RESULTS.md although not all cases are measured")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.clock:
+        os.environ["BENCHMARK_CLOCK"] = options.clock
     if options.worker:
         work(options.worker, options.threads)
         return
@@ -454,7 +433,9 @@ def main() -> None:
             rows.append(row)
             print(row.line(), flush=True)
     if options.write or not options.cases:
-        write(report(rows, options.reference_python, options.threads, options.rounds))
+        from _common import write_section
+
+        write_section("run.py", report(rows, options))
 
 
 if __name__ == "__main__":
