@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 HERE = Path(__file__).resolve().parent
 
+
 def llama(
     layers: int = 6,
     width: int = 576,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -305,6 +309,19 @@ def test_compiles_without_graph_breaks(options):
         torch.testing.assert_close(compiled(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="the compiler needs one of C++")
+def test_compiles_to_machine_code():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(6, 8))
+    model, x = get_peft_model(base, LoraConfig(r=3, target_modules=["0"], init_lora_weights=False)), batch(4)
+    wanted = run(model, x)
+    compiled = torch.compile(model, fullgraph=True, backend="inductor")
+    assert_equal({name.removeprefix("_orig_mod."): g for name, g in run(compiled, x).items()}, wanted)
+    with torch.no_grad():
+        assert_equal({"y": compiled(x)}, {"y": wanted["y"]})
+
+
 def test_function_transforms():
     model, x = adapted(), batch(4)
     a = model.base_model.model.down.lora_A["default"].weight
@@ -362,37 +379,76 @@ def test_hooks_of_the_parts_are_called():
     assert len(seen) == 1
 
 
-@contextlib.contextmanager
-def one_process(tmp_path) -> Iterator[None]:
-    """A process group of this process alone."""
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+def _steps(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a second step of training gives: the first has changed the parameters."""
+    run(model, x)
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05).step()
+    return run(model, x)
 
 
-def test_distributed_data_parallel(tmp_path):
-    model, x = adapted(), batch(4)
-    wanted = run(model, x)
-    with one_process(tmp_path):
-        wrapped = nn.parallel.DistributedDataParallel(model)
-        got = run(wrapped, x)
-    assert_equal({name.removeprefix("module."): g for name, g in got.items()}, wanted)
-
-
-def test_fully_sharded(tmp_path):
+def _sharded(model: nn.Module, **options) -> nn.Module:
+    """Each adapted layer is gathered for itself, and the rest with the root."""
     from torch.distributed.fsdp import fully_shard
+
+    for name in LAYERS:
+        fully_shard(getattr(model.base_model.model, name), **options)
+    return fully_shard(model, **options)
+
+
+def _distributed_worker(rank: int, folder: str) -> None:
+    """One of two processes, half of the batch each: DDP, FSDP2, and FSDP2 that computes in bfloat16."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
     from torch.distributed.tensor import DTensor
 
-    model, x = adapted(), batch(4)
+    if sys.platform == "linux":
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # whatever the name of this machine resolves to
+    torch.set_num_threads(1)
+    limit = timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=limit)
+    x, found = batch(4).chunk(2)[rank], {}
+    for name, options in DISTRIBUTED.items():
+        found[f"ddp {name}"] = _steps(nn.parallel.DistributedDataParallel(adapted(**options)), x)
+        model = _sharded(adapted(**options))
+        sharded = _steps(model, x)
+        assert any(isinstance(g, DTensor) and g.to_local().shape != g.shape for g in sharded.values())
+        found[f"fsdp {name}"] = sharded
+    narrow = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    found["bfloat16"] = _steps(_sharded(adapted(), mp_policy=narrow), x)
+    whole = {
+        case: {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in values.items()}
+        for case, values in found.items()
+    }
+    torch.save(whole, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+DISTRIBUTED = {"lora": {}, "dora": {"use_dora": True}, "two adapters": {"adapters": 2}}
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory) -> list[dict[str, dict[str, torch.Tensor]]]:
+    """What each process found, case by case."""
+    folder = tmp_path_factory.mktemp("two")
+    torch.multiprocessing.spawn(_distributed_worker, args=(str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("case", [*(f"{how} {name}" for how in ("ddp", "fsdp") for name in DISTRIBUTED), "bfloat16"])
+def test_two_processes_train_as_one(case, two_processes):
+    options, halves = DISTRIBUTED.get(case.partition(" ")[2], {}), [found[case] for found in two_processes]
+    got = {key.removeprefix("module."): value for key, value in halves[0].items()}
+    for key in ("x", "y"):
+        got[key] = torch.cat([half[key] for half in halves])
+    model, x = adapted(**options), batch(4)
+    run(model, x)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for p in trained:
+        p.grad /= 2  # both average over the processes
+    torch.optim.SGD(trained, lr=0.05).step()
     wanted = run(model, x)
-    with one_process(tmp_path):
-        fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
-        got = run(model, x)
-        assert any(isinstance(g, DTensor) for g in got.values())
-        got = {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in got.items()}
-    assert_equal(got, wanted)
+    wanted = {key: value if key in ("x", "y") else value / 2 for key, value in wanted.items()}
+    wanted = {key: value.to(got[key].dtype) for key, value in wanted.items()}
+    assert_equal(got, wanted, 0.06 if case == "bfloat16" else 1e-5)
 
 
 # --- rows with different adapters -------------------------------------------------------------------------------

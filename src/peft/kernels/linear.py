@@ -97,7 +97,8 @@ def composed(y: torch.Tensor, x: torch.Tensor, factors: Sequence[Factors]) -> to
     for f in factors:
         inner = F.dropout(x, f.dropout) if f.dropout else x
         update = F.linear(F.linear(inner.to(dtype), f.down.to(dtype)), f.up.to(dtype))
-        y = torch.add(y, update, alpha=f.scale).to(y.dtype)
+        # no add with alpha: Inductor (torch 2.13) makes one addmm of it and the product, and loses the alpha
+        y = (y + update * f.scale).to(y.dtype)
     return y
 
 
