@@ -59,6 +59,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "delora": {"delora_lambda": 4},
     "miss": {"r": 3},
     "psoft": {"r": 3, "psoft_alpha": 4},
+    "adamss": {"num_subspaces": 3, "subspace_rank": 2},
 }
 """Method -> fields without which it does nothing small; `r`, where it counts, is 4 for every method."""
 
@@ -111,6 +112,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "road[4]": {"variant": "road_4"},
     "beft[random]": {"init_weights": False},
     "osf[random]": {"init_weights": False, "effective_rank": 0.3},
+    "adamss[random]": {"init_weights": None, "num_subspaces": 2, "use_dynamic_rank": True, "subspace_rank": 4},
 }
 """Main switches of single methods, as rows of their own: method[switch] -> fields."""
 
@@ -119,7 +121,7 @@ NOT_IDENTITY = {
     "fourierft",
     "waveft[entries]",
     *("lora[random]", "hira[random]", "hra[odd]", "hra[orthogonal]", "beft[random]"),
-    *("deft[para]", "deft[random]", "glora[random]", "osf[random]"),
+    *("deft[para]", "deft[random]", "glora[random]", "osf[random]", "adamss[random]"),
     *("vblora", "boft[blocks]", "unilora", "unilora[indices]", "tinylora[tied]"),
 }
 """Rows whose fresh adapter is random by definition."""

@@ -17,6 +17,7 @@ from toys import Attention, Mlp, tiny_llama
 
 from peft import (
     AdaLoraConfig,
+    AdamssConfig,
     BOFTConfig,
     C3AConfig,
     DeloraConfig,
@@ -844,6 +845,72 @@ class TestRankBudgets:
         torch.testing.assert_close(found, plain + 0.5 * penalties.mean())
         with model.disable_adapter():
             torch.testing.assert_close(model(input_ids=IDS, labels=IDS).loss, plain)
+
+
+class TestSubspaces:
+    """Pairs of a rank above their number of directions crashed, and a budget of n pairs left n - 1."""
+
+    @staticmethod
+    def model(**fields: Any) -> PeftModel:
+        torch.manual_seed(0)
+        base = nn.Sequential(nn.Linear(24, 40), nn.Linear(40, 24, bias=False))
+        fields = {"target_modules": ["0", "1"], "r": 8, "num_subspaces": 3} | fields
+        return get_peft_model(base, AdamssConfig(**fields))
+
+    @staticmethod
+    def ranks(model: PeftModel) -> list[int]:
+        return [len(a) for _, layer in layers_of(model) for a in layer.adamss_A["default"]]
+
+    def test_ranks(self) -> None:
+        assert self.ranks(self.model(subspace_rank=20)) == [8, 8, 8, 8, 8, 5]
+        assert self.ranks(self.model(subspace_rank=6, use_dynamic_rank=True, svd_threshold=0.3)) == [5, 5, 4, 4, 5, 4]
+        assert self.ranks(self.model(subspace_rank=6, use_dynamic_rank=True, svd_threshold=0.6)) == [3, 3, 2, 2, 4, 1]
+        model, x = self.model(subspace_rank=20), torch.randn(3, 24)
+        disturb(model)
+        expected = model(x)
+        torch.testing.assert_close(model.merge_and_unload()(x), expected, **CLOSE)
+
+    def test_the_budget(self) -> None:
+        fields = {"asa_target_subspaces": 2, "init_warmup": 4, "final_warmup": 24, "mask_interval": 2}
+        model = self.model(num_subspaces=12, use_asa=True, **fields)
+        x, wanted = torch.randn(20, 24), torch.randn(20, 24)
+        optimizer, trained = torch.optim.AdamW(model.parameters(), lr=0.1), []
+        for step in range(27):
+            optimizer.zero_grad()
+            F.mse_loss(model(x), wanted).backward()
+            optimizer.step()
+            before = get_peft_model_state_dict(model)
+            model.base_model.update_and_allocate(step)
+            assert all(torch.equal(value, before[key]) for key, value in get_peft_model_state_dict(model).items())
+            trained.append([n for n, p in model.named_parameters() if p.requires_grad and "adamss_A" in n])
+        counts = [len(names) for names in trained]
+        assert counts[:5] == [24] * 5 and counts[24:] == [2] * 3
+        assert counts[6:24:2] == [int(22 * (1 - share / 20) ** 3 + 2) for share in range(2, 20, 2)]
+        assert all(set(after) <= set(before) for before, after in zip(trained, trained[1:]))
+
+    def test_what_matters_most_goes_on_training(self) -> None:
+        fields = {"asa_target_subspaces": 1, "init_warmup": 0, "final_warmup": 3, "mask_interval": 1}
+        model = self.model(target_modules=["1"], use_asa=True, **fields)
+        rows = model.get_base_model()[1].adamss_places["default"].argsort()[-5:]  # those of the last pair
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for step in range(4):
+            optimizer.zero_grad()
+            model(torch.randn(9, 24))[:, rows].square().sum().backward()
+            optimizer.step()
+            model.base_model.update_and_allocate(step)
+        left = [n for n, p in model.named_parameters() if p.requires_grad]
+        assert left == [f"base_model.model.1.adamss_{part}.default.2" for part in "AB"]
+        with pytest.raises(ValueError, match="after loss.backward"):
+            model.zero_grad()
+            model.base_model.update_and_allocate(2)
+
+    def test_random_numbers_go_on_as_if_nothing_had_been_drawn(self) -> None:
+        base = nn.Sequential(nn.Linear(8, 6))
+        torch.manual_seed(3)
+        expected = torch.randn(2)
+        torch.manual_seed(3)
+        get_peft_model(base, AdamssConfig(target_modules=["0"]))
+        assert torch.equal(torch.randn(2), expected)
 
 
 class TestFrozenSingularDirections:

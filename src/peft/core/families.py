@@ -232,7 +232,28 @@ class ScaledLayer(DeltaLayer):
             self.merge(adapter_names=merged)
 
 
-class FoldLayer(BaseTunerLayer):
+class ShiftLayer(BaseTunerLayer):
+    """b' = b + c beside what becomes of W, where there is a b. A method defines :meth:`shift`."""
+
+    def shift(self, name: str) -> torch.Tensor | None:
+        """c, ``[out]``, or None."""
+        return None
+
+    def shifted(self, name: str, y: torch.Tensor) -> torch.Tensor:
+        """The output with c in it."""
+        shift = self.shift(name)
+        return y if shift is None else y + self.kind.along_channels(shift, self.get_base_layer())
+
+    def fold_bias(self, name: str, bias: torch.Tensor | None) -> torch.Tensor | None:
+        shift = self.shift(name)
+        return bias if shift is None or bias is None else bias + shift
+
+    def unfold_bias(self, name: str, bias: torch.Tensor | None) -> torch.Tensor | None:
+        shift = self.shift(name)
+        return bias if shift is None or bias is None else bias - shift
+
+
+class FoldLayer(ShiftLayer):
     """W' = f(W) for any f. A method defines :meth:`reweight`; several adapters add up their f(W) - W.
 
     Where it changes the bias as well, by what depends on W and b alone, it defines :meth:`shift`.
@@ -258,17 +279,8 @@ class FoldLayer(BaseTunerLayer):
     def delta(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return self.multiplied(x, lambda: self.change(name, _dtype_of(x)), [name])
 
-    def shift(self, name: str) -> torch.Tensor | None:
-        """b' - b, ``[out]``, or None."""
-        return None
-
     def transform_output(self, name: str, x: torch.Tensor, y: torch.Tensor, base_y: torch.Tensor) -> torch.Tensor:
-        y, shift = y + self.delta(name, x), self.shift(name)
-        return y if shift is None else y + self.kind.along_channels(shift, self.get_base_layer())
-
-    def fold_bias(self, name: str, bias: torch.Tensor | None) -> torch.Tensor | None:
-        shift = self.shift(name)
-        return bias if shift is None or bias is None else bias + shift
+        return self.shifted(name, y + self.delta(name, x))
 
     def fold(self, name: str, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         if weight is base:

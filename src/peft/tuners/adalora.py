@@ -12,9 +12,8 @@ from peft.config import NotYet, option, resolve_pattern
 from peft.core.families import LowRankLayer, ScaledLayer, input_dropout
 from peft.core.kinds import fan
 from peft.core.registry import define_tuner
-from peft.core.tuner import BaseTuner
 from peft.core.walk import walk
-from peft.tuners.adalora_utils import RankAllocator, mask_of
+from peft.tuners.adalora_utils import BudgetTuner, RankAllocator, mask_of
 from peft.tuners.lora.config import LoraConfig
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING
 from peft.utils.error import ConfigError
@@ -132,7 +131,7 @@ class AdaLoraLayer(LowRankLayer, ScaledLayer):
         return (a @ a.T - eye).norm() + (b.T @ b - eye).norm()
 
 
-class AdaLoraTuner(BaseTuner):
+class AdaLoraTuner(BudgetTuner):
     """What AdaLoRA does to a whole model: it shares out the ranks, and keeps A and B orthogonal by the loss."""
 
     def update_and_allocate(self, global_step: int) -> None:
@@ -147,8 +146,7 @@ class AdaLoraTuner(BaseTuner):
             trains = all(layer.lora_E[name].requires_grad for layer in layers.values())
             if config.total_step is None or not trains or not layers:
                 continue
-            allocators = self.__dict__.setdefault("_allocators", {})
-            allocator = allocators.setdefault(name, RankAllocator(config, layers, name))
+            allocator = self.kept(name, RankAllocator(config, layers, name))
             end = config.total_step - config.tfinal
             settled = any(layer.left[name] is not None for layer in layers.values())
             if not settled and global_step <= end and self._loaded_whole(layers, name):

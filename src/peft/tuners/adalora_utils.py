@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from peft.core.tuner import BaseTuner
+
 
 def mask_of(config: Any, key: str, name: str) -> list[bool] | None:
     """Which ranks of a layer are left; files name them with the adapter's name at the time, or without."""
@@ -15,13 +17,59 @@ def mask_of(config: Any, key: str, name: str) -> list[bool] | None:
     return None
 
 
+class BudgetTuner(BaseTuner):
+    """A tuner that shares out a budget in the course of training, by what it keeps for each adapter."""
+
+    def kept(self, name: str, start: Any) -> Any:
+        """What is kept for an adapter; ``start`` if there is nothing yet."""
+        return self.__dict__.setdefault("_budgets", {}).setdefault(name, start)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.__dict__.get("_budgets", {}).pop(adapter_name, None)
+
+
+class Sensitivity:
+    """How much a loss depends on each number: I = |p dp|, averaged, times how uncertain that average is."""
+
+    def __init__(self, beta1: float, beta2: float) -> None:
+        self.beta1, self.beta2 = beta1, beta2
+        self.importance: dict[Any, torch.Tensor] = {}
+        self.uncertainty: dict[Any, torch.Tensor] = {}
+
+    def observe(self, key: Any, p: torch.Tensor) -> None:
+        """Take in the gradient of one tensor (equations 9 and 10).
+
+        Raises:
+            ValueError: it has none.
+        """
+        if p.grad is None:
+            raise ValueError(
+                "update_and_allocate reads the gradients of the adapter, and there are none. Call it after "
+                "loss.backward() and before optimizer.zero_grad()."
+            )
+        now = (p * p.grad).abs().detach()
+        mean = self.importance.get(key, torch.zeros_like(now)).mul(self.beta1).add(now, alpha=1 - self.beta1)
+        old = self.uncertainty.get(key, torch.zeros_like(now))
+        self.importance[key] = mean
+        self.uncertainty[key] = old.mul(self.beta2).add((now - mean).abs(), alpha=1 - self.beta2)
+
+    def score(self, key: Any) -> torch.Tensor:
+        """Of each number of a tensor (equation 11)."""
+        return self.importance[key] * self.uncertainty[key]
+
+
+def budget_at(done: float, first: int, last: int, exponent: float = 3.0) -> int:
+    """How much of a budget that shrinks from ``first`` to ``last`` is left at a share of the way (equation 12)."""
+    return int((first - last) * (1 - done) ** exponent + last)
+
+
 class RankAllocator:
     """Who keeps which ranks: importances of the triplets (A row, E entry, B column), and the budget over time."""
 
     def __init__(self, config: Any, layers: dict[str, Any], name: str) -> None:
         self.config, self.layers, self.name = config, layers, name
-        self.importance: dict[tuple[str, str], torch.Tensor] = {}
-        self.uncertainty: dict[tuple[str, str], torch.Tensor] = {}
+        self.sensitivity = Sensitivity(config.beta1, config.beta2)
 
     def budget(self, step: int) -> int:
         """Ranks of all layers together: a cubic decay from the first to the last (equation 12)."""
@@ -31,29 +79,17 @@ class RankAllocator:
             return first
         if step > total - config.tfinal:
             return last
-        rest = 1 - (step - config.tinit) / (total - config.tfinal - config.tinit)
-        return int((first - last) * rest**3 + last)
+        return budget_at((step - config.tinit) / (total - config.tfinal - config.tinit), first, last)
 
     def observe(self) -> None:
-        """Averages of |p dp|, and of how much it varies (equations 9 and 10)."""
-        beta1, beta2 = self.config.beta1, self.config.beta2
+        """Take in the gradients of a step."""
         for key, layer in self.layers.items():
             for part in layer.weights:
-                p = getattr(layer, part)[self.name]
-                if p.grad is None:
-                    raise ValueError(
-                        "update_and_allocate reads the gradients of the adapter, and there are none. Call it after "
-                        "loss.backward() and before optimizer.zero_grad()."
-                    )
-                now = (p * p.grad).abs().detach()
-                mean = self.importance.get((key, part), torch.zeros_like(now)).mul(beta1).add(now, alpha=1 - beta1)
-                old = self.uncertainty.get((key, part), torch.zeros_like(now))
-                self.importance[key, part] = mean
-                self.uncertainty[key, part] = old.mul(beta2).add((now - mean).abs(), alpha=1 - beta2)
+                self.sensitivity.observe((key, part), getattr(layer, part)[self.name])
 
     def scores(self, key: str) -> torch.Tensor:
-        """Of each rank of a layer, ``[r]`` (equation 7 with the element score of equation 11)."""
-        a, e, b = (self.importance[key, p] * self.uncertainty[key, p] for p in ("lora_A", "lora_E", "lora_B"))
+        """Of each rank of a layer, ``[r]`` (equation 7)."""
+        a, e, b = (self.sensitivity.score((key, part)) for part in ("lora_A", "lora_E", "lora_B"))
         return e.flatten() + a.mean(1) + b.mean(0)
 
     @torch.no_grad()
