@@ -14,7 +14,7 @@ from peft.core.context import Groups
 from peft.core.kinds import Kind
 from peft.core.layer import BaseTunerLayer, check_adapters_to_merge
 from peft.kernels.grouped import can_group, forget, grouped_linear
-from peft.kernels.linear import Factors, is_eager, is_plain, low_rank_linear, plain_weight
+from peft.kernels.linear import Factors, active_rate, is_eager, is_plain, low_rank_linear, plain_weight
 from peft.utils.error import NoEqualWeightError
 
 
@@ -121,6 +121,10 @@ class LowRankLayer(DeltaLayer):
     def dropped(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """x after dropout, which indices do not have."""
         return x if self.kind.lookup or not self.dropout else getattr(self, self.dropout)[name](x)
+
+    def factors(self, name: str) -> Factors | None:
+        rate = active_rate(getattr(self, self.dropout)[name]) if self.dropout else 0.0
+        return None if rate is None else Factors(*self.pair(name), 1.0, rate)
 
     def delta(self, name: str, x: torch.Tensor) -> torch.Tensor:
         base, (a, b) = self.get_base_layer(), self.pair(name)

@@ -74,7 +74,7 @@ class HiraLayer(FoldLayer):
         return (b.flatten(1) @ a.flatten(1)).view(self.shape)
 
     def reweight(self, name: str, base: torch.Tensor) -> torch.Tensor:
-        return base + base * self.product(name).to(base.dtype)
+        return torch.addcmul(base, base, self.product(name).to(base.dtype))
 
     def change(self, name: str, dtype: torch.dtype | None) -> torch.Tensor:
         return self.unmerged_weight().to(dtype=dtype) * self.product(name)

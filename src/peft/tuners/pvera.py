@@ -14,7 +14,8 @@ from peft.core.families import LowRankLayer, input_dropout
 from peft.core.kinds import fan
 from peft.core.layer import BaseTunerLayer
 from peft.core.registry import define_tuner
-from peft.tuners.vera_utils import SharedPairConfig, shared_pair, vectors
+from peft.kernels import Factors
+from peft.tuners.vera_utils import ScaledTable, SharedPairConfig, shared_pair, vectors
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_PVERA_TARGET_MODULES_MAPPING
 from peft.utils.peft_types import PeftType
 
@@ -67,28 +68,42 @@ class PveraLayer(LowRankLayer):
         self.put(name, r=config.r, sample_at_inference=config.sample_at_inference, pvera_generator=generator)
         self.put(name, pvera_lambda_b=b, pvera_lambda_d=d, pvera_dropout=input_dropout(config.pvera_dropout))
 
-    def matrices(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """diag(d) A for the mean and for the log-variance, and diag(b) B, cut to this layer."""
-        b, d = self.pvera_lambda_b[name], self.pvera_lambda_d[name]
-        rows, columns = fan(self.shape)
-        mean, variance = (d[:, None] * self.pvera_A[name][:, :columns].to(d)).chunk(2)
-        return mean, variance, b[:, None] * self.pvera_B[name][:rows].to(b)
+    def down(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A for the mean and for the log-variance, ``[r, in * kernel]`` each, cut to this layer."""
+        mean, variance = self.pvera_A[name][:, : fan(self.shape)[1]].to(self.dtype_of(name)).chunk(2)
+        return mean, variance
+
+    def up(self, name: str) -> torch.Tensor:
+        """B, ``[out, r]``, cut to this layer."""
+        return self.pvera_B[name][: self.shape[0]].to(self.dtype_of(name))
 
     def pair(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        mean, _, b = self.matrices(name)
-        return mean, b
+        b, d = self.pvera_lambda_b[name], self.pvera_lambda_d[name].chunk(2)[0]
+        return self.down(name)[0], ScaledTable.apply(b, self.up(name), d)
+
+    def factors(self, name: str) -> Factors | None:
+        return None if self.samples(name) else super().factors(name)
+
+    def samples(self, name: str) -> bool:
+        """Whether z is drawn, and not its mean."""
+        return self.training or self.sample_at_inference[name]
 
     def delta(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        if not (self.training or self.sample_at_inference[name]):
+        if not self.samples(name):
             return super().delta(name, x)
-        base, x, (mean, variance, b) = self.get_base_layer(), self.dropped(name, x), self.matrices(name)
-        center, spread = self.kind.down(base, x, mean), self.kind.down(base, x, variance)
+        base, x = self.get_base_layer(), self.dropped(name, x)
+        groups = getattr(base, "groups", 1)  # each has its own A x
+        center, spread = (
+            self.kind.down(base, x, a) * self.kind.along_channels(d.repeat(groups), base)
+            for a, d in zip(self.down(name), self.pvera_lambda_d[name].chunk(2))
+        )
         generator = self.pvera_generator[name]
         if generator is None:
             noise = torch.randn_like(center)
         else:  # drawn on the CPU, so that a seed means the same on every device
             noise = torch.randn(center.shape, generator=generator).to(center)
-        return self.kind.up(base, torch.addcmul(center, (spread / 2).exp(), noise), b)
+        z = torch.addcmul(center, (spread / 2).exp(), noise)
+        return self.kind.up(base, z, self.pvera_lambda_b[name][:, None] * self.up(name))
 
 
 PveraModel = define_tuner(

@@ -14,7 +14,7 @@ from peft.core.families import LowRankLayer, input_dropout
 from peft.core.kinds import fan
 from peft.core.layer import BaseTunerLayer
 from peft.core.registry import define_tuner
-from peft.tuners.vera_utils import SharedPairConfig, shared_pair, vectors
+from peft.tuners.vera_utils import ScaledTable, SharedPairConfig, shared_pair, vectors
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
 from peft.utils.peft_types import PeftType
 
@@ -55,10 +55,10 @@ class VeraLayer(LowRankLayer):
         self.put(name, r=config.r, vera_lambda_b=b, vera_lambda_d=d, vera_dropout=input_dropout(config.vera_dropout))
 
     def pair(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """diag(d) A and diag(b) B, cut to this layer."""
+        """A and diag(b) B diag(d), cut to this layer: the first is frozen, so that no gradient needs the input."""
         b, d = self.vera_lambda_b[name], self.vera_lambda_d[name]
         rows, columns = fan(self.shape)
-        return d[:, None] * self.vera_A[name][:, :columns].to(d), b[:, None] * self.vera_B[name][:rows].to(b)
+        return self.vera_A[name][:, :columns].to(d), ScaledTable.apply(b, self.vera_B[name][:rows].to(b), d)
 
 
 VeraModel = define_tuner(

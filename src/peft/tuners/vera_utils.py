@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,3 +48,22 @@ def vectors(out: int, ranks: int, config: SharedPairConfig) -> tuple[nn.Paramete
     if config.init_weights:
         b, d = torch.zeros(out), d.fill_(config.d_initial)
     return nn.Parameter(b), nn.Parameter(d)
+
+
+class ScaledTable(torch.autograd.Function):
+    """``diag(rows) table diag(columns)``, of which autograd keeps the two vectors and the frozen table, no product."""
+
+    @staticmethod
+    def forward(rows: torch.Tensor, table: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """Rows ``[n]``, table ``[n, m]``, columns ``[m]``."""
+        return (table * rows[:, None]).mul_(columns)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor]:  # type: ignore[override]
+        rows, table, columns = ctx.saved_tensors
+        each = gradient * table
+        return each @ columns, None, rows @ each
