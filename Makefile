@@ -1,7 +1,8 @@
 # make demo   fine-tune a small language model on real text and print what came of it (about six minutes on two cores)
 # make qlora  the same task on a base in four bits, beside LoRA in 32 (about eight minutes on two cores)
 # make test   lint, type check, tests
-# make bench  the benchmarks: ratios and times
+# make bench  the benchmarks, into benchmarks/RESULTS.md (half an hour); to compare with another library:
+#             make bench REFERENCE=/path/to/its/environment/bin/python
 #
 # Each target first builds .venv, once. To use another PyTorch than the pinned one:
 #   make demo TORCH=torch==2.8.0
@@ -12,6 +13,7 @@ PYTHON    ?= python3
 TORCH     ?= torch==2.13.0
 VENVFLAGS ?=
 JOBS      ?= 2
+REFERENCE ?=
 
 VENV  := .venv
 RUN   := $(VENV)/bin/python
@@ -21,7 +23,7 @@ STAMP := $(VENV)/.installed
 .PHONY: help install demo qlora test lint bench clean
 
 help:
-	@sed -n 's/^# \{0,1\}//;1,10p' Makefile
+	@sed -n 's/^# \{0,1\}//;1,12p' Makefile
 
 install: $(STAMP)
 
@@ -46,8 +48,10 @@ lint: $(STAMP)
 test: lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(JOBS) $(ARGS)
 
+bench: BENCH = $(if $(REFERENCE),--reference-python $(REFERENCE))
 bench: $(STAMP)
-	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(RUN) $$script; done
+	$(RUN) benchmarks/run.py $(BENCH)
+	$(RUN) benchmarks/methods.py $(BENCH)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache examples/.cache examples/output

@@ -68,9 +68,9 @@ class MissLayer(DeltaLayer):
     def _bat(self, name: str, base: torch.Tensor) -> torch.Tensor:
         m, r, (rows, columns) = self.miss_block[name], self.miss_r[name], fan(self.shape)
         wide = padded(base.flatten(1).to(m.dtype), -(-columns // r) * r)
-        blocks = padded(wide.T, len(m) * r).T.reshape(len(m), r, -1, r).transpose(1, 2)  # [J, I, r, r]
-        change = blocks @ m[:, None] + m[:, None]
-        return change.transpose(1, 2).flatten(2).flatten(0, 1)[:rows, :columns].reshape(self.shape)
+        lines = padded(wide.T, len(m) * r).T.reshape(len(m), -1, r)  # [J, (row, I), column of the block]
+        change = (lines @ m).unflatten(1, (r, -1)).add_(m[:, :, None])
+        return change.reshape(len(m) * r, -1)[:rows, :columns].reshape(self.shape)
 
     def delta_weight(self, name: str) -> torch.Tensor:
         if self.form[name] == "bat":
