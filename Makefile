@@ -23,7 +23,7 @@ STAMP := $(VENV)/.installed
 .PHONY: help install demo qlora test lint bench clean
 
 help:
-	@sed -n 's/^# \{0,1\}//;1,12p' Makefile
+	@sed -n '/^$$/q;s/^# \{0,1\}//p' Makefile
 
 install: $(STAMP)
 
