@@ -1,4 +1,4 @@
-"""LoRA and its relatives: config, layer, variants, initialisations, and operations of the whole model."""
+"""LoRA: W' = W + s B A, a low-rank update of a frozen weight (Hu et al. 2021, arXiv 2106.09685), and its relatives."""
 
 from peft.tuners.lora.config import (
     ArrowConfig,

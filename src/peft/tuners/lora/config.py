@@ -164,7 +164,7 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
 
     The first choice: the best known trade of quality, cost and tools. Rank 8 to 64 on all linear layers, a
     learning rate ten times that of full fine-tuning; merged, it costs nothing. Its variants (DoRA, rsLoRA, PiSSA,
-    QA-LoRA ...) are fields.
+    OLoRA, LoftQ ...) are fields.
     """
 
     METHOD: ClassVar[PeftType] = PeftType.LORA

@@ -1,0 +1,84 @@
+"""The documents say what the code does: the generated page is up to date, the method of the guide passes the laws."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import peft
+
+
+TESTS = Path(__file__).resolve().parent
+DOCS = TESTS.parent / "docs"
+PAPER = r"\d{4}\.\d{4,5}|ICLR|NeurIPS|openreview"
+NO_PAPER = {"trainable_tokens"}
+
+
+@pytest.fixture(scope="module")
+def build() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("build_methods", DOCS / "build_methods.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_of_methods_is_what_the_registry_says(build: ModuleType) -> None:
+    assert build.PAGE.read_text(encoding="utf-8") == build.build(), "run python docs/build_methods.py"
+
+
+def test_every_method_stands_on_the_page_with_its_paper_and_its_use(build: ModuleType) -> None:
+    text = build.PAGE.read_text(encoding="utf-8")
+    for entry in build.entries():
+        assert f"### {entry.words[0]}: `{entry.config.__name__}`" in text
+        module = sys.modules[entry.tuner.__module__].__doc__ + entry.words[1]
+        assert re.search(PAPER, module) or entry.key in NO_PAPER, entry.key
+        assert "\n\n" in entry.config.__doc__, f"{entry.config.__name__} does not say when to use it"
+
+
+def test_the_measured_table_has_every_weight_method(build: ModuleType) -> None:
+    laws, costs = (json.loads(path.read_text(encoding="utf-8")) for path in (build.LAWS, build.COSTS))
+    wanted = {entry.key for entry in build.entries() if entry.group == "Weights"}
+    assert wanted == set(laws["layers"])
+    assert wanted <= set(costs["methods"])
+    failed = [
+        (name, place, operation)
+        for name, places in laws["layers"].items()
+        for place, entry in places.items()
+        for operation, value in entry.items()
+        if value is False
+    ]
+    assert failed == []
+
+
+def test_the_method_of_the_guide_passes_the_laws(tmp_path: Path) -> None:
+    """In a process of its own, since it registers a method."""
+    (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "add_a_method.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(code.splitlines()) < 60
+    (tmp_path / "lora_xs.py").write_text(code, encoding="utf-8")
+    path = os.pathsep.join([str(tmp_path), str(Path(peft.__file__).parents[1])])
+    some = "lora_xs and float32 and (no-bias or groups or scaled or 3d)"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "lora_xs",
+        "-p",
+        "no:cacheprovider",
+        "test_laws.py",
+        "-k",
+        some,
+    ]
+    done = subprocess.run(command, cwd=TESTS, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 60
