@@ -102,7 +102,10 @@ def test_what_is_no_config_or_no_model_is_refused():
 def test_an_unknown_method_or_task_lists_what_there_is():
     config = lora()
     config.peft_type = PeftType.XLORA
-    with pytest.raises(ValueError, match="peft_type 'XLORA'.*LORA"):
+    with pytest.raises(ValueError, match="LoraConfig has peft_type 'XLORA', whose config is XLoraConfig"):
+        get_peft_model(Mlp(), config)
+    config.peft_type = "LROA"
+    with pytest.raises(ValueError, match="peft_type 'LROA'.*LORA"):
         get_peft_model(Mlp(), config)
     config = lora()
     config.task_type = "CAUSAL"

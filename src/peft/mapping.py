@@ -55,7 +55,8 @@ def check_config(peft_config: Any) -> None:
 
     Raises:
         TypeError: if it is something else, such as a dict.
-        ValueError: if its method is not registered; the message lists those that are.
+        ValueError: if its method is not registered, in which case the message lists those that are, or is not that of
+            its class.
     """
     if isinstance(peft_config, dict):
         raise TypeError(
@@ -65,12 +66,18 @@ def check_config(peft_config: Any) -> None:
     if not isinstance(peft_config, PeftConfig):
         got = peft_config.__name__ + ", a class" if isinstance(peft_config, type) else type(peft_config).__name__
         raise TypeError(f"peft_config should be an instance of a PeftConfig such as LoraConfig(...), got {got}.")
-    if peft_config.peft_type not in PEFT_TYPE_TO_TUNER_MAPPING:
-        method = peft_config.peft_type
-        named = str(getattr(method, "value", method))
+    method = peft_config.peft_type
+    named = str(getattr(method, "value", method))
+    if method is None or method not in PEFT_TYPE_TO_TUNER_MAPPING:
         raise NotSupportedYetError(
             f"{type(peft_config).__name__}: this version has no method for peft_type {named!r} yet. "
             f"There are {', '.join(sorted(method_names()))}; register_peft_method adds others."
+        )
+    wanted = PEFT_TYPE_TO_CONFIG_MAPPING[method]
+    if not isinstance(peft_config, wanted):
+        raise ValueError(
+            f"{type(peft_config).__name__} has peft_type {named!r}, whose config is {wanted.__name__}: make one of "
+            "those, and leave peft_type to it."
         )
 
 

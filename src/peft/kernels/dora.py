@@ -91,11 +91,11 @@ def _product(
 
 
 def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    saved, weight, bias, down, up, magnitude, norm, hidden, output = ctx.saved_tensors
+    saved, weight, bias, down, up, magnitude, norm, hidden, output = tensors = ctx.saved_tensors  # once: it unpacks
     needs_x, _, _, needs_down, needs_up, needs_magnitude, _ = ctx.needs_input_grad
     x = None if ctx.kept is None else ctx.kept.get(saved)
     dy, factor = gradient.reshape(-1, gradient.shape[-1]), magnitude / norm
-    d_magnitude = _magnitude_gradient(ctx, x, dy, factor, output) if needs_magnitude else None
+    d_magnitude = _magnitude_gradient(tensors, ctx.scale, x, dy, factor) if needs_magnitude else None
     dz = dy * in_dtype(dy.dtype, factor)
     dx = torch.mm(dz, weight) if needs_x else None
     dtype = product_dtype(dz)
@@ -112,13 +112,13 @@ def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ..
 
 
 def _magnitude_gradient(
-    ctx: Any, x: torch.Tensor | None, dy: torch.Tensor, factor: torch.Tensor, output: torch.Tensor | None
+    saved: tuple[Any, ...], scale: float, x: torch.Tensor | None, dy: torch.Tensor, factor: torch.Tensor
 ) -> torch.Tensor:
     """The sum over tokens of dy times the product before its scale, over the norm."""
-    _, weight, bias, down, up, magnitude, norm, hidden, _ = ctx.saved_tensors
+    _, weight, bias, down, up, magnitude, norm, _, output = saved
     dtype = magnitude.dtype
     if output is None:
-        total = (dy * _product(x, weight, down, up, ctx.scale)[0]).sum(0, dtype=dtype)
+        total = (dy * _product(x, weight, down, up, scale)[0]).sum(0, dtype=dtype)
         return total / norm
     total = (dy * output.view_as(dy)).sum(0, dtype=dtype)
     if bias is not None:
@@ -128,7 +128,7 @@ def _magnitude_gradient(
     if gone.any():  # these outputs are their bias and tell nothing of the product
         rows = gone.nonzero().squeeze(1)
         x = x if x is not None else _missing()
-        product = _product(x, weight[rows], down, up[rows], ctx.scale)[0]
+        product = _product(x, weight[rows], down, up[rows], scale)[0]
         total[rows] = (dy[:, rows] * product).sum(0, dtype=dtype)
     return total / norm
 

@@ -163,8 +163,8 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
     """Config of LoRA: y' = y + s * drop(x) A^T B^T with s = lora_alpha / r.
 
     The first choice: the best known trade of quality, cost and tools. Rank 8 to 64 on all linear layers, a
-    learning rate ten times that of full fine-tuning; merged, it costs nothing. Its variants (DoRA, rsLoRA, PiSSA,
-    OLoRA, LoftQ ...) are fields.
+    learning rate ten times that of full fine-tuning; merged, it costs nothing. Its variants (DoRA, rsLoRA, LoftQ
+    ...) are fields.
     """
 
     METHOD: ClassVar[PeftType] = PeftType.LORA

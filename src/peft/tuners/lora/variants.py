@@ -56,8 +56,8 @@ class DoraLinearVariant(LoraVariant):
 
     def init(self, layer: LoraLayer, name: str, config: LoraConfig) -> None:
         with torch.no_grad():
-            if is_drawn(config) and skip_values():
-                norm = torch.empty(layer.shape[0])
+            if layer.pair(name)[0].is_meta or (is_drawn(config) and skip_values()):
+                norm = torch.empty(layer.shape[0])  # a file will bring it
             else:
                 norm = self._norm(layer, name, layer.unmerged_weight())
         shaped = norm if len(layer.shape) == 2 else norm.view(1, -1, *[1] * (len(layer.shape) - 2))
