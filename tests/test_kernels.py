@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import shutil
@@ -18,11 +19,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from peft import LoraConfig, get_peft_model
+from peft import FourierFTConfig, LoraConfig, get_peft_model
 from peft.kernels import Factors, adapted_norm, dora_linear, is_plain, low_rank_linear, plain
 from peft.kernels.dropout import draw_seed, zero_dropped_
 from peft.kernels.linear import composed
 from peft.kernels.remake import recipe_of
+from peft.kernels.spectral import spectral_product
 from tests.toys import tiny_llama
 
 
@@ -618,3 +620,33 @@ def test_dora_keeps_no_more_than_its_output():
     assert shapes.count((7, 6)) == 1 and shapes.count((7, 5)) == 1 and shapes.count((7, 2)) == 1
     narrow, g, n = nn.Linear(6, 2).requires_grad_(False), pair(6, 2), torch.rand(2, requires_grad=True)
     assert kept_shapes(lambda: dora_linear(x, narrow.weight, narrow.bias, g, n)).count((7, 2)) == 1  # A x alone
+
+
+# --- sparse spectra ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("shape", [(6, 8), (7, 5), (8, 8), (5, 6)], ids=str)
+def test_a_product_by_spectra_equals_that_with_the_weight(shape):
+    torch.manual_seed(0)
+    places = torch.randperm(shape[0] * shape[1])[:11]
+    u, v = places // shape[1], places % shape[1]
+    x = torch.randn(2, 3, shape[1], dtype=torch.float64, requires_grad=True)
+    values = torch.randn(11, dtype=torch.float64, requires_grad=True)
+    spectrum = torch.zeros(shape, dtype=torch.complex128).index_put((u, v), values.to(torch.complex128))
+    wanted = x @ torch.fft.ifft2(spectrum).real.T
+    got, weights = spectral_product(x, values, (u, v), shape), torch.randn(shape[0], dtype=torch.float64)
+    torch.testing.assert_close(got, wanted)
+    gradients = (torch.autograd.grad((y * weights).sum(), (x, values)) for y in (got, wanted))
+    torch.testing.assert_close(*gradients)
+    with torch.no_grad():
+        torch.testing.assert_close(spectral_product(x, values, (u, v), shape), wanted)
+
+
+def test_a_small_spectrum_takes_no_product_as_large_as_the_weight():
+    torch.manual_seed(0)
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(40, 30)), FourierFTConfig(n_frequency=20, target_modules=["0"], scaling=1.0)
+    )
+    x = torch.randn(4, 40)
+    shapes = kept_shapes(lambda: model(x).sum().backward())
+    assert (30, 40) not in shapes and (4, 40) in shapes
+    merged = copy.deepcopy(model).merge_and_unload()
+    torch.testing.assert_close(model(x), merged(x))

@@ -13,9 +13,13 @@ from peft.core.buffers import BufferDict
 from peft.core.families import ScaledLayer
 from peft.core.kinds import fan
 from peft.core.registry import define_tuner
+from peft.kernels.spectral import spectral_product
 from peft.tuners.spectra import SpectrumConfig, random_places
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_FOURIERFT_TARGET_MODULES_MAPPING
 from peft.utils.peft_types import PeftType
+
+
+DENSE = 32  # a trained number costs about as much as so many entries of dW
 
 
 @dataclass
@@ -66,6 +70,23 @@ class FourierFTLayer(ScaledLayer):
         values = torch.cat([values, values]) * inside
         matrix = values.new_zeros(rows * half).index_add(0, (u * half + v) * inside, values)
         return torch.fft.irfft2(matrix.view(rows, half), s=(rows, columns)).to(spectrum.dtype).view(self.shape)
+
+    def needs_weight(self) -> bool:
+        return not self._is_sparse() and self.sums_exactly()
+
+    def _is_sparse(self) -> bool:
+        """Whether products by the spectra of the tokens cost less than making dW."""
+        rows, columns = fan(self.shape)
+        return self.kind.matrix and DENSE * sum(self.fourierft_n_frequency.values()) < rows * columns
+
+    def delta(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        if not self._is_sparse():
+            return super().delta(name, x)
+        spectrum, shape, places = self.fourierft_spectrum[name], fan(self.shape), self.fourierft_places[name]
+        dtype = torch.promote_types(spectrum.dtype, torch.float32)  # there is no transform of 16 bits
+        values = spectrum.to(dtype) * self.scaling[name]
+        places = (places // shape[1], places % shape[1])
+        return spectral_product(x.to(dtype), values, places, shape).to(x.dtype)
 
 
 FourierFTModel = define_tuner(
