@@ -1,8 +1,8 @@
 """Product with a weight whose spectrum is sparse, y = Re(IFFT2(F)) x with n numbers in F, without making the weight.
 
-One transform of each token's features on either side: with X the spectrum of x, Y[u] = sum_k F_k X[v_k] over the k with
-u_k = u is that of y. The gradient of F_k is a product of two lines of such spectra, so neither the forward nor the
-backward pass makes anything as large as the weight.
+One transform of each token's features on either side: with X the spectrum of x, Y[u] = sum_k F_k X[v_k] over the
+k with u_k = u is that of y. The gradient of F_k is a product of two lines of such spectra, so neither pass makes
+anything as large as the weight.
 """
 
 from __future__ import annotations
@@ -37,28 +37,28 @@ def _product(x: torch.Tensor, values: torch.Tensor, places: Places, shape: tuple
 
 
 def _spectrum(x: torch.Tensor) -> torch.Tensor:
-    """Real and imaginary parts of sum_i x_i exp(2 pi i f / n) for half of the frequencies f, ``[2, f, tokens]``."""
-    half = torch.fft.rfft(x.reshape(-1, x.shape[-1]))
-    return torch.stack((half.real.T, -half.imag.T))
+    """sum_i x_i exp(-2 pi i f / n) for half of the frequencies f, complex ``[f, tokens]``."""
+    return torch.fft.rfft(x.reshape(-1, x.shape[-1])).T.contiguous()
 
 
-def _folded(frequencies: torch.Tensor, size: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where frequencies below ``size`` stand in half of a spectrum, and the signs of their imaginary parts there."""
+def _folded(frequencies: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where frequencies below ``size`` stand in half of a spectrum, and whether it has their conjugates there."""
     above = frequencies > size // 2
-    return torch.where(above, size - frequencies, frequencies), 1 - 2 * above.to(dtype)
+    return torch.where(above, size - frequencies, frequencies), above
 
 
 def _turned_back(spectrum: torch.Tensor, values: torch.Tensor, places: Places, shape: tuple[int, int]) -> torch.Tensor:
     """Re(IFFT) of the Y with Y[u] = sum_k F_k X[v_k] over the k with u_k = u, ``[tokens, out]``."""
-    (to, to_sign), (of, of_sign) = (_folded(f, size, values.dtype) for f, size in zip(places, shape))
-    alone = (2 * to) % shape[0] == 0  # frequencies that are their own conjugates: the real part counts once
-    real, imaginary = values / 2 * (1 + alone.to(values.dtype)), values / 2 * to_sign * of_sign * ~alone
-    targets, half = torch.cat([to, to + shape[0] // 2 + 1]), shape[0] // 2 + 1
+    (to, to_above), (of, of_above) = (_folded(f, size) for f, size in zip(places, shape))
+    alone, half = (2 * to) % shape[0] == 0, shape[0] // 2 + 1  # alone: its own conjugate, whose real part counts once
+    targets = to + half * (to_above == of_above)  # those to be conjugated are summed apart
     order = targets.argsort()
     starts = torch.searchsorted(targets[order], torch.arange(2 * half, device=to.device))
-    sources, weights = torch.cat([of, of + spectrum.shape[1]])[order], torch.cat([real, imaginary])[order]
-    lines = F.embedding_bag(sources, spectrum.flatten(0, 1), starts, mode="sum", per_sample_weights=weights)
-    return torch.fft.irfft(torch.complex(lines[:half].T, lines[half:].T), n=shape[0])
+    weights = torch.where(alone, values, values / 2)[order]
+    lines = torch.view_as_real(spectrum).flatten(1)
+    lines = F.embedding_bag(of[order], lines, starts, mode="sum", per_sample_weights=weights)
+    straight, turned = torch.view_as_complex(lines.unflatten(1, (-1, 2))).chunk(2)
+    return torch.fft.irfft((straight + turned.conj()).T, n=shape[0])
 
 
 class SpectralProduct(Function):
@@ -76,15 +76,18 @@ class SpectralProduct(Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         saved, values, u, v = ctx.saved_tensors
-        (rows, columns), dtype = ctx.shape, values.dtype
+        rows, columns = ctx.shape
         above, dx, d_values = _spectrum(gradient), None, None
         if ctx.needs_input_grad[0]:
             dx = _turned_back(above, values / rows, (v, u), (columns, rows)).view(*gradient.shape[:-1], -1)
         if ctx.needs_input_grad[1]:
-            below = _spectrum(ctx.kept.get(saved))
-            (to, to_sign), (of, of_sign) = _folded(u, rows, dtype), _folded(v, columns, dtype)
-            real, imaginary = (
-                torch.linalg.vecdot(above[i].index_select(0, to), below[i].index_select(0, of)) for i in (0, 1)
-            )
-            d_values = (real - imaginary * to_sign * of_sign) / (rows * columns)
+            (to, to_above), (of, of_above) = _folded(u, rows), _folded(v, columns)
+            picked = _lines_of(above, to).mul_(_lines_of(_spectrum(ctx.kept.get(saved)), of))
+            real, imaginary = picked.unflatten(1, (-1, 2)).sum(1).unbind(1)
+            d_values = torch.where(to_above == of_above, real - imaginary, real + imaginary) / (rows * columns)
         return dx, d_values, None, None, None
+
+
+def _lines_of(spectrum: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Lines of a spectrum, real and imaginary parts by turns, ``[n, 2 * tokens]``."""
+    return torch.view_as_real(spectrum).flatten(1).index_select(0, places)
