@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from toys import Mlp, tiny_llama
 from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig
+from transformers.initialization import no_init_weights
 
 from peft import IA3Config, LNTuningConfig, LoraConfig, get_peft_model
 from peft.core.kinds import kind_of
@@ -88,7 +89,7 @@ def shrunk(config: PreTrainedConfig, depth: int = 0) -> PreTrainedConfig:
 
 def build(model_type: str) -> nn.Module:
     """A model without memory, as wide as its authors made it, of two layers."""
-    with torch.device("meta"):
+    with torch.device("meta"), no_init_weights():
         return AutoModel.from_config(shrunk(CONFIG_MAPPING[model_type]()))
 
 
