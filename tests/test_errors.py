@@ -16,9 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from toys import ConvNet, Mlp, Volume, tiny_llama
+from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 import peft
 from peft import (
+    AdaptionPromptConfig,
+    BottleneckConfig,
     HiraConfig,
     IA3Config,
     LNTuningConfig,
@@ -27,6 +30,9 @@ from peft import (
     OFTConfig,
     PeftConfig,
     PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
     TrainableTokensConfig,
     VeraConfig,
     get_peft_model,
@@ -399,6 +405,67 @@ class TestFiles:
             set_peft_model_state_dict(model, good, adapter_name="nobody")
         with refused(ValueError, model, says=["nobody", "default"]):
             get_peft_model_state_dict(model, adapter_name="nobody")
+
+
+def llama(**sizes: int) -> LlamaForCausalLM:
+    """A llama that is tiny in every respect but those given."""
+    config = copy.deepcopy(tiny_llama().config)
+    for name, value in sizes.items():
+        setattr(config, name, value)
+    return LlamaForCausalLM(config)
+
+
+def opt() -> OPTForCausalLM:
+    """Another architecture, whose attention has the same names as llama's."""
+    return OPTForCausalLM(
+        OPTConfig(
+            vocab_size=30, hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=2,
+            max_position_embeddings=32, word_embed_proj_dim=16,
+        )
+    )  # fmt: skip
+
+
+def wide() -> LlamaForCausalLM:
+    return llama(hidden_size=24, head_dim=12)
+
+
+def shallow() -> LlamaForCausalLM:
+    return llama(num_hidden_layers=1)
+
+
+OTHER_BASES: list[tuple[PeftConfig, Callable[[], nn.Module], list[str]]] = [
+    (LoraConfig(target_modules=["q_proj"]), wide, ["layers.0.self_attn.q_proj.lora_A", "[8, 16]", "[8, 24]"]),
+    (LoraConfig(target_modules=["q_proj"]), opt, ["OPTForCausalLM", "model.layers.0", "model.decoder.layers.0"]),
+    (LoraConfig(target_modules=["q_proj"]), Mlp, ["q_proj", "lin0", "lin1"]),
+    (IA3Config(), opt, ["OPTForCausalLM", "layers.0.mlp.down_proj", "layers.0.self_attn.k_proj"]),
+    (PrefixTuningConfig(num_virtual_tokens=3), wide, ["token_dim=16", "24", "LlamaForCausalLM"]),
+    (PrefixTuningConfig(num_virtual_tokens=3), shallow, ["num_layers=2", "1", "LlamaForCausalLM"]),
+    (PrefixTuningConfig(num_virtual_tokens=3), Mlp, ["Mlp", "get_input_embeddings"]),
+    (PromptTuningConfig(num_virtual_tokens=3), wide, ["token_dim=16", "24"]),
+    (PromptEncoderConfig(num_virtual_tokens=3), Mlp, ["Mlp", "get_input_embeddings"]),
+    (AdaptionPromptConfig(adapter_len=3, adapter_layers=2), wide, ["adaption_prompt", "[1, 3, 16]", "[1, 3, 24]"]),
+    (AdaptionPromptConfig(adapter_len=3, adapter_layers=2), shallow, ["adapter_layers=2", "has 1 self-attentions"]),
+    (AdaptionPromptConfig(adapter_len=3, adapter_layers=2), Mlp, ["adapter_layers=2", "Mlp"]),
+    (BottleneckConfig(), wide, ["layers.0.bottleneck_feedforward", "[1, 16]", "[1, 24]"]),
+    (BottleneckConfig(), opt, ["OPTForCausalLM", "model.layers.0", "model.decoder.layers.0"]),
+    (BottleneckConfig(), Mlp, ["Mlp", "0 transformer blocks"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("config", "build", "says"),
+    OTHER_BASES,
+    ids=[f"{type(config).__name__}-{build.__name__}" for config, build, _ in OTHER_BASES],
+)
+def test_an_adapter_of_another_base_model(config, build, says, tmp_path):
+    """Wider, shallower, of another architecture, or no transformer at all."""
+    model = get_peft_model(tiny_llama(), copy.deepcopy(config))
+    model.save_pretrained(tmp_path)
+    base = build()
+    with refused(ValueError, base, says=says):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert not hasattr(base, "peft_config")
+    PeftModel.from_pretrained(tiny_llama(), tmp_path)  # the files are what they were
 
 
 def adapted_from(tensors: dict[str, torch.Tensor]) -> PeftModel:

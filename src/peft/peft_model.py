@@ -549,6 +549,8 @@ class PeftModel(PushToHubMixin, nn.Module):
         ignore = options.get("ignore_mismatched_sizes", False)
         weights = convert_peft_adapter_state_dict_for_transformers(self, self.peft_config[name], weights, name)
         result = set_peft_model_state_dict(self, weights, name, ignore, low_cpu_mem_usage)
+        if result.missing_keys and result.unexpected_keys:
+            self._check_something_fits(name, result)
         if without_values and (result.missing_keys or ignore) and not low_cpu_mem_usage:
             self._start_over(name, autocast_adapter_dtype)  # what the file does not hold has to be drawn
             result = set_peft_model_state_dict(self, weights, name, ignore)
@@ -565,6 +567,17 @@ class PeftModel(PushToHubMixin, nn.Module):
         if result.unexpected_keys:
             warnings.warn(_listed("the checkpoint has tensors that the adapter does not", result.unexpected_keys))
         return result
+
+    def _check_something_fits(self, name: str, result: LoadResult) -> None:
+        """Raise CheckpointError where the adapter has other tensors than the file, and none in common."""
+        wanted, base = [entry.saved for entry in entries(self, name)], self.peft_config[name].base_model_name_or_path
+        if set(wanted) <= set(result.missing_keys):
+            raise CheckpointError(
+                f"no tensor of the file belongs to adapter {name!r} of this {type(self.get_base_model()).__name__}: "
+                f"the file has {result.unexpected_keys[0]!r}, the adapter {wanted[0]!r}. The adapter was trained on "
+                f"another base model{f', {base!r}' if base else ''}: load that one. If it is the same with other "
+                "names, pass key_mapping={regex of the file: replacement}."
+            )
 
     def _start_over(self, name: str, autocast_adapter_dtype: bool) -> None:
         """Allocate an adapter anew, with its initial values."""

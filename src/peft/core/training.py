@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft.core.checkpoint import prompts_of
 from peft.core.diagnostics import count_parameters
-from peft.core.prompts import PromptTuner
 from peft.core.walk import layers_of, wrappers_of
 
 
@@ -75,7 +75,7 @@ def check_training(
 def _holders_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """What holds parameters of adapters, by its path: layers and wrappers in the model, and prompts beside it."""
     yield from wrappers_of(model)
-    if isinstance(prompts := getattr(model, "tuner", None), PromptTuner):
+    if (prompts := prompts_of(model)) is not None:
         yield "prompt_encoder", prompts
 
 
