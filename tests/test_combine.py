@@ -7,7 +7,16 @@ import torch
 from torch import nn
 from toys import TOYS, tiny_llama
 
-from peft import HiraConfig, IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import (
+    HiraConfig,
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    PeftModel,
+    PromptTuningConfig,
+    TrainableTokensConfig,
+    get_peft_model,
+)
 from peft.core.combine import factorize, factorize_product
 from peft.tuners.lora.model import WAYS
 from peft.tuners.lora.pairs import split_pair
@@ -388,12 +397,63 @@ def test_ia3_vectors_are_summed():
 def test_ia3_vectors_of_inputs_and_outputs_do_not_add_up():
     model = get_peft_model(base("mlp"), IA3Config(target_modules=["lin0"], feedforward_modules=[]), "x0")
     model.add_adapter("x1", IA3Config(target_modules=["lin0"], feedforward_modules=["lin0"]))
-    with pytest.raises(ValueError, match="differs from the others in shape"):
+    with pytest.raises(ValueError, match="differ in (the shape of ia3_l|feedforward)"):
         model.add_weighted_adapter(["x0", "x1"], [1, 1], "new")
     assert list(model.peft_config) == ["x0", "x1"]
     assert model.base_model.model.lin0.adapter_names == ["x0", "x1"]
 
 
 def test_methods_without_combination_say_so():
-    model = get_peft_model(base("mlp"), HiraConfig(target_modules=["lin0"]))
-    assert not hasattr(model, "add_weighted_adapter")
+    model = get_peft_model(base("mlp"), LoHaConfig(target_modules=["lin0"]), "x0")
+    model.add_adapter("x1", LoHaConfig(target_modules=["lin0"]))
+    with pytest.raises(ValueError, match="LoHaModel cannot be combined.*not linear.*convert_to_lora"):
+        model.add_weighted_adapter(["x0", "x1"], [1, 1], "new")
+
+
+def test_adapters_side_by_side_in_different_layers():
+    torch.manual_seed(0)
+    model = get_peft_model(base("mlp"), HiraConfig(target_modules=["lin0"], r=2, init_weights=False), "x0")
+    model.add_adapter("x1", HiraConfig(target_modules=["lin0", "lin1"], r=3, init_weights=False))
+    model.add_weighted_adapter(["x0", "x1"], [2, 0.5], "new")
+    inner, config = model.base_model.model, model.peft_config["new"]
+    assert config.r == 5 and config.target_modules == {"lin0", "lin1"}
+    product = inner.lin0.product
+    torch.testing.assert_close(product("new"), 2 * product("x0") + 0.5 * product("x1"))
+    torch.testing.assert_close(inner.lin1.product("new"), 0.5 * inner.lin1.product("x1"))
+
+
+def test_tokens_of_either_adapter():
+    model = get_peft_model(tiny_llama(), TrainableTokensConfig(token_indices=[5, 1]), "x0")
+    model.add_adapter("x1", TrainableTokensConfig(token_indices=[2, 5]))
+    layer = model.get_base_model().get_input_embeddings()
+    old = layer.get_base_layer().weight
+    with torch.no_grad():
+        for name in ("x0", "x1"):
+            layer.trainable_tokens_delta[name].normal_()
+    model.add_weighted_adapter(["x0", "x1"], [2, 0.5], "new")
+    assert model.peft_config["new"].token_indices == [1, 2, 5]
+    first, second = (layer.trainable_tokens_delta[name] for name in ("x0", "x1"))
+    wanted = [
+        old[1] + 2 * (first[1] - old[1]),
+        old[2] + 0.5 * (second[0] - old[2]),
+        old[5] + 2 * (first[0] - old[5]) + 0.5 * (second[1] - old[5]),
+    ]
+    torch.testing.assert_close(layer.trainable_tokens_delta["new"], torch.stack(wanted))
+
+
+def test_adapters_of_one_method_in_a_mixed_model():
+    torch.manual_seed(0)
+    model = get_peft_model(base("mlp"), LoraConfig(target_modules=["lin0"], init_lora_weights=False), "x0", mixed=True)
+    model.add_adapter("x1", LoraConfig(target_modules=["lin0"], init_lora_weights=False))
+    model.add_adapter("x2", LoHaConfig(target_modules=["lin0"]))
+    model.add_weighted_adapter(["x0", "x1"], [1, 2], "new", combination_type="cat")
+    delta = model.base_model.model.lin0.base_layer.get_delta_weight
+    torch.testing.assert_close(delta("new"), delta("x0") + 2 * delta("x1"))
+    with pytest.raises(ValueError, match="different methods .LOHA, LORA.*convert_to_lora"):
+        model.add_weighted_adapter(["x0", "x2"], [1, 2], "other")
+
+
+def test_prompts_have_no_sum():
+    model = get_peft_model(tiny_llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "x0")
+    with pytest.raises(ValueError, match="PROMPT_TUNING.*not linear"):
+        model.add_weighted_adapter(["x0"], [1], "new")

@@ -94,3 +94,41 @@ def test_a_merged_adapter_is_converted_from_the_unmerged_weight() -> None:
     found = convert_to_lora(model, 1.0)[1]
     torch.testing.assert_close(found[b] @ found[a], wanted[b] @ wanted[a], atol=1e-5, rtol=1e-4)
     model.unmerge_adapter()
+
+
+def test_adapters_of_different_methods_become_one(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(Mlp(), LoHaConfig(r=2, target_modules=["lin0"], init_weights=False), "one", mixed=True)
+    scales = IA3Config(target_modules=["lin0", "lin1"], feedforward_modules=[], init_ia3_weights=False)
+    model.add_adapter("two", scales)
+    save_as_lora(tmp_path, model, 1.0, ["one", "two"], weights=[2, 0.5])
+    torch.manual_seed(0)
+    lora = PeftModel.from_pretrained(Mlp(), tmp_path).merge_and_unload()
+    torch.manual_seed(0)
+    wanted, x = Mlp(), torch.randn(3, 6)
+    deltas = {name: model.base_model.model.get_submodule(name) for name in ("lin0", "lin1")}
+    with torch.no_grad():
+        inner = deltas["lin0"].base_layer
+        parts = {p: layer for layer in (deltas["lin0"], inner) for p in ("one", "two") if p in layer}
+        wanted.lin0.weight += 2 * parts["one"].get_delta_weight("one") + 0.5 * parts["two"].get_delta_weight("two")
+        wanted.lin1.weight += 0.5 * deltas["lin1"].get_delta_weight("two")
+        for name in ("lin0", "lin1"):
+            layer = parts["two"] if name == "lin0" else deltas["lin1"]
+            wanted.get_submodule(name).bias += 0.5 * (layer.scale_out("two") - 1) * layer.get_base_layer().bias
+    torch.testing.assert_close(lora(x), wanted(x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("names", "weights", "says"),
+    [
+        (["default", "default"], None, "each adapter once"),
+        (["default"], [1, 2], "as many finite weights"),
+        (["default"], [float("nan")], "as many finite weights"),
+        (["default", "other"], None, r"'other'\] each train modules"),
+    ],
+)
+def test_sums_without_meaning(names: list[str], weights: list[float] | None, says: str) -> None:
+    model = adapted(LoHaConfig(r=2, target_modules=["lin0"], modules_to_save=["lin1"]))
+    model.add_adapter("other", LoHaConfig(r=2, target_modules=["lin0"], modules_to_save=["lin1"]))
+    with pytest.raises(ValueError, match=says):
+        convert_to_lora(model, 2, names, weights=weights)

@@ -73,6 +73,8 @@ def combined_config(tuner: BaseTuner, adapters: Sequence[str], **changes: Any) -
     united["bias"] = next((v for config in configs if (v := getattr(config, "bias", "none")) != "none"), "none")
     saved = [module for config in configs for module in getattr(config, "modules_to_save", None) or ()]
     united["modules_to_save"] = list(dict.fromkeys(saved)) or None
+    for field in tuner.layer_cls.aligns:
+        united[field] = sorted({index for config in configs for index in getattr(config, field)})
     known = {field.name for field in dataclasses.fields(configs[0]) if field.init}
     return dataclasses.replace(configs[0], **{k: v for k, v in {**united, **changes}.items() if k in known})
 
@@ -91,7 +93,7 @@ def _check_auxiliary(tuner: BaseTuner, adapters: Sequence[str], configs: list[An
     if len(set(holders)) > 1:
         raise ValueError(f"adapters {holders} each train token vectors. {advice}")
     tied = any(name in layer.tied_to for _, layer in tuner_layers(tuner) for name in adapters)
-    if tied and len({bool(config.ensure_weight_tying) for config in configs}) > 1:
+    if tied and len({bool(getattr(config, "ensure_weight_tying", False)) for config in configs}) > 1:
         raise ValueError(
             "some of these adapters are tied between embedding and head (ensure_weight_tying) and others are not; "
             "one adapter cannot be both."
@@ -129,10 +131,15 @@ def _exact_names(tuner: BaseTuner, adapters: Sequence[str]) -> set[str] | str:
         for name, layer in tuner_layers(tuner)
         if any(adapter in layer for adapter in adapters) and not isinstance(layer.kind, Stack)
     }
-    others = [site.key for site in walk(tuner.model) if site.key not in own]
-    if any(matches(own, key) for key in others):  # a name is the tail of another one
-        return "|".join(map(re.escape, sorted(own)))
-    return own
+    return exact_targets(tuner.model, own)
+
+
+def exact_targets(model: nn.Module, keys: set[str]) -> set[str] | str:
+    """Entries of ``target_modules`` that mean exactly these modules of a model."""
+    others = [site.key for site in walk(model) if site.key not in keys]
+    if any(matches(keys, key) for key in others):  # a name is the tail of another one
+        return "|".join(map(re.escape, sorted(keys)))
+    return keys
 
 
 def add_combined(
@@ -187,32 +194,6 @@ def _copy_auxiliary(model: nn.Module, adapters: Sequence[str], adapter_name: str
 
 
 # --- ways of combining ----------------------------------------------------------------------------------------
-
-
-def weighted_sum(tuner: BaseTuner, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
-    """Add an adapter, inactive and frozen, each tensor of which is the weighted sum of those of the given adapters.
-
-    In a layer that some of them do not adapt, these count as a fresh adapter, which changes nothing.
-
-    Raises:
-        ValueError: for unknown adapters, another number of weights, a name that is taken, or adapters whose tensors
-            differ in shape. The model is then unchanged.
-    """
-    weights = checked_weights(tuner, adapters, weights)
-
-    def fill(layer: BaseTunerLayer) -> None:
-        fresh = {saved: tensor for saved, _, tensor in layer.adapter_state(adapter_name)}
-        parts = [{s: t for s, _, t in layer.adapter_state(name)} if name in layer else fresh for name in adapters]
-        if all(part is fresh for part in parts):
-            return
-        for part, name in zip(parts, adapters):
-            if {s: t.shape for s, t in part.items()} != {s: t.shape for s, t in fresh.items()}:
-                raise ValueError(f"adapter {name!r} differs from the others in shape; their sum has no meaning.")
-        sums = {saved: sum(w * part[saved] for w, part in zip(weights, parts)) for saved in fresh}
-        for saved, tensor in fresh.items():
-            tensor.copy_(sums[saved])
-
-    add_combined(tuner, adapters, adapter_name, combined_config(tuner, adapters), fill)
 
 
 def factorize(

@@ -124,7 +124,8 @@ class LowRankLayer(DeltaLayer):
 
     def factors(self, name: str) -> Factors | None:
         rate = active_rate(getattr(self, self.dropout)[name]) if self.dropout else 0.0
-        return None if rate is None else Factors(*self.pair(name), 1.0, rate)
+        alone = type(self).transform_output is DeltaLayer.transform_output  # or else more than dW x is added
+        return Factors(*self.pair(name), 1.0, rate) if alone and rate is not None else None
 
     def delta(self, name: str, x: torch.Tensor) -> torch.Tensor:
         base, (a, b) = self.get_base_layer(), self.pair(name)
@@ -163,6 +164,7 @@ class SampleLayer(BaseTunerLayer):
     """
 
     because: ClassVar[str] = "its update depends on the sample"
+    why_no_sum: ClassVar[str] = "what they do depends on the sample, so no sum of their tensors does their sum."
 
     def update(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """f(x), shaped like the output."""
@@ -326,7 +328,7 @@ class RotationLayer(BaseTunerLayer):
         return x if self.kind.lookup else self.rotate(name, x)
 
     def transform_output(self, name: str, x: torch.Tensor, y: torch.Tensor, base_y: torch.Tensor) -> torch.Tensor:
-        s, bias = self.scale_out(name), self.get_base_bias()
+        s, bias = self.scale_out(name), self.bias_below()
         y = self.rotate(name, y.to(self.dtype_of(name))) if self.kind.lookup else y
         return y if s is None else y * s if bias is None else torch.addcmul(bias - bias * s, y, s)
 
@@ -392,6 +394,8 @@ class ScaleLayer(BaseTunerLayer):
     ``scale_in`` has one entry for each input channel, ``scale_out`` one for each output channel.
     """
 
+    neutral = 1.0
+
     reversible = False  # a scale may be zero
 
     def scale_in(self, name: str) -> torch.Tensor | None:
@@ -430,11 +434,21 @@ class CopyLayer(BaseTunerLayer):
     """A trained copy of the whole module stands in for it. ``weights`` names one ``nn.ModuleDict`` of copies."""
 
     any_module = True
+    from_base = True
+
+    def origin(self, name: str) -> dict[str, torch.Tensor]:
+        base = self.get_base_layer() if not self.merged else self._kept["module"]
+        return {f"{next(iter(self.weights))}.{key}": tensor for key, tensor in base.state_dict().items()}
 
     def _copies(self) -> nn.ModuleDict:
         return getattr(self, next(iter(self.weights)))
 
     def update_layer(self, name: str, config: Any, key: str) -> None:
+        if isinstance(self.base_layer, BaseTunerLayer):
+            raise ValueError(
+                f"{key or 'the module'} has adapters of another method already, which a copy of the whole module "
+                "would hide. Add this adapter before them, or leave that module out of its targets."
+            )
         duplicate = copy.deepcopy(self.get_base_layer())
         duplicate.requires_grad_(True)
         self.put(name, **{next(iter(self.weights)): duplicate})
@@ -501,7 +515,9 @@ class RowsLayer(BaseTunerLayer):
 
     reversible = False
     follows_ties = True
+    from_base = True
     settings: ClassVar[dict[str, type]] = {"token_indices": dict}
+    aligns: ClassVar[tuple[str, ...]] = ("token_indices",)
 
     @classmethod
     def refusal(cls, kind: Kind, module: nn.Module, config: Any) -> str | None:
@@ -536,6 +552,18 @@ class RowsLayer(BaseTunerLayer):
             old = table[torch.as_tensor(indices, device=table.device)]
             rows = nn.Parameter(old.clone() if init else torch.randn_like(old))
         self.put(name, token_indices=list(indices), **{next(iter(self.weights)): rows})
+
+    def origin(self, name: str) -> dict[str, torch.Tensor]:
+        base = self.unmerged_weight().detach()
+        index = self._index(name, base.device)
+        return {next(iter(self.weights)): base.T[index] if self.kind.lookup else base[index]}
+
+    def aligned(self, name: str, like: str) -> dict[str, torch.Tensor]:
+        """Tokens that only the other adapter trains have the rows of the base."""
+        ((key, rows),) = self.origin(like).items()
+        place = {token: i for i, token in enumerate(self.token_indices[like])}
+        index = torch.tensor([place[token] for token in self.token_indices[name]], device=rows.device)
+        return {key: rows.index_copy(0, index, self._rows(name).detach().to(rows.dtype))}
 
     def check_active(self, names: list[str]) -> None:
         seen: set[int] = set()

@@ -41,6 +41,12 @@ class BaseTunerLayer(Switch, nn.Module):
         reads_weight: the forward computes with the dense base weight.
         any_module: the method replaces a module whole and needs to know no kind.
         follows_ties: modules tied to a targeted embedding get the same adapter.
+        linear: names of tensors in which, together, what an adapter does is linear, all its others being equal.
+        stacked: tensor -> axis along which several adapters can stand side by side: what they do then adds up.
+        aligns: settings, and fields of the config, that say which parts of the base the tensors belong to.
+        from_base: the tensors take the place of the base's, so it is their differences to these that add up.
+        neutral: what an entry of ``linear`` is in an adapter that changes nothing.
+        why_no_sum: why no weighted sum of the tensors is a weighted sum of adapters, unless ``linear`` says it is.
         by_name: the classes of adapted layers by kind and storage: ``{"Linear": lora.Linear, ...}``.
     """
 
@@ -56,6 +62,12 @@ class BaseTunerLayer(Switch, nn.Module):
     reads_weight: ClassVar[bool] = False
     any_module: ClassVar[bool] = False
     follows_ties: ClassVar[bool] = False
+    linear: ClassVar[tuple[str, ...]] = ()
+    stacked: ClassVar[dict[str, int]] = {}
+    aligns: ClassVar[tuple[str, ...]] = ()
+    from_base: ClassVar[bool] = False
+    neutral: ClassVar[float] = 0.0
+    why_no_sum: ClassVar[str] = "what they do is not linear in their tensors, so no sum of these does their sum."
     by_name: ClassVar[dict[str, type[BaseTunerLayer]]] = {}
 
     adapter_layer_names: tuple[str, ...] = ()
@@ -126,6 +138,14 @@ class BaseTunerLayer(Switch, nn.Module):
     def as_loaded(self, name: str, saved: str, parts: dict[str, torch.Tensor]) -> torch.Tensor:
         """The one tensor that :meth:`as_saved` has written as several, in the parts named in ``split``."""
         raise NotImplementedError
+
+    def aligned(self, name: str, like: str) -> dict[str, torch.Tensor]:
+        """The tensors of an adapter, for the parts of the base that those of another one belong to."""
+        return dict(self.tensors(name))
+
+    def origin(self, name: str) -> dict[str, torch.Tensor]:
+        """What stands in the base where the tensors of an adapter stand, if they take its place."""
+        return {}
 
     def release(self) -> None:
         """Undo what the layer has done to other modules; called when it leaves the model."""
@@ -284,6 +304,16 @@ class BaseTunerLayer(Switch, nn.Module):
             elif isinstance(item, nn.Module):  # the same, without a walk
                 yield from (p for p in item._parameters.values() if p is not None)
 
+    def tensors(self, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+        """All tensors on which an adapter depends here, those too that the layers share or that no file holds."""
+        for attribute in (*self.weights, *self.shared):
+            container: Any = getattr(self, attribute, None) or {}
+            if name in container and isinstance(container[name], nn.Module):
+                for part, tensor in container[name].state_dict(keep_vars=True).items():
+                    yield f"{attribute}.{part}", tensor
+            elif name in container:
+                yield attribute, container[name]
+
     def _trained_by_all(self, name: str) -> Iterator[Any]:
         """Containers of trained tensors that the layers of the model have in common."""
         for attribute in self.shared:
@@ -418,7 +448,7 @@ class BaseTunerLayer(Switch, nn.Module):
     def _read_by(self, names: Sequence[str]) -> list[torch.Tensor]:
         """The tensors from which the weight with these adapters is made."""
         found = [p for name in names for p in self.adapter_parameters(name)]
-        inner = self._inside()
+        inner = self._inside() if self.by_weight else None
         if inner is not None:
             return found + inner._read_by(inner._current())
         return found + list(self.get_base_layer().parameters(recurse=False))
@@ -521,6 +551,12 @@ class BaseTunerLayer(Switch, nn.Module):
     def get_base_bias(self) -> torch.Tensor | None:
         bias = getattr(self.get_base_layer(), self.kind.bias, None) if self.kind.bias else None
         return None if bias is None else bias.detach() if not bias.requires_grad else bias
+
+    def bias_below(self) -> torch.Tensor | None:
+        """The bias in what the layer below gives: the base's, and what adapters of other methods there make of it."""
+        inner = self._inside()
+        of_rows = self.context.adapter_names is not None and self.context.current is None
+        return self.get_base_bias() if inner is None or of_rows else inner._folded_bias(inner._current())
 
     def unmerged_bias(self) -> torch.Tensor | None:
         """The bias without what this layer has merged into it."""

@@ -7,8 +7,10 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from peft.core.combine import checked_weights
 from peft.core.layer import BaseTunerLayer
 from peft.core.tuner import BaseTuner
+from peft.utils.error import CONVERSION
 from peft.utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING
 
 
@@ -33,6 +35,24 @@ class MixedModel(BaseTuner):
         part.inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         for attribute in part.layer_cls.shared:
             setattr(self, attribute, getattr(part, attribute))
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, **kwargs: Any
+    ) -> None:
+        """Combine adapters of one method, as its own tuner does.
+
+        Raises:
+            ValueError: as there, and if the adapters are of different methods.
+        """
+        checked_weights(self, adapters, weights)
+        methods = {self.peft_config[name].peft_type for name in adapters}
+        if len(methods) > 1:
+            names = sorted(str(getattr(method, "value", method)) for method in methods)
+            raise ValueError(
+                f"adapters of different methods ({', '.join(names)}) have no sum that is an adapter of one of them. "
+                f"{CONVERSION} does their weighted sum."
+            )
+        self._part(self.peft_config[adapters[0]]).add_weighted_adapter(adapters, weights, adapter_name, **kwargs)
 
     def _part(self, config: Any) -> BaseTuner:
         """The method's tuner over the same model and configs, without an adapter of its own."""

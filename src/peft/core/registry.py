@@ -25,7 +25,7 @@ def define_tuner(
     *,
     prefix: str,
     targets: dict[str, Any] | None = None,
-    mixed: bool = False,
+    mixed: bool = True,
     base: type[BaseTuner] = BaseTuner,
     **attributes: Any,
 ) -> type:
@@ -36,7 +36,8 @@ def define_tuner(
         layer_cls: the method's layer. It gets a subclass for each layer kind, in ``layer_cls.by_name``.
         prefix: what the names of the method's tensors start with.
         targets: default target modules by ``model_type``.
-        mixed: whether it can be active together with other methods (``PeftMixedModel``).
+        mixed: whether it can be active together with other methods (``PeftMixedModel``); not where its tuner runs the
+            model in a way of its own.
         base: a tuner class with operations of the method's own.
     """
     module = sys.modules[layer_cls.__module__]

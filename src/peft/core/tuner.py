@@ -277,6 +277,17 @@ class BaseTuner(nn.Module):
         del self.peft_config[adapter_name]
         self.active_adapter = active[0] if active and len(active) == 1 else active or []
 
+    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+        """Add an adapter, inactive and frozen, that does the weighted sum of what others do.
+
+        Raises:
+            ValueError: for unknown adapters, another number of weights, a name that is taken, and where what adapters
+                do is not linear in their tensors; the message says what to do instead.
+        """
+        from peft.core.sums import add_sum
+
+        add_sum(self, adapters, weights, adapter_name)
+
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Put adapters (default: the active ones) into the base weights; :meth:`unmerge_adapter` takes them out."""
         if adapter_names is not None:

@@ -187,6 +187,5 @@ AdaLoraModel = define_tuner(
     AdaLoraConfig,
     prefix="lora_",
     targets=TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING,
-    mixed=True,
     base=AdaLoraTuner,
 )

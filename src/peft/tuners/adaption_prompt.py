@@ -139,6 +139,5 @@ AdaptionPromptModel = define_tuner(
     AdaptedAttention,
     AdaptionPromptConfig,
     prefix="adaption_prompt_",
-    mixed=True,
     base=AdaptionPromptTuner,
 )

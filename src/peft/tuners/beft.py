@@ -32,6 +32,7 @@ class BeftLayer(OutputLayer):
     """A vector beta ``[1, out]``. Merged, it is part of the bias, which a layer without one gets."""
 
     weights: ClassVar[dict[str, type]] = {"beft_bias": nn.ParameterDict}
+    linear: ClassVar[tuple[str, ...]] = ("beft_bias",)
 
     @classmethod
     def refusal(cls, kind: Kind, module: nn.Module, config: Any) -> str | None:
@@ -51,5 +52,4 @@ BeftModel = define_tuner(
     BeftConfig,
     prefix="beft_",
     targets=TRANSFORMERS_MODELS_TO_BEFT_TARGET_MODULES_MAPPING,
-    mixed=True,
 )

@@ -195,5 +195,5 @@ class BottleneckLayer(InsertLayer):
 
 
 BottleneckModel = define_tuner(
-    "BottleneckModel", BottleneckLayer, BottleneckConfig, prefix="bottleneck_", mixed=True, base=InsertTuner
+    "BottleneckModel", BottleneckLayer, BottleneckConfig, prefix="bottleneck_", base=InsertTuner
 )

@@ -66,6 +66,7 @@ class C3ALayer(DeltaLayer):
 
     weights: ClassVar[dict[str, type]] = {"c3a_kernel": nn.ParameterDict}
     settings: ClassVar[dict[str, type]] = {"block_size": dict}
+    linear: ClassVar[tuple[str, ...]] = ("c3a_kernel",)
 
     def update_layer(self, name: str, config: C3AConfig, key: str) -> None:
         size, (rows, columns) = resolve_pattern(config.block_size_pattern, key, config.block_size), fan(self.shape)

@@ -89,7 +89,8 @@ class DeftLayer(FoldLayer):
         return base + (q @ inner).view_as(base)
 
     def needs_weight(self) -> bool:
-        return self.in_features != self.shape[1] or self.merged  # the base layer's output is then not W x
+        nested = self.base_layer is not self.get_base_layer()
+        return nested or self.merged or self.in_features != self.shape[1]  # what comes from below is then not W x
 
     def transform_output(self, name: str, x: torch.Tensor, y: torch.Tensor, base_y: torch.Tensor) -> torch.Tensor:
         base, kind, (q, p), bias = self.get_base_layer(), self.kind, self.directions(name), self.unmerged_bias()

@@ -49,6 +49,7 @@ class FourierFTLayer(ScaledLayer):
     weights: ClassVar[dict[str, type]] = {"fourierft_spectrum": nn.ParameterDict, "fourierft_places": BufferDict}
     settings: ClassVar[dict[str, type]] = {"fourierft_n_frequency": dict, "configured": dict, "scaling": dict}
     remade: ClassVar[tuple[str, ...]] = ("fourierft_places",)
+    linear: ClassVar[tuple[str, ...]] = ("fourierft_spectrum",)
 
     def update_layer(self, name: str, config: FourierFTConfig, key: str) -> None:
         n, (rows, columns) = config.count_for(key, fan(self.shape)), fan(self.shape)

@@ -96,6 +96,7 @@ class GloraLayer(FoldLayer):
     weights: ClassVar[dict[str, type]] = {f"glora_{term}": nn.ModuleDict for term in "ABCDE"}
     settings: ClassVar[dict[str, type]] = {"r": dict}
     split: ClassVar[tuple[str, ...]] = ("",)
+    linear: ClassVar[tuple[str, ...]] = tuple(f"glora_{term}.{part}" for term in "ABCDE" for part in ("X", "Xu"))
 
     @classmethod
     def refusal(cls, kind: Kind, module: nn.Module, config: GloraConfig) -> str | None:

@@ -50,6 +50,8 @@ class HiraLayer(FoldLayer):
         "hira_embedding_B": nn.ParameterDict,
     }
     settings: ClassVar[dict[str, type]] = {"r": dict, "hira_dropout": nn.ModuleDict}
+    linear: ClassVar[tuple[str, ...]] = ("hira_B", "hira_embedding_B")
+    stacked: ClassVar[dict[str, int]] = {"hira_A": 0, "hira_B": 1, "hira_embedding_A": 0, "hira_embedding_B": 1}
 
     def update_layer(self, name: str, config: HiraConfig, key: str) -> None:
         r = resolve_pattern(config.rank_pattern, key, config.r)
@@ -92,5 +94,4 @@ HiraModel = define_tuner(
     HiraConfig,
     prefix="hira_",
     targets=TRANSFORMERS_MODELS_TO_HIRA_TARGET_MODULES_MAPPING,
-    mixed=True,
 )

@@ -87,5 +87,4 @@ HRAModel = define_tuner(
     HRAConfig,
     prefix="hra_",
     targets=TRANSFORMERS_MODELS_TO_HRA_TARGET_MODULES_MAPPING,
-    mixed=True,
 )

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from peft.config import ExcludeModules, FanInFanOut, ModulesToSave, TargetModules, option
-from peft.core.combine import checked_weights, weighted_sum
 from peft.core.families import ScaleLayer
 from peft.core.registry import define_tuner
 from peft.core.targeting import found_targets, matches, table_row
@@ -54,6 +53,7 @@ class IA3Layer(ScaleLayer):
 
     weights: ClassVar[dict[str, type]] = {"ia3_l": nn.ParameterDict}
     settings: ClassVar[dict[str, type]] = {"feedforward": dict}
+    linear: ClassVar[tuple[str, ...]] = ("ia3_l",)
 
     @property
     def is_feedforward(self) -> bool:
@@ -78,7 +78,7 @@ class IA3Layer(ScaleLayer):
 
 
 class IA3Tuner(BaseTuner):
-    """Applies (IA)^3: finds the feed-forward modules of an architecture, and combines adapters."""
+    """Applies (IA)^3: finds the feed-forward modules of an architecture."""
 
     def prepare_config(self, config: Any, model: nn.Module, keys: set[str] | None) -> None:
         if config.target_modules is None and config.feedforward_modules is None and keys is None:
@@ -90,15 +90,6 @@ class IA3Tuner(BaseTuner):
                 )
         super().prepare_config(config, model, keys)
 
-    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
-        """A new adapter with l = sum_i weight_i l_i; inactive.
-
-        Raises:
-            ValueError: for unknown adapters, another number of weights, or a name that is taken.
-        """
-        checked_weights(self, adapters, weights)
-        weighted_sum(self, adapters, weights, adapter_name)
-
 
 IA3Model = define_tuner(
     "IA3Model",
@@ -107,6 +98,5 @@ IA3Model = define_tuner(
     prefix="ia3_",
     targets=TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
     default_roles=("key", "value", "feedforward"),
-    mixed=True,
     base=IA3Tuner,
 )

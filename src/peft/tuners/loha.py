@@ -85,6 +85,5 @@ LoHaModel = define_tuner(
     LoHaConfig,
     prefix="hada_",
     targets=TRANSFORMERS_MODELS_TO_LOHA_TARGET_MODULES_MAPPING,
-    mixed=True,
     base=LycorisTuner,
 )

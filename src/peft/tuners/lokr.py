@@ -136,6 +136,5 @@ LoKrModel = define_tuner(
     LoKrConfig,
     prefix="lokr_",
     targets=TRANSFORMERS_MODELS_TO_LOKR_TARGET_MODULES_MAPPING,
-    mixed=True,
     base=LycorisTuner,
 )

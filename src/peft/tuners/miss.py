@@ -47,6 +47,7 @@ class MissLayer(DeltaLayer):
 
     weights: ClassVar[dict[str, type]] = {"miss_block": nn.ParameterDict}
     settings: ClassVar[dict[str, type]] = {"miss_r": dict, "form": dict, "miss_dropout": nn.ModuleDict}
+    linear: ClassVar[tuple[str, ...]] = ("miss_block",)
 
     def update_layer(self, name: str, config: MissConfig, key: str) -> None:
         r, rows, form = config.r, self.shape[0], config.init_weights

@@ -147,5 +147,4 @@ OFTModel = define_tuner(
     OFTConfig,
     prefix="oft_",
     targets=TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING,
-    mixed=True,
 )

@@ -112,5 +112,4 @@ PveraModel = define_tuner(
     PveraConfig,
     prefix="pvera_lambda_",
     targets=TRANSFORMERS_MODELS_TO_PVERA_TARGET_MODULES_MAPPING,
-    mixed=True,
 )

@@ -128,5 +128,4 @@ RandLoraModel = define_tuner(
     RandLoraConfig,
     prefix="randlora_",
     targets=TRANSFORMERS_MODELS_TO_RANDLORA_TARGET_MODULES_MAPPING,
-    mixed=True,
 )

@@ -95,5 +95,4 @@ RoadModel = define_tuner(
     RoadConfig,
     prefix="road_",
     targets=TRANSFORMERS_MODELS_TO_ROAD_TARGET_MODULES_MAPPING,
-    mixed=True,
 )

@@ -197,4 +197,4 @@ class ShadowTuner(BlockTuner):
         return standalone(self.model, stack_of(self.model), *parts, copy)
 
 
-ShadowModel = define_tuner("ShadowModel", ShadowLayer, ShadowConfig, prefix="shadow_", base=ShadowTuner)
+ShadowModel = define_tuner("ShadowModel", ShadowLayer, ShadowConfig, prefix="shadow_", mixed=False, base=ShadowTuner)

@@ -57,6 +57,8 @@ class ShiraLayer(SparseLayer, ScaledLayer):
 
     weights: ClassVar[dict[str, type]] = {"shira_weight": nn.ParameterDict, "shira_indices": BufferDict}
     settings: ClassVar[dict[str, type]] = {"scaling": dict}
+    linear: ClassVar[tuple[str, ...]] = ("shira_weight",)
+    stacked: ClassVar[dict[str, int]] = {"shira_weight": 0, "shira_indices": 1}
 
     def update_layer(self, name: str, config: ShiraConfig, key: str) -> None:
         rows, columns = fan(self.shape)
@@ -109,5 +111,4 @@ ShiraModel = define_tuner(
     ShiraConfig,
     prefix="shira_",
     targets=TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING,
-    mixed=True,
 )

@@ -62,6 +62,7 @@ class SupertuningLayer(SparseLayer):
         "lora_scaling": dict,
         "supertuning_lora_dropout": nn.ModuleDict,
     }
+    linear: ClassVar[tuple[str, ...]] = ("supertuning_values", "supertuning_lora_B")
 
     def update_layer(self, name: str, config: SupertuningConfig, key: str) -> None:
         rows, columns = fan(self.shape)

@@ -64,6 +64,7 @@ class TinyLoraLayer(LowRankLayer):
         "tinylora_dropout": nn.ModuleDict,
     }
     shared: ClassVar[tuple[str, ...]] = ("tinylora_v",)
+    linear: ClassVar[tuple[str, ...]] = ("tinylora_v",)
     dropout: ClassVar[str] = "tinylora_dropout"
 
     @classmethod
@@ -112,5 +113,4 @@ TinyLoraModel = define_tuner(
     TinyLoraConfig,
     prefix="tinylora_",
     targets=TRANSFORMERS_MODELS_TO_TINYLORA_TARGET_MODULES_MAPPING,
-    mixed=True,
 )

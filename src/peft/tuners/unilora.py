@@ -102,5 +102,4 @@ UniLoraModel = define_tuner(
     UniLoraConfig,
     prefix="unilora_",
     targets=TRANSFORMERS_MODELS_TO_UNILORA_TARGET_MODULES_MAPPING,
-    mixed=True,
 )

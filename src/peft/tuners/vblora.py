@@ -114,5 +114,4 @@ VBLoRAModel = define_tuner(
     VBLoRAConfig,
     prefix="vblora_",
     targets=TRANSFORMERS_MODELS_TO_VBLORA_TARGET_MODULES_MAPPING,
-    mixed=True,
 )

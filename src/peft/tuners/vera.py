@@ -67,5 +67,4 @@ VeraModel = define_tuner(
     VeraConfig,
     prefix="vera_lambda_",
     targets=TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING,
-    mixed=True,
 )

@@ -95,6 +95,7 @@ class WaveFTLayer(SparseLayer, ScaledLayer):
         "scaling": dict,
     }
     remade: ClassVar[tuple[str, ...]] = ("waveft_places",)
+    linear: ClassVar[tuple[str, ...]] = ("waveft_spectrum",)
 
     @classmethod
     def share(cls, config: WaveFTConfig, layers: Sequence[BaseTunerLayer]) -> dict[str, Any]:

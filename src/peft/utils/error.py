@@ -47,3 +47,7 @@ def nearest(value: object, known: Iterable[object], cutoff: float = 0.5) -> str:
 
     best = max(known, key=likeness, default=None)
     return "" if best is None or likeness(best)[0] < cutoff else f" Did you mean {best!r}?"
+
+
+CONVERSION = "convert_to_lora(model, rank, adapters, weights=weights) gives a LoRA that"
+"""How errors begin to tell the way out where adapters of a method have no sum."""

@@ -216,6 +216,14 @@ class Prompts:
 
     unmerge_adapter = merge_and_unload = merge_adapter
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Raise ValueError: what a prompt does is not linear in it."""
+        raise ValueError(
+            f"what the virtual tokens of {self._method()} do is not linear in them, so no sum of prompts does what "
+            "the sum of their effects would. Train one prompt on both tasks, or pass adapter_names for rows of a "
+            "batch that use different prompts."
+        )
+
     def _method(self) -> str:
         names = {str(getattr(config.peft_type, "value", config.peft_type)) for config in self.peft_config.values()}
         return ", ".join(sorted(names))

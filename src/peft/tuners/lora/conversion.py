@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from tqdm import tqdm
 
 from peft.core import operations
 from peft.core.checkpoint import anatomy, atomic_folder, get_peft_model_state_dict, write_weights
-from peft.core.combine import factorize, resized
+from peft.core.combine import exact_targets, factorize, resized
+from peft.core.kinds import Stack
 from peft.core.layer import BaseTunerLayer
 from peft.core.memory import meta_copy
 from peft.core.walk import layers_of, walk
@@ -30,14 +32,16 @@ _KEPT = (
     *("modules_to_save", "bias", "task_type", "base_model_name_or_path", "revision"),
 )
 Place = tuple[str, str]  # the name of a module in the plain model, and of the weight in it
+Part = tuple[BaseTunerLayer, str, float]  # an adapter in a layer, and its weight
 
 
 def convert_to_lora(
     model: nn.Module,
     rank: float,
-    adapter_name: str = "default",
+    adapter_name: str | Sequence[str] = "default",
     progressbar: bool = False,
     compile_kwargs: dict[str, Any] | None = None,
+    weights: Sequence[float] | None = None,
 ) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     """A LoRA that does what an adapter of another method does, as nearly as its rank allows. The model is unchanged.
 
@@ -48,41 +52,47 @@ def convert_to_lora(
         model: a model with the adapter.
         rank: an int: the rank in all layers. A float in (0, 1]: in each layer the lowest rank whose squared singular
             values make up this share of all; 1.0 gives the full rank, and with it the same outputs.
+        adapter_name: the adapter, or several, whose updates are added up: of any methods (of a PeftMixedModel).
         compile_kwargs: compile the decomposition by ``torch.compile`` with these arguments.
+        weights: what the update of each of several adapters is multiplied by; by default 1.
 
     Returns:
         The config, and the tensors under the names that they have in files.
 
     Raises:
-        ValueError: for a rank that has no meaning, an unknown adapter, one that no weight equals, and biases that a
-            LoRA cannot have.
+        ValueError: for a rank that has no meaning, an unknown adapter, one that no weight equals, several that each
+            train whole modules, and biases that a LoRA cannot have.
     """
     root = anatomy(model)[0]
-    config = _config_of(model, root, adapter_name)
+    names = operations.names_of(adapter_name)
+    kept = _kept(model, root, names)
     _check_rank(rank)
-    places = _layers(root, adapter_name)
+    places = _places(root, names, _check_weights(names, weights))
     if not places:
-        raise ValueError(f"adapter {adapter_name!r} adapts no layer by a weight, so no LoRA can stand for it.")
+        raise ValueError(f"adapter {', '.join(map(repr, names))} adapts no layer by a weight: no LoRA is like it.")
     decompose = factorize if compile_kwargs is None else torch.compile(factorize, **compile_kwargs)
     pairs, shifts = {}, {}
     with torch.no_grad():
-        for place, layer in tqdm(places.items(), disable=not progressbar, desc="Converting to LoRA"):
-            pairs[place] = _pair(layer, adapter_name, rank, decompose)
-            shifts[place] = _shift(layer, adapter_name)
+        for place, parts in tqdm(places.items(), disable=not progressbar, desc="Converting to LoRA"):
+            pairs[place] = _pair(parts, rank, decompose)
+            shifts[place] = _shift(parts)
     _check_fixed(rank, pairs)
-    ranks = {place: down.shape[0] * down.shape[1] // _experts(places[place]) for place, (down, _) in pairs.items()}
+    ranks = {
+        place: down.shape[0] * down.shape[1] // _experts(places[place][0][0]) for place, (down, _) in pairs.items()
+    }
     biased = any(shift is not None for shift in shifts.values())
-    lora = _lora_config(config, ranks, biased, rank)
-    return lora, _written(model, root, lora, adapter_name, pairs, shifts)
+    lora = _lora_config(kept, ranks, biased)
+    return lora, _written(model, root, lora, _holder(model, names), pairs, shifts)
 
 
 def save_as_lora(
     path: str | os.PathLike,
     model: nn.Module,
     rank: float,
-    adapter_name: str = "default",
+    adapter_name: str | Sequence[str] = "default",
     progressbar: bool = False,
     compile_kwargs: dict[str, Any] | None = None,
+    weights: Sequence[float] | None = None,
 ) -> None:
     """Write what :func:`convert_to_lora` gives into a folder, to be loaded as any LoRA.
 
@@ -91,7 +101,7 @@ def save_as_lora(
     """
     if os.path.isfile(path):
         raise ValueError(f"{path} is a file; save_as_lora needs a folder.")
-    config, tensors = convert_to_lora(model, rank, adapter_name, progressbar, compile_kwargs)
+    config, tensors = convert_to_lora(model, rank, adapter_name, progressbar, compile_kwargs, weights)
     config.inference_mode = True
     with atomic_folder(path) as place:
         write_weights(place, tensors, safe_serialization=True)
@@ -101,10 +111,45 @@ def save_as_lora(
 # --- what is converted ----------------------------------------------------------------------------------------
 
 
-def _config_of(model: nn.Module, root: nn.Module, name: str) -> Any:
+def _kept(model: nn.Module, root: nn.Module, names: list[str]) -> dict[str, Any]:
+    """The fields that the LoRA has in common with the adapters' configs."""
     configs = getattr(model, "peft_config", None) or {}
-    operations.require_adapters(root, [name], configs or None)
-    return configs[name]
+    operations.require_adapters(root, names, configs or None)
+    if len(set(names)) < len(names) or not names:
+        raise ValueError(f"give each adapter once, got {names}.")
+    beside = configs[_holder(model, names)]
+    known = {field.name for field in dataclasses.fields(beside)}
+    kept = {field: getattr(beside, field) for field in (*_KEPT, "trainable_token_indices") if field in known}
+    if len(names) > 1:
+        layers = _places(root, names, [1.0] * len(names))
+        stacks = {place for place, parts in layers.items() if isinstance(parts[0][0].kind, Stack)}
+        kept.update(dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern")))
+        kept["target_modules"] = exact_targets(root, {key for key, weight in layers.keys() - stacks})
+        kept["target_parameters"] = [".".join(filter(None, place)) for place in sorted(stacks)] or None
+    return kept
+
+
+def _holder(model: nn.Module, names: list[str]) -> str:
+    """That of the adapters which trains something beside its layers; else the first.
+
+    Raises:
+        ValueError: if several do: a weighted sum of modules is no such.
+    """
+    configs: Any = model.peft_config
+    fields = {"modules_to_save": None, "trainable_token_indices": None, "bias": "none"}
+    found = [n for n in names if any((getattr(configs[n], f, no) or no) != no for f, no in fields.items())]
+    if len(found) > 1:
+        raise ValueError(
+            f"adapters {found} each train modules, tokens or biases beside their layers; one LoRA has one."
+        )
+    return found[0] if found else names[0]
+
+
+def _check_weights(names: list[str], weights: Sequence[float] | None) -> list[float]:
+    numbers = [1.0] * len(names) if weights is None else [float(weight) for weight in weights]
+    if len(numbers) != len(names) or not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{len(names)} adapters need as many finite weights, got {weights!r}.")
+    return numbers
 
 
 def _check_rank(rank: float) -> None:
@@ -129,15 +174,24 @@ def _layers(root: nn.Module, name: str) -> dict[Place, BaseTunerLayer]:
     return found
 
 
+def _places(root: nn.Module, names: list[str], weights: list[float]) -> dict[Place, list[Part]]:
+    found: dict[Place, list[Part]] = {}
+    for name, weight in zip(names, weights):
+        for place, layer in _layers(root, name).items():
+            found.setdefault(place, []).append((layer, name, weight))
+    return found
+
+
 def _experts(layer: BaseTunerLayer) -> int:
     return 1 if layer.kind.lookup else pair_blocks(layer)[0]
 
 
 def _pair(
-    layer: BaseTunerLayer, name: str, rank: float, decompose: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    parts: list[Part], rank: float, decompose: Callable[..., tuple[torch.Tensor, torch.Tensor]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(down ``[blocks, r, in]``, up ``[blocks, out, r]``) of the update of a layer, r for each block."""
-    change = layer.weight_change(name)
+    layer = parts[0][0]
+    change: Any = sum(weight * part.weight_change(name) for part, name, weight in parts)
     blocks = _blocks(layer, change.to(torch.promote_types(change.dtype, torch.float32)))
     groups = 1 if _experts(layer) > 1 else len(blocks)
     most = min(blocks.shape[1:])
@@ -172,8 +226,13 @@ def _explaining(values: torch.Tensor, share: float) -> int:
     return int((~reached).sum(-1).max()) + 1
 
 
-def _shift(layer: BaseTunerLayer, name: str) -> torch.Tensor | None:
-    """What the adapter adds to the bias, or None."""
+def _shift(parts: list[Part]) -> torch.Tensor | None:
+    """What the adapters add to the bias, or None."""
+    found = [(weight, change) for layer, name, weight in parts if (change := _bias_change(layer, name)) is not None]
+    return sum(weight * change for weight, change in found) if found else None  # type: ignore[return-value]
+
+
+def _bias_change(layer: BaseTunerLayer, name: str) -> torch.Tensor | None:
     bias = getattr(layer.get_base_layer(), layer.kind.bias, None) if layer.kind.bias else None
     changed = layer.fold_bias(name, bias)
     if changed is None or changed is bias:
@@ -186,19 +245,14 @@ def _shift(layer: BaseTunerLayer, name: str) -> torch.Tensor | None:
 # --- what it becomes ------------------------------------------------------------------------------------------
 
 
-def _lora_config(config: Any, ranks: dict[Place, int], biased: bool, rank: float) -> LoraConfig:
-    known = {field.name for field in dataclasses.fields(config)}
-    kept = {field: getattr(config, field) for field in _KEPT if field in known}
-    if "trainable_token_indices" in known:
-        kept["trainable_token_indices"] = config.trainable_token_indices
+def _lora_config(kept: dict[str, Any], ranks: dict[Place, int], biased: bool) -> LoraConfig:
     common = max(set(ranks.values()), key=list(ranks.values()).count)
     others = {
         re.escape(".".join(filter(None, (key, "" if weight == "weight" else weight)))): r
         for (key, weight), r in ranks.items()
         if r != common
     }
-    if biased:
-        kept["lora_bias"] = True
+    kept = {**kept, "lora_bias": True} if biased else kept
     return LoraConfig(r=common, lora_alpha=common, rank_pattern=others, alpha_pattern=dict(others), **kept)
 
 

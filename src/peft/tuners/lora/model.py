@@ -231,7 +231,6 @@ LoraModel = define_tuner(
     LoraConfig,
     prefix="lora_",
     targets=TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-    mixed=True,
     base=LoraTuner,
     __module__=__name__,
 )

@@ -161,4 +161,6 @@ class XLoraTuner(Scalings, BaseTuner):
         return super()._leave(model)
 
 
-XLoraModel = define_tuner("XLoraModel", XLoraLayer, XLoraConfig, prefix="xlora_", base=XLoraTuner, __module__=__name__)
+XLoraModel = define_tuner(
+    "XLoraModel", XLoraLayer, XLoraConfig, prefix="xlora_", mixed=False, base=XLoraTuner, __module__=__name__
+)
