@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -161,6 +162,16 @@ class Method:
         """Whether it adds to the output what merging puts into the bias, of a layer without one too."""
         return self.name.startswith("beft") or self.name == "lora[bias]"
 
+    @property
+    def sums(self) -> bool:
+        """Whether adapters that differ in all their numbers have a weighted sum."""
+        linear = self.layer_cls.linear or self.layer_cls.from_base
+        return bool(linear) or "combination_type" in inspect.signature(self.tuner_cls.add_weighted_adapter).parameters
+
+    @property
+    def tuner_cls(self) -> type[BaseTuner]:
+        return PEFT_TYPE_TO_TUNER_MAPPING[self.config_cls.METHOD]
+
     def is_a(self, *families: type) -> bool:
         return issubclass(self.layer_cls, families)
 
@@ -273,6 +284,11 @@ class Place:
     @property
     def kind(self) -> str:
         return self.name.partition("[")[0]
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the adapted layers have a bias."""
+        return "no-bias" not in self.name and self.kind not in ("Embedding", "Parameter")
 
     @property
     def typical(self) -> bool:
@@ -502,7 +518,7 @@ class Refusal:
     """Cells without meaning.
 
     Attributes:
-        operation: "adapt", "merge" (and `get_delta_weight`), "delta" (that alone), "several", "mixed".
+        operation: "adapt", "merge" (and `get_delta_weight`), "delta" (that alone), "several", "mixed", "combine".
         phrase: what the error must say, as a regular expression.
         reason: why there is no meaning.
     """
@@ -514,7 +530,7 @@ class Refusal:
 
 
 def _grouped_pair(method: Method, place: Place) -> bool:
-    return "groups" in place.name and method.is_a(DeltaLayer) and "lora_A" in method.layer_cls.weights
+    return "groups" in place.name and method.name.startswith("lora")
 
 
 REFUSED = [
@@ -607,6 +623,30 @@ REFUSED = [
         "not known row by row",
         "what a module makes of a bare parameter need not keep the rows of a batch apart",
         lambda m, p: p.parameters,
+    ),
+    Refusal(
+        "combine",
+        "depends on the sample, so no sum",
+        "what the adapters do is no tensor, so there is nothing to sum",
+        lambda m, p: m.is_a(SampleLayer),
+    ),
+    Refusal(
+        "combine",
+        "not linear in their tensors",
+        "a product, a rotation or another curve of tensors: the sum of such has another form",
+        lambda m, p: not m.sums and not m.is_a(SampleLayer),
+    ),
+    Refusal(
+        "combine",
+        "use DoRA, which divides by the norm",
+        "DoRA divides by the norm of the adapted weight",
+        lambda m, p: bool(m.given.get("use_dora")),
+    ),
+    Refusal(
+        "combine",
+        "differ in (glora_[ABCDE].Xd|supertuning_lora_A)",
+        "the sum of products of two trained factors has a higher rank, which the method has no room for",
+        lambda m, p: m.name in ("glora", "supertuning[pair]") or (m.name == "glora[random]" and p.has_bias),
     ),
 ]
 """The holes: combinations of a method, a layer and an operation that mean nothing; the error gives this reason."""
@@ -707,6 +747,24 @@ def by_definition(cell: Cell, model: PeftModel, names: list[str]) -> nn.Module:
             elif slot == layer.kind.weight:
                 wide = _turned(layer, names, wide)
             setattr(target, slot, nn.Parameter(wide.to(cell.dtype), requires_grad=False))
+    return plain
+
+
+def weighted(cell: Cell, model: PeftModel, weights: dict[str, float], as_scales: bool = False) -> nn.Module:
+    """The plain model with W + sum_i w_i (W_i - W); `as_scales`: with sum_i w_i W_i where the adapters act."""
+    plain, base, alone, model = cell.base(), base_weights(cell.base()), {}, copy.deepcopy(model)
+    for name in weights:
+        model.merge_adapter([name])
+        alone[name] = base_weights(model)
+        model.unmerge_adapter()
+    for key in dict.fromkeys(key for values in alone.values() for key in values):
+        each = [values[key].double() for values in alone.values()]
+        start = base[key].double() if key in base else torch.zeros_like(each[0])
+        if as_scales and any(not torch.equal(one, start) for one in each):
+            start = torch.zeros_like(start)
+        wide = start + sum(weight * (one - start) for weight, one in zip(weights.values(), each))
+        path, _, slot = key.rpartition(".")
+        setattr(plain.get_submodule(path), slot, nn.Parameter(wide.to(cell.dtype), requires_grad=False))
     return plain
 
 

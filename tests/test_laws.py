@@ -6,6 +6,7 @@ A test is one law; its cells are generated from the registry. Cells without mean
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,12 +27,23 @@ from laws import (
     parameters_of,
     perturb,
     state,
+    weighted,
 )
 from safetensors.torch import load_file
 from torch import nn
 
-from peft import PeftModel, convert_to_lora, get_peft_model, get_peft_model_state_dict, save_as_lora
-from peft.core.families import CopyLayer, OutputLayer, RotationLayer, RowsLayer
+from peft import (
+    PeftMixedModel,
+    PeftModel,
+    convert_to_lora,
+    get_peft_model,
+    get_peft_model_state_dict,
+    save_as_lora,
+    set_peft_model_state_dict,
+)
+from peft.core.families import CopyLayer, OutputLayer, RotationLayer, RowsLayer, ScaleLayer
+from peft.utils.hotswap import hotswap_adapter
+from peft.utils.peft_types import PEFT_TYPE_TO_MIXED_MODEL_MAPPING
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -377,6 +389,51 @@ def test_what_is_no_change_of_a_weight_is_no_lora(cell: Cell) -> None:
         convert_to_lora(cell.fresh("one"), 2, "one")
 
 
+@over(cell for cell in cells("merge", "delta", "lora", precisions=ONE, switches=False) if cell.place.typical)
+def test_a_lora_of_full_rank_says_the_weighted_sum_of_two(cell: Cell, tmp_path: Path) -> None:
+    model, weights = cell.adapted("one", "two"), {"one": 0.5, "two": -1.5}
+    wanted = cell.run(weighted(cell, model, weights))
+    save_as_lora(tmp_path, model, 1.0, ["one", "two"], weights=list(weights.values()))
+    cell.near(cell.run(PeftModel.from_pretrained(cell.base(), tmp_path).eval()), wanted, factor=4)
+
+
+# --- weighted combinations ------------------------------------------------------------------------------------
+
+
+@over(cell for cell in cells("merge", "combine", precisions=TWO) if cell.place.typical)
+def test_a_weighted_combination_does_the_weighted_sum(cell: Cell, tmp_path: Path) -> None:
+    """It is an adapter like others: inactive, saved, loaded."""
+    model, weights = cell.adapted("one", "two"), {"one": 0.5, "two": -1.5}
+    one = cell.run(model)
+    _combine(model, weights)
+    assert torch.equal(cell.run(model), one) and model.active_adapters == ["one"]
+    wanted = cell.run(weighted(cell, model, weights, as_scales=cell.method.is_a(ScaleLayer)))
+    model.set_adapter("sum")
+    cell.near(cell.run(model), wanted, factor=3)
+    if cell.dtype == torch.float32:
+        cell.apart(cell.run(model), one)
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    loaded = PeftModel.from_pretrained(cell.base(), tmp_path / "sum", autocast_adapter_dtype=cell.autocast)
+    cell.near(cell.run(loaded), cell.run(model), "loaded")
+
+
+@over(cell for cell in cells("combine", precisions=ONE, refused=True) if cell.place.typical)
+def test_adapters_without_a_sum_are_not_combined(cell: Cell) -> None:
+    model = cell.adapted("one", "two")
+    before, held = cell.run(model), state(model)
+    with pytest.raises(ValueError, match=cell.refusal("combine").phrase):
+        _combine(model, {"one": 0.5, "two": 1.5})
+    assert list(model.peft_config) == ["one", "two"]
+    equal_states(state(model), held)
+    assert torch.equal(cell.run(model), before)
+
+
+def _combine(model: PeftModel, weights: dict[str, float]) -> None:
+    known = inspect.signature(model.base_model.add_weighted_adapter).parameters
+    exact = {"combination_type": "cat"} if "combination_type" in known else {}
+    model.add_weighted_adapter(list(weights), list(weights.values()), "sum", **exact)
+
+
 def _by_weight(model: nn.Module) -> list[tuple[tuple[str, str], Any]]:
     return [((key, layer.kind.weight), layer) for key, layer in layers(model)]
 
@@ -462,6 +519,20 @@ def test_gradients_reach_every_tensor_of_the_adapter_and_none_of_the_base(cell: 
     assert own
 
 
+@over(cell for cell in cells(precisions=ONE) if cell.place.name in ("Linear[no-bias]", "Embedding"))
+def test_a_training_step_multiplies_by_no_identity_matrix(cell: Cell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """11, at its price: products with vectors, not with a matrix of all inputs or outputs."""
+    model, eye = cell.adapted("one").train(), torch.eye
+    sizes = {size for _, layer in layers(model) for size in (layer.in_features, layer.out_features)}
+
+    def small(n: int, *args: Any, **kwargs: Any) -> torch.Tensor:
+        assert n not in sizes, f"an identity matrix of {n} x {n}"
+        return eye(n, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "eye", small)
+    cell.loss(model).backward()
+
+
 @over(cell for cell in cells("merge", precisions=ONE) if cell.differentiable)
 def test_the_gradient_is_that_of_the_merged_weight(cell: Cell) -> None:
     """11, in value: a small step changes the merged model's loss by what the gradient says."""
@@ -505,6 +576,102 @@ def test_a_copy_stands_alone(cell: Cell) -> None:
     fresh = cell.fresh("one", "two", seed=9)
     assert fresh.load_state_dict(model.state_dict()) == ([], [])
     assert torch.equal(cell.run(fresh), before)
+
+
+# --- hot-swap -------------------------------------------------------------------------------------------------
+
+
+@over(cell for cell in cells(precisions=ONE) if cell.place.typical)
+def test_an_adapter_swapped_in_is_the_one_that_was_saved(cell: Cell, tmp_path: Path) -> None:
+    """Its tensors are written into the parameters that are there; other adapters keep theirs."""
+    model, other = cell.adapted("one", "two"), cell.fresh("one")
+    perturb(other, "one", 21)
+    other.save_pretrained(tmp_path)
+    before, wanted = cell.run(model), cell.run(other)
+    cell.apart(wanted, before)
+    held = {name: id(p) for name, p in model.named_parameters()}
+    model.set_adapter("two")
+    two = cell.run(model)
+    hotswap_adapter(model, tmp_path / "one", "one")
+    assert {name: id(p) for name, p in model.named_parameters()} == held
+    assert torch.equal(cell.run(model), two)
+    model.set_adapter("one")
+    torch.testing.assert_close(cell.run(model), wanted)
+    if not cell.unmergeable:
+        cell.near(cell.run(model.merge_and_unload()), wanted, "merged")
+
+
+# --- adapters of several methods ------------------------------------------------------------------------------
+
+
+def _pairs() -> list[Any]:
+    """Each method inside and outside a LoRA, and around the next method of the registry."""
+    found = []
+    for place in ("Linear", "Conv2d[stride]", "Embedding[scaled]"):
+        rows = [c for c in cells("mixed", precisions=ONE, switches=False) if c.place.name == place]
+        rows = [c for c in rows if c.method.config_cls.METHOD in PEFT_TYPE_TO_MIXED_MODEL_MAPPING]
+        (lora,) = (c for c in rows if c.method.name == "lora")
+        pairs = [(lora, c) for c in rows] + [(c, lora) for c in rows if c is not lora]
+        pairs += list(zip(rows, rows[1:])) if place == "Linear" else []
+        named = {f"{a.method.name}-{b.id}": (a, b) for a, b in pairs}
+        found += [pytest.param(*pair, id=name) for name, pair in named.items()]
+    return found
+
+
+@pytest.mark.parametrize(("first", "second"), _pairs())
+def test_adapters_of_two_methods_live_in_one_model(first: Cell, second: Cell, tmp_path: Path) -> None:
+    """3, 4, 7, 8, 10 in a PeftMixedModel."""
+    both = {"one": first, "two": second}
+    model = get_peft_model(first.base(), first.config(), "one", mixed=True)
+    if second.method.is_a(CopyLayer):
+        with pytest.raises(ValueError, match="which a copy of the whole module would hide"):
+            model.add_adapter("two", second.config())
+        assert list(model.peft_config) == ["one"] and not any("two" in layer for _, layer in layers(model))
+        return
+    model.add_adapter("two", second.config(second=first.method is second.method))
+    model.eval()
+    alone = {"__base__": first.run(first.base())}
+    for i, (name, cell) in enumerate(both.items()):
+        perturb(model, name, 10 + i)
+        model.set_adapter(name)
+        alone[name] = cell.run(model)
+        single = get_peft_model(cell.base(), model.peft_config[name], "other").eval()
+        set_peft_model_state_dict(single, get_peft_model_state_dict(model, adapter_name=name), "other")
+        cell.near(cell.run(single), alone[name], name)
+    mixed = first.run(model, adapter_names=ROWS)
+    for row, name in enumerate(ROWS):
+        first.near(mixed[row], alone[name][row], f"row {row}, {name}")
+    model.set_adapter(["one", "two"])
+    together, base = first.run(model), base_weights(first.base())
+    for output in alone.values():
+        first.apart(together, output)
+    if not first.unmergeable and not second.unmergeable:
+        model.merge_adapter()
+        first.near(first.run(model), together, "merged", factor=2)
+        model.unmerge_adapter()
+        _near_base(first, base_weights(model), base, "unmerged")
+    model.save_pretrained(tmp_path)
+    for order in (["one", "two"], ["two", "one"]):
+        if both[order[1]].method.is_a(CopyLayer):
+            continue
+        loaded = PeftMixedModel.from_pretrained(first.base(), tmp_path / order[0], order[0])
+        loaded.load_adapter(tmp_path / order[1], order[1])
+        for name in order:
+            loaded.set_adapter(name)
+            first.near(first.run(loaded), alone[name], f"{name} loaded")
+        loaded.set_adapter(["one", "two"])
+        if order == ["one", "two"]:
+            first.near(first.run(loaded), together, "both loaded")
+    model.delete_adapter("one")
+    model.set_adapter("two")
+    second.near(second.run(model), alone["two"], "the other deleted")
+    _near_base(first, state(model.unload()), state(first.base()), "unloaded")
+
+
+def _near_base(cell: Cell, found: dict, wanted: dict, what: str) -> None:
+    assert list(found) == list(wanted)
+    for key, value in wanted.items():
+        cell.near(found[key], value, f"{what}: {key}")
 
 
 # --- an adapter that adapts only some of the layers -----------------------------------------------------------
@@ -610,6 +777,8 @@ def test_an_adapter_that_is_no_weight_is_not_merged(cell: Cell) -> None:
         assert torch.equal(cell.run(model), before)
     with pytest.raises(ValueError, match=phrase):
         layers(model)[0][1].get_delta_weight("one")
+    with pytest.raises(ValueError, match=phrase):
+        convert_to_lora(model, 1, "one")
 
 
 @over(cells("delta", precisions=ONE, refused=True))

@@ -26,9 +26,10 @@ from peft import (
     OFTConfig,
     PeftMixedModel,
     PeftModel,
-    PolyConfig,
+    PromptTuningConfig,
     PveraConfig,
     RandLoraConfig,
+    ShadowConfig,
     TaskType,
     TinyLoraConfig,
     TrainableTokensConfig,
@@ -896,11 +897,11 @@ class TestMixedModel:
 
     def test_methods_that_cannot_be_mixed(self):
         base = Mlp()
-        with pytest.raises(ValueError, match="LORA"):
-            get_peft_model(base, PolyConfig(r=2, target_modules=["lin0"]), mixed=True)
+        with pytest.raises(ValueError, match="PROMPT_TUNING.*cannot be mixed.*LORA"):
+            get_peft_model(base, PromptTuningConfig(num_virtual_tokens=2), mixed=True)
         model = mlp(mixed=True)
-        with pytest.raises(ValueError, match="LN_TUNING.*LORA"):
-            model.add_adapter("two", LNTuningConfig(target_modules=["norm"]))
+        with pytest.raises(ValueError, match="SHADOW.*LORA"):
+            model.add_adapter("two", ShadowConfig())
         assert set(model.peft_config) == {"default"}
 
     def test_three_adapters_over_one_layer(self):
