@@ -846,6 +846,27 @@ class TestRankBudgets:
         with model.disable_adapter():
             torch.testing.assert_close(model(input_ids=IDS, labels=IDS).loss, plain)
 
+    def test_beside_adapters_of_another_method(self) -> None:
+        """In a model of several methods, too, the loss has its penalty and the budget shrinks."""
+        torch.manual_seed(0)
+        budget = {"init_r": 4, "target_r": 1, "tinit": 0, "tfinal": 1, "total_step": 3, "deltaT": 1}
+        config = AdaLoraConfig(orth_reg_weight=0.5, target_modules=["q_proj"], task_type="CAUSAL_LM", **budget)
+        base = tiny_llama()
+        plain = base(IDS, labels=IDS).loss
+        model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]), "other", mixed=True)
+        model.add_adapter("default", config)
+        torch.testing.assert_close(model(input_ids=IDS, labels=IDS).loss, plain)
+        model.set_adapter(["other", "default"])
+        budgeted = [layer for _, layer in layers_of(model) if "default" in layer]
+        penalties = torch.stack([layer.penalty("default") / 2 for layer in budgeted])
+        loss = model(input_ids=IDS, labels=IDS).loss
+        torch.testing.assert_close(loss, plain + 0.5 * penalties.mean())
+        loss.backward()
+        model.base_model.update_and_allocate(2)
+        assert sum(len(layer.pair("default")[0]) for layer in budgeted) == len(budgeted)
+        model.delete_adapter("default")
+        torch.testing.assert_close(model(input_ids=IDS, labels=IDS).loss, plain)
+
 
 class TestSubspaces:
     """Pairs of a rank above their number of directions crashed, and a budget of n pairs left n - 1."""

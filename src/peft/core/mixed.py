@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -53,6 +54,29 @@ class MixedModel(BaseTuner):
                 f"{CONVERSION} does their weighted sum."
             )
         self._part(self.peft_config[adapters[0]]).add_weighted_adapter(adapters, weights, adapter_name, **kwargs)
+
+    def finish(self, outputs: Any) -> Any:
+        """The model's outputs with what each method of an active adapter makes of them."""
+        for part in self._acting():
+            outputs = part.finish(outputs)
+        return outputs
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """Let the methods of the active adapters that share out a budget do so, after the backward pass of a step."""
+        for part in self._acting():
+            if hasattr(type(part), "update_and_allocate"):
+                part.update_and_allocate(global_step)
+
+    def forget(self, adapter_name: str) -> None:
+        """Drop what the adapter's method keeps for it."""
+        self._part(self.peft_config[adapter_name]).forget(adapter_name)
+
+    def _acting(self) -> Iterator[BaseTuner]:
+        """The tuners of the methods of active adapters."""
+        for method, part in self.__dict__.get("_parts", {}).items():
+            part.active_adapter = [n for n in self.active_adapters if self.peft_config[n].peft_type == method]
+            if part.active_adapter:
+                yield part
 
     def _part(self, config: Any) -> BaseTuner:
         """The method's tuner over the same model and configs, without an adapter of its own."""

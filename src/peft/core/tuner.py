@@ -104,7 +104,14 @@ class BaseTuner(nn.Module):
             return getattr(self.model, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
+        return self.finish(self.model(*args, **kwargs))
+
+    def finish(self, outputs: Any) -> Any:
+        """What the method makes of the model's outputs: one with a term of its own in the loss adds it here."""
+        return outputs
+
+    def forget(self, adapter_name: str) -> None:
+        """Drop what the method keeps in the tuner for an adapter; called when that is deleted."""
 
     # --- injection --------------------------------------------------------------------------------------------
     def inject_adapter(
@@ -274,6 +281,7 @@ class BaseTuner(nn.Module):
         """
         operations.require_adapters(self.model, [adapter_name], self.peft_config)
         active = operations.delete_adapter(self.model, adapter_name, self.prefix)
+        self.forget(adapter_name)
         del self.peft_config[adapter_name]
         self.active_adapter = active[0] if active and len(active) == 1 else active or []
 

@@ -169,9 +169,8 @@ class AdaLoraTuner(BudgetTuner):
     def _loaded_whole(layers: dict[str, AdaLoraLayer], name: str) -> bool:
         return all(len(layer.lora_E[name]) == layer.r[name] for layer in layers.values())
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def finish(self, outputs: Any) -> Any:
         """The model's outputs; a loss among them gets the penalty on A and B that are not orthogonal."""
-        outputs = self.model(*args, **kwargs)
         loss = getattr(outputs, "loss", None)
         for name in self.active_adapters:
             layers = [layer for layer in self._adapted(name).values() if not layer.disable_adapters]

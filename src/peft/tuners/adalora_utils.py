@@ -24,8 +24,7 @@ class BudgetTuner(BaseTuner):
         """What is kept for an adapter; ``start`` if there is nothing yet."""
         return self.__dict__.setdefault("_budgets", {}).setdefault(name, start)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        super().delete_adapter(adapter_name)
+    def forget(self, adapter_name: str) -> None:
         self.__dict__.get("_budgets", {}).pop(adapter_name, None)
 
 
