@@ -156,6 +156,10 @@ def test_a_row_of_a_mixed_batch_has_the_value_of_its_adapter_alone(cell: Cell) -
 def test_a_row_of_a_mixed_batch_has_the_gradient_of_its_adapter_alone(cell: Cell) -> None:
     """3, in training mode, but where that draws random numbers."""
     model = cell.adapted("one", "two").train(not cell.method.layer_cls.random_in_training)
+    _rows_train_their_adapters(cell, model)
+
+
+def _rows_train_their_adapters(cell: Cell, model: PeftModel) -> None:
     found: dict[str, list[torch.Tensor]] = {}
     for names in (ROWS, "one", "two"):
         rows = torch.tensor([1.0 if names is ROWS or name == names else 0.0 for name in ROWS])
@@ -641,6 +645,7 @@ def test_adapters_of_two_methods_live_in_one_model(first: Cell, second: Cell, tm
     mixed = first.run(model, adapter_names=ROWS)
     for row, name in enumerate(ROWS):
         first.near(mixed[row], alone[name][row], f"row {row}, {name}")
+    _rows_train_their_adapters(first, model)
     model.set_adapter(["one", "two"])
     together, base = first.run(model), base_weights(first.base())
     for output in alone.values():

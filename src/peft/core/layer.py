@@ -428,8 +428,8 @@ class BaseTunerLayer(Switch, nn.Module):
         if kind.through_weight:
             values = self._effective(names)
             return functional_call(base, {k: v for k, v in values.items() if v is not None}, args, kwargs)
-        bias = self._folded_bias(names)
-        y = self.multiplied(args[0], lambda: self._as_input(self._folded_weight(names), args[0]), names)
+        bias, below = self._folded_bias(names), self._names_below()  # which may be others in the backward pass
+        y = self.multiplied(args[0], lambda: self._as_input(self._folded_weight(names, below), args[0]), names)
         return y if bias is None else y + kind.along_channels(bias, base)
 
     def _as_input(self, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -574,10 +574,15 @@ class BaseTunerLayer(Switch, nn.Module):
         same = isinstance(inner, BaseTunerLayer) and inner.kind is not None and inner.kind.weight == self.kind.weight
         return inner if same else None
 
-    def _folded_weight(self, names: list[str]) -> torch.Tensor:
-        """The weight ``[out, in, *kernel]`` with these adapters in it."""
+    def _names_below(self) -> tuple[list[str], ...]:
+        """The adapters that act on the same weight in the layers inside this one, from the next one inwards."""
         inner = self._inside()
-        weight = self.get_base_weight() if inner is None else inner._folded_weight(inner._current())
+        return () if inner is None else (inner._current(), *inner._names_below())
+
+    def _folded_weight(self, names: list[str], below: tuple[list[str], ...] | None = None) -> torch.Tensor:
+        """The weight ``[out, in, *kernel]`` with these adapters in it, and those in the layers inside this one."""
+        inner, (first, *rest) = self._inside(), (self._names_below() if below is None else below) or ([],)
+        weight = self.get_base_weight() if inner is None else inner._folded_weight(first, tuple(rest))
         if not names:
             return weight
         dtype, weight = weight.dtype, _wide(weight)
