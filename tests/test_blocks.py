@@ -436,16 +436,21 @@ def test_the_saved_config_names_what_the_preset_means(tmp_path):
     assert "base_model.model.model.layers.0.bottleneck_feedforward.down.weight" in file
 
 
-@pytest.mark.parametrize("first", ["lora", "bottleneck", "prompt"])
-@pytest.mark.parametrize("name", ["bert", "llama"])
+TARGETS = {"bert": ["query", "output.dense"], "llama": ["q_proj", "down_proj"]}
+"""Of the LoRA that acts beside others; by default where nothing is said."""
+TOGETHER = [(name, first) for name in TARGETS for first in ("lora", "bottleneck", "prompt")]
+TOGETHER += [(name, "lora") for name in NAMED if name not in TARGETS]
+
+
+@pytest.mark.parametrize(("name", "first"), TOGETHER)
 def test_a_bottleneck_a_lora_and_a_prompt_act_together(name, first):
     """Whichever comes first: the adapter in a block reads what the adapted sub-layers give."""
-    targets = ["query", "output.dense"] if name == "bert" else ["q_proj", "down_proj"]
     configs: dict[str, Any] = {
-        "lora": LoraConfig(target_modules=targets, r=2),
+        "lora": LoraConfig(target_modules=TARGETS.get(name), r=2),
         "bottleneck": BottleneckConfig(preset="houlsby", reduction_factor=4),
-        "prompt": AdaptionPromptConfig(adapter_len=2, adapter_layers=1),
     }
+    if name in TARGETS:
+        configs["prompt"] = AdaptionPromptConfig(adapter_len=2, adapter_layers=1)
     order = [first, *(key for key in configs if key != first)]
     torch.manual_seed(0)
     model = get_peft_model(build(name), configs[first], adapter_name=first, mixed=True)
@@ -456,8 +461,9 @@ def test_a_bottleneck_a_lora_and_a_prompt_act_together(name, first):
     model.set_adapter(order)
     together = logits(model, name)
     assert all(p.requires_grad for _, layer in layers_of(model) for k in order for p in layer.adapter_parameters(k))
-    model.set_adapter(["lora", "prompt"])
-    differs(logits(model, name), together)
+    for left_out in configs:
+        model.set_adapter([key for key in configs if key != left_out])
+        differs(logits(model, name), together)
     parts = {key: {} for key in configs}
     for path, layer in layers_of(model):
         for key in configs:
@@ -467,10 +473,12 @@ def test_a_bottleneck_a_lora_and_a_prompt_act_together(name, first):
     base = build(name)
     merged = get_peft_model(base, configs["lora"], adapter_name="lora")
     put(merged, "lora", parts["lora"])
-    again = get_peft_model(merged.merge_and_unload(), configs["prompt"], adapter_name="prompt", mixed=True)
-    again.add_adapter("bottleneck", configs["bottleneck"])
-    again.set_adapter(["prompt", "bottleneck"])
-    for key in ("prompt", "bottleneck"):
+    *others, last = [key for key in configs if key != "lora"]
+    again = get_peft_model(merged.merge_and_unload(), configs[last], adapter_name=last, mixed=True)
+    for key in others:
+        again.add_adapter(key, configs[key])
+    again.set_adapter([last, *others])
+    for key in (last, *others):
         put(again, key, parts[key])
     gives(logits(again, name), together)
 
