@@ -5,11 +5,12 @@
 The table goes to ``benchmarks/RESULTS.md`` (between the marks there) unless ``--methods`` picks some rows: those are
 printed only, or written too with ``--write``. ``--clock cpu`` measures CPU time, for machines with other work.
 
-A LLaMA-shaped model of 6 layers, width 576, 9 heads (3 key-value), 1,536 inner, a vocabulary of 2,000, float32, with
-random weights; 4 x 128 tokens; the method on all linear layers of the blocks, with the hyperparameters of its paper
-(`HYPERPARAMETERS`, `METHODS`). The floor is the frozen model's forward and backward to its input embeddings. Each
-library measures in a process of its own, and the two take turns, repetition by repetition. Methods that one side does
-not have, or that cannot be on such layers, have no figures there.
+All weight methods, and the methods of blocks and prompts that need no more than a config, on a LLaMA-shaped model of 6
+layers, width 576, 9 heads (3 key-value), 1,536 inner, a vocabulary of 2,000, float32, with random weights; 4 x 128
+tokens; the method on all linear layers of the blocks, with the hyperparameters of its paper (`HYPERPARAMETERS`,
+`METHODS`). The floor is the frozen model's forward and backward to its input embeddings. Each library measures in a
+process of its own, and the two take turns. Methods that one side does not have, or that cannot
+be on such layers, have no figures there.
 """
 
 from __future__ import annotations
@@ -67,17 +68,30 @@ HYPERPARAMETERS: dict[str, dict[str, Any]] = {
 }
 """Fields of a method's config where its defaults are not those of its paper, or stand here to be seen."""
 
+WHOLE = {"target_modules": None}
+"""For methods that choose their places themselves, or act on no layer."""
+
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora[dora]": ("lora", {**HYPERPARAMETERS["lora"], "use_dora": True}),
     "boft[factors]": ("boft", {"boft_block_size": 4, "boft_n_butterfly_factor": 2}),
     "miss[bat]": ("miss", {"r": 64, "init_weights": "bat"}),
+    "bottleneck[houlsby]": ("bottleneck", {"preset": "houlsby", **WHOLE}),
+    "prompt_tuning": ("prompt_tuning", {"num_virtual_tokens": 20, **WHOLE}),
+    "p_tuning": ("p_tuning", {"num_virtual_tokens": 20, "encoder_hidden_size": 128, **WHOLE}),
+    "prefix_tuning": ("prefix_tuning", {"num_virtual_tokens": 20, **WHOLE}),
     "ln_tuning": ("ln_tuning", {"target_modules": ["input_layernorm", "post_attention_layernorm"]}),
     "trainable_tokens": ("trainable_tokens", {"token_indices": list(range(10)), "target_modules": ["embed_tokens"]}),
 }
 """Rows of their own: what is measured -> registered method and fields."""
 
-OFTEN_ELSEWHERE = {"beft": {"target_modules": ["v_proj"]}}
-"""Methods whose paper puts them on other layers."""
+ELSEWHERE: dict[str, dict[str, Any]] = {
+    "adaption_prompt": {"adapter_len": 10, "adapter_layers": 6, **WHOLE},
+    "beft": {"target_modules": ["v_proj"]},
+    "bottleneck": WHOLE,
+    "shadow": WHOLE,
+    "xlora": {"hidden_size": 576, **WHOLE},
+}
+"""Methods whose paper puts them on other layers; X-LoRA weighs two LoRAs on all linear layers."""
 
 
 def rows() -> dict[str, tuple[str, dict[str, Any]]]:
@@ -88,10 +102,10 @@ def rows() -> dict[str, tuple[str, dict[str, Any]]]:
 
     found = {}
     for key, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items():
-        if isinstance(tuner, type) and issubclass(tuner, BaseTuner) and key != "XLORA":  # it weighs other adapters
+        if isinstance(tuner, type) and issubclass(tuner, BaseTuner):
             name = str(getattr(key, "value", key)).lower()
-            found[name] = name, {**HYPERPARAMETERS.get(name, {}), **OFTEN_ELSEWHERE.get(name, {})}
-    return {**found, **{row: what for row, what in METHODS.items() if what[0] in found}}
+            found[name] = name, {**HYPERPARAMETERS.get(name, {}), **ELSEWHERE.get(name, {})}
+    return {**found, **METHODS}
 
 
 def adapted(method: str, fields: dict[str, Any]) -> Any:
@@ -101,16 +115,28 @@ def adapted(method: str, fields: dict[str, Any]) -> Any:
 
     from peft import get_peft_config, get_peft_model
 
-    config = get_peft_config(
-        {"peft_type": method.upper(), "task_type": "CAUSAL_LM", "target_modules": LINEARS, **fields}
-    )
-    model = get_peft_model(llama(), config).train()
+    given = {"target_modules": LINEARS, **fields}
+    if given["target_modules"] is None:
+        del given["target_modules"]
+    base = llama()
+    with tempfile.TemporaryDirectory() as folder:
+        if method == "xlora":
+            given["adapters"] = {str(i): saved_lora(f"{folder}/{i}") for i in range(2)}
+            base.config.use_cache = False
+        config = get_peft_config({"peft_type": method.upper(), "task_type": "CAUSAL_LM", **given})
+        model = get_peft_model(base, config).train()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:
                 p.add_(torch.randn(p.shape, generator=generator) * 0.01)
     return model
+
+
+def saved_lora(folder: str) -> str:
+    """The folder, with a LoRA in it."""
+    adapted("lora", HYPERPARAMETERS["lora"]).save_pretrained(folder)
+    return folder
 
 
 def answer(method: str, fields: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], object] | None]:
