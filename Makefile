@@ -1,8 +1,9 @@
-# make demo   fine-tune a small language model on real text and print what came of it (about six minutes on two cores)
-# make qlora  the same task on a base in four bits, beside LoRA in 32 (about eight minutes on two cores)
-# make test   lint, type check, tests
-# make bench  the benchmarks, into benchmarks/RESULTS.md (half an hour); to compare with another library:
-#             make bench REFERENCE=/path/to/its/environment/bin/python
+# make demo      fine-tune a small language model on real text and print what came of it (about six minutes on two cores)
+# make qlora     the same task on a base in four bits, beside LoRA in 32 (about eight minutes on two cores)
+# make tutorial  six methods on that task, one table (about eight minutes on two cores)
+# make test      lint, type check, tests
+# make bench     the benchmarks, into benchmarks/RESULTS.md (half an hour); to compare with another library:
+#                make bench REFERENCE=/path/to/its/environment/bin/python
 #
 # Each target first builds .venv, once. To use another PyTorch than the pinned one:
 #   make demo TORCH=torch==2.8.0
@@ -20,7 +21,7 @@ RUN   := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo qlora test lint bench clean
+.PHONY: help install demo qlora tutorial test lint bench clean
 
 help:
 	@sed -n '/^$$/q;s/^# \{0,1\}//p' Makefile
@@ -39,6 +40,9 @@ demo: $(STAMP)
 
 qlora: $(STAMP)
 	$(RUN) examples/qlora.py $(ARGS)
+
+tutorial: $(STAMP)
+	$(RUN) examples/tutorial.py $(ARGS)
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .

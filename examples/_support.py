@@ -1,10 +1,11 @@
-"""What `sentiment.py` needs beside the lesson: where its model comes from, the numbers it reports, how it prints them.
+"""What the examples need beside their lessons: options, data, a model, the numbers they report, how they print them.
 
 Nothing here uses `peft`.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import logging
@@ -34,13 +35,41 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
+# ------------------------------------------------------------------------------------------------------------- options
+
+
+def parse_arguments(
+    description: str, steps: int, argv: Sequence[str] | None = None, rows: int | None = None
+) -> argparse.Namespace:
+    """The options of a command line: --steps, --seed, --output-dir, --tiny, and --rows where `rows` says how many."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--steps", type=int, help=f"training steps (default: {steps}; 4 with --tiny)")
+    if rows is not None:
+        parser.add_argument("--rows", type=int, default=rows, help=f"held-out reviews to ask about (default: {rows})")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output-dir", type=Path, default=HERE / "output", help="where the adapters are saved")
+    parser.add_argument("--tiny", action="store_true", help="a random tiny model, a few reviews: does it all run?")
+    args = parser.parse_args(argv)
+    if args.steps is None:
+        args.steps = 4 if args.tiny else steps
+    for name in {"steps", "rows"} & set(vars(args)):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    return args
+
+
 # ---------------------------------------------------------------------------------------------------------------- data
 
 
-def read_reviews() -> tuple[list[dict], list[dict]]:
-    """The reviews as (2,500 to train on, the last 500 to test on)."""
-    rows = [json.loads(line) for line in REVIEWS.read_text(encoding="utf-8").splitlines()]
-    return rows[:-500], rows[-500:]
+def read_reviews(tiny: bool = False, rows: int | None = None) -> tuple[list[dict], list[dict]]:
+    """The reviews as (2,500 to train on, the last 500 to test on), or the first 64 and 32 of them if `tiny`.
+
+    `rows` limits the number to test on.
+    """
+    reviews = [json.loads(line) for line in REVIEWS.read_text(encoding="utf-8").splitlines()]
+    train, test = reviews[:-500], reviews[-500:]
+    return (train[:64], test[:32][:rows]) if tiny else (train, test[:rows])
 
 
 # --------------------------------------------------------------------------------------------------------------- model

@@ -70,7 +70,7 @@ def weight_bytes(model: PreTrainedModel) -> dict[str, int]:
 def train(base: PreTrainedModel, path: Path, args: argparse.Namespace, name: str) -> dict[str, Any]:
     """Train an adapter on a base, save it as `name`, and ask the model what it has learnt."""
     watch, tokenizer = support.Stopwatch(), AutoTokenizer.from_pretrained(path)
-    train_rows, test_rows = read_rows(args)
+    train_rows, test_rows = support.read_reviews(args.tiny, args.rows)
     size = weight_bytes(base)
     set_seed(args.seed)
     model = get_peft_model(base, adapter_config())
@@ -100,7 +100,7 @@ def reload_and_merge(path: Path, args: argparse.Namespace) -> dict[str, Any]:
     """The saved adapter on a fresh 4-bit base and on a 16-bit one; then merged exactly, and into the four bits."""
     support.quiet()
     tokenizer, saved = AutoTokenizer.from_pretrained(path), args.output_dir / "qlora"
-    _, rows = read_rows(args)
+    _, rows = support.read_reviews(args.tiny, args.rows)
 
     def ask(model: Any) -> Tensor:
         return sentiment.ask(model, tokenizer, rows, sentiment.SENTIMENT)
@@ -126,12 +126,6 @@ def reload_and_merge(path: Path, args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def read_rows(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
-    """Reviews to train on and to test on."""
-    train_rows, test_rows = support.read_reviews()
-    return (train_rows[:64], test_rows[:32]) if args.tiny else (train_rows, test_rows[: args.rows])
-
-
 def apart(job: Any, *arguments: Any) -> Any:
     """The result of a job in a process of its own, so that its peak memory is its own."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
@@ -142,7 +136,7 @@ def main(args: argparse.Namespace) -> None:
     """Train twice, reload and merge; then print what came of it."""
     support.quiet()
     watch, path = support.Stopwatch(), support.fetch_model(tiny=args.tiny)
-    _, rows = read_rows(args)
+    _, rows = support.read_reviews(args.tiny, args.rows)
     support.heading("LoRA on the base in 32 bits")
     dense = apart(train_on_thirty_two_bits, path, args)
     support.heading("QLoRA: the same on the base in 4 bits")
@@ -189,19 +183,8 @@ def _report(results: dict) -> None:
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The options of the command line."""
-    parser = argparse.ArgumentParser(description="QLoRA on SmolLM2-135M, beside LoRA on the same base in 32 bits.")
-    parser.add_argument("--steps", type=int, help="training steps (default: 40; 4 with --tiny)")
-    parser.add_argument("--rows", type=int, default=300, help="held-out reviews to ask about")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output-dir", type=Path, default=support.HERE / "output", help="where adapters are saved")
-    parser.add_argument("--tiny", action="store_true", help="a random tiny model, a few reviews: does it all run?")
-    args = parser.parse_args(argv)
-    if args.steps is None:
-        args.steps = 4 if args.tiny else 40
-    if args.steps < 1:
-        parser.error(f"--steps must be at least 1, not {args.steps}")
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    return args
+    about = "QLoRA on SmolLM2-135M, beside LoRA on the same base in 32 bits."
+    return support.parse_arguments(about, 40, argv, rows=300)
 
 
 if __name__ == "__main__":

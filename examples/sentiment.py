@@ -66,7 +66,14 @@ def encode(tokenizer: PreTrainedTokenizerBase, rows: list[dict], words: Words) -
     return examples
 
 
-def train(model: PeftModel, tokenizer: PreTrainedTokenizerBase, examples: list[dict], steps: int, args) -> None:
+def train(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: list[dict],
+    steps: int,
+    args: argparse.Namespace,
+    learning_rate: float = 1e-3,
+) -> None:
     """Train whatever is trainable in the model."""
     tokenizer.padding_side = "right"
     trainer = Trainer(
@@ -75,7 +82,7 @@ def train(model: PeftModel, tokenizer: PreTrainedTokenizerBase, examples: list[d
             output_dir=str(args.output_dir / "trainer"),
             max_steps=steps,
             per_device_train_batch_size=BATCH,
-            learning_rate=1e-3,
+            learning_rate=learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=max(1, steps // 10),
             logging_steps=max(1, steps // 5),
@@ -213,9 +220,7 @@ def main(args: argparse.Namespace) -> None:
     path = support.fetch_model(tiny=args.tiny)
     set_seed(args.seed)  # here, so that fetching draws nothing from it
     tokenizer = AutoTokenizer.from_pretrained(path)
-    train_rows, test_rows = support.read_reviews()
-    if args.tiny:
-        train_rows, test_rows = train_rows[:64], test_rows[:32]
+    train_rows, test_rows = support.read_reviews(args.tiny)
 
     trained = train_two_adapters(path, tokenizer, train_rows, test_rows, args, watch)
     gc.collect()  # the model that was trained goes before a fresh one comes
@@ -240,21 +245,8 @@ def main(args: argparse.Namespace) -> None:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The options of the command line."""
-    parser = argparse.ArgumentParser(description="Fine-tune SmolLM2-135M with LoRA to name the sentiment of reviews.")
-    parser.add_argument("--steps", type=int, help="training steps of the first adapter (default: 100; 4 with --tiny)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--output-dir", type=Path, default=support.HERE / "output", help="where the adapters are saved"
-    )
-    parser.add_argument("--tiny", action="store_true", help="a random tiny model, a few reviews: does it all run?")
-    args = parser.parse_args(argv)
-    if args.steps is None:
-        args.steps = 4 if args.tiny else 100
-    if args.steps < 1:
-        parser.error(f"--steps must be at least 1, not {args.steps}")
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    return args
+    """The options of the command line; the steps are those of the first adapter."""
+    return support.parse_arguments("Fine-tune SmolLM2-135M with LoRA to name the sentiment of reviews.", 100, argv)
 
 
 if __name__ == "__main__":
