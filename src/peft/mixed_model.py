@@ -41,7 +41,8 @@ class PeftMixedModel(PeftModel):
         if peft_config.peft_type not in PEFT_TYPE_TO_MIXED_MODEL_MAPPING:
             known = sorted(str(getattr(t, "value", t)) for t in PEFT_TYPE_TO_MIXED_MODEL_MAPPING)
             raise ValueError(
-                f"{peft_config.peft_type} adapters cannot be mixed with others; these can: {', '.join(known)}."
+                f"{peft_config.peft_type} adapters cannot be mixed with others: they change how the whole model is "
+                f"called, not single layers of it. These can be mixed: {', '.join(known)}."
             )
 
     @classmethod
