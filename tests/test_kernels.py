@@ -606,6 +606,42 @@ def test_dora_equals_the_plain_path(bias, dtype, tolerance):
     assert_equal(got, wanted, tolerance)
 
 
+class FixedDropout(nn.Dropout):
+    """The same, as a dropout of another class."""
+
+    def __init__(self, p: float, seed: int) -> None:
+        super().__init__(p)
+        self.seed = seed
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x with the entries dropped, the others scaled."""
+        return Fixed(self.p, self.seed)(x)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.04)], ids=str)
+def test_dora_with_dropout_equals_the_plain_path_with_the_same_mask(bias, dtype, tolerance):
+    model, x = adapted(bias, dtype=dtype, use_dora=True, lora_dropout=0.3), batch(5, 4, dtype=dtype)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "magnitude" in name:
+                p.mul_(torch.linspace(0.5, 1.5, len(p)))
+    torch.manual_seed(5)
+    got = run(model, x)
+    torch.manual_seed(5)
+    for name in LAYERS:
+        getattr(model.base_model.model, name).lora_dropout["default"] = FixedDropout(0.3, draw_seed())
+    assert_equal(got, run(model, x), tolerance)
+
+
+def test_dora_with_dropout_keeps_its_input_alone():
+    torch.manual_seed(0)
+    x, f, m = torch.randn(7, 6, requires_grad=True), pair(6, 5), torch.rand(5, requires_grad=True)
+    base, f.dropout = nn.Linear(6, 5).requires_grad_(False), 0.3
+    shapes = kept_shapes(lambda: dora_linear(x, base.weight, base.bias, f, m))
+    assert shapes.count((7, 6)) == 1 and (7, 5) not in shapes
+
+
 def test_dora_norm_equals_that_of_the_matrix():
     torch.manual_seed(0)
     w, a, b = torch.randn(7, 9), torch.randn(3, 9), torch.randn(7, 3)

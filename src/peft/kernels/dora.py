@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.autograd import Function
 
+from peft.kernels.dropout import draw_seed, dropped_copy, zero_dropped_
 from peft.kernels.linear import Factors, accumulate, in_dtype, no_autocast, product_dtype, scaled_mm
 from peft.kernels.remake import kept
 
@@ -36,13 +37,18 @@ def adapted_norm(weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, sca
 def dora_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, factors: Factors, magnitude: torch.Tensor
 ) -> torch.Tensor:
-    """The output ``[..., out]`` of a frozen linear layer with DoRA, in the dtype of x; dropout is not looked at.
+    """The output ``[..., out]`` of a frozen linear layer with DoRA, in the dtype of x.
+
+    With dropout, y = W x + b + (g - 1) W drop(x) + g s B A drop(x): W takes no part in the dropout as long as g = 1.
 
     Args:
         x: ``[..., in]``, in the dtype of ``weight``. magnitude: m ``[out]``.
     """
+    given = x, weight, bias, factors.down, factors.up, magnitude, factors.scale
     with no_autocast(x):
-        return DoraLinear.apply(x, weight, bias, factors.down, factors.up, magnitude, factors.scale)
+        if factors.dropout:
+            return DroppedDoraLinear.apply(*given, (factors.dropout, draw_seed()))
+        return DoraLinear.apply(*given)
 
 
 class DoraLinear(Function):
@@ -77,6 +83,62 @@ class DoraLinear(Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         with no_autocast(gradient):
             return _backward(ctx, gradient)
+
+
+class DroppedDoraLinear(Function):
+    """See :func:`dora_linear`. The backward pass multiplies by W once more, so as to keep nothing as large as y."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        down: torch.Tensor,
+        up: torch.Tensor,
+        magnitude: torch.Tensor,
+        scale: float,
+        drop: tuple[float, int],
+    ) -> torch.Tensor:
+        norm, rows, left = adapted_norm(weight, down, up, scale), x.reshape(-1, x.shape[-1]), 1 / (1 - drop[0])
+        factor, dropped = magnitude / norm, dropped_copy(rows, *drop)
+        y = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
+        y.addcmul_(torch.mm(dropped, weight.t()), in_dtype(y.dtype, (factor - 1) * left))
+        dtype = product_dtype(y)
+        hidden = torch.mm(in_dtype(dtype, dropped), in_dtype(dtype, down).t())
+        accumulate(y, hidden, in_dtype(dtype, up * factor[:, None]).t(), scale * left)
+        ctx.scale, ctx.drop, ctx.shape, ctx.kept = scale, drop, x.shape, kept(x)
+        ctx.save_for_backward(ctx.kept.tensor, weight, down, up, magnitude, norm, hidden)
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        with no_autocast(gradient):
+            return _dropped_backward(ctx, gradient)
+
+
+def _dropped_backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    saved, weight, down, up, magnitude, norm, hidden = ctx.saved_tensors
+    needs_x, _, _, needs_down, needs_up, needs_magnitude, *_ = ctx.needs_input_grad
+    left, factor = 1 / (1 - ctx.drop[0]), magnitude / norm
+    dy, dtype = gradient.reshape(-1, gradient.shape[-1]), product_dtype(gradient)
+    dropped = dropped_copy(ctx.kept.get(saved).reshape(-1, ctx.shape[-1]), *ctx.drop)
+    dz = in_dtype(dtype, dy * in_dtype(dy.dtype, factor * left))
+    dh = scaled_mm(dz, in_dtype(dtype, up), ctx.scale)
+    dx = d_down = d_up = d_magnitude = None
+    if needs_magnitude:
+        product = _product(dropped, weight, down, up, ctx.scale)[0]
+        d_magnitude = product.mul_(dy).sum(0, dtype=magnitude.dtype) * left / norm
+    if needs_down:
+        d_down = in_dtype(down.dtype, torch.mm(dh.t(), in_dtype(dtype, dropped)))
+    if needs_up:
+        d_up = in_dtype(up.dtype, scaled_mm(hidden.t(), dz, ctx.scale).t())
+    if needs_x:
+        part = torch.mm(dy * in_dtype(dy.dtype, (factor - 1) * left), weight)
+        part = zero_dropped_(accumulate(part, dh, in_dtype(dtype, down), 1.0), *ctx.drop)
+        dx = part.addmm_(dy, weight).view(ctx.shape)
+    return dx, None, None, d_down, d_up, d_magnitude, None, None
 
 
 def _product(
