@@ -44,6 +44,8 @@ OPERATIONS = {
         "test_two_active_adapters_add_up_where_no_weight_shows_it",
         "test_two_active_output_maps_follow_each_other_where_no_weight_shows_it",
     ),
+    "weighted sums": ("test_a_weighted_combination_does_the_weighted_sum",),
+    "hot-swap": ("test_an_adapter_swapped_in_is_the_one_that_was_saved",),
     "conversion to LoRA": ("test_a_lora_of_full_rank_says_the_same",),
 }
 """Operation -> the law tests that show it."""
@@ -53,10 +55,19 @@ REFUSED = {
     "merge and unmerge": "test_an_adapter_that_is_no_weight_is_not_merged",
     "mixed batches": "test_rows_that_cannot_be_told_apart_are_refused",
     "several active": "test_adapters_that_exclude_each_other_are_not_active_together",
+    "weighted sums": "test_adapters_without_a_sum_are_not_combined",
+    "conversion to LoRA": "test_what_is_no_change_of_a_weight_is_no_lora",
 }
 """Operation -> the test that it is refused, with its reason, where it has no meaning."""
 
-HOLES = {"adapt": "adapt", "merge and unmerge": "merge", "mixed batches": "mixed", "several active": "several"}
+HOLES = {
+    "adapt": "adapt",
+    "merge and unmerge": "merge",
+    "mixed batches": "mixed",
+    "several active": "several",
+    "weighted sums": "combine",
+    "conversion to LoRA": "delta",
+}
 """Operation -> its name in the table of the tests."""
 
 STORAGES = (
@@ -341,17 +352,18 @@ def _cell(places: dict[str, Any], kind: str, notes: Notes) -> str:
         return ""
     if any(value is False for entry in here.values() for value in entry.values()):
         return "✗"
-    reasons: dict[str, list[str]] = {}
+    reasons: dict[tuple[str, str], list[str]] = {}
     for place, entry in here.items():
         for operation, value in entry.items():
             if isinstance(value, str):
-                what = "not adapted" if operation == "adapt" else f"no {operation}"
-                reasons.setdefault(f"{what}: {value}", []).append(place)
+                reasons.setdefault((operation, value), []).append(place)
     adapted = any("train" in entry for entry in here.values())
     numbers = []
-    for text, where in reasons.items():
-        only = "" if len(where) == len(here) else f" ({', '.join(where)})"
-        numbers.append(notes.number(text[0].upper() + text[1:] + only + "."))
+    for (operation, reason), where in reasons.items():
+        everywhere = len(where) == sum(operation in entry for entry in here.values())
+        only = "" if everywhere else f" ({', '.join(where)})"
+        what = "Not adapted" if operation == "adapt" else f"No {operation}"
+        numbers.append(notes.number(f"{what}: {reason}{only}."))
     mark = "✓" if adapted else "–"
     return f"{mark} {', '.join(map(str, sorted(numbers)))}".strip()
 
