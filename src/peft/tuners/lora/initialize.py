@@ -22,10 +22,10 @@ def is_drawn(config: LoraConfig) -> bool:
 def initialize(layer: LoraLayer, name: str, config: LoraConfig) -> None:
     """Fill A and B of a fresh adapter. Every choice but False makes dW = 0."""
     init = config.init_lora_weights
-    a, b = layer.pair(name)
+    _as_torch_does(layer, name)  # first in any case: then a seed gives the numbers that it gives elsewhere
     if init is False:
-        _as_torch_does(layer, name)
         return
+    a, b = layer.pair(name)
     with torch.no_grad():
         if init == "orthogonal":
             for down, up in layer.kind.pairs(layer.get_base_layer(), a, b):

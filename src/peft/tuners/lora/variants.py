@@ -100,7 +100,7 @@ class DoraLinearVariant(LoraVariant):
             delta = layer.lora_B[name](layer.lora_A[name](x)) * layer.scaling[name]
         else:
             delta = layer.delta(name, x)
-        return y + (g - 1) * inner + g * delta
+        return y + (g * (inner + delta) - inner)  # one product with g, which keeps one tensor for the gradient of m
 
     def _base_weight(self, layer: LoraLayer, x: torch.Tensor) -> torch.Tensor:
         base = layer.unmerged_weight()
