@@ -61,6 +61,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "miss": {"r": 3},
     "psoft": {"r": 3, "psoft_alpha": 4},
     "adamss": {"num_subspaces": 3, "subspace_rank": 2},
+    "frod": {"sparse_rate": 0.2, "progressbar": False},
 }
 """Method -> fields without which it does nothing small; `r`, where it counts, is 4 for every method."""
 
@@ -112,6 +113,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "road[2]": {"variant": "road_2"},
     "road[4]": {"variant": "road_4"},
     "beft[random]": {"init_weights": False},
+    "frod[drawn]": {"init_weights": False, "save_projection": False, "sparse_rate": 0.1},
     "osf[random]": {"init_weights": False, "effective_rank": 0.3},
     "adamss[random]": {"init_weights": None, "num_subspaces": 2, "use_dynamic_rank": True, "subspace_rank": 4},
 }
@@ -122,7 +124,7 @@ NOT_IDENTITY = {
     "fourierft",
     "waveft[entries]",
     *("lora[random]", "hira[random]", "hra[odd]", "hra[orthogonal]", "beft[random]"),
-    *("deft[para]", "deft[random]", "glora[random]", "osf[random]", "adamss[random]"),
+    *("deft[para]", "deft[random]", "glora[random]", "osf[random]", "adamss[random]", "frod[drawn]"),
     *("vblora", "boft[blocks]", "unilora", "unilora[indices]", "tinylora[tied]"),
 }
 """Rows whose fresh adapter is random by definition."""

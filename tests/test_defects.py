@@ -972,7 +972,7 @@ class TestFrozenSingularDirections:
     def test_ranks(self) -> None:
         base, ranks = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 10)), {"^0$": 0.4, "1": 9}
         model = get_peft_model(base, OSFConfig(target_modules=["0", "1"], rank_pattern=ranks))
-        assert [layer.osf_S_high["default"].numel() for layer in (base[0], base[1])] == [3, 9]
+        assert [len(layer.osf_V_high["default"]) for layer in (base[0], base[1])] == [3, 9]
         assert model.get_nb_trainable_parameters()[0] == (12 + 1 + 8) * 5 + (10 + 1 + 12) * 1
         with pytest.raises(ValueError, match="effective_rank=10 freezes all of the 10 singular values of '1'"):
             model.add_adapter("all", OSFConfig(target_modules=["1"], effective_rank=10))

@@ -228,6 +228,9 @@ def set_peft_model_state_dict(
     with torch.no_grad():
         for entry, value in sorted(plan, key=lambda item: item[0].put is None):  # exact tensors after rounded ones
             _write(model, entry, value, low_cpu_mem_usage)
+        for _, layer in layers_of(root):
+            if adapter_name in layer:
+                layer.loaded(adapter_name)
     missing = [e.saved for e in own if id(e.tensor) not in found and e.put is None]
     return LoadResult(missing, unexpected)
 

@@ -110,8 +110,8 @@ class BaseTunerLayer(Switch, nn.Module):
 
         Returns:
             For a name in ``shared`` the tensor of the whole model (a Parameter is trained, a plain tensor frozen), or
-            an ``nn.ParameterDict`` of several. For a name in ``weights`` or ``settings`` a list with the part of each
-            layer.
+            an ``nn.ParameterDict`` or ``BufferDict`` of several. For a name in ``weights`` or ``settings`` a list with
+            the part of each layer.
         """
         return {}
 
@@ -153,6 +153,9 @@ class BaseTunerLayer(Switch, nn.Module):
     def takes(self, name: str, saved: str, shape: torch.Size) -> bool:
         """Whether a file's tensor of another shape can take the place of the adapter's, by its name in the file."""
         return False
+
+    def loaded(self, name: str) -> None:
+        """Make what is ``remade`` from tensors of the adapter; called when a file has just brought those."""
 
     def upgrade(self, name: str, written_by: str) -> None:
         """Adjust an adapter just loaded from a file of another version, where the two mean different things."""

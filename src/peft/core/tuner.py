@@ -197,7 +197,8 @@ class BaseTuner(nn.Module):
             if isinstance(value, nn.Parameter):
                 value = nn.Parameter(value.detach().to(*layers[0].place_for(value)))
             elif isinstance(value, nn.Module):
-                value.to(*layers[0].place_for(value))
+                place, dtype = layers[0].place_for(value)
+                value.to(place, dtype if any(True for _ in value.parameters()) else None)  # frozen: as exact as made
             else:
                 held = (t for t in container.values() if t.shape == value.shape and torch.equal(t.cpu(), value))
                 value = next(held, value).to(device)

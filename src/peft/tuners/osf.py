@@ -64,17 +64,18 @@ class OSFLayer(FoldLayer):
     """W' = U_h S_h V_h + U_l S_l V_l, from the SVD of W as ``[out, in * kernel]``; k = rank - effective rank.
 
     ``osf_svd_params`` has U_low ``[out, k]``, S_low ``[k]`` and V_low ``[k, in * kernel]``. The frozen part is made
-    from the base again when a file is loaded. Gradients of U_low and V_low get their parts along U_h and V_h removed.
+    from the base again when a file is loaded; it takes as much memory as W twice over. Gradients of U_low and V_low
+    get their parts along U_h and V_h removed.
     """
 
     weights: ClassVar[dict[str, type]] = {
         "osf_svd_params": nn.ModuleDict,
         "osf_U_high": BufferDict,
-        "osf_S_high": BufferDict,
         "osf_V_high": BufferDict,
+        "osf_high": BufferDict,
     }
     settings: ClassVar[dict[str, type]] = {"effective_rank": dict}
-    remade: ClassVar[tuple[str, ...]] = ("osf_U_high", "osf_S_high", "osf_V_high")
+    remade: ClassVar[tuple[str, ...]] = ("osf_U_high", "osf_V_high", "osf_high")
 
     def update_layer(self, name: str, config: OSFConfig, key: str) -> None:
         rank = min(fan(self.shape))
@@ -87,18 +88,19 @@ class OSFLayer(FoldLayer):
                 "rank_pattern, or leave that module out of target_modules."
             )
         u, s, v = torch.linalg.svd(self.unmerged_weight().detach().flatten(1).float(), full_matrices=False)
-        high, low = (u[:, :top], s[:top], v[:top]), (u[:, top:], s[top:], v[top:])
+        low: Any = u[:, top:], s[top:], v[top:]
         if not config.init_weights:
             low = tuple(torch.randn(part.shape) for part in low)
         parts = {part: nn.Parameter(t.contiguous()) for part, t in zip(("U_low", "S_low", "V_low"), low)}
         self.put(name, effective_rank=top, osf_svd_params=nn.ParameterDict(parts))
-        self.put(name, osf_U_high=high[0].contiguous(), osf_S_high=high[1].clone(), osf_V_high=high[2].clone())
+        self.put(name, osf_U_high=u[:, :top].contiguous(), osf_V_high=v[:top].clone())
+        self.put(name, osf_high=(u[:, :top] * s[:top]) @ v[:top])
 
     def reweight(self, name: str, base: torch.Tensor) -> torch.Tensor:
         u, s, v = (self.osf_svd_params[name][part].to(base.dtype) for part in ("U_low", "S_low", "V_low"))
-        top_u, top_s, top_v = (getattr(self, part)[name].to(base.dtype) for part in self.remade)
+        top_u, top_v, high = (getattr(self, part)[name].to(base.dtype) for part in self.remade)
         u, v = _Beside.apply(u, top_u), _Beside.apply(v.T, top_v.T).T
-        return torch.addmm((top_u * top_s) @ top_v, u * s, v).view_as(base)
+        return torch.addmm(high, u * s, v).view_as(base)
 
     def change(self, name: str, dtype: torch.dtype | None) -> torch.Tensor:
         base = self.unmerged_weight()  # the difference of two large weights is formed before it is rounded

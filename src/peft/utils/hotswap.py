@@ -147,6 +147,7 @@ def hotswap_adapter_from_state_dict(
                 entry.tensor.copy_(value)
         for _, layer in layers_of(root):
             if adapter_name in layer:
+                layer.loaded(adapter_name)
                 layer.upgrade(adapter_name, config.peft_version or "")
     if old is not None:
         _set_config(model, adapter_name, _with_targets_of(old, config))

@@ -1,0 +1,101 @@
+"""What FROD computes with: the basis that like layers have in common, and a sparse product."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from peft.core.kinds import fan
+from peft.utils.error import ConfigError
+
+
+def categories(layers: Sequence[Any]) -> list[str]:
+    """What the layers are called within their blocks; those of one name and another size say their size as well."""
+    sizes: dict[str, set[int]] = {}
+    found = []
+    for layer in layers:
+        name = re.sub(r"^.*\.\d+\.", "", layer.key).replace(".", "_") or "model"
+        if layer.kind.weight != "weight":
+            name += f"_{layer.kind.weight}"
+        found.append((name, layer.shape[0] if layer.kind.lookup else fan(layer.shape)[1]))
+        sizes.setdefault(name, set()).add(found[-1][1])
+    return [name if len(sizes[name]) == 1 else f"{name}_{size}" for name, size in found]
+
+
+def common_basis(weights: Iterable[torch.Tensor], alpha: float) -> torch.Tensor:
+    """V ``[n, n]`` of the higher-order generalised singular value decomposition (arXiv 1108.3371, section 3).
+
+    Its columns are the eigenvectors, of length 1, of the mean over pairs of D_i D_j^-1, D = W^T W + alpha I. That is
+    A B but for a shift and a factor, A and B the sums of all D and of all D^-1; with A = L L^T they are L times those
+    of the symmetric L^T B L. One weight alone has its right singular vectors.
+
+    Raises:
+        ConfigError: some D has no inverse.
+    """
+    total, inverses, count = 0, 0, 0
+    for weight in weights:
+        wide = weight.double()
+        d = wide.T @ wide + alpha * torch.eye(wide.shape[1], dtype=torch.double)
+        factor, failed = torch.linalg.cholesky_ex(d)
+        if failed:
+            raise ConfigError(f"FrodConfig: with regularization_alpha={alpha} W^T W has no inverse. Raise it.")
+        total, inverses, count = total + d, inverses + torch.cholesky_inverse(factor), count + 1
+    if count == 1:
+        v = torch.linalg.eigh(total)[1]
+    else:
+        factor = torch.linalg.cholesky(total)
+        v = F.normalize(factor @ torch.linalg.eigh(factor.T @ inverses @ factor)[1], dim=0)
+    largest = v.gather(0, v.abs().argmax(0, keepdim=True))
+    return (v * largest.sign()).float().contiguous()  # the same signs on every machine
+
+
+class SparseProduct(torch.autograd.Function):
+    """S h along the last axis, for a sparse S given by its values and their places ``[2, nnz]``."""
+
+    @staticmethod
+    def forward(ctx: Any, h: torch.Tensor, values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(h, values, places)
+        return SparseProduct.multiply(h, values, places)
+
+    @staticmethod
+    def multiply(h: torch.Tensor, values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        wide = torch.promote_types(h.dtype, torch.float32)  # CPUs have no sparse product of 16 bits
+        s = torch.sparse_coo_tensor(places, values.to(wide), (h.shape[-1],) * 2, check_invariants=False)
+        return (s @ _columns(h, wide)).T.reshape(h.shape).to(h.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        h, values, places = ctx.saved_tensors
+        of_h = SparseProduct.multiply(gradient, values, places.flip(0)) if ctx.needs_input_grad[0] else None
+        wide = torch.promote_types(h.dtype, torch.float32)
+        left, right = _columns(gradient, wide), h.flatten(0, -2).to(wide)
+        return of_h, _entries(left, right, places).to(values.dtype), None
+
+
+def _columns(h: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Vectors as the columns of a matrix in which each row is contiguous, as sparse products want it."""
+    return h.reshape(-1, h.shape[-1]).T.to(dtype).contiguous()
+
+
+def _entries(left: torch.Tensor, right: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Entries of ``left @ right`` at these places."""
+    n = right.shape[1]
+    if not (left.is_cuda or torch.backends.mkl.is_available()):
+        return (left @ right)[places[0], places[1]]
+    order = (places[0] * n + places[1]).argsort()
+    ends = torch.bincount(places[0], minlength=len(left)).cumsum(0)
+    zeros = left.new_zeros(len(order))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR")  # that it is in beta
+        mask = torch.sparse_csr_tensor(
+            F.pad(ends, (1, 0)), places[1, order], zeros, (len(left), n), check_invariants=False
+        )
+    found = torch.sparse.sampled_addmm(mask, left, right, beta=0.0).values()
+    return torch.empty_like(found).index_copy(0, order, found)
