@@ -4,8 +4,6 @@ The public names are resolved when they are first used: importing this package c
 does not import transformers.
 """
 
-import os
-
 from peft._lazy import lazy_module, no_such_name
 from peft._version import __version__ as __version__
 
@@ -129,17 +127,6 @@ _TABLE = {
     "peft.utils.warning": ("PeftWarning",),
 }
 
-
-def _is_here(module: str) -> bool:
-    """Whether the package has the file (or folder) of a module."""
-    path = os.path.join(os.path.dirname(__file__), *module.split(".")[1:])
-    return os.path.exists(f"{path}.py") or os.path.isdir(path)
-
-
-# A method whose file is not there yet is announced by its names.
-_ABSENT = {name for module, names in _TABLE.items() if not _is_here(module) for name in names}
-_TABLE = {module: names for module, names in _TABLE.items() if _is_here(module)}
-
 # Names of the ecosystem's API that this release does not have. Whoever adds one moves it into the table above.
 _LATER = """
     create_arrow_model find_kappa_target_modules get_eva_state_dict initialize_lora_eva_weights
@@ -148,7 +135,7 @@ _LATER = """
 
 
 def _missing(name: str) -> str:
-    later = {*_LATER.split(), *_ABSENT}
+    later = _LATER.split()
     if name not in later:
         return no_such_name(__name__, name, [*__all__, *later])
     names = {other for group in _TABLE.values() for other in group}
