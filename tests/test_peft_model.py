@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import cProfile
+import gc
 import json
 import os
 from pathlib import Path
@@ -1062,3 +1063,30 @@ def test_an_adapter_added_to_a_model_in_evaluation_does_not_drop_out(tmp_path: P
     model.set_adapter("other")
     assert not any(module.training for module in model.modules() if isinstance(module, nn.Dropout))
     assert torch.equal(model(X), model(X))
+
+
+def test_no_garbage_is_looked_for_while_layers_are_made():
+    class Watching(LoraConfig):
+        """Notes whether the collector runs."""
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            self.seen: list[bool] = []
+
+        def __getattribute__(self, name: str) -> Any:
+            if name == "lora_dropout":
+                object.__getattribute__(self, "__dict__").get("seen", []).append(gc.isenabled())
+            return super().__getattribute__(name)
+
+    config = Watching(target_modules=["lin0"])
+    get_peft_model(Mlp(), config)
+    assert config.seen and not any(config.seen) and gc.isenabled()
+    with pytest.raises(ValueError):
+        get_peft_model(Mlp(), LoraConfig(target_modules=["nothing"]))
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        get_peft_model(Mlp(), LoraConfig(target_modules=["lin0"]))
+        assert not gc.isenabled()
+    finally:
+        gc.enable()

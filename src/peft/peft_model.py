@@ -33,7 +33,7 @@ from peft.core.diagnostics import (
     get_layer_status,
     get_model_status,
 )
-from peft.core.filling import filled_later
+from peft.core.filling import filled_later, no_collection
 from peft.core.memory import add_way_out
 from peft.core.prompts import PromptTuner, backbone_of
 from peft.core.tuner import BaseTuner, check_adapter_name, context_of
@@ -78,6 +78,7 @@ class PeftModel(PushToHubMixin, nn.Module):
     position_inputs: ClassVar[tuple[str, ...]] = ()
     heads_read_ids: ClassVar[bool] = False
 
+    @no_collection()
     def __init__(
         self,
         model: nn.Module,
@@ -438,6 +439,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         create_or_update_model_card(self, output_dir)
 
     @classmethod
+    @no_collection()
     def from_pretrained(
         cls,
         model: nn.Module,
@@ -490,6 +492,7 @@ class PeftModel(PushToHubMixin, nn.Module):
 
         return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", cls) if cls is PeftModel else cls
 
+    @no_collection()
     def load_adapter(
         self,
         model_id: str | os.PathLike,

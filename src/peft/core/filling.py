@@ -1,7 +1,8 @@
-"""Adapters that a file will fill: what would be overwritten need not be drawn first."""
+"""Making many layers at once: what a file will overwrite is not drawn first, and no garbage is looked for."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -33,3 +34,18 @@ def skip_values() -> bool:
     if filling is not None:
         filling.skipped = True
     return filling is not None
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """A context without garbage collection, for what makes thousands of objects that all stay.
+
+    Each few hundred would start a search through all objects of the process, which takes longer than to make them.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()

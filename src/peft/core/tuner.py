@@ -26,6 +26,7 @@ from peft.core.buffers import BufferDict
 from peft.core.checkpointing import stop_watching, watch_checkpointing
 from peft.core.context import Context
 from peft.core.families import CopyLayer
+from peft.core.filling import no_collection
 from peft.core.kinds import READERS, Kind, Stack
 from peft.core.layer import BaseTunerLayer
 from peft.core.replicate import replicate_layers, restore_layers
@@ -114,6 +115,7 @@ class BaseTuner(nn.Module):
         """Drop what the method keeps in the tuner for an adapter; called when that is deleted."""
 
     # --- injection --------------------------------------------------------------------------------------------
+    @no_collection()
     def inject_adapter(
         self,
         model: nn.Module,
