@@ -1,8 +1,9 @@
 """Writes `methods.md`: every method by its registry entry, with what the tests and the benchmark measured of it.
 
-    python docs/build_methods.py [--measure] [--jobs 2]
+    python docs/build_methods.py [--measure [METHOD,METHOD]] [--jobs 2]
 
-With `--measure` the law tests run first, and what passed is kept in `measured/laws.json`. The costs in
+With `--measure` the law tests run first, those of all methods or of some, and what passed is kept in
+`measured/laws.json`. The costs in
 `measured/costs.json` come from `python benchmarks/methods.py --json docs/measured/costs.json`.
 """
 
@@ -73,6 +74,7 @@ HOLES = {
 STORAGES = (
     "test_the_forward_is_that_of_the_folded_weight_and_merging_dense_is_exact",
     "test_merging_rounds_as_reported_and_unmerging_gives_the_same_codes",
+    "test_a_step_reaches_the_adapter_and_agrees_with_the_dense_base",
 )
 
 PROMPTS = {
@@ -104,32 +106,60 @@ the input, `y` the output of the layer, `s` a scale.
 # --- measuring ------------------------------------------------------------------------------------------------
 
 
-def measure(jobs: int) -> dict[str, Any]:
-    """Run the laws; which layers, storages and tasks each method passed them on, and why it was refused on others."""
-    outcomes = _run(["test_laws.py", "test_quantized_laws.py", "test_prompts.py"], jobs)
+def measure(jobs: int, names: list[str]) -> dict[str, Any]:
+    """Run the laws; which layers, storages and tasks each method passed them on, and why it was refused on others.
+
+    Args:
+        names: methods to measure anew, the rest staying as it was; none for all.
+    """
+    files = ["test_laws.py", "test_quantized_laws.py", *([] if names else ["test_prompts.py"])]
+    outcomes = _run(files, jobs, " or ".join(names))
     sys.path.insert(0, str(TESTS))
     import laws
     from quantised import BASES
 
-    methods = [method for method in laws.methods() if "[" not in method.name]
-    layers: dict[str, Any] = {}
-    for method in methods:
-        for place in laws.PLACES:
-            entry = _on_a_layer(outcomes, [laws.Cell(method, place, each) for each in laws.DTYPES])
-            if entry:
-                layers.setdefault(method.name, {})[place.name] = entry
-    found = {
-        method.name: [base for base in BASES if _all(outcomes, STORAGES, [f"{method.name}-{base}"])]
-        for method in methods
-    }
-    return {"layers": layers, "storages": found, "bases": list(BASES), "prompts": _prompts(outcomes)}
+    found: dict[str, Any] = {"layers": {}, "storages": {}, "bases": list(BASES), "prompts": _prompts(outcomes)}
+    if names:
+        found = json.loads(LAWS.read_text(encoding="utf-8"))
+    for method in laws.methods():
+        if "[" not in method.name and (not names or method.name in names):
+            found["layers"][method.name] = _layers(outcomes, method)
+            passed = [base for base in BASES if _all(outcomes, STORAGES, [f"{method.name}-{base}"])]
+            found["storages"][method.name] = passed
+    return found
 
 
-def _run(files: list[str], jobs: int) -> dict[str, dict[str, bool]]:
+def _layers(outcomes: dict[str, dict[str, bool]], method: Any) -> list[dict[str, Any]]:
+    """Layers with the same outcomes together: ``places``, ``operations``."""
+    import laws
+
+    groups: list[dict[str, Any]] = []
+    for place in laws.PLACES:
+        entry = _on_a_layer(outcomes, [laws.Cell(method, place, each) for each in laws.DTYPES])
+        same = next((group for group in groups if group["operations"] == entry), None)
+        if same is not None:
+            same["places"].append(place.name)
+        elif entry:
+            groups.append({"places": [place.name], "operations": entry})
+    return groups
+
+
+def _run(files: list[str], jobs: int, pattern: str) -> dict[str, dict[str, bool]]:
     """Test -> case -> whether it passed. Skipped ones are left out."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-n", str(jobs), f"--junit-xml={report}", *files]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-n",
+            str(jobs),
+            f"--junit-xml={report}",
+            "-k",
+            pattern,
+            *files,
+        ]
         subprocess.run(command, cwd=TESTS, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
         cases = ElementTree.parse(report).iter("testcase")
         outcomes: dict[str, dict[str, bool]] = collections.defaultdict(dict)
@@ -335,7 +365,8 @@ def _support(methods: list[Entry], laws: dict[str, Any]) -> str:
         "|---|" + "---|" * len(KINDS),
     ]
     for entry in weights:
-        places = laws["layers"][entry.key]
+        groups = laws["layers"][entry.key]
+        places = {place: group["operations"] for group in groups for place in group["places"]}
         lines.append(f"| {entry.words[0]} | " + " | ".join(_cell(places, kind, notes) for kind in KINDS) + " |")
     lines += ["", *notes.lines(), "", "Bases whose linear layers are quantised:", ""]
     lines += ["| | " + " | ".join(laws["bases"]) + " |", "|---|" + "---|" * len(laws["bases"])]
@@ -412,13 +443,16 @@ def _costs(methods: list[Entry], costs: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line, measure if asked to, write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measure", action="store_true", help="run the law tests first (about ten minutes)")
+    parser.add_argument(
+        "--measure", nargs="?", const="", metavar="METHODS", help="run the law tests first (of all: some ten minutes)"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="processes for the tests")
     options = parser.parse_args(argv)
     sys.path.insert(0, str(DOCS.parent / "src"))
-    if options.measure:
+    if options.measure is not None:
         LAWS.parent.mkdir(exist_ok=True)
-        LAWS.write_text(json.dumps(measure(options.jobs), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        found = measure(options.jobs, [name for name in options.measure.split(",") if name])
+        LAWS.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     PAGE.write_text(build(), encoding="utf-8")
 
 

@@ -130,6 +130,9 @@ NOT_IDENTITY = {
 """Rows whose fresh adapter is random by definition."""
 
 
+STRONGER = {"c3a": 5, "c3a[pattern]": 5}
+"""Rows whose update is divided by the number of inputs: how much larger their numbers are made, to be seen at all."""
+
 HELD_CONSTANT = {
     "deft": "on which side of relu's kink an entry of P is",
     "lora[dora]": "the norm of W + dW",
@@ -463,7 +466,7 @@ class Cell:
         """The model with adapters far from their start, in evaluation mode; the first one is active."""
         model = self.fresh(*names)
         for i, name in enumerate(names):
-            perturb(model, name, 10 + i)
+            perturb(model, name, 10 + i, STRONGER.get(self.method.name, 1))
         return model
 
     def run(self, model: nn.Module, **kwargs: Any) -> torch.Tensor:
@@ -532,7 +535,7 @@ class Refusal:
 
 
 def _grouped_pair(method: Method, place: Place) -> bool:
-    return "groups" in place.name and method.name.startswith("lora")
+    return "groups" in place.name and method.name.partition("[")[0] == "lora"
 
 
 REFUSED = [
@@ -694,13 +697,13 @@ def layers(model: nn.Module) -> list[tuple[str, BaseTunerLayer]]:
     return [(site.key, w) for site in walk(root) for _, w in site.wrappers if isinstance(w, BaseTunerLayer)]
 
 
-def perturb(model: nn.Module, name: str, seed: int) -> None:
+def perturb(model: nn.Module, name: str, seed: int, times: float = 1) -> None:
     """Add seeded noise to all tensors of an adapter."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, layer in layers(model):
             for p in layer.adapter_parameters(name):
-                p.add_((torch.randn(p.shape, generator=generator) * 0.3).to(p.dtype))
+                p.add_((torch.randn(p.shape, generator=generator) * 0.3 * times).to(p.dtype))
 
 
 def parameters_of(model: nn.Module, name: str) -> list[torch.Tensor]:

@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from toys import tiny_llama
 from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, Trainer, TrainingArguments
 
 from peft import LoraConfig, get_peft_model
 from peft.kernels import chunked_cross_entropy, loss
-from tests.toys import tiny_llama
 
 
 @pytest.fixture(autouse=True)

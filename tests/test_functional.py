@@ -19,6 +19,7 @@ from peft import (
     PeftMixedModel,
     PeftModel,
     PeftModelForCausalLM,
+    PromptTuningConfig,
     TrainableTokensConfig,
     VeraConfig,
     get_base_model_state_dict,
@@ -29,7 +30,6 @@ from peft import (
     set_base_model_state_dict,
     set_peft_model_state_dict,
 )
-from peft.config import PromptLearningConfig
 from peft.core.walk import layers_of
 from peft.helpers import (
     check_if_peft_model,
@@ -225,8 +225,7 @@ def test_injection_refuses_what_it_cannot_do():
     plain = inject_adapter_in_model(lora(), Mlp())
     with pytest.raises(ValueError, match="already exists"):
         inject_adapter_in_model(lora(), plain)
-    prompts = PromptLearningConfig(num_virtual_tokens=2)
-    prompts.peft_type = PeftType.LORA  # no method of this kind is registered here
+    prompts = PromptTuningConfig(num_virtual_tokens=2)
     with pytest.raises(ValueError, match="cannot be injected"):
         inject_adapter_in_model(prompts, Mlp())
 

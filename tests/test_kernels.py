@@ -17,6 +17,7 @@ import torch.multiprocessing
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from toys import tiny_llama
 from transformers.pytorch_utils import Conv1D
 
 from peft import FourierFTConfig, LoraConfig, get_peft_model
@@ -25,7 +26,6 @@ from peft.kernels.dropout import draw_seed, zero_dropped_
 from peft.kernels.linear import composed
 from peft.kernels.remake import recipe_of
 from peft.kernels.spectral import spectral_product
-from tests.toys import tiny_llama
 
 
 class Net(nn.Module):

@@ -622,7 +622,8 @@ class BaseTunerLayer(Switch, nn.Module):
         Raises:
             ValueError: if no weight equals the adapter.
         """
-        return self.kind.restore(self.weight_change(adapter), self.get_base_layer())
+        change = self.weight_change(adapter)
+        return self.kind.restore(change, self.get_base_layer())
 
     def weight_change(self, name: str) -> torch.Tensor:
         """What an adapter adds to the base weight, ``[out, in, *kernel]``.
