@@ -1,6 +1,6 @@
 # make demo      fine-tune a small language model on real text and print what came of it (about six minutes on two cores)
 # make qlora     the same task on a base in four bits, beside LoRA in 32 (about eight minutes on two cores)
-# make tutorial  six methods on that task, one table (about eight minutes on two cores)
+# make tutorial  six methods on that task, one table (about nine minutes on two cores)
 # make test      lint, type check, tests
 # make bench     the benchmarks, into benchmarks/RESULTS.md (half an hour); to compare with another library:
 #                make bench REFERENCE=/path/to/its/environment/bin/python

@@ -156,7 +156,7 @@ def report(results: dict[str, Any]) -> None:
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The options of the command line."""
-    return support.parse_arguments("Six methods on SmolLM2-135M, for the same task and steps.", 40, argv, rows=200)
+    return support.parse_arguments("Six methods on SmolLM2-135M, for the same task and steps.", 30, argv, rows=120)
 
 
 if __name__ == "__main__":
