@@ -18,7 +18,7 @@ import peft
 
 TESTS = Path(__file__).resolve().parent
 DOCS = TESTS.parent / "docs"
-PAPER = r"\d{4}\.\d{4,5}|ICLR|NeurIPS|openreview"
+PAPER = r"\d{4}\.\d{4,5}|ICLR|NeurIPS|AAAI|openreview"
 NO_PAPER = {"trainable_tokens"}
 
 

@@ -31,9 +31,7 @@ class LoraRuntimeConfig(Options):
     """How LoRA runs in this process. It belongs to no adapter and is not saved."""
 
     ephemeral_gpu_offload: bool = option(
-        False,
-        "Whether work on weights that are kept in main memory is done on the GPU for the moment it takes. Without a "
-        "GPU this does nothing.",
+        False, "Has no effect: what an adapter starts from is computed on the device of its base layer."
     )
 
 
