@@ -52,24 +52,14 @@ OPERATIONS = {
 """Operation -> the law tests that show it."""
 
 REFUSED = {
-    "adapt": "test_a_layer_that_cannot_be_adapted_is_refused",
-    "merge and unmerge": "test_an_adapter_that_is_no_weight_is_not_merged",
-    "mixed batches": "test_rows_that_cannot_be_told_apart_are_refused",
-    "several active": "test_adapters_that_exclude_each_other_are_not_active_together",
-    "weighted sums": "test_adapters_without_a_sum_are_not_combined",
-    "conversion to LoRA": "test_what_is_no_change_of_a_weight_is_no_lora",
+    "adapt": ("adapt", "test_a_layer_that_cannot_be_adapted_is_refused"),
+    "merge and unmerge": ("merge", "test_an_adapter_that_is_no_weight_is_not_merged"),
+    "mixed batches": ("mixed", "test_rows_that_cannot_be_told_apart_are_refused"),
+    "several active": ("several", "test_adapters_that_exclude_each_other_are_not_active_together"),
+    "weighted sums": ("combine", "test_adapters_without_a_sum_are_not_combined"),
+    "conversion to LoRA": ("delta", "test_what_is_no_change_of_a_weight_is_no_lora"),
 }
-"""Operation -> the test that it is refused, with its reason, where it has no meaning."""
-
-HOLES = {
-    "adapt": "adapt",
-    "merge and unmerge": "merge",
-    "mixed batches": "mixed",
-    "several active": "several",
-    "weighted sums": "combine",
-    "conversion to LoRA": "delta",
-}
-"""Operation -> its name in the table of the tests."""
+"""Operation -> its name in the tests' table of holes, and the test that it is refused with the reason given there."""
 
 STORAGES = (
     "test_the_forward_is_that_of_the_folded_weight_and_merging_dense_is_exact",
@@ -78,10 +68,12 @@ STORAGES = (
 )
 
 PROMPTS = {
-    "train, save, load, train on": ("test_a_task_trains_saves_and_trains_on", "case-method"),
-    "gradient checkpointing": ("test_gradient_checkpointing_gives_the_same_gradients", "case-method"),
-    "mixed batches": ("test_a_row_of_a_mixed_batch_equals_its_prompt_alone", "case-method"),
+    "train, save, load, train on": "test_a_task_trains_saves_and_trains_on",
+    "gradient checkpointing": "test_gradient_checkpointing_gives_the_same_gradients",
+    "mixed batches": "test_a_row_of_a_mixed_batch_equals_its_prompt_alone",
 }
+"""Operation -> the test of it over models, tasks and prompt methods."""
+
 PROMPT_ROWS = {
     "prompt": "prompt tuning",
     "prefix": "prefix tuning",
@@ -183,26 +175,25 @@ def _on_a_layer(outcomes: dict[str, dict[str, bool]], cells: list[Any]) -> dict[
         passed = _all(outcomes, tests, ids)
         if passed is not None:
             entry[operation] = passed
-    for operation, test in REFUSED.items():
+    for operation, (hole, test) in REFUSED.items():
         refused = _all(outcomes, (test,), ids)
         if refused is not None:
-            entry[operation] = refused and cells[0].refusal(HOLES[operation]).reason
+            entry[operation] = refused and cells[0].refusal(hole).reason
     return entry
 
 
 def _prompts(outcomes: dict[str, dict[str, bool]]) -> dict[str, dict[str, list[str]]]:
-    """Operation -> method -> models and tasks that passed."""
+    """Operation -> method -> models and tasks of which every case passed."""
     found: dict[str, dict[str, list[str]]] = {}
-    for operation, (test, _) in PROMPTS.items():
-        rows: dict[str, list[str]] = {}
+    for operation, test in PROMPTS.items():
+        rows: dict[str, dict[str, bool]] = {method: {} for method in PROMPT_ROWS}
         for case, passed in outcomes[test].items():
-            words = case.split("-")
-            method = next((word for word in words if word in PROMPT_ROWS), None)
-            task = next(("-".join(words[i : i + 2]) for i in range(len(words)) if words[i + 1 : i + 2]
-                         and words[i + 1].isupper()), None)  # fmt: skip
-            if method and task and passed and task not in rows.setdefault(method, []):
-                rows[method].append(task)
-        found[operation] = {method: sorted(tasks) for method, tasks in rows.items()}
+            task = re.search(r"[a-z0-9]+-[A-Z][A-Z0-9_]+", case)
+            method = next((word for word in case.split("-") if word in PROMPT_ROWS), None)
+            if task and method:
+                rows[method][task[0]] = passed and rows[method].get(task[0], True)
+        passing = {method: sorted(task for task, passed in tasks.items() if passed) for method, tasks in rows.items()}
+        found[operation] = {method: tasks for method, tasks in passing.items() if tasks}
     return found
 
 

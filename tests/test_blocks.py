@@ -61,6 +61,19 @@ def differs(found: torch.Tensor, wanted: torch.Tensor) -> None:
     assert (found - wanted).abs().max() > 1e-3
 
 
+def takes_turns(model: PeftModel, name: str) -> None:
+    """The adapters "default" and "other" act alone, row by row in one batch, and without the other one."""
+    alone = {"default": logits(model, name), "__base__": unadapted(name)}
+    model.set_adapter("other")
+    alone["other"] = logits(model, name)
+    differs(alone["other"], alone["default"])
+    rows = ["other", "__base__", "default", "other"]
+    wanted = torch.stack([alone[row][i] for i, row in enumerate(rows)])
+    gives(logits(model, name, adapter_names=rows), wanted)
+    model.delete_adapter("other")
+    gives(logits(model, name), alone["default"])
+
+
 def trains(model: nn.Module, name: str, steps: int = 4, rate: float = 0.1) -> None:
     """The loss falls, every parameter of the adapter gets a gradient within the steps, and no other one has any."""
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -148,15 +161,7 @@ class TestAdaptionPrompt:
         model = prompted(name)
         model.add_adapter("other", AdaptionPromptConfig(adapter_len=2, adapter_layers=1, task_type="CAUSAL_LM"))
         stir(model, "other", seed=5)
-        alone = {"default": logits(model, name), "__base__": unadapted(name)}
-        model.set_adapter("other")
-        alone["other"] = logits(model, name)
-        differs(alone["other"], alone["default"])
-        rows = ["other", "__base__", "default", "other"]
-        wanted = torch.stack([alone[row][i] for i, row in enumerate(rows)])
-        gives(logits(model, name, adapter_names=rows), wanted)
-        model.delete_adapter("other")
-        gives(logits(model, name), alone["default"])
+        takes_turns(model, name)
 
     def test_generation_with_a_cache_is_generation_without(self, name):
         model = prompted(name)
@@ -261,15 +266,7 @@ class TestBottleneck:
         model = bottlenecked(name)
         model.add_adapter("other", BottleneckConfig(preset="adapter+", reduction_factor=2, leave_out=[0]))
         stir(model, "other", seed=5)
-        alone = {"default": logits(model, name), "__base__": unadapted(name)}
-        model.set_adapter("other")
-        alone["other"] = logits(model, name)
-        differs(alone["other"], alone["default"])
-        rows = ["other", "__base__", "default", "other"]
-        wanted = torch.stack([alone[row][i] for i, row in enumerate(rows)])
-        gives(logits(model, name, adapter_names=rows), wanted)
-        model.delete_adapter("other")
-        gives(logits(model, name), alone["default"])
+        takes_turns(model, name)
 
     def test_gradient_checkpointing_gives_the_same_gradients(self, name):
         checkpoints(bottlenecked(name), name)
@@ -551,15 +548,7 @@ class TestShadow:
         model = shadowed(name)
         model.add_adapter("other", ShadowConfig(r=2, shadow_num_hidden_layers=2, task_type="CAUSAL_LM"))
         stir(model, "other", seed=5, size=0.2)
-        alone = {"default": logits(model, name), "__base__": unadapted(name)}
-        model.set_adapter("other")
-        alone["other"] = logits(model, name)
-        differs(alone["other"], alone["default"])
-        rows = ["other", "__base__", "default", "other"]
-        wanted = torch.stack([alone[row][i] for i, row in enumerate(rows)])
-        gives(logits(model, name, adapter_names=rows), wanted)
-        model.delete_adapter("other")
-        gives(logits(model, name), alone["default"])
+        takes_turns(model, name)
 
     def test_gradient_checkpointing_gives_the_same_gradients(self, name):
         checkpoints(shadowed(name, shadow_dropout=0.0), name)
