@@ -44,6 +44,11 @@ class InputGrads:
         return args, kwargs
 
 
+def is_switched_on(model: nn.Module) -> bool:
+    """Whether gradient checkpointing is switched on in some block."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
 def watch_checkpointing(model: nn.Module) -> None:
     """Install the hooks on a transformers model, once."""
     embedding = embeddings_of(model)[0]

@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from peft.core.auxiliary import AuxiliaryTrainingWrapper, TrainableTokensLayer, TrainableTokensWrapper
-from peft.core.checkpoint import anatomy
+from peft.core.checkpoint import anatomy, tuner_of
 from peft.core.layer import BaseTunerLayer
-from peft.core.tuner import BaseTuner
 from peft.core.walk import join, wrappers_of
 
 
@@ -118,7 +117,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     Raises:
         ValueError: if the model holds no adapters.
     """
-    tuner = _tuner_of(model)
+    tuner = tuner_of(model)
     layers = [layer for _, layer in _adapted(model)]
     statuses = [_layer_status("", layer) for layer in layers]
     names = sorted({name for status in statuses for name in status.available_adapters})
@@ -157,15 +156,9 @@ def _plain(peft_type: Any) -> str:
     return str(getattr(peft_type, "value", peft_type))
 
 
-def _tuner_of(model: nn.Module) -> BaseTuner | None:
-    """The tuner around the base model, if there is one."""
-    tuner = model if isinstance(model, BaseTuner) else model._modules.get("base_model")
-    return tuner if isinstance(tuner, BaseTuner) else None
-
-
 def _adapted(model: nn.Module) -> list[tuple[str, BaseTunerLayer | AuxiliaryTrainingWrapper]]:
     """The modules that hold adapters, with their paths; of a wrapper of tokens, the layer in it."""
-    prefix = "model" if _tuner_of(model) else ""
+    prefix = "model" if tuner_of(model) else ""
     found = []
     for path, wrapper in wrappers_of(anatomy(model)[0]):
         if isinstance(wrapper, TrainableTokensWrapper):

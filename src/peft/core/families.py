@@ -13,6 +13,7 @@ from torch import nn
 from peft.core.context import Groups
 from peft.core.kinds import Kind
 from peft.core.layer import BaseTunerLayer, check_adapters_to_merge
+from peft.kernels.autocast import is_autocast
 from peft.kernels.grouped import can_group, forget, grouped_linear
 from peft.kernels.linear import Factors, active_rate, is_eager, is_plain, low_rank_linear, plain_weight
 from peft.utils.error import NoEqualWeightError
@@ -50,7 +51,7 @@ class DeltaLayer(BaseTunerLayer):
         """W ``[out, in]`` where kernels may compute the whole layer for this input, outside autocast; else None."""
         if not self.kind.matrix or self.by_weight or self.merged_adapters or is_plain() or not is_eager(x):
             return None
-        return None if torch.is_autocast_enabled(x.device.type) else self._plain_weight(x)
+        return None if is_autocast(x.device.type) else self._plain_weight(x)
 
     def _plain_weight(self, x: torch.Tensor) -> torch.Tensor | None:
         """W where the base layer is nothing but W x + b, frozen."""
@@ -356,10 +357,11 @@ class RotationLayer(BaseTunerLayer):
         return bool((rotation @ rotation.T - eye).abs().max() > 0.01)
 
 
-class OutputLayer(BaseTunerLayer):
+class OutputLayer(ShiftLayer):
     """An affine map of the output, y' = M y + c: W' = M W and b' = M b + c.
 
-    A method defines :meth:`map_output` and/or :meth:`shift`. What has no bias (a table) takes no c.
+    A method defines :meth:`map_output` and/or :meth:`shift`. A layer without a bias gets c for one when it is merged;
+    what has no place for a bias (a table) takes no c.
     """
 
     reversible = False  # M may be singular
@@ -368,16 +370,11 @@ class OutputLayer(BaseTunerLayer):
         """M y along the last axis."""
         return y
 
-    def shift(self, name: str) -> torch.Tensor | None:
-        """c, ``[out]``, or None."""
-        return None
-
     def transform_output(self, name: str, x: torch.Tensor, y: torch.Tensor, base_y: torch.Tensor) -> torch.Tensor:
         if type(self).map_output is not OutputLayer.map_output:
             axis = self.kind.channel_axis
             y = self.map_output(name, y.to(self.dtype_of(name)).movedim(axis, -1)).movedim(-1, axis)
-        shift = self.shift(name)
-        return y if shift is None else y + self.kind.along_channels(shift, self.get_base_layer())
+        return self.shifted(name, y)
 
     def fold(self, name: str, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         return self.map_output(name, weight.movedim(0, -1)).movedim(-1, 0)

@@ -19,6 +19,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
+from peft.core.checkpointing import is_switched_on
 from peft.core.diagnostics import count_parameters
 from peft.core.kinds import kind_of
 from peft.core.storage import storage_of
@@ -134,7 +135,7 @@ def estimate_memory(
         before, model = _stored(model), _adapted(model, peft_config)
         stored += _stored(model) - before
     if gradient_checkpointing is None:
-        gradient_checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in real.modules())
+        gradient_checkpointing = is_switched_on(real)
     given = _on_meta(inputs) if inputs is not None else _inputs(model, task, batch_size, sequence_length)
     kept = _count(model, (), given, gradient_checkpointing, device or _device_of(real))
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -476,7 +477,7 @@ def _way_out(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> str:
     device, copied = _device_of(model), meta_copy(model)
     args, kwargs = _on_meta(args), _on_meta(kwargs)
     kwargs.pop("attention_mask", None)  # its values, which the model may look at, are of no account here
-    on = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    on = is_switched_on(model)
     batch = next((t.shape[0] for t in [*args, *kwargs.values()] if isinstance(t, torch.Tensor) and t.dim()), 1)
     now = _count(copied, args, kwargs, on, device)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)

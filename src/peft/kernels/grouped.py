@@ -74,7 +74,7 @@ def stacked(owner: nn.Module, factors: Sequence[Factors | None], dtype: torch.dt
     entry = _KEPT.get(owner)
     if entry is not None and entry.holds(factors, dtype):
         return entry.stack
-    trains = torch.is_grad_enabled() and any(f is not None and _trains(f) for f in factors)
+    trains = torch.is_grad_enabled() and any(f is not None and f.trains for f in factors)
     made = any(type(t) is not nn.Parameter for f in factors if f is not None for t in (f.down, f.up))
     if trains or made:
         forget(owner)
@@ -107,7 +107,7 @@ class _Entry:
             if old is None or new is None:
                 if old is not new:
                     return False
-            elif old.down is not new.down or old.up is not new.up or _state(new) != state or (grad and _trains(new)):
+            elif old.down is not new.down or old.up is not new.up or _state(new) != state or (grad and new.trains):
                 return False
         return True
 
@@ -121,10 +121,6 @@ def _state(f: Factors | None) -> tuple | None:
         return None
     down, up = f.down, f.up
     return down._version, down.data_ptr(), up._version, up.data_ptr(), f.scale
-
-
-def _trains(f: Factors) -> bool:
-    return f.down.requires_grad or f.up.requires_grad
 
 
 def _stack(factors: Sequence[Factors | None], dtype: torch.dtype) -> Stack:

@@ -57,6 +57,11 @@ class Factors:
     scale: float = 1.0
     dropout: float = 0.0
 
+    @property
+    def trains(self) -> bool:
+        """Whether a gradient is asked for of A or of B."""
+        return self.down.requires_grad or self.up.requires_grad
+
 
 def low_rank_linear(
     base: nn.Module, x: torch.Tensor, factors: Sequence[Factors], weight: torch.Tensor | None = None
@@ -182,7 +187,7 @@ def _multiplies(dtype: torch.dtype) -> bool:
 
 
 def _trains(x: torch.Tensor, factors: Sequence[Factors]) -> bool:
-    return x.requires_grad or any(f.down.requires_grad or f.up.requires_grad for f in factors)
+    return x.requires_grad or any(f.trains for f in factors)
 
 
 def _infer(base: nn.Module, x: torch.Tensor, factors: Sequence[Factors], weight: torch.Tensor | None) -> torch.Tensor:

@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from peft.core import operations
-from peft.core.checkpoint import anatomy, atomic_folder, get_peft_model_state_dict, write_weights
+from peft.core.checkpoint import anatomy, get_peft_model_state_dict, write_adapter
 from peft.core.combine import exact_targets, factorize, resized
 from peft.core.kinds import Stack
 from peft.core.layer import BaseTunerLayer
@@ -65,7 +65,7 @@ def convert_to_lora(
     """
     root = anatomy(model)[0]
     names = operations.names_of(adapter_name)
-    kept = _kept(model, root, names)
+    _check_names(model, root, names)
     _check_rank(rank)
     places = _places(root, names, _check_weights(names, weights))
     if not places:
@@ -81,7 +81,7 @@ def convert_to_lora(
         place: down.shape[0] * down.shape[1] // _experts(places[place][0][0]) for place, (down, _) in pairs.items()
     }
     biased = any(shift is not None for shift in shifts.values())
-    lora = _lora_config(kept, ranks, biased)
+    lora = _lora_config(_kept(model, root, names, places), ranks, biased)
     return lora, _written(model, root, lora, _holder(model, names), pairs, shifts)
 
 
@@ -103,28 +103,29 @@ def save_as_lora(
         raise ValueError(f"{path} is a file; save_as_lora needs a folder.")
     config, tensors = convert_to_lora(model, rank, adapter_name, progressbar, compile_kwargs, weights)
     config.inference_mode = True
-    with atomic_folder(path) as place:
-        write_weights(place, tensors, safe_serialization=True)
-        config.save_pretrained(os.fspath(path))
+    write_adapter(path, tensors, config)
 
 
 # --- what is converted ----------------------------------------------------------------------------------------
 
 
-def _kept(model: nn.Module, root: nn.Module, names: list[str]) -> dict[str, Any]:
-    """The fields that the LoRA has in common with the adapters' configs."""
-    configs = getattr(model, "peft_config", None) or {}
-    operations.require_adapters(root, names, configs or None)
+def _check_names(model: nn.Module, root: nn.Module, names: list[str]) -> None:
+    operations.require_adapters(root, names, getattr(model, "peft_config", None) or None)
     if len(set(names)) < len(names) or not names:
         raise ValueError(f"give each adapter once, got {names}.")
+    _holder(model, names)
+
+
+def _kept(model: nn.Module, root: nn.Module, names: list[str], places: dict[Place, list[Part]]) -> dict[str, Any]:
+    """The fields that the LoRA has in common with the adapters' configs."""
+    configs: Any = model.peft_config
     beside = configs[_holder(model, names)]
     known = {field.name for field in dataclasses.fields(beside)}
     kept = {field: getattr(beside, field) for field in (*_KEPT, "trainable_token_indices") if field in known}
     if len(names) > 1:
-        layers = _places(root, names, [1.0] * len(names))
-        stacks = {place for place, parts in layers.items() if isinstance(parts[0][0].kind, Stack)}
+        stacks = {place for place, parts in places.items() if isinstance(parts[0][0].kind, Stack)}
         kept.update(dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern")))
-        kept["target_modules"] = exact_targets(root, {key for key, weight in layers.keys() - stacks})
+        kept["target_modules"] = exact_targets(root, {key for key, weight in places.keys() - stacks})
         kept["target_parameters"] = [".".join(filter(None, place)) for place in sorted(stacks)] or None
     return kept
 
