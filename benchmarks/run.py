@@ -76,7 +76,7 @@ def step_case(dtype: str = "float32", **options: Any) -> Callable[[], Figures]:
         ids = tokens()
         floor = floor_step(llama(dtype=kind).train(), ids)
         step = training_step(adapted(llama(dtype=kind), **options), ids)
-        ours, base = in_turn(step, floor, repeats=15 if dtype == "float32" else 7)
+        ours, base = in_turn(step, floor, **({} if dtype == "float32" else {"repeats": 3, "warm": 1}))
         return {"value": statistics.median(ours), "floor": statistics.median(ours) / ratio(ours, base)}
 
     return measure

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft import FourierFTConfig, LoraConfig, get_peft_model
 from peft.kernels import Factors, adapted_norm, dora_linear, is_plain, low_rank_linear, plain
-from peft.kernels.dropout import draw_seed, zero_dropped_
+from peft.kernels.dropout import Dropped, draw_seed
 from peft.kernels.linear import composed
 from peft.kernels.remake import recipe_of
 from peft.kernels.spectral import spectral_product
@@ -138,7 +138,7 @@ class Fixed(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x with the entries dropped, the others scaled."""
-        return x * zero_dropped_(torch.ones(x.shape), self.p, self.seed) / (1 - self.p)
+        return x * Dropped(self.p, self.seed).zero_(torch.ones(x.shape)) / (1 - self.p)
 
 
 def test_dropout_equals_the_plain_path_with_the_same_mask():
@@ -155,20 +155,20 @@ def test_dropout_equals_the_plain_path_with_the_same_mask():
 @pytest.mark.parametrize("p", [0.01, 0.05, 0.5, 0.8])
 def test_masks_drop_each_entry_independently(p):
     n = 200_000
-    mask = zero_dropped_(torch.ones(n), p, seed=3)
+    mask = Dropped(p, 3).zero_(torch.ones(n))
     dropped = (mask == 0).float()
     assert abs(dropped.mean() - p) < 5 * math.sqrt(p * (1 - p) / n)
     both = (dropped[1:] * dropped[:-1]).mean()
     assert abs(both - p * p) < 5 * math.sqrt(p * p * (1 - p * p) / n)
     halves = dropped.view(2, -1).mean(1)
     assert abs(halves[0] - halves[1]) < 10 * math.sqrt(p * (1 - p) / n)
-    assert torch.equal(mask, zero_dropped_(torch.ones(n), p, seed=3))
-    assert not torch.equal(mask, zero_dropped_(torch.ones(n), p, seed=4))
+    assert torch.equal(mask, Dropped(p, 3).zero_(torch.ones(n)))
+    assert not torch.equal(mask, Dropped(p, 4).zero_(torch.ones(n)))
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_masks_of_few_entries(count):
-    drops = torch.stack([(zero_dropped_(torch.ones(count), 0.4, seed) == 0).float() for seed in range(2000)])
+    drops = torch.stack([(Dropped(0.4, seed).zero_(torch.ones(count)) == 0).float() for seed in range(2000)])
     assert ((drops.mean(0) - 0.4).abs() < 0.06).all()
 
 
@@ -522,7 +522,7 @@ def test_rows_with_dropout(length):
     torch.manual_seed(5)
     for name in LAYERS:
         layer, seed = getattr(model.base_model.model, name), draw_seed()
-        mask = zero_dropped_(torch.ones(6, length, layer.in_features), 0.3, seed) / 0.7
+        mask = Dropped(0.3, seed).zero_(torch.ones(6, length, layer.in_features)) / 0.7
         for adapter in layer.adapter_names:
             rows = [i for i, n in enumerate(NAMES) if n == adapter]
             layer.lora_dropout[adapter] = Masked(mask[rows])

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.autograd import Function
 
-from peft.kernels.dropout import draw_seed, dropped_copy, zero_dropped_
+from peft.kernels.dropout import Dropped, draw_seed
 from peft.kernels.linear import Factors, accumulate, in_dtype, no_autocast, product_dtype, scaled_mm
 from peft.kernels.remake import kept
 
@@ -101,7 +101,7 @@ class DroppedDoraLinear(Function):
         drop: tuple[float, int],
     ) -> torch.Tensor:
         norm, rows, left = adapted_norm(weight, down, up, scale), x.reshape(-1, x.shape[-1]), 1 / (1 - drop[0])
-        factor, dropped = magnitude / norm, dropped_copy(rows, *drop)
+        factor, dropped = magnitude / norm, Dropped(*drop).copy(rows)
         y = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
         y.addcmul_(torch.mm(dropped, weight.t()), in_dtype(y.dtype, (factor - 1) * left))
         dtype = product_dtype(y)
@@ -123,7 +123,8 @@ def _dropped_backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | 
     needs_x, _, _, needs_down, needs_up, needs_magnitude, *_ = ctx.needs_input_grad
     left, factor = 1 / (1 - ctx.drop[0]), magnitude / norm
     dy, dtype = gradient.reshape(-1, gradient.shape[-1]), product_dtype(gradient)
-    dropped = dropped_copy(ctx.kept.get(saved).reshape(-1, ctx.shape[-1]), *ctx.drop)
+    drop = Dropped(*ctx.drop)
+    dropped = drop.copy(ctx.kept.get(saved).reshape(-1, ctx.shape[-1]))
     dz = in_dtype(dtype, dy * in_dtype(dy.dtype, factor * left))
     dh = scaled_mm(dz, in_dtype(dtype, up), ctx.scale)
     dx = d_down = d_up = d_magnitude = None
@@ -136,7 +137,7 @@ def _dropped_backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | 
         d_up = in_dtype(up.dtype, scaled_mm(hidden.t(), dz, ctx.scale).t())
     if needs_x:
         part = torch.mm(dy * in_dtype(dy.dtype, (factor - 1) * left), weight)
-        part = zero_dropped_(accumulate(part, dh, in_dtype(dtype, down), 1.0), *ctx.drop)
+        part = drop.zero_(accumulate(part, dh, in_dtype(dtype, down), 1.0))
         dx = part.addmm_(dy, weight).view(ctx.shape)
     return dx, None, None, d_down, d_up, d_magnitude, None, None
 

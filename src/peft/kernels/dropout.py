@@ -17,34 +17,74 @@ def draw_seed() -> int:
     return int(torch.randint(2**62, ()))
 
 
-def zero_dropped_(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
-    """Set the dropped entries of a contiguous ``x`` to zero, in place; those that stay are not scaled.
+class Dropped:
+    """The entries that a dropout sets to zero: the same for the same seed, p and number of entries.
 
-    The same ``seed``, ``p`` and number of entries drop the same entries.
+    Those that stay are not scaled. What is drawn is held as long as the object: each pass makes one of its own.
     """
-    if x.device.type == "cpu" and p <= 0.5:
-        x.view(-1).index_fill_(0, _dropped(x.numel(), p, seed), 0)
+
+    def __init__(self, p: float, seed: int) -> None:
+        self.p, self.seed = p, seed
+        self._places: np.ndarray | None = None
+        self._mask: torch.Tensor | None = None
+
+    def zero_(self, x: torch.Tensor) -> torch.Tensor:
+        """Set the dropped entries of a contiguous ``x`` to zero, in place."""
+        if self.has_places(x):
+            _entries(x)[self._drawn(x)] = 0
+            return x
+        if x.is_meta:
+            return x
+        if self._mask is None:
+            generator = torch.Generator(x.device).manual_seed(self.seed)
+            self._mask = torch.empty(x.shape, dtype=torch.bool, device=x.device)
+            self._mask.bernoulli_(1 - self.p, generator=generator)
+        return x.mul_(self._mask.view(x.shape))
+
+    def copy(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` with the dropped entries set to zero."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            return x * self.zero_(torch.ones_like(x, memory_format=torch.contiguous_format, requires_grad=False))
+        return self.zero_(x.clone(memory_format=torch.contiguous_format))
+
+    def has_places(self, x: torch.Tensor) -> bool:
+        """Whether the dropped entries of ``x`` are known by their places, so that few of them cost little."""
+        return x.device.type == "cpu" and self.p <= 0.5
+
+    def take(self, x: torch.Tensor) -> np.ndarray:
+        """The dropped entries of a contiguous ``x`` that :meth:`has_places`, for :meth:`put`."""
+        return _entries(x)[self._drawn(x)]
+
+    def put(self, x: torch.Tensor, entries: np.ndarray) -> torch.Tensor:
+        """Set the dropped entries of ``x`` to what they were, in place."""
+        _entries(x)[self._drawn(x)] = entries
         return x
-    if x.is_meta:
-        return x
-    generator = torch.Generator(x.device).manual_seed(seed)
-    kept = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p, generator=generator)
-    return x.mul_(kept)
+
+    def _drawn(self, x: torch.Tensor) -> np.ndarray:
+        if self._places is None:
+            self._places = _dropped(x.numel(), self.p, self.seed)
+        return self._places
 
 
-def dropped_copy(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
-    """``x`` with the dropped entries set to zero; those that stay are not scaled."""
-    return zero_dropped_(x.clone(memory_format=torch.contiguous_format), p, seed)
+def _entries(x: torch.Tensor) -> np.ndarray:
+    """The bits of a tensor's entries, for reading and writing: NumPy does so faster, but has no bfloat16."""
+    return x.detach().view(-1).view(_BITS[x.dtype.itemsize]).numpy()
 
 
-def _dropped(count: int, p: float, seed: int) -> torch.Tensor:
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _dropped(count: int, p: float, seed: int) -> np.ndarray:
     """The places of the dropped entries among ``count``, ascending."""
-    generator = np.random.Generator(np.random.SFC64(seed))
-    rate = np.float32(-1 / math.log1p(-p))
+    numbers, rate = np.random.SFC64(seed), np.float32(1 / math.log1p(-p))
     last, parts = -1, []
     while last < count - 1:
         left = (count - 1 - last) * p
-        gaps = generator.standard_exponential(int(left + 6 * math.sqrt(left)) + 8, dtype=np.float32)
+        drawn = numbers.random_raw(int(left + 6 * math.sqrt(left)) // 2 + 4).view(np.uint32)
+        gaps = drawn.astype(np.float32)
+        gaps += np.float32(0.5)
+        gaps *= np.float32(2**-32)
+        np.log(gaps, out=gaps)
         gaps *= rate
         places = gaps.astype(np.int64)  # rounding an exponential down gives a geometric distance
         places += 1
@@ -53,4 +93,4 @@ def _dropped(count: int, p: float, seed: int) -> torch.Tensor:
         parts.append(places)
         last = int(places[-1])
     places = parts[0] if len(parts) == 1 else np.concatenate(parts)
-    return torch.from_numpy(places[: np.searchsorted(places, count)])
+    return places[: np.searchsorted(places, count)]

@@ -19,7 +19,7 @@ from torch.autograd import Function
 from torch.utils.weak import WeakIdKeyDictionary
 
 from peft.kernels import gpu
-from peft.kernels.dropout import draw_seed, dropped_copy, zero_dropped_
+from peft.kernels.dropout import Dropped, draw_seed
 from peft.kernels.linear import Factors, base_output, in_dtype, is_eager, no_autocast, product_dtype
 from peft.kernels.remake import kept
 
@@ -65,7 +65,7 @@ def grouped_linear(
         drop = (rate, draw_seed()) if rate else None
         if torch.is_grad_enabled() and (x.requires_grad or stack.down.requires_grad or stack.up.requires_grad):
             return GroupedLowRank.apply(x, y, stack.down, stack.up, index, drop)
-        _add(y, x if drop is None else dropped_copy(x, *drop), stack, index)
+        _add(y, x if drop is None else Dropped(*drop).copy(x), stack, index)
     return y
 
 
@@ -191,7 +191,7 @@ class GroupedLowRank(Function):
     ) -> torch.Tensor:
         ctx.mark_dirty(y)
         ctx.scale, ctx.drop = 1.0 if drop is None else 1 / (1 - drop[0]), drop
-        inner = x if drop is None else dropped_copy(x, *drop)
+        inner = x if drop is None else Dropped(*drop).copy(x)
         hidden = _add(y, inner, Stack(down, up), index, ctx.scale)
         ctx.kept = kept(x) if down.requires_grad else None
         ctx.shape = x.shape
@@ -210,12 +210,13 @@ class GroupedLowRank(Function):
             dx = torch.zeros(ctx.shape, dtype=gradient.dtype, device=gradient.device)
             turned = Stack(up, down)  # dx = s dy B A: the same with the factors in each other's place
             dh = _add(dx, dy, turned, index, ctx.scale)
-            if needs_x and ctx.drop is not None:
-                zero_dropped_(dx, *ctx.drop)
+            drop = None if ctx.drop is None else Dropped(*ctx.drop)
+            if needs_x and drop is not None:
+                drop.zero_(dx)
             d_down = d_up = None
             if needs_down:
                 x = ctx.kept.get(saved)
-                x = in_dtype(dtype, x if ctx.drop is None else dropped_copy(x, *ctx.drop))
+                x = in_dtype(dtype, x if drop is None else drop.copy(x))
                 d_down = _outer(dh, x, turned, index, ctx.scale)
             if needs_up:
                 d_up = _outer(hidden, dy, turned, index, ctx.scale)

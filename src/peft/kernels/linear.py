@@ -21,7 +21,7 @@ from torch import nn
 from torch.autograd import Function
 
 from peft.kernels.autocast import is_autocast
-from peft.kernels.dropout import draw_seed, dropped_copy, zero_dropped_
+from peft.kernels.dropout import Dropped, draw_seed
 from peft.kernels.remake import kept
 
 
@@ -196,7 +196,7 @@ def _infer(base: nn.Module, x: torch.Tensor, factors: Sequence[Factors], weight:
     out, dtype = y.view(-1, y.shape[-1]), product_dtype(y)
     with no_autocast(x):
         for f in factors:
-            inner = dropped_copy(x, f.dropout, draw_seed()) if f.dropout else x
+            inner = Dropped(f.dropout, draw_seed()).copy(x) if f.dropout else x
             hidden = F.linear(in_dtype(dtype, inner), in_dtype(dtype, f.down))
             if hidden.dim() != 2:
                 hidden = hidden.view(-1, hidden.shape[-1])
@@ -262,7 +262,7 @@ class LowRankLinear(Function):
         rows, needed, reads = in_dtype(dtype, x.reshape(-1, x.shape[-1])), [], False
         for i, drop in enumerate(drops):
             a, b = pairs[2 * i], pairs[2 * i + 1]
-            hidden = torch.mm(rows if drop is None else dropped_copy(rows, *drop), in_dtype(dtype, a).t())
+            hidden = torch.mm(rows if drop is None else Dropped(*drop).copy(rows), in_dtype(dtype, a).t())
             accumulate(out, hidden, in_dtype(dtype, b).t(), scales[i])
             needed.append(hidden if b.requires_grad else None)
             reads |= a.requires_grad
@@ -301,9 +301,10 @@ def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ..
         inner = in_dtype(dtype, ctx.kept.get(saved).reshape(-1, ctx.shape[-1]))
     dx = torch.mm(dy, weight) if needs_x and weight is not None else None
     dy = in_dtype(dtype, dy)
-    for i, (scale, drop) in enumerate(zip(ctx.scales, ctx.drops)):
+    for i, (scale, drawn) in enumerate(zip(ctx.scales, ctx.drops)):
         a, b, hidden = rest[2 * i], rest[2 * i + 1], rest[2 * count + i]
-        dropped = inner if drop is None or inner is None else dropped_copy(inner, *drop)
+        drop = None if drawn is None else Dropped(*drawn)
+        dropped = inner if drop is None or inner is None else drop.copy(inner)
         d_down = d_up = None
         if needs_x or needs[2 * i]:
             dh = scaled_mm(dy, in_dtype(dtype, b), scale)
@@ -332,10 +333,15 @@ _NOTHING: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
 
 
 def _into(
-    dx: torch.Tensor | None, dh: torch.Tensor, a: torch.Tensor, drop: tuple[float, int] | None, dtype: torch.dtype
+    dx: torch.Tensor | None, dh: torch.Tensor, a: torch.Tensor, drop: Dropped | None, dtype: torch.dtype
 ) -> torch.Tensor:
     """dx + drop(dh A), in place where there is a dx."""
-    if drop is not None:
-        part = zero_dropped_(torch.mm(dh, a), *drop)
-        return in_dtype(dtype, part) if dx is None else dx.add_(part)
-    return in_dtype(dtype, torch.mm(dh, a)) if dx is None else accumulate(dx, dh, a, 1.0)
+    if dx is None:
+        part = torch.mm(dh, a)
+        return in_dtype(dtype, part if drop is None else drop.copy(part))
+    if drop is None:
+        return accumulate(dx, dh, a, 1.0)
+    if not drop.has_places(dx) or torch.is_grad_enabled():
+        return dx.add_(drop.copy(torch.mm(dh, a)))
+    before = drop.take(dx)
+    return drop.put(accumulate(dx, dh, a, 1.0), before)
