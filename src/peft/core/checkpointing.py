@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,8 +19,7 @@ class InputGrads:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        name = "gradient_checkpointing"
-        self.switches = [m for m in model.modules() if name in m.__dict__ or hasattr(type(m), name)]
+        self.switches = list(_with_switch(model))
 
     def needed(self) -> bool:
         """Whether some block recomputes its forward in the reentrant way."""
@@ -42,6 +42,22 @@ class InputGrads:
         if isinstance(embeds, torch.Tensor) and not embeds.requires_grad and self.needed():
             kwargs = {**kwargs, "inputs_embeds": embeds.detach().requires_grad_()}
         return args, kwargs
+
+
+def _with_switch(model: nn.Module) -> Iterator[Any]:
+    """The modules that have a switch for gradient checkpointing."""
+    name, seen, classes, stack = "gradient_checkpointing", set(), {}, [model]
+    while stack:
+        module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        cls = type(module)
+        if cls not in classes:
+            classes[cls] = hasattr(cls, name)
+        if classes[cls] or name in module.__dict__:
+            yield module
+        stack += [child for child in module._modules.values() if child is not None]
 
 
 def is_switched_on(model: nn.Module) -> bool:

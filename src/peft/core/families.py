@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from peft.core.context import Groups
+from peft.core.filling import blank
 from peft.core.kinds import Kind
 from peft.core.layer import BaseTunerLayer, check_adapters_to_merge
 from peft.kernels.autocast import is_autocast
@@ -603,7 +604,7 @@ def padded(x: torch.Tensor, size: int) -> torch.Tensor:
 
 def input_dropout(p: float) -> nn.Module:
     """Dropout with the probability ``p``, which costs nothing where that is 0."""
-    return nn.Dropout(p) if p else nn.Identity()
+    return nn.Dropout(p) if p else blank(nn.Identity)
 
 
 def _as(dtype: torch.dtype, value: Any) -> Any:

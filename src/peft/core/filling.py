@@ -6,6 +6,10 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import nn
 
 
 class Filling:
@@ -49,3 +53,43 @@ def no_collection() -> Iterator[None]:
     finally:
         if collects:
             gc.enable()
+
+
+def blank(cls: type[nn.Module], *args: Any, **kwargs: Any) -> Any:
+    """A module as ``cls(*args, **kwargs)`` makes it, but for its parameters: it has none.
+
+    Copied from the first of its class, with dicts of its own, in a third of the time that constructors of torch take.
+    The arguments should be the same each time.
+    """
+    if cls not in _FIRST:
+        _FIRST[cls] = {k: type(v)() if k == "_parameters" else v for k, v in cls(*args, **kwargs).__dict__.items()}
+    module: nn.Module = object.__new__(cls)
+    own = module.__dict__
+    for key, value in _FIRST[cls].items():
+        own[key] = value.copy() if isinstance(value, dict | set) else value
+    return module
+
+
+_FIRST: dict[type[nn.Module], dict[str, Any]] = {}
+
+
+def unfilled(cls: type[nn.Module], *args: Any, **kwargs: Any) -> Any:
+    """A module of torch with memory for its parameters, in which no initial values are drawn."""
+    module = _UNFILLED[cls](*args, **kwargs)
+    module.__class__ = cls
+    return module
+
+
+_UNFILLED = {
+    cls: type(cls.__name__, (cls,), {"reset_parameters": lambda self: None})
+    for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+}
+
+
+def unfilled_linear(inner: int, out: int, bias: bool = False) -> nn.Linear:
+    """The same for a linear layer, ``[out, inner]``."""
+    module = blank(nn.Linear, 1, 1, device="meta")
+    module.__dict__.update(in_features=inner, out_features=out)
+    module._parameters["weight"] = nn.Parameter(torch.empty(out, inner))
+    module._parameters["bias"] = nn.Parameter(torch.empty(out)) if bias else None
+    return module

@@ -14,21 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from peft.core.filling import unfilled, unfilled_linear
 from peft.core.storage import foreign_linear
 from peft.utils.error import NoEqualWeightError
-
-
-def unfilled(cls: type[nn.Module], *args: Any, **kwargs: Any) -> Any:
-    """A module of torch with memory for its parameters, in which no initial values are drawn."""
-    module = _UNFILLED[cls](*args, **kwargs)
-    module.__class__ = cls
-    return module
-
-
-_UNFILLED = {
-    cls: type(cls.__name__, (cls,), {"reset_parameters": lambda self: None})
-    for cls in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-}
 
 
 class Kind:
@@ -104,7 +92,7 @@ class Kind:
     def factor(self, m: nn.Module, r: int, bias: bool = False) -> tuple[nn.Module, nn.Module]:
         """A low-rank pair (down, up) for this layer, with the shapes of the file format and no values yet."""
         inner, out = self.sizes(m)
-        return unfilled(nn.Linear, inner, r, bias=False), unfilled(nn.Linear, r, out, bias=bias)
+        return unfilled_linear(inner, r), unfilled_linear(r, out, bias)
 
     def compose(self, m: nn.Module, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """The dense weight that a pair stands for. Raises ValueError where no weight of the layer equals it."""
@@ -387,7 +375,7 @@ class Stack(Kind):
 
     def factor(self, m: nn.Module, r: int, bias: bool = False) -> tuple[nn.Module, nn.Module]:
         experts, out, inner = self._experts(m)
-        return unfilled(nn.Linear, inner, experts * r, bias=False), unfilled(nn.Linear, experts * r, out, bias=bias)
+        return unfilled_linear(inner, experts * r), unfilled_linear(experts * r, out, bias)
 
     def compose(self, m: nn.Module, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         experts = self._experts(m)[0]

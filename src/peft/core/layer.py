@@ -11,7 +11,9 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from peft.core.buffers import BufferDict
 from peft.core.context import Context, Groups
+from peft.core.filling import blank
 from peft.core.kinds import Kind, kind_of
 from peft.core.product import made_product
 from peft.core.storage import Storage, storage_of
@@ -73,8 +75,18 @@ class BaseTunerLayer(Switch, nn.Module):
     adapter_layer_names: tuple[str, ...] = ()
     other_param_names: tuple[str, ...] = ()
     changes_input = False
+    base_layer: nn.Module
     kind: Kind | None
     key = ""  # the name of the module in the unadapted model
+    read_by_parent: bool
+    merged_adapters: list[str]
+    cast_input_dtype_enabled: bool
+    tied_to: dict[str, BaseTunerLayer]  # adapters that follow those of a tied layer
+    shares_weight: bool  # another module holds the same parameter
+    merge_error: float  # |rounded - W'| / |W'| of the last merge, where the storage rounds
+    _adapters: dict[str, None]
+    _kept: dict[str, Any]
+    _storage: tuple[tuple[type, type], Storage] | None
 
     # --- what a method defines ------------------------------------------------------------------------------
     def update_layer(self, name: str, config: Any, key: str) -> None:
@@ -177,22 +189,28 @@ class BaseTunerLayer(Switch, nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        self.base_layer = base_layer
-        self.training = base_layer.training
+        self._modules["base_layer"] = base_layer
         base = self.get_base_layer()
-        self.kind = kind or kind_of(base)
-        self.read_by_parent = self.kind is not None and self.kind.read_by_parent
+        kind = kind or kind_of(base)
+        self.__dict__.update(  # not one by one: a module looks into each value that is set
+            training=base_layer.training,
+            kind=kind,
+            read_by_parent=kind is not None and kind.read_by_parent,
+            merged_adapters=[],
+            cast_input_dtype_enabled=True,
+            tied_to={},
+            shares_weight=False,
+            merge_error=0.0,
+            _adapters={},
+            _kept={},
+            _storage=None,
+        )
         self._start(context)
-        self.merged_adapters: list[str] = []
-        self.cast_input_dtype_enabled = True
-        self.tied_to: dict[str, BaseTunerLayer] = {}  # adapters that follow those of a tied layer
-        self.shares_weight = False  # another module holds the same parameter
-        self.merge_error = 0.0  # |rounded - W'| / |W'| of the last merge, where the storage rounds
-        self._adapters: dict[str, None] = {}
-        self._kept: dict[str, Any] = {}
-        self._storage: tuple[tuple[type, type], Storage] | None = None
-        for name, container in {**self.weights, **self.settings}.items():
-            (self._modules if issubclass(container, nn.Module) else self.__dict__)[name] = container()
+        for name, container in (*self.weights.items(), *self.settings.items()):
+            if issubclass(container, nn.Module):
+                self._modules[name] = blank(container)
+            else:
+                self.__dict__[name] = container()
         if self.kind is not None:
             if not self.storage.can_read and (self.kind.through_weight or self.reads_weight):
                 raise ValueError(
@@ -200,12 +218,23 @@ class BaseTunerLayer(Switch, nn.Module):
                     f"{self.storage.name} cannot be read. Use a method that adds to the output, or load "
                     "the base model unquantised or quantised by bitsandbytes."
                 )
-            self.in_features, self.out_features = self.kind.sizes(base)
+            self.__dict__["in_features"], self.__dict__["out_features"] = self.kind.sizes(base)
         elif not self.any_module:
             raise ValueError(f"{type(base).__name__} is no kind of layer that {type(self).__name__} can adapt.")
         if adapter_name is not None:
             self.add_adapter(adapter_name, config)
             self.set_adapter(adapter_name)
+
+    def train(self, mode: bool = True) -> BaseTunerLayer:
+        for child in self._modules.values():
+            if isinstance(child, nn.ModuleDict | nn.ParameterDict | BufferDict):  # a container has no mode of its own
+                child.__dict__["training"] = mode
+                for part in child._modules.values():
+                    part.train(mode)
+            elif child is not None:
+                child.train(mode)
+        self.__dict__["training"] = mode
+        return self
 
     def get_base_layer(self) -> nn.Module:
         """The innermost layer, without any adapter around it."""
@@ -250,9 +279,10 @@ class BaseTunerLayer(Switch, nn.Module):
         """Allocate an adapter and put it on the device, and into the dtype, of the base weight."""
         self.update_layer(name, config, key)
         self._adapters[name] = None
+        place = self._place()
         for container in self._containers(name):
             item = container[name]
-            device, dtype = self.place_for(item)
+            device, dtype = _place_of(item, place)
             frozen = not isinstance(item, nn.Module | nn.Parameter)  # kept as exact as it was made
             if _is_at(item, device, None if frozen else dtype):
                 continue
@@ -283,9 +313,10 @@ class BaseTunerLayer(Switch, nn.Module):
 
     def place_for(self, item: torch.Tensor | nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
         """Device and dtype for a new part: those of the base weight, where that is a dense tensor."""
-        tensors = [item] if isinstance(item, torch.Tensor) else [*item.parameters(), *item.buffers()]
-        if any(t.device.type == "meta" for t in tensors):
-            return None, None
+        return _place_of(item, self._place())
+
+    def _place(self) -> tuple[torch.device | None, torch.dtype | None]:
+        """The base weight's device and dtype, None where parts have nothing to follow."""
         base = self.get_base_layer()
         anchor = getattr(base, self.kind.weight, None) if self.kind else next(base.parameters(), None)
         if not isinstance(anchor, torch.Tensor):
@@ -295,7 +326,7 @@ class BaseTunerLayer(Switch, nn.Module):
         floating = anchor.dtype.is_floating_point and anchor.dtype.itemsize > 1
         if self.kind is not None and self.storage.name is not None:
             floating = False  # codes have no dtype to follow, so the adapter stays in float32, as in QLoRA
-        return anchor.device, anchor.dtype if floating and all(t.is_floating_point() for t in tensors) else None
+        return anchor.device, anchor.dtype if floating else None
 
     def adapter_parameters(self, name: str) -> Iterator[torch.Tensor]:
         for container in (*self._containers(name), *self._trained_by_all(name)):
@@ -758,6 +789,22 @@ def _tensors_of(item: nn.Module) -> list[tuple[str, torch.Tensor]]:
     if item._modules or item._buffers or item._state_dict_hooks:
         return list(item.state_dict(keep_vars=True).items())
     return [(name, p) for name, p in item._parameters.items() if p is not None]
+
+
+def _place_of(
+    item: torch.Tensor | nn.Module, place: tuple[torch.device | None, torch.dtype | None]
+) -> tuple[torch.device | None, torch.dtype | None]:
+    """Where a part of a layer goes, if what floats goes to this place."""
+    if isinstance(item, torch.Tensor):
+        tensors = [item]
+    elif item._modules or item._buffers:
+        tensors = [*item.parameters(), *item.buffers()]
+    else:
+        tensors = [p for p in item._parameters.values() if p is not None]
+    if any(t.is_meta for t in tensors):
+        return None, None
+    device, dtype = place
+    return device, dtype if dtype is not None and all(t.is_floating_point() for t in tensors) else None
 
 
 def _is_at(item: torch.Tensor | nn.Module, device: torch.device | None, dtype: torch.dtype | None) -> bool:

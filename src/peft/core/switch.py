@@ -13,11 +13,13 @@ from peft.core.context import Context
 class Switch:
     """Mixin of modules that hold several adapters. ``adapter_parameters`` and ``in`` say what they hold."""
 
+    context: Context
+    _active_adapter: list[str]
+    _disable_adapters: bool
+    _paused: list[torch.Tensor]
+
     def _start(self, context: Context | None = None) -> None:
-        self.context = context or Context()
-        self._active_adapter: list[str] = []
-        self._disable_adapters = False
-        self._paused: list[torch.Tensor] = []
+        self.__dict__.update(context=context or Context(), _active_adapter=[], _disable_adapters=False, _paused=[])
 
     @property
     def adapter_names(self) -> list[str]:

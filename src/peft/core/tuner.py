@@ -32,7 +32,7 @@ from peft.core.layer import BaseTunerLayer
 from peft.core.replicate import replicate_layers, restore_layers
 from peft.core.storage import storage_of
 from peft.core.targeting import Target, find_targets, matches, resolve_targets
-from peft.core.walk import Site, embeddings_of, layers_of, locate, parent_of, replace_module, walk
+from peft.core.walk import Site, embeddings_of, layers_of, locate, parent_of, put_module, replace_module, walk
 
 
 # Heads that task classes add to modules_to_save by themselves; that a model lacks some of them is no mistake.
@@ -173,10 +173,12 @@ class BaseTuner(nn.Module):
             inside = [p for p, w in around if order.index(w.kind.weight) < order.index(target.kind.weight)]
             path = inside[0] if inside else site.path
         cls = self._class_for(target.kind, site.module)
-        layer = cls(model.get_submodule(path), kind=target.kind, context=context_of(model))
-        layer.key = target.key
-        layer.read_by_parent |= isinstance(parent_of(model, path)[0], READERS)
-        replace_module(model, path, layer)
+        parent, name = parent_of(model, path)
+        layer = cls(getattr(parent, name), kind=target.kind, context=context_of(model))
+        layer.__dict__["key"] = target.key
+        if isinstance(parent, READERS):
+            layer.read_by_parent = True
+        put_module(parent, name, layer)
         return layer
 
     def _class_for(self, kind: Kind | None, module: nn.Module) -> type[BaseTunerLayer]:

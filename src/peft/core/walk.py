@@ -150,7 +150,11 @@ def parent_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
 
 def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
     """Put ``new`` at ``path``."""
-    parent, name = parent_of(model, path)
+    put_module(*parent_of(model, path), new)
+
+
+def put_module(parent: nn.Module, name: str, new: nn.Module) -> None:
+    """Put ``new`` in the place called ``name`` in ``parent``."""
     if isinstance(parent, nn.ModuleList | nn.Sequential) and name.isdigit():
         parent[int(name)] = new
     else:

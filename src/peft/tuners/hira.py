@@ -19,7 +19,7 @@ from peft.config import (
     option,
     resolve_pattern,
 )
-from peft.core.families import FoldLayer, drops
+from peft.core.families import FoldLayer, drops, input_dropout
 from peft.core.registry import define_tuner
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_HIRA_TARGET_MODULES_MAPPING
 from peft.utils.peft_types import PeftType
@@ -65,7 +65,7 @@ class HiraLayer(FoldLayer):
             b.zero_()
         pair = ("hira_embedding_A", "hira_embedding_B") if self.kind.lookup else ("hira_A", "hira_B")
         self.put(name, r=r, **{pair[0]: nn.Parameter(a), pair[1]: nn.Parameter(b)})
-        self.put(name, hira_dropout=nn.Dropout(config.hira_dropout) if config.hira_dropout else nn.Identity())
+        self.put(name, hira_dropout=input_dropout(config.hira_dropout))
 
     def product(self, name: str) -> torch.Tensor:
         """B A, in the shape of W."""

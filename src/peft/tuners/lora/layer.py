@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from peft.config import resolve_pattern
-from peft.core.families import ScaledLayer
+from peft.core.families import ScaledLayer, input_dropout
 from peft.core.filling import skip_values
 from peft.core.kinds import Kind
 from peft.core.storage import storage_of
@@ -66,7 +66,7 @@ class LoraLayer(ScaledLayer):
     def update_layer(self, name: str, config: LoraConfig, key: str) -> None:
         r = resolve_pattern(config.rank_pattern, key, config.r)
         alpha = resolve_pattern(config.alpha_pattern, key, config.lora_alpha)
-        dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        dropout = input_dropout(config.lora_dropout)
         self.put(name, r=r, lora_alpha=alpha, lora_dropout=dropout, use_rslora=config.use_rslora)
         self.put(name, use_dora=config.use_dora, lora_bias=config.lora_bias, scaling=self.initial_scaling(name))
         if name in self.tied_to:
