@@ -558,10 +558,12 @@ class BaseTunerLayer(Switch, nn.Module):
         return self.kind.orient(self.storage.read(base, self.kind.weight), base)
 
     def set_base_weight(self, weight: torch.Tensor) -> None:
-        """Replace the base weight by ``[out, in, *kernel]``."""
+        """Replace the base weight by ``[out, in, *kernel]``, in the memory that it has unless something needs the old
+        one."""
         base = self.get_base_layer()
         stored = self.kind.restore(weight, base)
-        self.storage.write(base, self.kind.weight, stored, self.shares_weight)
+        if "weight" in self._kept or self.shares_weight or not self.storage.overwrite(base, self.kind.weight, stored):
+            self.storage.write(base, self.kind.weight, stored, self.shares_weight)
 
     def unmerged_weight(self) -> torch.Tensor:
         """The base weight without any adapter, ``[out, in, *kernel]``."""

@@ -42,6 +42,10 @@ class Storage:
         """Replace the weight; another module that holds the same parameter (``shared``) keeps its own."""
         raise NotImplementedError
 
+    def overwrite(self, m: nn.Module, attribute: str, value: torch.Tensor) -> bool:
+        """Write the weight into the memory that it has; False, with nothing done, where :meth:`write` is needed."""
+        return False
+
     def compute_dtype(self, m: nn.Module, attribute: str) -> torch.dtype | None:
         """The dtype in which the layer multiplies, None if that is the input's."""
         return None
@@ -83,6 +87,14 @@ class Plain(Storage):
             setattr(m, attribute, nn.Parameter(value.contiguous(), requires_grad=False))
         else:
             getattr(m, attribute).data = value.contiguous()
+
+    def overwrite(self, m: nn.Module, attribute: str, value: torch.Tensor) -> bool:
+        old = getattr(m, attribute).data
+        same = old.shape == value.shape and old.dtype == value.dtype and old.device == value.device
+        if not same or old.is_meta or type(old) is not torch.Tensor or old.is_inference():
+            return False
+        old.copy_(value)
+        return True
 
     def keep(self, m: nn.Module, attribute: str) -> tuple[nn.Parameter, torch.Tensor]:
         parameter = getattr(m, attribute)

@@ -137,7 +137,17 @@ class LoraLayer(ScaledLayer):
 
     def fold(self, name: str, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         variant = self.lora_variant.get(name)
-        return super().fold(name, weight, base) if variant is None else variant.fold(self, name, weight, base)
+        return self._with_pair(name, weight, 1) if variant is None else variant.fold(self, name, weight, base)
+
+    def unfold(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        return super().unfold(name, weight) if name in self.lora_variant else self._with_pair(name, weight, -1)
+
+    def _with_pair(self, name: str, weight: torch.Tensor, sign: int) -> torch.Tensor:
+        """W + sign * s B A; of a linear layer without a matrix for B A."""
+        a, b = self.pair(name)
+        if self.kind.matrix and a.dtype == b.dtype == weight.dtype:
+            return torch.addmm(weight, b, a, alpha=sign * self.scaling[name])
+        return weight + sign * self.delta_weight(name).to(weight.dtype)
 
     def keeps_base(self, name: str) -> bool:
         variant = self.lora_variant.get(name)
