@@ -160,9 +160,10 @@ def answer(method: str, fields: dict[str, Any]) -> tuple[dict[str, Any], Callabl
 def work(threads: int) -> None:
     """In the process of a library: a line of input names a method, or is empty and asks for a pair of times."""
     import torch
-    from _common import floor_step, llama, saved_bytes, seconds, tokens
+    from _common import floor_step, keep_freed_memory, llama, saved_bytes, seconds, tokens
 
     torch.set_num_threads(threads)
+    keep_freed_memory()
     base = llama().train()
     floor = floor_step(base, tokens())
     floor()

@@ -136,6 +136,10 @@ class BaseTunerLayer(Switch, nn.Module):
         """True where the forward is best written as ``apply(x, fold(W))`` on this kind of layer."""
         return False
 
+    def dear_to_make(self) -> bool:
+        """Whether making the weight costs a good part of a product with it: then it is kept where it is small."""
+        return False
+
     def unmergeable(self, name: str) -> str | None:
         """Why the adapter cannot become part of the weight, or None."""
         return None
@@ -474,10 +478,15 @@ class BaseTunerLayer(Switch, nn.Module):
         """``make() x``, with a weight ``[out, in, *kernel]`` made of these adapters: made again in the backward pass.
 
         Neither the weight nor what it is computed from is kept meanwhile: a dense base that was dequantised, or an
-        update that takes as much memory as W.
+        update that takes as much memory as W. An exception are weights that are :meth:`dear_to_make`.
         """
         assert self.kind is not None
-        return made_product(self.kind, self.get_base_layer(), x, make, self._read_by(names))
+        base = self.get_base_layer()
+        if self.kind.matrix and self.dear_to_make() and self.storage.name is None:
+            out, inner = self.shape
+            if out * inner <= x.numel() * (1 + out / inner):  # no larger than what the layer takes and gives
+                return self.kind.apply(base, x, make())
+        return made_product(self.kind, base, x, make, self._read_by(names))
 
     def _read_by(self, names: Sequence[str]) -> list[torch.Tensor]:
         """The tensors from which the weight with these adapters is made."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -38,6 +38,33 @@ class MissConfig(TargetModules, ExcludeModules, TrainedBias, ModulesToSave, Laye
     )
 
 
+class Blocks(torch.autograd.Function):
+    """V M_J + M_J, with ``whole`` V + V M_J + M_J, for each block V of a row J of blocks: one product and one sum."""
+
+    @staticmethod
+    def forward(lines: torch.Tensor, m: torch.Tensor, whole: bool) -> torch.Tensor:
+        """Lines of blocks ``[J, row * I, r]`` and M ``[J, r, r]``."""
+        y = torch.bmm(lines, _factor(m, whole))
+        y.unflatten(1, (m.shape[1], -1)).add_(m[:, :, None])
+        return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        lines, m, ctx.whole = inputs
+        ctx.save_for_backward(lines, m)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        lines, m = ctx.saved_tensors
+        of_lines = gradient @ _factor(m, ctx.whole).mT if ctx.needs_input_grad[0] else None
+        of_m = lines.mT @ gradient + gradient.unflatten(1, (m.shape[1], -1)).sum(2)
+        return of_lines, of_m, None
+
+
+def _factor(m: torch.Tensor, whole: bool) -> torch.Tensor:
+    return m + torch.eye(m.shape[1], dtype=m.dtype, device=m.device) if whole else m
+
+
 class MissLayer(DeltaLayer):
     """``miss_block`` is D ``[r, out]``, for "mini" ``[r, mini_r]``, for "bat" M ``[out / r, r, r]``.
 
@@ -66,11 +93,12 @@ class MissLayer(DeltaLayer):
         block, rows = self.miss_block[name], self.shape[0]
         return block if block.shape[1] == rows else block.repeat(1, -(-rows // block.shape[1]))[:, :rows]
 
-    def _bat(self, name: str, base: torch.Tensor) -> torch.Tensor:
+    def _bat(self, name: str, base: torch.Tensor, whole: bool = False) -> torch.Tensor:
+        """W M_J + M_J block by block, with ``whole`` W too: by M_J + 1, which takes no pass over W."""
         m, r, (rows, columns) = self.miss_block[name], self.miss_r[name], fan(self.shape)
         wide = padded(base.flatten(1).to(m.dtype), -(-columns // r) * r)
         lines = padded(wide.T, len(m) * r).T.reshape(len(m), -1, r)  # [J, (row, I), column of the block]
-        change = (lines @ m).unflatten(1, (r, -1)).add_(m[:, :, None])
+        change = Blocks.apply(lines, m, whole)
         return change.reshape(len(m) * r, -1)[:rows, :columns].reshape(self.shape)
 
     def delta_weight(self, name: str) -> torch.Tensor:
@@ -82,12 +110,16 @@ class MissLayer(DeltaLayer):
 
     def fold(self, name: str, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         if self.form[name] == "bat":
-            return weight + self._bat(name, base).to(weight.dtype)
+            change = self._bat(name, base, whole=weight is base).to(weight.dtype)
+            return change if weight is base else weight + change
         return super().fold(name, weight, base)
 
     def needs_weight(self) -> bool:
         only_bat = bool(self.form) and all(form == "bat" for form in self.form.values())
         return only_bat and self.sums_exactly() and not drops(self, self.miss_dropout.values())
+
+    def dear_to_make(self) -> bool:
+        return "bat" in self.form.values()
 
     def delta(self, name: str, x: torch.Tensor) -> torch.Tensor:
         x = x if self.kind.lookup else self.miss_dropout[name](x)

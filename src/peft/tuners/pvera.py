@@ -70,8 +70,12 @@ class PveraLayer(LowRankLayer):
 
     def down(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A for the mean and for the log-variance, ``[r, in * kernel]`` each, cut to this layer."""
-        mean, variance = self.pvera_A[name][:, : fan(self.shape)[1]].to(self.dtype_of(name)).chunk(2)
+        mean, variance = self._both(name).chunk(2)
         return mean, variance
+
+    def _both(self, name: str) -> torch.Tensor:
+        """The two together, ``[2 r, in * kernel]``."""
+        return self.pvera_A[name][:, : fan(self.shape)[1]].to(self.dtype_of(name))
 
     def up(self, name: str) -> torch.Tensor:
         """B, ``[out, r]``, cut to this layer."""
@@ -93,17 +97,20 @@ class PveraLayer(LowRankLayer):
             return super().delta(name, x)
         base, x = self.get_base_layer(), self.dropped(name, x)
         groups = getattr(base, "groups", 1)  # each has its own A x
-        center, spread = (
-            self.kind.down(base, x, a) * self.kind.along_channels(d.repeat(groups), base)
-            for a, d in zip(self.down(name), self.pvera_lambda_d[name].chunk(2))
-        )
+        a, d, axis = self._both(name), self.pvera_lambda_d[name], self.kind.channel_axis
+        both = self.kind.down(base, x, a) * self.kind.along_channels(d if groups == 1 else d.repeat(groups), base)
+        if groups == 1:
+            center, spread = both.chunk(2, axis)
+        else:
+            parts = both.unflatten(axis, (groups, 2, -1))
+            center, spread = (part.flatten(axis - 1, axis) for part in parts.unbind(axis - 1))
         generator = self.pvera_generator[name]
         if generator is None:
             noise = torch.randn_like(center)
         else:  # drawn on the CPU, so that a seed means the same on every device
             noise = torch.randn(center.shape, generator=generator).to(center)
         z = torch.addcmul(center, (spread / 2).exp(), noise)
-        return self.kind.up(base, z, self.pvera_lambda_b[name][:, None] * self.up(name))
+        return self.kind.up(base, z, self.up(name)) * self.kind.along_channels(self.pvera_lambda_b[name], base)
 
 
 PveraModel = define_tuner(

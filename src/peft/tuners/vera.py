@@ -14,6 +14,7 @@ from peft.core.families import LowRankLayer, input_dropout
 from peft.core.kinds import fan
 from peft.core.layer import BaseTunerLayer
 from peft.core.registry import define_tuner
+from peft.kernels.linear import Factors
 from peft.tuners.vera_utils import ScaledTable, SharedPairConfig, shared_pair, vectors
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
 from peft.utils.peft_types import PeftType
@@ -59,6 +60,20 @@ class VeraLayer(LowRankLayer):
         b, d = self.vera_lambda_b[name], self.vera_lambda_d[name]
         rows, columns = fan(self.shape)
         return self.vera_A[name][:, :columns].to(d), ScaledTable.apply(b, self.vera_B[name][:rows].to(b), d)
+
+    def factors(self, name: str) -> Factors | None:
+        """None in training: the gradient of b by the pair takes a product that it does not by the output."""
+        trains = torch.is_grad_enabled() and self.vera_lambda_b[name].requires_grad
+        return None if trains else super().factors(name)
+
+    def delta(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        base, kind, d, (rows, columns) = self.get_base_layer(), self.kind, self.vera_lambda_d[name], fan(self.shape)
+        a, b = self.vera_A[name][:, :columns].to(d), self.vera_B[name][:rows].to(d)
+        groups = getattr(base, "groups", 1)  # each has its own A x
+        h = kind.down(base, self.dropped(name, x), a) * kind.along_channels(
+            d if groups == 1 else d.repeat(groups), base
+        )
+        return kind.up(base, h, b) * kind.along_channels(self.vera_lambda_b[name], base)
 
 
 VeraModel = define_tuner(
