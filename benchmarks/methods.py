@@ -9,7 +9,8 @@ All weight methods, and the methods of blocks and prompts that need no more than
 layers, width 576, 9 heads (3 key-value), 1,536 inner, a vocabulary of 2,000, float32, with random weights; 4 x 128
 tokens; the method on all linear layers of the blocks, with the hyperparameters of its paper (`HYPERPARAMETERS`,
 `METHODS`). The floor is the frozen model's forward and backward to its input embeddings. Each library measures in a
-process of its own, and the two take turns. Methods that one side does not have, or that cannot
+process of its own, and the two take turns; "here / reference" compares their steps by their floors, which are the same
+work, so that what differs between two processes by chance does not count. Methods that one side does not have, or that cannot
 be on such layers, have no figures there.
 """
 
@@ -246,16 +247,13 @@ def measured(
     libraries: dict[str, Library], method: str, fields: dict[str, Any], repeats: int
 ) -> dict[str, dict[str, Any]]:
     """Figures of the libraries ("here", "reference"), whose repetitions take turns."""
-    from _common import ratio
-
     working = {name: library for name, library in libraries.items() if library.take(method, fields)}
     for _ in range(repeats if "here" in working else 0):
         for library in working.values():
             library.measure()
     figures = {name: libraries[name].figures() for name in libraries}
     if len(working) == 2:
-        first, second = ([each["step"] for each in library.times] for library in working.values())
-        figures["here"]["to_reference"] = ratio(first, second)
+        figures["here"]["to_reference"] = figures["here"]["step"] / figures["reference"]["step"]
     return figures
 
 

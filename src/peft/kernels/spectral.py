@@ -17,6 +17,9 @@ from peft.kernels.linear import is_eager
 from peft.kernels.remake import kept
 
 
+PAD = 16
+"""Numbers after each line of a spectrum: lines of 2^k bytes would be transposed through a few lines of the cache."""
+
 Places = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -37,8 +40,9 @@ def _product(x: torch.Tensor, values: torch.Tensor, places: Places, shape: tuple
 
 
 def _spectrum(x: torch.Tensor) -> torch.Tensor:
-    """sum_i x_i exp(-2 pi i f / n) for half of the frequencies f, complex ``[f, tokens]``."""
-    return torch.fft.rfft(x.reshape(-1, x.shape[-1])).T.contiguous()
+    """sum_i x_i exp(-2 pi i f / n) for half of the f: real parts and imaginary ones, ``[2, f, tokens + PAD]``."""
+    parts = torch.view_as_real(torch.fft.rfft(x.reshape(-1, x.shape[-1]))).permute(2, 1, 0)
+    return F.pad(parts, (0, PAD))
 
 
 def _folded(frequencies: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,14 +55,19 @@ def _turned_back(spectrum: torch.Tensor, values: torch.Tensor, places: Places, s
     """Re(IFFT) of the Y with Y[u] = sum_k F_k X[v_k] over the k with u_k = u, ``[tokens, out]``."""
     (to, to_above), (of, of_above) = (_folded(f, size) for f, size in zip(places, shape))
     alone, half = (2 * to) % shape[0] == 0, shape[0] // 2 + 1  # alone: its own conjugate, whose real part counts once
-    targets = to + half * (to_above == of_above)  # those to be conjugated are summed apart
-    order = targets.argsort()
-    starts = torch.searchsorted(targets[order], torch.arange(2 * half, device=to.device))
-    weights = torch.where(alone, values, values / 2)[order]
-    lines = torch.view_as_real(spectrum).flatten(1)
-    lines = F.embedding_bag(of[order], lines, starts, mode="sum", per_sample_weights=weights)
-    straight, turned = torch.view_as_complex(lines.unflatten(1, (-1, 2))).chunk(2)
-    return torch.fft.irfft((straight + turned.conj()).T, n=shape[0])
+    order = to.argsort()
+    starts, of = torch.searchsorted(to[order], torch.arange(half, device=to.device)), of[order]
+    real = torch.where(alone, values, values / 2)[order]
+    imaginary = torch.where((to_above == of_above)[order], -real, real)  # those to be conjugated
+    lines = F.embedding_bag(  # real parts, then imaginary ones
+        torch.cat((of, of + spectrum.shape[1])),
+        spectrum.flatten(0, 1),
+        torch.cat((starts, starts + len(of))),
+        mode="sum",
+        per_sample_weights=torch.cat((real, imaginary)),
+    )
+    parts = lines.view(2, half, -1)[:, :, :-PAD].permute(2, 1, 0).contiguous()
+    return torch.fft.irfft(torch.view_as_complex(parts), n=shape[0])
 
 
 class SpectralProduct(Function):
@@ -82,12 +91,7 @@ class SpectralProduct(Function):
             dx = _turned_back(above, values / rows, (v, u), (columns, rows)).view(*gradient.shape[:-1], -1)
         if ctx.needs_input_grad[1]:
             (to, to_above), (of, of_above) = _folded(u, rows), _folded(v, columns)
-            picked = _lines_of(above, to).mul_(_lines_of(_spectrum(ctx.kept.get(saved)), of))
-            real, imaginary = picked.unflatten(1, (-1, 2)).sum(1).unbind(1)
+            picked = above.index_select(1, to).mul_(_spectrum(ctx.kept.get(saved)).index_select(1, of))
+            real, imaginary = picked.sum(2)
             d_values = torch.where(to_above == of_above, real - imaginary, real + imaginary) / (rows * columns)
         return dx, d_values, None, None, None
-
-
-def _lines_of(spectrum: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Lines of a spectrum, real and imaginary parts by turns, ``[n, 2 * tokens]``."""
-    return torch.view_as_real(spectrum).flatten(1).index_select(0, places)
