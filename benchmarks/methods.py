@@ -3,15 +3,16 @@
     python benchmarks/methods.py [--reference-python PATH] [--methods lora,oft] [--json FILE] [--threads 2]
 
 The table goes to ``benchmarks/RESULTS.md`` (between the marks there) unless ``--methods`` picks some rows: those are
-printed only, or written too with ``--write``. ``--clock cpu`` measures CPU time, for machines with other work.
+printed only, or written too with ``--write``, and take the place of what the file of ``--json`` has of them.
+``--clock cpu`` measures CPU time, for machines with other work.
 
 All weight methods, and the methods of blocks and prompts that need no more than a config, on a LLaMA-shaped model of 6
 layers, width 576, 9 heads (3 key-value), 1,536 inner, a vocabulary of 2,000, float32, with random weights; 4 x 128
 tokens; the method on all linear layers of the blocks, with the hyperparameters of its paper (`HYPERPARAMETERS`,
 `METHODS`). The floor is the frozen model's forward and backward to its input embeddings. Each library measures in a
 process of its own, and the two take turns; "here / reference" compares their steps by their floors, which are the same
-work, so that what differs between two processes by chance does not count. Methods that one side does not have, or that cannot
-be on such layers, have no figures there.
+work, so that what differs between two processes by chance does not count. Methods that one side does not have, or that
+cannot be on such layers, have no figures there.
 """
 
 from __future__ import annotations
@@ -311,10 +312,12 @@ def measure_all(chosen: dict[str, tuple[str, dict[str, Any]]], options: argparse
         libraries["reference"] = Library(options.reference_python, False, options.threads)
     head = {"machine": machine(), "threads": options.threads, "versions": versions("torch", "transformers")}
     figures: dict[str, Any] = {}
+    if options.methods and options.json and options.json.exists():
+        figures = json.loads(options.json.read_text())["methods"]
     print(HEADER, flush=True)
     for row, (method, fields) in chosen.items():
         result = measured(libraries, method, fields, options.repeats)
-        figures[row] = {"method": method, "fields": fields, **result}
+        figures[row] = {"method": method, "fields": fields, "repeats": options.repeats, **result}
         print(line(row, result), flush=True)
         if options.json:
             options.json.write_text(json.dumps({**head, "methods": figures}, indent=1) + "\n")
@@ -329,7 +332,8 @@ def report(figures: dict[str, Any], options: argparse.Namespace) -> str:
 
     head = measured_with(options.reference_python, options.threads)
     clock = "CPU time" if options.clock == "cpu" else "Wall time"
-    about = f"{clock}, medians of {options.repeats} repetitions in turn."
+    repeats = sorted({result["repeats"] for result in figures.values()})
+    about = f"{clock}, medians of {' or '.join(map(str, repeats))} repetitions in turn."
     return "\n".join([*head, about, "", HEADER, *(line(row, result) for row, result in figures.items())])
 
 

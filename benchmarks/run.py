@@ -401,7 +401,7 @@ def report(rows: list[Row], options: argparse.Namespace) -> str:
     from _common import measured_with
 
     head = measured_with(options.reference_python, options.threads)
-    about = f"{options.rounds} rounds of fresh processes in turn."
+    about = f"{options.rounds} round{'s' * (options.rounds > 1)} of fresh processes in turn."
     return "\n".join([*head, about, "", HEADER, *(row.line() for row in rows)])
 
 

@@ -6,15 +6,15 @@ import torch
 
 
 def cayley_series(q: torch.Tensor, terms: int) -> torch.Tensor:
-    """About (I + Q)(I - Q)^-1 for small Q ``[..., n, n]``: I + 2 (Q + ... + Q^(t-2)) + Q^(t-1).
+    """About (I + Q)(I - Q)^-1 for small Q ``[n, n]`` or ``[blocks, n, n]``: I + 2 (Q + ... + Q^(t-2)) + Q^(t-1).
 
     Fewer than four terms are special in the file format: one is I, two are I + 2 Q, three are four.
     """
     eye = torch.eye(q.shape[-1], device=q.device, dtype=q.dtype)
     if terms <= 2:
         return eye + 2 * q * (terms - 1)
-    total, power = eye + 2 * q, q
+    times = torch.addmm if q.dim() == 2 else torch.baddbmm
+    total = q + 2 * eye  # from the highest power down, each step one product and sum
     for _ in range(max(terms, 4) - 3):
-        power = power @ q
-        total = total + 2 * power
-    return total + power @ q
+        total = times(2 * eye, q, total)
+    return times(eye, q, total)
