@@ -142,7 +142,8 @@ class TestSharedTensorsAreWrittenOnce:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             again = PeftModel.from_pretrained(tiny_llama(), tmp_path)
-        assert torch.equal(again(IDS).logits, model(IDS).logits)
+        with torch.no_grad():  # one of the two would train, and training rounds differently
+            assert torch.equal(again(IDS).logits, model(IDS).logits)
 
     def test_bases_of_full_rank_are_written_once_for_the_model(self, tmp_path):
         """Where the reference writes them for each layer; it loads such a file as well."""
@@ -187,7 +188,8 @@ class TestSharedTensorsAreWrittenOnce:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             again = PeftModel.from_pretrained(tiny_llama(), tmp_path)
-        assert torch.equal(again(IDS).logits, model(IDS).logits)
+        with torch.no_grad():  # one of the two would train, and training rounds differently
+            assert torch.equal(again(IDS).logits, model(IDS).logits)
 
     def test_without_them_they_are_drawn_again(self, tmp_path):
         model = self.model(save_projection=False, projection_prng_key=5)
@@ -197,7 +199,8 @@ class TestSharedTensorsAreWrittenOnce:
         torch.manual_seed(0)
         again = PeftModel.from_pretrained(tiny_llama(), tmp_path)
         # `disturb` moved the shared matrices of the first model only if they were among its saved tensors
-        assert torch.equal(again(IDS).logits, model(IDS).logits)
+        with torch.no_grad():  # one of the two would train, and training rounds differently
+            assert torch.equal(again(IDS).logits, model(IDS).logits)
 
     def test_in_memory_they_are_one_tensor(self):
         model = self.model()
