@@ -62,7 +62,7 @@ def _with_switch(model: nn.Module) -> Iterator[Any]:
 
 def is_switched_on(model: nn.Module) -> bool:
     """Whether gradient checkpointing is switched on in some block."""
-    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    return any(module.gradient_checkpointing for module in _with_switch(model))
 
 
 def watch_checkpointing(model: nn.Module) -> None:

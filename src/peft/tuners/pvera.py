@@ -68,13 +68,8 @@ class PveraLayer(LowRankLayer):
         self.put(name, r=config.r, sample_at_inference=config.sample_at_inference, pvera_generator=generator)
         self.put(name, pvera_lambda_b=b, pvera_lambda_d=d, pvera_dropout=input_dropout(config.pvera_dropout))
 
-    def down(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """A for the mean and for the log-variance, ``[r, in * kernel]`` each, cut to this layer."""
-        mean, variance = self._both(name).chunk(2)
-        return mean, variance
-
-    def _both(self, name: str) -> torch.Tensor:
-        """The two together, ``[2 r, in * kernel]``."""
+    def down(self, name: str) -> torch.Tensor:
+        """A for the mean, then for the log-variance, ``[2 r, in * kernel]``, cut to this layer."""
         return self.pvera_A[name][:, : fan(self.shape)[1]].to(self.dtype_of(name))
 
     def up(self, name: str) -> torch.Tensor:
@@ -83,7 +78,7 @@ class PveraLayer(LowRankLayer):
 
     def pair(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         b, d = self.pvera_lambda_b[name], self.pvera_lambda_d[name].chunk(2)[0]
-        return self.down(name)[0], ScaledTable.apply(b, self.up(name), d)
+        return self.down(name).chunk(2)[0], ScaledTable.apply(b, self.up(name), d)
 
     def factors(self, name: str) -> Factors | None:
         return None if self.samples(name) else super().factors(name)
@@ -97,7 +92,7 @@ class PveraLayer(LowRankLayer):
             return super().delta(name, x)
         base, x = self.get_base_layer(), self.dropped(name, x)
         groups = getattr(base, "groups", 1)  # each has its own A x
-        a, d, axis = self._both(name), self.pvera_lambda_d[name], self.kind.channel_axis
+        a, d, axis = self.down(name), self.pvera_lambda_d[name], self.kind.channel_axis
         both = self.kind.down(base, x, a) * self.kind.along_channels(d if groups == 1 else d.repeat(groups), base)
         if groups == 1:
             center, spread = both.chunk(2, axis)
