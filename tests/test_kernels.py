@@ -21,11 +21,11 @@ from toys import tiny_llama
 from transformers.pytorch_utils import Conv1D
 
 from peft import FourierFTConfig, LoraConfig, get_peft_model
-from peft.kernels import Factors, adapted_norm, dora_linear, is_plain, low_rank_linear, plain
+from peft.kernels import Factors, adapted_norm, dora_linear, is_plain, low_rank_linear, plain, spectral
 from peft.kernels.dropout import Dropped, draw_seed
 from peft.kernels.linear import composed
 from peft.kernels.remake import recipe_of
-from peft.kernels.spectral import spectral_product
+from peft.kernels.spectral import spectral_linear, spectral_matrix
 
 
 class Net(nn.Module):
@@ -668,21 +668,56 @@ def test_a_product_by_spectra_equals_that_with_the_weight(shape):
     values = torch.randn(11, dtype=torch.float64, requires_grad=True)
     spectrum = torch.zeros(shape, dtype=torch.complex128).index_put((u, v), values.to(torch.complex128))
     wanted = x @ torch.fft.ifft2(spectrum).real.T
-    got, weights = spectral_product(x, values, (u, v), shape), torch.randn(shape[0], dtype=torch.float64)
+    got, weights = spectral_linear(x, values, (u, v), shape), torch.randn(shape[0], dtype=torch.float64)
     torch.testing.assert_close(got, wanted)
     gradients = (torch.autograd.grad((y * weights).sum(), (x, values)) for y in (got, wanted))
     torch.testing.assert_close(*gradients)
     with torch.no_grad():
-        torch.testing.assert_close(spectral_product(x, values, (u, v), shape), wanted)
+        torch.testing.assert_close(spectral_linear(x, values, (u, v), shape), wanted)
+        torch.testing.assert_close(spectral_matrix(values, (u, v), shape), torch.fft.ifft2(spectrum).real)
 
 
-def test_a_small_spectrum_takes_no_product_as_large_as_the_weight():
+@pytest.mark.parametrize("tokens", [1, 3, 40], ids="{} tokens".format)
+@pytest.mark.parametrize("shape", [(6, 8), (12, 5), (5, 12)], ids=str)
+def test_a_weight_and_its_sparse_spectrum_are_multiplied_by_as_one(shape, tokens):
+    torch.manual_seed(0)
+    base = nn.Linear(*shape[::-1]).double().requires_grad_(False)
+    places = torch.randperm(shape[0] * shape[1])[:11]
+    places = places // shape[1], places % shape[1]
+    x = torch.randn(1, tokens, shape[1], dtype=torch.float64, requires_grad=True)
+    values = torch.randn(11, dtype=torch.float64, requires_grad=True)
+    wanted = base(x) + spectral_linear(x, values, places, shape)
+    got = spectral_linear(x, values, places, shape, base.weight, base.bias)
+    torch.testing.assert_close(got, wanted)
+    weights = torch.randn_like(got)
+    gradients = (torch.autograd.grad((y * weights).sum(), (x, values)) for y in (got, wanted))
+    torch.testing.assert_close(*gradients)
+
+
+def test_layers_that_read_one_input_transform_it_once_in_the_backward_pass(monkeypatch):
+    torch.manual_seed(0)
+    x, made = torch.randn(3, 4, requires_grad=True), []
+    shared = torch.nn.functional.silu(x)
+    values = [torch.randn(5, requires_grad=True) for _ in range(3)]
+    places = torch.arange(5) % 4, torch.arange(5) % 3
+    y = sum(spectral_linear(shared, v, places, (4, 4)) for v in values)
+    plain_spectrum = spectral._spectrum
+    monkeypatch.setattr(spectral, "_spectrum", lambda x: made.append(tuple(x.shape)) or plain_spectrum(x))
+    y.sum().backward(retain_graph=True)
+    assert len(made) == 4  # of three gradients and one input
+    first = [v.grad.clone() for v in values]
+    y.sum().backward()
+    torch.testing.assert_close([v.grad for v in values], [2 * g for g in first])
+
+
+@pytest.mark.parametrize("tokens", [4, 80], ids="{} tokens".format)
+def test_a_small_spectrum_keeps_nothing_as_large_as_the_weight(tokens):
     torch.manual_seed(0)
     model = get_peft_model(
         nn.Sequential(nn.Linear(40, 30)), FourierFTConfig(n_frequency=20, target_modules=["0"], scaling=1.0)
     )
-    x = torch.randn(4, 40)
+    x = torch.randn(tokens, 40)
     shapes = kept_shapes(lambda: model(x).sum().backward())
-    assert (30, 40) not in shapes and (4, 40) in shapes
+    assert shapes.count((30, 40)) == 1 and (tokens, 40) in shapes  # the frozen weight, and the input
     merged = copy.deepcopy(model).merge_and_unload()
     torch.testing.assert_close(model(x), merged(x))

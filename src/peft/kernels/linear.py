@@ -90,7 +90,7 @@ def base_output(base: nn.Module, x: torch.Tensor, weight: torch.Tensor | None = 
         weight: as in :func:`low_rank_linear`.
     """
     if weight is not None and weight.dtype == x.dtype and not is_autocast(x.device.type):
-        return _linear(x, weight, base.bias)
+        return fresh_linear(x, weight, base.bias)
     y = base(x)
     free = is_fresh(base) and y.is_contiguous() and not y._is_view()
     return y if free else y.clone(memory_format=torch.contiguous_format)
@@ -254,7 +254,7 @@ class LowRankLinear(Function):
         *pairs: torch.Tensor,
     ) -> torch.Tensor:
         if y is None:
-            result = _linear(x, weight, bias)
+            result = fresh_linear(x, weight, bias)
         else:
             ctx.mark_dirty(y)
             result = y
@@ -277,7 +277,7 @@ class LowRankLinear(Function):
             return _backward(ctx, gradient)
 
 
-def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def fresh_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """W x + b, never as a view: outputs of a layer may be changed in place."""
     if bias is None or x.dim() == 2:
         return F.linear(x, weight, bias)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 
 Recipe = Callable[[], torch.Tensor]
+Form = Callable[[torch.Tensor], torch.Tensor] | None
 DEPTH = 4  # operations that are repeated at most
 
 _CHANGED = (
@@ -35,16 +36,19 @@ class Kept:
         self.recipe = recipe_of(x)
         self.tensor = x if self.recipe is None else None
         self.users = self.left = 0
-        self.made: torch.Tensor | None = None
+        self.made: dict[Form, torch.Tensor] = {}
 
-    def get(self, saved: torch.Tensor | None) -> torch.Tensor:
-        """The input; ``saved`` is what the context kept of it."""
+    def get(self, saved: torch.Tensor | None, form: Form = None) -> torch.Tensor:
+        """The input, or what ``form`` makes of it; ``saved`` is what the context kept."""
         if self.recipe is None:
-            return saved
-        value = self.recipe() if self.made is None else self.made
+            return saved if form is None else form(saved)
+        value = self.made.get(form)
+        if value is None:
+            value = self.recipe() if None not in self.made else self.made[None]
+            value = self.made[form] = value if form is None else form(value)
         self.left -= 1
-        self.made = value if self.left > 0 else None
         if self.left <= 0:
+            self.made.clear()
             self.left = self.users  # another backward pass may follow, if the graph is retained
         return value
 

@@ -1,8 +1,9 @@
-"""Product with a weight whose spectrum is sparse, y = Re(IFFT2(F)) x with n numbers in F, without making the weight.
+"""Products with a weight whose spectrum is sparse, dW = Re(IFFT2(F)) with n real numbers in F.
 
-One transform of each token's features on either side: with X the spectrum of x, Y[u] = sum_k F_k X[v_k] over the
-k with u_k = u is that of y. The gradient of F_k is a product of two lines of such spectra, so neither pass makes
-anything as large as the weight.
+Few tokens are cheaper to multiply without making dW, by one transform of each token's features on either side: with X
+the spectrum of x, Y[u] = sum_k F_k X[v_k] over the k with u_k = u is that of y. For many tokens dW is made, for less
+than half of what a transform of its size takes, since F is real: dW[-i, -j] = dW[i, j]. In both cases the gradient of
+F_k is a product of a line of either spectrum, so that no pass needs the gradient of a whole matrix.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import Function
 
-from peft.kernels.linear import is_eager
+from peft.kernels.linear import fresh_linear, is_eager
 from peft.kernels.remake import kept
 
 
@@ -23,20 +24,53 @@ PAD = 16
 Places = tuple[torch.Tensor, torch.Tensor]
 
 
-def spectral_product(x: torch.Tensor, values: torch.Tensor, places: Places, shape: tuple[int, int]) -> torch.Tensor:
-    """``Re(IFFT2(F)) x``, ``[..., out]``, in the dtype of x, float32 or wider.
+def spectral_linear(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    places: Places,
+    shape: tuple[int, int],
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``(W + dW) x + b``, ``[..., out]``, in the dtype of x, float32 or wider; without a ``weight`` ``dW x``.
 
     Args:
         x: ``[..., in]``. values: the numbers in F that are not zero, ``[n]``, real.
         places: their rows u and columns v, ``[n]`` each. shape: ``(out, in)`` of F.
+        weight, bias: W ``[out, in]`` and b ``[out]`` (or None), frozen.
     """
     if is_eager(x) and torch.is_grad_enabled() and (x.requires_grad or values.requires_grad):
-        return SpectralProduct.apply(x, values, *places, shape)
-    return _product(x, values, places, shape)
+        return SpectralLinear.apply(x, values, *places, shape, weight, bias)
+    return _forward(x, values, places, shape, weight, bias)
 
 
-def _product(x: torch.Tensor, values: torch.Tensor, places: Places, shape: tuple[int, int]) -> torch.Tensor:
-    return _turned_back(_spectrum(x), values / shape[1], places, shape).view(*x.shape[:-1], -1)
+def _forward(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    places: Places,
+    shape: tuple[int, int],
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    tokens = x.numel() // shape[1]
+    if weight is not None and shape[0] * shape[1] < 2 * tokens * (shape[0] + shape[1]):
+        return fresh_linear(x, spectral_matrix(values, places, shape).add_(weight), bias)
+    update = _turned_back(_spectrum(x), values / shape[1], places, shape).view(*x.shape[:-1], -1)
+    return update if weight is None else update.add_(F.linear(x, weight, bias))
+
+
+def spectral_matrix(values: torch.Tensor, places: Places, shape: tuple[int, int]) -> torch.Tensor:
+    """Re(IFFT2(F)), ``[rows, columns]``. For the arguments see :func:`spectral_linear`."""
+    (u, v), (rows, columns), half = places, shape, shape[1] // 2 + 1
+    # the real part has the spectrum (F[u, v] + F[-u, -v]) / 2, of which half is held; -u, for the transform's own sign
+    u, v = torch.cat((-u % rows, u)), torch.cat((v, -v % columns))
+    inside, values = v < half, values / (2 * rows)
+    spectrum = values.new_zeros(half * rows).index_add(
+        0, (v * rows + u) * inside, torch.cat((values, values)) * inside
+    )
+    above = torch.fft.irfft(torch.fft.rfft(spectrum.view(half, rows)).t(), n=columns)
+    below = above[1 : rows - len(above) + 1].flip(0)
+    return torch.cat((above, torch.cat((below[:, :1], below[:, 1:].flip(1)), 1)))
 
 
 def _spectrum(x: torch.Tensor) -> torch.Tensor:
@@ -70,28 +104,54 @@ def _turned_back(spectrum: torch.Tensor, values: torch.Tensor, places: Places, s
     return torch.fft.irfft(torch.view_as_complex(parts), n=shape[0])
 
 
-class SpectralProduct(Function):
-    """See :func:`spectral_product`."""
+def _correlated(rows: torch.Tensor, columns: torch.Tensor, places: Places, shape: tuple[int, int]) -> torch.Tensor:
+    """The spectrum of the sum over the tokens of y x^T at these places, from the spectra of y and x: ``[n]``, real."""
+    (to, to_above), (of, of_above) = (_folded(f, size) for f, size in zip(places, shape))
+    # what the weights in a sum of lines get as gradients: a product of two lines for each, none of which is copied
+    real, imaginary = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        rows.flatten(0, 1),
+        columns.flatten(0, 1),
+        torch.cat((of, of + columns.shape[1])),
+        to.new_zeros(2 * rows.shape[1]),  # starts of the sums, which are known from their numbers:
+        torch.cat((to, to + rows.shape[1])),
+        0,
+    ).view(2, -1)
+    return torch.where(to_above == of_above, real - imaginary, real + imaginary)
+
+
+class SpectralLinear(Function):
+    """See :func:`spectral_linear`."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, values: torch.Tensor, u: torch.Tensor, v: torch.Tensor, shape: tuple[int, int]
+        ctx: Any,
+        x: torch.Tensor,
+        values: torch.Tensor,
+        u: torch.Tensor,
+        v: torch.Tensor,
+        shape: tuple[int, int],
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
     ) -> torch.Tensor:
         ctx.kept, ctx.shape = kept(x) if values.requires_grad else None, shape
-        ctx.save_for_backward(None if ctx.kept is None else ctx.kept.tensor, values, u, v)
-        return _product(x, values, (u, v), shape)
+        ctx.save_for_backward(None if ctx.kept is None else ctx.kept.tensor, values, u, v, weight)
+        return _forward(x, values, (u, v), shape, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        saved, values, u, v = ctx.saved_tensors
+        saved, values, u, v, weight = ctx.saved_tensors
         rows, columns = ctx.shape
-        above, dx, d_values = _spectrum(gradient), None, None
-        if ctx.needs_input_grad[0]:
-            dx = _turned_back(above, values / rows, (v, u), (columns, rows)).view(*gradient.shape[:-1], -1)
+        dy, spectrum, dx, d_values = gradient.reshape(-1, rows), None, None, None
+        by_matrix = weight is not None and rows < 2 * len(dy)
+        if ctx.needs_input_grad[1] or not by_matrix:
+            spectrum = _spectrum(dy)
         if ctx.needs_input_grad[1]:
-            (to, to_above), (of, of_above) = _folded(u, rows), _folded(v, columns)
-            picked = above.index_select(1, to).mul_(_spectrum(ctx.kept.get(saved)).index_select(1, of))
-            real, imaginary = picked.sum(2)
-            d_values = torch.where(to_above == of_above, real - imaginary, real + imaginary) / (rows * columns)
-        return dx, d_values, None, None, None
+            of_x = ctx.kept.get(saved, _spectrum)
+            d_values = _correlated(spectrum, of_x, (u, v), ctx.shape) / (rows * columns)
+        if ctx.needs_input_grad[0] and by_matrix:
+            dx = dy @ spectral_matrix(values, (u, v), ctx.shape).add_(weight)
+        elif ctx.needs_input_grad[0]:
+            dx = _turned_back(spectrum, values / rows, (v, u), (columns, rows))
+            dx = dx if weight is None else dx.addmm_(dy, weight)
+        return None if dx is None else dx.view(*gradient.shape[:-1], -1), d_values, None, None, None, None, None

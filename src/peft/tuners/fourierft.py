@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from peft.core.buffers import BufferDict
 from peft.core.families import ScaledLayer
 from peft.core.kinds import fan
 from peft.core.registry import define_tuner
-from peft.kernels.spectral import spectral_product
+from peft.kernels.spectral import Places, spectral_linear, spectral_matrix
 from peft.tuners.spectra import SpectrumConfig, random_places
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_FOURIERFT_TARGET_MODULES_MAPPING
 from peft.utils.peft_types import PeftType
@@ -62,15 +62,15 @@ class FourierFTLayer(ScaledLayer):
         return self.configured[name]
 
     def delta_weight(self, name: str) -> torch.Tensor:
-        spectrum, places, (rows, columns) = self.fourierft_spectrum[name], self.fourierft_places[name], fan(self.shape)
-        values = spectrum.to(torch.promote_types(spectrum.dtype, torch.float32)) * (self.scaling[name] / 2)
-        u, v, half = places // columns, places % columns, columns // 2 + 1
-        # the real part has the spectrum (F[u, v] + F[-u, -v]) / 2
-        u, v = torch.cat([u, -u % rows]), torch.cat([v, -v % columns])
-        inside = v < half
-        values = torch.cat([values, values]) * inside
-        matrix = values.new_zeros(rows * half).index_add(0, (u * half + v) * inside, values)
-        return torch.fft.irfft2(matrix.view(rows, half), s=(rows, columns)).to(spectrum.dtype).view(self.shape)
+        values, places = self._numbers([name])
+        return spectral_matrix(values, places, fan(self.shape)).to(self.dtype_of(name)).view(self.shape)
+
+    def _numbers(self, names: list[str]) -> tuple[torch.Tensor, Places]:
+        """The numbers in the spectrum that are not zero, s in them, and their rows and columns."""
+        values = torch.cat([self.fourierft_spectrum[name] * self.scaling[name] for name in names])
+        places, columns = torch.cat([self.fourierft_places[name] for name in names]), fan(self.shape)[1]
+        dtype = torch.promote_types(values.dtype, torch.float32)  # there is no transform of 16 bits
+        return values.to(dtype), (places // columns, places % columns)
 
     def needs_weight(self) -> bool:
         return not self._is_sparse() and self.sums_exactly()
@@ -83,11 +83,14 @@ class FourierFTLayer(ScaledLayer):
     def delta(self, name: str, x: torch.Tensor) -> torch.Tensor:
         if not self._is_sparse():
             return super().delta(name, x)
-        spectrum, shape, places = self.fourierft_spectrum[name], fan(self.shape), self.fourierft_places[name]
-        dtype = torch.promote_types(spectrum.dtype, torch.float32)  # there is no transform of 16 bits
-        values = spectrum.to(dtype) * self.scaling[name]
-        places = (places // shape[1], places % shape[1])
-        return spectral_product(x.to(dtype), values, places, shape).to(x.dtype)
+        values, places = self._numbers([name])
+        return spectral_linear(x.to(values.dtype), values, places, fan(self.shape)).to(x.dtype)
+
+    def _adapted(self, names: list[str], args: tuple, kwargs: dict) -> Any:
+        weight = self.weight_for_kernels(args[0]) if len(args) == 1 and not kwargs and self.sums_exactly() else None
+        if weight is not None and {self.dtype_of(name) for name in names} == {weight.dtype} == {args[0].dtype}:
+            return spectral_linear(args[0], *self._numbers(names), fan(self.shape), weight, self.get_base_bias())
+        return super()._adapted(names, args, kwargs)
 
 
 FourierFTModel = define_tuner(
