@@ -10,9 +10,10 @@ All weight methods, and the methods of blocks and prompts that need no more than
 layers, width 576, 9 heads (3 key-value), 1,536 inner, a vocabulary of 2,000, float32, with random weights; 4 x 128
 tokens; the method on all linear layers of the blocks, with the hyperparameters of its paper (`HYPERPARAMETERS`,
 `METHODS`). The floor is the frozen model's forward and backward to its input embeddings. Each library measures in a
-process of its own, and the two take turns; "here / reference" compares their steps by their floors, which are the same
-work, so that what differs between two processes by chance does not count. Methods that one side does not have, or that
-cannot be on such layers, have no figures there.
+process of its own, and the two take turns. "here / reference" is the median of the ratios of neighbouring steps, by
+that of all floors of the two processes, which are the same work: what differs between two processes by chance does not
+count. The range behind it holds the true median with 95 % certainty; repetitions stop where it is narrow, or clear of
+1. Methods that one side does not have, or that cannot be on such layers, have no figures there.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -198,6 +200,7 @@ class Library:
         )
         self.facts: dict[str, Any] = {}
         self.times: list[dict[str, float]] = []
+        self.floors: list[float] = []
 
     def _ask(self, line: str) -> dict[str, Any]:
         assert self.process.stdin is not None
@@ -221,6 +224,12 @@ class Library:
     def measure(self) -> None:
         """One more repetition."""
         self.times.append(self._ask(""))
+        self.floors.append(self.times[-1]["floor"])
+
+    @property
+    def steps(self) -> list[float]:
+        """Seconds of the method's steps."""
+        return [each["step"] for each in self.times]
 
     def figures(self) -> dict[str, Any]:
         """What came out for the method."""
@@ -228,11 +237,10 @@ class Library:
 
         if "error" in self.facts:
             return self.facts
-        steps, floors = ([each[key] for each in self.times] for key in ("step", "floor"))
         return {
             "trainable": self.facts["trainable"],
-            "seconds": statistics.median(steps),
-            "step": ratio(steps, floors),
+            "seconds": statistics.median(self.steps),
+            "step": ratio(self.steps, (each["floor"] for each in self.times)),
             "bytes": self.facts["bytes"] / self.facts["floor_bytes"],
         }
 
@@ -244,18 +252,45 @@ class Library:
         self.log.close()
 
 
+ENOUGH = 7
+"""Repetitions at least, where more are allowed."""
+
+
 def measured(
     libraries: dict[str, Library], method: str, fields: dict[str, Any], repeats: int
 ) -> dict[str, dict[str, Any]]:
-    """Figures of the libraries ("here", "reference"), whose repetitions take turns."""
+    """Figures of the libraries ("here", "reference"), whose repetitions take turns; ``repeats`` at most."""
     working = {name: library for name, library in libraries.items() if library.take(method, fields)}
-    for _ in range(repeats if "here" in working else 0):
-        for library in working.values():
+    there_too = len(working) == 2
+    for i in range(repeats if "here" in working else 0):
+        for library in list(working.values())[:: 1 if i % 2 else -1]:
             library.measure()
+        if i + 1 >= ENOUGH and (not there_too or is_settled(*compared(*working.values())[1:])):
+            break
     figures = {name: libraries[name].figures() for name in libraries}
-    if len(working) == 2:
-        figures["here"]["to_reference"] = figures["here"]["step"] / figures["reference"]["step"]
+    if there_too:
+        middle, low, high = compared(*working.values())
+        figures["here"] |= {"to_reference": middle, "between": [low, high]}
     return figures
+
+
+def compared(here: Library, reference: Library) -> tuple[float, float, float]:
+    """The ratio of the steps of two libraries, and what it lies between with 95 % certainty."""
+    from _common import ratio
+
+    shift = ratio(here.floors, reference.floors)
+    ratios = sorted(a / b / shift for a, b in zip(here.steps, reference.steps))
+    # as many of n are below their median as heads among n coins
+    n, k, chance = len(ratios), 0, 0.0
+    while (chance := chance + math.comb(n, k) / 2**n) <= 0.025:
+        k += 1
+    k = max(k, 1)
+    return statistics.median(ratios), ratios[k - 1], ratios[n - k]
+
+
+def is_settled(low: float, high: float) -> bool:
+    """Whether a range is narrow enough: within 2 % either way, or clear of 1."""
+    return high / low < 1.04 or high < 0.95
 
 
 HEADER = """| method | trained | step / floor | reference | here / reference | bytes / floor | reference |
@@ -271,7 +306,11 @@ def line(row: str, figures: dict[str, dict[str, Any]]) -> str:
     def cell(values: dict[str, Any], key: str) -> str:
         return f"{values[key]:.2f}" if key in values else "-"
 
-    cells = [row, f"{here['trainable']:,}", cell(here, "step"), cell(other, "step"), cell(here, "to_reference")]
+    compared_with = cell(here, "to_reference")
+    if "between" in here:
+        low, high = here["between"]
+        compared_with += f" ({low:.2f} to {high:.2f})"
+    cells = [row, f"{here['trainable']:,}", cell(here, "step"), cell(other, "step"), compared_with]
     return f"| {' | '.join([*cells, cell(here, 'bytes'), cell(other, 'bytes')])} |"
 
 
@@ -282,7 +321,7 @@ def main() -> None:
     parser.add_argument("--methods", help="some of the rows, with commas between them")
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=45, help="repetitions of a row at most")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: on a machine with other work")
     parser.add_argument("--write", action="store_true", help="write RESULTS.md although not all rows are measured")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -317,7 +356,7 @@ def measure_all(chosen: dict[str, tuple[str, dict[str, Any]]], options: argparse
     print(HEADER, flush=True)
     for row, (method, fields) in chosen.items():
         result = measured(libraries, method, fields, options.repeats)
-        figures[row] = {"method": method, "fields": fields, "repeats": options.repeats, **result}
+        figures[row] = {"method": method, "fields": fields, "repeats": len(libraries["here"].times), **result}
         print(line(row, result), flush=True)
         if options.json:
             options.json.write_text(json.dumps({**head, "methods": figures}, indent=1) + "\n")
@@ -332,8 +371,8 @@ def report(figures: dict[str, Any], options: argparse.Namespace) -> str:
 
     head = measured_with(options.reference_python, options.threads)
     clock = "CPU time" if options.clock == "cpu" else "Wall time"
-    repeats = sorted({result["repeats"] for result in figures.values()})
-    about = f"{clock}, medians of {' or '.join(map(str, repeats))} repetitions in turn."
+    repeats = [result["repeats"] for result in figures.values() if result["repeats"]]
+    about = f"{clock}, medians of {min(repeats)} to {max(repeats)} repetitions in turn."
     return "\n".join([*head, about, "", HEADER, *(line(row, result) for row, result in figures.items())])
 
 

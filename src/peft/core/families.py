@@ -17,6 +17,7 @@ from peft.core.layer import BaseTunerLayer, check_adapters_to_merge
 from peft.kernels.autocast import is_autocast
 from peft.kernels.grouped import can_group, forget, grouped_linear
 from peft.kernels.linear import Factors, active_rate, is_eager, is_plain, low_rank_linear, plain_weight
+from peft.kernels.sparse import sparse_linear
 from peft.utils.error import NoEqualWeightError
 
 
@@ -48,11 +49,16 @@ class DeltaLayer(BaseTunerLayer):
             found.append(factors)
         return found
 
+    def fused(self, names: list[str], x: torch.Tensor) -> torch.Tensor | None:
+        """The layer's output by a kernel for all of it, where there is one (see :meth:`weight_for_kernels`)."""
+        return None
+
     def weight_for_kernels(self, x: torch.Tensor) -> torch.Tensor | None:
-        """W ``[out, in]`` where kernels may compute the whole layer for this input, outside autocast; else None."""
-        if not self.kind.matrix or self.by_weight or self.merged_adapters or is_plain() or not is_eager(x):
+        """W ``[out, in]`` in the dtype of x where kernels may compute the whole layer, outside autocast; else None."""
+        if not self.kind.matrix or self.kind.through_weight or self.merged_adapters or is_plain() or not is_eager(x):
             return None
-        return None if is_autocast(x.device.type) else self._plain_weight(x)
+        weight = None if is_autocast(x.device.type) else self._plain_weight(x)
+        return weight if weight is not None and weight.dtype == x.dtype else None
 
     def _plain_weight(self, x: torch.Tensor) -> torch.Tensor | None:
         """W where the base layer is nothing but W x + b, frozen."""
@@ -61,8 +67,11 @@ class DeltaLayer(BaseTunerLayer):
         return weight if weight is None else self.kind.orient(weight, base)
 
     def _adapted(self, names: list[str], args: tuple, kwargs: dict) -> Any:
-        if len(args) == 1 and not kwargs and not self.by_weight:
-            factors = self._all_factors(names, args[0])
+        if len(args) == 1 and not kwargs:
+            y = self.fused(names, args[0])
+            if y is not None:
+                return y
+            factors = None if self.by_weight else self._all_factors(names, args[0])
             if factors is not None:
                 return low_rank_linear(self._modules["base_layer"], args[0], factors, self._plain_weight(args[0]))
         return super()._adapted(names, args, kwargs)
@@ -144,6 +153,13 @@ class SparseLayer(DeltaLayer):
     def entries(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Positions in the flattened ``[out, in * kernel]`` and the values there; what has one position adds up."""
         raise NotImplementedError
+
+    def fused(self, names: list[str], x: torch.Tensor) -> torch.Tensor | None:
+        weight = self.weight_for_kernels(x) if self.sums_exactly() else None
+        if weight is None or any(self.dtype_of(name) != weight.dtype for name in names):
+            return None
+        positions, values = (torch.cat(parts) for parts in zip(*map(self.entries, names)))
+        return sparse_linear(x, values, positions, weight, self.get_base_bias())
 
     def delta_weight(self, name: str) -> torch.Tensor:
         positions, values = self.entries(name)

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from peft.core.kinds import Kind
 from peft.kernels.autocast import is_autocast
+from peft.kernels.remake import kept
 
 
 def made_product(
@@ -40,14 +41,15 @@ def made_product(
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kind: Kind, base: nn.Module, make: Callable, x: torch.Tensor, *trained: Any) -> torch.Tensor:
-        ctx.kind, ctx.base, ctx.make = kind, base, make
-        ctx.save_for_backward(x, *trained)
+        ctx.kind, ctx.base, ctx.make, ctx.kept = kind, base, make, kept(x)
+        ctx.save_for_backward(ctx.kept.tensor, *trained)
         return kind.apply(base, x, make())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        x, *trained = ctx.saved_tensors
+        saved, *trained = ctx.saved_tensors
+        x = ctx.kept.get(saved)
         with torch.set_grad_enabled(bool(trained)):
             weight = ctx.make()
         follows = weight.requires_grad  # the base weight alone does not

@@ -16,6 +16,7 @@ from torch.autograd import Function
 
 from peft.kernels.linear import fresh_linear, is_eager
 from peft.kernels.remake import kept
+from peft.kernels.sparse import paired_products
 
 
 PAD = 16
@@ -107,15 +108,8 @@ def _turned_back(spectrum: torch.Tensor, values: torch.Tensor, places: Places, s
 def _correlated(rows: torch.Tensor, columns: torch.Tensor, places: Places, shape: tuple[int, int]) -> torch.Tensor:
     """The spectrum of the sum over the tokens of y x^T at these places, from the spectra of y and x: ``[n]``, real."""
     (to, to_above), (of, of_above) = (_folded(f, size) for f, size in zip(places, shape))
-    # what the weights in a sum of lines get as gradients: a product of two lines for each, none of which is copied
-    real, imaginary = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        rows.flatten(0, 1),
-        columns.flatten(0, 1),
-        torch.cat((of, of + columns.shape[1])),
-        to.new_zeros(2 * rows.shape[1]),  # starts of the sums, which are known from their numbers:
-        torch.cat((to, to + rows.shape[1])),
-        0,
-    ).view(2, -1)
+    to, of = torch.cat((to, to + rows.shape[1])), torch.cat((of, of + columns.shape[1]))
+    real, imaginary = paired_products(rows.flatten(0, 1), columns.flatten(0, 1), to, of).view(2, -1)
     return torch.where(to_above == of_above, real - imaginary, real + imaginary)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -86,11 +86,11 @@ class FourierFTLayer(ScaledLayer):
         values, places = self._numbers([name])
         return spectral_linear(x.to(values.dtype), values, places, fan(self.shape)).to(x.dtype)
 
-    def _adapted(self, names: list[str], args: tuple, kwargs: dict) -> Any:
-        weight = self.weight_for_kernels(args[0]) if len(args) == 1 and not kwargs and self.sums_exactly() else None
-        if weight is not None and {self.dtype_of(name) for name in names} == {weight.dtype} == {args[0].dtype}:
-            return spectral_linear(args[0], *self._numbers(names), fan(self.shape), weight, self.get_base_bias())
-        return super()._adapted(names, args, kwargs)
+    def fused(self, names: list[str], x: torch.Tensor) -> torch.Tensor | None:
+        weight = self.weight_for_kernels(x) if self._is_sparse() and self.sums_exactly() else None
+        if weight is None or any(self.dtype_of(name) != weight.dtype for name in names):
+            return None
+        return spectral_linear(x, *self._numbers(names), fan(self.shape), weight, self.get_base_bias())
 
 
 FourierFTModel = define_tuner(

@@ -148,13 +148,14 @@ class FrodLayer(LowRankLayer):
         u, v, start = (t.to(x.dtype) for t in (self.frod_U[name], self._of("frod_V", name), self.frod_start[name]))
         return F.linear(self._coupled(name, x @ v, 0.0 if whole else start), u)
 
-    def _adapted(self, names: list[str], args: tuple, kwargs: dict) -> Any:
-        base, alone = self._modules["base_layer"], len(names) == len(args) == 1 and not kwargs and not self.merged
-        plain = alone and self.kind.matrix and self.kind.is_plain(base) and not base.weight.requires_grad
-        if plain and self.sums_exactly() and not drops(self, self.frod_dropout.values()):  # U, l and V say all of W'
-            y, bias = self._product(names[0], self.cast(names[0], args[0]), whole=True), self.get_base_bias()
-            return (y if bias is None else y + bias).to(args[0].dtype)
-        return super()._adapted(names, args, kwargs)
+    def fused(self, names: list[str], x: torch.Tensor) -> torch.Tensor | None:
+        base = self._modules["base_layer"]
+        plain = self.kind.matrix and self.kind.is_plain(base) and not base.weight.requires_grad and not self.merged
+        alone = len(names) == 1 and not drops(self, self.frod_dropout.values())
+        if not (plain and alone and self.sums_exactly()):
+            return None
+        y, bias = self._product(names[0], self.cast(names[0], x), whole=True), self.get_base_bias()
+        return (y if bias is None else y + bias).to(x.dtype)  # U, l and V say all of W'
 
 
 FrodModel = define_tuner(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from peft.core.kinds import fan
+from peft.kernels.sparse import by_feature, paired_products
 from peft.utils.error import ConfigError
 
 
@@ -67,7 +67,7 @@ class SparseProduct(torch.autograd.Function):
     def multiply(h: torch.Tensor, values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         wide = torch.promote_types(h.dtype, torch.float32)  # CPUs have no sparse product of 16 bits
         s = torch.sparse_coo_tensor(places, values.to(wide), (h.shape[-1],) * 2, check_invariants=False)
-        return (s @ _columns(h, wide)).T.reshape(h.shape).to(h.dtype)
+        return (s @ by_feature(h.to(wide))).T.reshape(h.shape).to(h.dtype)
 
     @staticmethod
     @once_differentiable
@@ -75,27 +75,5 @@ class SparseProduct(torch.autograd.Function):
         h, values, places = ctx.saved_tensors
         of_h = SparseProduct.multiply(gradient, values, places.flip(0)) if ctx.needs_input_grad[0] else None
         wide = torch.promote_types(h.dtype, torch.float32)
-        left, right = _columns(gradient, wide), h.flatten(0, -2).to(wide)
-        return of_h, _entries(left, right, places).to(values.dtype), None
-
-
-def _columns(h: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Vectors as the columns of a matrix in which each row is contiguous, as sparse products want it."""
-    return h.reshape(-1, h.shape[-1]).T.to(dtype).contiguous()
-
-
-def _entries(left: torch.Tensor, right: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Entries of ``left @ right`` at these places."""
-    n = right.shape[1]
-    if not (left.is_cuda or torch.backends.mkl.is_available()):
-        return (left @ right)[places[0], places[1]]
-    order = (places[0] * n + places[1]).argsort()
-    ends = torch.bincount(places[0], minlength=len(left)).cumsum(0)
-    zeros = left.new_zeros(len(order))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR")  # that it is in beta
-        mask = torch.sparse_csr_tensor(
-            F.pad(ends, (1, 0)), places[1, order], zeros, (len(left), n), check_invariants=False
-        )
-    found = torch.sparse.sampled_addmm(mask, left, right, beta=0.0).values()
-    return torch.empty_like(found).index_copy(0, order, found)
+        of_values = paired_products(by_feature(gradient.to(wide)), by_feature(h.to(wide)), *places)
+        return of_h, of_values.to(values.dtype), None

@@ -93,6 +93,9 @@ class SupertuningLayer(SparseLayer):
     def entries(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         return self.supertuning_indices[name].long(), self.supertuning_values[name]
 
+    def fused(self, names: list[str], x: torch.Tensor) -> torch.Tensor | None:
+        return None if any(name in self.supertuning_lora_A for name in names) else super().fused(names, x)
+
     def low_rank(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A ``[r, in * kernel]`` and s B ``[out, r]``."""
         b = self.supertuning_lora_B[name].weight * self.lora_scaling[name]

@@ -117,13 +117,9 @@ class LoraLayer(ScaledLayer):
             return None
         return Factors(down._parameters["weight"], up._parameters["weight"], self.scaling[name], rate)
 
-    def _adapted(self, names: list[str], args: tuple, kwargs: dict) -> Any:
+    def fused(self, names: list[str], x: torch.Tensor) -> torch.Tensor | None:
         variant = self.lora_variant.get(names[0]) if len(names) == 1 else None
-        if variant is not None and len(args) == 1 and not kwargs:
-            y = variant.fused(self, names[0], args[0])
-            if y is not None:
-                return y
-        return super()._adapted(names, args, kwargs)
+        return None if variant is None else variant.fused(self, names[0], x)
 
     def delta_weight(self, name: str) -> torch.Tensor:
         a, b = self.pair(name) if name not in self.tied_to else self.lora_variant[name].pair(self, name)

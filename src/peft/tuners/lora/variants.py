@@ -72,7 +72,7 @@ class DoraLinearVariant(LoraVariant):
 
     def fused(self, layer: LoraLayer, name: str, x: torch.Tensor) -> torch.Tensor | None:
         weight, factors = layer.weight_for_kernels(x), layer.bare_factors(name)
-        if weight is None or factors is None or weight.dtype != x.dtype:
+        if weight is None or factors is None:
             return None
         magnitude = layer.lora_magnitude_vector[name]
         if is_hooked(magnitude) or type(magnitude.weight) is not nn.Parameter:
