@@ -20,11 +20,12 @@ from torch.utils.checkpoint import checkpoint
 from toys import tiny_llama
 from transformers.pytorch_utils import Conv1D
 
-from peft import FourierFTConfig, LoraConfig, get_peft_model
+from peft import FourierFTConfig, LoraConfig, ShiraConfig, get_peft_model
 from peft.kernels import Factors, adapted_norm, dora_linear, is_plain, low_rank_linear, plain, spectral
 from peft.kernels.dropout import Dropped, draw_seed
 from peft.kernels.linear import composed
 from peft.kernels.remake import recipe_of
+from peft.kernels.sparse import sparse_linear
 from peft.kernels.spectral import spectral_linear, spectral_matrix
 
 
@@ -692,6 +693,33 @@ def test_a_weight_and_its_sparse_spectrum_are_multiplied_by_as_one(shape, tokens
     weights = torch.randn_like(got)
     gradients = (torch.autograd.grad((y * weights).sum(), (x, values)) for y in (got, wanted))
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("tokens", [1, 40], ids="{} tokens".format)
+@pytest.mark.parametrize("n", [1, 20], ids="{} entries".format)
+@pytest.mark.parametrize("transposed", [False, True], ids=["as stored", "transposed"])
+def test_a_weight_and_its_sparse_update_are_multiplied_by_as_one(tokens, n, transposed):
+    torch.manual_seed(0)
+    weight = torch.randn(6, 8, dtype=torch.float64).T if transposed else torch.randn(8, 6, dtype=torch.float64)
+    bias, positions = torch.randn(8, dtype=torch.float64), torch.randint(48, (n,))
+    x = torch.randn(1, tokens, 6, dtype=torch.float64, requires_grad=True)
+    values = torch.randn(n, dtype=torch.float64, requires_grad=True)
+    wanted = x @ weight.flatten().index_add(0, positions, values).view(8, 6).T + bias
+    got, weights = sparse_linear(x, values, positions, weight, bias), torch.randn(8, dtype=torch.float64)
+    torch.testing.assert_close(got, wanted)
+    gradients = (torch.autograd.grad((y * weights).sum(), (x, values)) for y in (got, wanted))
+    torch.testing.assert_close(*gradients)
+    with torch.no_grad():
+        torch.testing.assert_close(sparse_linear(x, values, positions, weight, bias), wanted)
+
+
+def test_a_sparse_update_keeps_no_matrix_and_an_input_only_where_it_cannot_be_made_again():
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(nn.SiLU(), nn.Linear(40, 30)), ShiraConfig(r=1, target_modules=["1"]))
+    x = torch.randn(80, 40, requires_grad=True)
+    shapes = kept_shapes(lambda: model(x).sum().backward())
+    assert shapes.count((30, 40)) == 1  # the frozen weight
+    assert shapes.count((80, 40)) == 1  # what the activation keeps
 
 
 def test_layers_that_read_one_input_transform_it_once_in_the_backward_pass(monkeypatch):

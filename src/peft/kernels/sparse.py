@@ -1,8 +1,8 @@
 """Products with a frozen weight to whose entries a few trained numbers are added.
 
-W + dW is made for either pass and not kept. The gradient of an entry of dW is a product of two columns, one of the
-output's gradient and one of the input: a few of those take less than the product of the two matrices, most of which
-would be thrown away.
+W + dW is made for either pass and not kept, or not made at all where the tokens are few. The gradient of an entry of
+dW is a product of two columns, one of the output's gradient and one of the input: a few of those take less than the
+product of the two matrices, most of which would be thrown away.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def sparse_linear(
     """
     if is_eager(x) and torch.is_grad_enabled() and (x.requires_grad or values.requires_grad):
         return SparseLinear.apply(x, values, positions, weight, bias)
-    return fresh_linear(x, _sum(weight, positions, values), bias)
+    return _forward(x, values, positions, weight, bias)
 
 
 def paired_products(left: torch.Tensor, right: torch.Tensor, to: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
@@ -57,6 +57,16 @@ def by_feature(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1, x.shape[-1]).T.contiguous()
 
 
+def _forward(
+    x: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    columns = weight.shape[1]
+    if FEW * len(values) * (x.numel() // columns) > weight.numel():
+        return fresh_linear(x, _sum(weight, positions, values), bias)
+    update = x.index_select(-1, positions % columns).mul_(values)  # for few tokens, less than a copy of W
+    return fresh_linear(x, weight, bias).index_add_(-1, positions // columns, update)
+
+
 def _sum(weight: torch.Tensor, positions: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return weight.flatten().index_add(0, positions, values).view(weight.shape)
 
@@ -75,7 +85,7 @@ class SparseLinear(Function):
     ) -> torch.Tensor:
         ctx.kept = kept(x) if values.requires_grad else None
         ctx.save_for_backward(None if ctx.kept is None else ctx.kept.tensor, values, positions, weight)
-        return fresh_linear(x, _sum(weight, positions, values), bias)
+        return _forward(x, values, positions, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
