@@ -199,8 +199,8 @@ class Library:
             text=True,
         )
         self.facts: dict[str, Any] = {}
-        self.times: list[dict[str, float]] = []
-        self.floors: list[float] = []
+        self.steps: list[float] = []  # seconds, of the method
+        self.floors: list[float] = []  # of all methods so far
 
     def _ask(self, line: str) -> dict[str, Any]:
         assert self.process.stdin is not None
@@ -218,18 +218,14 @@ class Library:
 
     def take(self, method: str, fields: dict[str, Any]) -> bool:
         """Turn to a method; whether it can be measured."""
-        self.times, self.facts = [], self._ask(json.dumps([method, fields]))
+        self.steps, self.facts = [], self._ask(json.dumps([method, fields]))
         return "error" not in self.facts
 
     def measure(self) -> None:
         """One more repetition."""
-        self.times.append(self._ask(""))
-        self.floors.append(self.times[-1]["floor"])
-
-    @property
-    def steps(self) -> list[float]:
-        """Seconds of the method's steps."""
-        return [each["step"] for each in self.times]
+        times = self._ask("")
+        self.steps.append(times["step"])
+        self.floors.append(times["floor"])
 
     def figures(self) -> dict[str, Any]:
         """What came out for the method."""
@@ -240,7 +236,7 @@ class Library:
         return {
             "trainable": self.facts["trainable"],
             "seconds": statistics.median(self.steps),
-            "step": ratio(self.steps, (each["floor"] for each in self.times)),
+            "step": ratio(self.steps, self.floors[-len(self.steps) :]),
             "bytes": self.facts["bytes"] / self.facts["floor_bytes"],
         }
 
@@ -356,7 +352,7 @@ def measure_all(chosen: dict[str, tuple[str, dict[str, Any]]], options: argparse
     print(HEADER, flush=True)
     for row, (method, fields) in chosen.items():
         result = measured(libraries, method, fields, options.repeats)
-        figures[row] = {"method": method, "fields": fields, "repeats": len(libraries["here"].times), **result}
+        figures[row] = {"method": method, "fields": fields, "repeats": len(libraries["here"].steps), **result}
         print(line(row, result), flush=True)
         if options.json:
             options.json.write_text(json.dumps({**head, "methods": figures}, indent=1) + "\n")

@@ -725,7 +725,7 @@ def test_a_sparse_update_keeps_no_matrix_and_an_input_only_where_it_cannot_be_ma
 def test_layers_that_read_one_input_transform_it_once_in_the_backward_pass(monkeypatch):
     torch.manual_seed(0)
     x, made = torch.randn(3, 4, requires_grad=True), []
-    shared = torch.nn.functional.silu(x)
+    shared = F.silu(x)
     values = [torch.randn(5, requires_grad=True) for _ in range(3)]
     places = torch.arange(5) % 4, torch.arange(5) % 3
     y = sum(spectral_linear(shared, v, places, (4, 4)) for v in values)

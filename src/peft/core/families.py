@@ -17,7 +17,7 @@ from peft.core.layer import BaseTunerLayer, check_adapters_to_merge
 from peft.kernels.autocast import is_autocast
 from peft.kernels.grouped import can_group, forget, grouped_linear
 from peft.kernels.linear import Factors, active_rate, is_eager, is_plain, low_rank_linear, plain_weight
-from peft.kernels.sparse import sparse_linear
+from peft.kernels.sparse import sparse_linear, with_entries
 from peft.utils.error import NoEqualWeightError
 
 
@@ -59,6 +59,11 @@ class DeltaLayer(BaseTunerLayer):
             return None
         weight = None if is_autocast(x.device.type) else self._plain_weight(x)
         return weight if weight is not None and weight.dtype == x.dtype else None
+
+    def weight_to_add_to(self, names: list[str], x: torch.Tensor) -> torch.Tensor | None:
+        """The same where W can hold these adapters' dW as well, computed in its dtype; else None."""
+        weight = self.weight_for_kernels(x) if self.sums_exactly() else None
+        return weight if weight is not None and all(self.dtype_of(name) == weight.dtype for name in names) else None
 
     def _plain_weight(self, x: torch.Tensor) -> torch.Tensor | None:
         """W where the base layer is nothing but W x + b, frozen."""
@@ -155,23 +160,23 @@ class SparseLayer(DeltaLayer):
         raise NotImplementedError
 
     def fused(self, names: list[str], x: torch.Tensor) -> torch.Tensor | None:
-        weight = self.weight_for_kernels(x) if self.sums_exactly() else None
-        if weight is None or any(self.dtype_of(name) != weight.dtype for name in names):
+        weight = self.weight_to_add_to(names, x)
+        if weight is None:
             return None
         positions, values = (torch.cat(parts) for parts in zip(*map(self.entries, names)))
         return sparse_linear(x, values, positions, weight, self.get_base_bias())
 
     def delta_weight(self, name: str) -> torch.Tensor:
         positions, values = self.entries(name)
-        return values.new_zeros(self.shape).flatten().index_add(0, positions, values).view(self.shape)
+        return with_entries(values.new_zeros(self.shape), positions, values)
 
     def fold(self, name: str, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         positions, values = self.entries(name)
-        return weight.flatten().index_add(0, positions, values.to(weight.dtype)).view_as(weight)
+        return with_entries(weight, positions, values.to(weight.dtype))
 
     def unfold(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         positions, values = self.entries(name)
-        return weight.flatten().index_add(0, positions, -values.to(weight.dtype)).view_as(weight)
+        return with_entries(weight, positions, -values.to(weight.dtype))
 
 
 class SampleLayer(BaseTunerLayer):

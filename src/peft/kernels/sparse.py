@@ -62,12 +62,13 @@ def _forward(
 ) -> torch.Tensor:
     columns = weight.shape[1]
     if FEW * len(values) * (x.numel() // columns) > weight.numel():
-        return fresh_linear(x, _sum(weight, positions, values), bias)
+        return fresh_linear(x, with_entries(weight, positions, values), bias)
     update = x.index_select(-1, positions % columns).mul_(values)  # for few tokens, less than a copy of W
     return fresh_linear(x, weight, bias).index_add_(-1, positions // columns, update)
 
 
-def _sum(weight: torch.Tensor, positions: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+def with_entries(weight: torch.Tensor, positions: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """The weight with values added at these positions of it flattened; what has one position adds up."""
     return weight.flatten().index_add(0, positions, values).view(weight.shape)
 
 
@@ -93,7 +94,7 @@ class SparseLinear(Function):
         saved, values, positions, weight = ctx.saved_tensors
         columns, dx, d_values = weight.shape[1], None, None
         if ctx.needs_input_grad[0]:
-            dx = gradient @ _sum(weight, positions, values)
+            dx = gradient @ with_entries(weight, positions, values)
         if ctx.needs_input_grad[1] and FEW * len(values) < weight.numel():
             left, right = by_feature(gradient), ctx.kept.get(saved, by_feature)
             d_values = paired_products(left, right, positions // columns, positions % columns)

@@ -87,8 +87,8 @@ class FourierFTLayer(ScaledLayer):
         return spectral_linear(x.to(values.dtype), values, places, fan(self.shape)).to(x.dtype)
 
     def fused(self, names: list[str], x: torch.Tensor) -> torch.Tensor | None:
-        weight = self.weight_for_kernels(x) if self._is_sparse() and self.sums_exactly() else None
-        if weight is None or any(self.dtype_of(name) != weight.dtype for name in names):
+        weight = self.weight_to_add_to(names, x) if self._is_sparse() else None
+        if weight is None:
             return None
         return spectral_linear(x, *self._numbers(names), fan(self.shape), weight, self.get_base_bias())
 

@@ -61,19 +61,31 @@ class SparseProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: torch.Tensor, values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(h, values, places)
-        return SparseProduct.multiply(h, values, places)
-
-    @staticmethod
-    def multiply(h: torch.Tensor, values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        wide = torch.promote_types(h.dtype, torch.float32)  # CPUs have no sparse product of 16 bits
-        s = torch.sparse_coo_tensor(places, values.to(wide), (h.shape[-1],) * 2, check_invariants=False)
-        return (s @ by_feature(h.to(wide))).T.reshape(h.shape).to(h.dtype)
+        return _as_vectors(_sparse(values, places, h) @ _as_columns(h), h)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         h, values, places = ctx.saved_tensors
-        of_h = SparseProduct.multiply(gradient, values, places.flip(0)) if ctx.needs_input_grad[0] else None
-        wide = torch.promote_types(h.dtype, torch.float32)
-        of_values = paired_products(by_feature(gradient.to(wide)), by_feature(h.to(wide)), *places)
-        return of_h, of_values.to(values.dtype), None
+        columns, of_h = _as_columns(gradient), None
+        if ctx.needs_input_grad[0]:
+            of_h = _as_vectors(_sparse(values, places.flip(0), h) @ columns, h)
+        return of_h, paired_products(columns, _as_columns(h), *places).to(values.dtype), None
+
+
+def _sparse(values: torch.Tensor, places: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    """S, for vectors like h."""
+    return torch.sparse_coo_tensor(places, values.to(_wide(h)), (h.shape[-1],) * 2, check_invariants=False)
+
+
+def _as_columns(h: torch.Tensor) -> torch.Tensor:
+    """Vectors as the columns of a matrix ``[n, tokens]``."""
+    return by_feature(h.to(_wide(h)))
+
+
+def _as_vectors(columns: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return columns.T.reshape(like.shape).to(like.dtype)
+
+
+def _wide(h: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(h.dtype, torch.float32)  # CPUs have no sparse product of 16 bits
