@@ -101,7 +101,7 @@ ELSEWHERE: dict[str, dict[str, Any]] = {
 def rows() -> dict[str, tuple[str, dict[str, Any]]]:
     """Every registered weight method, and the rows above: name -> registered method and fields of its config."""
     import peft.tuners  # noqa: F401
-    from peft.core.tuner import BaseTuner
+    from peft.core.model.tuner import BaseTuner
     from peft.utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING
 
     found = {}

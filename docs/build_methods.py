@@ -222,7 +222,7 @@ class Entry:
     def group(self) -> str:
         """Which part of the page it belongs to."""
         from peft.config import PromptLearningConfig
-        from peft.core.blocks import BlockLayer
+        from peft.core.blocks.blocks import BlockLayer
 
         if issubclass(self.config, PromptLearningConfig):
             return "Prompts and prefixes"

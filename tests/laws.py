@@ -21,8 +21,8 @@ from transformers.pytorch_utils import Conv1D
 
 import peft.tuners  # noqa: F401  registers the methods
 from peft import PeftConfig, PeftModel, get_peft_model
-from peft.core.blocks import BlockLayer
-from peft.core.families import (
+from peft.core.blocks.blocks import BlockLayer
+from peft.core.families.families import (
     CopyLayer,
     DeltaLayer,
     FoldLayer,
@@ -32,9 +32,9 @@ from peft.core.families import (
     SampleLayer,
     ScaleLayer,
 )
-from peft.core.layer import BaseTunerLayer
-from peft.core.tuner import BaseTuner
-from peft.core.walk import locate, walk
+from peft.core.layer.layer import BaseTunerLayer
+from peft.core.model.tuner import BaseTuner
+from peft.core.model.walk import locate, walk
 from peft.utils.peft_types import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 

@@ -14,8 +14,8 @@ from torch import nn
 from toys import Mlp
 
 from peft import AdaptionPromptConfig, BottleneckConfig, LoraConfig, PeftModel, ShadowConfig, get_peft_model
-from peft.core.blocks import ATTENTION, CROSS, FEEDFORWARD, find_blocks
-from peft.core.walk import layers_of
+from peft.core.blocks.blocks import ATTENTION, CROSS, FEEDFORWARD, find_blocks
+from peft.core.model.walk import layers_of
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -14,10 +14,10 @@ from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from peft import IA3Config, LNTuningConfig, LoraConfig, get_peft_model
-from peft.core.kinds import kind_of
-from peft.core.roles import find_roles
-from peft.core.targeting import matches, resolve_targets
-from peft.core.walk import embeddings_of, layers_of, walk
+from peft.core.base.kinds import kind_of
+from peft.core.model.roles import find_roles
+from peft.core.model.targeting import matches, resolve_targets
+from peft.core.model.walk import embeddings_of, layers_of, walk
 
 
 # Which layers act as queries and values in an architecture, by the names that its authors gave them; and the layer

@@ -30,7 +30,7 @@ from peft import (
     set_base_model_state_dict,
     set_peft_model_state_dict,
 )
-from peft.core.walk import layers_of
+from peft.core.model.walk import layers_of
 from peft.helpers import (
     check_if_peft_model,
     disable_input_dtype_casting,

@@ -22,7 +22,7 @@ from toys import ConvNet
 
 import peft
 from peft import PeftModel, get_peft_model
-from peft.core.walk import layers_of
+from peft.core.model.walk import layers_of
 
 
 GOLDEN = Path(__file__).parent / "golden"

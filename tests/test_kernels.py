@@ -486,7 +486,7 @@ def run_mixed(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
 @pytest.fixture
 def grouped_calls(monkeypatch) -> list[int]:
     """Rows of each call of the grouped product."""
-    from peft.core import families
+    from peft.core.families import families
     from peft.kernels.grouped import grouped_linear
 
     calls = []

@@ -42,7 +42,7 @@ from peft import (
     save_as_lora,
     set_peft_model_state_dict,
 )
-from peft.core.families import CopyLayer, OutputLayer, RotationLayer, RowsLayer, ScaleLayer
+from peft.core.families.families import CopyLayer, OutputLayer, RotationLayer, RowsLayer, ScaleLayer
 from peft.utils.hotswap import hotswap_adapter
 from peft.utils.peft_types import PEFT_TYPE_TO_MIXED_MODEL_MAPPING
 

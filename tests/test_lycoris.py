@@ -15,7 +15,7 @@ from torch import nn
 
 import peft
 from peft import LoHaConfig, LoKrConfig, PrefixTuningConfig, get_peft_model
-from peft.core.families import DeltaLayer
+from peft.core.families.families import DeltaLayer
 from peft.tuners.lokr.layer import LoKrLayer, factorization
 from peft.utils.error import ConfigError
 

@@ -21,7 +21,7 @@ from peft import (
     prepare_model_for_kbit_training,
     replace_lora_weights_loftq,
 )
-from peft.core import storage as storages
+from peft.core.base import storage as storages
 from peft.tuners import lora
 from peft.utils.loftq_utils import loftq_init, round_to_bits
 

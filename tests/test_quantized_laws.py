@@ -16,7 +16,7 @@ from quantised import BASES, IN, MAIN, NOISE, pack
 from torch import nn
 
 from peft import PeftModel, get_peft_model
-from peft.core.families import CopyLayer, RowsLayer
+from peft.core.families.families import CopyLayer, RowsLayer
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -17,8 +17,8 @@ from peft import (
     get_peft_model,
     inject_adapter_in_model,
 )
-from peft.core.diagnostics import count_parameters
-from peft.core.walk import layers_of
+from peft.core.model.walk import layers_of
+from peft.tools.status import count_parameters
 
 
 def lora(**kwargs):

@@ -45,9 +45,9 @@ def functions(path: Path) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunc
 def test_the_tree_is_there():
     names = {short(path) for path in FILES}
     outside = ("__init__", "config", "mapping", "mapping_func", "auto", "mixed_model", "functional", "helpers")
-    core = ("kinds", "layer", "families", "tuner", "targeting", "context", "auxiliary", "combine", "checkpoint")
+    core = ("base/kinds", "base/storage/plain", "layer/layer", "model/tuner", "model/targeting", "model/walk")
     wanted = {f"{name}.py" for name in (*outside, "import_utils", "peft_model", "compat", "tuners/tuners_utils")}
-    assert wanted | {f"core/{name}.py" for name in (*core, "diagnostics", "storage/plain")} <= names
+    assert wanted | {f"core/{name}.py" for name in core} <= names
     assert (ROOT / "py.typed").exists()
 
 

@@ -20,8 +20,8 @@ _TABLE = {
         "AutoPeftModelForTokenClassification",
     ),
     "peft.config": ("PeftConfig", "PromptLearningConfig"),
-    "peft.core.memory": ("MemoryEstimate", "estimate_memory", "explain_out_of_memory"),
-    "peft.core.training": ("Finding", "check_training"),
+    "peft.tools.memory": ("MemoryEstimate", "estimate_memory", "explain_out_of_memory"),
+    "peft.tools.check_training": ("Finding", "check_training"),
     "peft.mapping": (
         "PEFT_TYPE_TO_CONFIG_MAPPING",
         "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",

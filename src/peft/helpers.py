@@ -14,8 +14,8 @@ from typing import Any
 from torch import nn
 
 from peft.config import locate_config
-from peft.core.checkpoint import anatomy
-from peft.core.walk import layers_of
+from peft.core.files.checkpoint import anatomy
+from peft.core.model.walk import layers_of
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from torch import nn
 
 import peft.tuners  # noqa: F401  registers the methods
 from peft.config import PeftConfig
-from peft.core.tuner import BaseTuner
+from peft.core.model.tuner import BaseTuner
 from peft.utils.error import NotSupportedYetError
 from peft.utils.peft_types import (
     PEFT_TYPE_TO_CONFIG_MAPPING,

@@ -8,8 +8,8 @@ from torch import nn
 
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.config import PeftConfig
-from peft.core.operations import adapters_of
-from peft.core.tuner import BaseTuner
+from peft.core.model.operations import adapters_of
+from peft.core.model.tuner import BaseTuner
 from peft.mapping import check_config
 from peft.mixed_model import PeftMixedModel
 from peft.peft_model import PeftModel

@@ -8,8 +8,8 @@ from typing import Any, cast
 from torch import nn
 
 from peft.config import PeftConfig
-from peft.core.mixed import MixedModel
-from peft.core.tuner import BaseTuner
+from peft.core.model.mixed import MixedModel
+from peft.core.model.tuner import BaseTuner
 from peft.peft_model import PeftModel
 from peft.utils.peft_types import PEFT_TYPE_TO_MIXED_MODEL_MAPPING
 
@@ -56,7 +56,7 @@ class PeftMixedModel(PeftModel):
 
     def set_modules_to_save(self, peft_config: PeftConfig, adapter_name: str) -> None:
         """Wrap the modules that the config trains whole."""
-        from peft.core.tuner import add_auxiliary
+        from peft.core.model.tuner import add_auxiliary
 
         add_auxiliary(self.get_base_model(), adapter_name, peft_config)
 

@@ -15,9 +15,8 @@ from torch import nn
 from transformers.utils import PushToHubMixin
 
 from peft.config import PeftConfig
-from peft.core import operations
-from peft.core.card import create_or_update_model_card
-from peft.core.checkpoint import (
+from peft.core.files.card import create_or_update_model_card
+from peft.core.files.checkpoint import (
     LoadResult,
     entries,
     get_peft_model_state_dict,
@@ -25,21 +24,22 @@ from peft.core.checkpoint import (
     set_peft_model_state_dict,
     write_adapter,
 )
-from peft.core.context import BASE
-from peft.core.diagnostics import (
+from peft.core.filling import filled_later, no_collection
+from peft.core.model import operations
+from peft.core.model.context import BASE
+from peft.core.model.tuner import BaseTuner, check_adapter_name, context_of
+from peft.core.model.walk import layers_of, wrappers_of
+from peft.core.prompts import PromptTuner, backbone_of
+from peft.kernels import chunked_loss
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tools.memory import add_way_out
+from peft.tools.status import (
     TunerLayerStatus,
     TunerModelStatus,
     count_parameters,
     get_layer_status,
     get_model_status,
 )
-from peft.core.filling import filled_later, no_collection
-from peft.core.memory import add_way_out
-from peft.core.prompts import PromptTuner, backbone_of
-from peft.core.tuner import BaseTuner, check_adapter_name, context_of
-from peft.core.walk import layers_of, wrappers_of
-from peft.kernels import chunked_loss
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils.error import CheckpointError, ConfigError
 from peft.utils.transformers_weight_conversion import (
     convert_config_for,

@@ -1,6 +1,6 @@
 """The path by which the ecosystem imports :class:`BufferDict`."""
 
-from peft.core.buffers import BufferDict
+from peft.core.layer.buffers import BufferDict
 
 
 __all__ = ["BufferDict"]

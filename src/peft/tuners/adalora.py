@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from peft.config import NotYet, option, resolve_pattern
-from peft.core.families import LowRankLayer, ScaledLayer, input_dropout
-from peft.core.kinds import fan
-from peft.core.registry import define_tuner
-from peft.core.walk import walk
+from peft.core.base.kinds import fan
+from peft.core.families.families import LowRankLayer, ScaledLayer, input_dropout
+from peft.core.model.registry import define_tuner
+from peft.core.model.walk import walk
 from peft.tuners.adalora_utils import BudgetTuner, RankAllocator, mask_of
 from peft.tuners.lora.config import LoraConfig
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING

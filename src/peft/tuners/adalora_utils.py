@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from peft.core.tuner import BaseTuner
+from peft.core.model.tuner import BaseTuner
 
 
 def mask_of(config: Any, key: str, name: str) -> list[bool] | None:

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from peft.config import LayerSelection, ModulesToSave, TargetModules, option
-from peft.core.buffers import BufferDict
-from peft.core.families import LowRankLayer, ShiftLayer
-from peft.core.kinds import fan
-from peft.core.registry import define_tuner
-from peft.core.walk import layers_of
+from peft.core.base.kinds import fan
+from peft.core.families.families import LowRankLayer, ShiftLayer
+from peft.core.layer.buffers import BufferDict
+from peft.core.model.registry import define_tuner
+from peft.core.model.walk import layers_of
 from peft.tuners.adalora_utils import BudgetTuner, Sensitivity, budget_at
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_ADAMSS_TARGET_MODULES_MAPPING
 from peft.utils.error import ConfigError

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from peft.config import PeftConfig, option
-from peft.core.attention import AttentionFunction, can_watch, keys_and_values, watched
-from peft.core.blocks import (
+from peft.core.base.kinds import kind_of
+from peft.core.blocks.attention import AttentionFunction, can_watch, keys_and_values, watched
+from peft.core.blocks.blocks import (
     ATTENTION,
     BlockLayer,
     BlockTuner,
@@ -21,10 +22,9 @@ from peft.core.blocks import (
     width_of,
     with_first,
 )
-from peft.core.kinds import kind_of
-from peft.core.registry import define_tuner
-from peft.core.targeting import Target, matches
-from peft.core.walk import join, locate, walk
+from peft.core.model.registry import define_tuner
+from peft.core.model.targeting import Target, matches
+from peft.core.model.walk import join, locate, walk
 from peft.utils.error import ConfigError, NoMatchingPeftModuleError
 from peft.utils.peft_types import PeftType
 

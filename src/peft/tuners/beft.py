@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from peft.config import ModulesToSave, TargetModules, option
-from peft.core.families import OutputLayer
-from peft.core.kinds import Kind
-from peft.core.registry import define_tuner
+from peft.core.base.kinds import Kind
+from peft.core.families.families import OutputLayer
+from peft.core.model.registry import define_tuner
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_BEFT_TARGET_MODULES_MAPPING
 from peft.utils.peft_types import PeftType
 

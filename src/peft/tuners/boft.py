@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from peft.config import ExcludeModules, FanInFanOut, LayerSelection, ModulesToSave, TargetModules, TrainedBias, option
-from peft.core.families import RotationLayer
-from peft.core.registry import define_tuner
+from peft.core.families.families import RotationLayer
+from peft.core.model.registry import define_tuner
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_BOFT_TARGET_MODULES_MAPPING
 from peft.utils.error import ConfigError
 from peft.utils.peft_types import PeftType

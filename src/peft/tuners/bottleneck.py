@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from peft.config import ModulesToSave, option
-from peft.core.blocks import ATTENTION, CROSS, FEEDFORWARD, width_of
-from peft.core.insertion import InsertLayer, InsertTuner, Joint
-from peft.core.registry import define_tuner
+from peft.core.blocks.blocks import ATTENTION, CROSS, FEEDFORWARD, width_of
+from peft.core.blocks.insertion import InsertLayer, InsertTuner, Joint
+from peft.core.model.registry import define_tuner
 from peft.utils.error import ConfigError, nearest
 
 

@@ -18,9 +18,9 @@ from peft.config import (
     option,
     resolve_pattern,
 )
-from peft.core.families import DeltaLayer, padded
-from peft.core.kinds import fan
-from peft.core.registry import define_tuner
+from peft.core.base.kinds import fan
+from peft.core.families.families import DeltaLayer, padded
+from peft.core.model.registry import define_tuner
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_C3A_TARGET_MODULES_MAPPING
 from peft.utils.error import ConfigError
 from peft.utils.peft_types import PeftType

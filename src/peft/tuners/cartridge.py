@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from peft.config import PeftConfig, PromptLearningConfig, option
-from peft.core.checkpoint import load_peft_weights, write_adapter
+from peft.core.files.checkpoint import load_peft_weights, write_adapter
 from peft.core.prompts import VirtualTokens, check_shape, define_prompt, put
 from peft.utils.error import ConfigError
 from peft.utils.peft_types import PeftType

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from peft.config import ExcludeModules, FanInFanOut, LayerSelection, ModulesToSave, TargetModules, TrainedBias, option
-from peft.core.families import FoldLayer, input_dropout
-from peft.core.kinds import fan
-from peft.core.registry import define_tuner
+from peft.core.base.kinds import fan
+from peft.core.families.families import FoldLayer, input_dropout
+from peft.core.model.registry import define_tuner
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_DEFT_TARGET_MODULES_MAPPING
 from peft.utils.peft_types import PeftType
 

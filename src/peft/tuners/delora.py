@@ -19,10 +19,10 @@ from peft.config import (
     option,
     resolve_pattern,
 )
-from peft.core.buffers import BufferDict
-from peft.core.families import LowRankLayer, input_dropout
-from peft.core.kinds import fan
-from peft.core.registry import define_tuner
+from peft.core.base.kinds import fan
+from peft.core.families.families import LowRankLayer, input_dropout
+from peft.core.layer.buffers import BufferDict
+from peft.core.model.registry import define_tuner
 from peft.tuners.lycoris_utils import kaiming, zeros
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_DELORA_TARGET_MODULES_MAPPING
 from peft.utils.peft_types import PeftType

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from peft.config import FanInFanOut, TrainedBias, option
-from peft.core.buffers import BufferDict
-from peft.core.families import ScaledLayer
-from peft.core.kinds import fan
-from peft.core.registry import define_tuner
+from peft.core.base.kinds import fan
+from peft.core.families.families import ScaledLayer
+from peft.core.layer.buffers import BufferDict
+from peft.core.model.registry import define_tuner
 from peft.kernels.spectral import Places, spectral_linear, spectral_matrix
 from peft.tuners.spectra import SpectrumConfig, random_places
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_FOURIERFT_TARGET_MODULES_MAPPING

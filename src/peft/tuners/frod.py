@@ -13,11 +13,11 @@ from torch import nn
 from tqdm import tqdm
 
 from peft.config import FanInFanOut, LayerSelection, ModulesToSave, TargetModules, TrainedBias, option
-from peft.core.buffers import BufferDict
-from peft.core.families import LowRankLayer, drops, input_dropout
+from peft.core.families.families import LowRankLayer, drops, input_dropout
 from peft.core.filling import skip_values
-from peft.core.layer import BaseTunerLayer
-from peft.core.registry import define_tuner
+from peft.core.layer.buffers import BufferDict
+from peft.core.layer.layer import BaseTunerLayer
+from peft.core.model.registry import define_tuner
 from peft.tuners.frod_utils import SparseProduct, categories, common_basis
 from peft.tuners.spectra import random_places
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_FROD_TARGET_MODULES_MAPPING

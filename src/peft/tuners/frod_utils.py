@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from peft.core.kinds import fan
+from peft.core.base.kinds import fan
 from peft.kernels.sparse import by_feature, paired_products
 from peft.utils.error import ConfigError
 

@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from peft.config import ModulesToSave, TargetModules, TrainedBias, option
-from peft.core.families import FoldLayer
-from peft.core.kinds import Kind, fan
-from peft.core.registry import define_tuner
+from peft.core.base.kinds import Kind, fan
+from peft.core.families.families import FoldLayer
+from peft.core.model.registry import define_tuner
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_GLORA_TARGET_MODULES_MAPPING
 from peft.utils.error import ConfigError
 from peft.utils.peft_types import PeftType

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from peft.config import FanInFanOut, LayerSelection, ModulesToSave, TargetModules, TrainedBias, option
-from peft.core.families import ScaledLayer, input_dropout, padded
-from peft.core.kinds import fan
-from peft.core.registry import define_tuner
+from peft.core.base.kinds import fan
+from peft.core.families.families import ScaledLayer, input_dropout, padded
+from peft.core.model.registry import define_tuner
 from peft.tuners.lycoris_utils import kaiming, zeros
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_GRALORA_TARGET_MODULES_MAPPING
 from peft.utils.error import ConfigError

@@ -19,8 +19,8 @@ from peft.config import (
     option,
     resolve_pattern,
 )
-from peft.core.families import FoldLayer, drops, input_dropout
-from peft.core.registry import define_tuner
+from peft.core.families.families import FoldLayer, drops, input_dropout
+from peft.core.model.registry import define_tuner
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_HIRA_TARGET_MODULES_MAPPING
 from peft.utils.peft_types import PeftType
 

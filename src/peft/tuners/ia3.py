@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from peft.config import ExcludeModules, FanInFanOut, ModulesToSave, TargetModules, option
-from peft.core.families import ScaleLayer
-from peft.core.registry import define_tuner
-from peft.core.targeting import found_targets, matches, table_row
-from peft.core.tuner import BaseTuner
+from peft.core.families.families import ScaleLayer
+from peft.core.model.registry import define_tuner
+from peft.core.model.targeting import found_targets, matches, table_row
+from peft.core.model.tuner import BaseTuner
 from peft.utils.constants import (
     TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
     TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from peft.config import ExcludeModules, LayerSelection, ModulesToSave, TargetModules, option
-from peft.core.families import SampleLayer
-from peft.core.kinds import fan
-from peft.core.layer import BaseTunerLayer
-from peft.core.registry import define_tuner
+from peft.core.base.kinds import fan
+from peft.core.families.families import SampleLayer
+from peft.core.layer.layer import BaseTunerLayer
+from peft.core.model.registry import define_tuner
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LILY_TARGET_MODULES_MAPPING
 from peft.utils.peft_types import PeftType
 

@@ -8,8 +8,8 @@ from typing import ClassVar
 from torch import nn
 
 from peft.config import ExcludeModules, ModulesToSave, TargetModules
-from peft.core.families import CopyLayer
-from peft.core.registry import define_tuner
+from peft.core.families.families import CopyLayer
+from peft.core.model.registry import define_tuner
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING
 from peft.utils.peft_types import PeftType
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from peft.config import option
-from peft.core.kinds import fan
-from peft.core.registry import define_tuner
+from peft.core.base.kinds import fan
+from peft.core.model.registry import define_tuner
 from peft.tuners.lycoris_utils import LycorisConfig, LycorisLayer, LycorisTuner, kaiming, mix, through_core, zeros
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LOHA_TARGET_MODULES_MAPPING
 from peft.utils.peft_types import PeftType

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from peft.config import option
-from peft.core.registry import define_tuner
+from peft.core.model.registry import define_tuner
 from peft.tuners.lycoris_utils import LycorisConfig, LycorisLayer, LycorisTuner, kaiming, mix, through_core, zeros
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LOKR_TARGET_MODULES_MAPPING
 from peft.utils.peft_types import PeftType

@@ -18,9 +18,9 @@ from peft.config import (
     option,
     resolve_pattern,
 )
-from peft.core.families import ScaledLayer
-from peft.core.kinds import Kind
-from peft.core.tuner import BaseTuner
+from peft.core.base.kinds import Kind
+from peft.core.families.families import ScaledLayer
+from peft.core.model.tuner import BaseTuner
 
 
 @dataclass

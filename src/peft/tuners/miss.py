@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from peft.config import ExcludeModules, LayerSelection, ModulesToSave, TargetModules, TrainedBias, option
-from peft.core.families import DeltaLayer, drops, input_dropout, padded
-from peft.core.kinds import fan
-from peft.core.registry import define_tuner
+from peft.core.base.kinds import fan
+from peft.core.families.families import DeltaLayer, drops, input_dropout, padded
+from peft.core.model.registry import define_tuner
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING
 from peft.utils.peft_types import PeftType
 

@@ -1,6 +1,6 @@
 """The path by which the ecosystem imports the tuner of mixed models."""
 
-from peft.core.mixed import MixedModel
+from peft.core.model.mixed import MixedModel
 from peft.utils.peft_types import PEFT_TYPE_TO_MIXED_MODEL_MAPPING as COMPATIBLE_TUNER_TYPES
 
 

@@ -19,8 +19,8 @@ from peft.config import (
     TrainedBias,
     option,
 )
-from peft.core.families import RotationLayer
-from peft.core.registry import define_tuner
+from peft.core.families.families import RotationLayer
+from peft.core.model.registry import define_tuner
 from peft.tuners.cayley import cayley_series
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING
 from peft.utils.error import ConfigError

@@ -10,10 +10,10 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from peft.config import ModulesToSave, TargetModules, check_pattern, option, resolve_pattern
-from peft.core.buffers import BufferDict
-from peft.core.families import FoldLayer
-from peft.core.kinds import fan
-from peft.core.registry import define_tuner
+from peft.core.base.kinds import fan
+from peft.core.families.families import FoldLayer
+from peft.core.layer.buffers import BufferDict
+from peft.core.model.registry import define_tuner
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_OSF_TARGET_MODULES_MAPPING
 from peft.utils.error import ConfigError
 from peft.utils.peft_types import PeftType

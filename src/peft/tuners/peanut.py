@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from peft.config import ExcludeModules, LayerSelection, ModulesToSave, TargetModules, option
-from peft.core.families import LowRankLayer, ScaledLayer
-from peft.core.registry import define_tuner
+from peft.core.families.families import LowRankLayer, ScaledLayer
+from peft.core.model.registry import define_tuner
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_PEANUT_TARGET_MODULES_MAPPING
 from peft.utils.error import ConfigError
 from peft.utils.peft_types import PeftType

@@ -11,9 +11,9 @@ from torch import nn
 from torch.distributions import RelaxedBernoulli
 
 from peft.config import ExcludeModules, ModulesToSave, TargetModules, option
-from peft.core.families import SampleLayer
-from peft.core.kinds import fan
-from peft.core.registry import define_tuner
+from peft.core.base.kinds import fan
+from peft.core.families.families import SampleLayer
+from peft.core.model.registry import define_tuner
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_POLY_TARGET_MODULES_MAPPING
 from peft.utils.peft_types import PeftType
 

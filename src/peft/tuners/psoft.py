@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from peft.config import ExcludeModules, FanInFanOut, LayerSelection, ModulesToSave, TargetModules, option
-from peft.core.buffers import BufferDict
-from peft.core.families import LowRankLayer, ScaledLayer, input_dropout
-from peft.core.kinds import fan
-from peft.core.registry import define_tuner
+from peft.core.base.kinds import fan
+from peft.core.families.families import LowRankLayer, ScaledLayer, input_dropout
+from peft.core.layer.buffers import BufferDict
+from peft.core.model.registry import define_tuner
 from peft.tuners.cayley import cayley_series
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_PSOFT_TARGET_MODULES_MAPPING
 from peft.utils.peft_types import PeftType

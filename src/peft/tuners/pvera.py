@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from peft.config import option
-from peft.core.families import LowRankLayer, input_dropout
-from peft.core.kinds import fan
-from peft.core.layer import BaseTunerLayer
-from peft.core.registry import define_tuner
+from peft.core.base.kinds import fan
+from peft.core.families.families import LowRankLayer, input_dropout
+from peft.core.layer.layer import BaseTunerLayer
+from peft.core.model.registry import define_tuner
 from peft.kernels import Factors
 from peft.tuners.vera_utils import ScaledTable, SharedPairConfig, shared_pair, vectors
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_PVERA_TARGET_MODULES_MAPPING

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from peft.config import ExcludeModules, LayerSelection, ModulesToSave, TargetModules, option
-from peft.core import operations
-from peft.core.blocks import BlockLayer, BlockTarget, BlockTuner, find_blocks, first_output, width_of
-from peft.core.registry import define_tuner
-from peft.core.targeting import selected
-from peft.core.walk import layers_of, locate
+from peft.core.blocks.blocks import BlockLayer, BlockTarget, BlockTuner, find_blocks, first_output, width_of
+from peft.core.model import operations
+from peft.core.model.registry import define_tuner
+from peft.core.model.targeting import selected
+from peft.core.model.walk import layers_of, locate
 from peft.tuners.shadow_utils import Call, Network, loss_of, network_for, stack_of, standalone
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.error import NoMatchingPeftModuleError

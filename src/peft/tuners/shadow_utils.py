@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from peft.config import PeftConfig, option
-from peft.core.blocks import find_blocks, first_output
-from peft.core.side_caches import beside
-from peft.core.walk import embeddings_of, replace_module
+from peft.core.blocks.blocks import find_blocks, first_output
+from peft.core.blocks.side_caches import beside
+from peft.core.model.walk import embeddings_of, replace_module
 
 
 @dataclass

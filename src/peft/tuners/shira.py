@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from peft.config import FanInFanOut, ModulesToSave, TargetModules, option
-from peft.core.buffers import BufferDict
-from peft.core.families import ScaledLayer, SparseLayer
-from peft.core.kinds import fan
-from peft.core.registry import define_tuner
+from peft.core.base.kinds import fan
+from peft.core.families.families import ScaledLayer, SparseLayer
+from peft.core.layer.buffers import BufferDict
+from peft.core.model.registry import define_tuner
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING
 from peft.utils.peft_types import PeftType
 

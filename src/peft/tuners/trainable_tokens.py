@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 from torch import nn
 
 from peft.config import PeftConfig, option
-from peft.core.auxiliary import TrainableTokensLayer as TokensLayer
-from peft.core.registry import define_tuner
-from peft.core.tuner import BaseTuner
-from peft.core.walk import embeddings_of, walk
+from peft.core.model.auxiliary import TrainableTokensLayer as TokensLayer
+from peft.core.model.registry import define_tuner
+from peft.core.model.tuner import BaseTuner
+from peft.core.model.walk import embeddings_of, walk
 from peft.utils.error import ConfigError
 from peft.utils.peft_types import PeftType
 

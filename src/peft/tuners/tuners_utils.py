@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from peft.core.layer import BaseTunerLayer, check_adapters_to_merge
-from peft.core.operations import cast_adapter_dtype, delete_adapter, set_adapter, set_requires_grad
+from peft.core.layer.layer import BaseTunerLayer, check_adapters_to_merge
+from peft.core.model.operations import cast_adapter_dtype, delete_adapter, set_adapter, set_requires_grad
+from peft.core.model.replicate import clone_module, replicate_layers
+from peft.core.model.targeting import selected as check_target_module_exists
+from peft.core.model.tuner import BaseTuner
+from peft.core.model.walk import walk
 from peft.core.prompts import VirtualTokens as BasePromptEncoder
-from peft.core.replicate import clone_module, replicate_layers
-from peft.core.targeting import selected as check_target_module_exists
-from peft.core.tuner import BaseTuner
-from peft.core.walk import walk
 
 
 def inspect_matched_modules(tuner: BaseTuner, adapter_name: str = "default") -> dict[str, list[str]]:

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from peft.config import ExcludeModules, FanInFanOut, LayerSelection, ModulesToSave, TargetModules, TrainedBias, option
-from peft.core.families import LowRankLayer, input_dropout
-from peft.core.kinds import fan
-from peft.core.layer import BaseTunerLayer
-from peft.core.registry import define_tuner
+from peft.core.base.kinds import fan
+from peft.core.families.families import LowRankLayer, input_dropout
+from peft.core.layer.layer import BaseTunerLayer
+from peft.core.model.registry import define_tuner
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_VBLORA_TARGET_MODULES_MAPPING
 from peft.utils.error import ConfigError
 from peft.utils.peft_types import PeftType

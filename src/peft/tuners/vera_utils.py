@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from peft.config import FanInFanOut, LayerSelection, ModulesToSave, TargetModules, TrainedBias, option
-from peft.core.kinds import fan
-from peft.core.layer import BaseTunerLayer
+from peft.core.base.kinds import fan
+from peft.core.layer.layer import BaseTunerLayer
 
 
 @dataclass

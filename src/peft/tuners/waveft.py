@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from peft.config import FanInFanOut, TrainedBias, option
-from peft.core.buffers import BufferDict
-from peft.core.families import ScaledLayer, SparseLayer
-from peft.core.kinds import fan
-from peft.core.layer import BaseTunerLayer
-from peft.core.registry import define_tuner
+from peft.core.base.kinds import fan
+from peft.core.families.families import ScaledLayer, SparseLayer
+from peft.core.layer.buffers import BufferDict
+from peft.core.layer.layer import BaseTunerLayer
+from peft.core.model.registry import define_tuner
 from peft.tuners.spectra import SpectrumConfig, random_places
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_WAVEFT_TARGET_MODULES_MAPPING
 from peft.utils.error import ConfigError

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from peft.core import operations
-from peft.core.auxiliary import biases_of
-from peft.core.checkpoint import anatomy
-from peft.core.walk import join, layers_of, walk
+from peft.core.files.checkpoint import anatomy
+from peft.core.model import operations
+from peft.core.model.auxiliary import biases_of
+from peft.core.model.walk import join, layers_of, walk
 from peft.utils.error import CheckpointError, nearest
 
 

@@ -18,11 +18,11 @@ import torch
 from torch import nn
 
 from peft.config import PeftConfig, resolve_pattern
-from peft.core.checkpoint import Entry, anatomy, entries, joined, load_peft_weights
-from peft.core.checkpoint import base_weights as base_weights
-from peft.core.kinds import Stack
-from peft.core.operations import require_adapters
-from peft.core.walk import join, layers_of, walk
+from peft.core.base.kinds import Stack
+from peft.core.files.checkpoint import Entry, anatomy, entries, joined, load_peft_weights
+from peft.core.files.checkpoint import base_weights as base_weights
+from peft.core.model.operations import require_adapters
+from peft.core.model.walk import join, layers_of, walk
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.pairs import held_rank, of_rank, pair_blocks
 from peft.utils.error import CheckpointError, ConfigError

@@ -34,7 +34,7 @@ def dequantize_module_weight(module: nn.Module) -> nn.Parameter:
         AttributeError: if the module has no weight.
         TypeError: if its weight cannot be read dense.
     """
-    from peft.core.storage import storage_of  # not above: the core imports its helpers from this package
+    from peft.core.base.storage import storage_of  # not above: the core imports its helpers from this package
 
     storage = storage_of(module, "weight")
     if storage.name is None:

@@ -119,7 +119,7 @@ def replace_lora_weights_loftq(
         FileNotFoundError: if the unquantised weights are not found as safetensors.
         KeyError: if they lack a layer's weight.
     """
-    from peft.core.walk import layers_of  # not above: the core imports its helpers from this package
+    from peft.core.model.walk import layers_of  # not above: the core imports its helpers from this package
     from peft.tuners.lora import Linear4bit, LoraModel
 
     lora_model: Any = LoraModel

@@ -272,7 +272,7 @@ __getattr__, __dir__, _elsewhere = lazy_module(
             for name in vars(constants)
             if (name.isupper() and name[0] != "_") or name.endswith("postprocess_past_key_value")
         ],
-        "peft.core.auxiliary": [
+        "peft.core.model.auxiliary": [
             "AuxiliaryTrainingWrapper",
             "ModulesToSaveWrapper",
             "TrainableTokensWrapper",

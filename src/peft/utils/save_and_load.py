@@ -1,6 +1,6 @@
 """State dicts of adapters, under the names by which the ecosystem imports them."""
 
-from peft.core.checkpoint import (
+from peft.core.files.checkpoint import (
     LoadResult,
     get_peft_model_state_dict,
     load_peft_weights,

@@ -20,10 +20,10 @@ import torch
 from torch import nn
 
 from peft.config import resolve_pattern
-from peft.core.checkpoint import anatomy
-from peft.core.kinds import kind_of
-from peft.core.targeting import all_linear, matches, selected
-from peft.core.walk import join, walk
+from peft.core.base.kinds import kind_of
+from peft.core.files.checkpoint import anatomy
+from peft.core.model.targeting import all_linear, matches, selected
+from peft.core.model.walk import join, walk
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING, PeftType
 

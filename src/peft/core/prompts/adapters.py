@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft.core import operations
-from peft.core.checkpointing import stop_watching, watch_checkpointing
-from peft.core.context import BASE
+from peft.core.model import operations
+from peft.core.model.context import BASE
+from peft.core.model.gradient_checkpointing import stop_watching, watch_checkpointing
+from peft.core.model.tuner import add_auxiliary, check_adapter_name, context_of, drop_context
+from peft.core.model.walk import embeddings_of
 from peft.core.prompts import caches
 from peft.core.prompts.feed import Feed
 from peft.core.prompts.sizes import settle_sizes
 from peft.core.prompts.tokens import ENCODER, VirtualTokens
-from peft.core.tuner import add_auxiliary, check_adapter_name, context_of, drop_context
-from peft.core.walk import embeddings_of
 from peft.utils.error import ConfigError
 from peft.utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft.core.model.tuner import context_of
 from peft.core.prompts import caches
 from peft.core.prompts.adapters import Prompts
 from peft.core.prompts.feed import Feed
-from peft.core.tuner import context_of
 
 
 class PromptedCalls(Prompts):

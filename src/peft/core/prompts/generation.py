@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from peft.core.model.tuner import context_of
 from peft.core.prompts import caches
 from peft.core.prompts.calls import PromptedCalls, named
 from peft.core.prompts.feed import Feed
-from peft.core.tuner import context_of
 
 
 class PromptTuner(PromptedCalls):

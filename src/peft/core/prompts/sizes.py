@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from peft.core.walk import embeddings_of
+from peft.core.model.walk import embeddings_of
 from peft.utils.error import ConfigError
 
 

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from peft.core import operations
-from peft.core.checkpoint import anatomy, get_peft_model_state_dict, write_adapter
-from peft.core.combine import exact_targets, factorize, resized
-from peft.core.kinds import Stack
-from peft.core.layer import BaseTunerLayer
-from peft.core.memory import meta_copy
-from peft.core.walk import layers_of, walk
+from peft.core.base.kinds import Stack
+from peft.core.combine.combined import exact_targets, factorize, resized
+from peft.core.files.checkpoint import anatomy, get_peft_model_state_dict, write_adapter
+from peft.core.layer.layer import BaseTunerLayer
+from peft.core.model import operations
+from peft.core.model.walk import layers_of, walk
+from peft.tools.memory import meta_copy
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.model import LoraModel

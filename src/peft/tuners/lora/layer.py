@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from peft.config import resolve_pattern
-from peft.core.families import ScaledLayer, input_dropout
+from peft.core.base.kinds import Kind
+from peft.core.base.storage import storage_of
+from peft.core.families.families import ScaledLayer, input_dropout
 from peft.core.filling import skip_values
-from peft.core.kinds import Kind
-from peft.core.storage import storage_of
 from peft.kernels import Factors, active_rate, is_bare_linear
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.initialize import initialize, is_drawn

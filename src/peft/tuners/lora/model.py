@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from peft.core.combine import (
+from peft.core.combine.combined import (
     add_combined,
     checked_weights,
     combined_config,
@@ -16,8 +16,8 @@ from peft.core.combine import (
     resized,
     tuner_layers,
 )
-from peft.core.registry import define_tuner
-from peft.core.tuner import BaseTuner, check_adapter_name
+from peft.core.model.registry import define_tuner
+from peft.core.model.tuner import BaseTuner, check_adapter_name
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.pairs import join_pair, pair_blocks, split_pair

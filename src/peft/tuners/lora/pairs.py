@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from peft.core.combine import resized
+from peft.core.combine.combined import resized
 
 
 if TYPE_CHECKING:

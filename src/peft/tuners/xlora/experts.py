@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from peft.config import PeftConfig
-from peft.core.tuner import BaseTuner
+from peft.core.model.tuner import BaseTuner
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.xlora.config import XLoraConfig
 from peft.tuners.xlora.layer import XLoraLayer

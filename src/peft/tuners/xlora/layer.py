@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from peft.core.kinds import Kind
+from peft.core.base.kinds import Kind
 from peft.kernels import Factors
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.xlora.config import XLoraConfig

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft.core import operations
+from peft.core.model import operations
+from peft.core.model.registry import define_tuner
+from peft.core.model.tuner import BaseTuner, context_of
+from peft.core.model.walk import layers_of
 from peft.core.prompts.caches import length_of
-from peft.core.registry import define_tuner
-from peft.core.tuner import BaseTuner, context_of
-from peft.core.walk import layers_of
 from peft.tuners.xlora.config import XLoraConfig
 from peft.tuners.xlora.experts import check, load_experts
 from peft.tuners.xlora.layer import Routing, XLoraClassifier, XLoraLayer

@@ -1,0 +1,99 @@
+"""bitsandbytes: W = absmax * code[q] in blocks of 4 bits (QLoRA, arXiv 2305.14314); W = SCB / 127 * q by rows of 8."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from peft.core.base.storage.quantized import Quantized, is_from
+
+
+class BitsAndBytes4bit(Quantized):
+    """``Linear4bit``: NF4 or FP4, with or without double quantisation.
+
+    On some CPUs the library repacks the codes at the first forward in evaluation mode, and its ``dequantize_4bit``
+    is wrong from then on; :meth:`read` undoes the packing in copies.
+    """
+
+    name = "bitsandbytes"
+    layer_name = "Linear4bit"
+    install = "'bitsandbytes>=0.43'"
+    slots: ClassVar[tuple[str, ...]] = ("weight", "quant_state")
+
+    def matches(self, m: nn.Module, attribute: str) -> bool:
+        return attribute == "weight" and is_from(m, "bitsandbytes", "Linear4bit")
+
+    def read(self, m: nn.Module, attribute: str) -> torch.Tensor:
+        weight: Any = m.weight
+        state = _state(m)
+        if state is None:  # not quantised yet: that happens on the way to a device
+            return weight.detach()
+        functional, codes = self.library("bitsandbytes.functional"), weight.data
+        if getattr(state, "packing_format_for_cpu", False):
+            state = copy.copy(state)
+            state.original_nested = False  # the scales are dense now, and rounding them again would change W
+            codes, state = functional._convert_weight_packed_for_cpu_inverse(codes, state)
+            state.absmax = state.absmax.T.reshape(-1).float().contiguous()
+        return functional.dequantize_4bit(codes, state)
+
+    def write(self, m: nn.Module, attribute: str, value: torch.Tensor, shared: bool = False) -> None:
+        old: Any = m.weight
+        state = _state(m)
+        if state is None:
+            value = value.to(old.dtype)
+        else:
+            value = value.to(getattr(state, "original_dtype", None) or state.dtype)
+        if not hasattr(old, "quant_storage"):
+            raise ImportError(f"bitsandbytes is too old to write 4-bit weights; pip install -U {self.install}")
+        new = type(old)(
+            value.contiguous(),
+            requires_grad=False,
+            blocksize=old.blocksize,
+            compress_statistics=old.compress_statistics,
+            quant_type=old.quant_type,
+            quant_storage=old.quant_storage,
+            module=m,
+        )
+        m.weight = new if state is None else new.to(value.device)
+
+    def compute_dtype(self, m: nn.Module, attribute: str) -> torch.dtype | None:
+        if m.compute_dtype is not None:
+            return m.compute_dtype
+        state = _state(m)
+        return None if state is None else getattr(state, "original_dtype", None) or state.dtype
+
+
+def _state(m: nn.Module) -> Any:
+    """The quantisation state; sharding (FSDP) strips it off the parameter, and the module still has it."""
+    own = getattr(m.weight, "quant_state", None)
+    return getattr(m, "quant_state", None) if own is None else own
+
+
+class BitsAndBytes8bit(Quantized):
+    """``Linear8bitLt`` (LLM.int8, arXiv 2208.07339). Scales move from the weight to ``state`` at the first forward."""
+
+    name = "bitsandbytes"
+    layer_name = "Linear8bitLt"
+    install = "'bitsandbytes>=0.43'"
+    slots: ClassVar[tuple[str, ...]] = ("weight", "state")
+
+    def matches(self, m: nn.Module, attribute: str) -> bool:
+        return attribute == "weight" and is_from(m, "bitsandbytes", "Linear8bitLt")
+
+    def read(self, m: nn.Module, attribute: str) -> torch.Tensor:
+        weight: Any = m.weight
+        if weight.dtype != torch.int8:  # kept in 16 bits (has_fp16_weights), or not quantised yet
+            return weight.detach()
+        scales = weight.SCB if getattr(weight, "SCB", None) is not None else m.state.SCB
+        return weight.data.float() * (scales.to(weight.device).float() / 127).unsqueeze(1)
+
+    def write(self, m: nn.Module, attribute: str, value: torch.Tensor, shared: bool = False) -> None:
+        old: Any = m.weight
+        fp16 = m.state.has_fp16_weights
+        new = type(old)(value.contiguous().cpu(), requires_grad=False, has_fp16_weights=fp16)
+        state = copy.copy(m.state)
+        state.CB = state.SCB = None
+        m.weight, m.state = new.to(old.device) if old.dtype == torch.int8 else new.to(old.device, old.dtype), state

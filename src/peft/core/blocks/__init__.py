@@ -1,0 +1,1 @@
+"""Modules in, beside and after the blocks of a transformer."""

@@ -1,0 +1,246 @@
+"""Modules placed in, beside or after a transformer block: where the parts of a block are, and how they are reached."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Container, Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from peft.core.base.kinds import kind_of
+from peft.core.layer.layer import BaseTunerLayer
+from peft.core.model.roles import find_roles
+from peft.core.model.targeting import Target
+from peft.core.model.tuner import BaseTuner
+from peft.core.model.walk import Site, join, unwrapped, walk
+
+
+ATTENTION, CROSS, FEEDFORWARD = "attention", "cross", "feedforward"
+
+
+@dataclass
+class SubLayer:
+    """One sub-layer of a transformer block: what lies between two additions to the residual stream.
+
+    Attributes:
+        role: :data:`ATTENTION`, :data:`CROSS` (attention to an encoder's output), or :data:`FEEDFORWARD`.
+        first, last: names, below the block, of the modules that its input enters, and that its output leaves.
+        core: for attentions, the name of the module that holds the projections.
+    """
+
+    role: str
+    first: str
+    last: str
+    core: str = ""
+
+
+@dataclass
+class Block:
+    """One transformer block: its name, its number among all blocks of the model, and its sub-layers in order.
+
+    Attributes:
+        norms: names, below the block, of its normalisations; those inside an attention are not its own.
+    """
+
+    key: str
+    index: int
+    sublayers: list[SubLayer]
+    norms: list[str] = field(default_factory=list)
+
+
+def find_blocks(model: nn.Module) -> list[Block]:
+    """The transformer blocks of a model, in its order; empty where it has none.
+
+    A block is an entry of a list of modules that holds an attention (a module with projections to values and to
+    queries or keys) and, apart from it, weights of another part: the feed-forward network. The innermost such entry is
+    meant.
+    """
+    sites = {site.key: site for site in walk(model)}
+    all_norms = set(find_roles(model, ("norm",)))
+    attentions: dict[str, None] = {}
+    for key in find_roles(model, ("value",)):
+        whole = isinstance(sites[key].module, nn.MultiheadAttention)
+        attentions[key if whole else key.rpartition(".")[0]] = None
+    blocks: dict[str, Block] = {}
+    for attention in attentions:
+        for key in _entries(attention, sites):
+            if key in blocks:
+                break
+            inside = [other for other in attentions if other.startswith(f"{key}.")]
+            sublayers = _sublayers(key, sites, all_norms, inside)
+            if any(part.role == FEEDFORWARD for part in sublayers):
+                norms = [k.removeprefix(f"{key}.") for k in _norms(key, all_norms, inside)]
+                blocks[key] = Block(key, 0, sublayers, norms)
+                break
+    order = {key: place for place, key in enumerate(sites)}
+    found = sorted(blocks.values(), key=lambda block: order[block.key])
+    for index, block in enumerate(found):
+        block.index = index
+    return found
+
+
+def _entries(key: str, sites: dict[str, Site]) -> Iterator[str]:
+    """The entries of lists that a module is in, inner ones first."""
+    parts = key.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        parent = ".".join(parts[: end - 1])
+        if parent in sites and isinstance(sites[parent].module, nn.ModuleList | nn.Sequential):
+            yield ".".join(parts[:end])
+
+
+def _children(key: str, sites: dict[str, Site]) -> list[str]:
+    """Names of the modules right below one; lists and dicts of modules are seen through."""
+    found = []
+    for name in sites[key].module._modules:
+        child = join(key, name)
+        if child in sites:
+            container = isinstance(sites[child].module, nn.ModuleList | nn.ModuleDict | nn.Sequential)
+            found += _children(child, sites) if container else [child]
+    return found
+
+
+def _norms(key: str, norms: set[str], attentions: list[str]) -> list[str]:
+    """Normalisations below a module that are not inside an attention."""
+    return [
+        norm
+        for norm in norms
+        if norm.startswith(f"{key}.") and not any(norm.startswith(f"{attention}.") for attention in attentions)
+    ]
+
+
+def _weighty(key: str, sites: dict[str, Site]) -> bool:
+    """Whether a module holds a matrix; one that only scales or shifts is no part of its own."""
+    return any(p.dim() > 1 for p in sites[key].module.parameters())
+
+
+def _parts(key: str, sites: dict[str, Site], norms: set[str]) -> list[str]:
+    """A module, or what it consists of where it holds a normalisation beside its weights."""
+    children = _children(key, sites)
+    if not norms & set(children):
+        return [key]
+    return [part for child in children for part in _parts(child, sites, norms)]
+
+
+def _sublayers(key: str, sites: dict[str, Site], norms: set[str], attentions: list[str]) -> list[SubLayer]:
+    """Attentions in their order, then the feed-forward network."""
+    found: list[SubLayer] = []
+    rest: list[str] = []
+    for branch in _children(key, sites):
+        held = [other for other in attentions if other == branch or other.startswith(f"{branch}.")]
+        if held:
+            found.append(_attention(branch, held[0], sites, norms, CROSS if found else ATTENTION))
+        else:
+            rest += [p for p in _parts(branch, sites, norms) if _weighty(p, sites) and p not in norms]
+    if rest:
+        found.append(SubLayer(FEEDFORWARD, rest[0], rest[-1]))
+    for part in found:
+        part.first, part.last, part.core = (
+            name.removeprefix(f"{key}.") for name in (part.first, part.last, part.core)
+        )
+    return found
+
+
+def _attention(branch: str, core: str, sites: dict[str, Site], norms: set[str], role: str) -> SubLayer:
+    """The attention in a branch of a block: the branch whole, or without the normalisation that it holds."""
+    if branch == core or not _norms(branch, norms, [core]):
+        return SubLayer(role, branch, branch, core)
+    outside = [k for k in sites if k.startswith(f"{branch}.") and not k.startswith(f"{core}.") and k != core]
+    leaves = [k for k in outside if not sites[k].module._modules and _weighty(k, sites)]
+    return SubLayer(role, core, leaves[-1] if leaves else core, core)
+
+
+class BlockLayer(BaseTunerLayer):
+    """The family of layers around a whole module, in which adapters act on what it computes. No weight equals them.
+
+    A method overrides :meth:`forward`, or acts from inside the module (:class:`InsertLayer`). A mixed batch is never
+    torn apart: the module runs once, and each adapter acts on its own rows (:meth:`acting`, :meth:`added`).
+    """
+
+    any_module = True
+    because: ClassVar[str] = "it acts on what a whole module computes, so no one weight equals it"
+
+    def unmergeable(self, name: str) -> str | None:
+        return self.because
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base_layer(*args, **kwargs)
+
+    def acting(self, x: torch.Tensor, held: Container[str] | None = None) -> list[tuple[str, torch.Tensor | None]]:
+        """Adapters that act on a batch ``[batch, ...]``, each with the rows that are its own (None: all).
+
+        Args:
+            held: which adapters may act; those that the layer holds, if left out.
+        """
+        held = self if held is None else held
+        if self._disable_adapters:
+            return []
+        if self.context.adapter_names is None or self.context.current is not None:
+            names = self._active_adapter if self.context.current is None else self.context.current
+            return [(name, None) for name in names if name in held]
+        groups = self.context.groups(self.context.adapter_names, x.shape[0], x.device).parts
+        return [(name, rows if len(groups) > 1 else None) for name, rows in groups if name in held]
+
+    def added(self, y: torch.Tensor, update: Callable[..., torch.Tensor | None], *given: torch.Tensor) -> torch.Tensor:
+        """y ``[batch, ...]`` and, for each adapter, ``update(name, *given)`` of its own rows, added to them."""
+        for name, rows in self.acting(y):
+            own = given if rows is None else [x.index_select(0, rows) for x in given]
+            new = update(name, *(self.cast(name, x) for x in own))
+            if new is not None:
+                y = y + new.to(y.dtype) if rows is None else y.index_add(0, rows, new.to(y.dtype))
+        return y
+
+
+def first_input(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+    """The tensor that a call hands over first, by position or by name."""
+    return args[0] if args else kwargs[next(iter(inspect.signature(unwrapped(module).forward).parameters))]
+
+
+def first_output(output: Any) -> torch.Tensor:
+    """The tensor that a module computes, alone or before others."""
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
+def with_first(output: Any, new: torch.Tensor) -> Any:
+    """The output with another tensor in the first place."""
+    return new if isinstance(output, torch.Tensor) else type(output)((new, *output[1:]))
+
+
+def width_of(module: nn.Module) -> int:
+    """Features of the hidden states that a block or an attention takes: the input of its first linear layer."""
+    kinds = ((site.module, kind_of(site.module)) for site in walk(module))
+    return next(kind.sizes(layer)[0] for layer, kind in kinds if kind is not None and not kind.lookup)
+
+
+@dataclass
+class BlockTarget(Target):
+    """A whole block to adapt."""
+
+    block: Block | None = None
+
+
+class BlockTuner(BaseTuner):
+    """Applies a method to modules that are found by the structure of the model: :meth:`find`."""
+
+    def find(self, config: Any, model: nn.Module) -> list[Target]:
+        """The modules that the config means.
+
+        Raises:
+            NoMatchingPeftModuleError: if there are none.
+        """
+        raise NotImplementedError
+
+    def prepare_config(self, config: Any, model: nn.Module, keys: set[str] | None) -> None:
+        self._keys = keys
+
+    def _layer_for(self, model: nn.Module, target: Target) -> BaseTunerLayer:
+        layer = super()._layer_for(model, target)
+        if isinstance(target, BlockTarget):
+            layer.block = target.block  # type: ignore[assignment]
+        return layer
+
+    def targets_of(self, config: Any, model: nn.Module) -> list[Target]:
+        found = self.find(config, model)
+        return [target for target in found if self._keys is None or target.key in self._keys]

@@ -1,0 +1,315 @@
+"""Adapters between the sub-layers of a transformer block, whichever way the block orders sums and normalisations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft.core.blocks.blocks import (
+    Block,
+    BlockLayer,
+    BlockTarget,
+    BlockTuner,
+    SubLayer,
+    find_blocks,
+    first_input,
+    first_output,
+    with_first,
+)
+from peft.core.model.walk import locate, parent_of
+from peft.utils.error import NoMatchingPeftModuleError
+
+
+@dataclass
+class Place:
+    """Where a sub-layer meets the residual stream x: x + h, or N(x + h), with h its output.
+
+    Attributes:
+        stream: name of the normalisation whose input is x; None where the sub-layer reads x itself.
+        out: name of the module whose output is h.
+        norm: name of the normalisation N of the sum, None where there is none.
+        seen: tensors of the call under way: ``x``, and ``input``, the sub-layer's own input.
+    """
+
+    part: SubLayer
+    stream: str | None
+    out: str
+    norm: str | None
+    seen: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True)
+class Joint:
+    """How an inserted module u is joined to a sub-layer's output h, the stream x, and the norm N of their sum.
+
+    Attributes:
+        beside: u reads the sub-layer's input, and its output is added to h. The rest is for modules that come after.
+        reads_sum: u reads N(h + x), or h + x where there is no N; else h.
+        residual: what is added to the output of a module that reads the sum: "output" (h), "sum" (h + x), or "normed"
+            (what it reads).
+        sums: x is added to the result, and N applied.
+    """
+
+    beside: bool = False
+    reads_sum: bool = False
+    residual: str = "output"
+    sums: bool = True
+
+
+@dataclass(eq=False)
+class _Event:
+    """A call noticed while a block was observed."""
+
+    what: str  # "in" or "out" of a sub-layer, or "norm"
+    name: str
+    given: torch.Tensor
+    result: torch.Tensor
+
+
+class InsertLayer(BlockLayer):
+    """Wraps a block and inserts modules after, or beside, its sub-layers: :meth:`joint`, :meth:`change`.
+
+    What comes in which order is read off the block's first call, by what each of its normalisations takes and gives:
+    before a sub-layer (LLaMA, GPT-2, T5), after the sum (BERT, BART), or before the sum (Gemma 3, OLMo 2). Of several
+    active adapters, each adds what it changes on its own.
+    """
+
+    block: Block
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._places: list[Place] = []
+        self._slots: list[tuple[nn.Module, str, nn.Module]] = []  # what is hooked, and where it was then
+        self._handles: list[Any] = []
+
+    def joint(self, name: str, role: str) -> Joint | None:
+        """How the adapter's module for sub-layers of this role is joined; None where it has none."""
+        raise NotImplementedError
+
+    def change(self, name: str, role: str, h: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """u(h), which is to be added to ``residual``; both ``[batch, ..., width]``."""
+        raise NotImplementedError
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._disable_adapters:
+            if not self._places:
+                self._places = find_places(self.base_layer, self.block, args, kwargs)
+            self._attach()
+        return self.base_layer(*args, **kwargs)
+
+    # --- what becomes of the sums -----------------------------------------------------------------------------
+    def _at_output(self, place: Place, h: torch.Tensor) -> torch.Tensor:
+        """A sub-layer's output, before x is added to it."""
+        role = place.part.role
+
+        def update(name: str, h: torch.Tensor, x: torch.Tensor, given: torch.Tensor) -> torch.Tensor | None:
+            joint = self.joint(name, role)
+            if joint is None or (place.norm is not None and self._at_the_norm(joint)):
+                return None
+            if joint.beside:
+                return self.change(name, role, given, h)
+            keeps_sum = joint.reads_sum and joint.residual != "output"
+            u = self.change(name, role, h + x if joint.reads_sum else h, h + x if keeps_sum else h)
+            more = joint.sums + keeps_sum - 1  # the block itself adds x once
+            return u + more * x if more else u
+
+        return self.added(h, update, h, place.seen["x"], place.seen["input"])
+
+    def _at_norm(self, place: Place, z: torch.Tensor, y: torch.Tensor, norm: nn.Module) -> torch.Tensor:
+        """y = N(z), where z = h + x."""
+        role = place.part.role
+
+        def update(name: str, z: torch.Tensor, y: torch.Tensor, x: torch.Tensor, inside: bool) -> torch.Tensor | None:
+            joint = self.joint(name, role)
+            if joint is None or not self._at_the_norm(joint) or inside != joint.sums:
+                return None
+            h, kept = z - x, joint.residual if joint.reads_sum else "output"
+            residual = {"output": h, "sum": z, "normed": y}[kept]
+            new = residual + self.change(name, role, y if joint.reads_sum else h, residual)
+            return new - h if inside else new - y
+
+        inner = self.added(z, partial(update, inside=True), z, y, place.seen["x"])
+        outer = y if inner is z else norm.forward(inner)
+        return self.added(outer, partial(update, inside=False), z, y, place.seen["x"])
+
+    @staticmethod
+    def _at_the_norm(joint: Joint) -> bool:
+        """Whether the module needs what the norm of the sum gives, or stands in for it."""
+        return not joint.beside and (joint.reads_sum or not joint.sums)
+
+    # --- hooks ------------------------------------------------------------------------------------------------
+    def _attach(self) -> None:
+        """Hook the modules of the block as they are now: others may have wrapped them meanwhile."""
+        if self._slots and all(parent._modules.get(name) is module for parent, name, module in self._slots):
+            return
+        self.release()
+        for place in self._places:
+            first = self._slot(place.part.first)
+            self._handles.append(first.register_forward_pre_hook(partial(self._enter, place), with_kwargs=True))
+            if place.stream is not None:
+                stream = self._slot(place.stream)
+                self._handles.append(stream.register_forward_pre_hook(partial(self._note_stream, place)))
+            self._handles.append(self._slot(place.out).register_forward_hook(partial(self._leave, place)))
+            if place.norm is not None:
+                self._handles.append(self._slot(place.norm).register_forward_hook(partial(self._normed, place)))
+
+    def release(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._slots = [], []
+
+    def _slot(self, name: str) -> nn.Module:
+        """The module called so, with all wrappers around it."""
+        path = outermost(self.base_layer, name)
+        parent, attribute = parent_of(self.base_layer, path)
+        module = parent._modules[attribute]
+        assert module is not None
+        self._slots.append((parent, attribute, module))
+        return module
+
+    def _enter(self, place: Place, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not self._disable_adapters:
+            place.seen["input"] = first_input(module, args, kwargs)
+            if place.stream is None:
+                place.seen["x"] = place.seen["input"]
+
+    def _note_stream(self, place: Place, module: nn.Module, args: tuple) -> None:
+        if not self._disable_adapters:
+            place.seen["x"] = args[0]
+
+    def _leave(self, place: Place, module: nn.Module, args: tuple, output: Any) -> Any:
+        if self._disable_adapters:
+            return output
+        output = with_first(output, self._at_output(place, first_output(output)))
+        if place.norm is None:
+            place.seen.clear()
+        return output
+
+    def _normed(self, place: Place, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        if self._disable_adapters:
+            return output
+        output = self._at_norm(place, args[0], output, module)
+        place.seen.clear()
+        return output
+
+
+class InsertTuner(BlockTuner):
+    """Applies a method to the blocks that have a sub-layer of a kind in ``config.roles()``, but for those of the
+    numbers in ``config.leave_out``."""
+
+    def find(self, config: Any, model: nn.Module) -> list[BlockTarget]:  # type: ignore[override]
+        blocks, roles = find_blocks(model), config.roles()
+        chosen = [
+            block
+            for block in blocks
+            if block.index not in config.leave_out and any(part.role in roles for part in block.sublayers)
+        ]
+        if not chosen:
+            raise NoMatchingPeftModuleError(
+                f"{type(config).__name__} places nothing in {type(model).__name__}: it has {len(blocks)} transformer "
+                f"blocks, of which leave_out={config.leave_out} are left out, and what is asked for stands at "
+                f"{', '.join(roles) or 'no sub-layer'}."
+            )
+        return [BlockTarget(block.key, locate(model, block.key).module, None, block=block) for block in chosen]
+
+
+def outermost(block: nn.Module, name: str) -> str:
+    """The path of what stands in a block in the place called ``name``, wrapped or not."""
+    site = locate(block, name)
+    return site.wrappers[0][0] if site.wrappers else site.path
+
+
+def find_places(block: nn.Module, shape: Block, args: tuple, kwargs: dict[str, Any]) -> list[Place]:
+    """Where the sub-layers of a block meet the residual stream, by one more call of the block, in evaluation mode."""
+    events, output = _observe(block, shape, args, kwargs)
+    marks = {(event.what, event.name): i for i, event in reversed(list(enumerate(events)))}
+    parts = [part for part in shape.sublayers if ("in", part.first) in marks and ("out", part.first) in marks]
+    parts.sort(key=lambda part: marks["in", part.first])
+    ends = [*(marks["in", part.first] for part in parts[1:]), len(events)]
+    owns: list[_Event] = []  # normalisations of a sub-layer's output alone
+    outs: list[tuple[SubLayer, str, _Event | None]] = []
+    for part, until in zip(parts, ends):
+        out = marks["out", part.first]
+        after = [event for event in events[out + 1 : until] if event.what == "norm"]
+        if after and _same(after[0].given, events[out].result):
+            owns.append(after.pop(0))
+            outs.append((part, owns[-1].name, after[0] if after else None))
+        else:
+            outs.append((part, part.last, after[0] if after else None))
+    last = outs[-1][2] if outs else None
+    summed = last is not None and _same(last.result, output)  # the block ends in the normalisation of a sum
+    found = []
+    for part, out_name, after_sum in outs:
+        start = marks["in", part.first]
+        read = [e for e in events[:start] if e.what == "norm" and _same(e.result, events[start].given)]
+        stream = None if summed or not read or read[-1] in owns else read[-1].name
+        found.append(Place(part, stream, out_name, after_sum.name if summed and after_sum else None))
+    return found
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a is b or a.shape != b.shape:
+        return a is b
+    if a.is_meta:  # no values to compare
+        return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    return torch.equal(a, b)
+
+
+def _observe(block: nn.Module, shape: Block, args: tuple, kwargs: dict[str, Any]) -> tuple[list[_Event], torch.Tensor]:
+    """The calls in a block in their order, and its output; nothing is kept in caches."""
+    events: list[_Event] = []
+
+    def enter(part: SubLayer, module: nn.Module, given: tuple, named: dict[str, Any]) -> None:
+        x = first_input(module, given, named)
+        events.append(_Event("in", part.first, x, x))
+
+    def leave(part: SubLayer, module: nn.Module, given: tuple, output: Any) -> None:
+        events.append(_Event("out", part.first, first_output(output), first_output(output)))
+
+    def note(name: str, module: nn.Module, given: tuple, output: Any) -> None:
+        events.append(_Event("norm", name, given[0], output))
+
+    handles = []
+    for part in shape.sublayers:
+        first, last = (block.get_submodule(outermost(block, name)) for name in (part.first, part.last))
+        handles.append(first.register_forward_pre_hook(partial(enter, part), with_kwargs=True))
+        handles.append(last.register_forward_hook(partial(leave, part)))
+    for name in shape.norms:
+        norm = block.get_submodule(outermost(block, name))
+        handles.append(norm.register_forward_hook(partial(note, name)))
+    try:
+        with _resting(block), torch.no_grad():
+            try:  # without masks, which may be made for a longer cache
+                output = block(*(_bare(a) for a in args), **{k: _bare(v, k) for k, v in kwargs.items()})
+            except Exception:
+                events.clear()
+                output = block(*(_bare(a) for a in args), **{k: _bare(v) for k, v in kwargs.items()})
+    finally:
+        for handle in handles:
+            handle.remove()
+    return events, first_output(output)
+
+
+def _bare(value: Any, name: str = "") -> Any:
+    """An argument of a block without what it keeps for later calls, and without masks."""
+    if name.endswith("mask"):
+        return None
+    return None if hasattr(value, "get_seq_length") else value
+
+
+@contextmanager
+def _resting(module: nn.Module) -> Iterator[None]:
+    """A module in evaluation mode, for a while."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, mode in modes:
+            m.training = mode

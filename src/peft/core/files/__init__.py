@@ -1,0 +1,1 @@
+"""Adapters as files: their tensors, reading and writing, the model card."""

@@ -1,0 +1,92 @@
+"""Which adapters of a module act, and which train: the same for tuner layers and auxiliary wrappers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from peft.core.model.context import Context
+
+
+class Switch:
+    """Mixin of modules that hold several adapters. ``adapter_parameters`` and ``in`` say what they hold."""
+
+    context: Context
+    _active_adapter: list[str]
+    _disable_adapters: bool
+    _paused: list[torch.Tensor]
+
+    def _start(self, context: Context | None = None) -> None:
+        self.__dict__.update(context=context or Context(), _active_adapter=[], _disable_adapters=False, _paused=[])
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """All adapters held here, in the order in which they were added."""
+        raise NotImplementedError
+
+    def __contains__(self, name: str) -> bool:
+        raise NotImplementedError
+
+    def adapter_parameters(self, name: str) -> Iterator[torch.Tensor]:
+        """The trained tensors of an adapter."""
+        raise NotImplementedError
+
+    def adapter_state(self, name: str) -> Iterator[tuple[str, str, torch.Tensor]]:
+        """An adapter's tensors as (name in the file, name in memory, tensor): found by structure, never by text."""
+        raise NotImplementedError
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Names in the file -> names in memory, below this module. transformers asks for it."""
+        return {saved: memory for saved, memory, _ in self.adapter_state(adapter_name)}
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter."""
+        raise NotImplementedError
+
+    def check_active(self, names: list[str]) -> None:
+        """Raise ValueError where these adapters cannot be active together."""
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self._active_adapter)
+
+    @property
+    def active_adapter(self) -> Any:
+        return self._active_adapter[0] if len(self._active_adapter) == 1 else list(self._active_adapter)
+
+    @property
+    def disable_adapters(self) -> bool:
+        return self._disable_adapters
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters on or off. Off, they do not train; on again, those train that did before."""
+        if enabled == self._disable_adapters:
+            self._disable_adapters = not enabled
+            if not enabled:
+                parameters = (p for name in self._active_adapter for p in self.adapter_parameters(name))
+                self._paused = [p for p in parameters if p.requires_grad]
+            for p in self._paused:
+                p.requires_grad_(enabled)
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make these adapters the active ones and, outside ``inference_mode``, the only ones that train."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self.check_active([name for name in names if name in self])
+        for name in self._active_adapter:
+            if name not in names:
+                self.set_requires_grad(name, False)
+        for name in names:
+            self.set_requires_grad(name, not inference_mode)
+        self._active_adapter = names
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Choose whether these adapters train, active or not."""
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            for p in self.adapter_parameters(name):
+                if p.is_floating_point():
+                    p.requires_grad_(requires_grad)
+
+    def _forget(self, name: str) -> None:
+        self._active_adapter = [active for active in self._active_adapter if active != name]

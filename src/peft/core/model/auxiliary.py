@@ -1,0 +1,333 @@
+"""What an adapter trains beside its own layers: whole modules, single tokens, and biases of the base model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from peft.core.base.kinds import Kind
+from peft.core.families.families import RowsLayer
+from peft.core.layer.layer import BaseTunerLayer
+from peft.core.layer.switch import Switch
+from peft.core.model.walk import AuxiliaryWrapper, Site, file_path, join, replace_module, walk
+
+
+class AuxiliaryTrainingWrapper(Switch, AuxiliaryWrapper):
+    """Wraps a module of which adapters hold their own version; without an active one, the original acts."""
+
+    def __init__(self, module_to_save: nn.Module, adapter_name: str | None = None, **kwargs: Any) -> None:
+        super().__init__()
+        self._wrap(module_to_save)
+        self._start()
+        if adapter_name is not None:
+            self.update(adapter_name, **kwargs)
+            self.set_adapter(adapter_name)
+
+    def _wrap(self, module: nn.Module) -> None:
+        self.original_module = module
+
+    def update(self, adapter_name: str, **kwargs: Any) -> None:
+        """Allocate the adapter's version."""
+        raise NotImplementedError
+
+    def unload(self, merge: bool, adapter_names: list[str] | None = None) -> nn.Module:
+        """The module that takes the wrapper's place: the adapter's version if ``merge``, else the original."""
+        raise NotImplementedError
+
+
+class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
+    """A full, trained copy of the module for each adapter (``modules_to_save``).
+
+    Args:
+        tied_module: a wrapper whose weight this one shares, where the originals share it.
+    """
+
+    def _wrap(self, module: nn.Module) -> None:
+        super()._wrap(module)
+        self.modules_to_save = nn.ModuleDict()
+
+    def update(self, adapter_name: str, tied_module: nn.Module | None = None, **kwargs: Any) -> None:
+        source = self.original_module
+        duplicate = copy.deepcopy(source.get_base_layer() if isinstance(source, BaseTunerLayer) else source)
+        for site in [site for site in walk(duplicate) if site.wrappers]:  # adapters inside it stay with the original
+            replace_module(duplicate, site.key, site.module)
+        for p in duplicate.parameters():
+            if p.is_floating_point():
+                p.requires_grad_(True)
+        if isinstance(tied_module, ModulesToSaveWrapper):
+            duplicate.weight = tied_module.modules_to_save[adapter_name].weight
+        self.modules_to_save[adapter_name] = duplicate
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.modules_to_save
+
+    @property
+    def adapter_names(self) -> list[str]:
+        return list(self.modules_to_save)
+
+    def adapter_parameters(self, name: str) -> Iterator[torch.Tensor]:
+        if name in self.modules_to_save:
+            yield from self.modules_to_save[name].parameters()
+
+    def adapter_state(self, name: str) -> Iterator[tuple[str, str, torch.Tensor]]:
+        if name in self.modules_to_save:
+            for key, tensor in self.modules_to_save[name].state_dict(keep_vars=True).items():
+                yield key, f"modules_to_save.{name}.{key}", tensor
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        if adapter_name in self.modules_to_save:
+            del self.modules_to_save[adapter_name]
+        self._forget(adapter_name)
+
+    def check_active(self, names: list[str]) -> None:
+        if len(names) > 1:
+            raise ValueError(
+                f"adapters {names} each have their own copy of the same module (modules_to_save), so only one of them "
+                "can be active."
+            )
+
+    def _module(self) -> nn.Module:
+        """The module that acts now."""
+        if not self._disable_adapters:
+            for name in self._active_adapter:
+                if name in self.modules_to_save:
+                    return self.modules_to_save[name]
+        return self.original_module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        rows = kwargs.pop("adapter_names", None) or self.context.adapter_names
+        if rows is None or self._disable_adapters:
+            return self._module()(*args, **kwargs)
+        kind, x = Kind(), args[0] if args else next(iter(kwargs.values()))
+        groups, order, _ = self.context.groups(tuple(rows), x.shape[0], x.device)
+        parts = []
+        for name, index in groups:
+            module = self.modules_to_save[name] if name in self else self.original_module
+            part, rest = kind.take_rows(self, args, kwargs, index)
+            parts.append(module(*part, **rest))
+        return kind.join_rows(self, parts, order)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "modules_to_save" not in self.__dict__.get("_modules", ()):
+                raise
+            return getattr(self._module(), name)
+
+    def unload(self, merge: bool, adapter_names: list[str] | None = None) -> nn.Module:
+        names = self._active_adapter if adapter_names is None else adapter_names
+        chosen = [name for name in names if name in self.modules_to_save]
+        return self.modules_to_save[chosen[0]] if merge and chosen else self.original_module
+
+
+class TrainableTokensLayer(RowsLayer):
+    """Trained vectors for some tokens of an embedding, or of an output head."""
+
+    weights: ClassVar[dict[str, type]] = {"trainable_tokens_delta": nn.ParameterDict}
+
+    def update_layer(self, name: str, config: Any, key: str) -> None:
+        self.replace(name, list(config.token_indices), config.init_weights)
+
+
+@dataclass
+class TokenRows:
+    """The part of a config that :class:`TrainableTokensLayer` reads."""
+
+    token_indices: list[int]
+    init_weights: bool = True
+
+
+class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
+    """Trained token rows beside another method (``trainable_token_indices``).
+
+    Args:
+        token_indices: the rows to train.
+        tied_adapter: the token layer of a tied module, whose rows this one shares.
+    """
+
+    inner = "token_adapter.base_layer"
+    token_adapter: TrainableTokensLayer
+
+    def _wrap(self, module: nn.Module) -> None:
+        self.token_adapter = TrainableTokensLayer(module)
+
+    @property
+    def original_module(self) -> nn.Module:
+        return self.token_adapter.base_layer
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "context" and "token_adapter" in self.__dict__.get("_modules", ()):
+            self.token_adapter.context = value
+        super().__setattr__(name, value)
+
+    def update(
+        self,
+        adapter_name: str,
+        token_indices: list[int] | None = None,
+        tied_adapter: TrainableTokensLayer | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if tied_adapter is not None:
+            self.token_adapter.tied_to[adapter_name] = tied_adapter
+        self.token_adapter.add_adapter(adapter_name, TokenRows(list(token_indices or ())))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.token_adapter
+
+    @property
+    def adapter_names(self) -> list[str]:
+        return self.token_adapter.adapter_names
+
+    def adapter_parameters(self, name: str) -> Iterator[torch.Tensor]:
+        return self.token_adapter.adapter_parameters(name)
+
+    def adapter_state(self, name: str) -> Iterator[tuple[str, str, torch.Tensor]]:
+        for saved, memory, tensor in self.token_adapter.adapter_state(name):
+            yield f"token_adapter.{saved}", f"token_adapter.{memory}", tensor
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.token_adapter.delete_adapter(adapter_name)
+        self._forget(adapter_name)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        super().enable_adapters(enabled)
+        self.token_adapter.enable_adapters(enabled)
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode)
+        self.token_adapter.set_adapter(adapter_names, inference_mode)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.token_adapter(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "token_adapter" not in self.__dict__.get("_modules", ()):
+                raise
+            return getattr(self.token_adapter, name)
+
+    def unload(self, merge: bool, adapter_names: list[str] | None = None) -> nn.Module:
+        return self.token_adapter.base_layer
+
+
+class TrainedBiases:
+    """Biases of the base model that adapters train in place (``bias="all"`` or ``"..._only"``).
+
+    The originals are kept, and each adapter's values while it is not active: an inactive or disabled adapter leaves
+    no trace in the base model. A place is the (module, attribute) of a bias, known by the module's identity.
+    """
+
+    def __init__(self) -> None:
+        self.places: dict[tuple[int, str], nn.Module] = {}
+        self.originals: dict[tuple[int, str], torch.Tensor] = {}
+        self.values: dict[str, dict[tuple[int, str], torch.Tensor]] = {}
+        self.applied: str | None = None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.values
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy, or what comes out of a pickle, knows its own modules by their new identities."""
+        key = {place: (id(module), place[1]) for place, module in state["places"].items()}
+
+        def renamed(values: dict) -> dict:
+            return {key[place]: value for place, value in values.items()}
+
+        self.places, self.originals = renamed(state["places"]), renamed(state["originals"])
+        self.values = {name: renamed(values) for name, values in state["values"].items()}
+        self.applied = state["applied"]
+
+    def add(self, name: str, sites: Iterable[tuple[nn.Module, str]]) -> None:
+        """Record an adapter that trains these biases, from the base model's own values; what is applied stays so."""
+        applied, trains = self.applied, any(p.requires_grad for _, p in self.parameters(self.applied or ""))
+        self.apply(None)
+        self.values[name] = {}
+        for module, attribute in sites:
+            place, p = (id(module), attribute), getattr(module, attribute)
+            if place not in self.places:
+                self.places[place], self.originals[place] = module, p.data
+            self.values[name][place] = p.data.clone()
+        self.apply(applied, trains)
+
+    def parameters(self, name: str) -> Iterator[tuple[tuple[int, str], nn.Parameter]]:
+        for place in self.values.get(name, ()):
+            yield place, getattr(self.places[place], place[1])
+
+    def tensors(self, name: str) -> dict[tuple[int, str], torch.Tensor]:
+        """An adapter's values, those in the model if it is applied."""
+        if self.applied == name:
+            return dict(self.parameters(name))
+        return dict(self.values.get(name, {}))
+
+    def apply(self, name: str | None, requires_grad: bool = True) -> None:
+        """Put an adapter's values into the model, or the originals for None."""
+        if self.applied is not None:
+            for place, p in self.parameters(self.applied):
+                self.values[self.applied][place] = p.data
+                p.data = self.originals[place].to(p)
+                p.requires_grad_(False)
+        self.applied = name if name in self.values else None
+        if self.applied is not None:
+            for place, p in self.parameters(self.applied):
+                p.data = self.values[self.applied][place].to(p)
+                p.requires_grad_(requires_grad)
+
+    def choose(self, names: Sequence[str]) -> str | None:
+        """The one adapter among these that trains biases; ValueError if there are several."""
+        found = [name for name in names if name in self.values]
+        if len(found) > 1:
+            raise ValueError(f"adapters {found} train the same biases of the base model; activate one of them.")
+        return found[0] if found else None
+
+    def delete(self, name: str) -> None:
+        if self.applied == name:
+            self.apply(None)
+        self.values.pop(name, None)
+
+
+def biases_of(model: nn.Module) -> TrainedBiases | None:
+    """The record of trained biases of a model, if any adapter trains some."""
+    return model.__dict__.get("_trained_biases")
+
+
+def bias_sites(model: nn.Module, mode: str, adapter: str) -> Iterator[tuple[nn.Module, str]]:
+    """The biases that ``bias=mode`` means, as (module, attribute)."""
+    for site in walk(model):
+        if any(adapter in wrapper for _, wrapper in site.wrappers if isinstance(wrapper, AuxiliaryTrainingWrapper)):
+            continue
+        if mode == "all" or any(adapter in wrapper for _, wrapper in site.wrappers):
+            for attribute, p in site.module._parameters.items():
+                if p is not None and attribute.endswith("bias"):
+                    yield site.module, attribute
+
+
+def bias_state(model: nn.Module, adapter: str) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """An adapter's trained biases as (name in the file, name in memory, tensor)."""
+    record = biases_of(model)
+    if record is None or adapter not in record:
+        return
+    tensors = record.tensors(adapter)
+    for site in walk(model):
+        for attribute in site.module._parameters:
+            if (id(site.module), attribute) in tensors:
+                path = join(site.path, attribute)
+                saved = file_path(path, adapter, [*site.above, *site.wrappers])
+                yield saved, path, tensors[id(site.module), attribute]
+
+
+def tied_sites(model: nn.Module, module: nn.Module) -> list[Site]:
+    """The other modules whose ``weight`` is the very parameter of this one."""
+    weight = module._parameters.get("weight")
+    return [
+        site
+        for site in walk(model)
+        if weight is not None and site.module is not module and site.module._parameters.get("weight") is weight
+    ]

@@ -1,0 +1,291 @@
+"""What a config's targets mean in a model, and the errors when they mean nothing."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from peft.core.base.kinds import Kind, Stack, kind_names, kind_of
+from peft.core.layer.layer import BaseTunerLayer
+from peft.core.model.roles import find_roles
+from peft.core.model.walk import Site, embeddings_of, join, walk
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_NAMES
+from peft.utils.error import NoMatchingPeftModuleError
+
+
+@dataclass
+class Target:
+    """One module to adapt: its name in the unadapted model, the kind of layer it is, and what it is tied to."""
+
+    key: str
+    module: nn.Module
+    kind: Kind | None
+    tied_to: str | None = None
+
+
+def matches(targets: str | Iterable[str] | None, key: str) -> bool:
+    """Whether a name is meant: by a regex that matches all of it, or by a list entry that is it or its last parts."""
+    if not targets:
+        return False
+    if isinstance(targets, str):
+        return re.fullmatch(targets, key) is not None
+    return any(key == target or key.endswith(f".{target}") for target in targets)
+
+
+def layer_index(key: str, patterns: str | list[str] | None) -> int | None:
+    """The number of the transformer layer that a module belongs to, or None."""
+    if not patterns:
+        found = re.match(r".*?\.[^.]*\.(\d+)\.", f".{key}")
+        return int(found.group(1)) if found else None
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if found := re.match(rf".*\.{pattern}\.(\d+)\.", f".{key}"):
+            return int(found.group(1))
+    return None
+
+
+def selected(config: Any, key: str) -> bool:
+    """Whether the config's targets, exclusions and layer selection mean the module called ``key``."""
+    targets, excluded = config.target_modules, getattr(config, "exclude_modules", None)
+    if not matches(targets, key) or matches(excluded, key):
+        return False
+    layers = getattr(config, "layers_to_transform", None)
+    if layers is None or isinstance(targets, str) or key in targets:
+        return True
+    index = layer_index(key, getattr(config, "layers_pattern", None))
+    return index is not None and index in ([layers] if isinstance(layers, int) else layers)
+
+
+def all_linear(model: nn.Module, task_type: str | None) -> set[str]:
+    """Names of all linear layers but the output head, as short as they can be without meaning other modules."""
+    head = embeddings_of(model)[1]
+    wanted: list[str] = []
+    others: list[str] = []
+    for site in walk(model):
+        kind = kind_of(site.module)
+        is_head = site.module is head or (task_type == "SEQ_CLS" and site.key.split(".")[0] in SEQ_CLS_HEAD_NAMES)
+        linear = kind is not None and kind.name == "Linear" and not is_head
+        (wanted if linear else others).append(site.key)
+    return _short_names(wanted, others)
+
+
+def _short_names(wanted: list[str], others: list[str]) -> set[str]:
+    """The last parts of the wanted names, as few as mean no other module; the whole names if no three do."""
+    for parts in (1, 2, 3):
+        suffixes = {".".join(key.split(".")[-parts:]) for key in wanted}
+        if not any(suffix.split(".")[0].isdigit() for suffix in suffixes) and not any(
+            matches(suffixes, key) for key in others
+        ):
+            return suffixes
+    return set(wanted)
+
+
+def found_targets(model: nn.Module, roles: Iterable[str]) -> set[str]:
+    """Names of the layers that play these roles in the model, found by its structure; empty where there are none."""
+    wanted = find_roles(model, roles)
+    chosen = set(wanted)
+    return _short_names(wanted, [site.key for site in walk(model) if site.key not in chosen])
+
+
+def resolve_targets(
+    config: Any,
+    model: nn.Module,
+    mapping: dict[str, Any],
+    keys: Iterable[str] | None,
+    roles: Iterable[str] = ("query", "value"),
+) -> None:
+    """Settle ``config.target_modules``: from a state dict's keys, "all-linear", or the defaults.
+
+    The defaults are those of the architecture's row in a table; where there is none, or it names nothing that the
+    model has, the layers that play certain roles, found by the model's structure.
+
+    Args:
+        mapping: the table, ``model_type`` -> names, or a regex.
+        roles: those of :mod:`peft.core.model.roles`, or "linear": all linear layers.
+
+    Raises:
+        ValueError: if there are no targets, and no defaults can be found.
+    """
+    if keys is not None:
+        config.target_modules = set(keys)
+        return
+    targets = config.target_modules
+    if isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        config.target_modules = all_linear(model, config.task_type)
+    elif targets is None and not getattr(config, "target_parameters", None):
+        default = table_row(mapping, model)
+        if default is None:
+            linear = "linear" in roles
+            default = all_linear(model, config.task_type) if linear else found_targets(model, roles)
+        if not default:
+            raise ValueError(_no_default(config, model, roles))
+        config.target_modules = default if isinstance(default, str) else set(default)
+
+
+def table_row(mapping: dict[str, Any], model: nn.Module) -> Any:
+    """What a table by ``model_type`` says for a model, or None: also if it names nothing that this model has."""
+    row = mapping.get(str(getattr(getattr(model, "config", None), "model_type", None)))
+    return row if row and any(matches(row, site.key) for site in walk(model)) else None
+
+
+def _no_default(config: Any, model: nn.Module, roles: Iterable[str]) -> str:
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    linear = sorted(all_linear(model, config.task_type))
+    layers = {site.key.rpartition(".")[2]: type(site.module).__name__ for site in walk(model) if kind_of(site.module)}
+    others = sorted(f"{name} ({kind})" for name, kind in layers.items() if name not in linear)
+    return (
+        f"no default target_modules are known for {type(model).__name__}"
+        + (f" (model_type {model_type!r})" if model_type else "")
+        + f", and its structure shows none: {type(config).__name__} looks for layers that act as {', '.join(roles)}. "
+        + (f"Its linear layers are {', '.join(linear[:20])}. " if linear else "It has no linear layers. ")
+        + (f"Further layers that can be adapted: {', '.join(others[:12])}. " if not linear and others else "")
+        + "Set target_modules: a list of such names, or of the last parts of their names; a regex that matches whole "
+        f'names; or "{INCLUDE_LINEAR_LAYERS_SHORTHAND}".'
+    )
+
+
+def find_targets(config: Any, model: nn.Module, layer_cls: type[BaseTunerLayer], skip: set[str]) -> list[Target]:
+    """All modules that the config means.
+
+    Args:
+        skip: names that are left out, with all below them (``modules_to_save``).
+
+    Raises:
+        NoMatchingPeftModuleError: if nothing matches.
+        ValueError: if a module that matches cannot be adapted.
+    """
+    sites = list(walk(model))
+    found: list[Target] = []
+    companions: set[str] = set()
+    whole: tuple[str, ...] = ()  # the modules left out
+    for site in sites:
+        if not site.key or site.key.startswith(whole):
+            continue
+        if matches(skip, site.key):
+            whole += (f"{site.key}.",)
+            continue
+        found += _parameter_targets(config, site)
+        if config.target_modules and selected(config, site.key) and site.key not in companions:
+            target = _module_target(config, site, layer_cls)
+            alone = target.kind is None or layer_cls.any_module
+            for child in () if alone else target.kind.companions:
+                companions.add(join(site.key, child))
+                inner = next(s for s in sites if s.key == join(site.key, child))
+                found.append(_module_target(config, inner, layer_cls))
+            found.append(target)
+    if not found:
+        raise NoMatchingPeftModuleError(_nothing_matches(config, sites))
+    _warn_unmatched(config, sites)
+    if layer_cls.follows_ties or getattr(config, "ensure_weight_tying", False):
+        found = _with_ties(found, sites, config, layer_cls)
+    return found
+
+
+def _with_ties(found: list[Target], sites: list[Site], config: Any, layer_cls: type[BaseTunerLayer]) -> list[Target]:
+    """The targets, and the modules that share their weight with a targeted embedding or embed it."""
+    by_weight: dict[int, list[Site]] = {}
+    for site in sites:
+        if (weight := site.module._parameters.get("weight")) is not None:
+            by_weight.setdefault(id(weight), []).append(site)
+    result: dict[str, Target] = {target.key: target for target in found}
+    for target in found:
+        group = by_weight.get(id(target.module._parameters.get("weight")), [])
+        first = next((site for site in group if (kind := kind_of(site.module)) and kind.lookup), None)
+        if first is None or len(group) < 2:
+            continue
+        result[first.key] = _module_target(config, first, layer_cls)
+        for site in group:
+            if site is not first:
+                result[site.key] = _module_target(config, site, layer_cls)
+                result[site.key].tied_to = first.key
+    return sorted(result.values(), key=lambda target: target.tied_to is not None)
+
+
+def _module_target(config: Any, site: Site, layer_cls: type[BaseTunerLayer]) -> Target:
+    if layer_cls.any_module:
+        return Target(site.key, site.module, kind_of(site.module))
+    kind = kind_of(site.module)
+    reason: str | None = f"it is none of {', '.join(kind_names())}"
+    if kind is not None:
+        reason = kind.refusal(site.module) or layer_cls.refusal(kind, site.module, config)
+    if reason:
+        raise ValueError(
+            f"target module {site.key!r} ({type(site.module).__name__}) cannot be adapted by "
+            f"{type(config).__name__}: {reason}. Narrow target_modules, or name it in exclude_modules."
+        )
+    return Target(site.key, site.module, kind)
+
+
+def _parameter_targets(config: Any, site: Site) -> list[Target]:
+    """Parameters of this module named in ``target_parameters``, the first registered one innermost."""
+    names = getattr(config, "target_parameters", None) or ()
+    found = []
+    for parameter in site.module._parameters:
+        if not matches(names, join(site.key, parameter)):
+            continue
+        kind = Stack(parameter)
+        if reason := kind.refusal(site.module):
+            raise ValueError(f"target parameter {join(site.key, parameter)!r} cannot be adapted: {reason}.")
+        if config.target_modules and selected(config, site.key):
+            raise ValueError(f"{site.key!r} is meant by target_modules and by target_parameters; choose one of them.")
+        found.append(Target(site.key, site.module, kind))
+    return found
+
+
+def _nearest(names: Iterable[str], keys: list[str]) -> list[str]:
+    """Module names close to those asked for; a list entry is compared with the last parts of each name."""
+    close: dict[str, None] = {}
+    for name in names:
+        depth = name.count(".") + 1
+        tails = {".".join(key.split(".")[-depth:]): None for key in keys}
+        close.update(dict.fromkeys(difflib.get_close_matches(name, list(tails), n=3, cutoff=0.4)))
+    return list(close)
+
+
+def _nothing_matches(config: Any, sites: list[Site]) -> str:
+    targets = config.target_modules or getattr(config, "target_parameters", None) or "nothing"
+    asked = targets if isinstance(targets, str) else sorted(targets)
+    keys = [site.key for site in sites if kind_of(site.module)]
+    kinds = sorted({type(site.module).__name__ for site in sites if kind_of(site.module)})
+    pool = (
+        [join(site.key, p) for site in sites for p in site.module._parameters] if not config.target_modules else keys
+    )
+    close = _nearest([asked] if isinstance(asked, str) else asked, pool)
+    message = f"no module of the model matches the targets {asked!r}. "
+    if config.target_modules and any(matches(targets, key) for key in keys):
+        message += (
+            "Modules of that name exist, but exclude_modules, layers_to_transform or modules_to_save rule them out. "
+        )
+    elif close:
+        message += f"Closest names: {', '.join(close)}. "
+    if isinstance(targets, str):
+        message += "A string is a regular expression that has to match the whole name, such as r'.*\\.q_proj'. "
+    names = sorted({key.rpartition(".")[2] for key in keys})
+    return (
+        message
+        + f"Layers that can be adapted: {', '.join(kinds) or 'none'}"
+        + (f", called {', '.join(names[:20])}." if names else ".")
+    )
+
+
+def _warn_unmatched(config: Any, sites: list[Site]) -> None:
+    targets = config.target_modules
+    if not targets or isinstance(targets, str) or len(targets) > 100:
+        return
+    tails: set[str] = set()
+    for site in sites:
+        parts = site.key.split(".")
+        tails.update(".".join(parts[i:]) for i in range(len(parts)))
+    unmatched = sorted(set(targets) - tails)
+    if unmatched:
+        keys = [site.key for site in sites if kind_of(site.module)]
+        close = _nearest(unmatched, keys)
+        warnings.warn(
+            f"these target_modules match nothing: {unmatched}."
+            + (f" Closest names: {', '.join(close)}." if close else "")
+        )

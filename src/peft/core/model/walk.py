@@ -1,0 +1,161 @@
+"""Walking a model without entering the adapters: the cost of a walk does not grow with their number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from peft.core.layer.layer import BaseTunerLayer
+
+
+@dataclass(slots=True)
+class Site:
+    """One module of the model, as an adapter sees it.
+
+    Attributes:
+        path: where it is now, ``layers.0.q_proj.base_layer``.
+        key: its name in the unadapted model, ``layers.0.q_proj``.
+        module: the module itself.
+        wrappers: the adapter layers around it, outermost first, each with its own path.
+        above: the adapter layers around modules that hold this one.
+    """
+
+    path: str
+    key: str
+    module: nn.Module
+    wrappers: list[tuple[str, nn.Module]]
+    above: list[tuple[str, nn.Module]]
+
+
+class AuxiliaryWrapper(nn.Module):
+    """Base of the wrappers that are no tuner layers; ``inner`` is the path to what they wrap."""
+
+    inner = "original_module"
+
+
+def inner_name(module: nn.Module) -> str | None:
+    """The path from ``module`` to the module that it wraps, or None if it wraps none."""
+    if isinstance(module, BaseTunerLayer):
+        return "base_layer"
+    return module.inner if isinstance(module, AuxiliaryWrapper) else None
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside all wrappers."""
+    while inner := inner_name(module):
+        module = module.get_submodule(inner)
+    return module
+
+
+def embeddings_of(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+    """Input and output embedding of a transformer, without wrappers; None where it has none."""
+    ends: list[nn.Module | None] = []
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            module = getattr(model, getter, lambda: None)()
+        except (NotImplementedError, AttributeError):  # transformers' answer for models without embeddings
+            module = None
+        ends.append(unwrapped(module) if isinstance(module, nn.Module) else None)
+    return ends[0], ends[1]
+
+
+def walk(model: nn.Module, repeated: bool = False) -> Iterator[Site]:
+    """All modules of a model, wrapped ones once, in the order of ``named_modules``.
+
+    Args:
+        repeated: also give modules that occur in several places each time.
+    """
+    seen: set[int] = set()
+    stack: list[tuple[str, str, nn.Module, list, list]] = [("", "", model, [], [])]
+    while stack:
+        path, key, module, wrappers, above = stack.pop()
+        if not repeated and id(module) in seen:
+            continue
+        seen.add(id(module))
+        inner = inner_name(module)
+        if inner is not None:
+            inside = module._modules[inner] if inner in module._modules else module.get_submodule(inner)
+            stack.append((join(path, inner), key, inside, [*wrappers, (path, module)], above))
+            continue
+        yield Site(path, key, module, wrappers, above)
+        if module._modules:
+            around = [*above, *wrappers] if wrappers else above
+            for name, child in reversed(module._modules.items()):
+                if child is not None:
+                    stack.append((join(path, name), join(key, name), child, [], around))
+
+
+def join(path: str, name: str) -> str:
+    """The path of ``name`` in the module at ``path``."""
+    return f"{path}.{name}" if path else name
+
+
+def wrappers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All tuner layers and auxiliary wrappers with their paths, outer ones first."""
+    for site in walk(model):
+        yield from site.wrappers
+
+
+def layers_of(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
+    """All tuner layers with their paths, outer ones first, those inside auxiliary wrappers included."""
+    for path, wrapper in wrappers_of(model):
+        if isinstance(wrapper, BaseTunerLayer):
+            yield path, wrapper
+        elif isinstance(layer := wrapper.get_submodule(wrapper.inner.rpartition(".")[0]), BaseTunerLayer):
+            yield join(path, wrapper.inner.rpartition(".")[0]), layer
+
+
+def file_path(path: str, adapter: str, around: list[tuple[str, nn.Module]]) -> str:
+    """The path that a module would have if ``adapter`` were the only adapter of the model.
+
+    ``around`` holds the wrappers above the module, outermost first; those of other adapters leave no trace.
+    """
+    if not around:
+        return path
+    parts = path.split(".")
+    for outer, wrapper in reversed(around):
+        if not isinstance(wrapper, BaseTunerLayer) or adapter not in wrapper:
+            start = len(outer.split(".")) if outer else 0
+            del parts[start : start + len(inner_name(wrapper).split("."))]
+    return ".".join(parts)
+
+
+def locate(model: nn.Module, key: str) -> Site:
+    """The module that is called ``key`` in the unadapted model, wherever it is now.
+
+    Raises:
+        KeyError: if there is none.
+    """
+    path, module = "", model
+    above: list[tuple[str, nn.Module]] = []
+    wrappers: list[tuple[str, nn.Module]] = []
+    for part in [*key.split("."), None] if key else [None]:
+        wrappers = []
+        while inner := inner_name(module):
+            wrappers.append((path, module))
+            path, module = join(path, inner), module.get_submodule(inner)
+        if part is not None:
+            above = [*above, *wrappers]
+            path, module = join(path, part), module._modules[part]
+    return Site(path, key, module, wrappers, above)
+
+
+def parent_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module that holds ``path`` and the last part of its name."""
+    parent, _, name = path.rpartition(".")
+    return model.get_submodule(parent), name
+
+
+def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
+    """Put ``new`` at ``path``."""
+    put_module(*parent_of(model, path), new)
+
+
+def put_module(parent: nn.Module, name: str, new: nn.Module) -> None:
+    """Put ``new`` in the place called ``name`` in ``parent``."""
+    if isinstance(parent, nn.ModuleList | nn.Sequential) and name.isdigit():
+        parent[int(name)] = new
+    else:
+        setattr(parent, name, new)

@@ -1,0 +1,62 @@
+"""W x with a W that is made for the occasion: not kept for the backward pass, but made again there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from peft.core.base.kinds import Kind
+from peft.kernels.autocast import is_autocast
+from peft.kernels.remake import kept
+
+
+def made_product(
+    kind: Kind,
+    base: nn.Module,
+    x: torch.Tensor,
+    make: Callable[[], torch.Tensor],
+    parameters: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    """``make() x`` as a layer of this kind multiplies, keeping x and the parameters alone for the backward pass.
+
+    Unlike a checkpoint, the backward pass does not multiply by W once more to no end.
+
+    Args:
+        make: W, ``[out, in, *kernel]``; it must give the same one when called again.
+        parameters: the tensors from which ``make`` computes it and which may need a gradient.
+    """
+    if not torch.is_grad_enabled():
+        return kind.apply(base, x, make())
+    if torch.compiler.is_compiling() or is_autocast(x.device.type):
+        return checkpoint(lambda x: kind.apply(base, x, make()), x, use_reentrant=False)
+    trained = [p for p in parameters if p.requires_grad]
+    return _Product.apply(kind, base, make, x, *trained)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, kind: Kind, base: nn.Module, make: Callable, x: torch.Tensor, *trained: Any) -> torch.Tensor:
+        ctx.kind, ctx.base, ctx.make, ctx.kept = kind, base, make, kept(x)
+        ctx.save_for_backward(ctx.kept.tensor, *trained)
+        return kind.apply(base, x, make())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        saved, *trained = ctx.saved_tensors
+        x = ctx.kept.get(saved)
+        with torch.set_grad_enabled(bool(trained)):
+            weight = ctx.make()
+        follows = weight.requires_grad  # the base weight alone does not
+        of_x, of_weight = ctx.kind.gradients(
+            ctx.base, x, weight.detach(), gradient, (ctx.needs_input_grad[3], follows)
+        )
+        of_trained: tuple[torch.Tensor | None, ...] = (None,) * len(trained)
+        if follows:
+            of_trained = torch.autograd.grad(weight, trained, of_weight, allow_unused=True)
+        return None, None, None, of_x, *of_trained

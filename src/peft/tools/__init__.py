@@ -1,0 +1,1 @@
+"""Looking at a model and its training from outside: status, memory, checks."""
