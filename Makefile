@@ -19,6 +19,7 @@ REFERENCE ?=
 VENV  := .venv
 RUN   := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+CLIENTS := $(VENV)/.clients
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo qlora tutorial test lint bench clean
@@ -35,6 +36,11 @@ $(STAMP): pyproject.toml
 	$(RUN) -m pip install --quiet --editable ".[dev,demo]"
 	touch $@
 
+# The libraries whose use of this one is tested. PyTorch is named again, so that none of them brings another.
+$(CLIENTS): $(STAMP)
+	$(RUN) -m pip install --quiet $(TORCH) --editable ".[clients]"
+	touch $@
+
 demo: $(STAMP)
 	$(RUN) examples/sentiment.py $(ARGS)
 
@@ -49,7 +55,7 @@ lint: $(STAMP)
 	$(RUN) -m mypy
 
 # The worker processes share the cores, so each computes with one thread.
-test: lint
+test: lint $(CLIENTS)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(JOBS) $(ARGS)
 
 bench: BENCH = $(if $(REFERENCE),--reference-python $(REFERENCE))

@@ -22,16 +22,7 @@ from transformers.pytorch_utils import Conv1D
 import peft.tuners  # noqa: F401  registers the methods
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.core.blocks.blocks import BlockLayer
-from peft.core.families.families import (
-    CopyLayer,
-    DeltaLayer,
-    FoldLayer,
-    OutputLayer,
-    RotationLayer,
-    RowsLayer,
-    SampleLayer,
-    ScaleLayer,
-)
+from peft.core.families import Copy, Delta, Fold, Output, Rotation, Rows, Sample, Scale
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.tuner import BaseTuner
 from peft.core.model.walk import locate, walk
@@ -170,15 +161,15 @@ class Method:
     @property
     def sums(self) -> bool:
         """Whether adapters that differ in all their numbers have a weighted sum."""
-        linear = self.layer_cls.linear or self.layer_cls.from_base
-        return bool(linear) or "combination_type" in inspect.signature(self.tuner_cls.add_weighted_adapter).parameters
+        possible = self.layer_cls.adapter_cls.adds.possible
+        return possible or "combination_type" in inspect.signature(self.tuner_cls.add_weighted_adapter).parameters
 
     @property
     def tuner_cls(self) -> type[BaseTuner]:
         return PEFT_TYPE_TO_TUNER_MAPPING[self.config_cls.METHOD]
 
     def is_a(self, *families: type) -> bool:
-        return issubclass(self.layer_cls, families)
+        return issubclass(self.layer_cls.adapter_cls, families)
 
 
 @functools.cache
@@ -543,13 +534,13 @@ REFUSED = [
         "adapt",
         "it is none of",
         "only methods that replace whole modules know what to do with a module that has no weight W in W x + b",
-        lambda m, p: p.kind == "LayerNorm" and not m.layer_cls.any_module,
+        lambda m, p: p.kind == "LayerNorm" and not m.layer_cls.adapter_cls.any_module,
     ),
     Refusal(
         "adapt",
         "token rows exist only in embeddings and in linear",
         "a token is a row of a table, or an output of a head; other layers have no tokens",
-        lambda m, p: m.is_a(RowsLayer) and p.kind not in ("Linear", "Conv1D", "Embedding", "LayerNorm"),
+        lambda m, p: m.is_a(Rows) and p.kind not in ("Linear", "Conv1D", "Embedding", "LayerNorm"),
     ),
     Refusal(
         "adapt",
@@ -579,7 +570,7 @@ REFUSED = [
         "adapt",
         "its weight is read by another computation",
         "the update depends on the sample, so there is no weight to give to a computation that reads one",
-        lambda m, p: m.is_a(SampleLayer) and (p.kind == "MultiheadAttention" or p.name == "Linear[out_proj]"),
+        lambda m, p: m.is_a(Sample) and (p.kind == "MultiheadAttention" or p.name == "Linear[out_proj]"),
     ),
     Refusal(
         "adapt",
@@ -591,7 +582,7 @@ REFUSED = [
         "merge",
         "no one weight equals it",
         "the update depends on the sample",
-        lambda m, p: m.is_a(SampleLayer),
+        lambda m, p: m.is_a(Sample),
     ),
     Refusal(
         "merge",
@@ -609,13 +600,13 @@ REFUSED = [
         "delta",
         "replaces the module",
         "a copy of a module is no change of one weight",
-        lambda m, p: m.is_a(CopyLayer),
+        lambda m, p: m.is_a(Copy),
     ),
     Refusal(
         "several",
         "one adapter can be active at a time",
         "two copies cannot both stand in for one module",
-        lambda m, p: m.is_a(CopyLayer),
+        lambda m, p: m.is_a(Copy),
     ),
     Refusal(
         "mixed",
@@ -633,13 +624,13 @@ REFUSED = [
         "combine",
         "depends on the sample, so no sum",
         "what the adapters do is no tensor, so there is nothing to sum",
-        lambda m, p: m.is_a(SampleLayer),
+        lambda m, p: m.is_a(Sample),
     ),
     Refusal(
         "combine",
         "not linear in their tensors",
         "a product, a rotation or another curve of tensors: the sum of such has another form",
-        lambda m, p: not m.sums and not m.is_a(SampleLayer),
+        lambda m, p: not m.sums and not m.is_a(Sample),
     ),
     Refusal(
         "combine",
@@ -745,9 +736,9 @@ def by_definition(cell: Cell, model: PeftModel, names: list[str]) -> nn.Module:
             alone = [values[key, slot].double() for values in each]
             start = getattr(target, slot)  # None where merging gives a bias to a layer without
             wide = torch.zeros_like(alone[0]) if start is None else start.detach().double()
-            if cell.method.is_a(OutputLayer):
+            if cell.method.is_a(Output):
                 wide = _mapped(layer, names, wide, slot)
-            elif not cell.method.is_a(RotationLayer):
+            elif not cell.method.is_a(Rotation):
                 wide = _combined(cell.method, wide, alone)
             elif slot == layer.kind.weight:
                 wide = _turned(layer, names, wide)
@@ -786,9 +777,9 @@ def _merged(model: PeftModel, name: str) -> dict[tuple[str, str], torch.Tensor]:
 
 
 def _combined(method: Method, start: torch.Tensor, alone: list[torch.Tensor]) -> torch.Tensor:
-    if method.is_a(DeltaLayer, FoldLayer, RowsLayer):
+    if method.is_a(Delta, Fold, Rows):
         return start + sum(one - start for one in alone)
-    assert method.is_a(ScaleLayer), f"say here what two active adapters of {method.layer_cls.__name__} mean"
+    assert method.is_a(Scale), f"say here what two active adapters of {method.layer_cls.__name__} mean"
     factors = [torch.where(start == 0, 1, one / start) for one in alone]
     return start * torch.stack(factors).prod(0)
 
@@ -797,8 +788,9 @@ def _mapped(layer: BaseTunerLayer, names: list[str], start: torch.Tensor, slot: 
     """M_2 M_1 W, and M_2 (M_1 b + c_1) + c_2: what comes out of one map goes into the next."""
     base = layer.get_base_layer()
     for name in names:
-        matrix = layer.map_output(name, torch.eye(layer.shape[0], dtype=torch.float64)).detach().T
-        shift = layer.shift(name)
+        adapter = layer.adapters[name]
+        matrix = adapter.map_output(torch.eye(layer.shape[0], dtype=torch.float64)).detach().T
+        shift = adapter.shift()
         if slot == layer.kind.bias:
             start = matrix @ start + (0 if shift is None else shift.detach().double())
         else:
@@ -812,7 +804,8 @@ def _turned(layer: BaseTunerLayer, names: list[str], start: torch.Tensor) -> tor
     base = layer.get_base_layer()
     weight = layer.kind.orient(start, base)
     for name in names if layer.kind.lookup else names[::-1]:
-        rotation, s = layer.rotation(name).detach().double(), layer.scale_out(name)
+        adapter = layer.adapters[name]
+        rotation, s = adapter.rotation().detach().double(), adapter.scale_out()
         weight = rotation.T @ weight if layer.kind.lookup else (weight.flatten(1) @ rotation.T).view_as(weight)
         if s is not None:
             weight = s.detach().double().view(-1, *[1] * (weight.dim() - 1)) * weight

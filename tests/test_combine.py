@@ -68,7 +68,7 @@ def blocks(layer, name):
     """The update of one adapter as matrices [blocks, out, in]; zero where the layer lacks it."""
     if name not in layer:
         return 0
-    down, up = split_pair(layer, *layer.pair(name))
+    down, up = split_pair(layer.adapters[name], *layer.adapters[name].pair())
     return (up @ down * layer.scaling[name]).detach()
 
 
@@ -124,8 +124,8 @@ def test_linear_sums_the_factors(toy):
     model = combine(pair(toy, second={"r": 4}), "linear")
     for layer in layers(model).values():
         factors = [w * layer.scaling[n] for w, n in zip(WEIGHTS, ["x0", "x1"])]
-        a, b = zip(*(layer.pair(n) for n in ("x0", "x1")))
-        new_a, new_b = layer.pair("new")
+        a, b = zip(*(layer.adapters[n].pair() for n in ("x0", "x1")))
+        new_a, new_b = layer.adapters["new"].pair()
         wanted_a = abs(factors[0]) ** 0.5 * a[0] - abs(factors[1]) ** 0.5 * a[1]  # the second weight is negative
         torch.testing.assert_close(new_a, wanted_a)
         torch.testing.assert_close(new_b, sum(abs(f) ** 0.5 * part for f, part in zip(factors, b)))
@@ -137,8 +137,8 @@ def test_linear_of_one_adapter_is_exact_and_ranks_may_differ():
     combine(model, "linear")
     for layer in layers(model).values():
         torch.testing.assert_close(blocks(layer, "part"), -0.5 * blocks(layer, "x1"))
-        (a, b), (a1, b1) = layer.pair("new"), layer.pair("x1")
-        a0, b0 = layer.pair("x0")
+        (a, b), (a1, b1) = layer.adapters["new"].pair(), layer.adapters["x1"].pair()
+        a0, b0 = layer.adapters["x0"].pair()
         root0, root1 = (0.7 * 2) ** 0.5, (1.2 * 1.5) ** 0.5
         torch.testing.assert_close(a[2:], root0 * a0[2:])  # beyond its rank, x1 counts as zeros
         torch.testing.assert_close(a[:2], root0 * a0[:2] - root1 * a1)
@@ -165,8 +165,9 @@ def test_pruning_ways_follow_their_definition(way):
             continue
         factors = torch.tensor([w * s for w, s in zip(WEIGHTS, scales)])
         for part, weights in ((0, factors.sign() * factors.abs().sqrt()), (1, factors.abs().sqrt())):
-            tensors = [layer.pair(n)[part].detach() for n in ("x0", "x1")]
-            torch.testing.assert_close(layer.pair("new")[part], function(tensors, weights, density=0.6, **vote))
+            tensors = [layer.adapters[n].pair()[part].detach() for n in ("x0", "x1")]
+            wanted = function(tensors, weights, density=0.6, **vote)
+            torch.testing.assert_close(layer.adapters["new"].pair()[part], wanted)
 
 
 def test_density_one_prunes_nothing():
@@ -191,9 +192,9 @@ def test_svd_is_the_best_approximation_of_its_rank():
 def test_svd_clamp_limits_the_entries():
     model = combine(combine(pair(), "svd", name="free"), "svd", svd_clamp=0.8)
     for layer in layers(model).values():
-        entries = torch.cat([t.flatten() for t in layer.pair("free")])
+        entries = torch.cat([t.flatten() for t in layer.adapters["free"].pair()])
         limit = torch.quantile(entries, 0.8)
-        for free, new in zip(layer.pair("free"), layer.pair("new")):
+        for free, new in zip(layer.adapters["free"].pair(), layer.adapters["new"].pair()):
             torch.testing.assert_close(new, free.clamp(-limit, limit), rtol=1e-4, atol=1e-5)
             assert not torch.equal(new, free)
 
@@ -219,7 +220,7 @@ def test_half_precision_adapters_are_combined_in_float32():
     model.add_adapter("x1", LoraConfig(**TARGETS["mlp"], **RANDOM), autocast_adapter_dtype=False)
     combine(model, "cat", [0.3, 0.3])
     for layer in layers(model).values():
-        assert layer.pair("new")[0].dtype == torch.bfloat16
+        assert layer.adapters["new"].pair()[0].dtype == torch.bfloat16
         wanted = sum(0.3 * blocks(layer, n).float() for n in ("x0", "x1"))
         torch.testing.assert_close(blocks(layer, "new").float(), wanted, rtol=0.05, atol=0.05)
 
@@ -417,9 +418,9 @@ def test_adapters_side_by_side_in_different_layers():
     model.add_weighted_adapter(["x0", "x1"], [2, 0.5], "new")
     inner, config = model.base_model.model, model.peft_config["new"]
     assert config.r == 5 and config.target_modules == {"lin0", "lin1"}
-    product = inner.lin0.product
-    torch.testing.assert_close(product("new"), 2 * product("x0") + 0.5 * product("x1"))
-    torch.testing.assert_close(inner.lin1.product("new"), 0.5 * inner.lin1.product("x1"))
+    first, second = inner.lin0.adapters, inner.lin1.adapters
+    torch.testing.assert_close(first["new"].product(), 2 * first["x0"].product() + 0.5 * first["x1"].product())
+    torch.testing.assert_close(second["new"].product(), 0.5 * second["x1"].product())
 
 
 def test_tokens_of_either_adapter():

@@ -114,7 +114,8 @@ def test_adapters_of_different_methods_become_one(tmp_path: Path) -> None:
         wanted.lin1.weight += 0.5 * deltas["lin1"].get_delta_weight("two")
         for name in ("lin0", "lin1"):
             layer = parts["two"] if name == "lin0" else deltas["lin1"]
-            wanted.get_submodule(name).bias += 0.5 * (layer.scale_out("two") - 1) * layer.get_base_layer().bias
+            scale = layer.adapters["two"].scale_out()
+            wanted.get_submodule(name).bias += 0.5 * (scale - 1) * layer.get_base_layer().bias
     torch.testing.assert_close(lora(x), wanted(x), atol=1e-4, rtol=1e-4)
 
 

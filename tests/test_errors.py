@@ -489,8 +489,6 @@ class TestNames:
         model = self.two()
         with refused(ValueError, model, says=["other", "already exists", "delete_adapter"]):
             model.add_adapter("other", LoraConfig(target_modules=["lin0"]))
-        with refused(ValueError, model.get_base_model(), says=["default", "already exists"]):
-            inject_adapter_in_model(LoraConfig(target_modules=["lin0"]), model.get_base_model(), "default")
 
     @pytest.mark.parametrize("name", ["", "a.b", ".", "keys", "pop", "items", 3, None])
     def test_a_name_that_cannot_be_one(self, name, saved):

@@ -171,7 +171,7 @@ class TestGolden:
     def test_gradients_and_losses_of_three_steps(self, case: str) -> None:
         record, _ = read(case)
         model = without_dropout(load(case, is_trainable=True))
-        if any(layer.random_in_training for _, layer in layers_of(model)):
+        if any(layer.adapter_cls.random_in_training for _, layer in layers_of(model)):
             assert loss_of(model, case).isfinite()
             return  # the recorded gradients and losses belong to draws that are lost
         if is_result_of_a_network(case):
@@ -229,11 +229,11 @@ class TestGolden:
     def test_merged_and_unmerged(self, case: str) -> None:
         _, tensors = read(case)
         model = load(case)
-        if model.is_prompt_learning:
+        if model.peft_config["default"].is_prompt_learning:
             with pytest.raises(ValueError, match="nothing to merge"):
                 model.merge_adapter()
             return
-        if all(layer.unmergeable("default") for _, layer in layers_of(model)):
+        if all(layer.adapters["default"].unmergeable() for _, layer in layers_of(model)):
             with pytest.raises(ValueError, match="no one weight equals it"):
                 model.merge_adapter()
             return

@@ -486,7 +486,7 @@ def run_mixed(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
 @pytest.fixture
 def grouped_calls(monkeypatch) -> list[int]:
     """Rows of each call of the grouped product."""
-    from peft.core.families import families
+    from peft.core.layer import rows
     from peft.kernels.grouped import grouped_linear
 
     calls = []
@@ -495,7 +495,7 @@ def grouped_calls(monkeypatch) -> list[int]:
         calls.append(len(x))
         return grouped_linear(owner, base, x, *args)
 
-    monkeypatch.setattr(families, "grouped_linear", count)
+    monkeypatch.setattr(rows, "grouped_linear", count)
     return calls
 
 

@@ -42,7 +42,7 @@ from peft import (
     save_as_lora,
     set_peft_model_state_dict,
 )
-from peft.core.families.families import CopyLayer, OutputLayer, RotationLayer, RowsLayer, ScaleLayer
+from peft.core.families import Copy, Output, Rotation, Rows, Scale
 from peft.utils.hotswap import hotswap_adapter
 from peft.utils.peft_types import PEFT_TYPE_TO_MIXED_MODEL_MAPPING
 
@@ -118,7 +118,7 @@ def test_a_safe_merge_leaves_nothing_behind(cell: Cell) -> None:
 
 def _same_base(cell: Cell, model: PeftModel, wanted: dict, what: str, exact: bool = False) -> None:
     """The base model's weights: the same bits where the layer keeps the original, else but for rounding."""
-    exact = exact or not all(layer.reversible for _, layer in layers(model))
+    exact = exact or not all(layer.adapter_cls.reversible for _, layer in layers(model))
     found = base_weights(model)
     assert found.keys() == wanted.keys()
     for key, value in wanted.items():
@@ -156,7 +156,7 @@ def test_a_row_of_a_mixed_batch_has_the_value_of_its_adapter_alone(cell: Cell) -
 @over(cells("mixed", precisions=TWO))
 def test_a_row_of_a_mixed_batch_has_the_gradient_of_its_adapter_alone(cell: Cell) -> None:
     """3, in training mode, but where that draws random numbers."""
-    model = cell.adapted("one", "two").train(not cell.method.layer_cls.random_in_training)
+    model = cell.adapted("one", "two").train(not cell.method.layer_cls.adapter_cls.random_in_training)
     _rows_train_their_adapters(cell, model)
 
 
@@ -218,7 +218,7 @@ def test_pickled_weights_load_as_well(cell: Cell, tmp_path: Path) -> None:
 @over(cells(precisions=ONE, switches=False, each_layer=False))
 def test_no_adapter_name_is_special(cell: Cell, tmp_path: Path) -> None:
     """Names that are numbers of modules, names of tensors, or beginnings of other names."""
-    names = ["default", "0", next(iter(cell.method.layer_cls.weights)), "default2", "layer"]
+    names = ["default", "0", next(iter(cell.method.layer_cls.adapter_cls.parts)), "default2", "layer"]
     model = cell.adapted(*names)
     wanted = {}
     for name in names:
@@ -317,7 +317,7 @@ def test_two_active_adapters_are_what_their_family_says(cell: Cell) -> None:
     model = cell.adapted("one", "two")
     wanted = cell.run(by_definition(cell, model, ["one", "two"]))
     half = wanted
-    if cell.method.is_a(RotationLayer) and cell.place.kind != "Embedding":  # what is merged is next to the weight
+    if cell.method.is_a(Rotation) and cell.place.kind != "Embedding":  # what is merged is next to the weight
         half = cell.run(by_definition(cell, model, ["two", "one"]))
     one = cell.run(model)
     model.base_model.set_adapter(["one", "two"])
@@ -341,7 +341,7 @@ def test_two_active_adapters_are_what_their_family_says(cell: Cell) -> None:
 @over(
     cell
     for cell in cells("several", precisions=ONE)
-    if cell.unmergeable and cell.place.affine and not cell.method.is_a(OutputLayer)
+    if cell.unmergeable and cell.place.affine and not cell.method.is_a(Output)
 )
 def test_two_active_adapters_add_up_where_no_weight_shows_it(cell: Cell) -> None:
     """8, for updates that are no weight: the outputs add up, on layers whose output is affine in the weight."""
@@ -353,7 +353,7 @@ def test_two_active_adapters_add_up_where_no_weight_shows_it(cell: Cell) -> None
     cell.near(cell.run(model), one + two - base)
 
 
-@over(cell for cell in cells("several", precisions=ONE) if cell.unmergeable and cell.method.is_a(OutputLayer))
+@over(cell for cell in cells("several", precisions=ONE) if cell.unmergeable and cell.method.is_a(Output))
 def test_two_active_output_maps_follow_each_other_where_no_weight_shows_it(cell: Cell) -> None:
     """8, for maps of the output that are no weight: what comes out of one goes into the next."""
     model, base = cell.adapted("one", "two"), cell.base()
@@ -361,7 +361,7 @@ def test_two_active_output_maps_follow_each_other_where_no_weight_shows_it(cell:
     (_, layer), axis = layers(model)[0], 1
     wanted = cell.run(base) / base.gain
     for name in ("one", "two"):
-        matrix = layer.map_output(name, torch.eye(layer.out_features)).detach()  # transposed: rows are images
+        matrix = layer.adapters[name].map_output(torch.eye(layer.out_features)).detach()  # transposed: rows are images
         wanted = (wanted.movedim(axis, -1) @ matrix).movedim(-1, axis)
     cell.near(cell.run(model), wanted * base.gain)
 
@@ -413,7 +413,7 @@ def test_a_weighted_combination_does_the_weighted_sum(cell: Cell, tmp_path: Path
     one = cell.run(model)
     _combine(model, weights)
     assert torch.equal(cell.run(model), one) and model.active_adapters == ["one"]
-    wanted = cell.run(weighted(cell, model, weights, as_scales=cell.method.is_a(ScaleLayer)))
+    wanted = cell.run(weighted(cell, model, weights, as_scales=cell.method.is_a(Scale)))
     model.set_adapter("sum")
     cell.near(cell.run(model), wanted, factor=3)
     if cell.dtype == torch.float32:
@@ -497,7 +497,7 @@ def test_unloading_gives_the_base_model_back(cell: Cell) -> None:
 def test_unloading_a_merged_model_gives_the_base_model_back(cell: Cell) -> None:
     wanted = state(cell.base())
     model = cell.adapted("one")
-    exact = not all(layer.reversible for _, layer in layers(model))
+    exact = not all(layer.adapter_cls.reversible for _, layer in layers(model))
     model.merge_adapter()
     found = model.unload().state_dict()
     if exact:
@@ -629,7 +629,7 @@ def test_adapters_of_two_methods_live_in_one_model(first: Cell, second: Cell, tm
     """3, 4, 7, 8, 10 in a PeftMixedModel."""
     both = {"one": first, "two": second}
     model = get_peft_model(first.base(), first.config(), "one", mixed=True)
-    if second.method.is_a(CopyLayer):
+    if second.method.is_a(Copy):
         with pytest.raises(ValueError, match="which a copy of the whole module would hide"):
             model.add_adapter("two", second.config())
         assert list(model.peft_config) == ["one"] and not any("two" in layer for _, layer in layers(model))
@@ -659,7 +659,7 @@ def test_adapters_of_two_methods_live_in_one_model(first: Cell, second: Cell, tm
         _near_base(first, base_weights(model), base, "unmerged")
     model.save_pretrained(tmp_path)
     for order in (["one", "two"], ["two", "one"]):
-        if both[order[1]].method.is_a(CopyLayer):
+        if both[order[1]].method.is_a(Copy):
             continue
         loaded = PeftMixedModel.from_pretrained(first.base(), tmp_path / order[0], order[0])
         loaded.load_adapter(tmp_path / order[1], order[1])
@@ -805,7 +805,7 @@ def test_adapters_that_exclude_each_other_are_not_active_together(cell: Cell) ->
     assert torch.equal(cell.run(model), before)
 
 
-@over(cell for cell in cells(precisions=ONE) if cell.method.is_a(RowsLayer))
+@over(cell for cell in cells(precisions=ONE) if cell.method.is_a(Rows))
 def test_two_adapters_of_the_same_token_exclude_each_other(cell: Cell) -> None:
     model = cell.adapted("one")
     before = cell.run(model)
@@ -827,9 +827,9 @@ def test_rows_that_cannot_be_told_apart_are_refused(cell: Cell) -> None:
 def test_copies_are_merged_one_at_a_time() -> None:
     """The one refusal that needs names: copies cannot be merged on top of each other."""
     for cell in cells("merge", precisions=ONE):
-        if not cell.method.is_a(CopyLayer):
+        if not cell.method.is_a(Copy):
             continue
         model = cell.adapted("one", "two")
-        with pytest.raises(ValueError, match="merge one adapter at a time"):
+        with pytest.raises(ValueError, match="one adapter can be active at a time"):
             model.merge_adapter(["one", "two"])
         assert not any(layer.merged for _, layer in layers(model))

@@ -15,7 +15,7 @@ from torch import nn
 
 import peft
 from peft import LoHaConfig, LoKrConfig, PrefixTuningConfig, get_peft_model
-from peft.core.families.families import DeltaLayer
+from peft.core.families import Delta
 from peft.tuners.lokr.layer import LoKrLayer, factorization
 from peft.utils.error import ConfigError
 
@@ -52,7 +52,7 @@ def adapted(base, config, noise=True):
 
 def by_weight(layer, x):
     """What the adapter adds to the output, through its whole weight."""
-    return DeltaLayer.delta(layer, "default", x)
+    return Delta.delta(layer.adapters["default"], x)
 
 
 # ---- The weight --------------------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def test_the_forward_and_its_gradients_are_those_of_the_whole_weight(base, confi
     module, shape = BASES[base]
     layer = adapted(copy.deepcopy(module).double(), CONFIGS[config]()).double()
     x = torch.randn(shape, dtype=torch.double, requires_grad=True) if shape else torch.randint(48, (2, 7))
-    short, long = layer.product("default", x), by_weight(layer, x)
+    short, long = layer.adapters["default"].product(x), by_weight(layer, x)
     torch.testing.assert_close(short, long)
     wrt = [*layer.adapter_parameters("default"), *([x] if shape else [])]
     direction = torch.randn_like(long)
@@ -161,7 +161,7 @@ def test_nothing_of_the_size_of_the_weight_is_kept_for_the_backward_pass(config,
     layer = adapted(nn.Linear(*features), copy.deepcopy(config))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-        layer.product("default", torch.randn(3, features[0]))
+        layer.adapters["default"].product(torch.randn(3, features[0]))
     assert kept
     assert max(kept) < features[0] * features[1]
 
@@ -170,7 +170,7 @@ def test_a_large_rank_keeps_the_weight_once():
     layer = adapted(nn.Linear(64, 64), LoHaConfig(r=8))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-        layer.product("default", torch.randn(3, 64))
+        layer.adapters["default"].product(torch.randn(3, 64))
     assert sum(size >= 64 * 64 for size in kept) <= 1
 
 
@@ -197,20 +197,20 @@ def test_rank_dropout_leaves_out_whole_outputs_in_training(base, config, scaled)
     make, shape, others = LAYERS[base]
     layer, x = adapted(make(), config()).train(), torch.randn(shape)
     with torch.no_grad():
-        found, full = layer.delta("default", x), layer.product("default", x)
+        found, full = layer.adapters["default"].delta(x), layer.adapters["default"].product(x)
         kept = found.abs().amax(others) > 0
         share = kept.float().mean().item()
         assert 0.5 < share < 0.7
         shaped = (slice(None), kept)
         torch.testing.assert_close(found[shaped], full[shaped] / share if scaled else full[shaped])
-        torch.testing.assert_close(layer.eval().delta("default", x), full)
+        torch.testing.assert_close(layer.eval().adapters["default"].delta(x), full)
         torch.testing.assert_close(layer.train().get_delta_weight("default"), layer.eval().get_delta_weight("default"))
 
 
 def test_rank_dropout_that_drops_everything_gives_zeros():
     layer = adapted(nn.Linear(4, 1), LoHaConfig(r=2, rank_dropout=0.99)).train()
     torch.manual_seed(0)
-    outputs = torch.stack([layer.delta("default", torch.ones(4)) for _ in range(20)])
+    outputs = torch.stack([layer.adapters["default"].delta(torch.ones(4)) for _ in range(20)])
     assert (outputs == 0).any()
     assert outputs.isfinite().all()
 
@@ -219,7 +219,7 @@ def test_rank_dropout_that_drops_everything_gives_zeros():
 def test_module_dropout_leaves_out_the_whole_update_in_training(config):
     torch.manual_seed(0)
     layer, x = adapted(nn.Linear(12, 8), config(r=2, module_dropout=0.3)).train(), torch.randn(2, 12)
-    plain, full = layer.base_layer(x), layer.base_layer(x) + layer.product("default", x)
+    plain, full = layer.base_layer(x), layer.base_layer(x) + layer.adapters["default"].product(x)
     with torch.no_grad():
         outputs = [layer(x) for _ in range(200)]
     dropped = sum(torch.equal(y, plain) for y in outputs)

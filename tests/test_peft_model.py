@@ -41,6 +41,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.core.layer.weight import base_weight
 
 
 X = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
@@ -272,6 +273,9 @@ class TestDeleting:
         expected = model(X)
         model.set_adapter("default")
         model.merge_adapter()
+        with pytest.raises(ValueError, match="unmerge_adapter"):
+            model.delete_adapter("default")
+        model.unmerge_adapter()
         with pytest.warns(UserWarning):
             model.delete_adapter("default")
         torch.testing.assert_close(model(X), expected, **CLOSE)
@@ -433,7 +437,7 @@ class TestNames:
         assert model.config is base.config and model.device == base.device and model.dtype == base.dtype
         assert model.base_model_torch_dtype == torch.float32
         assert model.active_peft_config is model.peft_config["default"]
-        assert not model.is_prompt_learning and model.modules_to_save is None
+        assert not model._is_prompt_learning and model.modules_to_save is None
         assert model.peft_config["default"].task_type == TaskType.CAUSAL_LM
         with pytest.raises(AttributeError, match="nonsense"):
             getattr(model, "non" + "sense")
@@ -1044,7 +1048,7 @@ def test_what_a_file_does_not_hold_is_drawn(tmp_path: Path, monkeypatch: pytest.
     for name in ("default", "other"):
         layer = model.base_model.model.lin1
         assert not layer.lora_B[name].weight.any() and layer.lora_A[name].weight.isfinite().all()
-        torch.testing.assert_close(layer.lora_magnitude_vector[name].weight, layer.get_base_weight().norm(dim=1))
+        torch.testing.assert_close(layer.lora_magnitude_vector[name].weight, base_weight(layer).norm(dim=1))
         assert torch.equal(model.base_model.model.lin0.lora_A[name].weight, tensors[next(iter(tensors))])
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from peft import (
     CartridgeConfig,
     CPTConfig,
+    LoraConfig,
     MultitaskPromptTuningConfig,
     PeftModel,
     PrefixTuningConfig,
@@ -26,6 +27,7 @@ from peft import (
     initialize_kv_prefix_from_past_key_values,
     initialize_kv_prefix_from_text,
 )
+from peft.core.model.manager import INTERFACE
 from peft.core.prompts import caches
 
 
@@ -539,7 +541,7 @@ def test_a_context_is_saved_and_trained_on(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize(
     "kwargs",
-    [{"cpt_token_ids": None}, {"cpt_mask": [1]}, {"task_type": "SEQ_CLS"}, {"opt_weighted_loss_type": "more"}],
+    [{"cpt_mask": [1]}, {"task_type": "SEQ_CLS"}, {"opt_weighted_loss_type": "more"}],
 )
 def test_bad_contexts_are_refused(kwargs: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(kwargs))):
@@ -680,7 +682,7 @@ def test_the_tutorials_prefix_config_works() -> None:
     config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=10, encoder_hidden_size=512)
     model = get_peft_model(base("llama"), config)
     assert model.get_nb_trainable_parameters()[0] == 10 * 2 * 2 * 8
-    assert model.is_prompt_learning and model.prompt_tokens["default"].tolist() == list(range(10))
+    assert model._is_prompt_learning and model.prompt_tokens["default"].tolist() == list(range(10))
     assert model.word_embeddings is model.base_model.get_input_embeddings()
     assert model.transformer_backbone_name == "model"
 
@@ -692,3 +694,197 @@ def test_a_bfloat16_base(method: str) -> None:
     model(input_ids=PADDED, attention_mask=MASK, labels=PADDED).loss.backward()
     assert all(p.grad.isfinite().all() for p in trained(model).values())
     assert model.eval().generate(input_ids=PADDED, attention_mask=MASK, **GREEDY).shape == (4, 13)
+
+
+# --- architectures, caches and sizes --------------------------------------------------------------------------
+
+THREE = {"vocab_size": 40, "hidden_size": 16, "num_attention_heads": 4, "num_hidden_layers": 2}
+OLD = {"vocab_size": 40, "n_embd": 16, "n_head": 4, "n_layer": 2}
+GEMMA4 = {
+    "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 16, "num_kv_shared_layers": 0,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"], "vocab_size_per_layer_input": 40,
+    "hidden_size_per_layer_input": 8,
+}  # fmt: skip
+CACHES: dict[str, Callable[[], nn.Module]] = {
+    "gpt_neox": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**THREE, intermediate_size=24)),
+    "falcon": lambda: hf.FalconForCausalLM(hf.FalconConfig(**THREE)),
+    "falcon-40b": lambda: hf.FalconForCausalLM(
+        hf.FalconConfig(**THREE, new_decoder_architecture=True, num_kv_heads=2)
+    ),
+    "gptj": lambda: hf.GPTJForCausalLM(hf.GPTJConfig(**OLD, rotary_dim=4)),
+    "codegen": lambda: hf.CodeGenForCausalLM(hf.CodeGenConfig(**OLD, rotary_dim=4)),
+    "bloom": lambda: hf.BloomForCausalLM(hf.BloomConfig(vocab_size=40, hidden_size=16, n_head=4, n_layer=2)),
+    "mpt": lambda: hf.MptForCausalLM(hf.MptConfig(vocab_size=40, d_model=16, n_heads=4, n_layers=2)),
+    "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**OLD)),
+    "gpt_bigcode": lambda: hf.GPTBigCodeForCausalLM(hf.GPTBigCodeConfig(**OLD, attn_pdrop=0.0)),
+    "opt": DECODERS["opt"],
+    "gemma3": DECODERS["gemma3"],
+    "gemma4": lambda: hf.Gemma4ForCausalLM(hf.Gemma4TextConfig(**GEMMA4)),
+    "gemma4-heads": lambda: hf.Gemma4ForCausalLM(
+        hf.Gemma4TextConfig(**GEMMA4, num_global_key_value_heads=1, attention_k_eq_v=True)
+    ),
+    **SEQ2SEQ,
+}
+
+
+@pytest.mark.parametrize("method", ["prefix", "projection", "cartridge"])
+@pytest.mark.parametrize("name", CACHES)
+def test_checkpointed_layers_keep_the_prefix_whatever_they_call_it(name: str, method: str) -> None:
+    base = without_dropout(with_large_weights(CACHES[name]))
+    make = {**METHODS, "cartridge": CartridgeConfig}[method]
+    config = make(task_type="SEQ_2_SEQ_LM" if name in SEQ2SEQ else "CAUSAL_LM", num_virtual_tokens=3)
+    torch.manual_seed(1)
+    model = get_peft_model(base, config).train()
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        loss = model(input_ids=PADDED, attention_mask=MASK, labels=PADDED).loss
+        loss.backward()
+        return [loss.detach(), *(p.grad.clone() for p in trained(model).values())]
+
+    wanted = gradients()
+    assert any(grad.any() for grad in wanted[1:])
+    for reentrant in (False, True):
+        base.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        for found, grad in zip(gradients(), wanted, strict=True):
+            torch.testing.assert_close(found, grad, rtol=1e-4, atol=1e-5)
+        assert all("forward" not in vars(module) for module in base.modules())
+        base.gradient_checkpointing_disable()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["prefix", "cartridge"])
+@pytest.mark.parametrize("name", ["falcon", "falcon-40b", "gpt_bigcode", "gemma4", "gemma4-heads"])
+def test_heads_may_differ_in_size_and_number(name: str, method: str, tmp_path: Any) -> None:
+    """Each layer gets keys of its own shape; the table's layout is that of the widest, head by head."""
+    make = {"prefix": PrefixTuningConfig, "cartridge": CartridgeConfig}[method]
+    torch.manual_seed(1)
+    model = get_peft_model(with_large_weights(CACHES[name]), make(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    seen = hf.DynamicCache()
+    plain = model.get_base_model()
+    plain(input_ids=PADDED, **{caches.name_of(plain): seen})
+    given = model.get_prompt(2)
+    for layer, own in zip(given.layers, seen.layers, strict=True):
+        assert [layer.keys.shape[i] for i in (1, 3)] == [own.keys.shape[i] for i in (1, 3)]
+    got = model.generate(input_ids=PADDED, attention_mask=MASK, **GREEDY)
+    assert got.tolist() == by_hand(model, "prefix", PADDED, MASK, 8).tolist()
+    model.save_pretrained(str(tmp_path))
+    again = PeftModel.from_pretrained(with_large_weights(CACHES[name]).eval(), str(tmp_path))
+    torch.testing.assert_close(again(input_ids=PADDED).logits, model(input_ids=PADDED).logits)
+    if name == "gemma4":
+        table = model.get_prompt_embedding_to_save("default").view(3, 6, 2, 16)
+        torch.testing.assert_close(given.layers[0].values[0], table[:, 1, :, :8].transpose(0, 1))
+        torch.testing.assert_close(given.layers[2].keys[0], table[:, 4].transpose(0, 1))
+
+
+# --- what the wrapper is not ----------------------------------------------------------------------------------
+
+EVERY: dict[str, Callable[..., Any]] = {
+    **METHODS, "cartridge": CartridgeConfig, "cpt": lambda num_virtual_tokens, **kw: CPTConfig(**CONTEXT, **kw),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_nothing_of_a_prompts_machinery_hides_what_the_base_model_has(method: str) -> None:
+    model = get_peft_model(base("llama"), EVERY[method](task_type="CAUSAL_LM", num_virtual_tokens=2))
+    manager = model._tuner
+    names = {n for part in (manager, manager.prompts, manager.calls, manager.generation) for n in dir(part)}
+    names = {name for name in names if not name.startswith("_")} - set(dir(type(model))) - set(vars(model))
+    names -= {*INTERFACE, *model._modules, *dir(model.get_base_model())}
+    assert {"prefix", "feed", "longest", "extended", "calls", "prompts"} - {"prefix"} <= names
+    for name in (*names, "prefix", "heads", "inputs", "tuner", "finish", "chunked_loss"):
+        assert not hasattr(model, name), name
+        vars(model.get_base_model())[name] = name
+        assert getattr(model, name) == name
+        del vars(model.get_base_model())[name]
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_whether_a_prompt_can_be_merged_can_be_asked(method: str) -> None:
+    model = get_peft_model(base("llama"), EVERY[method](task_type="CAUSAL_LM", num_virtual_tokens=2))
+    for name in ("merge_and_unload", "merge_adapter", "unmerge_adapter", "add_weighted_adapter"):
+        assert not hasattr(model, name)
+        for kind in (AttributeError, ValueError):
+            with pytest.raises(kind, match="nothing to merge|pass adapter_names"):
+                getattr(model, name)()
+    assert hasattr(model, "unload") and hasattr(model, "disable_adapter_layers")
+    assert model.base_model_prepare_inputs_for_generation == model.get_base_model().prepare_inputs_for_generation
+
+
+def test_nothing_of_a_weight_methods_machinery_hides_what_the_base_model_has() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads, self.proj = nn.Linear(4, 2), nn.Linear(4, 4)
+            for name in OURS:
+                setattr(self, name, f"its {name}")
+
+    model = get_peft_model(Own(), LoraConfig(target_modules=["proj"]))
+    assert model.heads is model.get_base_model().heads
+    assert all(getattr(model, name) == f"its {name}" for name in OURS)
+    assert model.model is model.get_base_model() and model.prefix == "lora_"
+
+
+OURS = (
+    "inputs", "tuner", "finish", "forget", "targets_of", "adapter_state", "switched_off", "prepare_config", "start",
+    "layer_cls", "default_roles", "take_out", "token_inputs", "position_inputs", "heads_read_ids", "chunked_loss",
+    "is_prompt_learning", "MEANINGLESS",
+)  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tasks", [torch.tensor([1]), torch.tensor(1), [1], 1], ids=repr)
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_one_task_stands_for_a_batch(name: str, tasks: Any) -> None:
+    task = "SEQ_2_SEQ_LM" if name == "t5" else "CAUSAL_LM"
+    config = MultitaskPromptTuningConfig(task_type=task, num_virtual_tokens=2, num_tasks=3, num_ranks=2)
+    model = get_peft_model(base(name), config).eval()
+    nn.init.normal_(model.prompt_encoder["default"].prefix_task_cols)
+    nn.init.normal_(model.prompt_encoder["default"].prefix_task_rows)
+    inputs = {"input_ids": PADDED, "attention_mask": MASK}
+    labels = {"labels": PADDED} if name == "t5" else {}
+    each = torch.full((4,), 1)
+    wanted = model(**inputs, **labels, task_ids=each).logits
+    torch.testing.assert_close(model(**inputs, **labels, task_ids=tasks).logits, wanted)
+    assert (model(**inputs, **labels, task_ids=each + 1).logits - wanted).abs().max() > 1e-3
+    for beams in (1, 2):
+        got = model.generate(**inputs, task_ids=tasks, num_beams=beams, **GREEDY)
+        assert got.tolist() == model.generate(**inputs, task_ids=each, num_beams=beams, **GREEDY).tolist()
+    with pytest.raises(ValueError, match="task_ids has 3 entries"):
+        model(**inputs, task_ids=[0, 1, 2])
+
+
+def test_a_context_is_one_token_where_none_is_given() -> None:
+    with pytest.warns(UserWarning, match="one token of id 0"):
+        config = CPTConfig(task_type="CAUSAL_LM", opt_weighted_loss_type="decay")
+    assert (config.cpt_token_ids, config.cpt_mask, config.cpt_tokens_type_mask) == ([0], [1], [1])
+    model = get_peft_model(base("llama"), config)
+    model(input_ids=PADDED, labels=PADDED).loss.backward()
+    assert model.prompt_encoder["default"].delta_embedding.weight.grad.any()
+
+
+def test_moves_of_labels_get_no_gradient_from_anything() -> None:
+    model = context_model()
+    encoder = model.prompt_encoder["default"]
+    encoder.set_updated_tokens()
+    nn.init.ones_(encoder.delta_embedding.weight)
+    (model(input_ids=PADDED, labels=PADDED).loss + encoder.delta_embedding.weight.square().sum()).backward()
+    moved = encoder.delta_embedding.weight.grad.norm(dim=1) > 0
+    assert moved.tolist() == [kind % 4 != 0 for kind in CONTEXT["cpt_tokens_type_mask"]]
+
+
+@torch.no_grad()
+def test_a_prompt_without_a_head_of_its_own_uses_that_of_the_base() -> None:
+    """A module that one prompt trains whole is the base model's again when another prompt is active."""
+    inputs = {"input_ids": PADDED}
+    model = for_task("bert-FEATURE_EXTRACTION", "prompt", modules_to_save=["pooler"]).eval()
+    model.add_adapter("two", PromptTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=3))
+    model.get_base_model().pooler.modules_to_save["default"].dense.bias += 1
+    with_own = model(**inputs).pooler_output
+    model.set_adapter("two")
+    model.prompt_encoder["two"].load_state_dict(model.prompt_encoder["default"].state_dict())
+    without = model(**inputs).pooler_output
+    assert (with_own - without).abs().max() > 1e-2
+    model.set_adapter("default")
+    torch.testing.assert_close(model(**inputs).pooler_output, with_own)

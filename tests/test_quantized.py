@@ -22,6 +22,7 @@ from peft import (
     replace_lora_weights_loftq,
 )
 from peft.core.base import storage as storages
+from peft.core.layer.weight import base_weight, folded_weight
 from peft.tuners import lora
 from peft.utils.loftq_utils import loftq_init, round_to_bits
 
@@ -199,8 +200,8 @@ def test_loftq_starts_closer_to_the_weight_than_rounding(bits):
         ),
     )  # fmt: skip
     layer = model.base_model.model[0]
-    assert torch.allclose(layer.get_base_weight(), rounded, atol=1e-5)
-    whole = layer._folded_weight(["default"])  # the scale of 2 is in the pair
+    assert torch.allclose(base_weight(layer), rounded, atol=1e-5)
+    whole = folded_weight(layer, [layer.adapters["default"]])  # the scale of 2 is in the pair
     assert (weight - whole).norm() < 0.95 * plainly
 
 

@@ -16,12 +16,13 @@ from quantised import BASES, IN, MAIN, NOISE, pack
 from torch import nn
 
 from peft import PeftModel, get_peft_model
-from peft.core.families.families import CopyLayer, RowsLayer
+from peft.core.families import Copy, Rows
+from peft.core.layer.weight import base_weight, folded_bias, folded_weight
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-WEIGHT_METHODS = [m for m in methods() if not m.is_a(CopyLayer, RowsLayer) and m.has("target_modules")]
+WEIGHT_METHODS = [m for m in methods() if not m.is_a(Copy, Rows) and m.has("target_modules")]
 FULL = [(m, base) for m in WEIGHT_METHODS for base in MAIN]
 MERGED = FULL + [(m, base) for m in WEIGHT_METHODS if "[" not in m.name for base in BASES if base not in MAIN]
 
@@ -54,14 +55,14 @@ def near(found: torch.Tensor, wanted: torch.Tensor, bound: float, what: str = ""
 
 
 def mergeable(model: PeftModel) -> bool:
-    return not any(layer.unmergeable("one") for _, layer in layers(model))
+    return not any(layer.adapters["one"].unmergeable() for _, layer in layers(model))
 
 
 def as_dense(model: PeftModel) -> nn.Module:
     """The plain float32 model with W as the storages read it, and the adapter folded in by the method's definition."""
     parts: list[nn.Module] = []
     for _, layer in layers(model):
-        weight, bias = layer._folded_weight(["one"]), layer._folded_bias(["one"])
+        weight, bias = folded_weight(layer, [layer.adapters["one"]]), folded_bias(layer, [layer.adapters["one"]])
         plain = nn.Linear(layer.in_features, layer.out_features, bias=bias is not None)
         plain.weight = nn.Parameter(weight.detach().float())
         if bias is not None:
@@ -106,14 +107,14 @@ def test_merging_rounds_as_reported_and_unmerging_gives_the_same_codes(method: M
     if not mergeable(model):
         pytest.skip("no weight equals this adapter")
     before, codes_before = run(model), codes(model)
-    wanted = [layer._folded_weight(["one"]).float() for _, layer in layers(model)]
+    wanted = [folded_weight(layer, [layer.adapters["one"]]).float() for _, layer in layers(model)]
     for mode in (False, True, False):
         model.train(mode)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             model.merge_adapter()
         for (_, layer), weight in zip(layers(model), wanted):
-            error = ((layer.get_base_weight().float() - weight).norm() / weight.norm()).item()
+            error = ((base_weight(layer).float() - weight).norm() / weight.norm()).item()
             assert abs(error - layer.merge_error) < 1e-3 and error < (0.25 if "4" in base else 0.02)
         worst = max(layer.merge_error for _, layer in layers(model))
         assert any("relative error" in str(w.message) for w in caught) == (worst > 0.01)
@@ -132,7 +133,7 @@ def test_a_step_reaches_the_adapter_and_agrees_with_the_dense_base(method: Metho
     for _, layer in layers(other):
         old = layer.get_base_layer()
         new = nn.Linear(layer.in_features, layer.out_features, bias=old.bias is not None)
-        new.weight = nn.Parameter(layer.get_base_weight().float(), requires_grad=False)
+        new.weight = nn.Parameter(base_weight(layer).float(), requires_grad=False)
         if old.bias is not None:
             new.bias = nn.Parameter(old.bias.detach().float(), requires_grad=False)
         layer.replace_base(new)
@@ -173,7 +174,7 @@ def test_no_dense_copy_of_a_base_weight_waits_for_the_backward(method: Method) -
     for _, layer in layers(dense):
         old = layer.get_base_layer()
         new = nn.Linear(layer.in_features, layer.out_features)
-        new.weight, new.bias = nn.Parameter(layer.get_base_weight(), requires_grad=False), old.bias
+        new.weight, new.bias = nn.Parameter(base_weight(layer), requires_grad=False), old.bias
         layer.replace_base(new)
     assert saved_bytes(quantised) <= 1.05 * saved_bytes(dense)
 
@@ -182,12 +183,12 @@ def test_no_dense_copy_of_a_base_weight_waits_for_the_backward(method: Method) -
 def test_repacked_codes_are_read_right(method: Method, base: str) -> None:
     """After the repacking that bitsandbytes does on some CPUs, its own dequantisation is wrong; ours is not."""
     model = adapted(method, BASES[base]())
-    weights = [layer.get_base_weight().clone() for _, layer in layers(model)]
-    folded = [layer._folded_weight(["one"]).clone() for _, layer in layers(model)]
+    weights = [base_weight(layer).clone() for _, layer in layers(model)]
+    folded = [folded_weight(layer, [layer.adapters["one"]]).clone() for _, layer in layers(model)]
     pack(model)
     for (_, layer), weight, wanted in zip(layers(model), weights, folded):
-        near(layer.get_base_weight(), weight, 4e-3, "base")  # the repacking rounds the scales to bfloat16
-        near(layer._folded_weight(["one"]), wanted, 0.02, "folded")
+        near(base_weight(layer), weight, 4e-3, "base")  # the repacking rounds the scales to bfloat16
+        near(folded_weight(layer, [layer.adapters["one"]]), wanted, 0.02, "folded")
     if mergeable(model):
         packed = codes(model)
         model.merge_adapter()

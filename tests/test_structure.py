@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import inspect
 import re
-from collections.abc import Iterator
+import statistics
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 import pytest
@@ -44,9 +46,9 @@ def functions(path: Path) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunc
 
 def test_the_tree_is_there():
     names = {short(path) for path in FILES}
-    outside = ("__init__", "config", "mapping", "mapping_func", "auto", "mixed_model", "functional", "helpers")
+    outside = ("__init__", "compat/__init__", "config", "mapping", "mapping_func", "auto", "mixed_model", "functional")
     core = ("base/kinds", "base/storage/plain", "layer/layer", "model/tuner", "model/targeting", "model/walk")
-    wanted = {f"{name}.py" for name in (*outside, "import_utils", "peft_model", "compat", "tuners/tuners_utils")}
+    wanted = {f"{name}.py" for name in (*outside, "helpers", "import_utils", "peft_model", "tuners/tuners_utils")}
     assert wanted | {f"core/{name}.py" for name in core} <= names
     assert (ROOT / "py.typed").exists()
 
@@ -62,12 +64,63 @@ def test_a_function_has_at_most_60_lines(path):
     assert {name: lines for name, lines in long.items() if lines > 60} == {}
 
 
+def classes(path: Path) -> dict[str, int]:
+    """The classes of a file with their lines."""
+    found = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef))
+    return {node.name: node.end_lineno - node.lineno + 1 for node in found}
+
+
+@pytest.mark.parametrize("path", CORE, ids=short)
+def test_core_has_files_of_at_most_450_lines_and_classes_of_at_most_350(path):
+    assert len(path.read_text().splitlines()) <= 450
+    assert {name: lines for name, lines in classes(path).items() if lines > 350} == {}
+
+
+def test_the_layer_has_at_most_300_lines():
+    assert classes(ROOT / "core" / "layer" / "layer.py")["BaseTunerLayer"] <= 300
+
+
+def test_the_median_adapter_has_at_most_50_lines():
+    """Each method's class of adapters, as its file has it."""
+    lines = []
+    for tuner in PEFT_TYPE_TO_TUNER_MAPPING.values():
+        layer = getattr(tuner, "layer_cls", None)
+        if layer is not None:
+            lines.append(len(inspect.getsource(layer.adapter_cls).splitlines()))
+    assert len(lines) > 35 and statistics.median(lines) <= 50
+
+
+def imported_at_once(path: Path, known: Container[str]) -> set[str]:
+    """The modules of the package that a file imports when it is imported itself."""
+    found: set[str] = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("peft"):
+            inside = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {module if module in known else str(node.module) for module in inside}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    parts = {path: path.relative_to(ROOT.parent).with_suffix("").parts for path in FILES}
+    name = {".".join(part).removesuffix(".__init__"): path for path, part in parts.items()}
+    graph = {module: (imported_at_once(path, name) & set(name)) - {module} for module, path in name.items()}
+    while ready := [module for module, needs in graph.items() if not needs]:
+        for module in ready:
+            del graph[module]
+        graph = {module: needs - set(ready) for module, needs in graph.items()}
+    assert graph == {}
+
+
 def method_words() -> set[str]:
     """Names, prefixes and tensor names of the registered methods."""
     words = {str(getattr(kind, "value", kind)).lower() for kind in PEFT_TYPE_TO_TUNER_MAPPING}
     words |= set(PEFT_TYPE_TO_PREFIX_MAPPING.values())
     for layer in (getattr(cls, "layer_cls", None) for cls in PEFT_TYPE_TO_TUNER_MAPPING.values()):
-        words |= set(layer.weights) | set(layer.shared) if layer else set()  # a prompt method has none
+        if layer:  # a prompt method has none
+            parts = layer.adapter_cls.parts.values()
+            words |= {*layer.adapter_cls.common, *(name for part in parts for name in part.names)}
     return words - set(ALLOWED)
 
 

@@ -29,12 +29,12 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.tuners.lora.experts import convert_config_for
 from peft.utils.transformers_weight_conversion import (
     FlattenDims,
     PeftConcatenate,
     PermuteDims,
     build_peft_weight_mapping,
-    convert_config_for,
     convert_peft_adapter_state_dict_for_transformers,
     convert_peft_config_for_transformers,
 )

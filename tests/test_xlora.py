@@ -13,6 +13,7 @@ from toys import tiny_llama
 from transformers import AutoModelForCausalLM
 
 from peft import LoraConfig, PeftModel, VeraConfig, XLoraConfig, get_peft_model
+from peft.tuners.xlora.layer import xlora_weights
 
 
 IDS = torch.tensor([[3, 14, 15, 9, 2, 6], [5, 3, 5, 8, 9, 7], [9, 3, 2, 3, 8, 4]])
@@ -129,7 +130,7 @@ def test_top_k_weights_of_their_own(experts: dict[str, str]) -> None:
     torch.testing.assert_close(plain, base()(IDS).logits, **CLOSE)
     layer = next(m for m in model.modules() if hasattr(m, "lora_A"))
     model(input_ids=IDS)
-    weights = torch.stack([layer._weights(i) for i in range(2)], -1)
+    weights = xlora_weights(layer.context.scalings[:, :, layer.number], top_k=1, softmax=True, factor=1.0)
     assert set(weights.unique().tolist()) == {0.0, 1.0}
     dense = model(input_ids=IDS).logits
     model.set_topk_lora(None)

@@ -22,6 +22,7 @@ _TABLE = {
     "peft.config": ("PeftConfig", "PromptLearningConfig"),
     "peft.tools.memory": ("MemoryEstimate", "estimate_memory", "explain_out_of_memory"),
     "peft.tools.check_training": ("Finding", "check_training"),
+    "peft.tools.condition_numbers": ("find_kappa_target_modules",),
     "peft.mapping": (
         "PEFT_TYPE_TO_CONFIG_MAPPING",
         "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
@@ -129,7 +130,7 @@ _TABLE = {
 
 # Names of the ecosystem's API that this release does not have. Whoever adds one moves it into the table above.
 _LATER = """
-    create_arrow_model find_kappa_target_modules get_eva_state_dict initialize_lora_eva_weights
+    create_arrow_model get_eva_state_dict initialize_lora_eva_weights
     preprocess_loraga
 """
 

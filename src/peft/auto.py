@@ -10,7 +10,9 @@ from typing import Any, ClassVar
 from torch import nn
 
 from peft.config import PeftConfig
+from peft.core.files.io import TOKENIZER_CONFIG_NAME, hub_options, locate
 from peft.peft_model import (
+    MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
     PeftModel,
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
@@ -19,16 +21,8 @@ from peft.peft_model import (
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
 )
+from peft.utils.error import MissingFileError
 
-
-MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
-    "SEQ_CLS": PeftModelForSequenceClassification,
-    "SEQ_2_SEQ_LM": PeftModelForSeq2SeqLM,
-    "CAUSAL_LM": PeftModelForCausalLM,
-    "TOKEN_CLS": PeftModelForTokenClassification,
-    "QUESTION_ANS": PeftModelForQuestionAnswering,
-    "FEATURE_EXTRACTION": PeftModelForFeatureExtraction,
-}
 
 # Packages that an adapter's config may name as the home of its base model's class: what the config says gets imported,
 # and a config is a file from anywhere.
@@ -101,8 +95,7 @@ class _BaseAutoPeftModel:
             adapter_options["revision"] = revision
         where = os.fspath(pretrained_model_name_or_path)
         if config is None:
-            hub = {k: v for k, v in adapter_options.items() if k in (*_FOR_BOTH, "revision", "subfolder")}
-            config = PeftConfig.from_pretrained(where, **hub)
+            config = PeftConfig.from_pretrained(where, **hub_options(dict(adapter_options)))
         cls._check_task(config, where)
         if not config.base_model_name_or_path:
             raise ValueError(
@@ -167,34 +160,16 @@ def _grow_embeddings(base: nn.Module, where: str, adapter_options: dict[str, Any
     """Make room for the tokens of a tokenizer that was saved with the adapter."""
     if not hasattr(base, "resize_token_embeddings"):
         return
-    options = {k: v for k, v in adapter_options.items() if k in (*_FOR_BOTH, "revision", "subfolder")}
-    options.pop("ignore_mismatched_sizes", None)
-    if not _has_tokenizer(where, options):
+    options = hub_options(dict(adapter_options))
+    try:
+        locate(where, TOKENIZER_CONFIG_NAME, **options)
+    except MissingFileError:
         return
     from transformers import AutoTokenizer
 
     count = len(AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **options))
     if count > base.get_input_embeddings().weight.shape[0]:
         base.resize_token_embeddings(count)
-
-
-def _has_tokenizer(where: str, options: dict[str, Any]) -> bool:
-    name = "tokenizer_config.json"
-    if os.path.isdir(where):
-        return os.path.isfile(os.path.join(where, options.get("subfolder") or "", name))
-    from transformers.utils.hub import cached_file
-
-    return (
-        cached_file(
-            where,
-            name,
-            **options,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-        is not None
-    )
 
 
 class AutoPeftModel(_BaseAutoPeftModel):

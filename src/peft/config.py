@@ -19,29 +19,23 @@ import enum
 import functools
 import inspect
 import json
+import math
 import numbers
 import os
 import re
+import types
+import typing
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from peft._version import __version__
-from peft.utils.error import ConfigError, ConfigFileError, NotSupportedYetError, nearest
+from peft.core.files.io import CONFIG_NAME, hub_options, locate, replacing
+from peft.utils.error import ConfigError, ConfigFileError, ConfigTypeError, NotSupportedYetError, nearest
 from peft.utils.peft_types import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType, TaskType, parse_peft_type
+from peft.utils.usage import note
 from peft.utils.warning import PeftWarning
-
-
-CONFIG_NAME = "adapter_config.json"
-
-# Keywords of `from_pretrained` that concern the download and never the config.
-# fmt: off
-_HUB_KEYWORDS = frozenset((
-    "cache_dir", "endpoint", "etag_timeout", "force_download", "headers", "library_name", "library_version",
-    "local_dir", "local_files_only", "proxies", "repo_type", "revision", "token", "user_agent",
-))
-# fmt: on
 
 
 # Annotations of fields that hold whole numbers, as dataclasses record them.
@@ -60,6 +54,9 @@ def option(
     minimum: float | None = None,
     maximum: float | None = None,
     below: float | None = None,
+    above: float | None = None,
+    needs: str | None = None,
+    instead: str | None = None,
     nested: type | None = None,
     transient: bool = False,
 ) -> Any:
@@ -70,8 +67,10 @@ def option(
         help: one or two sentences for the user.
         choices: the values allowed, apart from None.
         pattern: a regular expression; strings that match it whole are allowed besides `choices`.
-        minimum, maximum, below: bounds of a number; `below` is exclusive. A field annotated `int` that has a bound
-            takes whole numbers only.
+        minimum, maximum, below, above: bounds of a number; the last two are exclusive. A field annotated `int` that
+            has a bound takes whole numbers only.
+        needs: another field, without which this one does nothing; a value given in vain is told in a warning.
+        instead: for a field that never does anything: what does. A value given for it is told in a warning.
         nested: dataclass of a field that holds further options; a dict given for it becomes an instance.
         transient: the field belongs to the process and not to the adapter: it is not saved.
     """
@@ -81,6 +80,9 @@ def option(
         "minimum": minimum,
         "maximum": maximum,
         "below": below,
+        "above": above,
+        "needs": needs,
+        "instead": instead,
         "nested": nested,
         "transient": transient,
     }
@@ -111,13 +113,14 @@ def _check_choice(where: str, value: Any, rules: Any) -> None:
 
 
 def _check_bounds(where: str, value: Any, rules: Any, whole: bool) -> None:
-    low, high, below = rules.get("minimum"), rules.get("maximum"), rules.get("below")
-    if low is None and high is None and below is None:
+    low, high, below, above = (rules.get(rule) for rule in ("minimum", "maximum", "below", "above"))
+    if low is high is below is above is None:
         return
     kind = numbers.Integral if whole else numbers.Real
     if not isinstance(value, kind) or isinstance(value, bool):
         raise ConfigError(f"{where}={value!r} is not valid: it must be a {'whole number' if whole else 'number'}.")
     bounds = [(low, "at least", low is None or value >= low), (high, "at most", high is None or value <= high),
+              (above, "above", above is None or value > above),
               (below, "below", below is None or value < below)]  # fmt: skip
     if not all(holds for _, _, holds in bounds):
         asked = " and ".join(f"{word} {bound}" for bound, word, _ in bounds if bound is not None)
@@ -148,6 +151,16 @@ class Options:
             where = f"{type(self).__name__}: {field.name}"
             _check_choice(where, value, field.metadata)
             _check_bounds(where, value, field.metadata, whole=field.type in _WHOLE)
+            self._tell_idle(field, value)
+
+    def _tell_idle(self, field: dataclasses.Field, value: Any) -> None:
+        """Warn of a value that changes nothing."""
+        needs, instead = field.metadata.get("needs"), field.metadata.get("instead")
+        if (needs is None or getattr(self, needs)) and instead is None or value == field.default or value == {}:
+            return
+        reason = instead or f"it counts only with {needs}."
+        told = f"{type(self).__name__}: {field.name}={value!r} does nothing: {reason}"
+        warnings.warn(told, PeftWarning, stacklevel=5)
 
     @classmethod
     def _known_keywords(cls) -> Any:
@@ -169,10 +182,12 @@ class NotYet:
     Attributes:
         instead: what the user can do now.
         applies: whether a value is one of those; by default any that is not None, False or empty.
+        starts: whether a value only says how the tensors of an adapter start, or are trained: a file has the outcome.
     """
 
     instead: str
     applies: Callable[[Any], bool] = lambda value: bool(value)
+    starts: Callable[[Any], bool] = lambda value: False
 
 
 # ------------------------------------------------------------------------------------------------------ files and hub
@@ -181,21 +196,6 @@ class NotYet:
 def _load_methods() -> None:
     """Import the tuners, which enter themselves in the registry."""
     import peft.tuners  # noqa: F401
-
-
-def _write_atomically(path: str, text: str) -> None:
-    """Write a text file so that a failure at any moment leaves either the old file or the new one, whole."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise
 
 
 def _to_json(value: Any) -> Any:
@@ -225,59 +225,6 @@ def _read_json(path: str) -> dict[str, Any]:
     return content
 
 
-def _missing_local(folder: str) -> ConfigFileError:
-    inside = sorted(n for n in os.listdir(folder) if os.path.isfile(os.path.join(folder, n, CONFIG_NAME)))
-    hint = f" Adapters are in its sub-folders {inside}: name one as `subfolder`." if inside else ""
-    return ConfigFileError(f"Can't find {CONFIG_NAME!r} in the folder {folder!r}.{hint}")
-
-
-def _download(repo_id: str, subfolder: str | None, hub_kwargs: dict[str, Any]) -> str:
-    from huggingface_hub import errors, hf_hub_download
-
-    accepted = inspect.signature(hf_hub_download).parameters
-    kwargs = {name: value for name, value in hub_kwargs.items() if name in accepted}
-    wanted = f"{subfolder}/{CONFIG_NAME}" if subfolder else CONFIG_NAME
-    start = f"Can't find the adapter {repo_id!r}: it is no local folder, and "
-    try:
-        return hf_hub_download(repo_id, CONFIG_NAME, subfolder=subfolder, **kwargs)
-    except errors.HFValidationError as error:
-        raise ConfigFileError(f"{start}it is no valid repository id ('user/name') of the model hub.") from error
-    except errors.LocalEntryNotFoundError as error:
-        raise ConfigFileError(f"{start}the hub was not reached and {wanted!r} is not in the local cache.") from error
-    except errors.EntryNotFoundError as error:
-        raise ConfigFileError(
-            f"{start}the hub repository has no {wanted!r}. It may hold a full model, or need a `subfolder`."
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise ConfigFileError(f"{start}the hub repository has no revision {kwargs.get('revision')!r}.") from error
-    except errors.RepositoryNotFoundError as error:
-        raise ConfigFileError(
-            f"{start}the hub has no such repository, or it is private and needs a `token`."
-        ) from error
-    except (errors.HfHubHTTPError, OSError) as error:
-        raise ConfigFileError(f"{start}{wanted!r} could not be downloaded from the hub: {error}") from error
-
-
-def locate_config(name_or_path: str | os.PathLike, subfolder: str | None = None, **hub_kwargs: Any) -> str:
-    """Path of the `adapter_config.json` of a local folder or, where there is no such folder, of a hub repository.
-
-    Raises:
-        ConfigFileError: neither exists, or it has no such file; the message says what was looked for and where.
-    """
-    name_or_path = os.fspath(name_or_path)
-    folder = os.path.join(name_or_path, subfolder) if subfolder else name_or_path
-    path = os.path.join(folder, CONFIG_NAME)
-    if os.path.isfile(path):
-        return path
-    if os.path.isdir(name_or_path):
-        if not os.path.isdir(folder):
-            raise ConfigFileError(
-                f"The folder {name_or_path!r} has no sub-folder {subfolder!r} with a {CONFIG_NAME!r}."
-            )
-        raise _missing_local(folder)
-    return _download(name_or_path, subfolder, hub_kwargs)
-
-
 def _split_unknown(cls: type, values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Divide what a file holds into what `cls` knows and the names of what it does not, nested options included."""
     fields = {f.name: f for f in dataclasses.fields(cls)}
@@ -295,6 +242,92 @@ def _split_unknown(cls: type, values: dict[str, Any]) -> tuple[dict[str, Any], l
 
 
 # ------------------------------------------------------------------------------------------------------------- configs
+
+
+def _known_type(name: Any) -> PeftType | str:
+    """The method called `name`, in any case; ValueError if there is none."""
+    upper = name.upper() if isinstance(name, str) else name
+    if not isinstance(name, str) or (upper not in PeftType.__members__ and upper not in PEFT_TYPE_TO_CONFIG_MAPPING):
+        _load_methods()
+    return parse_peft_type(upper if isinstance(upper, str) else str(name))
+
+
+# Other tools that write an `adapter_config.json`, by fields that only they have, and what to do with it.
+_OTHER_TOOLS = {
+    (
+        "fine_tune_type",
+        "lora_parameters",
+    ): "mlx-lm has written it: convert the adapter, or fuse it there with mlx_lm.fuse",
+    ("model_class", "model_name", "hidden_size"): "the library `adapters` has written it: load it there",
+    ("architectures", "model_type", "hidden_size"): "it is the config of a model: load that with its own library",
+    ("_class_name", "_diffusers_version"): "diffusers has written it: load it there",
+}
+
+
+def _told_by(values: dict[str, Any]) -> str:
+    """Which tool has written a config that is none of ours, if its fields tell."""
+    for fields, what in _OTHER_TOOLS.items():
+        if sum(field in values for field in fields) >= min(2, len(fields)):
+            return f" As {', '.join(f for f in fields if f in values)} tell, {what}."
+    return f" It has the fields {', '.join(map(repr, list(values)[:5]))}." if values else " It is empty."
+
+
+def _of_files(cls: type[PeftConfigMixin], values: dict[str, Any]) -> dict[str, Any]:
+    """What of a file counts: not what belongs to a process, nor how an adapter started that is there in the file.
+
+    Raises:
+        ConfigError: a value is of a type that its field cannot have; both are named.
+    """
+    fields, hints = {field.name: field for field in dataclasses.fields(cls)}, typing.get_type_hints(cls)
+    kept = {}
+    for name, value in values.items():
+        field, refusal = fields.get(name), cls.NOT_YET.get(name)
+        if field is not None:
+            if field.metadata.get("transient") or (refusal is not None and refusal.starts(value)):
+                continue
+            if value is not None or field.default is not None:
+                check_type(f"{cls.__name__}: {name}", value, hints[name], field.metadata.get("nested"))
+        kept[name] = value
+    return kept
+
+
+def check_type(where: str, value: Any, hint: Any, nested: type | None = None) -> None:
+    """Make sure that a value of a json file can be what an annotation says. A number need not be whole for `int`.
+
+    Raises:
+        ConfigError: it cannot; the message names the entry.
+    """
+    if _has_type(value, hint) or (nested is not None and isinstance(value, dict)):
+        if nested is not None and isinstance(value, dict):
+            hints = typing.get_type_hints(nested)
+            for name in value.keys() & hints.keys():
+                check_type(f"{where}.{name}", value[name], hints[name])
+        return
+    wanted = getattr(hint, "__name__", None) if isinstance(hint, type) else str(hint).replace("typing.", "")
+    shown = repr(value) if len(repr(value)) < 80 else f"{repr(value)[:80]}..."
+    raise ConfigError(f"{where}={shown} is not valid: it must be {wanted}.")
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any or isinstance(hint, typing.TypeVar):
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_has_type(value, one) for one in inner)
+    if origin is typing.Literal:
+        return isinstance(value, (str, bool, int))  # which ones is the field's own matter
+    if origin in (list, set, frozenset, tuple, Iterable, Sequence):
+        each = inner[:1] if origin is not tuple or inner[-1:] == (...,) else ()
+        return isinstance(value, list) and all(_has_type(item, one) for item in value for one in each)
+    if origin is dict:
+        return isinstance(value, dict) and all(_has_type(item, inner[1]) for item in value.values())
+    if hint in (float, int):  # which numbers is the field's own matter; files in use have a fraction as alpha
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if hint in (str, bool, type(None)):
+        return isinstance(value, hint)
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return isinstance(value, (str, int))
+    return not isinstance(hint, type) or not issubclass(hint, (dict, list)) or isinstance(value, hint)
 
 
 @dataclass
@@ -337,19 +370,20 @@ class PeftConfigMixin(Options):
 
     def _set_peft_type(self) -> None:
         given = self.peft_type
-        if given is not None:
-            if given not in PeftType.__members__ and given not in PEFT_TYPE_TO_CONFIG_MAPPING:
-                _load_methods()
+        if self.METHOD is not None:
+            self.peft_type = self.METHOD
+            if given is not None and str(_plain(given)).upper() != _plain(self.METHOD):
+                warnings.warn(
+                    f"{type(self).__name__} configures {_plain(self.METHOD)}, so peft_type={_plain(given)!r} is left "
+                    f"out.{nearest(_plain(given), [_plain(k) for k in PEFT_TYPE_TO_CONFIG_MAPPING], cutoff=0.9)}",
+                    PeftWarning,
+                    stacklevel=4,
+                )
+        elif given is not None:
             try:
-                given = parse_peft_type(given)
+                self.peft_type = _known_type(given)
             except ValueError as error:
                 raise ConfigError(f"{type(self).__name__}: {error}") from None
-        if self.METHOD is None:
-            self.peft_type = given
-        elif given in (None, self.METHOD):
-            self.peft_type = self.METHOD
-        else:
-            raise ConfigError(f"{type(self).__name__} configures {_plain(self.METHOD)}, not {_plain(given)}.")
 
     # -- reading and writing
 
@@ -372,9 +406,6 @@ class PeftConfigMixin(Options):
             ConfigFileError: `save_directory` is a file.
             ConfigError: a field holds what json cannot; it is named.
         """
-        directory = os.fspath(save_directory)
-        if os.path.isfile(directory):
-            raise ConfigFileError(f"Cannot save to {directory!r}: it is a file, and a folder is needed.")
         values = {**self.to_dict(), "peft_version": __version__}
         if kwargs.get("auto_mapping_dict"):
             values["auto_mapping"] = kwargs["auto_mapping_dict"]
@@ -384,8 +415,8 @@ class PeftConfigMixin(Options):
             except (TypeError, ValueError) as error:
                 raise ConfigError(f"{type(self).__name__}: {name} cannot be saved, since {error}") from error
         text = json.dumps(values, indent=2, sort_keys=True, default=_to_json)
-        os.makedirs(directory, exist_ok=True)
-        _write_atomically(os.path.join(directory, CONFIG_NAME), text)
+        with replacing(save_directory) as path, open(path(CONFIG_NAME), "w", encoding="utf-8") as file:
+            file.write(text)
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any):
@@ -408,17 +439,17 @@ class PeftConfigMixin(Options):
                 PeftWarning,
                 stacklevel=3,
             )
+        if config_cls.METHOD is not None:
+            known.pop("peft_type", None)  # which may be an older name of it
         return config_cls(**known)
 
     @classmethod
     def _class_of(cls, peft_type: str | PeftType | None, written_by: str | None) -> type[PeftConfigMixin]:
         if peft_type is None or peft_type == cls.METHOD:
             return cls
-        if peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
-            _load_methods()
         version = f" (written by peft {written_by}; this is {__version__})" if written_by else ""
         try:
-            key = parse_peft_type(peft_type)
+            key = _known_type(peft_type)
         except ValueError as error:
             raise ConfigError(f"{error}{version}") from None
         if key not in PEFT_TYPE_TO_CONFIG_MAPPING:
@@ -443,14 +474,21 @@ class PeftConfigMixin(Options):
             ConfigError: the file holds an unknown method or a value that is not valid.
             NotSupportedYetError: the file needs a method or variant that does not exist here yet.
         """
-        hub_kwargs = {name: value for name, value in kwargs.items() if name in _HUB_KEYWORDS}
-        path = locate_config(pretrained_model_name_or_path, subfolder, **hub_kwargs)
+        hub = hub_options(kwargs)
+        path = locate(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub)
         values = cls.from_json_file(path)
         written_by = values.get("peft_version")
         try:
-            config_cls = cls._class_of(values.get("peft_type"), written_by)
-            extra = {f.name: kwargs[f.name] for f in dataclasses.fields(config_cls)
-                     if f.name in kwargs and f.name not in hub_kwargs}  # fmt: skip
+            if values.get("peft_type") is None:
+                _load_methods()
+                known = ", ".join(sorted(_plain(key) for key in PEFT_TYPE_TO_CONFIG_MAPPING))
+                raise ConfigError(
+                    f"it names no peft_type, so it is no config of an adapter.{_told_by(values)} If it is one, add "
+                    f"its peft_type: one of {known}."
+                )
+            config_cls = cls._class_of(values["peft_type"], written_by)
+            values = _of_files(config_cls, values)
+            extra = {f.name: kwargs[f.name] for f in dataclasses.fields(config_cls) if f.name in kwargs}
             config = config_cls.from_peft_type(**{**extra, **values})
         except ConfigError as error:
             raise type(error)(f"{path}: {error}") from error
@@ -564,11 +602,32 @@ class PromptLearningConfig(PeftConfig):
 def _names(config: PeftConfig, field: str) -> set[str] | str | None:
     """The value of a field of module names: None and text as they are, any other collection of texts as a set."""
     value = getattr(config, field)
+    if isinstance(value, str):
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ConfigError(
+                f"{type(config).__name__}: {field}={value!r} is no regular expression ({error})."
+            ) from None
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(name, str) for name in value):
         return set(value)
-    raise ConfigError(f"{type(config).__name__}: {field} must be a list of module names, or a text; got {value!r}.")
+    raise ConfigTypeError(f"{type(config).__name__}: {field} must be a list of names, or a string; got {value!r}.")
+
+
+def name_list_of(config: PeftConfig, field: str) -> list[str] | None:
+    """The value of a field that takes several names, and not a single string.
+
+    Raises:
+        ConfigTypeError: it is a string, or anything else than a collection of strings.
+    """
+    value = getattr(config, field)
+    if isinstance(value, str):
+        raise ConfigTypeError(
+            f"{type(config).__name__}: {field} must be a list of names, got {value!r}. Write [{value!r}]."
+        )
+    return _name_list(config, field)
 
 
 def _name_list(config: PeftConfig, field: str) -> list[str] | None:
@@ -624,6 +683,9 @@ class LayerSelection(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         name = type(self).__name__
+        if isinstance(self.layers_to_transform, list) and not self.layers_to_transform:
+            self.layers_to_transform = None  # an empty list restricts nothing
+        _check_regexes(name, "layers_pattern", self.layers_pattern)
         for field in ("layers_to_transform", "layers_pattern"):
             if getattr(self, field) is not None and isinstance(getattr(self, "target_modules", None), str):
                 raise ConfigError(
@@ -642,9 +704,17 @@ class LayerSelection(PeftConfig):
         self.layers_to_transform = layers if isinstance(layers, int) else [int(i) for i in layers]
 
 
+def _check_regexes(cls_name: str, field: str, patterns: list[str] | str | None) -> None:
+    for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise ConfigError(f"{cls_name}: {field} has {pattern!r}, no regular expression ({error}).") from None
+
+
 def _are_indices(values: Any) -> bool:
     return isinstance(values, (list, tuple, set, range)) and all(
-        isinstance(i, numbers.Integral) and not isinstance(i, bool) and i >= 0 for i in values
+        isinstance(i, numbers.Integral) and not isinstance(i, bool) and int(i) >= 0 for i in values
     )
 
 
@@ -737,7 +807,8 @@ def check_pattern(config: PeftConfig, field: str) -> dict[str, Any]:
     if pattern is None:
         return {}
     if not isinstance(pattern, dict):
-        raise ConfigError(f"{type(config).__name__}: {field} must be a dict of module name -> value, got {pattern!r}.")
+        name = type(config).__name__
+        raise ConfigTypeError(f"{name}: {field} must be a dict of module name -> value, got {pattern!r}.")
     for key in pattern:
         try:
             _compiled(key)
@@ -758,4 +829,5 @@ def match_pattern(keys: Iterable[str], name: str) -> str | None:
 def resolve_pattern(pattern: dict[str, Any] | None, key: str, default: Any) -> Any:
     """The value that a `*_pattern` field has for the module called `key`, or `default` if nothing matches."""
     matched = match_pattern(pattern or (), key)
+    note(pattern, () if matched is None else (matched,))
     return default if matched is None or pattern is None else pattern[matched]

@@ -13,9 +13,12 @@ from typing import Any
 
 from torch import nn
 
-from peft.config import locate_config
-from peft.core.files.checkpoint import anatomy
+from peft.core.files.entries import anatomy
+from peft.core.files.io import CONFIG_NAME, locate
 from peft.core.model.walk import layers_of
+from peft.tools.condition_numbers import KappaTuneSelector as KappaTuneSelector
+from peft.tools.condition_numbers import find_kappa_target_modules as find_kappa_target_modules
+from peft.tuners.lora.norm_cache import DoraCaching as DoraCaching
 
 
 @contextmanager
@@ -34,21 +37,24 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float | int) -> Iterator
         raise TypeError(f"multiplier should be a number, got {multiplier!r}, a {type(multiplier).__name__}.")
     if not math.isfinite(multiplier):
         raise ValueError(f"multiplier should be finite, got {multiplier!r}.")
-    layers = [layer for _, layer in layers_of(anatomy(model)[0]) if "scaling" in layer.settings]
+    layers = [layer for _, layer in layers_of(anatomy(model)[0]) if "scaling" in layer.adapter_cls.settings]
     if not layers:
         raise ValueError(
             f"this {type(model).__name__} has no adapters with a scale; only LoRA and its relatives have one."
         )
     if any(layer.merged for layer in layers):
         raise ValueError("adapters are merged into the base weights, scale and all; call unmerge_adapter() first.")
-    before = [dict(layer.scaling) for layer in layers]
+    before = [layer.scaling for layer in layers]
     try:
-        for layer, scaling in zip(layers, before, strict=True):
-            layer.scaling.update({name: value * multiplier for name, value in scaling.items()})
+        for layer, scaling in zip(layers, before, strict=True):  # a dict of its own: others may hold the old one
+            layer.scaling = {name: value * multiplier for name, value in scaling.items()}
         yield
     finally:
         for layer, scaling in zip(layers, before, strict=True):
-            layer.scaling.update({name: value for name, value in scaling.items() if name in layer})
+            for name in scaling.keys() - set(layer.adapter_names):
+                del scaling[name]
+            scaling.update({name: value for name, value in layer.scaling.items() if name not in scaling})
+            layer.scaling = scaling
 
 
 @contextmanager
@@ -128,7 +134,7 @@ def _stand_in(name: str) -> Callable[..., Any]:
 def check_if_peft_model(model_name_or_path: str) -> bool:
     """Whether a folder, or a repository on the hub, holds an adapter; False also where it cannot be reached."""
     try:
-        with open(locate_config(model_name_or_path), encoding="utf-8") as file:
+        with open(locate(model_name_or_path, CONFIG_NAME), encoding="utf-8") as file:
             values = json.load(file)
     except (OSError, ValueError):
         return False

@@ -128,6 +128,21 @@ def is_torchao_ge_v0_18_0() -> bool:
     return is_torchao_available() and Version(importlib.metadata.version("torchao")) >= Version("0.18.0")
 
 
+def _transformers_is(minimum: str) -> bool:
+    return Version(importlib.metadata.version("transformers")) >= Version(minimum)
+
+
+is_transformers_ge_v5 = _transformers_is("5.0.0.dev0")
+is_transformers_ge_v5_1_0 = _transformers_is("5.1.0")
+is_transformers_ge_v5_4_0 = _transformers_is("5.4.0")
+is_transformers_ge_v5_6_0 = _transformers_is("5.6.0")
+is_transformers_ge_v5_13_0 = _transformers_is("5.13.0")
+is_transformers_ge_v5_17_0 = _transformers_is("5.17.0")
+is_transformers_le_4_53 = not _transformers_is("4.54.0.dev0")
+is_transformers_dtensor_tp = is_transformers_ge_v5_17_0
+"""Whether transformers shards tensors as ``DTensor`` for tensor parallelism."""
+
+
 @lru_cache
 def is_torch_tpu_available(check_device: bool = True) -> bool:
     """Whether torch_xla is installed, and with ``check_device`` also finds an XLA device."""

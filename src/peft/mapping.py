@@ -11,6 +11,7 @@ from torch import nn
 import peft.tuners  # noqa: F401  registers the methods
 from peft.config import PeftConfig
 from peft.core.model.tuner import BaseTuner
+from peft.tuners.lora.experts import convert_config_for
 from peft.utils.error import NotSupportedYetError
 from peft.utils.peft_types import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -91,7 +92,9 @@ def inject_adapter_in_model(
 ) -> nn.Module:
     """Put an adapter into a model and return that model, without a :class:`PeftModel` around it.
 
-    The model is changed in place; ``model.peft_config[adapter_name]`` is the config, with its targets settled.
+    The model is changed in place; ``model.peft_config[adapter_name]`` is the config, with its targets settled. The
+    adapter is in the dtype of the weights that it adapts: :func:`cast_adapter_dtype` widens 16 bits for training. It
+    takes the place of one that has its name, with a warning.
 
     Args:
         low_cpu_mem_usage: leave the adapter on the meta device until a checkpoint is loaded.
@@ -101,29 +104,36 @@ def inject_adapter_in_model(
 
     Raises:
         TypeError: if ``peft_config`` is no config.
-        ValueError: if the config does not fit the model, belongs to a method that cannot be injected, or the name is
-            taken; the model is then unchanged.
+        ValueError: if the config does not fit the model, or belongs to a method that cannot be injected; the model
+            is then unchanged, but that ``model.peft_config``, if there is one, has the config.
     """
-    from peft.utils.transformers_weight_conversion import convert_config_for
-
     check_config(peft_config)
     if peft_config.is_prompt_learning:
         raise ValueError(
             f"{type(peft_config).__name__} cannot be injected: prompt learning changes what goes into a model, not "
             "its modules. Use get_peft_model."
         )
-    if isinstance(inner := getattr(model, "base_model", model), BaseTuner):
-        raise TypeError(
-            f"the model is a {type(model).__name__}, which manages its adapters itself: call "
-            f"model.add_adapter({adapter_name!r}, config)" + (" on the PeftModel." if inner is model else ".")
-        )
     if kwargs:
         warnings.warn(f"inject_adapter_in_model does not know {sorted(kwargs)}; ignored.")
+    if isinstance(tuner := getattr(model, "base_model", model), BaseTuner):
+        convert_config_for(tuner.model, peft_config)
+        tuner.inject_further(peft_config, adapter_name, low_cpu_mem_usage, state_dict)
+        return model
     convert_config_for(model, peft_config)
-    tuner = PEFT_TYPE_TO_TUNER_MAPPING[peft_config.peft_type](
-        model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict
-    )
-    for attribute in tuner.layer_cls.shared:
+    try:
+        tuner = PEFT_TYPE_TO_TUNER_MAPPING[peft_config.peft_type](
+            model,
+            peft_config,
+            adapter_name,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            state_dict=state_dict,
+            autocast_adapter_dtype=False,
+        )
+    except Exception:
+        if "peft_config" in model.__dict__:  # what clients such as diffusers look for, and remove, when they clean up
+            model.peft_config.setdefault(adapter_name, peft_config)
+        raise
+    for attribute in tuner.layer_cls.adapter_cls.common:
         container = tuner._modules.get(attribute)
         if container is not None:  # the tuner is gone after this: what layers share lives in the model
             tuner.model.add_module(attribute, container)

@@ -6,13 +6,12 @@ import warnings
 
 from torch import nn
 
-from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.config import PeftConfig
 from peft.core.model.operations import adapters_of
 from peft.core.model.tuner import BaseTuner
 from peft.mapping import check_config
 from peft.mixed_model import PeftMixedModel
-from peft.peft_model import PeftModel
+from peft.peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 from peft.utils.error import nearest
 
 
@@ -39,11 +38,11 @@ def get_peft_model(
         The :class:`PeftModel` of the config's ``task_type``; the general one if it has none.
 
     Raises:
-        TypeError: if ``peft_config`` is no config, or the model is a PeftModel already.
+        TypeError: if ``peft_config`` is no config.
         ValueError: if the config does not fit the model, which is then unchanged, or names an unknown task.
     """
     check_config(peft_config)
-    _check_model(model, adapter_name)
+    model = _plain_model(model, adapter_name)
     cls = PeftMixedModel if mixed else _class_for_task(peft_config)
     _record_origin(model, peft_config, revision)
     return cls(
@@ -55,22 +54,24 @@ def get_peft_model(
     )
 
 
-def _check_model(model: nn.Module, adapter_name: str) -> None:
-    """Refuse what has a manager of adapters already; warn of what has adapters without one."""
-    if isinstance(model, PeftModel | BaseTuner):
-        kind = type(model).__name__
-        raise TypeError(
-            f"the model is a {kind} already. For a further adapter call add_adapter({adapter_name!r}, config) on "
-            "the PeftModel; to start anew, first take the adapters out with unload() or merge_and_unload()."
-        )
+def _plain_model(model: nn.Module, adapter_name: str) -> nn.Module:
+    """The base model, without what manages its adapters; a warning tells of those in it that stay."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model should be an nn.Module, got {type(model).__name__}.")
-    if adapters := adapters_of(model):
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base.model if isinstance(base, BaseTuner) else base
+    adapters = [] if base is None else adapters_of(base)
+    if adapter_name in adapters:  # replaced, which is told where it happens
+        return base
+    if base is not model or adapters:
         warnings.warn(
-            f"the model already has adapters in it ({', '.join(adapters)}), and gets a further one. If it belongs to "
-            "a PeftModel, call add_adapter on that one; to replace the adapters, call unload() on it first.",
+            f"the model is a {type(model).__name__}"
+            + (f" with the adapters {', '.join(adapters)} in it" if adapters else "")
+            + ", and gets a further one. For several adapters in one PeftModel call add_adapter on that; to replace "
+            "the adapters, call unload() on it first.",
             stacklevel=3,
         )
+    return base
 
 
 def _class_for_task(peft_config: PeftConfig) -> type[PeftModel]:

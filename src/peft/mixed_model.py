@@ -8,6 +8,7 @@ from typing import Any, cast
 from torch import nn
 
 from peft.config import PeftConfig
+from peft.core.model.beside import add_auxiliary
 from peft.core.model.mixed import MixedModel
 from peft.core.model.tuner import BaseTuner
 from peft.peft_model import PeftModel
@@ -56,8 +57,6 @@ class PeftMixedModel(PeftModel):
 
     def set_modules_to_save(self, peft_config: PeftConfig, adapter_name: str) -> None:
         """Wrap the modules that the config trains whole."""
-        from peft.core.model.tuner import add_auxiliary
-
         add_auxiliary(self.get_base_model(), adapter_name, peft_config)
 
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,22 +15,20 @@ import torch
 from torch import nn
 from transformers.utils import PushToHubMixin
 
+from peft.compat.model import ModelCompat
 from peft.config import PeftConfig
 from peft.core.files.card import create_or_update_model_card
-from peft.core.files.checkpoint import (
-    LoadResult,
-    entries,
-    get_peft_model_state_dict,
-    load_peft_weights,
-    set_peft_model_state_dict,
-    write_adapter,
-)
+from peft.core.files.entries import entries
+from peft.core.files.io import CONFIG_NAME, hub_options, load_peft_weights, write_adapter
+from peft.core.files.state_dict import LoadResult, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.core.filling import filled_later, no_collection
 from peft.core.model import operations
 from peft.core.model.context import BASE
-from peft.core.model.tuner import BaseTuner, check_adapter_name, context_of
+from peft.core.model.manager import INTERFACE, check_adapter_name
+from peft.core.model.record import context_of
+from peft.core.model.tuner import BaseTuner
 from peft.core.model.walk import layers_of, wrappers_of
-from peft.core.prompts import PromptTuner, backbone_of
+from peft.core.prompts import PromptTuner, Task, backbone_of
 from peft.kernels import chunked_loss
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tools.memory import add_way_out
@@ -40,17 +39,11 @@ from peft.tools.status import (
     get_layer_status,
     get_model_status,
 )
-from peft.utils.error import CheckpointError, ConfigError
-from peft.utils.transformers_weight_conversion import (
-    convert_config_for,
-    convert_peft_adapter_state_dict_for_transformers,
-)
+from peft.tuners.lora.experts import convert_config_for, convert_peft_adapter_state_dict_for_transformers
+from peft.utils.error import CheckpointError, ConfigError, ConfigFileError, PeftError
 
 
-HUB_ARGUMENTS = ("subfolder", "cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
-
-
-class PeftModel(PushToHubMixin, nn.Module):
+class PeftModel(ModelCompat, PushToHubMixin, nn.Module):
     """A base model with adapters of one method around it.
 
     Args:
@@ -65,18 +58,17 @@ class PeftModel(PushToHubMixin, nn.Module):
             that train a prompt it is the base model itself.
         prompt_encoder: adapter name -> what a prompt method trains; only for those.
         peft_config: adapter name -> config.
-        heads: modules that the task trains whole, where the base model has them.
+
+    An attribute that is not the wrapper's own is that of the base model.
 
     Raises:
         ValueError: if the config does not fit the model; the model is then unchanged.
     """
 
-    heads: ClassVar[tuple[str, ...]] = ()
-    inputs: ClassVar[tuple[str, ...]] = ()
-    # what virtual tokens before the text do to the task's inputs, see PromptTuner
-    token_inputs: ClassVar[tuple[str, ...]] = ("labels",)
-    position_inputs: ClassVar[tuple[str, ...]] = ()
-    heads_read_ids: ClassVar[bool] = False
+    # modules that the task trains whole where the base model has them, its inputs, and what prompts do to those
+    _heads: ClassVar[tuple[str, ...]] = ()
+    _inputs: ClassVar[tuple[str, ...]] = ()
+    _task: ClassVar[Task] = Task(token_inputs=("labels",))
 
     @no_collection()
     def __init__(
@@ -90,7 +82,7 @@ class PeftModel(PushToHubMixin, nn.Module):
     ) -> None:
         super().__init__()
         check_adapter_name(adapter_name)
-        self.peft_type = peft_config.peft_type
+        self.peft_type: Any = peft_config.peft_type
         self.special_peft_forward_args = {"adapter_names"}
         self._add_heads(peft_config)
         convert_config_for(model, peft_config)
@@ -101,39 +93,38 @@ class PeftModel(PushToHubMixin, nn.Module):
         }
         configs = {adapter_name: peft_config}
         if peft_config.is_prompt_learning:
-            for name in ("token_inputs", "position_inputs", "heads_read_ids"):
-                options[name] = getattr(self, name)
-            prompts = PromptTuner(model, configs, adapter_name, **options)
-            self.__dict__["_prompts"] = prompts
+            tuner = PromptTuner(model, configs, adapter_name, **options, task=self._task)
+            self.__dict__["_prompts"] = tuner
             self.base_model = model
-            self.prompt_encoder, self.prompt_tokens = prompts.prompt_encoder, prompts.prompt_tokens
+            self.prompt_encoder, self.prompt_tokens = tuner.prompts.encoders, tuner.prompts.tokens
         else:
             self.base_model = self._tuner_class(peft_config)(model, configs, adapter_name, **options)
-        self.config = getattr(model, "config", {"model_type": "custom"})
+        if hasattr(model, "config"):
+            self.config = model.config
 
     def _tuner_class(self, peft_config: PeftConfig) -> type[BaseTuner]:
         return PEFT_TYPE_TO_TUNER_MAPPING[peft_config.peft_type]
 
     def _add_heads(self, peft_config: PeftConfig) -> None:
         """Let the task's heads be trained whole."""
-        if self.heads and hasattr(peft_config, "modules_to_save"):
+        if self._heads and hasattr(peft_config, "modules_to_save"):
             own = list(peft_config.modules_to_save or ())
-            peft_config.modules_to_save = own + [head for head in self.heads if head not in own]
+            peft_config.modules_to_save = own + [head for head in self._heads if head not in own]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Give a task class a ``forward`` that shows which inputs it takes."""
         super().__init_subclass__(**kwargs)
-        if not cls.inputs:
+        if not cls._inputs:
             return
 
         def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
-            if len(args) > len(cls.inputs):
-                raise TypeError(f"forward() takes {len(cls.inputs)} positional inputs, got {len(args)}.")
-            given = dict(zip(cls.inputs, args), **kwargs)
-            return PeftModel.forward(self, **{k: v for k, v in given.items() if v is not None or k not in cls.inputs})
+            if len(args) > len(cls._inputs):
+                raise TypeError(f"forward() takes {len(cls._inputs)} positional inputs, got {len(args)}.")
+            given = dict(zip(cls._inputs, args), **kwargs)
+            return PeftModel.forward(self, **{k: v for k, v in given.items() if v is not None or k not in cls._inputs})
 
         keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        parameters = [inspect.Parameter(name, keyword, default=None) for name in cls.inputs]
+        parameters = [inspect.Parameter(name, keyword, default=None) for name in cls._inputs]
         parameters.insert(0, inspect.Parameter("self", keyword))
         parameters.append(inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD))
         forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -146,25 +137,31 @@ class PeftModel(PushToHubMixin, nn.Module):
         except AttributeError:
             if name == "base_model" or "base_model" not in self.__dict__.get("_modules", ()):
                 raise
-            return getattr(self.tuner if hasattr(type(self.tuner), name) else self.base_model, name)
+        tuner, base = self._tuner, self.get_base_model()
+        if name in INTERFACE and (tuner is self.base_model or hasattr(type(tuner), name) or name in tuner.MEANINGLESS):
+            return getattr(tuner, name)
+        try:
+            return getattr(base, name)
+        except AttributeError:
+            return getattr(self.base_model, name)
 
     @property
-    def tuner(self) -> Any:
+    def _tuner(self) -> Any:
         """What manages the adapters: ``base_model``, or the :class:`PromptTuner` beside it."""
         return self.__dict__.get("_prompts") or self.base_model
 
     # --- what it is -------------------------------------------------------------------------------------------
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
-        return self.tuner.peft_config
+        return self._tuner.peft_config
 
     @property
     def active_adapter(self) -> str | list[str]:
-        return self.tuner.active_adapter
+        return self._tuner.active_adapter
 
     @property
     def active_adapters(self) -> list[str]:
-        return self.tuner.active_adapters
+        return self._tuner.active_adapters
 
     @property
     def active_peft_config(self) -> PeftConfig:
@@ -172,7 +169,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         return self.peft_config[self.active_adapters[0]]
 
     @property
-    def is_prompt_learning(self) -> bool:
+    def _is_prompt_learning(self) -> bool:
         return bool(self.active_adapters) and self.active_peft_config.is_prompt_learning
 
     @property
@@ -189,13 +186,13 @@ class PeftModel(PushToHubMixin, nn.Module):
     def has_active_enabled_adapter(self) -> bool:
         """Whether some active adapter acts, or none since all are switched off."""
         if "_prompts" in self.__dict__:
-            return bool(self.active_adapters) and not self.tuner.disabled
+            return bool(self.active_adapters) and not self._tuner.prompts.disabled
         wrappers = [w for _, w in wrappers_of(self.get_base_model())]
         return any(not w.disable_adapters and any(n in w for n in w.active_adapters) for w in wrappers)
 
     def get_base_model(self) -> nn.Module:
         """The base model, with the adapters in it."""
-        return self.tuner.model
+        return self._tuner.model
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) parameters; packed 4-bit weights count as what they stand for."""
@@ -218,7 +215,7 @@ class PeftModel(PushToHubMixin, nn.Module):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the adapter's updates are weights that a LoRA can approximate."""
-        return self.tuner.supports_lora_conversion(adapter_name)
+        return self._tuner.supports_lora_conversion(adapter_name)
 
     # --- prompts ----------------------------------------------------------------------------------------------
     @property
@@ -240,13 +237,14 @@ class PeftModel(PushToHubMixin, nn.Module):
             ValueError: if the model's method trains no prompt.
         """
         self._require_prompt()
-        return self.tuner.prompt(batch_size, task_ids, max_cache_len)
+        return self._tuner.prompts.prompt(batch_size, task_ids, max_cache_len)
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> torch.Tensor:
         """What the file of an adapter has as ``prompt_embeddings``, ``[tokens, width]``, on the CPU."""
         self._require_prompt()
         operations.require_adapters(self, [adapter_name], self.peft_config)
-        return self.tuner.saved_prompt(adapter_name).detach().cpu()
+        state = {saved: tensor for saved, _, tensor in self._tuner.adapter_state(adapter_name)}
+        return state["prompt_embeddings"].detach().cpu()
 
     def _require_prompt(self) -> None:
         if "_prompts" not in self.__dict__:
@@ -256,7 +254,7 @@ class PeftModel(PushToHubMixin, nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """``adapter_names`` gives one adapter for each sample (``"__base__"`` for none), in training too.
 
-        ``task_ids`` gives one task number for each sample, ``[batch]``, to methods that know of tasks.
+        ``task_ids`` gives one task number for each sample, ``[batch]``, or one for all, to methods that know of tasks.
 
         When memory runs out, a note on the error says what a step takes and what would take less.
 
@@ -264,14 +262,14 @@ class PeftModel(PushToHubMixin, nn.Module):
             ValueError: for unknown adapters, or a number of names or tasks that is not the number of samples.
         """
         try:
-            return self._call(self.tuner.forward, args, kwargs, keep=torch.is_grad_enabled())
+            return self._call(self._tuner.forward, args, kwargs, keep=torch.is_grad_enabled())
         except RuntimeError as error:
             add_way_out(error, self, args, kwargs)
             raise
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's ``generate`` with the active adapters, or with ``adapter_names`` for each sample."""
-        return self._call(self.tuner.generate, args, kwargs, keep=False)
+        return self._call(self._tuner.generate, args, kwargs, keep=False)
 
     def _call(self, function: Callable, args: tuple, kwargs: dict, keep: bool) -> Any:
         """Tell the layers each row's adapter and task; kept for a backward, which may run the forward again."""
@@ -284,7 +282,8 @@ class PeftModel(PushToHubMixin, nn.Module):
             self._check_rows(names, args, kwargs)
         if tasks is not None:
             tasks = torch.as_tensor(tasks).reshape(-1)
-            self._check_length("task_ids", len(tasks), args, kwargs)
+            if len(tasks) != 1:  # one stands for the batch
+                self._check_length("task_ids", len(tasks), args, kwargs)
         context.set_adapter_names(names)
         context.task_ids = tasks
         context.held = names is not None or tasks is not None
@@ -340,15 +339,16 @@ class PeftModel(PushToHubMixin, nn.Module):
         convert_config_for(self.get_base_model(), peft_config)
         self.peft_config[adapter_name] = peft_config
         try:
-            self.tuner.inject_adapter(self.get_base_model(), adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+            self._tuner.inject_adapter(self.get_base_model(), adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         except Exception:
             del self.peft_config[adapter_name]
             raise
 
     def _check_method(self, peft_config: PeftConfig) -> None:
-        if peft_config.peft_type != self.peft_type:
+        given: Any = peft_config.peft_type
+        if given != self.peft_type:
             raise ValueError(
-                f"this model has {self.peft_type.value} adapters, so no {peft_config.peft_type.value} adapter can be "
+                f"this model has {self.peft_type.value} adapters, so no {given.value} adapter can be "
                 "added. For different methods in one model use get_peft_model(..., mixed=True)."
             )
 
@@ -358,11 +358,11 @@ class PeftModel(PushToHubMixin, nn.Module):
         Raises:
             ValueError: if there is no such adapter.
         """
-        self.tuner.set_adapter(adapter_name, inference_mode)
+        self._tuner.set_adapter(adapter_name, inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Choose whether these adapters train, active or not."""
-        self.tuner.set_requires_grad(adapter_names, requires_grad)
+        self._tuner.set_requires_grad(adapter_names, requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; if it was active, another becomes active.
@@ -370,12 +370,12 @@ class PeftModel(PushToHubMixin, nn.Module):
         Raises:
             ValueError: if there is no such adapter.
         """
-        self.tuner.delete_adapter(adapter_name)
+        self._tuner.delete_adapter(adapter_name)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """A context in which the model is its base."""
-        with self.tuner.switched_off():
+        with self._tuner.switched_off():
             yield
 
     # --- files ------------------------------------------------------------------------------------------------
@@ -404,14 +404,18 @@ class PeftModel(PushToHubMixin, nn.Module):
             ValueError: if ``save_directory`` is a file, or an adapter is unknown.
         """
         if os.path.isfile(save_directory):
-            raise ValueError(f"{save_directory} is a file; save_pretrained needs a folder.")
+            raise ConfigFileError(f"{save_directory} is a file; save_pretrained needs a folder.")
         if path_initial_model_for_weight_conversion is not None:
             raise ValueError(
                 "path_initial_model_for_weight_conversion belongs to initialisations that do not exist yet."
             )
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         operations.require_adapters(self, names, self.peft_config)
-        state = kwargs.get("state_dict")
+        if not is_main_process and kwargs.get("state_dict") is not None:
+            return  # gathered already
+        state = self.state_dict() if kwargs.get("state_dict") is None else kwargs["state_dict"]
+        if is_main_process and not state:
+            raise CheckpointError("the state_dict to save is empty: give that of the main process.")
         tensors = {
             name: get_peft_model_state_dict(self, state, name, save_embedding_layers=save_embedding_layers)
             for name in names
@@ -466,18 +470,19 @@ class PeftModel(PushToHubMixin, nn.Module):
             ValueError, FileNotFoundError: if the files are missing or damaged, or do not fit the model, which is
                 then unchanged.
         """
-        hub = {k: kwargs.pop(k) for k in HUB_ARGUMENTS if k in kwargs}
+        hub = hub_options(kwargs)
         config = _read_config(model_id, config, is_trainable, hub)
         config.inference_mode |= config.is_prompt_learning  # the file says how a prompt starts, not the config
         weights = load_peft_weights(model_id, key_mapping=key_mapping, **hub)
         frozen = [p for p in model.parameters() if not p.requires_grad]
         placing = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
-        with filled_later() as filling:
+        with _naming(model_id, CONFIG_NAME), filled_later() as filling:
             peft_model = cls._class_for(config)(model, config, adapter_name, **placing)
         try:
-            peft_model._load(adapter_name, weights, config.peft_version, kwargs, filling.skipped, **placing)
+            with _naming(model_id, "the weights"):
+                peft_model._load(adapter_name, weights, config.peft_version, kwargs, filling.skipped, **placing)
         except Exception:
-            peft_model.tuner.unload().requires_grad_(True)
+            peft_model._tuner.unload().requires_grad_(True)
             for p in frozen:
                 p.requires_grad_(False)
             raise
@@ -488,8 +493,6 @@ class PeftModel(PushToHubMixin, nn.Module):
 
     @classmethod
     def _class_for(cls, config: PeftConfig) -> type[PeftModel]:
-        from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
-
         return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", cls) if cls is PeftModel else cls
 
     @no_collection()
@@ -517,19 +520,20 @@ class PeftModel(PushToHubMixin, nn.Module):
         Raises:
             ValueError, FileNotFoundError: if the files are missing or damaged, or do not fit; the model is unchanged.
         """
-        hub = {k: kwargs.pop(k) for k in HUB_ARGUMENTS if k in kwargs}
+        hub = hub_options(kwargs)
         config = _read_config(model_id, kwargs.pop("peft_config", None), is_trainable, hub)
         config.inference_mode |= config.is_prompt_learning
         weights = load_peft_weights(model_id, torch_device, key_mapping, **hub)
         fresh = adapter_name not in self.peft_config
         placing = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
-        with filled_later() as filling:
+        with _naming(model_id, CONFIG_NAME), filled_later() as filling:
             if fresh:
                 self.add_adapter(adapter_name, config, **placing)
             else:
                 self._check_method(config)
         try:
-            result = self._load(adapter_name, weights, config.peft_version, kwargs, filling.skipped, **placing)
+            with _naming(model_id, "the weights"):
+                result = self._load(adapter_name, weights, config.peft_version, kwargs, filling.skipped, **placing)
         except Exception:
             if fresh:
                 self.delete_adapter(adapter_name)
@@ -564,7 +568,7 @@ class PeftModel(PushToHubMixin, nn.Module):
             )
         for _, layer in layers_of(self.get_base_model()):
             if name in layer:
-                layer.upgrade(name, written_by or "0.0")  # older files do not say
+                layer.adapters[name].upgrade(written_by or "0.0")  # older files do not say
         if result.missing_keys:
             warnings.warn(_listed("Found missing adapter keys while loading the checkpoint", result.missing_keys))
         if result.unexpected_keys:
@@ -573,12 +577,12 @@ class PeftModel(PushToHubMixin, nn.Module):
 
     def _check_something_fits(self, name: str, result: LoadResult) -> None:
         """Raise CheckpointError where the adapter has other tensors than the file, and none in common."""
-        wanted, base = [entry.saved for entry in entries(self, name)], self.peft_config[name].base_model_name_or_path
-        if set(wanted) <= set(result.missing_keys):
+        own, base = list(entries(self, name)), self.peft_config[name].base_model_name_or_path
+        if {entry.key for entry in own} <= set(result.missing_keys):
             raise CheckpointError(
                 f"no tensor of the file belongs to adapter {name!r} of this {type(self.get_base_model()).__name__}: "
-                f"the file has {result.unexpected_keys[0]!r}, the adapter {wanted[0]!r}. The adapter was trained on "
-                f"another base model{f', {base!r}' if base else ''}: load that one. If it is the same with other "
+                f"the file has {result.unexpected_keys[0]!r}, the adapter {own[0].saved!r}. The adapter was trained "
+                f"on another base model{f', {base!r}' if base else ''}: load that one. If it is the same with other "
                 "names, pass key_mapping={regex of the file: replacement}."
             )
 
@@ -589,6 +593,24 @@ class PeftModel(PushToHubMixin, nn.Module):
         self.base_model.inject_adapter(model, name, autocast_adapter_dtype)
         if name in active:
             self.set_adapter(active, self.peft_config[name].inference_mode)
+
+
+@contextmanager
+def _naming(where: str | os.PathLike, part: str) -> Iterator[None]:
+    """A context in which errors name the files that they are about; those that no check foresaw are of our kind."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, OSError, PeftError) as error:
+        if len(error.args) == 1 and os.fspath(where) not in str(error):
+            error.args = (f"{where} ({part}): {error}",)
+        raise
+    except (TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, re.error) as error:
+        raise CheckpointError(
+            f"{where} ({part}): what it says cannot be made an adapter of this model "
+            f"({type(error).__name__}: {error}). The files are damaged, or belong to another model."
+        ) from error
 
 
 def _listed(what: str, names: list[str]) -> str:
@@ -615,25 +637,24 @@ _ENCODER = ("input_ids", "attention_mask", "inputs_embeds", "labels")
 class PeftModelForSequenceClassification(PeftModel):
     """For ``TaskType.SEQ_CLS``; the classification head is trained whole."""
 
-    heads = ("classifier", "score")
-    inputs = (*_ENCODER, *_COMMON)
-    token_inputs = ()
-    heads_read_ids = True
+    _heads = ("classifier", "score")
+    _inputs = (*_ENCODER, *_COMMON)
+    _task = Task(heads_read_ids=True)
 
 
 class PeftModelForTokenClassification(PeftModel):
     """For ``TaskType.TOKEN_CLS``; the classification head is trained whole."""
 
-    heads = ("classifier", "score")
-    inputs = (*_ENCODER, *_COMMON)
+    _heads = ("classifier", "score")
+    _inputs = (*_ENCODER, *_COMMON)
 
 
 class PeftModelForQuestionAnswering(PeftModel):
     """For ``TaskType.QUESTION_ANS``; the head is trained whole."""
 
-    heads = ("qa_outputs",)
-    position_inputs = ("start_positions", "end_positions")
-    inputs = (
+    _heads = ("qa_outputs",)
+    _task = Task(token_inputs=("labels",), position_inputs=("start_positions", "end_positions"))
+    _inputs = (
         "input_ids",
         "attention_mask",
         "token_type_ids",
@@ -648,36 +669,48 @@ class PeftModelForQuestionAnswering(PeftModel):
 class PeftModelForFeatureExtraction(PeftModel):
     """For ``TaskType.FEATURE_EXTRACTION``."""
 
-    inputs = ("input_ids", "attention_mask", "inputs_embeds", *_COMMON)
+    _inputs = ("input_ids", "attention_mask", "inputs_embeds", *_COMMON)
 
 
-class PeftModelForCausalLM(PeftModel):
+class _Generates:
+    """What models that generate have beside ``generate``."""
+
+    get_base_model: Callable[[], Any]
+
+    def prepare_inputs_for_generation(self, *args: Any, task_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        return self.base_model_prepare_inputs_for_generation(*args, **kwargs)
+
+    @property
+    def base_model_prepare_inputs_for_generation(self) -> Callable:
+        """The base model's own."""
+        return self.get_base_model().prepare_inputs_for_generation
+
+
+class PeftModelForCausalLM(_Generates, PeftModel):
     """For ``TaskType.CAUSAL_LM``.
 
     Attributes:
         chunked_loss: compute the loss of training calls without the logits of the whole batch in memory; the output's
-            logits are then the last token's. A call may say otherwise: ``forward(..., chunked_loss=True)``.
+            logits are then the last token's. A call may say otherwise: ``forward(..., chunked_loss=True)``. Off until
+            set.
     """
 
-    inputs = (*_ENCODER, *_COMMON)
-    chunked_loss: bool = False
+    _inputs = (*_ENCODER, *_COMMON)
+    chunked_loss: bool
 
     def _call(self, function: Callable, args: tuple, kwargs: dict, keep: bool) -> Any:
         chunked = kwargs.pop("chunked_loss", None)
-        chunked = self.chunked_loss and self.training if chunked is None else chunked
+        chunked = vars(self).get("chunked_loss", False) and self.training if chunked is None else chunked
         if not chunked or kwargs.get("labels") is None:
             return super()._call(function, args, kwargs, keep)
         with chunked_loss(self.get_base_model()):
             return super()._call(function, args, kwargs, keep)
 
-    def prepare_inputs_for_generation(self, *args: Any, task_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        return self.get_base_model().prepare_inputs_for_generation(*args, **kwargs)
 
-
-class PeftModelForSeq2SeqLM(PeftModel):
+class PeftModelForSeq2SeqLM(_Generates, PeftModel):
     """For ``TaskType.SEQ_2_SEQ_LM``."""
 
-    inputs = (
+    _inputs = (
         "input_ids",
         "attention_mask",
         "inputs_embeds",
@@ -688,5 +721,12 @@ class PeftModelForSeq2SeqLM(PeftModel):
         *_COMMON,
     )
 
-    def prepare_inputs_for_generation(self, *args: Any, task_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        return self.get_base_model().prepare_inputs_for_generation(*args, **kwargs)
+
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
+    "SEQ_CLS": PeftModelForSequenceClassification,
+    "SEQ_2_SEQ_LM": PeftModelForSeq2SeqLM,
+    "CAUSAL_LM": PeftModelForCausalLM,
+    "TOKEN_CLS": PeftModelForTokenClassification,
+    "QUESTION_ANS": PeftModelForQuestionAnswering,
+    "FEATURE_EXTRACTION": PeftModelForFeatureExtraction,
+}

@@ -1,11 +1,13 @@
 """Fused autograd functions. Plain torch operations are their specification, and tests hold the two equal."""
 
 from peft.kernels.dora import adapted_norm, dora_linear
-from peft.kernels.linear import Factors, active_rate, is_bare_linear, is_hooked, is_plain, low_rank_linear, plain
+from peft.kernels.linear import Factors, active_rate, is_bare_linear, is_hooked, low_rank_linear
 from peft.kernels.loss import chunked_cross_entropy, chunked_loss
+from peft.kernels.strict import DenseUpdateError, is_plain, plain, strict
 
 
 __all__ = [
+    "DenseUpdateError",
     "Factors",
     "active_rate",
     "adapted_norm",
@@ -17,4 +19,5 @@ __all__ = [
     "is_plain",
     "low_rank_linear",
     "plain",
+    "strict",
 ]

@@ -168,6 +168,7 @@ def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ..
     if dx is not None:
         dx = accumulate(dx, dh, in_dtype(dtype, down), 1.0).view(ctx.shape)
     if needs_down:
+        assert x is not None
         d_down = in_dtype(down.dtype, torch.mm(dh.t(), in_dtype(dtype, x.reshape(-1, x.shape[-1]))))
     if needs_up:
         d_up = in_dtype(up.dtype, scaled_mm(hidden.t(), wide, ctx.scale).t())

@@ -76,6 +76,8 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def _dropped(count: int, p: float, seed: int) -> np.ndarray:
     """The places of the dropped entries among ``count``, ascending."""
+    if not count:
+        return np.empty(0, np.int64)
     numbers, rate = np.random.SFC64(seed), np.float32(1 / math.log1p(-p))
     last, parts = -1, []
     while last < count - 1:

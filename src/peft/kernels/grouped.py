@@ -49,17 +49,18 @@ def grouped_linear(
     index: torch.Tensor,
     factors: Sequence[Factors | None],
     weight: torch.Tensor | None = None,
+    fresh: bool = False,
 ) -> torch.Tensor:
     """The output of ``base``, each row with its own update.
 
     Args:
         owner: the layer for which the stack is kept.
-        base, weight: as in :func:`peft.kernels.linear.low_rank_linear`.
+        base, weight, fresh: as in :func:`peft.kernels.linear.low_rank_linear`.
         x: ``[rows, ..., in]``. index: the update of each row, ``[rows]``, integers below ``len(factors)``.
         factors: the updates; None for rows that have none. All have the same rate of dropout.
     """
     rate = next(f.dropout for f in factors if f is not None)
-    y = base_output(base, x, weight)
+    y = base_output(base, x, weight, fresh)
     with no_autocast(x):
         stack = stacked(owner, factors, product_dtype(y))
         drop = (rate, draw_seed()) if rate else None

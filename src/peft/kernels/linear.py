@@ -10,8 +10,8 @@ activations: they are rounded for the products, and their gradients come in thei
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,24 +23,6 @@ from torch.autograd import Function
 from peft.kernels.autocast import is_autocast
 from peft.kernels.dropout import Dropped, draw_seed
 from peft.kernels.remake import kept
-
-
-_PLAIN: list[bool] = []
-
-
-@contextmanager
-def plain() -> Iterator[None]:
-    """A context in which every layer computes as its method is written, without the kernels: their specification."""
-    _PLAIN.append(True)
-    try:
-        yield
-    finally:
-        _PLAIN.pop()
-
-
-def is_plain() -> bool:
-    """Whether the call is within :func:`plain`."""
-    return bool(_PLAIN)
 
 
 @dataclass(slots=True)
@@ -64,7 +46,11 @@ class Factors:
 
 
 def low_rank_linear(
-    base: nn.Module, x: torch.Tensor, factors: Sequence[Factors], weight: torch.Tensor | None = None
+    base: nn.Module,
+    x: torch.Tensor,
+    factors: Sequence[Factors],
+    weight: torch.Tensor | None = None,
+    fresh: bool = False,
 ) -> torch.Tensor:
     """The output of ``base`` with low-rank updates, ``[..., out]`` in the dtype that ``base`` gives.
 
@@ -72,27 +58,30 @@ def low_rank_linear(
         base: a linear layer of any storage, called for its output unless ``weight`` is given.
         x: ``[..., in]``.
         factors: the updates.
-        weight: W ``[out, in]`` where ``base`` is a plain ``W x + b`` (see :func:`plain_weight`).
+        weight: W ``[out, in]`` where ``base`` may be passed by: it is ``W x + b`` and nothing else, frozen.
+        fresh: nothing else holds or needs what ``base`` gives, so it may be changed in place.
     """
     if not is_eager(x):
         return composed(base(x), x, factors)
     if not (torch.is_grad_enabled() and _trains(x, factors)):
-        return _infer(base, x, factors, weight)
+        return _infer(base_output(base, x, weight, fresh), x, factors)
     if weight is not None and not is_autocast(x.device.type) and x.dtype == weight.dtype:
         return _apply(x, None, weight, base.bias, factors)
-    return _apply(x, base_output(base, x), None, None, factors)
+    return _apply(x, base_output(base, x, None, fresh), None, None, factors)
 
 
-def base_output(base: nn.Module, x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+def base_output(
+    base: nn.Module, x: torch.Tensor, weight: torch.Tensor | None = None, fresh: bool = False
+) -> torch.Tensor:
     """The output of ``base`` as a contiguous tensor that may be changed in place.
 
     Args:
-        weight: as in :func:`low_rank_linear`.
+        weight, fresh: as in :func:`low_rank_linear`.
     """
     if weight is not None and weight.dtype == x.dtype and not is_autocast(x.device.type):
         return fresh_linear(x, weight, base.bias)
     y = base(x)
-    free = is_fresh(base) and y.is_contiguous() and not y._is_view()
+    free = fresh and y.is_contiguous() and not y._is_view()
     return y if free else y.clone(memory_format=torch.contiguous_format)
 
 
@@ -120,7 +109,9 @@ def is_eager(x: torch.Tensor) -> bool:
 
 def is_bare_linear(module: nn.Module | None) -> bool:
     """Whether calling the module is a product with its weight and nothing else: no hooks, no other class."""
-    return type(module) is nn.Linear and not is_hooked(module) and type(module._parameters["weight"]) is nn.Parameter
+    if module is None or type(module) is not nn.Linear or is_hooked(module):
+        return False
+    return type(module._parameters["weight"]) is nn.Parameter
 
 
 def active_rate(dropout: nn.Module) -> float | None:
@@ -137,32 +128,6 @@ def is_hooked(module: nn.Module) -> bool:
     own = module.__dict__
     hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
     return bool(hooks) or "forward" in own
-
-
-def plain_weight(base: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
-    """W as ``base`` stores it if the layer computes ``W x + b`` and nothing else, and is frozen; else None.
-
-    Hooks, a replaced ``forward`` and tensor subclasses (sharded or quantised weights) make a layer another one.
-    """
-    if is_hooked(base):
-        return None
-    parameters = base._parameters
-    weight, bias = parameters.get("weight"), parameters.get("bias")
-    if type(weight) is not nn.Parameter or weight.requires_grad or weight.device != x.device:
-        return None
-    return weight if bias is None or (type(bias) is nn.Parameter and not bias.requires_grad) else None
-
-
-def is_fresh(base: nn.Module) -> bool:
-    """Whether the output of a base layer may be changed in place: nothing else can hold or need it."""
-    own = base.__dict__
-    if own["_forward_hooks"] or "forward" in own:
-        return False
-    return type(base) is nn.Linear or type(base).__module__.partition(".")[0] in _LIBRARIES
-
-
-# Their linear layers keep nothing of what they give: it may be changed in place.
-_LIBRARIES = ("bitsandbytes", "hqq", "torchao")
 
 
 def product_dtype(y: torch.Tensor) -> torch.dtype:
@@ -190,9 +155,8 @@ def _trains(x: torch.Tensor, factors: Sequence[Factors]) -> bool:
     return x.requires_grad or any(f.trains for f in factors)
 
 
-def _infer(base: nn.Module, x: torch.Tensor, factors: Sequence[Factors], weight: torch.Tensor | None) -> torch.Tensor:
+def _infer(y: torch.Tensor, x: torch.Tensor, factors: Sequence[Factors]) -> torch.Tensor:
     """Without autograd: the update goes straight into the base layer's output."""
-    y = base_output(base, x, weight)
     out, dtype = y.view(-1, y.shape[-1]), product_dtype(y)
     with no_autocast(x):
         for f in factors:

@@ -40,6 +40,9 @@ def spectral_linear(
         places: their rows u and columns v, ``[n]`` each. shape: ``(out, in)`` of F.
         weight, bias: W ``[out, in]`` and b ``[out]`` (or None), frozen.
     """
+    if not x.numel():  # there is no transform of nothing
+        matrix = spectral_matrix(values, places, shape)
+        return F.linear(x, matrix if weight is None else matrix + weight, bias)
     if is_eager(x) and torch.is_grad_enabled() and (x.requires_grad or values.requires_grad):
         return SpectralLinear.apply(x, values, *places, shape, weight, bias)
     return _forward(x, values, places, shape, weight, bias)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft.core.files.checkpoint import prompts_of
+from peft.core.files.entries import prompts_of
 from peft.core.model.walk import layers_of, wrappers_of
 from peft.tools.status import count_parameters
 

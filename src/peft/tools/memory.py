@@ -20,7 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from peft.core.base.kinds import kind_of
-from peft.core.base.storage import storage_of
+from peft.core.base.storage import hooks_of, storage_of, tensors_in, without_hooks
 from peft.core.model.gradient_checkpointing import is_switched_on
 from peft.core.model.walk import Site, embeddings_of, walk
 from peft.tools.status import count_parameters
@@ -166,7 +166,7 @@ def _check_options(optimizer: str, bits: int | None) -> None:
 
 def meta_copy(model: nn.Module) -> nn.Module:
     """A copy of a model on the meta device, adapters included; quantised layers become dense ones."""
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = hooks_of(model)
     for site in walk(model):
         kind = kind_of(site.module)
         if kind is None or storage_of(site.module, kind.weight).name is None:
@@ -179,7 +179,7 @@ def meta_copy(model: nn.Module) -> nn.Module:
         memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) if _is_dense(p) else None
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return copy.deepcopy(model, {k: v for k, v in memo.items() if v is not None})
+    return without_hooks(copy.deepcopy(model, {k: v for k, v in memo.items() if v is not None}))
 
 
 def _is_dense(p: torch.Tensor) -> bool:
@@ -212,21 +212,12 @@ def _adapted(model: nn.Module, peft_config: Any) -> nn.Module:
 
 
 def _stored(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers, shared ones once."""
-    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    return sum(_bytes(t) for t in tensors.values())
-
-
-def _bytes(t: Any) -> int:
-    """Bytes of a tensor as it is stored, with the scales of a quantised one."""
-    if hasattr(t, "__tensor_flatten__"):  # a subclass made of several tensors
-        return sum(_bytes(getattr(t, name)) for name in t.__tensor_flatten__()[0])
-    beside = [getattr(t, "SCB", None)]
-    state = getattr(t, "quant_state", None)
-    while state is not None:
-        beside += [value for value in vars(state).values() if isinstance(value, torch.Tensor)]
-        state = vars(state).get("state2")
-    return t.nbytes + sum(other.nbytes for other in beside if other is not None)
+    """Bytes of all parameters and buffers, shared ones once, with what storages keep beside them."""
+    own = [t for whole in (*model.parameters(), *model.buffers()) for t in tensors_in(whole)]
+    for m in model.modules():
+        storage = storage_of(m, "weight")
+        own += storage.tensors(m, "weight") if storage.name is not None else ()
+    return sum({t.untyped_storage()._cdata: t.nbytes for t in own}.values())
 
 
 def _saving(site: Site, model: nn.Module, bits: int | None) -> int:

@@ -9,10 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from peft.core.files.checkpoint import anatomy, tuner_of
+from peft.core.files.entries import anatomy, tuner_of
 from peft.core.layer.layer import BaseTunerLayer
-from peft.core.model.auxiliary import AuxiliaryTrainingWrapper, TrainableTokensLayer, TrainableTokensWrapper
+from peft.core.model.auxiliary import AuxiliaryTrainingWrapper, TrainableTokens, TrainableTokensWrapper
 from peft.core.model.walk import join, wrappers_of
+from peft.utils.error import NoAdaptedLayersError
 
 
 IRREGULAR: Literal["irregular"] = "irregular"
@@ -104,7 +105,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
         model: a :class:`PeftModel`, or any module with adapters.
 
     Raises:
-        ValueError: if it holds no adapters.
+        NoAdaptedLayersError: if it holds no adapters; a ValueError and a TypeError.
     """
     return [_layer_status(name, layer) for name, layer in _adapted(model)]
 
@@ -115,7 +116,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     A layer counts for an adapter only where it holds parts of it.
 
     Raises:
-        ValueError: if the model holds no adapters.
+        NoAdaptedLayersError: if the model holds no adapters; a ValueError and a TypeError.
     """
     tuner = tuner_of(model)
     layers = [layer for _, layer in _adapted(model)]
@@ -136,7 +137,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         total_params=total,
         num_adapter_layers=len(layers),
         enabled=_common(status.enabled for status in statuses),
-        active_adapters=_common(list(layer.active_adapters) for layer in layers),
+        active_adapters=_common(list(layer._active_adapter) for layer in layers),
         merged_adapters=merged if evenly_merged else IRREGULAR,
         requires_grad={
             name: _common(status.requires_grad[name] for status in statuses if name in status.requires_grad)
@@ -167,7 +168,7 @@ def _adapted(model: nn.Module) -> list[tuple[str, BaseTunerLayer | AuxiliaryTrai
     if not found:
         config = next(iter((getattr(model, "peft_config", None) or {}).values()), None)
         reason = " Prompt learning adapts no layers." if getattr(config, "is_prompt_learning", False) else ""
-        raise ValueError(
+        raise NoAdaptedLayersError(
             f"No adapter layers found in this {type(model).__name__}.{reason} Give it adapters with get_peft_model or "
             "inject_adapter_in_model."
         )
@@ -187,14 +188,14 @@ def _layer_status(name: str, layer: BaseTunerLayer | AuxiliaryTrainingWrapper) -
         requires_grad={adapter: _common((p.requires_grad for p in tensors[adapter]), False) for adapter in names},
         available_adapters=names,
         devices={adapter: sorted({str(p.device) for p in tensors[adapter]}) for adapter in names},
-        quantization_backend=layer.storage.name if tuner_layer and layer.kind is not None else None,
+        quantization_backend=layer.storage.name if tuner_layer and not layer.kind.whole else None,
     )
 
 
 def layer_type(layer: nn.Module) -> str:
     """Method and kind of an adapted layer, ``"lora.Linear"``; the class name of what belongs to no method."""
-    if isinstance(layer, TrainableTokensLayer):
-        return TrainableTokensLayer.__name__
+    if issubclass(getattr(layer, "adapter_cls", object), TrainableTokens):
+        return "TrainableTokensLayer"
     package, _, method = type(layer).__module__.partition("peft.tuners.")
     name = type(layer).__name__
     return f"{method.partition('.')[0]}.{name}" if method and not package else name

@@ -10,6 +10,11 @@ from peft._lazy import lazy_module
 for _file in iter_modules(__path__):
     import_module(f"{__name__}.{_file.name}")
 
-__getattr__, __dir__, __all__ = lazy_module(
-    __name__, {module: names for module, names in peft._TABLE.items() if module.startswith(f"{__name__}.")}
+_TABLE = {module: names for module, names in peft._TABLE.items() if module.startswith(f"{__name__}.")}
+_TABLE["peft.tuners.mixed"] = ("MixedModel",)
+_TABLE["peft.tuners.multitask_prompt_tuning"] = (
+    *peft._TABLE["peft.tuners.multitask_prompt_tuning"],
+    "MultitaskPromptEmbedding",
 )
+
+__getattr__, __dir__, __all__ = lazy_module(__name__, _TABLE)

@@ -6,16 +6,18 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from peft.compat.methods import AdaLoraCompat, LoraCompat
 from peft.config import NotYet, option, resolve_pattern
+from peft.core.adapter import part, setting
 from peft.core.base.kinds import fan
-from peft.core.families.families import LowRankLayer, ScaledLayer, input_dropout
+from peft.core.families import LowRank, Scaled, input_dropout
 from peft.core.model.registry import define_tuner
 from peft.core.model.walk import walk
 from peft.tuners.adalora_utils import BudgetTuner, RankAllocator, mask_of
 from peft.tuners.lora.config import LoraConfig
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING
 from peft.utils.error import ConfigError
 from peft.utils.peft_types import PeftType
 
@@ -39,6 +41,9 @@ class AdaLoraConfig(LoraConfig):
     METHOD: ClassVar[PeftType] = PeftType.ADALORA
     NOT_YET: ClassVar[dict[str, NotYet]] = {}
 
+    r: int = option(
+        8, "Not used by this method.", instead="the ranks are init_r at the start and target_r at the end."
+    )
     target_r: int = option(8, "Average rank of the layers at the end.", minimum=1)
     init_r: int = option(12, "Rank of each layer at the start.", minimum=1)
     tinit: int = option(0, "Steps at the start that train with all ranks.", minimum=0)
@@ -46,7 +51,9 @@ class AdaLoraConfig(LoraConfig):
     deltaT: int = option(1, "Steps from one allocation of the budget to the next.", minimum=1)
     beta1: float = option(0.85, "Decay of the average of importances.", minimum=0, below=1)
     beta2: float = option(0.85, "Decay of the average of their uncertainty.", minimum=0, below=1)
-    orth_reg_weight: float = option(0.5, "Weight of |P^T P - I|, which keeps A and B orthogonal, in the loss.")
+    orth_reg_weight: float = option(
+        0.5, "Weight of |P^T P - I|, which keeps A and B orthogonal, in the loss.", minimum=0
+    )
     total_step: int | None = option(None, "Steps of the whole training. Required to train.", minimum=1)
     rank_pattern: dict | None = option(
         None, "Which ranks are left, by the name of the tensor E -> list of booleans. Written by the training."
@@ -72,66 +79,75 @@ class AdaLoraConfig(LoraConfig):
             )
 
 
-class AdaLoraLayer(LowRankLayer, ScaledLayer):
+def adalora_pair(a: torch.Tensor, e: torch.Tensor, b: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """A' and B of dW = s P L Q = B A', with P = B, L = diag(E), Q = A in the paper's equation 3.
+
+    Args:
+        a: ``[r, in * kernel]``. e: ``[r, 1]``. b: ``[out, r]``. scale: s.
+    """
+    return a * (e * scale), b
+
+
+def adalora_penalty(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """|A A^T - I| + |B^T B - I|, Frobenius norms, for A ``[r, in]`` and B ``[out, r]`` (equation 4)."""
+    eye = torch.eye(len(a), device=a.device, dtype=a.dtype)
+    return (a @ a.T - eye).norm() + (b.T @ b - eye).norm()
+
+
+class AdaLora(LowRank, Scaled):
     """dW = s / (r + 1e-5) B diag(E) A: A ``[r, in * kernel]``, E ``[r, 1]``, B ``[out, r]``; r is what A started with.
 
     ``left`` holds the ranks that the budget has left, once they are settled: the others take no part any more.
     """
 
-    weights: ClassVar[dict[str, type]] = {
-        "lora_A": nn.ParameterDict,
-        "lora_E": nn.ParameterDict,
-        "lora_B": nn.ParameterDict,
-    }
-    settings: ClassVar[dict[str, type]] = {
-        "r": dict,
-        "ranknum": nn.ParameterDict,
-        "lora_alpha": dict,
-        "scaling": dict,
-        "lora_dropout": nn.ModuleDict,
-        "left": dict,
-    }
+    lora_A = part()
+    lora_E = part()
+    lora_B = part()
+    r = setting()
+    ranknum = setting(nn.ParameterDict)
+    lora_alpha = setting()
+    scaling = setting()
+    lora_dropout = setting(nn.ModuleDict)
+    left = setting()
     dropout: ClassVar[str] = "lora_dropout"
 
-    def update_layer(self, name: str, config: AdaLoraConfig, key: str) -> None:
-        mask = mask_of(config, key, name)
+    def create(self, config: AdaLoraConfig, key: str) -> None:
+        mask, (out, inner) = mask_of(config, key), fan(self.shape)
         rank = config.init_r if mask is None else sum(mask)
-        out, inner = fan(self.shape)
-        a, b = torch.randn(rank, inner) * 0.02, torch.randn(out, rank) * 0.02
-        e = torch.zeros(rank, 1) if config.init_lora_weights else torch.randn(rank, 1)
-        self.put(name, lora_A=nn.Parameter(a), lora_E=nn.Parameter(e), lora_B=nn.Parameter(b), left=None)
-        self.put(name, ranknum=nn.Parameter(torch.tensor(float(config.init_r), device="cpu"), requires_grad=False))
-        self.put(name, r=config.init_r, lora_alpha=resolve_pattern(config.alpha_pattern, key, config.lora_alpha))
-        self.put(name, lora_dropout=input_dropout(config.lora_dropout), scaling=self.initial_scaling(name))
+        self.lora_A = nn.Parameter(torch.randn(rank, inner) * 0.02)
+        self.lora_B = nn.Parameter(torch.randn(out, rank) * 0.02)
+        self.lora_E = nn.Parameter(torch.zeros(rank, 1) if config.init_lora_weights else torch.randn(rank, 1))
+        self.r, self.left = config.init_r, None
+        self.ranknum = nn.Parameter(torch.tensor(float(config.init_r), device="cpu"), requires_grad=False)
+        self.lora_alpha = resolve_pattern(config.alpha_pattern, key, config.lora_alpha)
+        self.lora_dropout, self.scaling = input_dropout(config.lora_dropout), self.initial_scaling()
 
-    def initial_scaling(self, name: str) -> float:
-        alpha = self.lora_alpha[name]
-        return float(alpha if alpha > 0 else self.r[name])
+    def initial_scaling(self) -> float:
+        return float(self.lora_alpha if self.lora_alpha > 0 else self.r)
 
-    def pair(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        a, e, b = (self.ranks_left(name, part) for part in ("lora_A", "lora_E", "lora_B"))
-        return a * (e * (self.scaling[name] / (self.r[name] + 1e-5))), b
-
-    def ranks_left(self, name: str, attribute: str) -> torch.Tensor:
-        """A tensor of the adapter without the ranks that the budget has taken."""
-        tensor, left = getattr(self, attribute)[name], self.left[name]
+    def factored(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A, E and B without the ranks that the budget has taken."""
+        a, e, b, left = self.lora_A, self.lora_E, self.lora_B, self.left
         if left is None:
-            return tensor
-        index = left.to(tensor.device)
-        return tensor[:, index] if attribute == "lora_B" else tensor[index]
+            return a, e, b
+        left = left.to(a.device)
+        return a[left], e[left], b[:, left]
 
-    def as_saved(self, name: str, saved: str, tensor: torch.Tensor) -> torch.Tensor:
-        left = self.left[name]
+    def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
+        a, b = adalora_pair(*self.factored(), self.scaling / (self.r + 1e-5))
+        return (a, b) if len(a) else (F.pad(a, (0, 0, 0, 1)), F.pad(b, (0, 1)))  # convolutions have no rank 0
+
+    def as_saved(self, saved: str, tensor: torch.Tensor) -> torch.Tensor:
+        left = self.left
         return tensor if left is None else tensor[:, left] if saved == "lora_B" else tensor[left]
 
-    def penalty(self, name: str) -> torch.Tensor:
-        """|A A^T - I| + |B^T B - I|, Frobenius norms, of the ranks that are left."""
-        a, b = self.ranks_left(name, "lora_A"), self.ranks_left(name, "lora_B")
-        eye = torch.eye(len(a), device=a.device, dtype=a.dtype)
-        return (a @ a.T - eye).norm() + (b.T @ b - eye).norm()
+    def penalty(self) -> torch.Tensor:
+        """How far A and B are from orthogonal."""
+        a, _, b = self.factored()
+        return adalora_penalty(a, b)
 
 
-class AdaLoraTuner(BudgetTuner):
+class AdaLoraTuner(AdaLoraCompat, LoraCompat, BudgetTuner):
     """What AdaLoRA does to a whole model: it shares out the ranks, and keeps A and B orthogonal by the loss."""
 
     def update_and_allocate(self, global_step: int) -> None:
@@ -141,50 +157,43 @@ class AdaLoraTuner(BudgetTuner):
         ``config.rank_pattern`` says which.
         """
         for name in self.active_adapters:
-            config = self.peft_config[name]
-            layers = self._adapted(name)
-            trains = all(layer.lora_E[name].requires_grad for layer in layers.values())
-            if config.total_step is None or not trains or not layers:
+            config, adapters = self.peft_config[name], self._adapted(name)
+            trains = all(adapter.lora_E.requires_grad for adapter in adapters.values())
+            if config.total_step is None or not trains or not adapters:
                 continue
-            allocator = self.kept(name, RankAllocator(config, layers, name))
+            allocator = self.kept(name, RankAllocator(config, adapters))
             end = config.total_step - config.tfinal
-            settled = any(layer.left[name] is not None for layer in layers.values())
-            if not settled and global_step <= end and self._loaded_whole(layers, name):
+            settled = any(adapter.left is not None for adapter in adapters.values())
+            if not settled and global_step <= end and self._loaded_whole(adapters):
                 allocator.observe()
                 if global_step == end or (global_step > config.tinit and global_step % config.deltaT == 0):
                     config.rank_pattern = allocator.allocate(allocator.budget(global_step))
                 if global_step == end:
-                    for key, layer in layers.items():
-                        layer.left[name] = torch.tensor(config.rank_pattern[f"{key}.lora_E"]).nonzero()[:, 0]
+                    for key, adapter in adapters.items():
+                        adapter.left = torch.tensor(config.rank_pattern[f"{key}.lora_E"]).nonzero()[:, 0]
             elif settled:
-                marks = {k: torch.zeros(len(w.lora_E[name])).index_fill(0, w.left[name], 1) for k, w in layers.items()}
+                marks = {key: torch.zeros(len(x.lora_E)).index_fill(0, x.left, 1) for key, x in adapters.items()}
                 allocator.mask(marks)
 
-    def _adapted(self, name: str) -> dict[str, AdaLoraLayer]:
-        """The layers of an adapter by the names of their modules."""
-        found = ((site.key, w) for site in walk(self.model) for _, w in site.wrappers)
-        return {key: w for key, w in found if isinstance(w, AdaLoraLayer) and name in w}
+    def _adapted(self, name: str) -> dict[str, Any]:
+        """The adapters called so by the names of the modules that they adapt."""
+        wrappers = ((site.key, w) for site in walk(self.model) for _, w in site.wrappers)
+        found = ((key, w.adapters) for key, w in wrappers if isinstance(w, self.layer_cls))
+        return {key: adapters[name] for key, adapters in found if name in adapters}
 
     @staticmethod
-    def _loaded_whole(layers: dict[str, AdaLoraLayer], name: str) -> bool:
-        return all(len(layer.lora_E[name]) == layer.r[name] for layer in layers.values())
+    def _loaded_whole(adapters: dict[str, Any]) -> bool:
+        return all(len(adapter.lora_E) == adapter.r for adapter in adapters.values())
 
     def finish(self, outputs: Any) -> Any:
         """The model's outputs; a loss among them gets the penalty on A and B that are not orthogonal."""
         loss = getattr(outputs, "loss", None)
         for name in self.active_adapters:
-            layers = [layer for layer in self._adapted(name).values() if not layer.disable_adapters]
-            if isinstance(loss, torch.Tensor) and layers and self.peft_config[name].orth_reg_weight:
-                mean = sum(layer.penalty(name) for layer in layers) / (2 * len(layers))
+            adapters = [x for x in self._adapted(name).values() if not x.layer.disable_adapters]
+            if isinstance(loss, torch.Tensor) and adapters and self.peft_config[name].orth_reg_weight:
+                mean = sum(adapter.penalty() for adapter in adapters) / (2 * len(adapters))
                 loss = outputs.loss = loss + self.peft_config[name].orth_reg_weight * mean.to(loss)
         return outputs
 
 
-AdaLoraModel = define_tuner(
-    "AdaLoraModel",
-    AdaLoraLayer,
-    AdaLoraConfig,
-    prefix="lora_",
-    targets=TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING,
-    base=AdaLoraTuner,
-)
+AdaLoraModel = define_tuner(AdaLora, AdaLoraConfig, base=AdaLoraTuner)

@@ -9,7 +9,7 @@ import torch
 from peft.core.model.tuner import BaseTuner
 
 
-def mask_of(config: Any, key: str, name: str) -> list[bool] | None:
+def mask_of(config: Any, key: str) -> list[bool] | None:
     """Which ranks of a layer are left; files name them with the adapter's name at the time, or without."""
     for pattern, mask in (config.rank_pattern or {}).items():
         if pattern == f"{key}.lora_E" or pattern.rpartition(".")[0] == f"{key}.lora_E":
@@ -66,13 +66,13 @@ def budget_at(done: float, first: int, last: int, exponent: float = 3.0) -> int:
 class RankAllocator:
     """Who keeps which ranks: importances of the triplets (A row, E entry, B column), and the budget over time."""
 
-    def __init__(self, config: Any, layers: dict[str, Any], name: str) -> None:
-        self.config, self.layers, self.name = config, layers, name
+    def __init__(self, config: Any, adapters: dict[str, Any]) -> None:
+        self.config, self.adapters = config, adapters
         self.sensitivity = Sensitivity(config.beta1, config.beta2)
 
     def budget(self, step: int) -> int:
         """Ranks of all layers together: a cubic decay from the first to the last (equation 12)."""
-        config, count = self.config, len(self.layers)
+        config, count = self.config, len(self.adapters)
         first, last, total = config.init_r * count, config.target_r * count, config.total_step or 0
         if step <= config.tinit:
             return first
@@ -82,9 +82,9 @@ class RankAllocator:
 
     def observe(self) -> None:
         """Take in the gradients of a step."""
-        for key, layer in self.layers.items():
-            for part in layer.weights:
-                self.sensitivity.observe((key, part), getattr(layer, part)[self.name])
+        for key, adapter in self.adapters.items():
+            for part in ("lora_A", "lora_E", "lora_B"):
+                self.sensitivity.observe((key, part), getattr(adapter, part))
 
     def scores(self, key: str) -> torch.Tensor:
         """Of each rank of a layer, ``[r]`` (equation 7)."""
@@ -94,7 +94,7 @@ class RankAllocator:
     @torch.no_grad()
     def allocate(self, budget: int) -> dict[str, list[bool]]:
         """Set E to zero where the score is below those of the ``budget`` best; which ones are left, by tensor name."""
-        scores = {key: self.scores(key).cpu() for key in self.layers}
+        scores = {key: self.scores(key).cpu() for key in self.adapters}
         every = torch.cat(list(scores.values()))
         cut = len(every) - budget
         threshold = every.kthvalue(cut).values if cut > 0 else every.min() - 1
@@ -106,5 +106,5 @@ class RankAllocator:
     def mask(self, kept: dict[str, torch.Tensor]) -> None:
         """Set E to zero where nothing is kept."""
         for key, mask in kept.items():
-            e = self.layers[key].lora_E[self.name]
+            e = self.adapters[key].lora_E
             e.mul_(mask.to(e.device)[:, None])

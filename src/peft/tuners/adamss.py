@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -9,13 +10,13 @@ import torch
 from torch import nn
 
 from peft.config import LayerSelection, ModulesToSave, TargetModules, option
+from peft.core.adapter import part, setting
 from peft.core.base.kinds import fan
-from peft.core.families.families import LowRankLayer, ShiftLayer
+from peft.core.families import LowRank, Shift
 from peft.core.layer.buffers import BufferDict
 from peft.core.model.registry import define_tuner
 from peft.core.model.walk import layers_of
 from peft.tuners.adalora_utils import BudgetTuner, Sensitivity, budget_at
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_ADAMSS_TARGET_MODULES_MAPPING
 from peft.utils.error import ConfigError
 from peft.utils.peft_types import PeftType
 
@@ -34,10 +35,10 @@ class AdamssConfig(TargetModules, ModulesToSave, LayerSelection):
     r: int = option(100, "How many singular directions of W, with the bias as one more column, are kept.", minimum=1)
     num_subspaces: int = option(5, "Number of clusters of rows.", minimum=1)
     subspace_rank: int = option(1, "Rank of the pair of each cluster.", minimum=1)
-    init_weights: Literal["orthogonal"] | None = option(
+    init_weights: Literal["orthogonal", False] | None = option(
         "orthogonal",
-        "Start with B = 0, so that nothing changes; B is drawn at random for None.",
-        choices=("orthogonal",),
+        "Start with B = 0, so that nothing changes; B is drawn at random for None and False.",
+        choices=("orthogonal", False),
     )
     use_asa: bool = option(False, "Adaptive subspace allocation: train the most important pairs alone.")
     asa_target_subspaces: int = option(50, "How many pairs of the whole model train in the end.", minimum=1)
@@ -63,7 +64,23 @@ class AdamssConfig(TargetModules, ModulesToSave, LayerSelection):
             )
 
 
-class AdamssLayer(LowRankLayer, ShiftLayer):
+def adamss_pair(
+    a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], v: torch.Tensor, places: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[dW | c] = P blockdiag(B_1 ... B_K) [A_1; ...; A_K] V as a pair of matrices.
+
+    Args:
+        a, b: A_k ``[q_k, r]`` and B_k ``[rows of the cluster, q_k]``. v: ``[r, in * kernel (+ 1)]``.
+        places: of each output, which row of the diagonal it is, ``[out]``.
+
+    Returns:
+        ``[q, in * kernel (+ 1)]`` and ``[out, q]``, q the sum of the ranks.
+    """
+    stacked = torch.cat(list(a))
+    return stacked @ v.to(stacked.dtype), torch.block_diag(*b)[places]
+
+
+class Adamss(LowRank, Shift):
     """dW and the bias' change c: [dW | c] = P blockdiag(B_1 ... B_K) [A_1; ...; A_K] V.
 
     V ``[r, in * kernel (+ 1)]`` is frozen and in the file (``adamss_newB``): the largest singular directions of
@@ -71,54 +88,51 @@ class AdamssLayer(LowRankLayer, ShiftLayer):
     in their places.
     """
 
-    weights: ClassVar[dict[str, type]] = {
-        "adamss_A": nn.ModuleDict,
-        "adamss_B": nn.ModuleDict,
-        "adamss_newB": BufferDict,
-        "adamss_places": BufferDict,
-    }
-    settings: ClassVar[dict[str, type]] = {"num_subspaces": dict}
-    remade: ClassVar[tuple[str, ...]] = ("adamss_places",)
+    adamss_A = part(nn.ModuleDict)
+    adamss_B = part(nn.ModuleDict)
+    adamss_newB = part(BufferDict)
+    adamss_places = part(BufferDict, remade=True)
+    num_subspaces = setting()
 
-    def update_layer(self, name: str, config: AdamssConfig, key: str) -> None:
-        weight, bias = self.unmerged_weight().detach().flatten(1).float().cpu(), self.unmerged_bias()
+    def create(self, config: AdamssConfig, key: str) -> None:
+        weight, bias = self.base_weight().detach().flatten(1).float().cpu(), self.base_bias()
         if bias is not None:
             weight = torch.cat([weight, bias.detach().float().cpu()[:, None]], 1)
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):  # the same clusters wherever the model is
             torch.default_generator.manual_seed(config.random_seed)
             u, _, v = torch.svd_lowrank(weight, q=min(config.r, *weight.shape), niter=2)
         clusters = cluster(u, config.num_subspaces)
-        self.put(name, num_subspaces=len(clusters), adamss_newB=v.T.contiguous())
-        self.put(name, adamss_places=torch.cat(clusters).argsort())
-        down, up = nn.ParameterList(), nn.ParameterList()
-        for rows in clusters:
-            _, s, directions = torch.linalg.svd(u[rows], full_matrices=False)
-            q = min(config.subspace_rank, len(s))
-            if config.use_dynamic_rank:
-                q = max(1, min(q, int((s**2 > config.svd_threshold * s[0] ** 2).sum())))
-            b = torch.zeros(len(rows), q) if config.init_weights else torch.randn(len(rows), q) * 0.01
-            down.append(nn.Parameter(directions[:q].clone()))
-            up.append(nn.Parameter(b))
-        self.put(name, adamss_A=down, adamss_B=up)
+        self.num_subspaces, self.adamss_newB = len(clusters), v.T.contiguous()
+        self.adamss_places = torch.cat(clusters).argsort()
+        pairs = [first_pair(u[rows], config) for rows in clusters]
+        self.adamss_A, self.adamss_B = (nn.ParameterList(tensors) for tensors in zip(*pairs))
 
-    def _inner(self, name: str) -> torch.Tensor:
-        """[A_1; ...; A_K] V."""
-        a = torch.cat(list(self.adamss_A[name]))
-        return a @ self.adamss_newB[name].to(a.dtype)
+    def augmented(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The pair whose product is [dW | c]."""
+        return adamss_pair(self.adamss_A, self.adamss_B, self.adamss_newB, self.adamss_places)
 
-    def _outer(self, name: str) -> torch.Tensor:
-        """P blockdiag(B_1 ... B_K)."""
-        return torch.block_diag(*self.adamss_B[name])[self.adamss_places[name]]
+    def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
+        inner, outer = self.augmented()
+        return inner[:, : fan(self.shape)[1]], outer
 
-    def pair(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._inner(name)[:, : fan(self.shape)[1]], self._outer(name)
+    def shift(self) -> torch.Tensor | None:
+        if self.adamss_newB.shape[1] == fan(self.shape)[1]:
+            return None
+        inner, outer = self.augmented()
+        return (outer @ inner[:, -1:]).flatten()
 
-    def shift(self, name: str) -> torch.Tensor | None:
-        last = self._inner(name)[:, fan(self.shape)[1] :]
-        return (self._outer(name) @ last).flatten() if last.shape[1] else None
+    def output(self, x: torch.Tensor, y: torch.Tensor, base_y: torch.Tensor) -> torch.Tensor:
+        return self.shifted(super().output(x, y, base_y))
 
-    def transform_output(self, name: str, x: torch.Tensor, y: torch.Tensor, base_y: torch.Tensor) -> torch.Tensor:
-        return self.shifted(name, super().transform_output(name, x, y, base_y))
+
+def first_pair(u: torch.Tensor, config: AdamssConfig) -> tuple[nn.Parameter, nn.Parameter]:
+    """A_k and B_k as they start, for the cluster with these rows of singular vectors, ``[rows, r]``."""
+    _, s, directions = torch.linalg.svd(u, full_matrices=False)
+    q = min(config.subspace_rank, len(s))
+    if config.use_dynamic_rank:
+        q = max(1, min(q, int((s**2 > config.svd_threshold * s[0] ** 2).sum())))
+    b = torch.zeros(len(u), q) if config.init_weights else torch.randn(len(u), q) * 0.01
+    return nn.Parameter(directions[:q].clone()), nn.Parameter(b)
 
 
 def cluster(rows: torch.Tensor, count: int) -> list[torch.Tensor]:
@@ -150,8 +164,8 @@ class AdamssTuner(BudgetTuner):
         """
         for name in self.active_adapters:
             config = self.peft_config[name]
-            layers = [x for _, x in layers_of(self.model) if isinstance(x, AdamssLayer) and name in x]
-            pairs = [pair for layer in layers for pair in zip(layer.adamss_A[name], layer.adamss_B[name])]
+            found = [layer.adapters.get(name) for _, layer in layers_of(self.model)]
+            pairs = [pair for a in found if isinstance(a, Adamss) for pair in zip(a.adamss_A, a.adamss_B)]
             if not config.use_asa or not any(p.requires_grad for pair in pairs for p in pair):
                 continue
             sensitivity = Sensitivity(config.asa_importance_beta, config.asa_uncertainty_beta)
@@ -166,21 +180,14 @@ class AdamssTuner(BudgetTuner):
     @staticmethod
     def _observe(config: Any, step: int, pairs: list, left: list[int], by: Sensitivity) -> list[int]:
         for i in left:
-            for part, p in enumerate(pairs[i]):
-                by.observe((i, part), p)
+            for place, p in enumerate(pairs[i]):
+                by.observe((i, place), p)
         if step % config.mask_interval and step != config.final_warmup:
             return left
         done = (step - config.init_warmup) / (config.final_warmup - config.init_warmup)
         count = budget_at(done, len(pairs), config.asa_target_subspaces, config.asa_schedule_exponent)
-        scores = {i: sum(by.score((i, part)).mean().item() for part in (0, 1)) for i in left}
+        scores = {i: sum(by.score((i, place)).mean().item() for place in (0, 1)) for i in left}
         return sorted(sorted(left, key=scores.__getitem__, reverse=True)[:count])
 
 
-AdamssModel = define_tuner(
-    "AdamssModel",
-    AdamssLayer,
-    AdamssConfig,
-    prefix="adamss_",
-    targets=TRANSFORMERS_MODELS_TO_ADAMSS_TARGET_MODULES_MAPPING,
-    base=AdamssTuner,
-)
+AdamssModel = define_tuner(Adamss, AdamssConfig, base=AdamssTuner)

@@ -9,11 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from peft.compat.methods import AdaptionPromptCompat
 from peft.config import PeftConfig, option
+from peft.core.adapter import part
 from peft.core.base.kinds import kind_of
 from peft.core.blocks.attention import AttentionFunction, can_watch, keys_and_values, watched
 from peft.core.blocks.blocks import (
     ATTENTION,
+    BlockAdapter,
     BlockLayer,
     BlockTuner,
     find_blocks,
@@ -47,34 +50,59 @@ class AdaptionPromptConfig(PeftConfig):
     adapter_layers: int = option(None, "Number of layers to adapt, counted from the top.", minimum=1)
 
 
-class AdaptedAttention(BlockLayer):
-    """Wraps an attention. Its own projections make K_p = W_k P and V_p = W_v P of the prompt P ``[1, adapter_len,
-    width]``, without a rotation for positions; the gate g ``[1]`` starts at zero."""
+def adaption_prompt(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, gate: torch.Tensor, scale: float | None
+) -> torch.Tensor:
+    """g softmax(s q K_p^T) V_p: what the queries see of the prompt.
 
-    weights: ClassVar[dict[str, type]] = {"adaption_prompt": nn.ParameterDict, "adaption_gate": nn.ParameterDict}
+    Args:
+        query: ``[batch, heads, tokens, features]``. key, value: K_p and V_p ``[batch, heads, adapter_len, features]``.
+        gate: g ``[1]``. scale: s; None: 1 / sqrt(features).
 
-    def update_layer(self, name: str, config: AdaptionPromptConfig, key: str) -> None:
-        prompt = torch.randn(1, config.adapter_len, width_of(self.base_layer))
-        self.put(name, adaption_prompt=nn.Parameter(prompt), adaption_gate=nn.Parameter(torch.zeros(1)))
+    Returns:
+        ``[batch, tokens, heads, features]``.
+    """
+    return gate * F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2)
+
+
+class AdaptionPrompt(BlockAdapter):
+    """A prompt P ``[1, adapter_len, width]``, of which the attention's own projections make K_p = W_k P and
+    V_p = W_v P without a rotation for positions, and a gate g ``[1]`` that starts at zero."""
+
+    adaption_prompt = part()
+    adaption_gate = part()
+
+    def create(self, config: AdaptionPromptConfig, key: str) -> None:
+        self.adaption_prompt = nn.Parameter(torch.randn(1, config.adapter_len, width_of(self.base)))
+        self.adaption_gate = nn.Parameter(torch.zeros(1))
+
+    def seen(
+        self, pair: Any, query: torch.Tensor, rows: torch.Tensor | None, scale: float | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """What the queries of its rows (None: of all) see of the prompt, by its K_p and V_p."""
+        query = query if rows is None else query.index_select(0, rows)
+        key, value = (_for_heads(x, query, rows) for x in pair)
+        return adaption_prompt(query, key, value, self.adaption_gate, scale).to(dtype)
+
+
+class AdaptedAttention(BlockLayer, nn.Module):
+    """Wraps an attention, whose queries also see the prompts of the adapters."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         base, x = self.base_layer, first_input(self.base_layer, args, kwargs)
-        acting = self.acting(x)
+        acting = [
+            (adapter, rows, keys_and_values(base, adapter.adaption_prompt.to(x.dtype), args, kwargs))
+            for adapter, rows in self.acting(x)
+        ]
         if not acting:
             return base(*args, **kwargs)
-        pairs = {
-            name: keys_and_values(base, self.adaption_prompt[name].to(x.dtype), args, kwargs) for name, _ in acting
-        }
         unprojected: list[torch.Tensor] = []
 
         def around(attend: AttentionFunction, module: nn.Module, query: torch.Tensor, *rest: Any, **options: Any):
             output, weights = attend(module, query, *rest, **options)
             update = torch.zeros_like(output)
-            for name, rows in acting:
-                own = query if rows is None else query.index_select(0, rows)
-                keys, values = (self._for_heads(part, own, rows) for part in pairs[name])
-                seen = F.scaled_dot_product_attention(own, keys, values, scale=options.get("scaling")).transpose(1, 2)
-                seen = (self.adaption_gate[name] * seen).to(output.dtype)
+            for adapter, rows, pair in acting:
+                seen = adapter.seen(pair, query, rows, options.get("scaling"), output.dtype)
                 update = update + seen if rows is None else update.index_add(0, rows, seen)
             if self.projects:
                 return output + update, weights
@@ -92,15 +120,15 @@ class AdaptedAttention(BlockLayer):
         kinds = [kind for site in walk(self.base_layer) if (kind := kind_of(site.module)) is not None]
         return not any(kind.fan_in_fan_out for kind in kinds)
 
-    @staticmethod
-    def _for_heads(x: torch.Tensor, query: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-        """Keys or values ``[1, groups, adapter_len, features]`` for each row and head of the queries."""
-        if len(x) > 1 and rows is not None:  # the projections are adapted, differently for each row
-            x = x.index_select(0, rows)
-        return x.repeat_interleave(query.shape[1] // x.shape[1], dim=1).expand(len(query), -1, -1, -1)
+
+def _for_heads(x: torch.Tensor, query: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """Keys or values ``[1, groups, adapter_len, features]`` for each row and head of the queries."""
+    if len(x) > 1 and rows is not None:  # the projections are adapted, differently for each row
+        x = x.index_select(0, rows)
+    return x.repeat_interleave(query.shape[1] // x.shape[1], dim=1).expand(len(query), -1, -1, -1)
 
 
-class AdaptionPromptTuner(BlockTuner):
+class AdaptionPromptTuner(AdaptionPromptCompat, BlockTuner):
     """Applies LLaMA-Adapter to the self-attentions of the last transformer blocks."""
 
     def find(self, config: AdaptionPromptConfig, model: nn.Module) -> list[Target]:
@@ -135,9 +163,9 @@ class AdaptionPromptTuner(BlockTuner):
 
 
 AdaptionPromptModel = define_tuner(
-    "AdaptionPromptModel",
-    AdaptedAttention,
+    AdaptionPrompt,
     AdaptionPromptConfig,
-    prefix="adaption_prompt_",
     base=AdaptionPromptTuner,
+    layer=AdaptedAttention,
+    prefix="adaption_prompt_",
 )

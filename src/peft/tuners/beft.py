@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from peft.config import ModulesToSave, TargetModules, option
+from peft.core.adapter import part
+from peft.core.addition import LinearIn
 from peft.core.base.kinds import Kind
-from peft.core.families.families import OutputLayer
+from peft.core.families import Output
 from peft.core.model.registry import define_tuner
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_BEFT_TARGET_MODULES_MAPPING
 from peft.utils.peft_types import PeftType
 
 
@@ -28,28 +29,22 @@ class BeftConfig(TargetModules, ModulesToSave):
     init_weights: bool = option(True, "Start at zero, so that nothing changes; otherwise at random numbers.")
 
 
-class BeftLayer(OutputLayer):
+class Beft(Output):
     """A vector beta ``[1, out]``. Merged, it is part of the bias, which a layer without one gets."""
 
-    weights: ClassVar[dict[str, type]] = {"beft_bias": nn.ParameterDict}
-    linear: ClassVar[tuple[str, ...]] = ("beft_bias",)
+    beft_bias = part()
+    adds = LinearIn("beft_bias")
 
     @classmethod
     def refusal(cls, kind: Kind, module: nn.Module, config: Any) -> str | None:
         return None if kind.bias else "it has no bias that BEFT could train; target linear or convolutional layers"
 
-    def update_layer(self, name: str, config: BeftConfig, key: str) -> None:
+    def create(self, config: BeftConfig, key: str) -> None:
         shape = 1, self.shape[0]
-        self.put(name, beft_bias=nn.Parameter(torch.zeros(shape) if config.init_weights else torch.randn(shape)))
+        self.beft_bias = nn.Parameter(torch.zeros(shape) if config.init_weights else torch.randn(shape))
 
-    def shift(self, name: str) -> torch.Tensor:
-        return self.beft_bias[name][0]
+    def shift(self) -> torch.Tensor:
+        return self.beft_bias[0]
 
 
-BeftModel = define_tuner(
-    "BeftModel",
-    BeftLayer,
-    BeftConfig,
-    prefix="beft_",
-    targets=TRANSFORMERS_MODELS_TO_BEFT_TARGET_MODULES_MAPPING,
-)
+BeftModel = define_tuner(Beft, BeftConfig)

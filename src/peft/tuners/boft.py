@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,9 +10,9 @@ import torch
 from torch import nn
 
 from peft.config import ExcludeModules, FanInFanOut, LayerSelection, ModulesToSave, TargetModules, TrainedBias, option
-from peft.core.families.families import RotationLayer
+from peft.core.adapter import part, setting
+from peft.core.families import Rotation
 from peft.core.model.registry import define_tuner
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_BOFT_TARGET_MODULES_MAPPING
 from peft.utils.error import ConfigError
 from peft.utils.peft_types import PeftType
 
@@ -47,78 +48,95 @@ class BOFTConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
             )
 
 
-class BOFTLayer(RotationLayer):
+def boft_blocks(q: torch.Tensor) -> torch.Tensor:
+    """The Cayley transforms (I - S)(I + S)^-1 of the skew parts S = (Q - Q^T) / 2, for Q ``[m, blocks, b, b]``.
+
+    This is the convention of exact OFT, and the transpose of (I + S)(I - S)^-1, which others use.
+    """
+    wide = q.float() if q.dtype.itemsize < 4 else q  # there is no solver for 16 bits
+    skew, eye = (wide - wide.mT) / 2, torch.eye(q.shape[-1], device=q.device, dtype=wide.dtype)
+    return torch.linalg.solve(eye + skew, eye - skew, left=False).to(q.dtype)
+
+
+def butterfly(x: torch.Tensor, factors: torch.Tensor, back: bool = False) -> torch.Tensor:
+    """x R along the last axis with R = B_m ... B_1, or x R^T with ``back``.
+
+    Factor i is block-diagonal for features in another order: it pairs half-blocks that are 2^(i-1) half-blocks apart.
+
+    Args:
+        x: ``[..., features]``. factors: the blocks ``[m, blocks, b, b]``, with ``blocks * b`` features.
+    """
+    _, count, size, _ = factors.shape
+    for i in range(len(factors)) if back else reversed(range(len(factors))):
+        blocks, shape = factors[i].mT if back else factors[i], x.shape
+        if i:  # [..., n, 2, 2^i, b / 2]: halves that belong together stand 2^i apart
+            x = x.unflatten(-1, (-1, 2, 2**i, size // 2)).transpose(-3, -2)
+        pieces = x.reshape(*shape[:-1], count, size)  # [..., blocks, b]
+        x = torch.einsum("...dk,dkc->...dc", pieces, blocks).flatten(-2)
+        if i:
+            x = x.unflatten(-1, (-1, 2**i, 2, size // 2)).transpose(-3, -2).reshape(shape)
+    return x
+
+
+class BOFT(Rotation):
     """W' = diag(s) W R^T with R = B_m ... B_1. The bias is not scaled. Embeddings rotate their output.
 
-    ``boft_R`` is ``[m, blocks, b, b]``: any square matrices Q, whose skew part S = (Q - Q^T) / 2 makes the blocks by
-    the Cayley transform (I - S)(I + S)^-1: the convention of exact OFT, and the transpose of (I + S)(I - S)^-1, which
-    others use. Factor i pairs half-blocks that are 2^(i-1) half-blocks apart.
+    ``boft_R`` is ``[m, blocks, b, b]``: any square matrices, which :func:`boft_blocks` makes rotations of.
     """
 
-    weights: ClassVar[dict[str, type]] = {"boft_R": nn.ParameterDict, "boft_s": nn.ParameterDict}
-    settings: ClassVar[dict[str, type]] = {"boft_dropout": dict}
+    boft_R = part()
+    boft_s = part()
+    boft_dropout = setting()
     reversible = False  # a scale may be zero
 
-    def update_layer(self, name: str, config: BOFTConfig, key: str) -> None:
-        features, factors = self.rotated_features, config.boft_n_butterfly_factor
-        blocks = config.boft_block_num or features // config.boft_block_size
-        size = config.boft_block_size or features // blocks
-        wide = 2 ** (factors - 1)
-        if not size or blocks * size != features or (factors > 1 and (size % 2 or blocks % wide)):
-            step = wide if factors == 1 else 2 * wide
-            sizes = [b for b in range(1, features + 1) if features % (b * wide) == 0 and (factors == 1 or b % 2 == 0)]
-            raise ConfigError(
-                f"BOFT cannot cut the {features} features of {key or type(self.get_base_layer()).__name__!r} into "
-                f"blocks of size {config.boft_block_size or features / blocks:g} with "
-                f"boft_n_butterfly_factor={factors}. "
-                + (f"boft_block_size may be one of {sizes}." if sizes else f"Features must be a multiple of {step}.")
-            )
-        out = self.shape[0]
-        q, s = torch.zeros(factors, blocks, size, size), torch.ones((1, out) if len(self.shape) > 2 else (out, 1))
+    def create(self, config: BOFTConfig, key: str) -> None:
+        blocks, size = cut(self.rotated_features, config, key or type(self.base).__name__)
+        q = torch.zeros(config.boft_n_butterfly_factor, blocks, size, size)
+        s = torch.ones((1, self.shape[0]) if len(self.shape) > 2 else (self.shape[0], 1))
         if not config.init_weights:
             nn.init.normal_(q, mean=0.0, std=0.1)
             nn.init.normal_(s, mean=1.0, std=0.1)
-        self.put(name, boft_R=nn.Parameter(q), boft_s=nn.Parameter(s), boft_dropout=config.boft_dropout)
+        self.boft_R, self.boft_s, self.boft_dropout = nn.Parameter(q), nn.Parameter(s), config.boft_dropout
+        if config.boft_dropout and self.only_folds():
+            warnings.warn("boft_dropout does nothing on convolutions: there the blocks turn the weight itself.")
 
-    def takes(self, name: str, saved: str, shape: torch.Size) -> bool:
+    def takes(self, saved: str, shape: torch.Size) -> bool:
         """Files may have fewer factors than their config says."""
-        held = self.boft_R[name].shape
+        held = self.boft_R.shape
         return saved == "boft_R" and len(shape) == 4 and shape[1:] == held[1:] and 0 < shape[0] <= held[0]
 
-    def factors(self, name: str) -> torch.Tensor:
-        """The blocks of all factors, ``[m, blocks, b, b]``."""
-        q, p = self.boft_R[name], self.boft_dropout[name]
-        wide = q.float() if q.dtype.itemsize < 4 else q  # there is no solver for 16 bits
-        skew, eye = (wide - wide.mT) / 2, torch.eye(q.shape[-1], device=q.device, dtype=wide.dtype)
-        blocks = torch.linalg.solve(eye + skew, eye - skew, left=False).to(q.dtype)
-        if p and self.training:
-            still = torch.rand(*q.shape[:2], 1, 1, device=q.device) < p
-            blocks = torch.where(still, eye.to(q.dtype), blocks)
-        return blocks
+    def rotate(self, x: torch.Tensor, back: bool = False, drawn: bool = False) -> torch.Tensor:
+        blocks, p = boft_blocks(self.boft_R), self.boft_dropout
+        if drawn and p and self.training:
+            still = torch.rand(*blocks.shape[:2], 1, 1, device=blocks.device) < p
+            blocks = torch.where(still, torch.eye(blocks.shape[-1], device=blocks.device, dtype=blocks.dtype), blocks)
+        return butterfly(x, blocks.to(x.dtype), back)
 
-    def rotate(self, name: str, x: torch.Tensor, back: bool = False) -> torch.Tensor:
-        factors = self.factors(name).to(x.dtype)
-        for i in range(len(factors)) if back else reversed(range(len(factors))):
-            blocks = factors[i].mT if back else factors[i]
-            halves = x.unflatten(-1, (-1, 2, 2**i, blocks.shape[-1] // 2)) if i else x
-            pieces = (halves.transpose(-3, -2) if i else halves).reshape(*x.shape[:-1], len(blocks), -1)
-            turned = torch.einsum("...dk,dkc->...dc", pieces, blocks)
-            if i:
-                turned = turned.flatten(-2).unflatten(-1, (-1, 2**i, 2, blocks.shape[-1] // 2)).transpose(-3, -2)
-            x = turned.reshape(x.shape)
-        return x
+    def scale_out(self) -> torch.Tensor:
+        return self.boft_s.flatten()
 
-    def scale_out(self, name: str) -> torch.Tensor:
-        return self.boft_s[name].flatten()
-
-    def keeps_base(self, name: str) -> bool:
+    def keeps_base(self) -> bool:
         return True
 
 
-BOFTModel = define_tuner(
-    "BOFTModel",
-    BOFTLayer,
-    BOFTConfig,
-    prefix="boft_",
-    targets=TRANSFORMERS_MODELS_TO_BOFT_TARGET_MODULES_MAPPING,
-)
+def cut(features: int, config: BOFTConfig, where: str) -> tuple[int, int]:
+    """Number and size of the blocks that a config means for so many features.
+
+    Raises:
+        ConfigError: they cannot be cut so.
+    """
+    factors = config.boft_n_butterfly_factor
+    blocks = config.boft_block_num or features // config.boft_block_size
+    size = config.boft_block_size or features // blocks
+    wide = 2 ** (factors - 1)
+    if size and blocks * size == features and (factors == 1 or (size % 2 == 0 and blocks % wide == 0)):
+        return blocks, size
+    sizes = [b for b in range(1, features + 1) if features % (b * wide) == 0 and (factors == 1 or b % 2 == 0)]
+    raise ConfigError(
+        f"BOFT cannot cut the {features} features of {where!r} into blocks of size "
+        f"{config.boft_block_size or features / blocks:g} with boft_n_butterfly_factor={factors}. "
+        + (f"boft_block_size may be one of {sizes}." if sizes else f"Features must be a multiple of {2 * wide}.")
+    )
+
+
+BOFTModel = define_tuner(BOFT, BOFTConfig)

@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from peft.config import ModulesToSave, option
+from peft.core.adapter import part, setting
 from peft.core.blocks.blocks import ATTENTION, CROSS, FEEDFORWARD, width_of
-from peft.core.blocks.insertion import InsertLayer, InsertTuner, Joint
+from peft.core.blocks.insertion import Insert, InsertTuner, Joint
 from peft.core.model.registry import define_tuner
-from peft.utils.error import ConfigError, nearest
+from peft.tuners.bottleneck_utils import Bottleneck
+from peft.utils.error import ConfigError
 
 
 _COMMON: dict[str, Any] = {
@@ -126,74 +127,27 @@ class BottleneckConfig(ModulesToSave):
         return [role for role, here in wanted.items() if here]
 
 
-class Bottleneck(nn.Module):
-    """u(h) for hidden states ``[batch, ..., width]``, with W_down ``[c, width]``, W_up ``[width, c]`` and biases."""
+class Bottlenecks(Insert):
+    """One bottleneck for each kind of sub-layer that the config names."""
 
-    def __init__(self, config: BottleneckConfig, width: int, index: int) -> None:
-        super().__init__()
-        from transformers.activations import ACT2FN
+    bottleneck_attention = part(nn.ModuleDict)
+    bottleneck_cross = part(nn.ModuleDict)
+    bottleneck_feedforward = part(nn.ModuleDict)
+    joints = setting()
 
-        if config.non_linearity not in ACT2FN:
-            hint = nearest(config.non_linearity, ACT2FN)
-            raise ConfigError(f"BottleneckConfig: unknown non_linearity {config.non_linearity!r}.{hint}")
-        factor = config.reduction_factor.get(str(index), config.reduction_factor["default"])
-        self.config, inner = config, max(1, int(width // factor))
-        self.down, self.act, self.up = nn.Linear(width, inner), ACT2FN[config.non_linearity], nn.Linear(inner, width)
-        if isinstance(config.scaling, str):
-            self.scale = nn.Parameter(torch.ones(width if config.scaling == "channel" else 1))
-        self.gate = nn.Linear(width, 1) if config.use_gating else None
-        self.norm_before, self.norm_after = (
-            nn.LayerNorm(width) if wanted else None for wanted in (config.ln_before, config.ln_after)
-        )
-        for layer in filter(None, (self.down, self.up, self.gate)):
-            nn.init.zeros_(layer.bias)
-            if config.init_weights == "houlsby":
-                nn.init.trunc_normal_(layer.weight, std=0.01, a=-0.02, b=0.02)
-            else:
-                nn.init.normal_(layer.weight, std=0.02)
-        if config.init_weights == "mam_adapter":
-            nn.init.kaiming_uniform_(self.down.weight, a=5**0.5)
-            nn.init.zeros_(self.up.weight)
-
-    def forward(self, h: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """u(h), which is to be added to ``residual``."""
-        config = self.config
-        u = self.up(self.act(self.down(h if self.norm_before is None else self.norm_before(h))))
-        u = u * (self.scale if isinstance(config.scaling, str) else config.scaling)
-        if self.gate is not None:
-            u = u * torch.sigmoid(self.gate(h)).flatten(1).mean(1).view(-1, *[1] * (h.dim() - 1))
-        u = F.dropout(u, config.dropout, self.training)
-        if self.training and config.stochastic_depth:
-            kept = torch.rand(len(u), *[1] * (u.dim() - 1), device=u.device) >= config.stochastic_depth
-            u = u * kept / (1 - config.stochastic_depth)
-        if self.norm_after is None:
-            return u
-        return self.norm_after(u + residual) - residual if config.adapter_residual_before_ln else self.norm_after(u)
-
-
-class BottleneckLayer(InsertLayer):
-    """Wraps a transformer block; holds one bottleneck for each kind of sub-layer that the config names."""
-
-    weights: ClassVar[dict[str, type]] = {
-        f"bottleneck_{role}": nn.ModuleDict for role in (ATTENTION, CROSS, FEEDFORWARD)
-    }
-    settings: ClassVar[dict[str, type]] = {"joints": dict}
-
-    def update_layer(self, name: str, config: BottleneckConfig, key: str) -> None:
+    def create(self, config: BottleneckConfig, key: str) -> None:
         residual = {"True": "output", "False": "normed"}.get(str(config.residual_before_ln), "sum")
-        self.put(name, joints=Joint(config.is_parallel, config.original_ln_before, residual, config.original_ln_after))
-        for part in self.block.sublayers:
-            if part.role in config.roles():
-                module = Bottleneck(config, width_of(self.base_layer), self.block.index)
-                self.put(name, **{f"bottleneck_{part.role}": module})
+        self.joints = Joint(config.is_parallel, config.original_ln_before, residual, config.original_ln_after)
+        for sublayer in self.block.sublayers:
+            if sublayer.role in config.roles():
+                made = Bottleneck(config, width_of(self.base), self.block.index)
+                setattr(self, f"bottleneck_{sublayer.role}", made)
 
-    def joint(self, name: str, role: str) -> Joint | None:
-        return self.joints[name] if name in getattr(self, f"bottleneck_{role}") else None
+    def joint(self, role: str) -> Joint | None:
+        return None if getattr(self, f"bottleneck_{role}") is None else self.joints
 
-    def change(self, name: str, role: str, h: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return getattr(self, f"bottleneck_{role}")[name](h, residual)
+    def change(self, role: str, h: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return getattr(self, f"bottleneck_{role}")(h, residual)
 
 
-BottleneckModel = define_tuner(
-    "BottleneckModel", BottleneckLayer, BottleneckConfig, prefix="bottleneck_", base=InsertTuner
-)
+BottleneckModel = define_tuner(Bottlenecks, BottleneckConfig, base=InsertTuner)

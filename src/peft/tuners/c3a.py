@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from peft.config import (
@@ -18,10 +19,11 @@ from peft.config import (
     option,
     resolve_pattern,
 )
+from peft.core.adapter import part, setting
+from peft.core.addition import LinearIn
 from peft.core.base.kinds import fan
-from peft.core.families.families import DeltaLayer, padded
+from peft.core.families import Delta, padded
 from peft.core.model.registry import define_tuner
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_C3A_TARGET_MODULES_MAPPING
 from peft.utils.error import ConfigError
 from peft.utils.peft_types import PeftType
 
@@ -61,14 +63,39 @@ class C3AConfig(TargetModules, TrainedBias, ModulesToSave, LayerSelection):
                 raise ConfigError(f"C3AConfig: block_size_pattern[{key!r}]={size!r} must be a whole number above 0.")
 
 
-class C3ALayer(DeltaLayer):
-    """Block (m, n) of dW is ``K[m, n, (column - row) mod b] / in``, K ``[out / b, in / b, b]``."""
+def c3a_weight(kernel: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """dW, ``[out, in * kernel]``: block (m, n) is ``K[m, n, (column - row) mod b] / in``.
 
-    weights: ClassVar[dict[str, type]] = {"c3a_kernel": nn.ParameterDict}
-    settings: ClassVar[dict[str, type]] = {"block_size": dict}
-    linear: ClassVar[tuple[str, ...]] = ("c3a_kernel",)
+    Args:
+        kernel: K ``[out / b, in / b, b]``, rounded up. shape: of dW.
+    """
+    (rows, columns), place = shape, torch.arange(kernel.shape[2], device=kernel.device)
+    blocks = kernel[:, :, (place - place[:, None]) % len(place)]  # [m, n, row, column]
+    weight = blocks.transpose(1, 2).flatten(2).flatten(0, 1)  # [m row, n column]
+    return weight[:rows, :columns] / columns
 
-    def update_layer(self, name: str, config: C3AConfig, key: str) -> None:
+
+def c3a_product(x: torch.Tensor, kernel: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """The same dW by x ``[..., in]``, without dW: a circulant matrix is a product of spectra."""
+    (rows, columns), size = shape, kernel.shape[2]
+    if not x.numel():  # there is no transform of nothing
+        return F.linear(x, c3a_weight(kernel, shape).to(x.dtype))
+    dtype = torch.promote_types(kernel.dtype, torch.float32)  # there is no transform of 16 bits
+    pieces = padded(x.to(dtype) / columns, kernel.shape[1] * size).reshape(-1, kernel.shape[1], size)
+    spectrum = torch.fft.rfft(pieces).permute(2, 0, 1)  # [frequency, row of x, n]
+    mixed = spectrum @ torch.fft.rfft(kernel.to(dtype)).conj().permute(2, 1, 0)  # [frequency, row of x, m]
+    y = torch.fft.irfft(mixed.permute(1, 2, 0), n=size)  # [row of x, m, b]
+    return y.flatten(1)[:, :rows].to(x.dtype).reshape(*x.shape[:-1], rows)
+
+
+class C3A(Delta):
+    """dW is a grid of circulant blocks of size b, ``c3a_kernel`` is K ``[out / b, in / b, b]``."""
+
+    c3a_kernel = part()
+    block_size = setting()
+    adds = LinearIn("c3a_kernel")
+
+    def create(self, config: C3AConfig, key: str) -> None:
         size, (rows, columns) = resolve_pattern(config.block_size_pattern, key, config.block_size), fan(self.shape)
         kernel = torch.zeros(-(-rows // size), -(-columns // size), size)
         if config.init_weights == "gaussian":
@@ -77,31 +104,13 @@ class C3ALayer(DeltaLayer):
             nn.init.kaiming_uniform_(kernel, a=math.sqrt(5))
         elif config.init_weights is not True:
             nn.init.xavier_uniform_(kernel)
-        self.put(name, block_size=size, c3a_kernel=nn.Parameter(kernel))
+        self.block_size, self.c3a_kernel = size, nn.Parameter(kernel)
 
-    def delta_weight(self, name: str) -> torch.Tensor:
-        kernel, (rows, columns) = self.c3a_kernel[name], fan(self.shape)
-        place = torch.arange(self.block_size[name], device=kernel.device)
-        blocks = kernel[:, :, (place - place[:, None]) % len(place)]  # [m, n, row, column]
-        weight = blocks.transpose(1, 2).flatten(2).flatten(0, 1)
-        return (weight[:rows, :columns] / columns).view(self.shape)
+    def delta_weight(self) -> torch.Tensor:
+        return c3a_weight(self.c3a_kernel, fan(self.shape)).view(self.shape)
 
-    def delta(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        if not self.kind.matrix:
-            return super().delta(name, x)
-        kernel, size, (rows, columns) = self.c3a_kernel[name], self.block_size[name], fan(self.shape)
-        dtype = torch.promote_types(kernel.dtype, torch.float32)  # there is no transform of 16 bits
-        pieces = padded(x.to(dtype) / columns, kernel.shape[1] * size).reshape(-1, kernel.shape[1], size)
-        spectrum = torch.fft.rfft(pieces).permute(2, 0, 1)  # [frequency, row of x, n]
-        mixed = spectrum @ torch.fft.rfft(kernel.to(dtype)).conj().permute(2, 1, 0)  # [frequency, row of x, m]
-        y = torch.fft.irfft(mixed.permute(1, 2, 0), n=size)
-        return y.flatten(1)[:, :rows].to(x.dtype).unflatten(0, x.shape[:-1])
+    def delta(self, x: torch.Tensor) -> torch.Tensor:
+        return c3a_product(x, self.c3a_kernel, fan(self.shape)) if self.kind.matrix else super().delta(x)
 
 
-C3AModel = define_tuner(
-    "C3AModel",
-    C3ALayer,
-    C3AConfig,
-    prefix="c3a_",
-    targets=TRANSFORMERS_MODELS_TO_C3A_TARGET_MODULES_MAPPING,
-)
+C3AModel = define_tuner(C3A, C3AConfig)

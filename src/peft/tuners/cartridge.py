@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from peft.config import PeftConfig, PromptLearningConfig, option
-from peft.core.files.checkpoint import load_peft_weights, write_adapter
-from peft.core.prompts import VirtualTokens, check_shape, define_prompt, put
+from peft.core.files.io import load_peft_weights, write_adapter
+from peft.core.prompts import VirtualTokens, caches, check_shape, define_prompt, put
 from peft.utils.error import ConfigError
 from peft.utils.peft_types import PeftType
 
@@ -52,7 +52,7 @@ class CartridgeEncoder(VirtualTokens):
 
     def __init__(self, config: CartridgeConfig, word_embeddings: nn.Module | None = None) -> None:
         super().__init__()
-        width, held = 2 * config.num_layers * config.token_dim, config.num_frozen_tokens
+        width, held = 2 * int(config.num_layers or 0) * config.token_dim, config.num_frozen_tokens
         self.frozen_embedding = nn.Parameter(torch.empty(held, width), requires_grad=False)
         self.trainable_embedding = nn.Parameter(torch.empty(config.num_virtual_tokens - held, width))
         self.reset_parameters()
@@ -129,7 +129,7 @@ def initialize_kv_prefix_from_past_key_values(
     """
     name = adapter_name or model.active_adapters[0]
     config = model.peft_config[name]
-    encoder = model.prompt_encoder[name] if config.is_prompt_learning else None
+    encoder: Any = model.prompt_encoder[name] if config.is_prompt_learning else None
     if not getattr(encoder, "as_prefix", False):
         raise ValueError(f"{name!r} is a {type(config).__name__} adapter: it has no keys and values to start from.")
     count = config.num_virtual_tokens if num_virtual_tokens is None else num_virtual_tokens
@@ -169,7 +169,7 @@ def initialize_kv_prefix_from_text(
     ids = torch.as_tensor(ids).reshape(1, -1)[:, :max_length].to(model.word_embeddings.weight.device)
     cache = DynamicCache()  # it keeps all tokens, where layers with a sliding window would not
     with torch.no_grad():
-        model.get_base_model()(input_ids=ids, **{model.tuner.cache_name: cache})
+        model.get_base_model()(input_ids=ids, **{caches.name_of(model.get_base_model()): cache})
     return initialize_kv_prefix_from_past_key_values(
         model, adapter_name=adapter_name, past_key_values=cache, num_virtual_tokens=num_virtual_tokens
     )

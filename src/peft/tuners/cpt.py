@@ -7,6 +7,7 @@ Tokens have types: 1, 2, 3, 4 for the template before an input, the input, the t
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -35,7 +36,9 @@ class CPTConfig(PromptLearningConfig):
 
     METHOD: ClassVar[PeftType] = PeftType.CPT
 
-    cpt_token_ids: list[int] | None = option(None, "Token ids of the context: examples with their labels.")
+    cpt_token_ids: list[int] | None = option(
+        None, "Token ids of the context: examples with their labels. By default it is the token 0 alone."
+    )
     cpt_mask: list[int] | None = option(None, "1 for tokens of the context that are seen, 0 for padding; default: 1.")
     cpt_tokens_type_mask: list[int] | None = option(
         None,
@@ -62,7 +65,8 @@ class CPTConfig(PromptLearningConfig):
             raise ConfigError(f"CPTConfig only supports task_type='CAUSAL_LM', got {self.task_type!r}.")
         self.task_type = self.task_type or "CAUSAL_LM"
         if not self.cpt_token_ids:
-            raise ConfigError("CPTConfig needs cpt_token_ids, the tokens of the context.")
+            warnings.warn("CPTConfig has no cpt_token_ids, so its context is one token of id 0 that is refined.")
+            self.cpt_token_ids = [0]
         count = len(self.cpt_token_ids)
         for field in ("cpt_mask", "cpt_tokens_type_mask"):
             given = getattr(self, field) or [1] * count
@@ -110,6 +114,10 @@ class CPTEmbedding(VirtualTokens):
     @property
     def _moves(self) -> torch.Tensor:
         return (self.types > 0) & ~is_label(self.types)
+
+    def set_updated_tokens(self) -> None:
+        """Let no gradient reach the moves of labels, whatever it comes from; the model's loss gives them none."""
+        self.delta_embedding.weight.register_hook(lambda grad: grad * self._moves.to(grad)[:, None])
 
     def get_projection(self) -> torch.Tensor:
         """The moves, cut to their bounds, ``[tokens, width]``; those of labels get no gradient."""

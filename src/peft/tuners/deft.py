@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from peft.config import ExcludeModules, FanInFanOut, LayerSelection, ModulesToSave, TargetModules, TrainedBias, option
+from peft.core.adapter import part, setting
 from peft.core.base.kinds import fan
-from peft.core.families.families import FoldLayer, input_dropout
+from peft.core.families import Fold, input_dropout
 from peft.core.model.registry import define_tuner
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_DEFT_TARGET_MODULES_MAPPING
 from peft.utils.peft_types import PeftType
 
 
@@ -40,73 +40,79 @@ class DeftConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
     init_weights: bool = option(True, "Start with R = P^T W / s, so that nothing changes; otherwise R is random.")
 
 
-class DeftLayer(FoldLayer):
+def deft_change(y: torch.Tensor, learned: torch.Tensor | None, q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """Q (s R x - P^T W x), along the last axis: of a vector x, or of the columns of W, where x is the identity.
+
+    Args:
+        y: W x, ``[..., out]``. learned: s R x, ``[..., r]``, where there is an R. q, p: ``[out, r]``.
+    """
+    rows = y.reshape(-1, y.shape[-1])  # of more axes torch multiplies in a way that depends on what trains
+    inner = rows @ -p if learned is None else learned.reshape(-1, learned.shape[-1]) - rows @ p
+    return (inner @ q.T).view(*y.shape[:-1], len(q))
+
+
+def deft_directions(p: torch.Tensor, method: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Q and P, ``[out, r]``: the trained matrix and its positive part, or its orthonormal basis twice."""
+    if method == "relu":
+        return p, p.relu()
+    wide = p.float() if p.dtype.itemsize < 4 else p  # there is no decomposition for 16 bits
+    q = torch.linalg.qr(wide)[0].to(p.dtype)
+    return q, q
+
+
+class Deft(Fold):
     """W' = W + Q (s R - P^T W), Q and P ``[out, r]``, R ``[r, in * kernel]``. With ``para`` there is no R.
 
     The forward needs no W: the projection acts on the base layer's output. A grouped convolution is the exception, as
     its rows read different channels: there the weight is formed.
     """
 
-    weights: ClassVar[dict[str, type]] = {"deft_P": nn.ParameterDict, "deft_R": nn.ParameterDict}
-    settings: ClassVar[dict[str, type]] = {
-        "r": dict,
-        "scaling": dict,
-        "deft_dropout": nn.ModuleDict,
-        "decomposition_method": dict,
-    }
-    reads_weight: ClassVar[bool] = False
+    deft_P = part()
+    deft_R = part()
+    r = setting()
+    scaling = setting()
+    deft_dropout = setting(nn.ModuleDict)
+    decomposition_method = setting()
+    requires_dense_base = False
 
-    def update_layer(self, name: str, config: DeftConfig, key: str) -> None:
+    def create(self, config: DeftConfig, key: str) -> None:
         out, inner = fan(self.shape)
-        scale = config.alpha / config.r if config.alpha else 1.0
-        self.put(name, r=config.r, scaling=scale, decomposition_method=config.decomposition_method)
-        self.put(name, deft_P=nn.Parameter(torch.randn(out, config.r) * 0.02))
-        self.put(name, deft_dropout=input_dropout(config.deft_dropout))
+        self.r, self.scaling = config.r, config.alpha / config.r if config.alpha else 1.0
+        self.decomposition_method, self.deft_dropout = config.decomposition_method, input_dropout(config.deft_dropout)
+        self.deft_P = nn.Parameter(torch.randn(out, config.r) * 0.02)
         if config.para:
             return
-        if config.init_weights and not self.deft_P[name].is_meta:
-            base = self.unmerged_weight().flatten(1)
+        if config.init_weights and not self.deft_P.is_meta:
+            base = self.base_weight().flatten(1)
             with torch.no_grad():
-                r = self.directions(name)[1].to(base).T @ base / scale
+                r = self.directions()[1].to(base).T @ base / self.scaling
         else:
             r = torch.randn(config.r, inner) * (0.02 * config.init_scale)
-        self.put(name, deft_R=nn.Parameter(r.contiguous()))
+        self.deft_R = nn.Parameter(r.contiguous())
 
-    def directions(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def directions(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Q and P, ``[out, r]``."""
-        p = self.deft_P[name]
-        if self.decomposition_method[name] == "relu":
-            return p, p.relu()
-        wide = p.float() if p.dtype.itemsize < 4 else p  # there is no decomposition for 16 bits
-        q = torch.linalg.qr(wide)[0].to(p.dtype)
-        return q, q
+        return deft_directions(self.deft_P, self.decomposition_method)
 
-    def reweight(self, name: str, base: torch.Tensor) -> torch.Tensor:
-        q, p = (part.to(base.dtype) for part in self.directions(name))
-        inner = p.T @ -base.flatten(1)
-        if name in self.deft_R:
-            inner = inner + self.scaling[name] * self.deft_R[name].to(base.dtype)
-        return base + (q @ inner).view_as(base)
+    def folded(self, base: torch.Tensor) -> torch.Tensor:
+        q, p = (matrix.to(base.dtype) for matrix in self.directions())
+        learned = None if self.deft_R is None else self.scaling * self.deft_R.to(base.dtype).T
+        return base + deft_change(base.flatten(1).T, learned, q, p).T.view_as(base)
 
-    def needs_weight(self) -> bool:
-        nested = self.base_layer is not self.get_base_layer()
-        return nested or self.merged or self.in_features != self.shape[1]  # what comes from below is then not W x
+    def only_folds(self) -> bool:
+        layer = self.layer  # what comes from below is W x in most layers only
+        return layer.base_layer is not self.base or layer.merged or self.in_features != self.shape[1]
 
-    def transform_output(self, name: str, x: torch.Tensor, y: torch.Tensor, base_y: torch.Tensor) -> torch.Tensor:
-        base, kind, (q, p), bias = self.get_base_layer(), self.kind, self.directions(name), self.unmerged_bias()
-        taken = kind.channels_last(base_y).to(p.dtype) @ p
-        inner = -taken if bias is None else bias.to(p.dtype) @ p - taken
-        if name in self.deft_R:
-            dropped = x if kind.lookup else self.deft_dropout[name](x)
-            learned = kind.channels_last(kind.down(base, dropped, self.deft_R[name]))
-            inner = inner + self.scaling[name] * learned
-        return y + kind.channels_back(inner @ q.T)
+    prefers_folding = only_folds
+
+    def output(self, x: torch.Tensor, y: torch.Tensor, base_y: torch.Tensor) -> torch.Tensor:
+        base, kind, (q, p), bias = self.base, self.kind, self.directions(), self.base_bias()
+        learned = None if bias is None else bias.to(p.dtype) @ p
+        if self.deft_R is not None:
+            dropped = x if kind.lookup else self.deft_dropout(x)
+            update = self.scaling * kind.channels_last(kind.down(base, dropped, self.deft_R))
+            learned = update if learned is None else learned + update
+        return y + kind.channels_back(deft_change(kind.channels_last(base_y).to(p.dtype), learned, q, p))
 
 
-DeftModel = define_tuner(
-    "DeftModel",
-    DeftLayer,
-    DeftConfig,
-    prefix="deft_",
-    targets=TRANSFORMERS_MODELS_TO_DEFT_TARGET_MODULES_MAPPING,
-)
+DeftModel = define_tuner(Deft, DeftConfig)

@@ -19,12 +19,12 @@ from peft.config import (
     option,
     resolve_pattern,
 )
+from peft.core.adapter import part, setting
 from peft.core.base.kinds import fan
-from peft.core.families.families import LowRankLayer, input_dropout
+from peft.core.families import LowRank, input_dropout
 from peft.core.layer.buffers import BufferDict
 from peft.core.model.registry import define_tuner
 from peft.tuners.lycoris_utils import kaiming, zeros
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_DELORA_TARGET_MODULES_MAPPING
 from peft.utils.peft_types import PeftType
 
 
@@ -50,42 +50,44 @@ class DeloraConfig(TargetModules, ExcludeModules, TrainedBias, ModulesToSave, La
         self.lambda_pattern = check_pattern(self, "lambda_pattern")
 
 
-class DeloraLayer(LowRankLayer):
-    """A ``[r, in * kernel]``, B ``[out, r]``, lambda ``[1]``; ``delora_w_norm`` holds the norms of W's columns.
+def delora_pair(
+    a: torch.Tensor, b: torch.Tensor, strength: torch.Tensor, w_norm: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dW = B diag(lambda / (r |a_k| |b_k|)) A diag(|w_j|) as a pair of matrices, the diagonals in them.
 
     Norms of a_k and b_k below 1e-4 count as that.
-    """
 
-    weights: ClassVar[dict[str, type]] = {
-        "delora_A": nn.ParameterDict,
-        "delora_B": nn.ParameterDict,
-        "delora_lambda": nn.ParameterDict,
-        "delora_w_norm": BufferDict,
-    }
-    settings: ClassVar[dict[str, type]] = {"r": dict, "delora_dropout": nn.ModuleDict}
+    Args:
+        a, b: ``[r, in * kernel]`` and ``[out, r]``. strength: lambda ``[1]``. w_norm: norms of W's columns.
+    """
+    norms = a.norm(dim=1).clamp_min(1e-4) * b.norm(dim=0).clamp_min(1e-4)
+    return a * w_norm.to(a.dtype), b * (strength / (len(a) * norms))
+
+
+class Delora(LowRank):
+    """A ``[r, in * kernel]``, B ``[out, r]``, lambda ``[1]``; ``delora_w_norm`` holds the norms of W's columns."""
+
+    delora_A = part()
+    delora_B = part()
+    delora_lambda = part()
+    delora_w_norm = part(BufferDict)
+    r = setting()
+    delora_dropout = setting(nn.ModuleDict)
     dropout: ClassVar[str] = "delora_dropout"
 
-    def update_layer(self, name: str, config: DeloraConfig, key: str) -> None:
+    def create(self, config: DeloraConfig, key: str) -> None:
         r, (rows, columns) = resolve_pattern(config.rank_pattern, key, config.r), fan(self.shape)
         strength = float(resolve_pattern(config.lambda_pattern, key, config.delora_lambda))
-        a, b = kaiming(r, columns), zeros(rows, r) if config.init_weights else kaiming(rows, r)
+        self.r, self.delora_A = r, kaiming(r, columns)
+        self.delora_B = zeros(rows, r) if config.init_weights else kaiming(rows, r)
         norm = torch.empty(columns)
-        if not a.is_meta:  # otherwise the file brings it
-            norm = self.unmerged_weight().detach().flatten(1).norm(dim=0)
-        self.put(name, r=r, delora_A=a, delora_B=b, delora_w_norm=norm)
-        self.put(name, delora_lambda=nn.Parameter(torch.full((1,), strength)))
-        self.put(name, delora_dropout=input_dropout(config.module_dropout))
+        if not self.delora_A.is_meta:  # otherwise the file brings it
+            norm = self.base_weight().detach().flatten(1).norm(dim=0)
+        self.delora_w_norm, self.delora_lambda = norm, nn.Parameter(torch.full((1,), strength))
+        self.delora_dropout = input_dropout(config.module_dropout)
 
-    def pair(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        a, b = self.delora_A[name], self.delora_B[name]
-        norms = a.norm(dim=1).clamp_min(1e-4) * b.norm(dim=0).clamp_min(1e-4)
-        return a * self.delora_w_norm[name].to(a.dtype), b * (self.delora_lambda[name] / (self.r[name] * norms))
+    def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return delora_pair(self.delora_A, self.delora_B, self.delora_lambda, self.delora_w_norm)
 
 
-DeloraModel = define_tuner(
-    "DeloraModel",
-    DeloraLayer,
-    DeloraConfig,
-    prefix="delora_",
-    targets=TRANSFORMERS_MODELS_TO_DELORA_TARGET_MODULES_MAPPING,
-)
+DeloraModel = define_tuner(Delora, DeloraConfig)

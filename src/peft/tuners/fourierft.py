@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from peft.config import FanInFanOut, TrainedBias, option
+from peft.core.adapter import part, setting
+from peft.core.addition import LinearIn
 from peft.core.base.kinds import fan
-from peft.core.families.families import ScaledLayer
+from peft.core.families import Scaled, weight_to_add_to
 from peft.core.layer.buffers import BufferDict
+from peft.core.layer.layer import BaseTunerLayer
+from peft.core.layer.weight import base_bias
 from peft.core.model.registry import define_tuner
 from peft.kernels.spectral import Places, spectral_linear, spectral_matrix
 from peft.tuners.spectra import SpectrumConfig, random_places
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_FOURIERFT_TARGET_MODULES_MAPPING
 from peft.utils.peft_types import PeftType
 
 
@@ -43,60 +47,78 @@ class FourierFTConfig(SpectrumConfig, FanInFanOut, TrainedBias):
     )
 
 
-class FourierFTLayer(ScaledLayer):
+def fourierft_update(
+    spectrum: torch.Tensor, places: torch.Tensor, shape: tuple[int, int], scaling: float
+) -> torch.Tensor:
+    """dW = s Re(IFFT2(F)), ``[out, in * kernel]``.
+
+    Args:
+        spectrum: the numbers in F that are not zero, ``[n]``. places: where they stand in the flat F, ``[n]``.
+        shape: ``(out, in * kernel)``.
+    """
+    values, rows_and_columns = _scaled_numbers(spectrum, places, shape[1], scaling)
+    return spectral_matrix(values, rows_and_columns, shape).to(spectrum.dtype)
+
+
+def _scaled_numbers(
+    spectrum: torch.Tensor, places: torch.Tensor, columns: int, scaling: float
+) -> tuple[torch.Tensor, Places]:
+    """s in the numbers, and their rows and columns."""
+    dtype = torch.promote_types(spectrum.dtype, torch.float32)  # there is no transform of 16 bits
+    return (spectrum * scaling).to(dtype), (places // columns, places % columns)
+
+
+class FourierFT(Scaled):
     """dW, ``[out, in * kernel]``, by the transform of a real matrix: only half of the spectrum is held."""
 
-    weights: ClassVar[dict[str, type]] = {"fourierft_spectrum": nn.ParameterDict, "fourierft_places": BufferDict}
-    settings: ClassVar[dict[str, type]] = {"fourierft_n_frequency": dict, "configured": dict, "scaling": dict}
-    remade: ClassVar[tuple[str, ...]] = ("fourierft_places",)
-    linear: ClassVar[tuple[str, ...]] = ("fourierft_spectrum",)
+    fourierft_spectrum = part()
+    fourierft_places = part(BufferDict, remade=True)
+    fourierft_n_frequency = setting()
+    configured = setting()
+    scaling = setting()
+    adds = LinearIn("fourierft_spectrum")
 
-    def update_layer(self, name: str, config: FourierFTConfig, key: str) -> None:
-        n, (rows, columns) = config.count_for(key, fan(self.shape)), fan(self.shape)
-        places = random_places(rows * columns, n, config.random_loc_seed)
-        spectrum = torch.zeros(n) if config.init_weights else torch.randn(n)
-        self.put(name, fourierft_n_frequency=n, configured=config.scaling, scaling=config.scaling)
-        self.put(name, fourierft_spectrum=nn.Parameter(spectrum), fourierft_places=places)
-
-    def initial_scaling(self, name: str) -> float:
-        return self.configured[name]
-
-    def delta_weight(self, name: str) -> torch.Tensor:
-        values, places = self._numbers([name])
-        return spectral_matrix(values, places, fan(self.shape)).to(self.dtype_of(name)).view(self.shape)
-
-    def _numbers(self, names: list[str]) -> tuple[torch.Tensor, Places]:
-        """The numbers in the spectrum that are not zero, s in them, and their rows and columns."""
-        values = torch.cat([self.fourierft_spectrum[name] * self.scaling[name] for name in names])
-        places, columns = torch.cat([self.fourierft_places[name] for name in names]), fan(self.shape)[1]
-        dtype = torch.promote_types(values.dtype, torch.float32)  # there is no transform of 16 bits
-        return values.to(dtype), (places // columns, places % columns)
-
-    def needs_weight(self) -> bool:
-        return not self._is_sparse() and self.sums_exactly()
-
-    def _is_sparse(self) -> bool:
-        """Whether products by the spectra of the tokens cost less than making dW."""
+    def create(self, config: FourierFTConfig, key: str) -> None:
         rows, columns = fan(self.shape)
-        return self.kind.matrix and DENSE * sum(self.fourierft_n_frequency.values()) < rows * columns
+        self.fourierft_n_frequency = n = config.count_for(key, (rows, columns))
+        self.configured = self.scaling = config.scaling
+        self.fourierft_places = random_places(rows * columns, n, config.random_loc_seed)
+        self.fourierft_spectrum = nn.Parameter(torch.zeros(n) if config.init_weights else torch.randn(n))
 
-    def delta(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        if not self._is_sparse():
-            return super().delta(name, x)
-        values, places = self._numbers([name])
+    def initial_scaling(self) -> float:
+        return self.configured
+
+    def delta_weight(self) -> torch.Tensor:
+        dw = fourierft_update(self.fourierft_spectrum, self.fourierft_places, fan(self.shape), self.scaling)
+        return dw.view(self.shape)
+
+    def numbers(self) -> tuple[torch.Tensor, Places]:
+        """The numbers in the spectrum that are not zero, s in them, and their rows and columns."""
+        return _scaled_numbers(self.fourierft_spectrum, self.fourierft_places, fan(self.shape)[1], self.scaling)
+
+    def prefers_folding(self) -> bool:
+        return not is_sparse(self.layer, (self,)) and self.sums_exactly()
+
+    def delta(self, x: torch.Tensor) -> torch.Tensor:
+        if not is_sparse(self.layer, (self,)):
+            return super().delta(x)
+        values, places = self.numbers()
         return spectral_linear(x.to(values.dtype), values, places, fan(self.shape)).to(x.dtype)
 
-    def fused(self, names: list[str], x: torch.Tensor) -> torch.Tensor | None:
-        weight = self.weight_to_add_to(names, x) if self._is_sparse() else None
+    @classmethod
+    def kernel(cls, layer: BaseTunerLayer, adapters: Sequence[Any], x: torch.Tensor) -> torch.Tensor | None:
+        weight = weight_to_add_to(layer, adapters, x) if is_sparse(layer, adapters) else None
         if weight is None:
             return None
-        return spectral_linear(x, *self._numbers(names), fan(self.shape), weight, self.get_base_bias())
+        values, places = zip(*(adapter.numbers() for adapter in adapters))
+        rows, columns = (torch.cat(part) for part in zip(*places))
+        return spectral_linear(x, torch.cat(values), (rows, columns), fan(layer.shape), weight, base_bias(layer))
 
 
-FourierFTModel = define_tuner(
-    "FourierFTModel",
-    FourierFTLayer,
-    FourierFTConfig,
-    prefix="fourierft_",
-    targets=TRANSFORMERS_MODELS_TO_FOURIERFT_TARGET_MODULES_MAPPING,
-)
+def is_sparse(layer: BaseTunerLayer, adapters: Sequence[FourierFT]) -> bool:
+    """Whether products by the spectra of the tokens cost less than making dW."""
+    rows, columns = fan(layer.shape)
+    return layer.kind.matrix and DENSE * sum(a.fourierft_n_frequency for a in adapters) < rows * columns
+
+
+FourierFTModel = define_tuner(FourierFT, FourierFTConfig)

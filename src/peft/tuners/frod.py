@@ -13,14 +13,15 @@ from torch import nn
 from tqdm import tqdm
 
 from peft.config import FanInFanOut, LayerSelection, ModulesToSave, TargetModules, TrainedBias, option
-from peft.core.families.families import LowRankLayer, drops, input_dropout
+from peft.core.adapter import part, setting, shared
+from peft.core.families import LowRank, input_dropout
 from peft.core.filling import skip_values
 from peft.core.layer.buffers import BufferDict
 from peft.core.layer.layer import BaseTunerLayer
+from peft.core.layer.weight import base_bias, sums_exactly
 from peft.core.model.registry import define_tuner
-from peft.tuners.frod_utils import SparseProduct, categories, common_basis
+from peft.tuners.frod_utils import SparseProduct, categories, common_basis, coordinates, directions
 from peft.tuners.spectra import random_places
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_FROD_TARGET_MODULES_MAPPING
 from peft.utils.error import CheckpointError
 from peft.utils.peft_types import PeftType
 
@@ -60,108 +61,115 @@ class FrodConfig(TargetModules, FanInFanOut, TrainedBias, ModulesToSave, LayerSe
             )
 
 
-class FrodLayer(LowRankLayer):
+def frod_coupled(h: torch.Tensor, scales: torch.Tensor, values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """(diag(l) + S) h along the last axis, S with ``values`` ``[nnz]`` at ``places`` ``[2, nnz]``: rows, columns."""
+    return torch.addcmul(SparseProduct.apply(h, values, places), h, scales)
+
+
+def frod_product(
+    x: torch.Tensor, u: torch.Tensor, v: torch.Tensor, scales: torch.Tensor, values: torch.Tensor, places: torch.Tensor
+) -> torch.Tensor:
+    """U (diag(l) + S) V^T x along the last axis, for U ``[out, n]`` and V ``[n, n]``: W' x for the trained l."""
+    return F.linear(frod_coupled(x @ v, scales, values, places), u)
+
+
+class Frod(LowRank):
     """dW = U (diag(l - l_0) + S) V^T with U diag(l_0) = W V^-T, the columns of U of length 1.
 
     V ``[n, n]``, n = in * kernel, and the places of S belong to all layers that have one name in the blocks of a
     model, such as ``self_attn.q_proj``. Tables of embeddings are transposed: V turns their vectors.
     """
 
-    weights: ClassVar[dict[str, type]] = {
-        "frod_lambda_l": nn.ParameterDict,
-        "frod_lambda_s_values": nn.ParameterDict,
-        "frod_U": BufferDict,
-        "frod_start": BufferDict,
-    }
-    settings: ClassVar[dict[str, type]] = {"category": dict, "frod_dropout": nn.ModuleDict, "save_projection": dict}
-    shared: ClassVar[tuple[str, ...]] = ("frod_V", "frod_s_indices", "frod_s_size")
-    remade: ClassVar[tuple[str, ...]] = ("frod_U", "frod_start")
+    frod_lambda_l = part()
+    frod_lambda_s_values = part()
+    frod_U = part(BufferDict, remade=True)
+    frod_start = part(BufferDict, remade=True)
+    frod_V = shared()
+    frod_s_indices = shared()
+    frod_s_size = shared()
+    category = setting()
+    frod_dropout = setting(nn.ModuleDict)
+    save_projection = setting()
     dropout: ClassVar[str] = "frod_dropout"
 
     @classmethod
     def share(cls, config: FrodConfig, layers: Sequence[BaseTunerLayer]) -> dict[str, Any]:
-        """V ``[n, n]``, the places of S ``[2, nnz]`` and its size, by category, and the category of each layer."""
-        names = categories(layers)
-        v, places, sizes = (BufferDict(None, persistent=config.save_projection) for _ in cls.shared)
-        for name in dict.fromkeys(names):
-            members = [layer for layer, own in zip(layers, names) if own == name]
-            n = members[0].directions().shape[1]
-            if config.save_projection and skip_values():
-                v[name] = torch.empty(n, n)
-            else:
-                shown = tqdm(members, disable=not config.progressbar, desc=f"FROD: basis of {name}")
-                v[name] = common_basis((layer.directions().cpu() for layer in shown), config.regularization_alpha)
-            chosen = random_places(n * n, int(config.sparse_rate * n * n), config.projection_prng_key)
-            places[name], sizes[name] = torch.stack([chosen // n, chosen % n]), torch.tensor([n, n])
-        return {"frod_V": v, "frod_s_indices": places, "frod_s_size": sizes, "category": names}
+        return projections(config, layers)
 
-    def directions(self) -> torch.Tensor:
-        """W ``[out, in * kernel]``, or a table as ``[tokens, dim]``."""
-        weight = self.unmerged_weight().detach().flatten(1)
-        return weight.T if self.kind.lookup else weight
-
-    def update_layer(self, name: str, config: FrodConfig, key: str) -> None:
-        self.put(name, frod_dropout=input_dropout(config.frod_dropout), save_projection=config.save_projection)
+    def create(self, config: FrodConfig, key: str) -> None:
+        self.frod_dropout, self.save_projection = input_dropout(config.frod_dropout), config.save_projection
         if config.save_projection and skip_values():
-            n = len(self._of("frod_V", name))
-            self.put(name, frod_U=torch.empty(0), frod_start=torch.empty(n))
+            self.frod_U, self.frod_start = torch.empty(0), torch.empty(len(self.basis))
         else:
-            self.loaded(name)
-        values = torch.zeros(self._of("frod_s_indices", name).shape[1])
-        scales = self.frod_start[name].to(values.device)  # on the meta device a file brings the values
+            self.loaded()
+        values = torch.zeros(self.places.shape[1])
+        scales = self.frod_start.to(values.device)  # on the meta device a file brings the values
         if not config.init_weights:
             scales, values = scales + 0.1 * torch.randn(len(scales)), 0.1 * torch.randn(len(values))
-        self.put(name, frod_lambda_l=nn.Parameter(scales.clone()), frod_lambda_s_values=nn.Parameter(values))
+        self.frod_lambda_l, self.frod_lambda_s_values = nn.Parameter(scales.clone()), nn.Parameter(values)
 
-    def loaded(self, name: str) -> None:
-        w = self.directions()
-        u = torch.linalg.solve(self._of("frod_V", name).to(w.device, torch.double), w.double().T).T.contiguous()
-        start = u.norm(dim=0)
-        self.put(name, frod_U=(u / start.clamp_min(1e-30)).float(), frod_start=start.float())
+    def loaded(self) -> None:
+        self.frod_U, self.frod_start = coordinates(directions(self.layer), self.basis)
 
-    def upgrade(self, name: str, written_by: str) -> None:
-        if written_by.startswith("0.") and not self.save_projection[name]:
+    def upgrade(self, written_by: str) -> None:
+        if written_by.startswith("0.") and not self.save_projection:
             raise CheckpointError(
                 f"the file was written by version {written_by} with save_projection=False, and that version drew what "
                 "it left out in a way of its own. Save the adapter there with save_projection=True."
             )
 
-    def _of(self, attribute: str, name: str) -> torch.Tensor:
-        return getattr(self, attribute)[name][self.category[name]]
+    @property
+    def basis(self) -> torch.Tensor:
+        """V ``[n, n]``."""
+        return self.frod_V[self.category]
 
-    def _coupled(self, name: str, h: torch.Tensor, less: torch.Tensor | float = 0.0) -> torch.Tensor:
-        """(diag(l - less) + S) h along the last axis."""
-        scales, values = self.frod_lambda_l[name].to(h.dtype), self.frod_lambda_s_values[name].to(h.dtype)
-        return torch.addcmul(SparseProduct.apply(h, values, self._of("frod_s_indices", name)), h, scales - less)
+    @property
+    def places(self) -> torch.Tensor:
+        """Rows and columns of the trained entries of S, ``[2, nnz]``."""
+        return self.frod_s_indices[self.category]
 
-    def pair(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        dtype = self.frod_lambda_l[name].dtype
-        u, v, start = (t.to(dtype) for t in (self.frod_U[name], self._of("frod_V", name), self.frod_start[name]))
-        a = self._coupled(name, v, start).T
+    def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
+        u, v, *coupling = self._tensors(self.dtype)
+        a = frod_coupled(v, *coupling).T
         return (u.T, a.T) if self.kind.lookup else (a, u)
 
-    def delta(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        return self._product(name, self.dropped(name, x)) if self.kind.matrix else super().delta(name, x)
+    def delta(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.kind.matrix:
+            return super().delta(x)
+        return frod_product(self.dropped(x), *self._tensors(x.dtype))
 
-    def _product(self, name: str, x: torch.Tensor, whole: bool = False) -> torch.Tensor:
-        """dW x; with ``whole`` W' x."""
-        u, v, start = (t.to(x.dtype) for t in (self.frod_U[name], self._of("frod_V", name), self.frod_start[name]))
-        return F.linear(self._coupled(name, x @ v, 0.0 if whole else start), u)
+    def _tensors(self, dtype: torch.dtype, whole: bool = False) -> tuple[torch.Tensor, ...]:
+        """U, V, the scales less those of W (unless it is ``whole``), S's values and their places."""
+        tensors = self.frod_U, self.basis, self.frod_lambda_l, self.frod_lambda_s_values, self.frod_start
+        u, v, scales, values, start = (tensor.to(dtype) for tensor in tensors)
+        return u, v, scales if whole else scales - start, values, self.places
 
-    def fused(self, names: list[str], x: torch.Tensor) -> torch.Tensor | None:
-        base = self._modules["base_layer"]
-        plain = self.kind.matrix and self.kind.is_plain(base) and not base.weight.requires_grad and not self.merged
-        alone = len(names) == 1 and not drops(self, self.frod_dropout.values())
-        if not (plain and alone and self.sums_exactly()):
+    @classmethod
+    def kernel(cls, layer: BaseTunerLayer, adapters: Sequence[Any], x: torch.Tensor) -> torch.Tensor | None:
+        adapter, *others = adapters
+        whole = layer.kind.matrix and not layer.kind.opaque and layer.may_bypass_base(x) and sums_exactly(layer)
+        if others or not whole or adapter.drops(adapter.frod_dropout):
             return None
-        y, bias = self._product(names[0], self.cast(names[0], x), whole=True), self.get_base_bias()
+        inner, bias = adapter.cast(x), base_bias(layer)
+        y = frod_product(inner, *adapter._tensors(inner.dtype, whole=True))
         return (y if bias is None else y + bias).to(x.dtype)  # U, l and V say all of W'
 
 
-FrodModel = define_tuner(
-    "FrodModel",
-    FrodLayer,
-    FrodConfig,
-    prefix="frod_",
-    targets=TRANSFORMERS_MODELS_TO_FROD_TARGET_MODULES_MAPPING,
-)
+def projections(config: FrodConfig, layers: Sequence[BaseTunerLayer]) -> dict[str, Any]:
+    """V ``[n, n]``, the places of S ``[2, nnz]`` and its size, by category, and the category of each layer."""
+    names = categories(layers)
+    v, places, sizes = (BufferDict(None, persistent=config.save_projection) for _ in range(3))
+    for name in dict.fromkeys(names):
+        members = [layer for layer, own in zip(layers, names) if own == name]
+        n = directions(members[0]).shape[1]
+        if config.save_projection and skip_values():
+            v[name] = torch.empty(n, n)
+        else:
+            shown = tqdm(members, disable=not config.progressbar, desc=f"FROD: basis of {name}")
+            v[name] = common_basis((directions(layer).cpu() for layer in shown), config.regularization_alpha)
+        chosen = random_places(n * n, int(config.sparse_rate * n * n), config.projection_prng_key)
+        places[name], sizes[name] = torch.stack([chosen // n, chosen % n]), torch.tensor([n, n])
+    return {"frod_V": v, "frod_s_indices": places, "frod_s_size": sizes, "category": names}
+
+
+FrodModel = define_tuner(Frod, FrodConfig)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from peft.core.base.kinds import fan
+from peft.core.layer.weight import unmerged_weight
 from peft.kernels.sparse import by_feature, paired_products
 from peft.utils.error import ConfigError
 
@@ -26,6 +27,12 @@ def categories(layers: Sequence[Any]) -> list[str]:
         found.append((name, layer.shape[0] if layer.kind.lookup else fan(layer.shape)[1]))
         sizes.setdefault(name, set()).add(found[-1][1])
     return [name if len(sizes[name]) == 1 else f"{name}_{size}" for name, size in found]
+
+
+def directions(layer: Any) -> torch.Tensor:
+    """W ``[out, in * kernel]``, or a table as ``[tokens, dim]``."""
+    weight = unmerged_weight(layer).detach().flatten(1)
+    return weight.T if layer.kind.lookup else weight
 
 
 def common_basis(weights: Iterable[torch.Tensor], alpha: float) -> torch.Tensor:
@@ -53,6 +60,13 @@ def common_basis(weights: Iterable[torch.Tensor], alpha: float) -> torch.Tensor:
         v = F.normalize(factor @ torch.linalg.eigh(factor.T @ inverses @ factor)[1], dim=0)
     largest = v.gather(0, v.abs().argmax(0, keepdim=True))
     return (v * largest.sign()).float().contiguous()  # the same signs on every machine
+
+
+def coordinates(weight: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """U ``[out, n]``, with columns of length 1, and l ``[n]`` for which W = U diag(l) V^T."""
+    u = torch.linalg.solve(v.to(weight.device, torch.double), weight.double().T).T.contiguous()
+    scales = u.norm(dim=0)
+    return (u / scales.clamp_min(1e-30)).float(), scales.float()
 
 
 class SparseProduct(torch.autograd.Function):

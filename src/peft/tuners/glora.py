@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from peft.config import ModulesToSave, TargetModules, TrainedBias, option
+from peft.core.adapter import part, setting
+from peft.core.addition import LinearIn
 from peft.core.base.kinds import Kind, fan
-from peft.core.families.families import FoldLayer
+from peft.core.families import Fold
+from peft.core.layer.weight import base_bias
 from peft.core.model.registry import define_tuner
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_GLORA_TARGET_MODULES_MAPPING
 from peft.utils.error import ConfigError
 from peft.utils.peft_types import PeftType
 
@@ -90,13 +92,31 @@ class GloraTerm(nn.Module):
         return (self.Xd @ self.Xu if hasattr(self, "Xd") else self.X).to(like.dtype)
 
 
-class GloraLayer(FoldLayer):
+def glora_weight(weight: torch.Tensor, a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor:
+    """W' = W + W * A + B, ``[out, in * kernel]``, of terms that broadcast to it or are not there."""
+    folded = weight if a is None else torch.addcmul(weight, weight, a)
+    return folded if b is None else folded + b
+
+
+def glora_shift(
+    bias: torch.Tensor, wc: torch.Tensor | None, d: torch.Tensor | None, e: torch.Tensor | None
+) -> torch.Tensor | None:
+    """b' - b = b * D + E + W C, ``[out]``, of terms that broadcast to it or are not there."""
+    given = [term for term in (None if d is None else bias * d, e, wc) if term is not None]
+    return sum(given[1:], given[0]) if given else None
+
+
+class Glora(Fold):
     """A and B are ``[out, in * kernel]``, C ``[in * kernel, 1]``, D and E ``[out]``; without a bias only A and B."""
 
-    weights: ClassVar[dict[str, type]] = {f"glora_{term}": nn.ModuleDict for term in "ABCDE"}
-    settings: ClassVar[dict[str, type]] = {"r": dict}
+    glora_A = part(nn.ModuleDict)
+    glora_B = part(nn.ModuleDict)
+    glora_C = part(nn.ModuleDict)
+    glora_D = part(nn.ModuleDict)
+    glora_E = part(nn.ModuleDict)
+    r = setting()
     split: ClassVar[tuple[str, ...]] = ("",)
-    linear: ClassVar[tuple[str, ...]] = tuple(f"glora_{term}.{part}" for term in "ABCDE" for part in ("X", "Xu"))
+    adds = LinearIn(*(f"glora_{term}.{tensor}" for term in "ABCDE" for tensor in ("X", "Xu")))
 
     @classmethod
     def refusal(cls, kind: Kind, module: nn.Module, config: GloraConfig) -> str | None:
@@ -104,53 +124,37 @@ class GloraLayer(FoldLayer):
             return "it has no bias, and with config_A_B='none' only terms of the bias are trained"
         return None
 
-    def update_layer(self, name: str, config: GloraConfig, key: str) -> None:
+    def create(self, config: GloraConfig, key: str) -> None:
         out, inner = fan(self.shape)
-        biased = self.get_base_bias() is not None
-        forms = {"A": config.config_A_B, "B": config.config_A_B, "C": config.config_C if biased else "none"}
-        forms |= dict.fromkeys("DE", config.config_D_E if biased else "none")
-        shapes = {"A": (out, inner), "B": (out, inner), "C": (inner, 1), "D": (out,), "E": (out,)}
-        terms = {t: GloraTerm(forms[t], shapes[t], config.r, config.init_weights) for t in forms}
-        self.put(name, r=config.r, **{f"glora_{t}": term for t, term in terms.items()})
+        biased = base_bias(self.layer) is not None
+        of_weight, c = config.config_A_B, config.config_C if biased else "none"
+        of_bias, rest = config.config_D_E if biased else "none", (config.r, config.init_weights)
+        self.r = config.r
+        self.glora_A, self.glora_B = (GloraTerm(of_weight, (out, inner), *rest) for _ in "AB")
+        self.glora_C = GloraTerm(c, (inner, 1), *rest)
+        self.glora_D, self.glora_E = (GloraTerm(of_bias, (out,), *rest) for _ in "DE")
 
-    def term(self, letter: str, name: str, like: torch.Tensor) -> torch.Tensor | None:
-        """A term in the dtype of a tensor, or None where it is not there."""
-        return getattr(self, f"glora_{letter}")[name](like)
+    def folded(self, base: torch.Tensor) -> torch.Tensor:
+        return glora_weight(base.flatten(1), self.glora_A(base), self.glora_B(base)).view_as(base)
 
-    def reweight(self, name: str, base: torch.Tensor) -> torch.Tensor:
-        weight = base.flatten(1)
-        a, b = self.term("A", name, base), self.term("B", name, base)
-        folded = weight if a is None else torch.addcmul(weight, weight, a)
-        return (folded if b is None else folded + b).view_as(base)
-
-    def shift(self, name: str) -> torch.Tensor | None:
-        bias = self.unmerged_bias()
+    def shift(self) -> torch.Tensor | None:
+        bias = self.base_bias()
         if bias is None:
             return None
-        c, d, e = (self.term(letter, name, bias) for letter in "CDE")
-        parts = [None if d is None else bias * d, e]
+        c: Any = self.glora_C(bias)
         if c is not None:
-            parts.append(
-                checkpoint(lambda c: self.unmerged_weight().flatten(1).to(c.dtype) @ c, c, use_reentrant=False)[:, 0]
-            )
-        given = [part for part in parts if part is not None]
-        return sum(given[1:], given[0]) if given else None
+            c = checkpoint(lambda c: self.base_weight().flatten(1).to(c.dtype) @ c, c, use_reentrant=False)[:, 0]
+        return glora_shift(bias, c, self.glora_D(bias), self.glora_E(bias))
 
     # --- files ------------------------------------------------------------------------------------------------
-    def as_saved(self, name: str, saved: str, tensor: torch.Tensor) -> torch.Tensor:
-        term, _, part = saved.partition(".")
-        return tensor.new_zeros(getattr(self, term)[name].shape) if part == "zeros" else tensor
+    def as_saved(self, saved: str, tensor: torch.Tensor) -> torch.Tensor:
+        term, _, sub = saved.partition(".")
+        return tensor.new_zeros(getattr(self, term).shape) if sub == "zeros" else tensor
 
-    def as_loaded(self, name: str, saved: str, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+    def as_loaded(self, saved: str, parts: dict[str, torch.Tensor]) -> torch.Tensor:
         """Zeros of any shape are one number in memory."""
         (tensor,) = parts.values()
         return tensor.new_zeros(()) if saved.endswith(".zeros") else tensor
 
 
-GloraModel = define_tuner(
-    "GloraModel",
-    GloraLayer,
-    GloraConfig,
-    prefix="glora_",
-    targets=TRANSFORMERS_MODELS_TO_GLORA_TARGET_MODULES_MAPPING,
-)
+GloraModel = define_tuner(Glora, GloraConfig)

@@ -10,11 +10,10 @@ import torch
 from torch import nn
 
 from peft.config import FanInFanOut, LayerSelection, ModulesToSave, TargetModules, TrainedBias, option
+from peft.core.adapter import part, setting
 from peft.core.base.kinds import fan
-from peft.core.families.families import ScaledLayer, input_dropout, padded
+from peft.core.families import Scaled, input_dropout, padded
 from peft.core.model.registry import define_tuner
-from peft.tuners.lycoris_utils import kaiming, zeros
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_GRALORA_TARGET_MODULES_MAPPING
 from peft.utils.error import ConfigError
 from peft.utils.peft_types import PeftType
 
@@ -43,74 +42,80 @@ class GraloraConfig(TargetModules, FanInFanOut, TrainedBias, ModulesToSave, Laye
             raise ConfigError(f"GraloraConfig: r={self.r} must be a multiple of gralora_k={self.gralora_k}.")
 
 
-class GraloraLayer(ScaledLayer):
+def gralora(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """h_n = x_n A_n for the k chunks of x; piece j of each h_n goes to chunk j of the output: y_j = [h_nj]_n B_j.
 
-    A ``[k, in / k, r]`` and B ``[k, r, out / k]``, rounded up where k does not divide; chunks are filled with zeros.
+    Args:
+        x: ``[..., in]``; a: ``[k, in / k, r]``; b: ``[k, r, out / k]``; in / k and out / k are rounded up where k does
+            not divide, and x is filled up with zeros.
+
+    Returns:
+        ``[..., k * (out / k)]``.
+    """
+    k, width, r = a.shape
+    rows = math.prod(x.shape[:-1])
+    chunks = padded(x, k * width).reshape(rows, k, width).transpose(0, 1)  # [n, row of x, in / k]
+    pieces = (chunks @ a).unflatten(2, (k, r // k))  # [n, row of x, j, r / k]
+    y = pieces.permute(2, 1, 0, 3).flatten(2) @ b  # [j, row of x, out / k]
+    return y.transpose(0, 1).flatten(1).unflatten(0, x.shape[:-1])
+
+
+def gralora_weight(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The matrix of :func:`gralora`, ``[k * (out / k), k * (in / k)]``."""
+    pieces_a, pieces_b = a.unflatten(2, (len(a), -1)), b.unflatten(1, (len(a), -1))
+    return torch.einsum("nijp,jnpo->joni", pieces_a, pieces_b).flatten(2).flatten(0, 1)
+
+
+class Gralora(Scaled):
+    """dW of k x k blocks, see :func:`gralora`, and of a LoRA over all where ``hybrid_r`` is given.
+
+    A ``[k, in / k, r]`` and B ``[k, r, out / k]``, rounded up where k does not divide.
     """
 
-    weights: ClassVar[dict[str, type]] = {
-        "gralora_A": nn.ParameterDict,
-        "gralora_B": nn.ParameterDict,
-        "gralora_A_general": nn.ModuleDict,
-        "gralora_B_general": nn.ModuleDict,
-    }
-    settings: ClassVar[dict[str, type]] = {
-        "alpha": dict,
-        "ranks": dict,
-        "scaling": dict,
-        "gralora_dropout": nn.ModuleDict,
-    }
+    gralora_A = part()
+    gralora_B = part()
+    gralora_A_general = part(nn.ModuleDict)
+    gralora_B_general = part(nn.ModuleDict)
+    alpha = setting()
+    ranks = setting()
+    scaling = setting()
+    gralora_dropout = setting(nn.ModuleDict)
 
-    def update_layer(self, name: str, config: GraloraConfig, key: str) -> None:
+    def create(self, config: GraloraConfig, key: str) -> None:
         k, r, (rows, columns) = config.gralora_k, config.r, fan(self.shape)
-        inner, outer = -(-columns // k), -(-rows // k)
-        last, pairs = zeros if config.init_weights else kaiming, []
-        for _ in range(k):  # each chunk is drawn like a linear layer of its own
-            pairs.append((kaiming(r, inner).detach().T, last(outer, r).detach().T))
-        a, b = (nn.Parameter(torch.stack(parts)) for parts in zip(*pairs))
-        self.put(name, gralora_A=a, gralora_B=b, alpha=config.alpha, ranks=r + config.hybrid_r)
-        self.put(name, gralora_dropout=input_dropout(config.gralora_dropout))
-        self.put(name, scaling=self.initial_scaling(name))
+        a, b = torch.empty(k, r, -(-columns // k)), torch.zeros(k, -(-rows // k), r)
+        for n in range(k):  # each chunk is drawn like a linear layer of its own
+            nn.init.kaiming_uniform_(a[n], a=math.sqrt(5))
+            if not config.init_weights:
+                nn.init.kaiming_uniform_(b[n], a=math.sqrt(5))
+        self.gralora_A, self.gralora_B = nn.Parameter(a.mT.contiguous()), nn.Parameter(b.mT.contiguous())
+        self.alpha, self.ranks = config.alpha, r + config.hybrid_r
+        self.gralora_dropout, self.scaling = input_dropout(config.gralora_dropout), self.initial_scaling()
         if config.hybrid_r:
-            down = nn.Linear(columns, config.hybrid_r, bias=False)
-            up = nn.Linear(config.hybrid_r, rows, bias=False)
+            down, up = nn.Linear(columns, config.hybrid_r, bias=False), nn.Linear(config.hybrid_r, rows, bias=False)
             nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
             if config.init_weights:
                 nn.init.zeros_(up.weight)
-            self.put(name, gralora_A_general=down, gralora_B_general=up)
+            self.gralora_A_general, self.gralora_B_general = down, up
 
-    def initial_scaling(self, name: str) -> float:
-        return self.alpha[name] / self.ranks[name]
+    def initial_scaling(self) -> float:
+        return self.alpha / self.ranks
 
-    def delta_weight(self, name: str) -> torch.Tensor:
-        a, b, (rows, columns) = self.gralora_A[name], self.gralora_B[name], fan(self.shape)
-        pieces_a, pieces_b = a.unflatten(2, (len(a), -1)), b.unflatten(1, (len(a), -1))
-        weight = torch.einsum("nijp,jnpo->joni", pieces_a, pieces_b).flatten(2).flatten(0, 1)[:rows, :columns]
-        if name in self.gralora_A_general:
-            weight = weight + self.gralora_B_general[name].weight @ self.gralora_A_general[name].weight
-        return (weight * self.scaling[name]).view(self.shape)
+    def delta_weight(self) -> torch.Tensor:
+        rows, columns = fan(self.shape)
+        weight = gralora_weight(self.gralora_A, self.gralora_B)[:rows, :columns]
+        if self.gralora_A_general is not None:
+            weight = weight + self.gralora_B_general.weight @ self.gralora_A_general.weight
+        return (weight * self.scaling).view(self.shape)
 
-    def delta(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        x = x if self.kind.lookup else self.gralora_dropout[name](x)
+    def delta(self, x: torch.Tensor) -> torch.Tensor:
+        x = x if self.kind.lookup else self.gralora_dropout(x)
         if not self.kind.matrix:
-            return super().delta(name, x)
-        a, b, rows = self.gralora_A[name], self.gralora_B[name] * self.scaling[name], self.shape[0]
-        chunks = (
-            padded(x, len(a) * a.shape[1]).reshape(-1, len(a), a.shape[1]).transpose(0, 1)
-        )  # [n, row of x, in / k]
-        pieces = (chunks @ a).unflatten(2, (len(a), -1))  # [n, row of x, j, r / k]
-        y = pieces.permute(2, 1, 0, 3).flatten(2) @ b  # [j, row of x, out / k]
-        y = y.transpose(0, 1).flatten(1)[:, :rows].unflatten(0, x.shape[:-1])
-        if name in self.gralora_A_general:
-            y = y + self.gralora_B_general[name](self.gralora_A_general[name](x)) * self.scaling[name]
+            return super().delta(x)
+        y = gralora(x, self.gralora_A, self.gralora_B * self.scaling)[..., : self.shape[0]]
+        if self.gralora_A_general is not None:
+            y = y + self.gralora_B_general(self.gralora_A_general(x)) * self.scaling
         return y
 
 
-GraloraModel = define_tuner(
-    "GraloraModel",
-    GraloraLayer,
-    GraloraConfig,
-    prefix="gralora_",
-    targets=TRANSFORMERS_MODELS_TO_GRALORA_TARGET_MODULES_MAPPING,
-)
+GraloraModel = define_tuner(Gralora, GraloraConfig)

@@ -19,9 +19,10 @@ from peft.config import (
     option,
     resolve_pattern,
 )
-from peft.core.families.families import FoldLayer, drops, input_dropout
+from peft.core.adapter import part, setting
+from peft.core.addition import SideBySide
+from peft.core.families import Fold, input_dropout
 from peft.core.model.registry import define_tuner
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_HIRA_TARGET_MODULES_MAPPING
 from peft.utils.peft_types import PeftType
 
 
@@ -40,21 +41,22 @@ class HiraConfig(TargetModules, ExcludeModules, FanInFanOut, ModulesToSave, Laye
     init_weights: bool = option(True, "Start with B A = 0, so that nothing changes; otherwise at random numbers.")
 
 
-class HiraLayer(FoldLayer):
+def hira_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """B A, ``[out, in, *kernel]``, of A ``[r, in, *kernel]`` and B ``[out, r, 1...]``."""
+    return (b.flatten(1) @ a.flatten(1)).unflatten(1, a.shape[1:])
+
+
+class Hira(Fold):
     """W' = W + W * (B A), A ``[r, in, *kernel]`` and B ``[out, r, 1...]``; tables have names of their own for them."""
 
-    weights: ClassVar[dict[str, type]] = {
-        "hira_A": nn.ParameterDict,
-        "hira_B": nn.ParameterDict,
-        "hira_embedding_A": nn.ParameterDict,
-        "hira_embedding_B": nn.ParameterDict,
-    }
-    settings: ClassVar[dict[str, type]] = {"r": dict, "hira_dropout": nn.ModuleDict}
-    linear: ClassVar[tuple[str, ...]] = ("hira_B", "hira_embedding_B")
-    stacked: ClassVar[dict[str, int]] = {"hira_A": 0, "hira_B": 1, "hira_embedding_A": 0, "hira_embedding_B": 1}
+    hira_A = part(table="hira_embedding_A")
+    hira_B = part(table="hira_embedding_B")
+    r = setting()
+    hira_dropout = setting(nn.ModuleDict)
+    adds = SideBySide("hira_B", hira_A=0, hira_B=1)
 
-    def update_layer(self, name: str, config: HiraConfig, key: str) -> None:
-        r = resolve_pattern(config.rank_pattern, key, config.r)
+    def create(self, config: HiraConfig, key: str) -> None:
+        self.r = r = resolve_pattern(config.rank_pattern, key, config.r)
         out, *rest = self.shape
         a, b = torch.randn(r, *rest), torch.randn(out, r, *[1] * (len(rest) - 1))
         if config.init_weights and self.kind.lookup:
@@ -63,35 +65,24 @@ class HiraLayer(FoldLayer):
         elif config.init_weights:
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
             b.zero_()
-        pair = ("hira_embedding_A", "hira_embedding_B") if self.kind.lookup else ("hira_A", "hira_B")
-        self.put(name, r=r, **{pair[0]: nn.Parameter(a), pair[1]: nn.Parameter(b)})
-        self.put(name, hira_dropout=input_dropout(config.hira_dropout))
+        self.hira_A, self.hira_B = nn.Parameter(a), nn.Parameter(b)
+        self.hira_dropout = input_dropout(config.hira_dropout)
 
-    def product(self, name: str) -> torch.Tensor:
+    def product(self) -> torch.Tensor:
         """B A, in the shape of W."""
-        if self.kind.lookup:
-            a, b = self.hira_embedding_A[name], self.hira_embedding_B[name]
-        else:
-            a, b = self.hira_A[name], self.hira_B[name]
-        return (b.flatten(1) @ a.flatten(1)).view(self.shape)
+        return hira_product(self.hira_A, self.hira_B)
 
-    def reweight(self, name: str, base: torch.Tensor) -> torch.Tensor:
-        return torch.addcmul(base, base, self.product(name).to(base.dtype))
+    def folded(self, base: torch.Tensor) -> torch.Tensor:
+        return torch.addcmul(base, base, self.product().to(base.dtype))
 
-    def change(self, name: str, dtype: torch.dtype | None) -> torch.Tensor:
-        return self.unmerged_weight().to(dtype=dtype) * self.product(name)
+    def change(self, dtype: torch.dtype | None) -> torch.Tensor:
+        return self.base_weight().to(dtype=dtype) * self.product()
 
-    def needs_weight(self) -> bool:
-        return self.sums_exactly() and not drops(self, self.hira_dropout.values())
+    def prefers_folding(self) -> bool:
+        return self.sums_exactly() and not self.drops(self.hira_dropout)
 
-    def delta(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        return super().delta(name, x if self.kind.lookup else self.hira_dropout[name](x))
+    def delta(self, x: torch.Tensor) -> torch.Tensor:
+        return super().delta(x if self.kind.lookup else self.hira_dropout(x))
 
 
-HiraModel = define_tuner(
-    "HiraModel",
-    HiraLayer,
-    HiraConfig,
-    prefix="hira_",
-    targets=TRANSFORMERS_MODELS_TO_HIRA_TARGET_MODULES_MAPPING,
-)
+HiraModel = define_tuner(Hira, HiraConfig)

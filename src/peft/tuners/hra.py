@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from peft.config import ExcludeModules, LayerSelection, ModulesToSave, TargetModules, TrainedBias, option
-from peft.core.families.families import RotationLayer
+from peft.core.adapter import part, setting
+from peft.core.families import Rotation
 from peft.core.model.registry import define_tuner
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_HRA_TARGET_MODULES_MAPPING
 from peft.utils.peft_types import PeftType
 
 
@@ -36,38 +36,46 @@ class HRAConfig(TargetModules, ExcludeModules, TrainedBias, ModulesToSave, Layer
     )
 
 
-class HRALayer(RotationLayer):
+def reflected(x: torch.Tensor, u: torch.Tensor, back: bool = False) -> torch.Tensor:
+    """x R along the last axis, R^T = H_1 ... H_r, H_i = I - 2 u_i u_i^T / |u_i|^2; with ``back`` x R^T.
+
+    By the compact form of Schreiber and Van Loan: H_1 ... H_r = I - U T U^T, T^-1 = I/2 + strict_upper(U^T U).
+
+    Args:
+        x: ``[..., n]``. u: ``[n, r]``, of any length.
+    """
+    u = u / u.norm(dim=0)
+    inverse = (u.T @ u).triu(1) + 0.5 * torch.eye(u.shape[1], device=u.device, dtype=u.dtype)
+    inverse = inverse if back else inverse.T
+    return x - (x @ u) @ torch.linalg.solve_triangular(inverse, u.T, upper=back)
+
+
+class HRA(Rotation):
     """W' = W R^T with R^T = H_1 ... H_r; u is ``[in * kernel, r]``. Embeddings reflect their output.
 
     An odd ``r`` (or ``apply_GS``) starts at random reflections, so a fresh adapter changes the model.
     """
 
-    weights: ClassVar[dict[str, type]] = {"hra_u": nn.ParameterDict}
-    settings: ClassVar[dict[str, type]] = {"hra_r": dict, "hra_apply_GS": dict}
+    hra_u = part()
+    hra_r = setting()
+    hra_apply_GS = setting()
 
-    def update_layer(self, name: str, config: HRAConfig, key: str) -> None:
+    def create(self, config: HRAConfig, key: str) -> None:
         paired = config.init_weights and config.r % 2 == 0
         u = torch.empty(self.rotated_features, config.r // 2 if paired else config.r)
         nn.init.kaiming_uniform_(u, a=math.sqrt(5))
         if paired:
             u = u.repeat_interleave(2, dim=1)
-        self.put(name, hra_u=nn.Parameter(u), hra_r=config.r, hra_apply_GS=config.apply_GS)
+        self.hra_u, self.hra_r, self.hra_apply_GS = nn.Parameter(u), config.r, config.apply_GS
 
-    def rotate(self, name: str, x: torch.Tensor, back: bool = False) -> torch.Tensor:
-        """The compact form of Schreiber and Van Loan: H_1 ... H_r = I - U T U^T, T^-1 = I/2 + strict_upper(U^T U)."""
-        u = self.hra_u[name]
+    def rotate(self, x: torch.Tensor, back: bool = False, drawn: bool = False) -> torch.Tensor:
         # there is no triangular solver for 16 bits, and to round between the reflections adds up
-        wide = torch.promote_types(torch.promote_types(u.dtype, x.dtype), torch.float32)
-        u, dtype, x = u.to(wide), x.dtype, x.to(wide)
-        if self.hra_apply_GS[name]:
-            u = gram_schmidt(u)
-            reflected = 2 * u.T
-        else:
-            u = u / u.norm(dim=0)
-            inverse = (u.T @ u).triu(1) + 0.5 * torch.eye(u.shape[1], device=u.device, dtype=u.dtype)
-            inverse = inverse if back else inverse.T
-            reflected = torch.linalg.solve_triangular(inverse, u.T, upper=back)
-        return (x - (x @ u) @ reflected).to(dtype)
+        wide = torch.promote_types(torch.promote_types(self.hra_u.dtype, x.dtype), torch.float32)
+        u, inner = self.hra_u.to(wide), x.to(wide)
+        if not self.hra_apply_GS:
+            return reflected(inner, u, back).to(x.dtype)
+        u = gram_schmidt(u)  # then they commute
+        return (inner - (inner @ u) @ (2 * u.T)).to(x.dtype)
 
 
 def gram_schmidt(u: torch.Tensor) -> torch.Tensor:
@@ -81,10 +89,4 @@ def gram_schmidt(u: torch.Tensor) -> torch.Tensor:
     return torch.stack(columns, 1)
 
 
-HRAModel = define_tuner(
-    "HRAModel",
-    HRALayer,
-    HRAConfig,
-    prefix="hra_",
-    targets=TRANSFORMERS_MODELS_TO_HRA_TARGET_MODULES_MAPPING,
-)
+HRAModel = define_tuner(HRA, HRAConfig)

@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from peft.config import ExcludeModules, FanInFanOut, ModulesToSave, TargetModules, option
-from peft.core.families.families import ScaleLayer
+from peft.core.adapter import part, setting
+from peft.core.addition import LinearIn
+from peft.core.families import Scale
+from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.registry import define_tuner
 from peft.core.model.targeting import found_targets, matches, table_row
 from peft.core.model.tuner import BaseTuner
-from peft.utils.constants import (
-    TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
-    TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
-)
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
 from peft.utils.error import ConfigError
 from peft.utils.peft_types import PeftType
 
@@ -41,40 +41,43 @@ class IA3Config(TargetModules, ExcludeModules, FanInFanOut, ModulesToSave):
         modules = self.feedforward_modules
         if isinstance(modules, list | tuple):
             self.feedforward_modules = set(modules)  # type: ignore[assignment]
-        both = isinstance(self.feedforward_modules, set) and isinstance(self.target_modules, set)
-        if both and (strangers := sorted(self.feedforward_modules - self.target_modules)):
+        inner: Any = self.feedforward_modules
+        targets: Any = self.target_modules
+        both = isinstance(inner, set) and isinstance(targets, set)
+        if both and (strangers := sorted(inner - targets)):
             raise ConfigError(
                 f"IA3Config: feedforward_modules {strangers} should be among the target_modules as well."
             )
 
 
-class IA3Layer(ScaleLayer):
-    """A vector l over the outputs, or over the inputs of feed-forward modules."""
+class IA3(Scale):
+    """A vector l over the outputs ``[out, 1]``, or over the inputs ``[1, in]`` of feed-forward modules."""
 
-    weights: ClassVar[dict[str, type]] = {"ia3_l": nn.ParameterDict}
-    settings: ClassVar[dict[str, type]] = {"feedforward": dict}
-    linear: ClassVar[tuple[str, ...]] = ("ia3_l",)
+    ia3_l = part()
+    feedforward = setting()
+    adds = LinearIn("ia3_l", neutral=1.0)
+
+    def create(self, config: IA3Config, key: str) -> None:
+        self.feedforward = matches(config.feedforward_modules, key)
+        size = self.in_features if self.feedforward else self.out_features
+        ones = [1] * (len(self.shape) - 2)
+        start = torch.randn((1, size, *ones) if self.feedforward or ones else (size, 1))
+        self.ia3_l = nn.Parameter(start.fill_(1) if config.init_ia3_weights else start)
+
+    def scale_in(self) -> torch.Tensor | None:
+        return self.ia3_l.flatten() if self.feedforward else None
+
+    def scale_out(self) -> torch.Tensor | None:
+        return None if self.feedforward else self.ia3_l.flatten()
+
+
+class IA3Layer(BaseTunerLayer):
+    """A layer with (IA)^3 adapters."""
 
     @property
     def is_feedforward(self) -> bool:
         """Whether the adapters scale the input."""
         return any(self.feedforward.values())
-
-    def update_layer(self, name: str, config: IA3Config, key: str) -> None:
-        feedforward = matches(config.feedforward_modules, key)
-        size = self.in_features if feedforward else self.out_features
-        ones = [1] * (len(self.shape) - 2)
-        shape = (1, size, *ones) if feedforward or ones else (size, 1)
-        start = torch.randn(shape)
-        self.put(
-            name, feedforward=feedforward, ia3_l=nn.Parameter(start.fill_(1) if config.init_ia3_weights else start)
-        )
-
-    def scale_in(self, name: str) -> torch.Tensor | None:
-        return self.ia3_l[name].flatten() if self.feedforward[name] else None
-
-    def scale_out(self, name: str) -> torch.Tensor | None:
-        return None if self.feedforward[name] else self.ia3_l[name].flatten()
 
 
 class IA3Tuner(BaseTuner):
@@ -92,11 +95,5 @@ class IA3Tuner(BaseTuner):
 
 
 IA3Model = define_tuner(
-    "IA3Model",
-    IA3Layer,
-    IA3Config,
-    prefix="ia3_",
-    targets=TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
-    default_roles=("key", "value", "feedforward"),
-    base=IA3Tuner,
+    IA3, IA3Config, base=IA3Tuner, layer=IA3Layer, default_roles=("key", "value", "feedforward")
 )

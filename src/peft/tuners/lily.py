@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from peft.config import ExcludeModules, LayerSelection, ModulesToSave, TargetModules, option
+from peft.core.adapter import part, setting
 from peft.core.base.kinds import fan
-from peft.core.families.families import SampleLayer
+from peft.core.families import Sample
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.registry import define_tuner
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LILY_TARGET_MODULES_MAPPING
 from peft.utils.peft_types import PeftType
 
 
@@ -50,73 +51,96 @@ class LilyConfig(TargetModules, ExcludeModules, ModulesToSave, LayerSelection):
         return {"routing": "batch", **kwargs} if "peft_version" in kwargs else kwargs
 
 
-class LilyLayer(SampleLayer):
+def lily_chances(h: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
+    """softmax(R A x): the weights of the experts at each position, ``[..., num_B]``.
+
+    Args:
+        h: A x ``[..., r]``. router: R ``[num_B, r]``.
+    """
+    return F.linear(h, router).softmax(-1)
+
+
+def lily_experts(chances: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+    """sum_e p_e B_e, ``[..., r, out]``.
+
+    Args:
+        chances: p ``[..., num_B]``. experts: the B_e ``[num_B, r, out]``.
+    """
+    return torch.einsum("...e,ero->...ro", chances, experts)
+
+
+class Lily(Sample):
     """y' = y + s (sum_e p_e B_e) A x, p the average of softmax(R A x).
 
     ``lily_A.weight`` is ``[r, in * kernel]``, ``lily_B.weight`` ``[num_B * r, out]``, ``lily_router.weight``
     ``[num_B, r]``.
     """
 
-    weights: ClassVar[dict[str, type]] = {
-        "lily_A": nn.ModuleDict,
-        "lily_B": nn.ModuleDict,
-        "lily_router": nn.ModuleDict,
-    }
-    settings: ClassVar[dict[str, type]] = {"r": dict, "num_B": dict, "scaling": dict, "routing": dict}
-    because: ClassVar[str] = "its routing depends on the sample"
+    lily_A = part(nn.ModuleDict)
+    lily_B = part(nn.ModuleDict)
+    lily_router = part(nn.ModuleDict)
+    r = setting()
+    num_B = setting()
+    scaling = setting()
+    routing = setting()
+    because = "its routing depends on the sample"
 
     @classmethod
     def share(cls, config: LilyConfig, layers: Sequence[BaseTunerLayer]) -> dict[str, Any]:
-        """A for neighbours, and the experts for all layers, of those with the same last name and shape."""
-        alike: dict[tuple, list[nn.Module]] = {}
-        experts: dict[tuple, nn.Module] = {}
-        first, second = [], []
-        for layer in layers:
-            rows, columns = fan(layer.shape)
-            group = (layer.key.rpartition(".")[2], layer.shape)
-            known = alike.setdefault(group, [])
-            new = len(known) % config.stride_A == 0
-            known.append(nn.Linear(columns, config.r, bias=False) if new else known[-1])
-            if group not in experts:
-                experts[group] = nn.Linear(rows, config.num_B * config.r, bias=False)
-                if config.init_weights:
-                    nn.init.zeros_(experts[group].weight)
-            first.append(known[-1])
-            second.append(experts[group])
-        return {"lily_A": first, "lily_B": second}
+        return shared_matrices(config, layers)
 
-    def update_layer(self, name: str, config: LilyConfig, key: str) -> None:
-        self.put(name, lily_router=nn.Linear(config.r, config.num_B, bias=False))
-        self.put(name, r=config.r, num_B=config.num_B, scaling=config.scaling, routing=config.routing)
+    def create(self, config: LilyConfig, key: str) -> None:
+        self.lily_router = nn.Linear(config.r, config.num_B, bias=False)
+        self.r, self.num_B, self.scaling, self.routing = config.r, config.num_B, config.scaling, config.routing
 
-    def update(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        base, r, routing = self.get_base_layer(), self.r[name], self.routing[name]
-        h = self.kind.down(base, x, self.lily_A[name].weight)
-        pieces = self.kind.channels_last(h).unflatten(-1, (-1, r))  # [batch, ..., groups, r]
-        chances = self.lily_router[name](pieces).softmax(-1)
-        experts = self.lily_B[name].weight * self.scaling[name]
-        if routing == "token":
-            each = (chances.unsqueeze(-1) * pieces.unsqueeze(-2)).flatten(-3)
-            return self.kind.up(base, self.kind.channels_back(each), experts.T)
+    def update(self, x: torch.Tensor) -> torch.Tensor:
+        base, r, kind = self.base, self.r, self.kind
+        h = kind.down(base, x, self.lily_A.weight)
+        pieces = kind.channels_last(h).unflatten(-1, (-1, r))  # [batch, ..., groups, r]
+        chances = lily_chances(pieces, self.lily_router.weight)
+        experts = self.lily_B.weight * self.scaling
+        if self.routing == "token":  # (sum_e p_e B_e) h with the p_e on h: no matrix for each token
+            each = (chances.unsqueeze(-1) * pieces.unsqueeze(-2)).flatten(-3)  # [batch, ..., groups * num_B * r]
+            return kind.up(base, kind.channels_back(each), experts.T)
         experts = experts.unflatten(0, (-1, r))  # [num_B, r, out]
-        if routing == "batch":
-            return self.kind.up(base, h, torch.einsum("e,ero->or", chances.flatten(0, -2).mean(0), experts))
-        return self.each_up(h, torch.einsum("be,ero->bro", self.average(chances), experts))
+        if self.routing == "batch":
+            mean = _mean(chances.flatten(0, -2), 0)
+            return kind.up(base, h, lily_experts(mean, experts).T)
+        return self.each_up(h, lily_experts(self.average(chances), experts))
 
     def average(self, chances: torch.Tensor) -> torch.Tensor:
         """The mean over the positions of each sample, without padding, ``[batch, num_B]``."""
-        flat = chances.flatten(1, -2)
+        flat = chances.flatten(1, -2)  # [batch, positions * groups, num_B]
         mask = self.context.padding(len(flat), flat.shape[1], flat.device)
         if mask is None:
-            return flat.mean(1)
+            return _mean(flat, 1)
         mask = mask.to(flat).unsqueeze(-1)
         return (flat * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
-LilyModel = define_tuner(
-    "LilyModel",
-    LilyLayer,
-    LilyConfig,
-    prefix="lily_",
-    targets=TRANSFORMERS_MODELS_TO_LILY_TARGET_MODULES_MAPPING,
-)
+def shared_matrices(config: LilyConfig, layers: Sequence[BaseTunerLayer]) -> dict[str, Any]:
+    """A for neighbours, and the experts for all layers, of those with the same last name and shape."""
+    alike: dict[tuple, list[nn.Module]] = {}
+    experts: dict[tuple, nn.Module] = {}
+    first, second = [], []
+    for layer in layers:
+        rows, columns = fan(layer.shape)
+        group = (layer.key.rpartition(".")[2], layer.shape)
+        known = alike.setdefault(group, [])
+        new = len(known) % config.stride_A == 0
+        known.append(nn.Linear(columns, config.r, bias=False) if new else known[-1])
+        if group not in experts:
+            experts[group] = nn.Linear(rows, config.num_B * config.r, bias=False)
+            if config.init_weights:
+                nn.init.zeros_(experts[group].weight)
+        first.append(known[-1])
+        second.append(experts[group])
+    return {"lily_A": first, "lily_B": second}
+
+
+def _mean(x: torch.Tensor, axis: int) -> torch.Tensor:
+    """The mean along an axis, 0 of nothing."""
+    return x.mean(axis) if x.shape[axis] else x.sum(axis)
+
+
+LilyModel = define_tuner(Lily, LilyConfig)

@@ -8,9 +8,9 @@ from typing import ClassVar
 from torch import nn
 
 from peft.config import ExcludeModules, ModulesToSave, TargetModules
-from peft.core.families.families import CopyLayer
+from peft.core.adapter import part
+from peft.core.families import Copy
 from peft.core.model.registry import define_tuner
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING
 from peft.utils.peft_types import PeftType
 
 
@@ -24,17 +24,10 @@ class LNTuningConfig(TargetModules, ExcludeModules, ModulesToSave):
     METHOD: ClassVar[PeftType] = PeftType.LN_TUNING
 
 
-class LNTuningLayer(CopyLayer):
+class LNTuning(Copy):
     """A trained copy stands in for the module."""
 
-    weights: ClassVar[dict[str, type]] = {"ln_tuning_layers": nn.ModuleDict}
+    ln_tuning_layers = part(nn.ModuleDict)
 
 
-LNTuningModel = define_tuner(
-    "LNTuningModel",
-    LNTuningLayer,
-    LNTuningConfig,
-    prefix="ln_tuning_",
-    targets=TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING,
-    default_roles=("norm",),
-)
+LNTuningModel = define_tuner(LNTuning, LNTuningConfig, default_roles=("norm",))

@@ -7,13 +7,12 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from peft.config import option
+from peft.core.adapter import part
 from peft.core.base.kinds import fan
 from peft.core.model.registry import define_tuner
-from peft.tuners.lycoris_utils import LycorisConfig, LycorisLayer, LycorisTuner, kaiming, mix, through_core, zeros
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LOHA_TARGET_MODULES_MAPPING
+from peft.tuners.lycoris_utils import Lycoris, LycorisConfig, LycorisTuner, kaiming, mix, through_core, zeros
 from peft.utils.peft_types import PeftType
 
 
@@ -30,60 +29,77 @@ class LoHaConfig(LycorisConfig):
     init_weights: bool = option(True, "Start with B2 = 0, so that nothing changes; otherwise at random numbers.")
 
 
-class LoHaLayer(LycorisLayer):
+def loha_weight(
+    a1: torch.Tensor,
+    b1: torch.Tensor,
+    a2: torch.Tensor,
+    b2: torch.Tensor,
+    cores: tuple[torch.Tensor, torch.Tensor] | None,
+    shape: tuple[int, ...],
+) -> torch.Tensor:
+    """dW / s = (A1 B1) * (A2 B2), ``[out, in, *kernel]``.
+
+    Args:
+        a1, b1, a2, b2: A ``[out, r]`` and B ``[r, in * kernel]``; with cores ``[r, out]`` and ``[r, in]``.
+        cores: t1 and t2 ``[r, r, *kernel]`` between the two of a pair, or None. shape: of dW.
+    """
+    if cores is None:
+        return (a1 @ b1).view(shape) * (a2 @ b2).view(shape)
+    return through_core(a1, b1, cores[0], shape) * through_core(a2, b2, cores[1], shape)
+
+
+def face_splitting(
+    a1: torch.Tensor, b1: torch.Tensor, a2: torch.Tensor, b2: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A ``[out, r^2]`` and B ``[r^2, in * kernel]`` with A B = (A1 B1) * (A2 B2)."""
+    a = (a1[:, :, None] * a2[:, None, :]).flatten(1)  # all products of columns
+    return a, (b1[:, None, :] * b2[None, :, :]).flatten(0, 1)
+
+
+class LoHa(Lycoris):
     """dW = s (A1 B1) * (A2 B2), A ``[out, r]`` and B ``[r, in * kernel]``.
 
     With ``use_effective_conv2d`` each product goes through a core t ``[r, r, *kernel]``; then A is ``[r, out]`` and B
     is ``[r, in]``.
     """
 
-    weights: ClassVar[dict[str, type]] = dict.fromkeys(
-        ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"), nn.ParameterDict
-    )
+    hada_w1_a = part()
+    hada_w1_b = part()
+    hada_w2_a = part()
+    hada_w2_b = part()
+    hada_t1 = part()
+    hada_t2 = part()
 
-    def update_layer(self, name: str, config: LoHaConfig, key: str) -> None:
-        super().update_layer(name, config, key)
-        r, (out, columns), core = self.r[name], fan(self.shape), self.has_core(config)
+    def create(self, config: LoHaConfig, key: str) -> None:
+        super().create(config, key)
+        r, (out, columns), core = self.r, fan(self.shape), self.has_core(config)
         a, b = ((r, out), (r, self.shape[1])) if core else ((out, r), (r, columns))
-        self.put(name, hada_w1_a=kaiming(*a), hada_w1_b=kaiming(*b), hada_w2_a=kaiming(*a))
-        self.put(name, hada_w2_b=zeros(*b) if config.init_weights else kaiming(*b))
+        self.hada_w1_a, self.hada_w1_b, self.hada_w2_a = kaiming(*a), kaiming(*b), kaiming(*a)
+        self.hada_w2_b = zeros(*b) if config.init_weights else kaiming(*b)
         if core:
-            self.put(name, hada_t1=kaiming(*self.core_shape(r)), hada_t2=kaiming(*self.core_shape(r)))
+            self.hada_t1, self.hada_t2 = kaiming(*self.core_shape(r)), kaiming(*self.core_shape(r))
 
-    def pairs(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def pairs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """A1, B1, A2, B2."""
-        return self.hada_w1_a[name], self.hada_w1_b[name], self.hada_w2_a[name], self.hada_w2_b[name]
+        return self.hada_w1_a, self.hada_w1_b, self.hada_w2_a, self.hada_w2_b
 
-    def delta_weight(self, name: str) -> torch.Tensor:
-        a1, b1, a2, b2 = self.pairs(name)
-        if name in self.hada_t1:
-            first = through_core(a1, b1, self.hada_t1[name], self.shape)
-            second = through_core(a2, b2, self.hada_t2[name], self.shape)
-        else:
-            first, second = (a1 @ b1).view(self.shape), (a2 @ b2).view(self.shape)
-        return first * second * self.scaling[name]
+    def delta_weight(self) -> torch.Tensor:
+        cores = None if self.hada_t1 is None else (self.hada_t1, self.hada_t2)
+        return loha_weight(*self.pairs(), cores, self.shape) * self.scaling
 
-    def product(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """dW x without dW, by (A1 B1) * (A2 B2) = A B with all r^2 products of columns of A1 and A2 in A."""
-        a1, b1, a2, b2 = self.pairs(name)
-        base = self.get_base_layer()
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """dW x without dW, where that is cheaper."""
+        a1, b1, a2, b2 = self.pairs()
         if self.kind.lookup:
             first, second = F.embedding(x, b1.T) @ a1.T, F.embedding(x, b2.T) @ a2.T
-            return self.kind.scaled(base, first * second) * self.scaling[name]
-        r, (out, columns) = self.r[name], fan(self.shape)
+            return self.kind.scaled(self.base, first * second) * self.scaling
+        r, (out, columns) = self.r, fan(self.shape)
         grouped = len(self.shape) > 2 and self.shape[1] != self.in_features
-        if grouped or name in self.hada_t1 or r * r * (out + columns) >= out * columns:
-            return super().product(name, x)
-        a = (a1[:, :, None] * a2[:, None, :]).flatten(1)
-        b = (b1[:, None, :] * b2[None, :, :]).view(r * r, *self.shape[1:])
-        return mix(a, self.kind.apply(base, x, b), len(self.shape) - 2) * self.scaling[name]
+        if grouped or self.hada_t1 is not None or r * r * (out + columns) >= out * columns:
+            return super().product(x)
+        a, b = face_splitting(a1, b1, a2, b2)
+        inner = self.kind.apply(self.base, x, b.view(r * r, *self.shape[1:]))
+        return mix(a, inner, len(self.shape) - 2) * self.scaling
 
 
-LoHaModel = define_tuner(
-    "LoHaModel",
-    LoHaLayer,
-    LoHaConfig,
-    prefix="hada_",
-    targets=TRANSFORMERS_MODELS_TO_LOHA_TARGET_MODULES_MAPPING,
-    base=LycorisTuner,
-)
+LoHaModel = define_tuner(LoHa, LoHaConfig, base=LycorisTuner)

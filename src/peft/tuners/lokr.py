@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from peft.config import option
+from peft.core.adapter import part
 from peft.core.model.registry import define_tuner
-from peft.tuners.lycoris_utils import LycorisConfig, LycorisLayer, LycorisTuner, kaiming, mix, through_core, zeros
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LOKR_TARGET_MODULES_MAPPING
+from peft.tuners.lycoris_utils import Lycoris, LycorisConfig, LycorisTuner, kaiming, mix, through_core, zeros
 from peft.utils.peft_types import PeftType
 
 
@@ -39,7 +39,34 @@ class LoKrConfig(LycorisConfig):
     )
 
 
-class LoKrLayer(LycorisLayer):
+def lokr_weight(
+    first: torch.Tensor, second: torch.Tensor, shape: tuple[int, ...], by_rows: bool = False
+) -> torch.Tensor:
+    """dW / s = W1 (x) W2, ``[out, in, *kernel]``.
+
+    Args:
+        first, second: W1 ``[o1, i1]`` and W2 ``[o2, i2, *kernel]``. shape: of dW.
+        by_rows: multiply three axes of W2 with ``W1[None]`` and read the product row by row.
+    """
+    axes = (1, *first.shape) if by_rows else (*first.shape, *[1] * len(shape[2:]))
+    return torch.kron(first.view(axes), second).view(shape)
+
+
+def lokr_product(
+    x: torch.Tensor, first: torch.Tensor, second: Callable[[torch.Tensor], torch.Tensor], dims: int
+) -> torch.Tensor:
+    """(W1 (x) W2) x without the product: x as ``[i1, i2]``, then W2 acts on its rows and W1 on its columns.
+
+    Args:
+        x: ``[..., in, *positions]``. first: W1 ``[o1, i1]``. second: W2 x. dims: the number of axes after ``in``.
+    """
+    i1, lead = first.shape[1], x.shape[: -dims - 1]
+    y = second(x.unflatten(-dims - 1, (i1, -1)).flatten(0, -dims - 2))  # [batch i1, o2, *positions]
+    mixed = first @ y.flatten(1).unflatten(0, (*lead, i1))  # [..., o1, o2 positions]
+    return mixed.unflatten(-1, y.shape[1:]).flatten(-dims - 2, -dims - 1)
+
+
+class LoKr(Lycoris):
     """dW = s W1 (x) W2, W1 ``[o1, i1]`` and W2 ``[o2, i2, *kernel]``, o1 o2 = out and i1 i2 = in.
 
     A low-rank W1 is a pair ``[o1, r]``, ``[r, i1]``; W2 is ``[o2, r]``, ``[r, i2 * kernel]``. With
@@ -49,71 +76,69 @@ class LoKrLayer(LycorisLayer):
     as ``[out, in, kernel]``, row by row.
     """
 
-    weights: ClassVar[dict[str, type]] = dict.fromkeys(
-        ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"), nn.ParameterDict
-    )
+    lokr_w1 = part()
+    lokr_w1_a = part()
+    lokr_w1_b = part()
+    lokr_w2 = part()
+    lokr_w2_a = part()
+    lokr_w2_b = part()
+    lokr_t2 = part()
 
-    def update_layer(self, name: str, config: LoKrConfig, key: str) -> None:
-        super().update_layer(name, config, key)
-        r, (out, inner, *kernel) = self.r[name], self.shape
+    def create(self, config: LoKrConfig, key: str) -> None:
+        super().create(config, key)
+        r, (out, inner, *kernel) = self.r, self.shape
         o1, o2 = factorization(out, config.decompose_factor)
         i1, i2 = factorization(inner, config.decompose_factor)
         first = zeros if config.init_weights is True else kaiming  # what makes W1 zero, or not
         last = zeros if config.init_weights == "lycoris" else kaiming
         if config.decompose_both and r < max(o1, i1) / 2:
-            self.put(name, lokr_w1_a=first(o1, r), lokr_w1_b=kaiming(r, i1))
+            self.lokr_w1_a, self.lokr_w1_b = first(o1, r), kaiming(r, i1)
         else:
-            self.put(name, lokr_w1=first(o1, i1))
+            self.lokr_w1 = first(o1, i1)
         if r >= max(o2, i2) / 2:
-            self.put(name, lokr_w2=last(o2, i2, *kernel))
+            self.lokr_w2 = last(o2, i2, *kernel)
         elif self.has_core(config):
-            self.put(name, lokr_w2_a=kaiming(r, o2), lokr_w2_b=last(r, i2), lokr_t2=kaiming(*self.core_shape(r)))
+            self.lokr_w2_a, self.lokr_w2_b, self.lokr_t2 = kaiming(r, o2), last(r, i2), kaiming(*self.core_shape(r))
         else:
-            self.put(name, lokr_w2_a=kaiming(o2, r), lokr_w2_b=last(r, i2 * math.prod(kernel)))
+            self.lokr_w2_a, self.lokr_w2_b = kaiming(o2, r), last(r, i2 * math.prod(kernel))
 
-    def first(self, name: str) -> torch.Tensor:
+    def first(self) -> torch.Tensor:
         """W1, ``[o1, i1]``."""
-        return self.lokr_w1[name] if name in self.lokr_w1 else self.lokr_w1_a[name] @ self.lokr_w1_b[name]
+        return self.lokr_w1_a @ self.lokr_w1_b if self.lokr_w1 is None else self.lokr_w1
 
-    def second(self, name: str) -> torch.Tensor:
+    def second(self) -> torch.Tensor:
         """W2, ``[o2, i2, *kernel]``."""
-        if name in self.lokr_w2:
-            return self.lokr_w2[name]
-        a, b, kernel = self.lokr_w2_a[name], self.lokr_w2_b[name], self.shape[2:]
-        if name in self.lokr_t2:
-            return through_core(a, b, self.lokr_t2[name], (a.shape[1], b.shape[1], *kernel))
-        return (a @ b).view(a.shape[0], -1, *kernel)
+        if self.lokr_w2 is not None:
+            return self.lokr_w2
+        a, b, kernel = self.lokr_w2_a, self.lokr_w2_b, self.shape[2:]
+        if self.lokr_t2 is not None:
+            return through_core(a, b, self.lokr_t2, (a.shape[1], b.shape[1], *kernel))
+        return (a @ b).unflatten(1, (-1, *kernel)) if kernel else a @ b
 
-    def delta_weight(self, name: str) -> torch.Tensor:
-        first, second = self.first(name), self.second(name)
-        axes = (1, *first.shape) if self._reads_rows(name) else (*first.shape, *[1] * len(self.shape[2:]))
-        return torch.kron(first.view(axes), second).view(self.shape) * self.scaling[name]
+    def delta_weight(self) -> torch.Tensor:
+        return lokr_weight(self.first(), self.second(), self.shape, self._reads_rows()) * self.scaling
 
-    def _reads_rows(self, name: str) -> bool:
-        return len(self.shape) == 3 and name in self.lokr_w2
+    def _reads_rows(self) -> bool:
+        return len(self.shape) == 3 and self.lokr_w2 is not None
 
-    def product(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """dW x without dW: x as ``[i1, i2]``, then W2 acts on its rows and W1 on its columns."""
-        base, first, dims = self.get_base_layer(), self.first(name) * self.scaling[name], len(self.shape) - 2
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """dW x, without dW where that is possible."""
+        first, dims = self.first() * self.scaling, len(self.shape) - 2
         if self.kind.lookup:
-            table = self.second(name).T
+            table = self.second().T
             outer, inner = F.embedding(x // len(table), first.T), F.embedding(x % len(table), table)
-            return self.kind.scaled(base, (outer[..., None] * inner[..., None, :]).flatten(-2))
-        if self._reads_rows(name) or (dims and self.shape[1] != self.in_features):  # groups have no such x
-            return super().product(name, x)
-        i1, lead = first.shape[1], x.shape[: -dims - 1]
-        y = self._rows(name, x.unflatten(-dims - 1, (i1, -1)).flatten(0, -dims - 2), dims)
-        mixed = first @ y.flatten(1).unflatten(0, (*lead, i1))
-        return mixed.unflatten(-1, y.shape[1:]).flatten(-dims - 2, -dims - 1)
+            return self.kind.scaled(self.base, (outer[..., None] * inner[..., None, :]).flatten(-2))
+        if self._reads_rows() or (dims and self.shape[1] != self.in_features):  # groups have no such x
+            return super().product(x)
+        return lokr_product(x, first, self._apply_second, dims)
 
-    def _rows(self, name: str, rows: torch.Tensor, dims: int) -> torch.Tensor:
+    def _apply_second(self, rows: torch.Tensor) -> torch.Tensor:
         """W2 x, by way of the rank where that is cheaper."""
-        base = self.get_base_layer()
-        if name in self.lokr_w2_a and name not in self.lokr_t2:
-            a, b = self.lokr_w2_a[name], self.lokr_w2_b[name]
-            if a.numel() + b.numel() < len(a) * b.shape[1]:
-                return mix(a, self.kind.apply(base, rows, b.view(len(b), -1, *self.shape[2:])), dims)
-        return self.kind.apply(base, rows, self.second(name))
+        a, b = self.lokr_w2_a, self.lokr_w2_b
+        if a is not None and self.lokr_t2 is None and a.numel() + b.numel() < len(a) * b.shape[1]:
+            inner = self.kind.apply(self.base, rows, b.view(len(b), -1, *self.shape[2:]))
+            return mix(a, inner, len(self.shape) - 2)
+        return self.kind.apply(self.base, rows, self.second())
 
 
 def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:
@@ -130,11 +155,4 @@ def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:
     return m, dimension // m
 
 
-LoKrModel = define_tuner(
-    "LoKrModel",
-    LoKrLayer,
-    LoKrConfig,
-    prefix="lokr_",
-    targets=TRANSFORMERS_MODELS_TO_LOKR_TARGET_MODULES_MAPPING,
-    base=LycorisTuner,
-)
+LoKrModel = define_tuner(LoKr, LoKrConfig, base=LycorisTuner)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from peft.compat.methods import LycorisCompat
 from peft.config import (
     ExcludeModules,
     LayerSelection,
@@ -18,8 +19,10 @@ from peft.config import (
     option,
     resolve_pattern,
 )
+from peft.core.adapter import setting
 from peft.core.base.kinds import Kind
-from peft.core.families.families import ScaledLayer
+from peft.core.families import Scaled
+from peft.core.layer.scaled import ScaledLayer
 from peft.core.model.tuner import BaseTuner
 
 
@@ -41,29 +44,32 @@ class LycorisConfig(RankPatterns, TargetModules, ExcludeModules, ModulesToSave, 
 
 
 class LycorisLayer(ScaledLayer):
+    """A layer with LoHa or LoKr adapters."""
+
+
+class Lycoris(Scaled):
     """dW, scaled by alpha / r. A method defines :meth:`delta_weight` and, where cheaper, :meth:`product`."""
 
-    settings: ClassVar[dict[str, type]] = {
-        "r": dict,
-        "alpha": dict,
-        "scaling": dict,
-        "rank_dropout": dict,
-        "rank_dropout_scale": dict,
-        "module_dropout": dict,
-    }
+    r = setting()
+    alpha = setting()
+    scaling = setting()
+    rank_dropout = setting()
+    rank_dropout_scale = setting()
+    module_dropout = setting()
+    layer_base: ClassVar[Any] = LycorisLayer
 
     @classmethod
     def refusal(cls, kind: Kind, module: nn.Module, config: LycorisConfig) -> str | None:
-        if (kind.through_weight or kind.read_by_parent) and (config.rank_dropout or config.module_dropout):
+        if (kind.opaque or kind.read_by_parent) and (config.rank_dropout or config.module_dropout):
             return "its weight is not used by calling it, so rank_dropout and module_dropout have no place there"
         return None
 
-    def update_layer(self, name: str, config: Any, key: str) -> None:
-        r = resolve_pattern(config.rank_pattern, key, config.r)
-        self.put(name, r=r, alpha=resolve_pattern(config.alpha_pattern, key, config.alpha))
-        self.put(name, rank_dropout=config.rank_dropout, module_dropout=config.module_dropout)
-        self.put(name, rank_dropout_scale=getattr(config, "rank_dropout_scale", True))
-        self.put(name, scaling=self.initial_scaling(name))
+    def create(self, config: Any, key: str) -> None:
+        self.r = resolve_pattern(config.rank_pattern, key, config.r)
+        self.alpha = resolve_pattern(config.alpha_pattern, key, config.alpha)
+        self.rank_dropout, self.module_dropout = config.rank_dropout, config.module_dropout
+        self.rank_dropout_scale = getattr(config, "rank_dropout_scale", True)
+        self.scaling = self.initial_scaling()
 
     def has_core(self, config: LycorisConfig) -> bool:
         """Whether a convolution's factors have a core tensor between them."""
@@ -74,30 +80,29 @@ class LycorisLayer(ScaledLayer):
         kernel = self.shape[2:]
         return (r, r, *kernel, 1) if len(kernel) == 1 else (r, r, *kernel)
 
-    def product(self, name: str, x: torch.Tensor) -> torch.Tensor:
+    def product(self, x: torch.Tensor) -> torch.Tensor:
         """dW x, without dropout."""
-        return super().delta(name, x)
+        return super().delta(x)
 
-    def delta(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        y = self.product(name, x)
+    def delta(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.product(x)
         if not self.training:
             return y
-        if p := self.module_dropout[name]:  # multiplied and not skipped: every parameter gets a gradient
+        if p := self.module_dropout:  # multiplied and not skipped: every parameter gets a gradient
             y = y * (torch.rand(1, device=y.device) > p).to(y.dtype)
-        if p := self.rank_dropout[name]:
+        if p := self.rank_dropout:
             kept = (torch.rand(self.shape[0], device=y.device) > p).to(y.dtype)
-            if self.rank_dropout_scale[name]:
+            if self.rank_dropout_scale:
                 kept = kept / kept.mean().clamp_min(1 / len(kept))
-            y = y * self.kind.along_channels(kept, self.get_base_layer())
+            y = y * self.along_channels(kept)
         return y
 
-    # --- scale ------------------------------------------------------------------------------------------------
-    def initial_scaling(self, name: str) -> float:
+    def initial_scaling(self) -> float:
         """alpha / r."""
-        return self.alpha[name] / self.r[name]
+        return self.alpha / self.r
 
 
-class LycorisTuner(BaseTuner):
+class LycorisTuner(LycorisCompat, BaseTuner):
     """Base of the tuners of these methods."""
 
 

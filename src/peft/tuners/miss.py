@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from peft.config import ExcludeModules, LayerSelection, ModulesToSave, TargetModules, TrainedBias, option
+from peft.core.adapter import part, setting
+from peft.core.addition import LinearIn
 from peft.core.base.kinds import fan
-from peft.core.families.families import DeltaLayer, drops, input_dropout, padded
+from peft.core.families import Delta, input_dropout, padded
 from peft.core.model.registry import define_tuner
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING
 from peft.utils.peft_types import PeftType
 
 
@@ -65,75 +66,76 @@ def _factor(m: torch.Tensor, whole: bool) -> torch.Tensor:
     return m + torch.eye(m.shape[1], dtype=m.dtype, device=m.device) if whole else m
 
 
-class MissLayer(DeltaLayer):
-    """``miss_block`` is D ``[r, out]``, for "mini" ``[r, mini_r]``, for "bat" M ``[out / r, r, r]``.
+def miss_product(x: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+    """dW x = D^T (sum of the blocks of x), D ``[r, out]``; x ``[..., in]`` is filled with zeros to whole blocks."""
+    r = len(d)
+    blocks = padded(x, -(-x.shape[-1] // r) * r).unflatten(-1, (-1, r))  # [..., block, r]
+    return blocks.sum(-2) @ d
 
-    "bat": each block (J, I) of r x r entries of W becomes ``W_JI + W_JI M_J + M_J``. Where r does not divide the
-    features, the last blocks are filled with zeros.
+
+def miss_update(d: torch.Tensor, columns: int) -> torch.Tensor:
+    """The same dW, ``[out, columns]``: D^T, again and again."""
+    return d.T.repeat(1, -(-columns // len(d)))[:, :columns]
+
+
+def bat(weight: torch.Tensor, m: torch.Tensor, whole: bool = False) -> torch.Tensor:
+    """W_JI M_J + M_J for each block (J, I) of r x r entries of W ``[out, columns]``, M ``[out / r, r, r]``.
+
+    With ``whole`` W is in it too: by M_J + 1, which takes no pass over W. Where r does not divide the features, the
+    last blocks are filled with zeros.
     """
+    (rows, columns), r = weight.shape, m.shape[1]
+    wide = padded(weight.to(m.dtype), -(-columns // r) * r)
+    lines = padded(wide.T, len(m) * r).T.reshape(len(m), -1, r)  # [J, (row, I), column of the block]
+    return Blocks.apply(lines, m, whole).reshape(len(m) * r, -1)[:rows, :columns]
 
-    weights: ClassVar[dict[str, type]] = {"miss_block": nn.ParameterDict}
-    settings: ClassVar[dict[str, type]] = {"miss_r": dict, "form": dict, "miss_dropout": nn.ModuleDict}
-    linear: ClassVar[tuple[str, ...]] = ("miss_block",)
 
-    def update_layer(self, name: str, config: MissConfig, key: str) -> None:
+class Miss(Delta):
+    """``miss_block`` is D ``[r, out]``, for "mini" ``[r, mini_r]``, for "bat" M ``[out / r, r, r]``."""
+
+    miss_block = part()
+    miss_r = setting()
+    form = setting()
+    miss_dropout = setting(nn.ModuleDict)
+    adds = LinearIn("miss_block")
+
+    def create(self, config: MissConfig, key: str) -> None:
         r, rows, form = config.r, self.shape[0], config.init_weights
         shapes = {"bat": (-(-rows // r), r, r), "mini": (r, config.mini_r)}
         block = torch.zeros(shapes.get(str(form), (r, rows)))
         if form is False:
             nn.init.kaiming_uniform_(block, a=5**0.5)
-        self.put(name, miss_r=r, form=form, miss_block=nn.Parameter(block))
-        self.put(name, miss_dropout=input_dropout(config.miss_dropout))
+        self.miss_r, self.form, self.miss_block = r, form, nn.Parameter(block)
+        self.miss_dropout = input_dropout(config.miss_dropout)
 
-    def keeps_base(self, name: str) -> bool:
-        return self.form[name] == "bat"
+    def keeps_base(self) -> bool:
+        return self.form == "bat"
 
-    def up(self, name: str) -> torch.Tensor:
+    def up(self) -> torch.Tensor:
         """D ``[r, out]``."""
-        block, rows = self.miss_block[name], self.shape[0]
+        block, rows = self.miss_block, self.shape[0]
         return block if block.shape[1] == rows else block.repeat(1, -(-rows // block.shape[1]))[:, :rows]
 
-    def _bat(self, name: str, base: torch.Tensor, whole: bool = False) -> torch.Tensor:
-        """W M_J + M_J block by block, with ``whole`` W too: by M_J + 1, which takes no pass over W."""
-        m, r, (rows, columns) = self.miss_block[name], self.miss_r[name], fan(self.shape)
-        wide = padded(base.flatten(1).to(m.dtype), -(-columns // r) * r)
-        lines = padded(wide.T, len(m) * r).T.reshape(len(m), -1, r)  # [J, (row, I), column of the block]
-        change = Blocks.apply(lines, m, whole)
-        return change.reshape(len(m) * r, -1)[:rows, :columns].reshape(self.shape)
+    def delta_weight(self) -> torch.Tensor:
+        if self.form == "bat":
+            return bat(self.base_weight().flatten(1), self.miss_block).reshape(self.shape)
+        return miss_update(self.up(), fan(self.shape)[1]).reshape(self.shape)
 
-    def delta_weight(self, name: str) -> torch.Tensor:
-        if self.form[name] == "bat":
-            return self._bat(name, self.unmerged_weight())
-        columns = fan(self.shape)[1]
-        d = self.up(name)
-        return d.T.repeat(1, -(-columns // len(d)))[:, :columns].reshape(self.shape)
+    def fold(self, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        if self.form != "bat":
+            return super().fold(weight, base)
+        change = bat(base.flatten(1), self.miss_block, whole=weight is base).reshape(self.shape).to(weight.dtype)
+        return change if weight is base else weight + change
 
-    def fold(self, name: str, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-        if self.form[name] == "bat":
-            change = self._bat(name, base, whole=weight is base).to(weight.dtype)
-            return change if weight is base else weight + change
-        return super().fold(name, weight, base)
-
-    def needs_weight(self) -> bool:
-        only_bat = bool(self.form) and all(form == "bat" for form in self.form.values())
-        return only_bat and self.sums_exactly() and not drops(self, self.miss_dropout.values())
+    def prefers_folding(self) -> bool:
+        return self.form == "bat" and self.sums_exactly() and not self.drops(self.miss_dropout)
 
     def dear_to_make(self) -> bool:
-        return "bat" in self.form.values()
+        return self.form == "bat"
 
-    def delta(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        x = x if self.kind.lookup else self.miss_dropout[name](x)
-        if self.form[name] == "bat" or not self.kind.matrix:
-            return super().delta(name, x)
-        d, r = self.up(name), self.miss_r[name]
-        blocks = padded(x, -(-x.shape[-1] // r) * r).unflatten(-1, (-1, r))
-        return blocks.sum(-2) @ d
+    def delta(self, x: torch.Tensor) -> torch.Tensor:
+        x = x if self.kind.lookup else self.miss_dropout(x)
+        return super().delta(x) if self.form == "bat" or not self.kind.matrix else miss_product(x, self.up())
 
 
-MissModel = define_tuner(
-    "MissModel",
-    MissLayer,
-    MissConfig,
-    prefix="miss_",
-    targets=TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING,
-)
+MissModel = define_tuner(Miss, MissConfig)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from peft.config import option
-from peft.core.files.checkpoint import read_tensors
+from peft.core.files.io import read_tensors
 from peft.core.prompts import define_prompt
 from peft.tuners.prompt_utils import PromptStart, StartedPrompt
 from peft.utils.error import ConfigError

@@ -19,10 +19,10 @@ from peft.config import (
     TrainedBias,
     option,
 )
-from peft.core.families.families import RotationLayer
+from peft.core.adapter import part, setting
+from peft.core.families import Rotation
 from peft.core.model.registry import define_tuner
 from peft.tuners.cayley import cayley_series
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING
 from peft.utils.error import ConfigError
 from peft.utils.peft_types import PeftType
 
@@ -82,8 +82,8 @@ class OFTRotation(nn.Module):
             q = q * (self.radius / norm.clamp_min(1e-30)).clamp(max=1)
         return q
 
-    def forward(self) -> torch.Tensor:
-        """R, ``[blocks, size, size]``.
+    def forward(self, drawn: bool = False) -> torch.Tensor:
+        """R, ``[blocks, size, size]``; with ``drawn`` those that a training step draws stand still.
 
         The series is I + 2 (Q + ... + Q^(t-2)) + Q^(t-1) and approximates (I + Q)(I - Q)^-1; what the file format
         calls exact is the transpose of that, so flipping the switch on a trained adapter inverts its rotation.
@@ -95,41 +95,41 @@ class OFTRotation(nn.Module):
             rotation = torch.linalg.solve(eye + wide, eye - wide, left=False).to(q.dtype)
         else:
             rotation = cayley_series(q, self.terms)
-        if self.dropout and self.training:
+        if drawn and self.dropout and self.training:
             still = torch.rand(len(q), 1, 1, device=q.device) < self.dropout
             rotation = torch.where(still, eye, rotation)
         return rotation
 
 
-class OFTLayer(RotationLayer):
+class OFT(Rotation):
     """W' = W R^T with R = blockdiag(R_1, ..., R_D). Embeddings rotate their output."""
 
-    weights: ClassVar[dict[str, type]] = {"oft_R": nn.ModuleDict, "oft_embedding_R": nn.ModuleDict}
-    settings: ClassVar[dict[str, type]] = {"r": dict, "oft_block_size": dict}
+    oft_R = part(nn.ModuleDict, table="oft_embedding_R")
+    r = setting()
+    oft_block_size = setting()
 
-    def update_layer(self, name: str, config: OFTConfig, key: str) -> None:
+    def create(self, config: OFTConfig, key: str) -> None:
         features = self.rotated_features
         size = nearest_divisor(features, config.oft_block_size, "oft_block_size") if config.oft_block_size else 0
-        blocks = features // size if size else nearest_divisor(features, config.r, "r")
-        size = features // blocks
-        held = 1 if config.block_share else blocks
+        self.r = features // size if size else nearest_divisor(features, config.r, "r")
+        self.oft_block_size = size = features // self.r
+        held = 1 if config.block_share else self.r
         radius = config.eps / math.sqrt(held) if config.coft else None
         terms = config.num_cayley_neumann_terms if config.use_cayley_neumann else None
         rotation = OFTRotation(held, size, terms, radius, config.module_dropout)
         if not config.init_weights:
             nn.init.normal_(rotation.weight, std=0.1)
-        attribute = "oft_embedding_R" if self.kind.lookup else "oft_R"
-        self.put(name, r=blocks, oft_block_size=size, **{attribute: rotation})
+        self.oft_R = rotation
 
-    def blocks(self, name: str) -> torch.Tensor:
-        """R_1, ..., R_D, ``[D, size, size]``."""
-        rotation = (self.oft_embedding_R if self.kind.lookup else self.oft_R)[name]()
-        return rotation.expand(self.r[name], -1, -1)
+    def rotate(self, x: torch.Tensor, back: bool = False, drawn: bool = False) -> torch.Tensor:
+        blocks = self.oft_R(drawn).expand(self.r, -1, -1).to(x.dtype)
+        return block_rotated(x, blocks.mT if back else blocks)
 
-    def rotate(self, name: str, x: torch.Tensor, back: bool = False) -> torch.Tensor:
-        blocks = self.blocks(name).to(x.dtype)
-        pieces = x.unflatten(-1, (self.r[name], -1))
-        return torch.einsum("...dk,dkc->...dc", pieces, blocks.mT if back else blocks).flatten(-2)
+
+def block_rotated(x: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    """x blockdiag(R_1, ..., R_D) along the last axis, for blocks ``[D, size, size]``."""
+    pieces = x.unflatten(-1, (len(blocks), -1))  # [..., D, size]
+    return torch.einsum("...dk,dkc->...dc", pieces, blocks).flatten(-2)
 
 
 def nearest_divisor(features: int, wanted: int, field: str) -> int:
@@ -141,10 +141,4 @@ def nearest_divisor(features: int, wanted: int, field: str) -> int:
     return best
 
 
-OFTModel = define_tuner(
-    "OFTModel",
-    OFTLayer,
-    OFTConfig,
-    prefix="oft_",
-    targets=TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING,
-)
+OFTModel = define_tuner(OFT, OFTConfig)

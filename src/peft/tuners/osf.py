@@ -10,11 +10,11 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from peft.config import ModulesToSave, TargetModules, check_pattern, option, resolve_pattern
+from peft.core.adapter import part, setting
 from peft.core.base.kinds import fan
-from peft.core.families.families import FoldLayer
+from peft.core.families import Fold
 from peft.core.layer.buffers import BufferDict
 from peft.core.model.registry import define_tuner
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_OSF_TARGET_MODULES_MAPPING
 from peft.utils.error import ConfigError
 from peft.utils.peft_types import PeftType
 
@@ -41,16 +41,13 @@ class OSFConfig(TargetModules, ModulesToSave):
         True, "Start with the tail of W, so that nothing changes; otherwise at random numbers."
     )
     target_svd_config: dict | None = option(
-        None, "Not used: rank_pattern says the same and more. Part of the file format, where it is empty."
+        None,
+        "Not used: rank_pattern says the same and more. Part of the file format, where it is empty.",
+        instead="rank_pattern says which module keeps which rank.",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.target_svd_config:
-            raise ConfigError(
-                "OSFConfig: target_svd_config has no effect on the ranks in any release. Give rank_pattern instead, "
-                f"rank_pattern={dict(self.target_svd_config)!r}."
-            )
         ranks = {f"rank_pattern[{key!r}]": value for key, value in check_pattern(self, "rank_pattern").items()}
         for field, rank in {"effective_rank": self.effective_rank, **ranks}.items():
             if rank is not None and not (type(rank) is int and rank > 0 or type(rank) is float and 0 < rank < 1):
@@ -60,51 +57,59 @@ class OSFConfig(TargetModules, ModulesToSave):
                 )
 
 
-class OSFLayer(FoldLayer):
+def osf_weight(
+    u: torch.Tensor, s: torch.Tensor, v: torch.Tensor, top_u: torch.Tensor, top_v: torch.Tensor, high: torch.Tensor
+) -> torch.Tensor:
+    """W' = U_h S_h V_h + U_l S_l V_l, ``[out, in * kernel]``; gradients have no part along U_h and V_h.
+
+    Args:
+        u, s, v: U_l ``[out, k]``, S_l ``[k]``, V_l ``[k, in * kernel]``.
+        top_u, top_v: U_h ``[out, n]`` and V_h ``[n, in * kernel]``. high: U_h S_h V_h.
+    """
+    u, v = _Beside.apply(u, top_u), _Beside.apply(v.T, top_v.T).T
+    return torch.addmm(high, u * s, v)
+
+
+class OSF(Fold):
     """W' = U_h S_h V_h + U_l S_l V_l, from the SVD of W as ``[out, in * kernel]``; k = rank - effective rank.
 
     ``osf_svd_params`` has U_low ``[out, k]``, S_low ``[k]`` and V_low ``[k, in * kernel]``. The frozen part is made
-    from the base again when a file is loaded; it takes as much memory as W twice over. Gradients of U_low and V_low
-    get their parts along U_h and V_h removed.
+    from the base again when a file is loaded; it takes as much memory as W twice over.
     """
 
-    weights: ClassVar[dict[str, type]] = {
-        "osf_svd_params": nn.ModuleDict,
-        "osf_U_high": BufferDict,
-        "osf_V_high": BufferDict,
-        "osf_high": BufferDict,
-    }
-    settings: ClassVar[dict[str, type]] = {"effective_rank": dict}
-    remade: ClassVar[tuple[str, ...]] = ("osf_U_high", "osf_V_high", "osf_high")
+    osf_svd_params = part(nn.ModuleDict)
+    osf_U_high = part(BufferDict, remade=True)
+    osf_V_high = part(BufferDict, remade=True)
+    osf_high = part(BufferDict, remade=True)
+    effective_rank = setting()
 
-    def update_layer(self, name: str, config: OSFConfig, key: str) -> None:
+    def create(self, config: OSFConfig, key: str) -> None:
         rank = min(fan(self.shape))
         wanted = resolve_pattern(config.rank_pattern, key, config.effective_rank)
         top = rank // 2 if wanted is None else int(wanted * rank) if isinstance(wanted, float) else wanted
         if top >= rank:
             raise ConfigError(
                 f"effective_rank={wanted} freezes all of the {rank} singular values of "
-                f"{key or type(self.get_base_layer()).__name__!r}, and nothing is left to train. Lower it there, by "
+                f"{key or type(self.base).__name__!r}, and nothing is left to train. Lower it there, by "
                 "rank_pattern, or leave that module out of target_modules."
             )
-        u, s, v = torch.linalg.svd(self.unmerged_weight().detach().flatten(1).float(), full_matrices=False)
+        u, s, v = torch.linalg.svd(self.base_weight().detach().flatten(1).float(), full_matrices=False)
         low: Any = u[:, top:], s[top:], v[top:]
         if not config.init_weights:
-            low = tuple(torch.randn(part.shape) for part in low)
-        parts = {part: nn.Parameter(t.contiguous()) for part, t in zip(("U_low", "S_low", "V_low"), low)}
-        self.put(name, effective_rank=top, osf_svd_params=nn.ParameterDict(parts))
-        self.put(name, osf_U_high=u[:, :top].contiguous(), osf_V_high=v[:top].clone())
-        self.put(name, osf_high=(u[:, :top] * s[:top]) @ v[:top])
+            low = tuple(torch.randn(tensor.shape) for tensor in low)
+        low = {sub: nn.Parameter(tensor.contiguous()) for sub, tensor in zip(("U_low", "S_low", "V_low"), low)}
+        self.effective_rank, self.osf_svd_params = top, nn.ParameterDict(low)
+        self.osf_U_high, self.osf_V_high = u[:, :top].contiguous(), v[:top].clone()
+        self.osf_high = (u[:, :top] * s[:top]) @ v[:top]
 
-    def reweight(self, name: str, base: torch.Tensor) -> torch.Tensor:
-        u, s, v = (self.osf_svd_params[name][part].to(base.dtype) for part in ("U_low", "S_low", "V_low"))
-        top_u, top_v, high = (getattr(self, part)[name].to(base.dtype) for part in self.remade)
-        u, v = _Beside.apply(u, top_u), _Beside.apply(v.T, top_v.T).T
-        return torch.addmm(high, u * s, v).view_as(base)
+    def folded(self, base: torch.Tensor) -> torch.Tensor:
+        low = self.osf_svd_params
+        tensors = low["U_low"], low["S_low"], low["V_low"], self.osf_U_high, self.osf_V_high, self.osf_high
+        return osf_weight(*(tensor.to(base.dtype) for tensor in tensors)).view_as(base)
 
-    def change(self, name: str, dtype: torch.dtype | None) -> torch.Tensor:
-        base = self.unmerged_weight()  # the difference of two large weights is formed before it is rounded
-        return (self.reweight(name, base) - base).to(dtype=dtype)
+    def change(self, dtype: torch.dtype | None) -> torch.Tensor:
+        base = self.base_weight()  # the difference of two large weights is formed before it is rounded
+        return (self.folded(base) - base).to(dtype=dtype)
 
 
 class _Beside(torch.autograd.Function):
@@ -122,10 +127,4 @@ class _Beside(torch.autograd.Function):
         return torch.addmm(gradient, columns, columns.T @ gradient, alpha=-1), None
 
 
-OSFModel = define_tuner(
-    "OSFModel",
-    OSFLayer,
-    OSFConfig,
-    prefix="osf_",
-    targets=TRANSFORMERS_MODELS_TO_OSF_TARGET_MODULES_MAPPING,
-)
+OSFModel = define_tuner(OSF, OSFConfig, default_roles=("linear",))

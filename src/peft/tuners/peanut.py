@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from peft.config import ExcludeModules, LayerSelection, ModulesToSave, TargetModules, option
-from peft.core.families.families import LowRankLayer, ScaledLayer
+from peft.core.adapter import part, setting
+from peft.core.families import LowRank, Scaled
 from peft.core.model.registry import define_tuner
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_PEANUT_TARGET_MODULES_MAPPING
 from peft.utils.error import ConfigError
 from peft.utils.peft_types import PeftType
 
@@ -52,62 +54,72 @@ def activation(name: str) -> nn.Module:
     return ACT2FN[name]
 
 
-class PeanutLayer(LowRankLayer, ScaledLayer):
-    """dW = s B H^T with H ``[in * kernel, r]``: H = f(W^T A^T); encoders keep H and make f(E H) of it; decoders make
-    f(D H) and add the H that the encoder across from them kept.
+def peanut(
+    weight: torch.Tensor,
+    a: torch.Tensor,
+    encoders: Sequence[torch.Tensor],
+    decoders: Sequence[torch.Tensor],
+    f: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """H^T of dW = s B H^T, ``[r, in]``: H = f(W^T A^T); encoders keep H and make f(H E^T) of it; decoders make
+    f(H D^T) and add the H that the encoder across from them kept.
+
+    Args:
+        weight: W ``[out, in]``. a: A ``[r, out]``. encoders, decoders: matrices ``[r, r]``. f: the non-linearity.
     """
+    h, kept = f(F.linear(weight.T, a)), []  # [in, r]
+    for encoder in encoders:
+        kept.append(h)
+        h = f(F.linear(h, encoder))
+    for decoder in decoders:
+        h = f(F.linear(h, decoder)) + kept.pop()
+    return h.T
 
-    weights: ClassVar[dict[str, type]] = dict.fromkeys(
-        ("peanut_A", "peanut_B", "peanut_encoders", "peanut_decoders"), nn.ModuleDict
-    )
-    settings: ClassVar[dict[str, type]] = {"configured": dict, "scaling": dict, "act_fn": nn.ModuleDict}
+
+class Peanut(LowRank, Scaled):
+    """dW = s B H^T with H ``[in * kernel, r]`` that a network makes of the weight: :func:`peanut`."""
+
+    peanut_A = part(nn.ModuleDict)
+    peanut_B = part(nn.ModuleDict)
+    peanut_encoders = part(nn.ModuleDict)
+    peanut_decoders = part(nn.ModuleDict)
+    configured = setting()
+    scaling = setting()
+    act_fn = setting(nn.ModuleDict)
     reversible = False  # while merged, the network would read another weight
-    reads_weight = True
+    requires_dense_base = True
 
-    def update_layer(self, name: str, config: PeanutConfig, key: str) -> None:
+    def create(self, config: PeanutConfig, key: str) -> None:
         r, rows = config.r, self.shape[0]
-
-        def square() -> nn.ModuleList:
-            return nn.ModuleList(nn.Linear(r, r, bias=False) for _ in range(config.depth))
-
-        self.put(name, configured=config.scaling, scaling=config.scaling, act_fn=activation(config.act_fn))
-        self.put(name, peanut_A=nn.Linear(rows, r, bias=False), peanut_B=nn.Linear(r, rows, bias=False))
+        self.configured, self.scaling, self.act_fn = config.scaling, config.scaling, activation(config.act_fn)
+        self.peanut_A, self.peanut_B = nn.Linear(rows, r, bias=False), nn.Linear(r, rows, bias=False)
         if config.depth:
-            self.put(name, peanut_encoders=square(), peanut_decoders=square())
-        parts = (self.peanut_A, self.peanut_encoders, self.peanut_decoders, self.peanut_B)
-        for linear in (m for part in parts if name in part for m in part[name].modules() if isinstance(m, nn.Linear)):
-            if linear is self.peanut_B[name] and config.init_weights:
-                nn.init.zeros_(linear.weight)
-            else:
-                nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
+            self.peanut_encoders, self.peanut_decoders = (
+                nn.ModuleList(nn.Linear(r, r, bias=False) for _ in range(config.depth)) for _ in range(2)
+            )
+        linears = [self.peanut_A, *(self.peanut_encoders or ()), *(self.peanut_decoders or ()), self.peanut_B]
+        for linear in linears:
+            nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
+        if config.init_weights:
+            nn.init.zeros_(self.peanut_B.weight)
 
-    def initial_scaling(self, name: str) -> float:
-        return self.configured[name]
+    def initial_scaling(self) -> float:
+        return self.configured
 
-    def network(self, name: str) -> torch.Tensor:
+    def network(self) -> torch.Tensor:
         """H^T, ``[r, in * kernel]``."""
-        f, a, kept = self.act_fn[name], self.peanut_A[name].weight, []
-        h = f(nn.functional.linear(self.unmerged_weight().flatten(1).T.to(a.dtype), a))
-        if name in self.peanut_encoders:
-            for encoder in self.peanut_encoders[name]:
-                kept.append(h)
-                h = f(encoder(h))
-            for decoder in self.peanut_decoders[name]:
-                h = f(decoder(h)) + kept.pop()
-        return h.T
+        a = self.peanut_A.weight
+        encoders, decoders = (
+            [linear.weight for linear in held or ()] for held in (self.peanut_encoders, self.peanut_decoders)
+        )
+        return peanut(self.base_weight().flatten(1).to(a.dtype), a, encoders, decoders, self.act_fn)
 
-    def pair(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.sums_exactly() and torch.is_grad_enabled():  # a copy of the weight is not kept
-            h = checkpoint(self.network, name, use_reentrant=False, preserve_rng_state=False)
+            h = checkpoint(self.network, use_reentrant=False, preserve_rng_state=False)
         else:
-            h = self.network(name)
-        return h, self.peanut_B[name].weight * self.scaling[name]
+            h = self.network()
+        return h, self.peanut_B.weight * self.scaling
 
 
-PeanutModel = define_tuner(
-    "PeanutModel",
-    PeanutLayer,
-    PeanutConfig,
-    prefix="peanut_",
-    targets=TRANSFORMERS_MODELS_TO_PEANUT_TARGET_MODULES_MAPPING,
-)
+PeanutModel = define_tuner(Peanut, PeanutConfig)

@@ -10,11 +10,13 @@ import torch
 from torch import nn
 from torch.distributions import RelaxedBernoulli
 
+from peft.compat.methods import PolyCompat
 from peft.config import ExcludeModules, ModulesToSave, TargetModules, option
+from peft.core.adapter import part, setting
 from peft.core.base.kinds import fan
-from peft.core.families.families import SampleLayer
+from peft.core.families import Sample
 from peft.core.model.registry import define_tuner
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_POLY_TARGET_MODULES_MAPPING
+from peft.core.model.tuner import BaseTuner
 from peft.utils.peft_types import PeftType
 
 
@@ -69,22 +71,39 @@ class PolyRouter(nn.Module):
         return weights / (weights.sum(-1, keepdim=True) + 1e-12)
 
 
-class PolyLayer(SampleLayer):
+def poly_matrices(weights: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """sum_s w_s A_s ``[batch, in, r]`` and sum_s w_s B_s ``[batch, r, out]`` of each sample, by splits of features.
+
+    Args:
+        weights: w ``[batch, splits, skills]``. a: ``[splits, skills, in / splits, r]``.
+        b: ``[splits, skills, r, out / splits]``.
+    """
+    down = torch.einsum("bqs,qsir->bqir", weights, a).flatten(1, 2)  # the splits of the input one after another
+    return down, poly_up(weights, b)
+
+
+def poly_up(weights: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The second of :func:`poly_matrices`."""
+    return torch.einsum("bqs,qsrd->brqd", weights, b).flatten(-2)  # the splits of the output one after another
+
+
+class Poly(Sample):
     """y' = y + B A x / r with A = sum_s w_s A_s and B = sum_s w_s B_s for each split, w by the sample's task.
 
     A is ``[splits, skills, in * kernel / splits, r]``, B ``[splits, skills, r, out / splits]``.
     """
 
-    weights: ClassVar[dict[str, type]] = {
-        "poly_router": nn.ModuleDict,
-        "poly_lora_A": nn.ParameterDict,
-        "poly_lora_B": nn.ParameterDict,
-    }
-    settings: ClassVar[dict[str, type]] = {"r": dict, "n_tasks": dict, "n_skills": dict, "n_splits": dict}
-    random_in_training: ClassVar[bool] = True
-    because: ClassVar[str] = "its update depends on the task of the sample"
+    poly_router = part(nn.ModuleDict)
+    poly_lora_A = part()
+    poly_lora_B = part()
+    r = setting()
+    n_tasks = setting()
+    n_skills = setting()
+    n_splits = setting()
+    random_in_training = True
+    because = "its update depends on the task of the sample"
 
-    def update_layer(self, name: str, config: PolyConfig, key: str) -> None:
+    def create(self, config: PolyConfig, key: str) -> None:
         (rows, columns), splits, skills, r = fan(self.shape), config.n_splits, config.n_skills, config.r
         if rows % splits or columns % splits:
             raise ValueError(
@@ -93,45 +112,36 @@ class PolyLayer(SampleLayer):
             )
         a = torch.empty(skills, splits, r, columns // splits)
         b = torch.zeros(splits, skills, r, rows // splits)
-        for matrix in a.flatten(0, 1):
+        for matrix in (*a.flatten(0, 1), *(() if config.init_weights else b.flatten(0, 1))):
             nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
-        if not config.init_weights:
-            for matrix in b.flatten(0, 1):
-                nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
-        self.put(name, poly_lora_A=nn.Parameter(a.permute(1, 0, 3, 2).contiguous()), poly_lora_B=nn.Parameter(b))
-        self.put(name, poly_router=PolyRouter(config.n_tasks, splits, skills))
-        self.put(name, r=r, n_tasks=config.n_tasks, n_skills=skills, n_splits=splits)
+        self.poly_lora_A, self.poly_lora_B = nn.Parameter(a.permute(1, 0, 3, 2).contiguous()), nn.Parameter(b)
+        self.poly_router = PolyRouter(config.n_tasks, splits, skills)
+        self.r, self.n_tasks, self.n_skills, self.n_splits = r, config.n_tasks, skills, splits
 
-    def update(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        router, a, b = self.poly_router[name], self.poly_lora_A[name], self.poly_lora_B[name]
+    def update(self, x: torch.Tensor) -> torch.Tensor:
+        router, a, b = self.poly_router, self.poly_lora_A, self.poly_lora_B
         router.train(self.training)
         weights = router(self.context.tasks(len(x), x.device), len(x))
-        up = torch.einsum("bqs,qsrd->brqd", weights, b).flatten(-2) / self.r[name]
-        return self.each_up(self.each_down(x, a, weights), up)
-
-    def each_down(self, x: torch.Tensor, a: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """A x with the A of each sample."""
         if self.kind.lookup or len(self.shape) > 2:
-            return self._mixed_after(x, a, weights)
-        each = torch.einsum("bqs,qsir->bqir", weights, a).flatten(1, 2)
-        return (x.reshape(len(x), -1, x.shape[-1]) @ each).view(*x.shape[:-1], -1)
+            return self.each_up(self.mixed_after(x, a, weights), poly_up(weights, b) / self.r)
+        down, up = poly_matrices(weights, a, b)
+        h = x.reshape(len(x), math.prod(x.shape[1:-1]), x.shape[-1]) @ down  # [batch, positions, r]
+        return self.each_up(h.view(*x.shape[:-1], h.shape[-1]), up / self.r)
 
-    def _mixed_after(self, x: torch.Tensor, a: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """The same where x is no matrix: every skill's A x, mixed afterwards."""
+    def mixed_after(self, x: torch.Tensor, a: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """A x with the A of each sample where x is no matrix: every skill's A x, mixed afterwards."""
         splits, skills, inner, r = a.shape
         full = a.new_zeros(splits, skills, r, splits, inner)
         for split in range(splits):
             full[split, :, :, split] = a[split].mT
-        h = self.kind.channels_last(self.kind.down(self.get_base_layer(), x, full.view(-1, splits * inner)))
-        pieces = h.reshape(len(h), -1, splits, skills, r)  # positions and groups of a convolution together
+        h = self.kind.channels_last(self.kind.down(self.base, x, full.view(-1, splits * inner)))
+        pieces = h.unflatten(-1, (-1, splits, skills, r)).flatten(1, -4)  # positions and groups together
         mixed = torch.einsum("bpqsr,bqs->bpr", pieces, weights)
-        return self.kind.channels_back(mixed.reshape(*h.shape[:-1], -1))
+        return self.kind.channels_back(mixed.reshape(*h.shape[:-1], h.shape[-1] // (splits * skills)))
 
 
-PolyModel = define_tuner(
-    "PolyModel",
-    PolyLayer,
-    PolyConfig,
-    prefix="poly_",
-    targets=TRANSFORMERS_MODELS_TO_POLY_TARGET_MODULES_MAPPING,
-)
+class PolyTuner(PolyCompat, BaseTuner):
+    """Applies Poly: a call says the task of each row."""
+
+
+PolyModel = define_tuner(Poly, PolyConfig, base=PolyTuner)

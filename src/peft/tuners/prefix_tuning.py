@@ -40,7 +40,7 @@ class PrefixEncoder(VirtualTokens):
 
     def __init__(self, config: PrefixTuningConfig, word_embeddings: nn.Module | None = None) -> None:
         super().__init__()
-        out = 2 * config.num_layers * config.token_dim
+        out = 2 * int(config.num_layers or 0) * config.token_dim
         self.prefix_projection = config.prefix_projection and not config.inference_mode
         if self.prefix_projection:
             self.embedding = nn.Embedding(config.num_virtual_tokens, config.token_dim)

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from peft.config import ExcludeModules, FanInFanOut, LayerSelection, ModulesToSave, TargetModules, option
+from peft.core.adapter import part, setting
 from peft.core.base.kinds import fan
-from peft.core.families.families import LowRankLayer, ScaledLayer, input_dropout
+from peft.core.families import LowRank, Scaled, input_dropout
 from peft.core.layer.buffers import BufferDict
 from peft.core.model.registry import define_tuner
 from peft.tuners.cayley import cayley_series
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_PSOFT_TARGET_MODULES_MAPPING
 from peft.utils.peft_types import PeftType
 
 
@@ -44,9 +44,13 @@ class PsoftConfig(TargetModules, ExcludeModules, FanInFanOut, ModulesToSave, Lay
     psoft_mag_b: bool = option(True, "Train a scale of R's rows.")
     psoft_mag_a: bool = option(True, "Train a scale of R's columns.")
     use_cayley_neumann: bool = option(False, "Approximate the Cayley transform by a Neumann series.")
-    num_cayley_neumann_terms: int = option(5, "Terms of that series.", minimum=1)
+    num_cayley_neumann_terms: int = option(5, "Terms of that series.", minimum=1, needs="use_cayley_neumann")
     cayley_neumann_eps: float | None = option(
-        None, "Scale a Q of larger Frobenius norm down to this, so that the series converges.", minimum=0, below=1
+        None,
+        "Scale a Q of larger Frobenius norm down to this, so that the series converges.",
+        above=0,
+        below=1,
+        needs="use_cayley_neumann",
     )
     init_weights: bool = option(True, "Start with R = I, so that nothing changes; otherwise at a random R.")
 
@@ -94,38 +98,54 @@ class PsoftRotation(nn.Module):
         return r * self.vector_a if "vector_a" in self._parameters else r
 
 
-class PsoftLayer(LowRankLayer, ScaledLayer):
+def psoft_pair(
+    a: torch.Tensor, b: torch.Tensor, rotation: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B' of dW = s B (R - I) A = B' A.
+
+    Args:
+        a: ``[r, in * kernel]``. b: ``[out, r]``. rotation: R ``[r, r]``. scale: s.
+    """
+    eye = torch.eye(len(rotation), device=rotation.device, dtype=rotation.dtype)
+    return a, (b * scale) @ (rotation - eye)
+
+
+class Psoft(LowRank, Scaled):
     """dW = s B (R - I) A with s B A the best approximation of W of rank r: A = V^T and B = U S / s of its SVD."""
 
-    weights: ClassVar[dict[str, type]] = {"psoft_R": nn.ModuleDict, "psoft_A": BufferDict, "psoft_B": BufferDict}
-    settings: ClassVar[dict[str, type]] = {
-        "r": dict,
-        "psoft_alpha": dict,
-        "scaling": dict,
-        "psoft_dropout": nn.ModuleDict,
-    }
-    remade: ClassVar[tuple[str, ...]] = ("psoft_A", "psoft_B")
+    psoft_R = part(nn.ModuleDict)
+    psoft_A = part(BufferDict, remade=True)
+    psoft_B = part(BufferDict, remade=True)
+    r = setting()
+    psoft_alpha = setting()
+    scaling = setting()
+    psoft_dropout = setting(nn.ModuleDict)
     dropout: ClassVar[str] = "psoft_dropout"
 
-    def update_layer(self, name: str, config: PsoftConfig, key: str) -> None:
-        r, (rows, columns) = config.r, fan(self.shape)
-        if r > min(rows, columns):
-            raise ValueError(
-                f"r={r} is more than the weight of {key or 'the layer'} has singular values: {min(rows, columns)}. "
-                "Lower it, or leave that module out of target_modules."
-            )
-        u, s, v = self._decompose(config)
-        self.put(name, r=r, psoft_alpha=config.psoft_alpha, scaling=config.psoft_alpha / r)
+    def create(self, config: PsoftConfig, key: str) -> None:
+        self.r, self.psoft_alpha = config.r, config.psoft_alpha
+        self.scaling = self.initial_scaling()
+        self.check_rank(key)
+        u, s, v = self.decompose(config)
         if config.ab_svd_init == "psoft_init":
             a, b = v, u * s
         else:
             a, b = s.sqrt()[:, None] * v, u * s.sqrt()
-        self.put(name, psoft_A=a.contiguous(), psoft_B=b / self.scaling[name])
-        self.put(name, psoft_R=PsoftRotation(r, config), psoft_dropout=input_dropout(config.psoft_dropout))
+        self.psoft_A, self.psoft_B = a.contiguous(), b / self.scaling
+        self.psoft_R, self.psoft_dropout = PsoftRotation(self.r, config), input_dropout(config.psoft_dropout)
 
-    def _decompose(self, config: PsoftConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def check_rank(self, key: str) -> None:
+        """Raise ValueError where the weight has fewer singular values."""
+        most = min(fan(self.shape))
+        if self.r > most:
+            raise ValueError(
+                f"r={self.r} is more than the weight of {key or 'the layer'} has singular values: {most}. "
+                "Lower it, or leave that module out of target_modules."
+            )
+
+    def decompose(self, config: PsoftConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """U ``[out, r]``, S ``[r]``, V^T ``[r, in * kernel]``."""
-        weight, r = self.unmerged_weight().detach().flatten(1).float(), config.r
+        weight, r = self.base_weight().detach().flatten(1).float(), config.r
         if config.psoft_svd == "full":
             u, s, v = torch.linalg.svd(weight, full_matrices=False)
             return u[:, :r], s[:r], v[:r]
@@ -134,20 +154,12 @@ class PsoftLayer(LowRankLayer, ScaledLayer):
             u, s, v = torch.svd_lowrank(weight, q=r, niter=config.psoft_svd_lowrank_niter)
         return u, s, v.T
 
-    def initial_scaling(self, name: str) -> float:
-        return self.psoft_alpha[name] / self.r[name]
+    def initial_scaling(self) -> float:
+        return self.psoft_alpha / self.r
 
-    def pair(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        turned = self.psoft_R[name]()
-        turned = turned - torch.eye(len(turned), device=turned.device, dtype=turned.dtype)
-        a, b = (t[name].to(turned.dtype) for t in (self.psoft_A, self.psoft_B))
-        return a, (b * self.scaling[name]) @ turned
+    def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
+        rotation = self.psoft_R()
+        return psoft_pair(self.psoft_A.to(rotation.dtype), self.psoft_B.to(rotation.dtype), rotation, self.scaling)
 
 
-PsoftModel = define_tuner(
-    "PsoftModel",
-    PsoftLayer,
-    PsoftConfig,
-    prefix="psoft_",
-    targets=TRANSFORMERS_MODELS_TO_PSOFT_TARGET_MODULES_MAPPING,
-)
+PsoftModel = define_tuner(Psoft, PsoftConfig)

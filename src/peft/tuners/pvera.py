@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from peft.config import option
+from peft.core.adapter import part, setting, shared
 from peft.core.base.kinds import fan
-from peft.core.families.families import LowRankLayer, input_dropout
+from peft.core.families import LowRank, input_dropout
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.registry import define_tuner
 from peft.kernels import Factors
-from peft.tuners.vera_utils import ScaledTable, SharedPairConfig, shared_pair, vectors
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_PVERA_TARGET_MODULES_MAPPING
+from peft.tuners.vera_utils import SharedPairConfig, shared_pair, vectors, vera_pair
 from peft.utils.peft_types import PeftType
 
 
@@ -38,22 +38,30 @@ class PveraConfig(SharedPairConfig):
     generator_seed: int | None = option(None, "Seed of the draws of z; None: they come from torch's own generator.")
 
 
-class PveraLayer(LowRankLayer):
+def pvera_draw(mean: torch.Tensor, log_variance: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """z = mu + s e of z ~ N(mu, s^2): inner activations, drawn with the noise e; all of one shape.
+
+    (mu, log s^2) = d * (A x) with A ``[2 r, in]``, and y' = y + b * (B z).
+    """
+    return torch.addcmul(mean, (log_variance / 2).exp(), noise)
+
+
+class Pvera(LowRank):
     """(mu, log s^2) = d * (A x) with A ``[2 r, in]``; y' = y + b * (B z), z = mu + s e in training and mu else.
 
     As a weight it is that of the mean: dW = diag(b) B diag(d) A with the first halves of d and A.
     """
 
-    weights: ClassVar[dict[str, type]] = {"pvera_lambda_b": nn.ParameterDict, "pvera_lambda_d": nn.ParameterDict}
-    settings: ClassVar[dict[str, type]] = {
-        "r": dict,
-        "pvera_dropout": nn.ModuleDict,
-        "sample_at_inference": dict,
-        "pvera_generator": dict,
-    }
-    shared: ClassVar[tuple[str, ...]] = ("pvera_A", "pvera_B")
+    pvera_lambda_b = part()
+    pvera_lambda_d = part()
+    pvera_A = shared()
+    pvera_B = shared()
+    r = setting()
+    pvera_dropout = setting(nn.ModuleDict)
+    sample_at_inference = setting()
+    pvera_generator = setting()
     dropout: ClassVar[str] = "pvera_dropout"
-    random_in_training: ClassVar[bool] = True
+    random_in_training = True
 
     @classmethod
     def share(cls, config: PveraConfig, layers: Sequence[BaseTunerLayer]) -> dict[str, torch.Tensor]:
@@ -61,57 +69,57 @@ class PveraLayer(LowRankLayer):
         a, b = shared_pair(2 * config.r, config.r, config.projection_prng_key, layers)
         return {"pvera_A": a, "pvera_B": b}
 
-    def update_layer(self, name: str, config: PveraConfig, key: str) -> None:
-        b, d = vectors(self.shape[0], 2 * config.r, config)
+    def create(self, config: PveraConfig, key: str) -> None:
         seed = config.generator_seed
-        generator = None if seed is None else torch.Generator("cpu").manual_seed(seed)
-        self.put(name, r=config.r, sample_at_inference=config.sample_at_inference, pvera_generator=generator)
-        self.put(name, pvera_lambda_b=b, pvera_lambda_d=d, pvera_dropout=input_dropout(config.pvera_dropout))
+        self.r, self.sample_at_inference = config.r, config.sample_at_inference
+        self.pvera_generator = None if seed is None else torch.Generator("cpu").manual_seed(seed)
+        self.pvera_lambda_b, self.pvera_lambda_d = vectors(self.shape[0], 2 * config.r, config)
+        self.pvera_dropout = input_dropout(config.pvera_dropout)
 
-    def down(self, name: str) -> torch.Tensor:
-        """A for the mean, then for the log-variance, ``[2 r, in * kernel]``, cut to this layer."""
-        return self.pvera_A[name][:, : fan(self.shape)[1]].to(self.dtype_of(name))
+    def frozen(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A, for the mean and then for the log-variance, ``[2 r, in * kernel]``, and B ``[out, r]``, cut to here."""
+        (rows, columns), d = fan(self.shape), self.pvera_lambda_d
+        return self.pvera_A[:, :columns].to(d), self.pvera_B[:rows].to(d)
 
-    def up(self, name: str) -> torch.Tensor:
-        """B, ``[out, r]``, cut to this layer."""
-        return self.pvera_B[name][: self.shape[0]].to(self.dtype_of(name))
+    def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
+        a, b = self.frozen()
+        return vera_pair(a.chunk(2)[0], b, self.pvera_lambda_d.chunk(2)[0], self.pvera_lambda_b)
 
-    def pair(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        b, d = self.pvera_lambda_b[name], self.pvera_lambda_d[name].chunk(2)[0]
-        return self.down(name).chunk(2)[0], ScaledTable.apply(b, self.up(name), d)
+    def factors(self) -> Factors | None:
+        return None if self.samples() else super().factors()
 
-    def factors(self, name: str) -> Factors | None:
-        return None if self.samples(name) else super().factors(name)
-
-    def samples(self, name: str) -> bool:
+    def samples(self) -> bool:
         """Whether z is drawn, and not its mean."""
-        return self.training or self.sample_at_inference[name]
+        return self.training or self.sample_at_inference
 
-    def delta(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        if not self.samples(name):
-            return super().delta(name, x)
-        base, x = self.get_base_layer(), self.dropped(name, x)
-        groups = getattr(base, "groups", 1)  # each has its own A x
-        a, d, axis = self.down(name), self.pvera_lambda_d[name], self.kind.channel_axis
-        both = self.kind.down(base, x, a) * self.kind.along_channels(d if groups == 1 else d.repeat(groups), base)
-        if groups == 1:
-            center, spread = both.chunk(2, axis)
-        else:
-            parts = both.unflatten(axis, (groups, 2, -1))
-            center, spread = (part.flatten(axis - 1, axis) for part in parts.unbind(axis - 1))
-        generator = self.pvera_generator[name]
-        if generator is None:
-            noise = torch.randn_like(center)
+    def delta(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.samples():
+            return super().delta(x)
+        a, b = self.frozen()
+        mean, log_variance = self.distribution(self.dropped(x), a)
+        if self.pvera_generator is None:
+            noise = torch.randn_like(mean)
         else:  # drawn on the CPU, so that a seed means the same on every device
-            noise = torch.randn(center.shape, generator=generator).to(center)
-        z = torch.addcmul(center, (spread / 2).exp(), noise)
-        return self.kind.up(base, z, self.up(name)) * self.kind.along_channels(self.pvera_lambda_b[name], base)
+            noise = torch.randn(mean.shape, generator=self.pvera_generator).to(mean)
+        z = pvera_draw(mean, log_variance, noise)
+        return self.kind.up(self.base, z, b) * self.along_channels(self.pvera_lambda_b)
+
+    def distribution(self, x: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """mu and log s^2, the two halves of d * (A x); each group of a convolution has its own."""
+        base, d = self.base, self.pvera_lambda_d
+        groups = getattr(base, "groups", 1)
+        both = self.kind.down(base, x, a) * self.along_channels(d if groups == 1 else d.repeat(groups))
+        return halves(both, groups, self.kind.channel_axis)
 
 
-PveraModel = define_tuner(
-    "PveraModel",
-    PveraLayer,
-    PveraConfig,
-    prefix="pvera_lambda_",
-    targets=TRANSFORMERS_MODELS_TO_PVERA_TARGET_MODULES_MAPPING,
-)
+def halves(x: torch.Tensor, groups: int, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two halves of the channels, or of those of each group."""
+    if groups == 1:
+        first, second = x.chunk(2, axis)
+    else:
+        parts = x.unflatten(axis, (groups, 2, -1))  # [..., groups, half, channels of a half, ...]
+        first, second = (part.flatten(axis - 1, axis) for part in parts.unbind(axis - 1))
+    return first, second
+
+
+PveraModel = define_tuner(Pvera, PveraConfig, prefix="pvera_lambda_")

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from peft.config import FanInFanOut, LayerSelection, ModulesToSave, TargetModules, TrainedBias, option
+from peft.core.adapter import part, setting, shared
 from peft.core.base.kinds import fan
-from peft.core.families.families import LowRankLayer, ScaledLayer, input_dropout
+from peft.core.families import LowRank, Scaled, input_dropout
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.registry import define_tuner
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_RANDLORA_TARGET_MODULES_MAPPING
 from peft.utils.peft_types import PeftType
 
 
@@ -60,60 +60,78 @@ class WeightedBases(torch.autograd.Function):
         return (each * gamma).sum(-1), None, torch.einsum("rn,rnw->nw", weights, each)
 
 
-class RandLoraLayer(LowRankLayer, ScaledLayer):
-    """dW = s B' A', transposed where out < in: the wide side of the layer belongs to B, the narrow one to A.
+def randlora_pair(
+    weights: torch.Tensor, gamma: torch.Tensor, a: torch.Tensor, b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A' ``[r N, narrow]`` and B' ``[wide, r N]`` of dW = B' A' = sum B_n diag(lambda_n) A diag(gamma_n).
 
     Column ``n r + p`` of B' is ``B[:, n, p]``; row ``p N + n`` of A' is ``lambda[p, n] A[p] gamma[n]``. So B and A are
     paired in different orders, and the sum is not the paper's, basis by basis. With random bases both are as good, and
     the format of the files has the former.
+
+    Args:
+        weights: lambda ``[r, N]``, times the scale. gamma: ``[N, narrow]``. a: A ``[r, narrow]``.
+        b: B ``[wide, bases of the largest layer, r]``, of which the first N are used.
+    """
+    a = WeightedBases.apply(weights, a, gamma)
+    return a, b.flatten(1)[:, : len(a)]
+
+
+class RandLora(LowRank, Scaled):
+    """dW = s B' A', transposed where out < in: the wide side of the layer belongs to B, the narrow one to A.
+
+    B' and A' are sums of products in an order that is not the paper's: see :func:`randlora_pair`.
     """
 
-    weights: ClassVar[dict[str, type]] = {"randlora_lambda": nn.ParameterDict, "randlora_gamma": nn.ParameterDict}
-    settings: ClassVar[dict[str, type]] = {
-        "r": dict,
-        "num_bases": dict,
-        "randlora_alpha": dict,
-        "scaling": dict,
-        "randlora_dropout": nn.ModuleDict,
-    }
-    shared: ClassVar[tuple[str, ...]] = ("randlora_A", "randlora_B")
+    randlora_lambda = part()
+    randlora_gamma = part()
+    randlora_A = shared()
+    randlora_B = shared()
+    r = setting()
+    num_bases = setting()
+    randlora_alpha = setting()
+    scaling = setting()
+    randlora_dropout = setting(nn.ModuleDict)
     dropout: ClassVar[str] = "randlora_dropout"
 
     @classmethod
     def share(cls, config: RandLoraConfig, layers: Sequence[BaseTunerLayer]) -> dict[str, torch.Tensor]:
         """A ``[r, 1, narrow]`` and B ``[wide, N, r]`` for the largest layer, both with the standard deviation 1."""
         narrow, wide = sorted(map(max, zip(*(fan(layer.shape) for layer in layers))))
-        bases, generator = -(-narrow // config.r), torch.Generator().manual_seed(config.projection_prng_key)
-        shapes = (config.r, 1, narrow), (wide, bases, config.r)
-        if config.sparse or config.very_sparse:
-            chance = 0.5 / math.sqrt(narrow) if config.very_sparse else 1 / 6
-            drawn = [torch.rand(shape, generator=generator) for shape in shapes]
-            a, b = ((u > 1 - chance).float() - (u < chance).float() for u in drawn)
-        else:
-            a = _uniform(shapes[0], narrow, generator)
-            b = _uniform((bases, wide, config.r), config.r, generator).transpose(0, 1)
+        a, b = drawn_bases(config, narrow, wide)
         return {"randlora_A": (a / a.std()).float(), "randlora_B": (b / b.std()).float().contiguous()}
 
-    def update_layer(self, name: str, config: RandLoraConfig, key: str) -> None:
-        narrow = min(fan(self.shape))
-        bases = -(-narrow // config.r)
-        weights = torch.zeros(config.r, bases) if config.init_weights else torch.randn(config.r, bases) * 0.1
-        gamma = torch.full((bases, narrow), 1 / max(bases, narrow))
-        self.put(name, r=config.r, num_bases=bases, randlora_alpha=config.randlora_alpha)
-        self.put(name, scaling=self.initial_scaling(name), randlora_dropout=input_dropout(config.randlora_dropout))
-        self.put(name, randlora_lambda=nn.Parameter(weights), randlora_gamma=nn.Parameter(gamma))
+    def create(self, config: RandLoraConfig, key: str) -> None:
+        narrow, r = min(fan(self.shape)), config.r
+        self.r, self.randlora_alpha, self.num_bases = r, config.randlora_alpha, -(-narrow // r)
+        self.scaling, self.randlora_dropout = self.initial_scaling(), input_dropout(config.randlora_dropout)
+        bases = self.num_bases
+        start = torch.zeros(r, bases) if config.init_weights else torch.randn(r, bases) * 0.1
+        self.randlora_lambda = nn.Parameter(start)
+        self.randlora_gamma = nn.Parameter(torch.full((bases, narrow), 1 / max(bases, narrow)))
 
-    def initial_scaling(self, name: str) -> float:
-        return self.randlora_alpha[name] / self.r[name]
+    def initial_scaling(self) -> float:
+        return self.randlora_alpha / self.r
 
-    def pair(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        weights, gamma = self.randlora_lambda[name], self.randlora_gamma[name]
-        out, inner = fan(self.shape)
+    def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, (out, inner) = self.randlora_lambda, fan(self.shape)
         narrow, wide = sorted((out, inner))
-        basis = self.randlora_A[name][:, 0, :narrow].to(weights)
-        a = WeightedBases.apply(weights * self.scaling[name], basis, gamma)
-        b = self.randlora_B[name].flatten(1)[:wide, : len(a)].to(weights)
+        bases = self.randlora_A[:, 0, :narrow].to(weights), self.randlora_B[:wide].to(weights)
+        a, b = randlora_pair(weights * self.scaling, self.randlora_gamma, *bases)
         return (b.T, a.T) if out < inner else (a, b)
+
+
+def drawn_bases(config: RandLoraConfig, narrow: int, wide: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A ``[r, 1, narrow]`` and B ``[wide, N, r]``, of any standard deviation."""
+    bases, generator = -(-narrow // config.r), torch.Generator().manual_seed(config.projection_prng_key)
+    shapes = (config.r, 1, narrow), (wide, bases, config.r)
+    if config.sparse or config.very_sparse:
+        chance = 0.5 / math.sqrt(narrow) if config.very_sparse else 1 / 6
+        drawn = [torch.rand(shape, generator=generator) for shape in shapes]
+        a, b = ((u > 1 - chance).float() - (u < chance).float() for u in drawn)
+        return a, b
+    a = _uniform(shapes[0], narrow, generator)
+    return a, _uniform((bases, wide, config.r), config.r, generator).transpose(0, 1)
 
 
 def _uniform(shape: tuple[int, ...], fan_in: int, generator: torch.Generator) -> torch.Tensor:
@@ -122,10 +140,4 @@ def _uniform(shape: tuple[int, ...], fan_in: int, generator: torch.Generator) ->
     return torch.empty(shape, dtype=torch.bfloat16).uniform_(-bound, bound, generator=generator)
 
 
-RandLoraModel = define_tuner(
-    "RandLoraModel",
-    RandLoraLayer,
-    RandLoraConfig,
-    prefix="randlora_",
-    targets=TRANSFORMERS_MODELS_TO_RANDLORA_TARGET_MODULES_MAPPING,
-)
+RandLoraModel = define_tuner(RandLora, RandLoraConfig)

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from peft.config import ModulesToSave, TargetModules, option
-from peft.core.families.families import OutputLayer
+from peft.core.adapter import part, setting
+from peft.core.families import Output
 from peft.core.model.registry import define_tuner
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_ROAD_TARGET_MODULES_MAPPING
 from peft.utils.error import ConfigError
 from peft.utils.peft_types import PeftType
 
@@ -44,13 +44,25 @@ class RoadConfig(TargetModules, ModulesToSave):
             raise ConfigError(f"RoadConfig: group_size={self.group_size} must be even: channels are rotated in pairs.")
 
 
-class RoadLayer(OutputLayer):
+def road_rotated(y: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, half: int) -> torch.Tensor:
+    """y * (alpha cos) + rot(y) * (alpha sin) along the last axis, rot(y) = (-y_2, y_1) for the halves of each group.
+
+    Args:
+        y: ``[..., out]``. cosine, sine: alpha cos(theta) and alpha sin(theta), ``[out]`` each. half: of a group.
+    """
+    first, second = y.unflatten(-1, (-1, 2, half)).unbind(-2)  # [..., group, half] each
+    return torch.addcmul(y * cosine, torch.stack((-second, first), -2).flatten(-3), sine)
+
+
+class Road(Output):
     """y' = M y with M made of 2 x 2 blocks; theta and alpha are ``[out / 2]``, ``[out]`` or ``[2 out]``."""
 
-    weights: ClassVar[dict[str, type]] = {"road_theta": nn.ParameterDict, "road_alpha": nn.ParameterDict}
-    settings: ClassVar[dict[str, type]] = {"variant": dict, "group_size": dict}
+    road_theta = part()
+    road_alpha = part()
+    variant = setting()
+    group_size = setting()
 
-    def update_layer(self, name: str, config: RoadConfig, key: str) -> None:
+    def create(self, config: RoadConfig, key: str) -> None:
         out, group = self.shape[0], config.group_size
         if out % group:
             divisors = [n for n in range(2, out + 1, 2) if out % n == 0]
@@ -62,37 +74,29 @@ class RoadLayer(OutputLayer):
         if not config.init_weights:
             nn.init.normal_(theta, 0.0, 0.5)
             nn.init.normal_(alpha, 1.0, 0.5)
-        self.put(name, variant=config.variant, group_size=group)
-        self.put(name, road_theta=nn.Parameter(theta), road_alpha=nn.Parameter(alpha))
+        self.variant, self.group_size = config.variant, group
+        self.road_theta, self.road_alpha = nn.Parameter(theta), nn.Parameter(alpha)
 
-    def unmergeable(self, name: str) -> str | None:
+    def unmergeable(self) -> str | None:
         groups = self.in_features // self.shape[1] if len(self.shape) > 2 else 1
-        if self.shape[0] // groups % self.group_size[name] == 0:
+        if self.shape[0] // groups % self.group_size == 0:
             return None
         return (
-            f"group_size={self.group_size[name]} pairs channels of different groups of the convolution, whose kernels "
+            f"group_size={self.group_size} pairs channels of different groups of the convolution, whose kernels "
             "read different inputs: no grouped kernel equals that. Keep the adapter unmerged."
         )
 
-    def coefficients(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def coefficients(self) -> tuple[torch.Tensor, torch.Tensor]:
         """alpha cos(theta) and alpha sin(theta), ``[groups, 1 or 2, group / 2]`` each (by halves)."""
-        half, variant = self.group_size[name] // 2, self.variant[name]
-        theta = self.road_theta[name].view(-1, PER_CHANNEL[variant], half)
-        alpha = self.road_alpha[name].view_as(theta)
+        theta = self.road_theta.view(-1, PER_CHANNEL[self.variant], self.group_size // 2)
+        alpha = self.road_alpha.view_as(theta)
         cosine, sine = alpha * theta.cos(), alpha * theta.sin()
-        return (cosine[:, :2], sine[:, 2:]) if variant == "road_4" else (cosine, sine)
+        return (cosine[:, :2], sine[:, 2:]) if self.variant == "road_4" else (cosine, sine)
 
-    def map_output(self, name: str, y: torch.Tensor) -> torch.Tensor:
-        half = self.group_size[name] // 2
-        cosine, sine = (c.expand(-1, 2, half).flatten().to(y.dtype) for c in self.coefficients(name))
-        first, second = y.unflatten(-1, (-1, 2, half)).unbind(-2)
-        return torch.addcmul(y * cosine, torch.stack((-second, first), -2).flatten(-3), sine)
+    def map_output(self, y: torch.Tensor) -> torch.Tensor:
+        half = self.group_size // 2
+        cosine, sine = (c.expand(-1, 2, half).flatten().to(y.dtype) for c in self.coefficients())
+        return road_rotated(y, cosine, sine, half)
 
 
-RoadModel = define_tuner(
-    "RoadModel",
-    RoadLayer,
-    RoadConfig,
-    prefix="road_",
-    targets=TRANSFORMERS_MODELS_TO_ROAD_TARGET_MODULES_MAPPING,
-)
+RoadModel = define_tuner(Road, RoadConfig)

@@ -13,12 +13,20 @@ import torch
 from torch import nn
 
 from peft.config import ExcludeModules, LayerSelection, ModulesToSave, TargetModules, option
-from peft.core.blocks.blocks import BlockLayer, BlockTarget, BlockTuner, find_blocks, first_output, width_of
+from peft.core.adapter import part, setting, shared
+from peft.core.blocks.blocks import (
+    BlockAdapter,
+    BlockTarget,
+    BlockTuner,
+    find_blocks,
+    width_of,
+)
 from peft.core.model import operations
 from peft.core.model.registry import define_tuner
 from peft.core.model.targeting import selected
 from peft.core.model.walk import layers_of, locate
-from peft.tuners.shadow_utils import Call, Network, loss_of, network_for, stack_of, standalone
+from peft.tuners.shadow_layer import ShadowLayer, shadow_state, shadow_update
+from peft.tuners.shadow_utils import Network, loss_of, network_for, stack_of, standalone
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.peft_types import PeftType
@@ -43,27 +51,30 @@ class ShadowConfig(TargetModules, ExcludeModules, LayerSelection, ModulesToSave,
     )
 
 
-class ShadowLayer(BlockLayer):
-    """Wraps a decoder block. The shadow network is shared by all layers; the first of them runs it."""
+class Shadow(BlockAdapter):
+    """The bottleneck, and T and G, of one block. The shadow network is shared by all; the first layer runs it."""
 
-    weights: ClassVar[dict[str, type]] = {
-        f"shadow_{part}": nn.ModuleDict for part in ("down", "up", "update_transform", "update_gate")
-    }
-    settings: ClassVar[dict[str, type]] = {"shadow_dropout": nn.ModuleDict, "alpha": dict}
-    shared: ClassVar[tuple[str, ...]] = ("shadow_backbone", "shadow_projection", "shadow_head")
+    shadow_down = part(nn.ModuleDict)
+    shadow_up = part(nn.ModuleDict)
+    shadow_update_transform = part(nn.ModuleDict)
+    shadow_update_gate = part(nn.ModuleDict)
+    shadow_backbone = shared()
+    shadow_projection = shared()
+    shadow_head = shared()
+    shadow_dropout = setting(nn.ModuleDict)
+    alpha = setting()
     labelled = True
-    states: dict[str, list[torch.Tensor]]  # common to all layers: adapter -> s before the first block, s now
 
-    def update_layer(self, name: str, config: ShadowConfig, key: str) -> None:
-        width, inner = width_of(self.base_layer), config.update_hidden_size or config.r
-        down, up = nn.Linear(width, config.r, bias=False), nn.Linear(config.r, width, bias=False)
+    def create(self, config: ShadowConfig, key: str) -> None:
+        width, inner = width_of(self.base), config.update_hidden_size or config.r
+        self.shadow_down = nn.Linear(width, config.r, bias=False)
+        self.shadow_up = nn.Linear(config.r, width, bias=False)
         if config.init_weights:
-            nn.init.zeros_(up.weight)
-        transform, gate = (
+            nn.init.zeros_(self.shadow_up.weight)
+        self.shadow_update_transform, self.shadow_update_gate = (
             nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width)) for _ in range(2)
         )
-        self.put(name, shadow_down=down, shadow_up=up, shadow_update_transform=transform, shadow_update_gate=gate)
-        self.put(name, shadow_dropout=nn.Dropout(config.shadow_dropout), alpha=config.shadow_alpha)
+        self.shadow_dropout, self.alpha = nn.Dropout(config.shadow_dropout), config.shadow_alpha
 
     @classmethod
     def share(cls, config: ShadowConfig, layers: Any) -> dict[str, Any]:
@@ -77,55 +88,14 @@ class ShadowLayer(BlockLayer):
             module.requires_grad_(True)
         return {"shadow_backbone": backbone, "shadow_projection": projection, "shadow_head": head}
 
-    def start(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Hook of the transformer: run the shadow network on what it is called with."""
-        call = Call(module, args, kwargs)
-        self.states.clear()
-        for name, rows in self.acting(call.embeds, self.shadow_backbone):
-            state = call.run(name, self.shadow_backbone[name], rows)
-            self.states[name] = [self.shadow_projection[name](state)] * 2
-        return (), call.kwargs
+    def change(self, h: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """What is added to the block's input."""
+        apart = self.shadow_dropout(h - state)
+        return shadow_update(apart, self.shadow_down.weight, self.shadow_up.weight, self.alpha)
 
-    def finish(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        """Hook of the model: add the loss of the shadow network to the model's."""
-        labels, loss = kwargs.get("labels"), getattr(output, "loss", None)
-        self.loss: torch.Tensor | None = None
-        acting = [] if labels is None or loss is None else self.acting(labels, self.shadow_backbone)
-        for name in [name for name, rows in acting if rows is None][:1]:  # a mixed batch has no one shadow network
-            alone = loss_of(self.logits(name, module), labels, kwargs.get("attention_mask"))
-            self.loss = alone.detach()
-            output.loss = loss + self.shadow_backbone[name].loss_weight * alone.to(loss.device)
-        return output
-
-    def head_of(self, name: str, model: Any) -> nn.Module:
-        """What reads the shadow's states: a classifier's copied head, or the head of the language model."""
-        own = self.shadow_head[name]
-        return model.get_output_embeddings() if isinstance(own, nn.Identity) else own
-
-    def logits(self, name: str, model: Any) -> torch.Tensor:
-        """What the shadow network said alone in the last call."""
-        head = self.head_of(name, model)
-        return head(self.states[name][0].to(next(head.parameters()).dtype))
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        h = args[0] if args else kwargs.pop("hidden_states")
-        acting = self.acting(h)
-        for name, rows in acting:
-            own = self.cast(name, h if rows is None else h.index_select(0, rows))
-            apart = self.shadow_dropout[name](own - self.states[name][1])
-            new = (self.alpha[name] * self.shadow_up[name](self.shadow_down[name](apart))).to(h.dtype)
-            h = h + new if rows is None else h.index_add(0, rows, new)
-        output = self.base_layer(h, *args[1:], **kwargs)
-        for name, rows in acting:
-            y = first_output(output)
-            y = self.cast(name, y if rows is None else y.index_select(0, rows))
-            gate = torch.sigmoid(self.shadow_update_gate[name](y))
-            self.states[name][1] = (1 - gate) * self.states[name][1] + gate * self.shadow_update_transform[name](y)
-        return output
-
-    def release(self) -> None:
-        for handle in self.__dict__.pop("handles", ()):
-            handle.remove()
+    def next_state(self, state: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        """The state after the block, by its output."""
+        return shadow_state(state, self.shadow_update_gate(h), self.shadow_update_transform(h))
 
 
 class ShadowTuner(BlockTuner):
@@ -197,4 +167,4 @@ class ShadowTuner(BlockTuner):
         return standalone(self.model, stack_of(self.model), *parts, copy)
 
 
-ShadowModel = define_tuner("ShadowModel", ShadowLayer, ShadowConfig, prefix="shadow_", mixed=False, base=ShadowTuner)
+ShadowModel = define_tuner(Shadow, ShadowConfig, base=ShadowTuner, layer=ShadowLayer, mixed=False)

@@ -83,7 +83,7 @@ class Call:
         self.kwargs: dict[str, Any] = {**given, **given.pop("kwargs", {})}
         self.cache_name = "cache" if "cache" in signature.parameters else "past_key_values"
         embeds, embedding = self.kwargs.get("inputs_embeds"), embeddings_of(module)[0]
-        self.embeds = embedding(self.kwargs["input_ids"]) if embeds is None and embedding is not None else embeds
+        self.embeds: Any = embedding(self.kwargs["input_ids"]) if embeds is None and embedding is not None else embeds
         self.config = module.config
         checkpointed = module.training and getattr(module, "gradient_checkpointing", False)
         wanted = self.kwargs.get("use_cache")

@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from peft.config import FanInFanOut, ModulesToSave, TargetModules, option
-from peft.core.base.kinds import fan
-from peft.core.families.families import ScaledLayer, SparseLayer
+from peft.core.adapter import part, setting
+from peft.core.addition import SideBySide
+from peft.core.base.kinds import Kind, fan
+from peft.core.families import Scaled, Sparse
+from peft.core.filling import skip_values
 from peft.core.layer.buffers import BufferDict
 from peft.core.model.registry import define_tuner
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING
 from peft.utils.peft_types import PeftType
 
 
@@ -43,7 +45,11 @@ class ShiraConfig(TargetModules, FanInFanOut, ModulesToSave):
     METHOD: ClassVar[PeftType] = PeftType.SHIRA
 
     r: int = option(32, "Each layer trains r (out + in) entries of its weight.", minimum=1)
-    mask_type: str = option("random", "How the entries are chosen, unless mask_fn is set.", choices=("random",))
+    mask_type: str = option(
+        "random",
+        "How the entries are chosen, unless mask_fn is set; with 'custom' it has to be.",
+        choices=("random", "custom"),
+    )
     random_seed: int | None = option(None, "Seed of that choice; None: the global random numbers.")
     init_weights: bool = option(True, "Start with zeros, so that nothing changes; otherwise at random numbers.")
 
@@ -52,15 +58,30 @@ class ShiraConfig(TargetModules, FanInFanOut, ModulesToSave):
         self.mask_fn: Callable[..., torch.Tensor] = random_mask
 
 
-class ShiraLayer(SparseLayer, ScaledLayer):
+def shira_entries(
+    values: torch.Tensor, indices: torch.Tensor, columns: int, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dW is s values[k] at the row and column ``indices[:, k]`` of ``[out, in * kernel]``, and 0 elsewhere.
+
+    Args:
+        values: ``[n]``. indices: ``[2, n]``. columns: ``in * kernel``.
+
+    Returns:
+        Places in the flat dW and the numbers there, ``[n]`` each.
+    """
+    rows, inner = indices.long()
+    return rows * columns + inner, values * scaling
+
+
+class Shira(Sparse, Scaled):
     """dW holds ``shira_weight[k]`` at the row and column ``shira_indices[:, k]`` of ``[out, in * kernel]``."""
 
-    weights: ClassVar[dict[str, type]] = {"shira_weight": nn.ParameterDict, "shira_indices": BufferDict}
-    settings: ClassVar[dict[str, type]] = {"scaling": dict}
-    linear: ClassVar[tuple[str, ...]] = ("shira_weight",)
-    stacked: ClassVar[dict[str, int]] = {"shira_weight": 0, "shira_indices": 1}
+    shira_weight = part()
+    shira_indices = part(BufferDict)
+    scaling = setting()
+    adds = SideBySide("shira_weight", shira_weight=0, shira_indices=1)
 
-    def update_layer(self, name: str, config: ShiraConfig, key: str) -> None:
+    def create(self, config: ShiraConfig, key: str) -> None:
         rows, columns = fan(self.shape)
         count = config.r * (rows + columns)
         if count > rows * columns:
@@ -72,29 +93,31 @@ class ShiraLayer(SparseLayer, ScaledLayer):
         values = torch.zeros(count) if config.init_weights else torch.randn(count)
         indices = torch.empty(2, count, dtype=torch.int32)
         if not values.is_meta:  # otherwise the file brings them
-            indices = self._choose(config, count)
-        self.put(name, scaling=1.0, shira_weight=nn.Parameter(values), shira_indices=indices)
+            indices = chosen_entries(config, self.base, self.kind, (rows, columns))
+        self.scaling, self.shira_weight, self.shira_indices = 1.0, nn.Parameter(values), indices
 
-    def _choose(self, config: ShiraConfig, count: int) -> torch.Tensor:
-        base, (rows, columns) = self.get_base_layer(), fan(self.shape)
-        if config.mask_fn is random_mask:  # drawn for the weight as methods see it, however it is kept
-            mask = random_mask(_Shaped(torch.empty(rows, columns, device="meta")), config.r, config.random_seed)
-        else:
-            mask = config.mask_fn(base, config.r, random_seed=config.random_seed)
-            mask = self.kind.orient(mask, base)
-        if mask.numel() != rows * columns or int((mask != 0).sum()) != count:
-            raise ValueError(
-                f"mask_fn gave a mask of shape {list(mask.shape)} with {int((mask != 0).sum())} entries; wanted is "
-                f"one shaped like the weight with r (out + in) = {count} entries."
-            )
-        return mask.reshape(rows, columns).nonzero().T.to(dtype=torch.int32, device="cpu").contiguous()
-
-    def initial_scaling(self, name: str) -> float:
+    def initial_scaling(self) -> float:
         return 1.0
 
-    def entries(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        rows, columns = self.shira_indices[name].long()
-        return rows * fan(self.shape)[1] + columns, self.shira_weight[name] * self.scaling[name]
+    def entries(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return shira_entries(self.shira_weight, self.shira_indices, fan(self.shape)[1], self.scaling)
+
+
+def chosen_entries(config: ShiraConfig, base: nn.Module, kind: Kind, shape: tuple[int, int]) -> torch.Tensor:
+    """Rows and columns ``[2, n]`` of the entries that a config trains of a weight ``[out, in * kernel]``."""
+    (rows, columns), count = shape, config.r * sum(shape)
+    if config.mask_type == "custom" and config.mask_fn is random_mask and not skip_values():
+        raise ValueError("mask_type='custom' needs a function that chooses the entries: set config.mask_fn to it.")
+    if config.mask_fn is random_mask:  # drawn for the weight as methods see it, however it is kept
+        mask = random_mask(_Shaped(torch.empty(rows, columns, device="meta")), config.r, config.random_seed)
+    else:
+        mask = kind.orient(config.mask_fn(base, config.r, random_seed=config.random_seed), base)
+    if mask.numel() != rows * columns or int((mask != 0).sum()) != count:
+        raise ValueError(
+            f"mask_fn gave a mask of shape {list(mask.shape)} with {int((mask != 0).sum())} entries; wanted is "
+            f"one shaped like the weight with r (out + in) = {count} entries."
+        )
+    return mask.reshape(rows, columns).nonzero().T.to(dtype=torch.int32, device="cpu").contiguous()
 
 
 class _Shaped(nn.Module):
@@ -105,10 +128,4 @@ class _Shaped(nn.Module):
         self.weight = weight
 
 
-ShiraModel = define_tuner(
-    "ShiraModel",
-    ShiraLayer,
-    ShiraConfig,
-    prefix="shira_",
-    targets=TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING,
-)
+ShiraModel = define_tuner(Shira, ShiraConfig)

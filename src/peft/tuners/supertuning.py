@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from peft.config import ModulesToSave, TargetModules, option
+from peft.core.adapter import part, setting
+from peft.core.addition import LinearIn
 from peft.core.base.kinds import fan
-from peft.core.families.families import SparseLayer, drops, input_dropout
+from peft.core.families import Sparse, input_dropout
+from peft.core.families.delta import floating
 from peft.core.layer.buffers import BufferDict
+from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.registry import define_tuner
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_SUPERTUNING_TARGET_MODULES_MAPPING
+from peft.kernels.sparse import with_entries
 from peft.utils.error import ConfigError
 from peft.utils.peft_types import PeftType
 
@@ -48,96 +52,112 @@ class SupertuningConfig(TargetModules, ModulesToSave):
             )
 
 
-class SupertuningLayer(SparseLayer):
+def supertuned(
+    weight: torch.Tensor,
+    positions: torch.Tensor,
+    values: torch.Tensor,
+    a: torch.Tensor | None = None,
+    b: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """W' = W + values at positions [+ B A].
+
+    Args:
+        weight: W ``[out, in, *kernel]``. positions: in the flat W, ``[n]``. values: ``[n]``.
+        a, b: ``[r, in * kernel]`` and ``[out, r]``, s in it.
+    """
+    weight = with_entries(weight, positions, values.to(weight.dtype))
+    return weight if a is None or b is None else weight + (b @ a).view(weight.shape).to(weight.dtype)
+
+
+class Supertuning(Sparse):
     """dW holds ``supertuning_values[k]`` at ``supertuning_indices[k]`` of the flat weight, plus s B A."""
 
-    weights: ClassVar[dict[str, type]] = {
-        "supertuning_values": nn.ParameterDict,
-        "supertuning_indices": BufferDict,
-        "supertuning_lora_A": nn.ModuleDict,
-        "supertuning_lora_B": nn.ModuleDict,
-    }
-    settings: ClassVar[dict[str, type]] = {
-        "save_indices": dict,
-        "lora_scaling": dict,
-        "supertuning_lora_dropout": nn.ModuleDict,
-    }
-    linear: ClassVar[tuple[str, ...]] = ("supertuning_values", "supertuning_lora_B")
+    supertuning_values = part()
+    supertuning_indices = part(BufferDict)
+    supertuning_lora_A = part(nn.ModuleDict)
+    supertuning_lora_B = part(nn.ModuleDict)
+    save_indices = setting()
+    lora_scaling = setting()
+    supertuning_lora_dropout = setting(nn.ModuleDict)
+    adds = LinearIn("supertuning_values", "supertuning_lora_B")
 
-    def update_layer(self, name: str, config: SupertuningConfig, key: str) -> None:
+    def create(self, config: SupertuningConfig, key: str) -> None:
         rows, columns = fan(self.shape)
-        count = int((1 - config.sparsity) * rows * columns)
-        if not count:
-            raise ValueError(
-                f"sparsity={config.sparsity} leaves none of the {rows * columns} entries of {key or 'the layer'} to "
-                "train. Lower it, or leave that module out of target_modules."
-            )
+        count = trained_count(config, rows * columns, key)
         values = torch.zeros(count) if config.init_weights else torch.randn(count)
         indices = torch.empty(count, dtype=torch.int32)
         if not (config.save_precomputed_indices and values.is_meta):  # otherwise the file brings them
-            size = self.unmerged_weight().detach().abs().flatten()
+            size = self.base_weight().detach().abs().flatten()
             indices = size.topk(count, largest=config.select_top).indices.to(torch.int32)
-        self.put(name, save_indices=config.save_precomputed_indices)
-        self.put(name, supertuning_values=nn.Parameter(values), supertuning_indices=indices)
+        self.save_indices = config.save_precomputed_indices
+        self.supertuning_values, self.supertuning_indices = nn.Parameter(values), indices
         if config.r is not None:
-            a, b = nn.Linear(columns, config.r, bias=False), nn.Linear(config.r, rows, bias=False)
-            nn.init.kaiming_uniform_(a.weight, a=math.sqrt(5))
-            if config.init_weights:
-                nn.init.zeros_(b.weight)
-            else:
-                nn.init.kaiming_uniform_(b.weight, a=math.sqrt(5))
-            self.put(name, supertuning_lora_A=a, supertuning_lora_B=b)
-            self.put(name, lora_scaling=2.0 if config.lora_alpha is None else config.lora_alpha / config.r)
-            self.put(name, supertuning_lora_dropout=input_dropout(config.lora_dropout))
+            self.supertuning_lora_A, self.supertuning_lora_B = low_rank_pair(config, rows, columns)
+            self.lora_scaling = 2.0 if config.lora_alpha is None else config.lora_alpha / config.r
+            self.supertuning_lora_dropout = input_dropout(config.lora_dropout)
 
-    def entries(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.supertuning_indices[name].long(), self.supertuning_values[name]
+    def entries(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.supertuning_indices.long(), self.supertuning_values
 
-    def fused(self, names: list[str], x: torch.Tensor) -> torch.Tensor | None:
-        return None if any(name in self.supertuning_lora_A for name in names) else super().fused(names, x)
+    @classmethod
+    def kernel(cls, layer: BaseTunerLayer, adapters: Sequence[Any], x: torch.Tensor) -> torch.Tensor | None:
+        return None if any(adapter.low_rank() for adapter in adapters) else super().kernel(layer, adapters, x)
 
-    def low_rank(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """A ``[r, in * kernel]`` and s B ``[out, r]``."""
-        b = self.supertuning_lora_B[name].weight * self.lora_scaling[name]
-        return self.supertuning_lora_A[name].weight, b
+    def low_rank(self) -> tuple[torch.Tensor, ...]:
+        """A ``[r, in * kernel]`` and s B ``[out, r]``, where there is such a pair."""
+        down, up = self.supertuning_lora_A, self.supertuning_lora_B
+        return () if down is None else (down.weight, up.weight * self.lora_scaling)
 
-    def delta_weight(self, name: str) -> torch.Tensor:
-        return self.fold(name, self.supertuning_values[name].new_zeros(self.shape), None)
+    def delta_weight(self) -> torch.Tensor:
+        return supertuned(self.supertuning_values.new_zeros(self.shape), *self.entries(), *self.low_rank())
 
-    def fold(self, name: str, weight: torch.Tensor, base: torch.Tensor | None) -> torch.Tensor:
-        weight = super().fold(name, weight, weight)
-        if name not in self.supertuning_lora_A:
-            return weight
-        a, b = self.low_rank(name)
-        return weight + (b @ a).view(self.shape).to(weight.dtype)
+    def fold(self, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        return supertuned(weight, *self.entries(), *self.low_rank())
 
-    def unfold(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        return weight - self.delta_weight(name).to(weight.dtype)
+    def unfold(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight - self.delta_weight().to(weight.dtype)
 
-    def needs_weight(self) -> bool:
-        return self.sums_exactly() and not drops(self, self.supertuning_lora_dropout.values())
+    def prefers_folding(self) -> bool:
+        return self.sums_exactly() and not self.drops(self.supertuning_lora_dropout)
 
-    def delta(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        if name not in self.supertuning_lora_A or not drops(self, [self.supertuning_lora_dropout[name]]):
-            return super().delta(name, x)
-        base, (a, b) = self.get_base_layer(), self.low_rank(name)
-        sparse = self.multiplied(x, lambda: SparseLayer.delta_weight(self, name).to(dtype=_float(x)), [name])
-        dropped = x if self.kind.lookup else self.supertuning_lora_dropout[name](x)
+    def delta(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.drops(self.supertuning_lora_dropout):
+            return super().delta(x)
+        base, (a, b) = self.base, self.low_rank()
+        sparse = self.multiplied(x, lambda: super(Supertuning, self).delta_weight().to(dtype=floating(x)))
+        dropped = x if self.kind.lookup else self.supertuning_lora_dropout(x)
         return sparse + self.kind.up(base, self.kind.down(base, dropped, a), b)
 
-    def adapter_state(self, name: str) -> Iterator[tuple[str, str, torch.Tensor]]:
-        kept = super().adapter_state(name)
-        return (entry for entry in kept if self.save_indices[name] or entry[0] != "supertuning_indices")
+    def state(self) -> Iterator[tuple[str, str, torch.Tensor]]:
+        kept = super().state()
+        return (entry for entry in kept if self.save_indices or entry[0] != "supertuning_indices")
 
 
-def _float(x: torch.Tensor) -> torch.dtype | None:
-    return x.dtype if x.is_floating_point() else None
+def trained_count(config: SupertuningConfig, size: int, key: str) -> int:
+    """How many of the ``size`` entries of the weight of the module called ``key`` train.
+
+    Raises:
+        ValueError: none.
+    """
+    count = int((1 - config.sparsity) * size)
+    if not count:
+        raise ValueError(
+            f"sparsity={config.sparsity} leaves none of the {size} entries of {key or 'the layer'} to train. Lower "
+            "it, or leave that module out of target_modules."
+        )
+    return count
 
 
-SupertuningModel = define_tuner(
-    "SupertuningModel",
-    SupertuningLayer,
-    SupertuningConfig,
-    prefix="supertuning_",
-    targets=TRANSFORMERS_MODELS_TO_SUPERTUNING_TARGET_MODULES_MAPPING,
-)
+def low_rank_pair(config: SupertuningConfig, rows: int, columns: int) -> tuple[nn.Linear, nn.Linear]:
+    """A and B of the update besides the sparse one, as they start."""
+    assert config.r is not None
+    a, b = nn.Linear(columns, config.r, bias=False), nn.Linear(config.r, rows, bias=False)
+    nn.init.kaiming_uniform_(a.weight, a=math.sqrt(5))
+    if config.init_weights:
+        nn.init.zeros_(b.weight)
+    else:
+        nn.init.kaiming_uniform_(b.weight, a=math.sqrt(5))
+    return a, b
+
+
+SupertuningModel = define_tuner(Supertuning, SupertuningConfig)

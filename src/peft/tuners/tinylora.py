@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from peft.config import FanInFanOut, LayerSelection, ModulesToSave, TargetModules, TrainedBias, option
+from peft.core.adapter import part, setting, shared
+from peft.core.addition import LinearIn
 from peft.core.base.kinds import fan
-from peft.core.families.families import LowRankLayer, input_dropout
+from peft.core.families import LowRank, input_dropout
 from peft.core.layer.buffers import BufferDict
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.registry import define_tuner
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_TINYLORA_TARGET_MODULES_MAPPING
 from peft.utils.peft_types import PeftType
 
 
@@ -48,23 +49,39 @@ class TinyLoraConfig(TargetModules, FanInFanOut, TrainedBias, ModulesToSave, Lay
     )
 
 
-class TinyLoraLayer(LowRankLayer):
+def tinylora_core(v: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """M = sum_k v_k P_k of dW = B M A, ``[r, r]``.
+
+    Args:
+        v: ``[u]``. p: the P_k ``[u, r, r]``.
+    """
+    return torch.einsum("u,uij->ij", v, p)
+
+
+def principal(weight: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A = sqrt(S) V^T and B = U sqrt(S) of a matrix, for its r largest singular values."""
+    u, s, v = torch.linalg.svd(weight, full_matrices=False)
+    a, b = s[:r].sqrt()[:, None] * v[:r], u[:, :r] * s[:r].sqrt()
+    return a.contiguous(), b.contiguous()  # as they come from a file, to the last bit of a product
+
+
+class TinyLora(LowRank):
     """dW = B M A with A = sqrt(S) V^T and B = U sqrt(S) of the weight's SVD, M = sum_k v_k P_k ``[r, r]``.
 
     Of an embedding A and B are those of the table ``[tokens, dim]``.
     """
 
-    weights: ClassVar[dict[str, type]] = {"tinylora_A": BufferDict, "tinylora_B": BufferDict, "tinylora_P": BufferDict}
-    settings: ClassVar[dict[str, type]] = {
-        "r": dict,
-        "u": dict,
-        "layer_index": dict,
-        "tinylora_v_key": dict,
-        "save_projection": dict,
-        "tinylora_dropout": nn.ModuleDict,
-    }
-    shared: ClassVar[tuple[str, ...]] = ("tinylora_v",)
-    linear: ClassVar[tuple[str, ...]] = ("tinylora_v",)
+    tinylora_A = part(BufferDict)
+    tinylora_B = part(BufferDict)
+    tinylora_P = part(BufferDict)
+    tinylora_v = shared()
+    r = setting()
+    u = setting()
+    layer_index = setting()
+    tinylora_v_key = setting()
+    save_projection = setting()
+    tinylora_dropout = setting(nn.ModuleDict)
+    adds = LinearIn("tinylora_v")
     dropout: ClassVar[str] = "tinylora_dropout"
 
     @classmethod
@@ -77,40 +94,34 @@ class TinyLoraLayer(LowRankLayer):
         keys = [str(min(i // (len(layers) // groups), groups - 1)) for i in range(len(layers))]
         return {"tinylora_v": vectors, "tinylora_v_key": keys, "layer_index": list(range(len(layers)))}
 
-    def update_layer(self, name: str, config: TinyLoraConfig, key: str) -> None:
-        rows, columns = fan(self.shape)
-        r = min(config.r, rows, columns)
-        generator = torch.Generator("cpu").manual_seed(config.projection_seed + self.layer_index[name])
-        p = torch.empty(config.u, r, r, device="cpu").normal_(0, 1 / math.sqrt(r), generator=generator)
-        left, right = (columns, rows) if self.kind.lookup else (rows, columns)
-        a, b = torch.empty(r, right), torch.empty(left, r)
+    def create(self, config: TinyLoraConfig, key: str) -> None:
+        self.r = r = min(config.r, *fan(self.shape))
+        self.u, self.save_projection = config.u, config.save_projection
+        generator = torch.Generator("cpu").manual_seed(config.projection_seed + self.layer_index)
+        self.tinylora_P = torch.empty(config.u, r, r, device="cpu").normal_(0, 1 / math.sqrt(r), generator=generator)
+        sizes = fan(self.shape)[::-1] if self.kind.lookup else fan(self.shape)
+        a, b = torch.empty(r, sizes[1]), torch.empty(sizes[0], r)
         if not a.is_meta:  # otherwise the file brings them
-            weight = self.unmerged_weight().detach().flatten(1).float()
-            u, s, v = torch.linalg.svd(weight.T if self.kind.lookup else weight, full_matrices=False)
-            a, b = s[:r].sqrt()[:, None] * v[:r], u[:, :r] * s[:r].sqrt()
-            a, b = a.contiguous(), b.contiguous()  # as they come from a file, to the last bit of a product
-        self.put(name, r=r, u=config.u, save_projection=config.save_projection, tinylora_P=p)
-        self.put(name, tinylora_A=a, tinylora_B=b, tinylora_dropout=input_dropout(config.tinylora_dropout))
+            weight = self.base_weight().detach().flatten(1).float()
+            a, b = principal(weight.T if self.kind.lookup else weight, r)
+        self.tinylora_A, self.tinylora_B = a, b
+        self.tinylora_dropout = input_dropout(config.tinylora_dropout)
 
-    def pair(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        v = self.tinylora_v[name][self.tinylora_v_key[name]]
-        a, b, p = (t[name].to(v.dtype) for t in (self.tinylora_A, self.tinylora_B, self.tinylora_P))
-        core = torch.einsum("u,uij->ij", v, p)
+    def vector(self) -> torch.Tensor:
+        """v, ``[u]``, of the group of layers that this one is in."""
+        return self.tinylora_v[self.tinylora_v_key]
+
+    def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
+        v = self.vector()
+        a, b, p = (t.to(v.dtype) for t in (self.tinylora_A, self.tinylora_B, self.tinylora_P))
+        core = tinylora_core(v, p)
         return (b.T, (core @ a).T) if self.kind.lookup else (a, b @ core)
 
-    def adapter_parameters(self, name: str) -> Iterator[torch.Tensor]:
-        if name in self:
-            yield self.tinylora_v[name][self.tinylora_v_key[name]]
+    def parameters(self) -> Iterator[torch.Tensor]:
+        yield self.vector()
 
-    def adapter_state(self, name: str) -> Iterator[tuple[str, str, torch.Tensor]]:
-        kept = super().adapter_state(name)
-        return (entry for entry in kept if self.save_projection[name] or entry[0] != "tinylora_P")
+    def state(self) -> Iterator[tuple[str, str, torch.Tensor]]:
+        return (entry for entry in super().state() if self.save_projection or entry[0] != "tinylora_P")
 
 
-TinyLoraModel = define_tuner(
-    "TinyLoraModel",
-    TinyLoraLayer,
-    TinyLoraConfig,
-    prefix="tinylora_",
-    targets=TRANSFORMERS_MODELS_TO_TINYLORA_TARGET_MODULES_MAPPING,
-)
+TinyLoraModel = define_tuner(TinyLora, TinyLoraConfig)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from peft.config import PeftConfig, option
-from peft.core.model.auxiliary import TrainableTokensLayer as TokensLayer
+from peft.core.model.auxiliary import TrainableTokens
 from peft.core.model.registry import define_tuner
 from peft.core.model.tuner import BaseTuner
 from peft.core.model.walk import embeddings_of, walk
@@ -44,8 +44,8 @@ class TrainableTokensConfig(PeftConfig):
             )
 
 
-class TrainableTokensLayer(TokensLayer):
-    """Rows of the table are replaced by trained ones."""
+class TokenVectors(TrainableTokens):
+    """Rows of the table are replaced by trained ones, ``trainable_tokens_delta`` ``[n, dim]``."""
 
 
 class TokensTuner(BaseTuner):
@@ -58,6 +58,4 @@ class TokensTuner(BaseTuner):
         super().prepare_config(config, model, keys)
 
 
-TrainableTokensModel = define_tuner(
-    "TrainableTokensModel", TrainableTokensLayer, TrainableTokensConfig, prefix="trainable_tokens_", base=TokensTuner
-)
+TrainableTokensModel = define_tuner(TokenVectors, TrainableTokensConfig, base=TokensTuner)

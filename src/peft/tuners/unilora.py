@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from peft.config import FanInFanOut, LayerSelection, ModulesToSave, TargetModules, TrainedBias, option
+from peft.core.adapter import part, setting, shared
 from peft.core.base.kinds import fan
-from peft.core.families.families import LowRankLayer, input_dropout
+from peft.core.families import LowRank, input_dropout
 from peft.core.layer.buffers import BufferDict
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.registry import define_tuner
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_UNILORA_TARGET_MODULES_MAPPING
 from peft.utils.peft_types import PeftType
 
 
@@ -35,71 +35,78 @@ class UniLoraConfig(TargetModules, FanInFanOut, TrainedBias, ModulesToSave, Laye
     proj_seed: int = option(42, "Seed of the projection: which entry is which of the trained numbers.")
     theta_d_length: int = option(256, "How many numbers are trained, for the whole model.", minimum=1)
     unilora_dropout: float = option(0.0, "Dropout on the input of the update.", minimum=0, below=1)
-    init_theta_d_bound: float = option(0.02, "The trained numbers start uniform in +- this bound.", minimum=0)
-    init_weights: bool = option(True, "Start as said; False starts them at 0, where their gradient is 0 as well.")
+    init_theta_d_bound: float = option(0.02, "The trained numbers start uniform in +- this bound.", above=0)
+    init_weights: bool = option(True, "Start as said; False draws them from the standard normal distribution.")
     save_indices: bool = option(
         False, "Write the projection into the file. Without, it is drawn again from proj_seed when it is loaded."
     )
 
 
-class UniLoraLayer(LowRankLayer):
+def unilora_spread(theta: torch.Tensor, indices: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """theta[indices] * scales: a matrix that a projection makes of the trained numbers.
+
+    Args:
+        theta: ``[theta_d_length]``. indices, scales: of the matrix's shape, ``[r, in * kernel]`` or ``[out, r]``; the
+            scale of a number is 1 / sqrt(how often it is used).
+    """
+    return theta.index_select(0, indices.flatten()).view_as(indices) * scales.to(theta.dtype)
+
+
+class UniLora(LowRank):
     """dW = B A with A and B = theta[indices] * scales, scales = 1 / sqrt(how often the number is used)."""
 
-    weights: ClassVar[dict[str, type]] = {
-        "unilora_indices_A": BufferDict,
-        "unilora_indices_B": BufferDict,
-        "unilora_scales_A": BufferDict,
-        "unilora_scales_B": BufferDict,
-    }
-    settings: ClassVar[dict[str, type]] = {"r": dict, "save_indices": dict, "unilora_dropout": nn.ModuleDict}
-    shared: ClassVar[tuple[str, ...]] = ("unilora_theta_d",)
+    unilora_indices_A = part(BufferDict)
+    unilora_indices_B = part(BufferDict)
+    unilora_scales_A = part(BufferDict)
+    unilora_scales_B = part(BufferDict)
+    unilora_theta_d = shared()
+    r = setting()
+    save_indices = setting()
+    unilora_dropout = setting(nn.ModuleDict)
     dropout: ClassVar[str] = "unilora_dropout"
 
     @classmethod
     def share(cls, config: UniLoraConfig, layers: Sequence[BaseTunerLayer]) -> dict[str, Any]:
         """The trained numbers ``[theta_d_length]``, and the projection: each is used equally often, but for one."""
-        length, bound = config.theta_d_length, config.init_theta_d_bound if config.init_weights else 0.0
+        length, bound = config.theta_d_length, config.init_theta_d_bound
         shapes = [((config.r, columns), (rows, config.r)) for rows, columns in (fan(x.shape) for x in layers)]
         sizes = [a * b for pair in shapes for a, b in pair]
-        often, left = divmod(sum(sizes), length)
-        random = np.random.default_rng(config.proj_seed)
-        extra = random.choice(length, left, replace=False)
-        chosen = np.concatenate((np.repeat(np.arange(length), often), extra))
-        random.shuffle(chosen)
-        indices = torch.from_numpy(chosen)
+        indices = generate_index(sum(sizes), length, config.proj_seed)
         scales = indices.bincount(minlength=length).clamp(min=1).float().rsqrt()
         pieces = list(indices.split(sizes))
         a = [piece.view(shape) for piece, (shape, _) in zip(pieces[0::2], shapes)]
         b = [piece.view(shape) for piece, (_, shape) in zip(pieces[1::2], shapes)]
         return {
-            "unilora_theta_d": nn.Parameter(torch.empty(length).uniform_(-bound, bound)),
+            "unilora_theta_d": nn.Parameter(
+                torch.empty(length).uniform_(-bound, bound) if config.init_weights else torch.randn(length)
+            ),
             "unilora_indices_A": a,
             "unilora_indices_B": b,
             "unilora_scales_A": [scales[index] for index in a],
             "unilora_scales_B": [scales[index] for index in b],
         }
 
-    def update_layer(self, name: str, config: UniLoraConfig, key: str) -> None:
-        self.put(name, r=config.r, save_indices=config.save_indices)
-        self.put(name, unilora_dropout=input_dropout(config.unilora_dropout))
+    def create(self, config: UniLoraConfig, key: str) -> None:
+        self.r, self.save_indices = config.r, config.save_indices
+        self.unilora_dropout = input_dropout(config.unilora_dropout)
 
-    def pair(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        theta = self.unilora_theta_d[name]
+    def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
+        theta = self.unilora_theta_d
+        a = unilora_spread(theta, self.unilora_indices_A, self.unilora_scales_A)
+        return a, unilora_spread(theta, self.unilora_indices_B, self.unilora_scales_B)
 
-        def spread(indices: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-            return theta.index_select(0, indices.flatten()).view_as(indices) * scales.to(theta.dtype)
-
-        a = spread(self.unilora_indices_A[name], self.unilora_scales_A[name])
-        return a, spread(self.unilora_indices_B[name], self.unilora_scales_B[name])
-
-    def adapter_state(self, name: str) -> Iterator[tuple[str, str, torch.Tensor]]:
-        return super().adapter_state(name) if self.save_indices.get(name) else iter(())
+    def state(self) -> Iterator[tuple[str, str, torch.Tensor]]:
+        return super().state() if self.save_indices else iter(())
 
 
-UniLoraModel = define_tuner(
-    "UniLoraModel",
-    UniLoraLayer,
-    UniLoraConfig,
-    prefix="unilora_",
-    targets=TRANSFORMERS_MODELS_TO_UNILORA_TARGET_MODULES_MAPPING,
-)
+def generate_index(lora_param_count: int, theta_d_length: int, proj_seed: int) -> torch.Tensor:
+    """Which of ``theta_d_length`` numbers each entry is, ``[lora_param_count]``: all equally often, but for one."""
+    often, left = divmod(lora_param_count, theta_d_length)
+    random = np.random.default_rng(proj_seed)
+    extra = random.choice(theta_d_length, left, replace=False)
+    chosen = np.concatenate((np.repeat(np.arange(theta_d_length), often), extra))
+    random.shuffle(chosen)
+    return torch.from_numpy(chosen)
+
+
+UniLoraModel = define_tuner(UniLora, UniLoraConfig, generate_index=staticmethod(generate_index))

@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from peft.compat.methods import VBLoRACompat
 from peft.config import ExcludeModules, FanInFanOut, LayerSelection, ModulesToSave, TargetModules, TrainedBias, option
+from peft.core.adapter import part, setting, shared
 from peft.core.base.kinds import fan
-from peft.core.families.families import LowRankLayer, input_dropout
+from peft.core.families import LowRank, input_dropout
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.registry import define_tuner
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_VBLORA_TARGET_MODULES_MAPPING
+from peft.core.model.tuner import BaseTuner
 from peft.utils.error import ConfigError
 from peft.utils.peft_types import PeftType
 
@@ -50,18 +52,32 @@ class VBLoRAConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Modu
             raise ConfigError(f"VBLoRAConfig: topk={self.topk} of a bank of num_vectors={self.num_vectors}.")
 
 
-class VBLoRALayer(LowRankLayer):
-    """Each piece of A and B is sum_k w_k bank[i_k], w the softmax of its k largest logits and i their places."""
+def vblora_pieces(logits: torch.Tensor, bank: torch.Tensor, topk: int) -> torch.Tensor:
+    """sum_k w_k bank[i_k], w the softmax of the ``topk`` largest logits and i their places.
 
-    weights: ClassVar[dict[str, type]] = {"vblora_logits_A": nn.ParameterDict, "vblora_logits_B": nn.ParameterDict}
-    settings: ClassVar[dict[str, type]] = {
-        "r": dict,
-        "topk": dict,
-        "save_only_topk_weights": dict,
-        "vblora_dropout": nn.ModuleDict,
-    }
-    shared: ClassVar[tuple[str, ...]] = ("vblora_vector_bank",)
-    split: ClassVar[tuple[str, ...]] = ("_topk_indices", "_topk_weights")
+    Args:
+        logits: ``[m, n, num_vectors]``. bank: ``[num_vectors, vector_length]``.
+
+    Returns:
+        ``[m, n, vector_length]``, in the dtype of the logits.
+    """
+    best, place = logits.float().topk(topk, -1)  # [m, n, topk]
+    place, mix = place.flatten(0, 1), best.softmax(-1).flatten(0, 1)
+    mixed = F.embedding_bag(place, bank.float(), per_sample_weights=mix, mode="sum")  # [m n, vector_length]
+    return mixed.unflatten(0, logits.shape[:2]).to(logits.dtype)
+
+
+class VBLoRA(LowRank):
+    """dW = B A, of which each piece of ``vector_length`` entries is a mixture of the bank's vectors."""
+
+    vblora_logits_A = part()
+    vblora_logits_B = part()
+    vblora_vector_bank = shared()
+    r = setting()
+    topk = setting()
+    save_only_topk_weights = setting()
+    vblora_dropout = setting(nn.ModuleDict)
+    split = ("_topk_indices", "_topk_weights")
     dropout: ClassVar[str] = "vblora_dropout"
 
     @classmethod
@@ -71,47 +87,38 @@ class VBLoRALayer(LowRankLayer):
         bank = torch.empty(config.num_vectors, config.vector_length).uniform_(-bound, bound)
         return {"vblora_vector_bank": nn.Parameter(bank)}
 
-    def update_layer(self, name: str, config: VBLoRAConfig, key: str) -> None:
+    def create(self, config: VBLoRAConfig, key: str) -> None:
         rows, columns = (-(-size // config.vector_length) for size in fan(self.shape))
-        a, b = (torch.empty(config.r, columns, config.num_vectors), torch.empty(rows, config.r, config.num_vectors))
-        for attribute, logits in (("vblora_logits_A", a), ("vblora_logits_B", b)):
-            self.put(name, **{attribute: nn.Parameter(logits.normal_(0, config.init_logits_std))})
-        self.put(name, r=config.r, topk=config.topk, save_only_topk_weights=config.save_only_topk_weights)
-        self.put(name, vblora_dropout=input_dropout(config.vblora_dropout))
+        std, n = config.init_logits_std, config.num_vectors
+        self.vblora_logits_A = nn.Parameter(torch.empty(config.r, columns, n).normal_(0, std))
+        self.vblora_logits_B = nn.Parameter(torch.empty(rows, config.r, n).normal_(0, std))
+        self.r, self.topk, self.save_only_topk_weights = config.r, config.topk, config.save_only_topk_weights
+        self.vblora_dropout = input_dropout(config.vblora_dropout)
 
-    def pieces(self, name: str, logits: torch.Tensor) -> torch.Tensor:
-        """Logits ``[..., num_vectors]`` -> pieces ``[..., vector_length]``."""
-        best, place = logits.float().topk(self.topk[name], -1)
-        bank, shape = self.vblora_vector_bank[name].float(), place.shape
-        place, mix = place.flatten(0, 1), best.softmax(-1).flatten(0, 1)
-        mixed = F.embedding_bag(place, bank, per_sample_weights=mix, mode="sum")
-        return mixed.view(*shape[:-1], -1).to(logits.dtype)
-
-    def pair(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        a, b = (self.pieces(name, logits[name]) for logits in (self.vblora_logits_A, self.vblora_logits_B))
-        rows, columns = fan(self.shape)
+    def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
+        bank, (rows, columns) = self.vblora_vector_bank, fan(self.shape)
+        a, b = (vblora_pieces(logits, bank, self.topk) for logits in (self.vblora_logits_A, self.vblora_logits_B))
+        # [r, pieces of a row, length] -> [r, in]; [pieces of a column, r, length] -> [out, r]
         return a.flatten(1)[:, :columns], b.transpose(1, 2).flatten(0, 1)[:rows]
 
-    def as_saved(self, name: str, saved: str, tensor: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
-        if not self.save_only_topk_weights[name]:
+    def as_saved(self, saved: str, tensor: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
+        if not self.save_only_topk_weights:
             return tensor
-        best, place = tensor.topk(self.topk[name], -1)
+        best, place = tensor.topk(self.topk, -1)
         sizes = (torch.uint8, torch.int16, torch.int32)
         small = next(dtype for dtype in sizes if torch.iinfo(dtype).max >= tensor.shape[-1] - 1)
         # the last weight is what the others leave of 1
         return {"_topk_indices": place.to(small), "_topk_weights": best.softmax(-1)[..., :-1].contiguous()}
 
-    def as_loaded(self, name: str, saved: str, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+    def as_loaded(self, saved: str, parts: dict[str, torch.Tensor]) -> torch.Tensor:
         place, weights = parts["_topk_indices"].long(), parts["_topk_weights"]
         weights = torch.cat((weights, (1 - weights.sum(-1, keepdim=True)).clamp(min=0)), -1)
-        logits = weights.new_full((*place.shape[:-1], len(self.vblora_vector_bank[name])), float("-inf"))
+        logits = weights.new_full((*place.shape[:-1], len(self.vblora_vector_bank)), float("-inf"))
         return logits.scatter(-1, place, weights.log())
 
 
-VBLoRAModel = define_tuner(
-    "VBLoRAModel",
-    VBLoRALayer,
-    VBLoRAConfig,
-    prefix="vblora_",
-    targets=TRANSFORMERS_MODELS_TO_VBLORA_TARGET_MODULES_MAPPING,
-)
+class VBLoRATuner(VBLoRACompat, BaseTuner):
+    """Applies VB-LoRA, and counts what a file of it holds."""
+
+
+VBLoRAModel = define_tuner(VBLoRA, VBLoRAConfig, base=VBLoRATuner)

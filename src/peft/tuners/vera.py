@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from peft.config import option
+from peft.core.adapter import part, setting, shared
 from peft.core.base.kinds import fan
-from peft.core.families.families import LowRankLayer, input_dropout
+from peft.core.families import LowRank, input_dropout
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.registry import define_tuner
-from peft.kernels.linear import Factors
-from peft.tuners.vera_utils import ScaledTable, SharedPairConfig, shared_pair, vectors
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
+from peft.kernels import Factors
+from peft.tuners.vera_utils import SharedPairConfig, shared_pair, vectors, vera_pair
 from peft.utils.peft_types import PeftType
 
 
@@ -34,15 +34,18 @@ class VeraConfig(SharedPairConfig):
     vera_dropout: float = option(0.0, "Dropout on the input of the update.", minimum=0, below=1)
 
 
-class VeraLayer(LowRankLayer):
+class Vera(LowRank):
     """dW = diag(b) B diag(d) A; each layer uses the leading ``in`` columns of A and ``out`` rows of B.
 
     A convolution is its matrix ``[out, in * kernel]``.
     """
 
-    weights: ClassVar[dict[str, type]] = {"vera_lambda_b": nn.ParameterDict, "vera_lambda_d": nn.ParameterDict}
-    settings: ClassVar[dict[str, type]] = {"r": dict, "vera_dropout": nn.ModuleDict}
-    shared: ClassVar[tuple[str, ...]] = ("vera_A", "vera_B")
+    vera_lambda_b = part()
+    vera_lambda_d = part()
+    vera_A = shared()
+    vera_B = shared()
+    r = setting()
+    vera_dropout = setting(nn.ModuleDict)
     dropout: ClassVar[str] = "vera_dropout"
 
     @classmethod
@@ -51,35 +54,29 @@ class VeraLayer(LowRankLayer):
         a, b = shared_pair(config.r, config.r, config.projection_prng_key, layers)
         return {"vera_A": a, "vera_B": b}
 
-    def update_layer(self, name: str, config: VeraConfig, key: str) -> None:
-        b, d = vectors(self.shape[0], config.r, config)
-        self.put(name, r=config.r, vera_lambda_b=b, vera_lambda_d=d, vera_dropout=input_dropout(config.vera_dropout))
+    def create(self, config: VeraConfig, key: str) -> None:
+        self.r, self.vera_dropout = config.r, input_dropout(config.vera_dropout)
+        self.vera_lambda_b, self.vera_lambda_d = vectors(self.shape[0], config.r, config)
 
-    def pair(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and diag(b) B diag(d), cut to this layer: the first is frozen, so that no gradient needs the input."""
-        b, d = self.vera_lambda_b[name], self.vera_lambda_d[name]
-        rows, columns = fan(self.shape)
-        return self.vera_A[name][:, :columns].to(d), ScaledTable.apply(b, self.vera_B[name][:rows].to(b), d)
+    def frozen(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B, cut to this layer."""
+        (rows, columns), d = fan(self.shape), self.vera_lambda_d
+        return self.vera_A[:, :columns].to(d), self.vera_B[:rows].to(d)
 
-    def factors(self, name: str) -> Factors | None:
+    def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first is frozen, so that no gradient needs the input."""
+        return vera_pair(*self.frozen(), self.vera_lambda_d, self.vera_lambda_b)
+
+    def factors(self) -> Factors | None:
         """None in training: the gradient of b by the pair takes a product that it does not by the output."""
-        trains = torch.is_grad_enabled() and self.vera_lambda_b[name].requires_grad
-        return None if trains else super().factors(name)
+        trains = torch.is_grad_enabled() and self.vera_lambda_b.requires_grad
+        return None if trains else super().factors()
 
-    def delta(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        base, kind, d, (rows, columns) = self.get_base_layer(), self.kind, self.vera_lambda_d[name], fan(self.shape)
-        a, b = self.vera_A[name][:, :columns].to(d), self.vera_B[name][:rows].to(d)
+    def delta(self, x: torch.Tensor) -> torch.Tensor:
+        base, kind, d, (a, b) = self.base, self.kind, self.vera_lambda_d, self.frozen()
         groups = getattr(base, "groups", 1)  # each has its own A x
-        h = kind.down(base, self.dropped(name, x), a) * kind.along_channels(
-            d if groups == 1 else d.repeat(groups), base
-        )
-        return kind.up(base, h, b) * kind.along_channels(self.vera_lambda_b[name], base)
+        h = kind.down(base, self.dropped(x), a) * self.along_channels(d if groups == 1 else d.repeat(groups))
+        return kind.up(base, h, b) * self.along_channels(self.vera_lambda_b)
 
 
-VeraModel = define_tuner(
-    "VeraModel",
-    VeraLayer,
-    VeraConfig,
-    prefix="vera_lambda_",
-    targets=TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING,
-)
+VeraModel = define_tuner(Vera, VeraConfig, prefix="vera_lambda_")

@@ -67,3 +67,14 @@ class ScaledTable(torch.autograd.Function):
         rows, table, columns = ctx.saved_tensors
         each = gradient * table
         return each @ columns, None, rows @ each
+
+
+def vera_pair(
+    a: torch.Tensor, b: torch.Tensor, lambda_d: torch.Tensor, lambda_b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B' of dW = diag(b) B diag(d) A = B' A.
+
+    Args:
+        a: A ``[r, in]``. b: B ``[out, r]``. lambda_d: d ``[r]``. lambda_b: b ``[out]``.
+    """
+    return a, ScaledTable.apply(lambda_b, b, lambda_d)

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from peft.config import FanInFanOut, TrainedBias, option
+from peft.core.adapter import part, setting
+from peft.core.addition import LinearIn
 from peft.core.base.kinds import fan
-from peft.core.families.families import ScaledLayer, SparseLayer
+from peft.core.families import Scaled, Sparse
 from peft.core.layer.buffers import BufferDict
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.registry import define_tuner
 from peft.tuners.spectra import SpectrumConfig, random_places
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_WAVEFT_TARGET_MODULES_MAPPING
 from peft.utils.error import ConfigError
 from peft.utils.peft_types import PeftType
 
@@ -78,24 +79,51 @@ def filters(family: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(wavelet.rec_lo), tuple(wavelet.rec_hi)
 
 
-class WaveFTLayer(SparseLayer, ScaledLayer):
-    """dW = s IDWT2(F), one level.
+def waveft_entries(
+    spectrum: torch.Tensor, places: torch.Tensor, shape: tuple[int, int], bank: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dW = IDWT2(F), one level: a coefficient adds the outer product of two filters to W.
 
     With filters of length L, an axis of n entries has h = (n + L - 1) // 2 coefficients of either kind. F stands in
     the middle of ``[2 h_out, 2 h_in]``, whose quadrants are the approximation, the horizontal (high along the columns
     of W), the vertical (high along its rows) and the diagonal coefficients.
-    """
 
-    weights: ClassVar[dict[str, type]] = {"waveft_spectrum": nn.ParameterDict, "waveft_places": BufferDict}
-    settings: ClassVar[dict[str, type]] = {
-        "waveft_n_frequency": dict,
-        "waveft_wavelet": dict,
-        "share_of_budget": dict,
-        "configured": dict,
-        "scaling": dict,
-    }
-    remade: ClassVar[tuple[str, ...]] = ("waveft_places",)
-    linear: ClassVar[tuple[str, ...]] = ("waveft_spectrum",)
+    Args:
+        spectrum, places: the n coefficients and where they stand in the flat F, ``[n]`` each.
+        shape: ``(out, in * kernel)``. bank: the filters, low and high, ``[2, L]``.
+
+    Returns:
+        Places in the flat dW and the numbers there, ``[n L L]`` each; what has one place adds up.
+    """
+    (rows, columns), length = shape, bank.shape[1]
+    top, low = _filter_of(places // columns, rows, length)
+    left, right = _filter_of(places % columns, columns, length)
+    steps = torch.arange(length, device=top.device)
+    down, along = top[:, None] + steps, left[:, None] + steps  # [n, L]
+    here = (down >= 0) & (down < rows), (along >= 0) & (along < columns)
+    outer = (bank[right.long()] * here[0])[:, :, None] * (bank[low.long()] * here[1])[:, None]  # [n, L, L]
+    into = down.clamp(0, rows - 1)[:, :, None] * columns + along.clamp(0, columns - 1)[:, None]
+    return into.flatten(), (spectrum[:, None, None] * outer).flatten()
+
+
+def _filter_of(place: torch.Tensor, size: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each coefficient, along an axis of W: where its filter starts, and whether it is in the upper half."""
+    half = (size + length - 1) // 2
+    place = place + (2 * half - size) // 2
+    return 2 * (place % half) - (length - 2), place >= half
+
+
+class WaveFT(Sparse, Scaled):
+    """dW = s IDWT2(F), F zero but for ``waveft_spectrum`` ``[n]``; or s F itself where there is no wavelet."""
+
+    waveft_spectrum = part()
+    waveft_places = part(BufferDict, remade=True)
+    waveft_n_frequency = setting()
+    waveft_wavelet = setting()
+    share_of_budget = setting()
+    configured = setting()
+    scaling = setting()
+    adds = LinearIn("waveft_spectrum")
 
     @classmethod
     def share(cls, config: WaveFTConfig, layers: Sequence[BaseTunerLayer]) -> dict[str, Any]:
@@ -104,47 +132,24 @@ class WaveFTLayer(SparseLayer, ScaledLayer):
         budget = config.n_frequency * len(layers)
         return {"share_of_budget": [max(1, round(size / sum(sizes) * budget)) for size in sizes]}
 
-    def update_layer(self, name: str, config: WaveFTConfig, key: str) -> None:
+    def create(self, config: WaveFTConfig, key: str) -> None:
         rows, columns = fan(self.shape)
-        default = self.share_of_budget.get(name) if config.proportional_parameters else None
-        n = config.count_for(key, (rows, columns), default)
-        spectrum = torch.zeros(n) if config.init_weights else torch.randn(n) * 0.01
-        self.put(name, waveft_n_frequency=n, configured=config.scaling, scaling=config.scaling)
-        self.put(name, waveft_wavelet=config.wavelet_family if config.use_idwt else None)
-        places = random_places(rows * columns, n, config.random_loc_seed)
-        self.put(name, waveft_spectrum=nn.Parameter(spectrum), waveft_places=places)
+        default = self.share_of_budget if config.proportional_parameters else None
+        self.waveft_n_frequency = n = config.count_for(key, (rows, columns), default)
+        self.configured = self.scaling = config.scaling
+        self.waveft_wavelet = config.wavelet_family if config.use_idwt else None
+        self.waveft_spectrum = nn.Parameter(torch.zeros(n) if config.init_weights else torch.randn(n) * 0.01)
+        self.waveft_places = random_places(rows * columns, n, config.random_loc_seed)
 
-    def initial_scaling(self, name: str) -> float:
-        return self.configured[name]
+    def initial_scaling(self) -> float:
+        return self.configured
 
-    def _coefficients(self, name: str, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of each trained number, along an axis of W: where its filter starts, and whether it is in the upper half."""
-        sizes, places = fan(self.shape), self.waveft_places[name]
-        place = places % sizes[1] if axis else places // sizes[1]
-        length = len(filters(self.waveft_wavelet[name])[0])
-        half = (sizes[axis] + length - 1) // 2
-        place = place + (2 * half - sizes[axis]) // 2
-        return 2 * (place % half) - (length - 2), place >= half
-
-    def entries(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """What each number adds to W: the outer product of two filters, ``[n, L, L]``."""
-        spectrum, (rows, columns) = self.waveft_spectrum[name] * self.scaling[name], fan(self.shape)
-        if self.waveft_wavelet[name] is None:
-            return self.waveft_places[name], spectrum
-        bank = torch.tensor(filters(self.waveft_wavelet[name]), device=spectrum.device, dtype=spectrum.dtype)
-        (top, low), (left, right) = (self._coefficients(name, axis) for axis in (0, 1))
-        steps = torch.arange(bank.shape[1], device=top.device)
-        down, along = top[:, None] + steps, left[:, None] + steps  # [n, L]
-        here = (down >= 0) & (down < rows), (along >= 0) & (along < columns)
-        outer = (bank[right.long()] * here[0])[:, :, None] * (bank[low.long()] * here[1])[:, None]
-        places = down.clamp(0, rows - 1)[:, :, None] * columns + along.clamp(0, columns - 1)[:, None]
-        return places.flatten(), (spectrum[:, None, None] * outer).flatten()
+    def entries(self) -> tuple[torch.Tensor, torch.Tensor]:
+        spectrum, places, wavelet = self.waveft_spectrum * self.scaling, self.waveft_places, self.waveft_wavelet
+        if wavelet is None:
+            return places, spectrum
+        bank = torch.tensor(filters(wavelet), device=spectrum.device, dtype=spectrum.dtype)
+        return waveft_entries(spectrum, places, fan(self.shape), bank)
 
 
-WaveFTModel = define_tuner(
-    "WaveFTModel",
-    WaveFTLayer,
-    WaveFTConfig,
-    prefix="waveft_",
-    targets=TRANSFORMERS_MODELS_TO_WAVEFT_TARGET_MODULES_MAPPING,
-)
+WaveFTModel = define_tuner(WaveFT, WaveFTConfig)

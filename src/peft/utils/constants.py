@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from peft.core.files.io import (  # noqa: F401  names of this path
+    CONFIG_NAME,
+    SAFETENSORS_WEIGHTS_NAME,
+    TOKENIZER_CONFIG_NAME,
+    WEIGHTS_NAME,
+)
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.bin"
-SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
-TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 
 EMBEDDING_LAYER_NAMES = ["embed_tokens", "lm_head"]
 SEQ_CLS_HEAD_NAMES = ["score", "classifier"]

@@ -20,12 +20,28 @@ class ConfigError(PeftError, ValueError):
     """A config, or the file it was read from, holds a value that has no meaning."""
 
 
+class ConfigTypeError(ConfigError, TypeError):
+    """A field of a config holds something of a type that it does not take."""
+
+
 class ConfigFileError(ConfigError, OSError):
     """An `adapter_config.json` is missing, unreadable or damaged."""
 
 
+class NoAdaptedLayersError(PeftError, ValueError, TypeError):
+    """A model has no adapted layers, where an operation is about those."""
+
+
+class MissingFileError(ConfigFileError, FileNotFoundError):
+    """A file of an adapter is neither in a folder nor on the hub, or could not be fetched."""
+
+
 class NoEqualWeightError(PeftError, ValueError, NotImplementedError):
     """An adapter computes what no weight of the layer computes, so it cannot be merged."""
+
+
+class MeaninglessError(PeftError, AttributeError, ValueError):
+    """An operation that means nothing for the model's method; to ``hasattr`` it does not exist."""
 
 
 class CheckpointError(PeftError, ValueError, RuntimeError):

@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
@@ -97,6 +98,20 @@ def gather_params_ctx(
         gather = deepspeed.zero.GatheredParameters(param, modifier_rank=modifier_rank, fwd_module=fwd_module)
     with gather:
         yield
+
+
+@dataclass
+class TpInfo:
+    """How a base model is split by tensor parallelism.
+
+    Attributes:
+        tp_plan: name of a module -> how its weight is split ("colwise", "rowwise", ...).
+        device_mesh: a ``torch.distributed.DeviceMesh``. tp_size: over how many ranks.
+    """
+
+    tp_plan: dict[str, str]
+    device_mesh: Any
+    tp_size: int
 
 
 def dtensor_from_local_like(local_tensor: torch.Tensor, ref: torch.Tensor) -> torch.Tensor:

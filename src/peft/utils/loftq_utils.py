@@ -119,6 +119,7 @@ def replace_lora_weights_loftq(
         FileNotFoundError: if the unquantised weights are not found as safetensors.
         KeyError: if they lack a layer's weight.
     """
+    from peft.core.layer.weight import unmerged_weight
     from peft.core.model.walk import layers_of  # not above: the core imports its helpers from this package
     from peft.tuners.lora import Linear4bit, LoraModel
 
@@ -137,9 +138,10 @@ def replace_lora_weights_loftq(
     with _Weights(model_path or tuner.model.config._name_or_path) as weights:
         for name, layer in layers:
             full = weights.get(f"{name}.weight", prefix).to(layer.lora_A[adapter_name].weight.device).float()
-            pair = layer.pair(adapter_name)
+            lora: Any = layer.adapters[adapter_name]
+            pair = lora.pair()
             before = [t.detach().clone() for t in pair]
-            fitted = low_rank(full - layer.unmerged_weight().float(), layer.r[adapter_name])
+            fitted = low_rank(full - unmerged_weight(layer).float(), layer.r[adapter_name])
             for old, new, factor in zip(pair, fitted, (1.0, 1 / layer.scaling[adapter_name])):
                 old.copy_(new * factor)
             if callback is not None and not callback(peft_model, name):

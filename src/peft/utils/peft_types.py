@@ -81,6 +81,10 @@ PEFT_TYPE_TO_MIXED_MODEL_MAPPING: dict[str, Any] = {}
 PEFT_TYPE_TO_PREFIX_MAPPING: dict[str, str] = {}
 
 
+# Methods that had another name in older files -> the one of today, and how tensors began then and begin now.
+RENAMED_METHODS: dict[str, tuple[str, str, str]] = {"BONE": ("MISS", "bone_", "miss_")}
+
+
 def parse_peft_type(name: str | PeftType) -> PeftType | str:
     """The enum member called `name`, or `name` itself where a third party registered it.
 
@@ -89,6 +93,7 @@ def parse_peft_type(name: str | PeftType) -> PeftType | str:
     """
     if isinstance(name, PeftType):
         return name
+    name = RENAMED_METHODS.get(name, (name,))[0]
     if name in PeftType.__members__:
         return PeftType[name]
     if name in PEFT_TYPE_TO_CONFIG_MAPPING:
@@ -132,7 +137,7 @@ def register_peft_method(
     if not prefix:
         raise ValueError(f"The prefix of method {name!r} must not be empty.")
     entry = (config_cls, model_cls, prefix)
-    taken = (PEFT_TYPE_TO_CONFIG_MAPPING.get(key), PEFT_TYPE_TO_TUNER_MAPPING.get(key),
+    taken: Any = (PEFT_TYPE_TO_CONFIG_MAPPING.get(key), PEFT_TYPE_TO_TUNER_MAPPING.get(key),
              PEFT_TYPE_TO_PREFIX_MAPPING.get(key))  # fmt: skip
     if taken[0] is not None and taken != entry:
         raise ValueError(

@@ -1,19 +1,17 @@
 """State dicts of adapters, under the names by which the ecosystem imports them."""
 
-from peft.core.files.checkpoint import (
-    LoadResult,
-    get_peft_model_state_dict,
-    load_peft_weights,
-    set_peft_model_state_dict,
-    torch_load,
-)
-from peft.utils.base_state import get_base_model_state_dict, set_base_model_state_dict
+from peft.core.files.base_state import get_base_model_state_dict, set_base_model_state_dict
+from peft.core.files.embeddings import get_embedding_layer_name, has_valid_embedding_base_layer
+from peft.core.files.io import load_peft_weights, torch_load
+from peft.core.files.state_dict import LoadResult, get_peft_model_state_dict, set_peft_model_state_dict
 
 
 __all__ = [
     "LoadResult",
     "get_base_model_state_dict",
+    "get_embedding_layer_name",
     "get_peft_model_state_dict",
+    "has_valid_embedding_base_layer",
     "load_peft_weights",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",

@@ -25,26 +25,28 @@ class Kind:
     Attributes:
         name: class name that adapted layers of this kind carry (``lora.Linear``, ``lora.Conv2d``).
         weight, bias: attributes of the module that hold W and b (``bias`` is None where there is none).
-        through_weight: the module multiplies by W itself, in its own forward: W is swapped in for the call.
+        opaque: the module multiplies by W itself, in its own forward: W is swapped in for the call.
         read_by_parent: another module reads ``layer.weight`` instead of calling the layer.
         lookup: x holds indices, W is a table.
         companions: sub-modules that belong to the layer and are adapted with it.
         fan_in_fan_out: W is stored ``[in, out]``.
         channel_axis: the axis of x and y that holds the features.
         matrix: ``y = x W^T + b`` along the last axis of x.
+        whole: the module's weight is nobody's concern.
     """
 
     name = "Linear"
     types: tuple[type, ...] = (nn.Linear,)
     weight = "weight"
     bias: str | None = "bias"
-    through_weight = False
+    opaque = False
     read_by_parent = False
     lookup = False
     companions: tuple[str, ...] = ()
     fan_in_fan_out = False
     channel_axis = -1
     matrix = False
+    whole = False
 
     def matches(self, m: nn.Module) -> bool:
         return isinstance(m, self.types)
@@ -53,9 +55,9 @@ class Kind:
         """Why this very module cannot be adapted, or None."""
         return None
 
-    def is_plain(self, m: nn.Module) -> bool:
-        """Whether the module's own forward is just ``y = x W^T + b`` with W as it is stored."""
-        return False
+    def is_own(self, m: nn.Module) -> bool:
+        """Whether the module's own forward is just :meth:`apply` with W as it is stored, and b."""
+        return type(m) in self.types
 
     def shape(self, m: nn.Module) -> tuple[int, ...]:
         """``[out, in, *kernel]`` of W, without reading W."""
@@ -118,6 +120,10 @@ class Kind:
         """A vector over features, shaped to multiply x or y."""
         return v
 
+    def scaled(self, m: nn.Module, y: torch.Tensor) -> torch.Tensor:
+        """What the layer makes of vectors from its table: some multiply them by a number."""
+        return y
+
     def channels_last(self, y: torch.Tensor) -> torch.Tensor:
         """x or y with the features as the last axis, a view."""
         return y
@@ -142,9 +148,6 @@ class Linear(Kind):
     """``nn.Linear``, and the linear layers of quantisation libraries: W is ``[out, in]``, x has its features last."""
 
     matrix = True
-
-    def is_plain(self, m: nn.Module) -> bool:
-        return type(m) in self.types
 
     def gradients(
         self, m: nn.Module, x: torch.Tensor, w: torch.Tensor, gradient: torch.Tensor, wanted: tuple[bool, bool]
@@ -177,7 +180,7 @@ class TransposedLinear(Linear):
         pytorch_utils = sys.modules.get("transformers.pytorch_utils")
         return pytorch_utils is not None and isinstance(m, pytorch_utils.Conv1D)
 
-    def is_plain(self, m: nn.Module) -> bool:
+    def is_own(self, m: nn.Module) -> bool:
         return type(m).__name__ == "Conv1D"
 
     def shape(self, m: nn.Module) -> tuple[int, ...]:
@@ -294,7 +297,7 @@ class Attention(Kind):
     name = "MultiheadAttention"
     types = (nn.MultiheadAttention,)
     weight, bias = "in_proj_weight", "in_proj_bias"
-    through_weight = True
+    opaque = True
     companions = ("out_proj",)
 
     def refusal(self, m: nn.Module) -> str | None:
@@ -328,75 +331,42 @@ class Attention(Kind):
         return joined, None if weights[0] is None else torch.cat(weights).index_select(0, order)
 
 
-class Stack(Kind):
-    """One 2-D or 3-D ``nn.Parameter`` of any module (``target_parameters``), such as the experts of a mixture.
+class Whole(Kind):
+    """A module whose weight is of no concern: it is called, copied or replaced whole.
 
-    A stack ``[E, out, in]`` (``[E, in, out]`` where the module has ``is_transposed``) is the matrix ``[E * out, in]``.
-    Only the low-rank pair knows of the experts: in the file, A is expert-major ``[E * r, in]`` and B rank-major
-    ``[out, r * E]``.
+    Of a mixed batch, it gets the rows of the first argument. Nothing of it can be asked that needs a weight.
     """
 
-    name = "ParamWrapper"
-    types = ()
-    bias = None
-    through_weight = True
-
-    def __init__(self, parameter: str):
-        self.weight = parameter
-
-    def refusal(self, m: nn.Module) -> str | None:
-        dims = getattr(m, self.weight).dim()
-        return None if dims in (2, 3) else f"its parameter {self.weight!r} has {dims} dimensions, not 2 or 3"
-
-    def _stored(self, m: nn.Module) -> tuple[int, int, int, bool]:
-        parameter = getattr(m, self.weight)
-        experts, rows, columns = parameter.shape if parameter.dim() == 3 else (1, *parameter.shape)
-        transposed = parameter.dim() == 3 and bool(getattr(m, "is_transposed", False))
-        return experts, rows, columns, transposed
-
-    def _experts(self, m: nn.Module) -> tuple[int, int, int]:
-        experts, rows, columns, transposed = self._stored(m)
-        return (experts, columns, rows) if transposed else (experts, rows, columns)
+    name = "Whole"
+    types = (nn.Module,)
+    weight, bias = "", None
+    whole = True
 
     def shape(self, m: nn.Module) -> tuple[int, ...]:
-        experts, out, inner = self._experts(m)
-        return experts * out, inner
-
-    def orient(self, w: torch.Tensor, m: nn.Module) -> torch.Tensor:
-        if w.dim() == 2:
-            return w
-        return (w.mT if self._stored(m)[3] else w).flatten(0, 1)
-
-    def restore(self, w: torch.Tensor, m: nn.Module) -> torch.Tensor:
-        if getattr(m, self.weight).dim() == 2:
-            return w
-        w = w.unflatten(0, (self._stored(m)[0], -1))
-        return w.mT if self._stored(m)[3] else w
-
-    def factor(self, m: nn.Module, r: int, bias: bool = False) -> tuple[nn.Module, nn.Module]:
-        experts, out, inner = self._experts(m)
-        return unfilled_linear(inner, experts * r), unfilled_linear(experts * r, out, bias)
-
-    def compose(self, m: nn.Module, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        experts = self._experts(m)[0]
-        if experts == 1:
-            return b @ a
-        product = torch.einsum("ore,eri->eoi", b.unflatten(1, (-1, experts)), a.unflatten(0, (experts, -1)))
-        return product.flatten(0, 1)
-
-    def pairs(self, m: nn.Module, a: torch.Tensor, b: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        experts = self._experts(m)[0]
-        return list(zip(a.unflatten(0, (experts, -1)), b.unflatten(1, (-1, experts)).unbind(-1)))
-
-    def take_rows(self, m: nn.Module, args: tuple, kwargs: dict, rows: torch.Tensor) -> tuple[tuple, dict]:
         raise ValueError(
-            f"adapter_names cannot be used with adapters on the parameter {self.weight!r} (target_parameters): what "
-            "its module computes is not known row by row. Activate one adapter at a time with set_adapter."
+            f"{type(m).__name__} is none of {', '.join(kind_names())}, so there is no one weight of it to read, fold "
+            "or merge. modules_to_save, and methods that train a copy of a module, can take it."
         )
 
+    def orient(self, w: torch.Tensor, m: nn.Module) -> torch.Tensor:
+        self.shape(m)
+        return w
 
-# Modules whose fast path computes with the weights of the layers in them instead of calling these.
-READERS = (nn.TransformerEncoderLayer,)
+    restore = orient
+
+    def apply(self, m: nn.Module, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return self.orient(w, m)
+
+    def join_rows(self, m: nn.Module, parts: list[Any], order: torch.Tensor) -> Any:
+        if not all(isinstance(part, torch.Tensor) for part in parts):
+            raise ValueError(
+                f"adapter_names cannot be used here: {type(m).__name__} gives no single tensor, so what the adapters "
+                "make of their rows cannot be put together. Activate one adapter at a time with set_adapter."
+            )
+        return super().join_rows(m, parts, order)
+
+WHOLE = Whole()
+
 
 # The more special kinds come first.
 KINDS: list[Kind] = [
@@ -414,6 +384,12 @@ KINDS: list[Kind] = [
 def kind_of(m: nn.Module) -> Kind | None:
     """The kind of a base layer, or None where no kind knows it."""
     return next((kind for kind in KINDS if kind.matches(m)), None)
+
+
+def foreign_kind(layer_cls: type, m: nn.Module) -> Kind | None:
+    """How a layer class of a third party sees a base layer of its own, if that says its features; else None."""
+    theirs = not layer_cls.__module__.startswith("peft.")
+    return Kind() if theirs and hasattr(m, "in_features") and hasattr(m, "out_features") else None
 
 
 def kind_names() -> list[str]:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from peft.core.adapter import Adapter
+from peft.core.addition import Addition, NoSum
 from peft.core.base.kinds import kind_of
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.roles import find_roles
 from peft.core.model.targeting import Target
 from peft.core.model.tuner import BaseTuner
-from peft.core.model.walk import Site, join, unwrapped, walk
+from peft.core.model.walk import Holders, Site, join, unwrapped, walk
 
 
 ATTENTION, CROSS, FEEDFORWARD = "attention", "cross", "feedforward"
@@ -159,38 +161,50 @@ class BlockLayer(BaseTunerLayer):
     torn apart: the module runs once, and each adapter acts on its own rows (:meth:`acting`, :meth:`added`).
     """
 
-    any_module = True
-    because: ClassVar[str] = "it acts on what a whole module computes, so no one weight equals it"
-
-    def unmergeable(self, name: str) -> str | None:
-        return self.because
+    block: Block
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.base_layer(*args, **kwargs)
 
-    def acting(self, x: torch.Tensor, held: Container[str] | None = None) -> list[tuple[str, torch.Tensor | None]]:
-        """Adapters that act on a batch ``[batch, ...]``, each with the rows that are its own (None: all).
+    def acting(self, x: torch.Tensor, held: Mapping[str, Any] | None = None) -> list[tuple[Any, torch.Tensor | None]]:
+        """What acts on a batch ``[batch, ...]``, each with the rows that are its own (None: all).
 
         Args:
-            held: which adapters may act; those that the layer holds, if left out.
+            held: adapter name -> what stands for it; by default the adapters of this layer.
         """
-        held = self if held is None else held
+        held = self.adapters if held is None else held
         if self._disable_adapters:
             return []
-        if self.context.adapter_names is None or self.context.current is not None:
+        if not self.context.is_mixed:
             names = self._active_adapter if self.context.current is None else self.context.current
-            return [(name, None) for name in names if name in held]
-        groups = self.context.groups(self.context.adapter_names, x.shape[0], x.device).parts
-        return [(name, rows if len(groups) > 1 else None) for name, rows in groups if name in held]
+            return [(held[name], None) for name in names if name in held]
+        groups = self.context.groups(self.context.adapter_names or (), x.shape[0], x.device).parts
+        return [(held[name], rows if len(groups) > 1 else None) for name, rows in groups if name in held]
 
     def added(self, y: torch.Tensor, update: Callable[..., torch.Tensor | None], *given: torch.Tensor) -> torch.Tensor:
-        """y ``[batch, ...]`` and, for each adapter, ``update(name, *given)`` of its own rows, added to them."""
-        for name, rows in self.acting(y):
+        """y ``[batch, ...]`` and, for each adapter, ``update(adapter, *given)`` of its own rows, added to them."""
+        for adapter, rows in self.acting(y):
             own = given if rows is None else [x.index_select(0, rows) for x in given]
-            new = update(name, *(self.cast(name, x) for x in own))
+            new = update(adapter, *(adapter.cast(x) for x in own))
             if new is not None:
                 y = y + new.to(y.dtype) if rows is None else y.index_add(0, rows, new.to(y.dtype))
         return y
+
+
+class BlockAdapter(Adapter):
+    """An adapter that acts on what a whole module computes."""
+
+    any_module = True
+    layer_base: ClassVar[Any] = BlockLayer
+    adds: ClassVar[Addition] = NoSum()
+
+    @property
+    def block(self) -> Block:
+        """The block that the layer wraps."""
+        return self.layer.block
+
+    def unmergeable(self) -> str | None:
+        return "it acts on what a whole module computes, so no one weight equals it"
 
 
 def first_input(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
@@ -235,8 +249,8 @@ class BlockTuner(BaseTuner):
     def prepare_config(self, config: Any, model: nn.Module, keys: set[str] | None) -> None:
         self._keys = keys
 
-    def _layer_for(self, model: nn.Module, target: Target) -> BaseTunerLayer:
-        layer = super()._layer_for(model, target)
+    def _layer_for(self, model: nn.Module, target: Target, holders: Holders) -> BaseTunerLayer:
+        layer = super()._layer_for(model, target, holders)
         if isinstance(target, BlockTarget):
             layer.block = target.block  # type: ignore[assignment]
         return layer

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from peft.core.blocks.blocks import (
     Block,
+    BlockAdapter,
     BlockLayer,
     BlockTarget,
     BlockTuner,
@@ -73,28 +74,18 @@ class _Event:
 
 
 class InsertLayer(BlockLayer):
-    """Wraps a block and inserts modules after, or beside, its sub-layers: :meth:`joint`, :meth:`change`.
+    """Wraps a block and inserts modules after, or beside, its sub-layers: those of :class:`Insert` adapters.
 
     What comes in which order is read off the block's first call, by what each of its normalisations takes and gives:
     before a sub-layer (LLaMA, GPT-2, T5), after the sum (BERT, BART), or before the sum (Gemma 3, OLMo 2). Of several
     active adapters, each adds what it changes on its own.
     """
 
-    block: Block
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._places: list[Place] = []
         self._slots: list[tuple[nn.Module, str, nn.Module]] = []  # what is hooked, and where it was then
         self._handles: list[Any] = []
-
-    def joint(self, name: str, role: str) -> Joint | None:
-        """How the adapter's module for sub-layers of this role is joined; None where it has none."""
-        raise NotImplementedError
-
-    def change(self, name: str, role: str, h: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """u(h), which is to be added to ``residual``; both ``[batch, ..., width]``."""
-        raise NotImplementedError
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self._disable_adapters:
@@ -108,14 +99,14 @@ class InsertLayer(BlockLayer):
         """A sub-layer's output, before x is added to it."""
         role = place.part.role
 
-        def update(name: str, h: torch.Tensor, x: torch.Tensor, given: torch.Tensor) -> torch.Tensor | None:
-            joint = self.joint(name, role)
+        def update(adapter: Insert, h: torch.Tensor, x: torch.Tensor, given: torch.Tensor) -> torch.Tensor | None:
+            joint = adapter.joint(role)
             if joint is None or (place.norm is not None and self._at_the_norm(joint)):
                 return None
             if joint.beside:
-                return self.change(name, role, given, h)
+                return adapter.change(role, given, h)
             keeps_sum = joint.reads_sum and joint.residual != "output"
-            u = self.change(name, role, h + x if joint.reads_sum else h, h + x if keeps_sum else h)
+            u = adapter.change(role, h + x if joint.reads_sum else h, h + x if keeps_sum else h)
             more = joint.sums + keeps_sum - 1  # the block itself adds x once
             return u + more * x if more else u
 
@@ -125,13 +116,15 @@ class InsertLayer(BlockLayer):
         """y = N(z), where z = h + x."""
         role = place.part.role
 
-        def update(name: str, z: torch.Tensor, y: torch.Tensor, x: torch.Tensor, inside: bool) -> torch.Tensor | None:
-            joint = self.joint(name, role)
+        def update(
+            adapter: Insert, z: torch.Tensor, y: torch.Tensor, x: torch.Tensor, inside: bool
+        ) -> torch.Tensor | None:
+            joint = adapter.joint(role)
             if joint is None or not self._at_the_norm(joint) or inside != joint.sums:
                 return None
             h, kept = z - x, joint.residual if joint.reads_sum else "output"
             residual = {"output": h, "sum": z, "normed": y}[kept]
-            new = residual + self.change(name, role, y if joint.reads_sum else h, residual)
+            new = residual + adapter.change(role, y if joint.reads_sum else h, residual)
             return new - h if inside else new - y
 
         inner = self.added(z, partial(update, inside=True), z, y, place.seen["x"])
@@ -197,6 +190,20 @@ class InsertLayer(BlockLayer):
         output = self._at_norm(place, args[0], output, module)
         place.seen.clear()
         return output
+
+
+class Insert(BlockAdapter):
+    """An adapter with a module for each sub-layer of some roles. A method defines these two."""
+
+    layer_base: ClassVar[Any] = InsertLayer
+
+    def joint(self, role: str) -> Joint | None:
+        """How the module for sub-layers of this role is joined; None where it has none."""
+        raise NotImplementedError
+
+    def change(self, role: str, h: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """u(h), which is to be added to ``residual``; both ``[batch, ..., width]``."""
+        raise NotImplementedError
 
 
 class InsertTuner(BlockTuner):

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from peft.core.base.kinds import Stack
+from peft.core.base.stack import Stack
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model import operations
 from peft.core.model.auxiliary import AuxiliaryTrainingWrapper, biases_of
-from peft.core.model.targeting import matches
-from peft.core.model.tuner import BaseTuner, check_adapter_name
+from peft.core.model.manager import check_adapter_name
+from peft.core.model.targeting import exact_targets
 from peft.core.model.walk import join, walk, wrappers_of
+
+
+if TYPE_CHECKING:
+    from peft.core.model.tuner import BaseTuner
 
 
 # Fields that narrow down, together with target_modules, which modules are adapted.
@@ -73,7 +76,7 @@ def combined_config(tuner: BaseTuner, adapters: Sequence[str], **changes: Any) -
     united["bias"] = next((v for config in configs if (v := getattr(config, "bias", "none")) != "none"), "none")
     saved = [module for config in configs for module in getattr(config, "modules_to_save", None) or ()]
     united["modules_to_save"] = list(dict.fromkeys(saved)) or None
-    for field in tuner.layer_cls.aligns:
+    for field in tuner.layer_cls.adapter_cls.adds.aligns:
         united[field] = sorted({index for config in configs for index in getattr(config, field)})
     known = {field.name for field in dataclasses.fields(configs[0]) if field.init}
     return dataclasses.replace(configs[0], **{k: v for k, v in {**united, **changes}.items() if k in known})
@@ -132,14 +135,6 @@ def _exact_names(tuner: BaseTuner, adapters: Sequence[str]) -> set[str] | str:
         if any(adapter in layer for adapter in adapters) and not isinstance(layer.kind, Stack)
     }
     return exact_targets(tuner.model, own)
-
-
-def exact_targets(model: nn.Module, keys: set[str]) -> set[str] | str:
-    """Entries of ``target_modules`` that mean exactly these modules of a model."""
-    others = [site.key for site in walk(model) if site.key not in keys]
-    if any(matches(keys, key) for key in others):  # a name is the tail of another one
-        return "|".join(map(re.escape, sorted(keys)))
-    return keys
 
 
 def add_combined(

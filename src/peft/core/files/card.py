@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from peft._version import __version__
-from peft.core.files.checkpoint import atomic_folder
+from peft.core.files.io import replacing
 
 
 CARD_NAME = "README.md"
@@ -44,7 +44,7 @@ def create_or_update_model_card(model: nn.Module, output_dir: str | os.PathLike)
     for name, value in _facts(model, list(card.data.get("tags") or ())).items():
         card.data[name] = value
     card.text = _with_versions(_with_quantization(card.text, model))
-    with atomic_folder(output_dir) as path, open(path(CARD_NAME), "w", encoding="utf-8", newline="") as out:
+    with replacing(output_dir) as path, open(path(CARD_NAME), "w", encoding="utf-8", newline="") as out:
         out.write(str(card))
 
 
@@ -60,10 +60,12 @@ def _facts(model: Any, tags: list[str]) -> dict[str, Any]:
     """Fields of the card's head: name -> value."""
     base = model.get_base_model()
     configs = list(model.peft_config.values())
-    named = [name for config in configs if (name := config.base_model_name_or_path)]
+    known = hasattr(base, "config")  # a model of one's own is none that the hub could link to
+    named = [name for config in configs if known and (name := config.base_model_name_or_path)]
     origin = next(iter(named), None) or vars(base).get("name_or_path") or None
     new = [_BASE_TAG + origin] if origin else []
     new += dict.fromkeys(str(getattr(c.peft_type, "value", c.peft_type)).lower() for c in configs)
+    new += [tag for tag in getattr(base, "model_tags", None) or () if tag not in new]  # of trainers
     new += ["transformers"] if _of_transformers(base) else []
     own = [tag for tag in tags if tag not in new and not (origin and tag.startswith(_BASE_TAG))]
     facts: dict[str, Any] = {"base_model": origin} if origin else {}

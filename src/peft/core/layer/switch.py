@@ -50,7 +50,8 @@ class Switch:
 
     @property
     def active_adapters(self) -> list[str]:
-        return list(self._active_adapter)
+        active: Any = self._active_adapter  # layers of third parties set one name
+        return [active] if isinstance(active, str) else list(active)
 
     @property
     def active_adapter(self) -> Any:
@@ -74,7 +75,7 @@ class Switch:
         """Make these adapters the active ones and, outside ``inference_mode``, the only ones that train."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self.check_active([name for name in names if name in self])
-        for name in self._active_adapter:
+        for name in self.active_adapters:
             if name not in names:
                 self.set_requires_grad(name, False)
         for name in names:

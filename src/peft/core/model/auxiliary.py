@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
 
-from peft.core.base.kinds import Kind
-from peft.core.families.families import RowsLayer
+from peft.core.adapter import part
+from peft.core.base.kinds import WHOLE, Kind, kind_of
+from peft.core.base.storage import copied
+from peft.core.families import Rows
+from peft.core.layer.classes import class_for, layer_class
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.switch import Switch
+from peft.core.model.record import known_record
 from peft.core.model.walk import AuxiliaryWrapper, Site, file_path, join, replace_module, walk
 
 
@@ -30,6 +33,11 @@ class AuxiliaryTrainingWrapper(Switch, AuxiliaryWrapper):
 
     def _wrap(self, module: nn.Module) -> None:
         self.original_module = module
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The active adapters that have a version of the module."""
+        return [name for name in self._active_adapter if name in self]
 
     def update(self, adapter_name: str, **kwargs: Any) -> None:
         """Allocate the adapter's version."""
@@ -53,7 +61,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
 
     def update(self, adapter_name: str, tied_module: nn.Module | None = None, **kwargs: Any) -> None:
         source = self.original_module
-        duplicate = copy.deepcopy(source.get_base_layer() if isinstance(source, BaseTunerLayer) else source)
+        duplicate = copied(source.get_base_layer() if isinstance(source, BaseTunerLayer) else source)
         for site in [site for site in walk(duplicate) if site.wrappers]:  # adapters inside it stay with the original
             replace_module(duplicate, site.key, site.module)
         for p in duplicate.parameters():
@@ -110,6 +118,12 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
             module = self.modules_to_save[name] if name in self else self.original_module
             part, rest = kind.take_rows(self, args, kwargs, index)
             parts.append(module(*part, **rest))
+            if not isinstance(parts[-1], torch.Tensor):
+                raise TypeError(
+                    f"adapter_names cannot be used here: {type(self.original_module).__name__}, which adapters train "
+                    f"whole (modules_to_save), gives a {type(parts[-1]).__name__}, and rows can be put together of "
+                    "single tensors only. Call the model with one adapter at a time."
+                )
         return kind.join_rows(self, parts, order)
 
     def __getattr__(self, name: str) -> Any:
@@ -120,24 +134,49 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
                 raise
             return getattr(self._module(), name)
 
+    # a Sequential is called, but indexed as well
+    def __getitem__(self, index: Any) -> Any:
+        return self._read_part(lambda module: module[index])
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._read_part(iter)
+
+    def __len__(self) -> int:
+        return len(self._module())
+
+    def __bool__(self) -> bool:
+        return True
+
+    def _read_part(self, read: Callable[[Any], Any]) -> Any:
+        if self.context.adapter_names is not None and not self._disable_adapters:
+            raise ValueError(
+                f"adapter_names cannot be used here: the model takes single parts out of a "
+                f"{type(self.original_module).__name__} that adapters train whole (modules_to_save), for all rows at "
+                "once. Use one adapter, or name the parts in modules_to_save."
+            )
+        return read(self._module())
+
     def unload(self, merge: bool, adapter_names: list[str] | None = None) -> nn.Module:
         names = self._active_adapter if adapter_names is None else adapter_names
         chosen = [name for name in names if name in self.modules_to_save]
         return self.modules_to_save[chosen[0]] if merge and chosen else self.original_module
 
 
-class TrainableTokensLayer(RowsLayer):
+class TrainableTokens(Rows):
     """Trained vectors for some tokens of an embedding, or of an output head."""
 
-    weights: ClassVar[dict[str, type]] = {"trainable_tokens_delta": nn.ParameterDict}
+    trainable_tokens_delta = part()
 
-    def update_layer(self, name: str, config: Any, key: str) -> None:
-        self.replace(name, list(config.token_indices), config.init_weights)
+    def create(self, config: Any, key: str) -> None:
+        self.replace(list(config.token_indices), config.init_weights)
+
+
+TrainableTokensLayer: Any = layer_class(TrainableTokens, name="TrainableTokensLayer")
 
 
 @dataclass
 class TokenRows:
-    """The part of a config that :class:`TrainableTokensLayer` reads."""
+    """The part of a config that :class:`TrainableTokens` reads."""
 
     token_indices: list[int]
     init_weights: bool = True
@@ -152,10 +191,11 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
     """
 
     inner = "token_adapter.base_layer"
-    token_adapter: TrainableTokensLayer
+    token_adapter: BaseTunerLayer
 
     def _wrap(self, module: nn.Module) -> None:
-        self.token_adapter = TrainableTokensLayer(module)
+        kind = kind_of(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module) or WHOLE
+        self.token_adapter = class_for(TrainableTokensLayer, kind, module)(module, kind=kind)
 
     @property
     def original_module(self) -> nn.Module:
@@ -170,7 +210,7 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         self,
         adapter_name: str,
         token_indices: list[int] | None = None,
-        tied_adapter: TrainableTokensLayer | None = None,
+        tied_adapter: BaseTunerLayer | None = None,
         **kwargs: Any,
     ) -> None:
         if tied_adapter is not None:
@@ -249,9 +289,11 @@ class TrainedBiases:
         """Record an adapter that trains these biases, from the base model's own values; what is applied stays so."""
         applied, trains = self.applied, any(p.requires_grad for _, p in self.parameters(self.applied or ""))
         self.apply(None)
-        self.values[name] = {}
+        own = self.values.setdefault(name, {})
         for module, attribute in sites:
             place, p = (id(module), attribute), getattr(module, attribute)
+            if place in own:
+                continue
             if place not in self.places:
                 self.places[place], self.originals[place] = module, p.data
             self.values[name][place] = p.data.clone()
@@ -295,7 +337,8 @@ class TrainedBiases:
 
 def biases_of(model: nn.Module) -> TrainedBiases | None:
     """The record of trained biases of a model, if any adapter trains some."""
-    return model.__dict__.get("_trained_biases")
+    record = known_record(model)
+    return None if record is None else record.biases
 
 
 def bias_sites(model: nn.Module, mode: str, adapter: str) -> Iterator[tuple[nn.Module, str]]:

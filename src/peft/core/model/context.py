@@ -5,7 +5,8 @@ The facts stay until the next call replaces them: gradient checkpointing reads t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -41,8 +42,6 @@ class Context:
         held: a call that carries such facts is under way.
     """
 
-    hook: Any  # of the model, calls :meth:`forget`
-
     def __init__(self) -> None:
         self.adapter_names: tuple[str, ...] | None = None
         self.task_ids: torch.Tensor | None = None
@@ -52,6 +51,20 @@ class Context:
         self.rows: tuple[torch.Tensor, int] | None = None
         self.held = False
         self._groups: dict[tuple, Groups] = {}
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether the call names adapters for its rows, and no group of rows is computed on its own just now."""
+        return self.adapter_names is not None and self.current is None
+
+    @contextmanager
+    def only(self, name: str) -> Iterator[None]:
+        """While the rows of one adapter are computed."""
+        outer, self.current = self.current, [name]
+        try:
+            yield
+        finally:
+            self.current = outer
 
     def set_adapter_names(self, names: Sequence[str] | None) -> None:
         self.adapter_names = None if names is None else tuple(names)

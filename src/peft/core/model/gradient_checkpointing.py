@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft.core.model.record import drop_if_empty, known_record, record_of
 from peft.core.model.walk import embeddings_of
 
 
@@ -68,17 +69,21 @@ def is_switched_on(model: nn.Module) -> bool:
 def watch_checkpointing(model: nn.Module) -> None:
     """Install the hooks on a transformers model, once."""
     embedding = embeddings_of(model)[0]
-    if "_peft_input_grads" in model.__dict__ or embedding is None:
+    if embedding is None or record_of(model).checkpointing is not None:
         return
     watch = InputGrads(model)
     hooks = (
         embedding.register_forward_hook(watch),
         model.register_forward_pre_hook(watch.from_embeddings, with_kwargs=True),
     )
-    model.__dict__["_peft_input_grads"] = watch, hooks
+    record_of(model).checkpointing = watch, hooks
 
 
 def stop_watching(model: nn.Module) -> None:
     """Remove the hooks."""
-    for hook in model.__dict__.pop("_peft_input_grads", (None, ()))[1]:
-        hook.remove()
+    record = known_record(model)
+    if record is not None and record.checkpointing is not None:
+        for hook in record.checkpointing[1]:
+            hook.remove()
+        record.checkpointing = None
+        drop_if_empty(model)

@@ -23,6 +23,7 @@ class MixedModel(BaseTuner):
     """
 
     layer_cls: ClassVar[type[BaseTunerLayer]] = BaseTunerLayer
+    mixes: ClassVar[bool] = True
 
     def inject_adapter(
         self,
@@ -34,7 +35,7 @@ class MixedModel(BaseTuner):
     ) -> None:
         part = self._part(self.peft_config[adapter_name])
         part.inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-        for attribute in part.layer_cls.shared:
+        for attribute in part.layer_cls.adapter_cls.common:
             setattr(self, attribute, getattr(part, attribute))
 
     def add_weighted_adapter(

@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from peft.core.base.storage import storage_of
+from peft.core.layer import weight as weights
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, biases_of
+from peft.core.model.declared import declare_biases, new_biases, set_declared
+from peft.core.model.dequantize import dequantize
+from peft.core.model.record import record_of
 from peft.core.model.replicate import restore_layers, separate_layers
-from peft.core.model.walk import embeddings_of, layers_of, replace_module, walk, wrappers_of
+from peft.core.model.walk import embeddings_of, holders_of, layers_of, replace_module, walk, wrappers_of
 
 
 def names_of(adapter_names: str | Sequence[str]) -> list[str]:
@@ -50,6 +54,7 @@ def set_adapter(
     adapter_name: str | Sequence[str],
     inference_mode: bool = False,
     layer_cls: type[nn.Module] = BaseTunerLayer,
+    known: Iterable[str] = (),
 ) -> None:
     """Make one or several adapters the active ones, and the only ones whose parameters train.
 
@@ -58,16 +63,17 @@ def set_adapter(
         adapter_name: one name, or a list; all of them act in each forward call.
         inference_mode: train none of them.
         layer_cls: change only tuner layers of this class (and the auxiliary wrappers).
+        known: further adapters of the model, which no layer holds.
 
     Raises:
         ValueError: if an adapter is unknown, or some cannot be active together; the model is then unchanged.
     """
     names = names_of(adapter_name)
     wrappers = [w for _, w in wrappers_of(model) if isinstance(w, layer_cls | AuxiliaryTrainingWrapper)]
-    known = dict.fromkeys(name for wrapper in wrappers for name in wrapper.adapter_names)
+    held = dict.fromkeys(name for wrapper in wrappers for name in wrapper.adapter_names)
     record = biases_of(model)
     if wrappers:
-        require_adapters(model, names, known)
+        require_adapters(model, names, [*held, *known])
     for wrapper in wrappers:
         wrapper.check_active([name for name in names if name in wrapper])
     bias = record.choose(names) if record else None
@@ -85,7 +91,7 @@ def enable_adapters(model: nn.Module, enabled: bool) -> None:
     names: list[str] = []
     for _, wrapper in wrappers_of(model):
         wrapper.enable_adapters(enabled)
-        names = names or wrapper.active_adapters
+        names = names or wrapper._active_adapter
     if record := biases_of(model):
         record.apply(record.choose(names) if enabled else None)
 
@@ -128,7 +134,16 @@ def delete_adapter(
 
     Returns:
         The adapters that are active afterwards, None if none are left.
+
+    Raises:
+        ValueError: if it is merged somewhere; nothing is changed then.
     """
+    if merged := [path for path, layer in layers_of(model) if adapter_name in layer.merged_adapters]:
+        raise ValueError(
+            f"adapter {adapter_name!r} cannot be deleted while it is merged (in {merged[0] or 'the model'}"
+            + (f" and {len(merged) - 1} more layers" if len(merged) > 1 else "")
+            + "). Unmerge first, with unmerge_adapter()."
+        )
     remove(model, adapter_name, layer_cls)
     active, rest = active_of(model), adapters_of(model)
     if active or not rest:
@@ -140,25 +155,70 @@ def delete_adapter(
 
 def remove(model: nn.Module, adapter_name: str, layer_cls: type[nn.Module] = BaseTunerLayer) -> None:
     """Take an adapter out of all layers, and the layers out of the model that hold no other one."""
+    holders, shared = holders_of(model), []
     for path, wrapper in reversed(list(wrappers_of(model))):  # inner ones first: the paths of the others stay true
         if not isinstance(wrapper, layer_cls | AuxiliaryTrainingWrapper):
             continue
-        for attribute in getattr(wrapper, "shared", ()):
-            if adapter_name in getattr(wrapper, attribute, ()):
-                del getattr(wrapper, attribute)[adapter_name]
+        if isinstance(wrapper, BaseTunerLayer):
+            shared += [getattr(wrapper, attribute, {}) for attribute in wrapper.adapter_cls.common]
         wrapper.delete_adapter(adapter_name)
         if path and not wrapper.adapter_names:
             if isinstance(wrapper, BaseTunerLayer):
                 wrapper.release()
             inner = wrapper.base_layer if isinstance(wrapper, BaseTunerLayer) else wrapper.unload(merge=False)
-            replace_module(model, path, inner)
+            replace_module(model, path, inner, holders)
+    for container in shared:  # last, as layers may need them until they have let go
+        if adapter_name in container:
+            del container[adapter_name]
     if record := biases_of(model):
         record.delete(adapter_name)
 
 
+@contextmanager
+def replacing(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """A context in which another adapter takes a name; the one that has it goes, and comes back if that fails."""
+    if adapter_name not in adapters_of(model):
+        yield
+        return
+    warnings.warn(
+        f"the model has an adapter called {adapter_name!r} in it already, which the new one replaces. To keep both, "
+        "give the new one another name; to start from the plain model, call unload() on its PeftModel first.",
+        stacklevel=5,
+    )
+    if any(adapter_name in layer.merged_adapters for _, layer in layers_of(model)):
+        unmerge(model)
+    record = biases_of(model)
+    applied = record.applied if record else None
+    if record:
+        record.apply(None)
+    held = {m: None for module in model.modules() for m in (module, *vars(module).values()) if _is_module(m)}
+    before = [(module, _state(module)) for module in held]  # with what layers share, which is not below them
+    kept = copy.copy(record)
+    remove(model, adapter_name)
+    try:
+        yield
+    except BaseException:
+        for module, state in before:
+            module.__dict__.clear()
+            module.__dict__.update(state)
+        if kept:
+            record_of(model).biases = kept
+            kept.apply(applied)
+        raise
+
+
+def _is_module(value: object) -> TypeGuard[nn.Module]:
+    return isinstance(value, nn.Module)
+
+
+def _state(module: nn.Module) -> dict[str, object]:
+    """What a module holds, in containers of its own."""
+    return {k: v.copy() if isinstance(v, dict | list | set) else v for k, v in vars(module).items()}
+
+
 def active_of(model: nn.Module) -> list[str]:
     """The active adapters of a model."""
-    return next((active for _, wrapper in wrappers_of(model) if (active := wrapper.active_adapters)), [])
+    return next((active for _, wrapper in wrappers_of(model) if (active := list(wrapper._active_adapter))), [])
 
 
 def settle(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -201,6 +261,7 @@ def merge(model: nn.Module, adapter_names: list[str] | None = None, safe_merge: 
     Raises:
         ValueError: if a layer cannot be merged; the others are then as they were.
     """
+    _check_together(model, adapter_names)
     mark_shared_weights(model)
     layers = list(reversed(list(layers_of(model))))
     # those that will refuse come first: while nothing is merged there is nothing to undo
@@ -219,6 +280,17 @@ def merge(model: nn.Module, adapter_names: list[str] | None = None, safe_merge: 
     _tell_rounding([item for item, names in zip(layers, before) if item[1].merged_adapters != names])
 
 
+def _check_together(model: nn.Module, adapter_names: list[str] | None) -> None:
+    """Raise ValueError for adapters that cannot be active together: merged together, one would undo the other."""
+    wrappers = [w for _, w in (*layers_of(model), *wrappers_of(model))]
+    merged = [name for w in wrappers if isinstance(w, BaseTunerLayer) for name in w.merged_adapters]
+    names = dict.fromkeys([*merged, *(active_of(model) if adapter_names is None else adapter_names)])
+    for wrapper in wrappers:
+        wrapper.check_active([name for name in names if name in wrapper])
+    if record := biases_of(model):
+        record.choose(list(names))
+
+
 def _tell_rounding(layers: list[tuple[str, BaseTunerLayer]]) -> None:
     """Warn if rounding to the storage's codes has changed the weights just merged by more than a hundredth."""
     path, layer = max(layers, key=lambda item: item[1].merge_error, default=("", None))
@@ -231,105 +303,17 @@ def _tell_rounding(layers: list[tuple[str, BaseTunerLayer]]) -> None:
 
 
 @torch.no_grad()
-def dequantize(model: nn.Module, adapter_names: list[str] | None = None) -> Callable[[], None]:
-    """Put dense layers, in the compute dtype, in the place of the quantised ones that are to be merged.
-
-    Quantised layers take inputs of any dtype, dense ones do not: where the model's other parameters are wider than the
-    compute dtype (norms in float32, say), the layers get that dtype.
-
-    Returns:
-        A function that brings the quantised layers back, with what was merged into them.
-
-    Raises:
-        ValueError: if a weight cannot be read; the model is then unchanged.
-    """
-    layers = [(path, x) for path, x in layers_of(model) if x.kind is not None and x.storage.name is not None]
-    layers = [(path, x) for path, x in layers if x.merged or x.to_merge(adapter_names)]
-    for path, layer in layers:
-        if reason := _no_dense_layer(layer):
-            raise ValueError(f"{path}: {reason} Load the base model unquantised and the adapter on it.")
-    widest = _widest(model)
-    before = [(layer, list(layer.merged_adapters)) for _, layer in layers]
-    for layer, _ in before:
-        layer.unmerge()
-    replaced = []
-    for layer, _ in before:
-        if layer.storage.name is not None:  # else a layer around it has seen to it
-            old = layer.get_base_layer()
-            own = layer.storage.compute_dtype(old, layer.kind.weight)
-            dtype = torch.promote_types(own or widest or torch.float32, widest or own or torch.float32)
-            replaced.append((layer, layer.replace_base(_dense(layer, dtype))))
-    _merge_again(before)
-
-    def back() -> None:
-        for layer, _ in before:
-            layer.unmerge()
-        for layer, old in replaced:
-            layer.replace_base(old)
-        _merge_again(before)
-
-    return back
-
-
-def _merge_again(before: list[tuple[BaseTunerLayer, list[str]]]) -> None:
-    for layer, names in reversed(before):
-        if names:
-            layer.merge(adapter_names=names)
-
-
-def _no_dense_layer(layer: BaseTunerLayer) -> str | None:
-    if not layer.storage.can_read:
-        return f"weights kept by {layer.storage.name} cannot be read, so they cannot be dequantised."
-    if layer.kind.name != "Linear" and not _is_torchs(layer.get_base_layer()):
-        return (
-            f"{layer.storage.name} keeps it as {type(layer.get_base_layer()).__name__}, which has no dense form here."
-        )
-    return None
-
-
-def _is_torchs(m: nn.Module) -> bool:
-    return type(m).__module__.startswith("torch.nn.")
-
-
-def _widest(model: nn.Module) -> torch.dtype | None:
-    """The widest dtype among the parameters of the model's dense modules, None if there are none."""
-    found: torch.dtype | None = None
-    for site in walk(model):
-        parameters = [p for p in site.module._parameters.values() if p is not None]
-        if any(storage_of(site.module, name).name is not None for name in ("weight", *site.module._parameters)):
-            continue
-        for p in parameters:
-            if p.dtype in (torch.float16, torch.bfloat16, torch.float32):
-                found = p.dtype if found is None else torch.promote_types(found, p.dtype)
-    return found
-
-
-def _dense(layer: BaseTunerLayer, dtype: torch.dtype) -> nn.Module:
-    """An ordinary layer with the weight of a quantised one."""
-    old = layer.get_base_layer()
-    weight, bias = layer.get_base_weight().to(dtype), layer.get_base_bias()
-    if _is_torchs(old):  # the weight alone is another class
-        new = copy.copy(old)
-        new._parameters = dict(old._parameters)
-    else:
-        new = nn.Linear(layer.in_features, layer.out_features, bias=bias is not None, device="meta")
-    new.weight = nn.Parameter(layer.kind.restore(weight, old).contiguous(), requires_grad=False)
-    if bias is not None:
-        new.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
-    return new.train(old.training)
-
-
-@torch.no_grad()
 def _refuses(layer: BaseTunerLayer, adapter_names: list[str] | None, safe_merge: bool) -> bool:
     """Whether a merge will fail at this layer."""
     new = layer.to_merge(adapter_names)
-    if layer.kind is None or not new:
+    if layer.kind.whole or layer.adapter_cls.any_module or not new:
         return False
-    if not layer.storage.can_write or any(layer.unmergeable(name) for name in new):
+    if not layer.storage.can_write or any(layer.adapters[name].unmergeable() for name in new):
         return True
     if not safe_merge:
         return False
-    tensors = layer._folded_weight(new), layer._folded_bias(new)
+    adapters = [layer.adapters[name] for name in new]
+    tensors = weights.folded_weight(layer, adapters), weights.folded_bias(layer, adapters)
     return not all(t is None or bool(t.isfinite().all()) for t in tensors)
 
 
@@ -347,7 +331,7 @@ def mark_shared_weights(model: nn.Module) -> None:
             if p is not None:
                 holders.setdefault(id(p), set()).add(id(site.module))
     for _, layer in layers_of(model):
-        if layer.kind is not None and not layer.merged:
+        if not layer.kind.whole and not layer.merged:
             p = layer.get_base_layer()._parameters.get(layer.kind.weight)
             layer.shares_weight = p is not None and len(holders.get(id(p), ())) > 1
 
@@ -359,8 +343,13 @@ def unload(
     safe_merge: bool = False,
     progressbar: bool = False,
     dequantize_first: bool = False,
+    undeclared_biases: bool = False,
 ) -> nn.Module:
     """Take all adapters out of the model, after merging them if asked; returns the plain model, changed in place."""
+    declared: dict[str, bool] = {}
+    if merge_first and not undeclared_biases:
+        _check_together(model, adapter_names)
+        declared = declare_biases(model, new_biases(model, adapter_names))
     record = biases_of(model)
     tied = _tied_embeddings(model)
     if merge_first:
@@ -378,9 +367,9 @@ def unload(
         bias = None
     if record:
         record.apply(bias, requires_grad=False)
-        del model.__dict__["_trained_biases"]
+        record_of(model).biases = None
     # holders come before what they hold, so each name is that of the plain model when its turn comes
-    sites = [site for site in walk(model) if site.wrappers]
+    holders, sites = holders_of(model), [site for site in walk(model) if site.wrappers]
     for site in tqdm(sites, disable=not progressbar, desc="Unloading and merging" if merge_first else "Unloading"):
         plain = site.module
         for _, wrapper in site.wrappers:
@@ -390,7 +379,8 @@ def unload(
                 inside = wrapper.unload(merge_first, adapter_names)
                 plain = plain if isinstance(inside, BaseTunerLayer) else inside
         plain.requires_grad_(False)
-        replace_module(model, site.key, plain)
+        replace_module(model, site.key, plain, holders)
+    set_declared(model, declared)
     if tied:
         _tie_or_untie(model)
     separate_layers(model) if merge_first else restore_layers(model)
@@ -405,23 +395,36 @@ def _tied_embeddings(model: nn.Module) -> bool:
 
 def _tie_or_untie(model: nn.Module) -> None:
     """After merging, embedding and head share their weight again if both got the same; if not, the config says so."""
-    first, last = embeddings_of(model)
+    ends: Any = embeddings_of(model)
+    first, last = ends
     if torch.equal(first.weight, last.weight):
         last.weight = first.weight
         return
-    config = model.config
-    for part in (config, getattr(config, "text_config", None)):
+    warnings.warn(
+        "the input and the output embedding shared their weight, and differ with the adapter merged into them: they "
+        "are untied, and the model's config says tie_word_embeddings=False from now on."
+    )
+    config: Any = model.config
+    parts: tuple[Any, ...] = (config, getattr(config, "text_config", None))
+    for part in parts:
         if getattr(part, "tie_word_embeddings", False):
             part.tie_word_embeddings = False
 
 
 @contextmanager
-def adapters_disabled(model: nn.Module):
-    """A context in which the model is its base; adapters that were off before stay off after it."""
-    were_on = [not wrapper.disable_adapters for _, wrapper in wrappers_of(model)]
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
+    """A context in which the model is its base; each layer is on or off after it as before."""
+    before = [(wrapper, wrapper.disable_adapters) for _, wrapper in wrappers_of(model)]
+    if len({off for _, off in before}) > 1:
+        warnings.warn(
+            "some adapter layers are switched on and some off. All are off in this context, and as before after it."
+        )
     enable_adapters(model, False)
     try:
         yield
     finally:
-        if any(were_on) or not were_on:
+        if not all(off for _, off in before) or not before:
             enable_adapters(model, True)
+            for wrapper, off in before:
+                if off:
+                    wrapper.enable_adapters(False)

@@ -6,53 +6,65 @@ import sys
 from typing import Any
 
 from peft.compat import alias_submodules
+from peft.core.adapter import Adapter
+from peft.core.layer.classes import layer_class, prefix_of
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.tuner import BaseTuner
+from peft.utils import constants
 from peft.utils.peft_types import register_peft_method
 
 
-# Names of adapted layers: one class for each, over the method's one layer, for isinstance tests and printed models.
-LAYER_NAMES = (
-    "Linear", "Conv1d", "Conv2d", "Conv3d", "Embedding", "MultiheadAttention", "ParamWrapper", "Linear4bit",
-    "Linear8bitLt",
-)  # fmt: skip
-
-
 def define_tuner(
-    tuner_name: str,
-    layer_cls: type[BaseTunerLayer],
+    adapter_cls: type[Adapter],
     config_cls: Any,
     *,
-    prefix: str,
-    targets: dict[str, Any] | None = None,
-    mixed: bool = True,
     base: type[BaseTuner] = BaseTuner,
+    layer: type[BaseTunerLayer] | None = None,
+    layer_name: str | None = None,
+    prefix: str | None = None,
+    mixed: bool = True,
     **attributes: Any,
-) -> type:
+) -> Any:
     """Make a method's tuner class and register the method.
 
+    The rest is derived: ``HiraConfig`` gives ``HiraModel`` and ``HiraLayer``, which the method's file then holds, the
+    prefix is what the names of its parts start with, and the default targets are the table named after its METHOD.
+
     Args:
-        tuner_name: name of the tuner class, ``"LoraModel"``.
-        layer_cls: the method's layer. It gets a subclass for each layer kind, in ``layer_cls.by_name``.
-        prefix: what the names of the method's tensors start with.
-        targets: default target modules by ``model_type``.
+        adapter_cls: the method's adapters.
+        base: a tuner class with operations of the method's own.
+        layer: a layer class with attributes of the method's own. layer_name: what the derived one is called.
+        prefix: what the names of the method's tensors start with, where they do not tell.
         mixed: whether it can be active together with other methods (``PeftMixedModel``); not where its tuner runs the
             model in a way of its own.
-        base: a tuner class with operations of the method's own.
+        attributes: more attributes of the tuner class.
+
+    Raises:
+        TypeError: if a part or a setting has the name of an attribute of every layer.
     """
-    module = sys.modules[layer_cls.__module__]
-    layer_cls.by_name = {
-        name: type(name, (layer_cls,), {"__module__": module.__name__, "__doc__": layer_cls.__doc__})
-        for name in LAYER_NAMES
-    }
+    module = sys.modules[adapter_cls.__module__]
+    stem = config_cls.__name__.removesuffix("Config")
+    layer_cls = layer_class(adapter_cls, layer, layer_name or f"{stem}Layer")
+    vars(module).setdefault(layer_cls.__name__, layer_cls)
     for name, cls in layer_cls.by_name.items():
         vars(module).setdefault(name, cls)
-    members = {"layer_cls": layer_cls, "tuner_layer_cls": layer_cls, "prefix": prefix, "__module__": module.__name__}
-    doc = f"Applies {config_cls.__name__} to a model; see :class:`BaseTuner` for the arguments."
-    tuner = type(
-        tuner_name, (base,), {**members, "target_module_mapping": targets or {}, "__doc__": doc, **attributes}
+    method = str(getattr(config_cls.METHOD, "value", config_cls.METHOD))
+    table = getattr(constants, f"TRANSFORMERS_MODELS_TO_{method.replace('_', '')}_TARGET_MODULES_MAPPING", {})
+    members = {
+        "layer_cls": layer_cls,
+        "tuner_layer_cls": layer_cls,
+        "prefix": prefix or prefix_of(adapter_cls),
+        "target_module_mapping": table,
+        "__module__": module.__name__,
+        "__doc__": f"Applies {config_cls.__name__} to a model; see :class:`BaseTuner` for the arguments.",
+    }
+    tuner: Any = type(f"{stem}Model", (base,), {**members, **attributes})
+    register_peft_method(
+        name=method.lower(),
+        config_cls=config_cls,
+        model_cls=tuner,
+        prefix=tuner.prefix,
+        is_mixed_compatible=mixed,
     )
-    method = str(getattr(config_cls.METHOD, "value", config_cls.METHOD)).lower()
-    register_peft_method(name=method, config_cls=config_cls, model_cls=tuner, prefix=prefix, is_mixed_compatible=mixed)
     alias_submodules(module)
     return tuner

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from peft.core.model.record import drop_if_empty, known_record, record_of
+
 
 class Replication:
     """What a model was before its layers were replicated."""
@@ -51,12 +53,12 @@ def replicate_layers(model: nn.Module, layer_map: Sequence[Sequence[int]]) -> bo
             model is unchanged.
     """
     ranges = [list(pair) for pair in layer_map]
-    before = model.__dict__.get("_peft_replication")
+    before = record_of(model).replication
     if before is not None:
         if before.layer_map == ranges:
             return False
         raise ValueError(f"layer_replication={ranges} does not fit a model rebuilt by {before.layer_map} already.")
-    depth = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    depth: Any = getattr(getattr(model, "config", None), "num_hidden_layers", None)
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     if not lists:
         raise ValueError(
@@ -66,7 +68,7 @@ def replicate_layers(model: nn.Module, layer_map: Sequence[Sequence[int]]) -> bo
     wrong = [pair for pair in ranges if len(pair) != 2 or not 0 <= pair[0] < pair[1] <= depth]
     if wrong or not ranges:
         raise ValueError(f"layer_replication has the ranges {wrong}, but the model has the layers 0 to {depth - 1}.")
-    record = model.__dict__["_peft_replication"] = Replication(model, lists[0], ranges)
+    record = record_of(model).replication = Replication(model, lists[0], ranges)
     order = [i for start, end in ranges for i in range(start, end)]
     first = {i: place for place, i in reversed(list(enumerate(order)))}
     stack = [
@@ -77,16 +79,26 @@ def replicate_layers(model: nn.Module, layer_map: Sequence[Sequence[int]]) -> bo
     return True
 
 
+def _taken(model: nn.Module) -> Replication | None:
+    """What there is to undo, which is forgotten with it."""
+    record = known_record(model)
+    if record is None:
+        return None
+    replication, record.replication = record.replication, None
+    drop_if_empty(model)
+    return replication
+
+
 def restore_layers(model: nn.Module) -> None:
     """Undo :func:`replicate_layers`."""
-    record = model.__dict__.pop("_peft_replication", None)
+    record = _taken(model)
     if record is not None:
         record.fill(record.originals, record.types)
 
 
 def separate_layers(model: nn.Module) -> None:
     """Give each copy weights of its own: the model is then like any other of its depth, and can be saved."""
-    record = model.__dict__.pop("_peft_replication", None)
+    record = _taken(model)
     seen: set[int] = set()
     for layer in record.layers if record is not None else ():
         for module in layer.modules():

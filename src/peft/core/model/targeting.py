@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from peft.core.base.kinds import Kind, Stack, kind_names, kind_of
+from peft.core.base.kinds import Kind, kind_names, kind_of
+from peft.core.base.stack import Stack
+from peft.core.base.storage import untrainable, weight_names
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.roles import find_roles
-from peft.core.model.walk import Site, embeddings_of, join, walk
+from peft.core.model.walk import Site, embeddings_of, join, locate, names_of_modules, walk
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_NAMES
 from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.usage import found as was_found
+from peft.utils.usage import near, note, remark
 
 
 @dataclass
 class Target:
-    """One module to adapt: its name in the unadapted model, the kind of layer it is, and what it is tied to."""
+    """One module to adapt: its name in the unadapted model, the kind of layer it is, and what it is tied to.
+
+    ``called`` is the name by which the config means a module that has several.
+    """
 
     key: str
     module: nn.Module
     kind: Kind | None
     tied_to: str | None = None
+    called: str | None = None
 
 
 def matches(targets: str | Iterable[str] | None, key: str) -> bool:
@@ -34,8 +40,19 @@ def matches(targets: str | Iterable[str] | None, key: str) -> bool:
     if not targets:
         return False
     if isinstance(targets, str):
-        return re.fullmatch(targets, key) is not None
-    return any(key == target or key.endswith(f".{target}") for target in targets)
+        found = [targets] if re.fullmatch(targets, key) else []
+    else:
+        ends = [key, *(key[i + 1 :] for i, letter in enumerate(key) if letter == ".")]
+        found = [end for end in ends if end in targets]
+    note(targets, found)
+    return bool(found)
+
+
+def ends_with(names: Iterable[str] | None, key: str) -> bool:
+    """Whether a module is named to be trained whole: by the end of its name, not by whole parts of it."""
+    found = [name for name in names or () if name and key.endswith(name)]
+    note(names, found)
+    return bool(found)
 
 
 def layer_index(key: str, patterns: str | list[str] | None) -> int | None:
@@ -44,21 +61,26 @@ def layer_index(key: str, patterns: str | list[str] | None) -> int | None:
         found = re.match(r".*?\.[^.]*\.(\d+)\.", f".{key}")
         return int(found.group(1)) if found else None
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        if found := re.match(rf".*\.{pattern}\.(\d+)\.", f".{key}"):
+        if found := re.match(rf".*?\.{pattern}\.(\d+)\.", f".{key}"):  # the outermost of lists in lists
+            note(patterns, (pattern,))
             return int(found.group(1))
     return None
 
 
 def selected(config: Any, key: str) -> bool:
     """Whether the config's targets, exclusions and layer selection mean the module called ``key``."""
-    targets, excluded = config.target_modules, getattr(config, "exclude_modules", None)
-    if not matches(targets, key) or matches(excluded, key):
+    targets = config.target_modules
+    excluded = matches(getattr(config, "exclude_modules", None), key)  # first, as it may mean what is no target
+    if excluded or not matches(targets, key):
         return False
-    layers = getattr(config, "layers_to_transform", None)
-    if layers is None or isinstance(targets, str) or key in targets:
+    layers, pattern = getattr(config, "layers_to_transform", None), getattr(config, "layers_pattern", None)
+    layers = [layers] if isinstance(layers, int) else layers
+    if not layers or isinstance(targets, str) or key in targets:
         return True
-    index = layer_index(key, getattr(config, "layers_pattern", None))
-    return index is not None and index in ([layers] if isinstance(layers, int) else layers)
+    index = layer_index(key, pattern)
+    note(config.layers_to_transform, (index,))
+    note(pattern)
+    return index is not None and index in layers
 
 
 def all_linear(model: nn.Module, task_type: str | None) -> set[str]:
@@ -112,7 +134,7 @@ def resolve_targets(
         ValueError: if there are no targets, and no defaults can be found.
     """
     if keys is not None:
-        config.target_modules = set(keys)
+        _follow_keys(config, model, set(keys))
         return
     targets = config.target_modules
     if isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
@@ -125,6 +147,32 @@ def resolve_targets(
         if not default:
             raise ValueError(_no_default(config, model, roles))
         config.target_modules = default if isinstance(default, str) else set(default)
+
+
+def exact_targets(model: nn.Module, keys: set[str]) -> set[str] | str:
+    """Entries of ``target_modules`` that mean exactly these modules of a model."""
+    others = [site.key for site in walk(model) if site.key not in keys]
+    if any(matches(keys, key) for key in others):  # a name is the tail of another one
+        return "|".join(map(re.escape, sorted(keys)))
+    return keys
+
+
+def _follow_keys(config: Any, model: nn.Module, keys: set[str]) -> None:
+    """Let the config mean exactly these modules, and say where it meant others."""
+    targets = config.target_modules
+    if targets and not (isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND):
+        exact = set() if isinstance(targets, str) else {t for t in targets if t in keys}  # these may end other names
+        asked = {s.key for s in walk(model) if s.key in keys or not exact or not matches(exact, s.key)}
+        asked = {key for key in asked if kind_of(locate(model, key).module) and selected(config, key)}
+        for names, what in ((keys - asked, "adapts modules that the config does not mean"),
+                            (asked - keys, "has no tensors for modules that the config means")):  # fmt: skip
+            if names:
+                shown = ", ".join(sorted(names)[:5]) + (" ..." if len(names) > 5 else "")
+                remark(f"The state dict decides what is adapted, and {what}: {shown}.")
+    config.target_modules = exact_targets(model, keys)
+    for field in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+        if getattr(config, field, None) is not None:
+            setattr(config, field, None)
 
 
 def table_row(mapping: dict[str, Any], model: nn.Module) -> Any:
@@ -149,70 +197,117 @@ def _no_default(config: Any, model: nn.Module, roles: Iterable[str]) -> str:
     )
 
 
-def find_targets(config: Any, model: nn.Module, layer_cls: type[BaseTunerLayer], skip: set[str]) -> list[Target]:
-    """All modules that the config means.
+def find_targets(
+    config: Any,
+    model: nn.Module,
+    layer_cls: type[BaseTunerLayer],
+    skip: Iterable[str] | None,
+    foreign: Callable[[nn.Module], bool] = lambda module: False,
+) -> list[Target]:
+    """All modules that the config means, each once, by whichever of its names.
 
     Args:
-        skip: names that are left out, with all below them (``modules_to_save``).
+        skip: ends of names that are left out, with all below them (``modules_to_save``).
+        foreign: says which modules somebody else makes layers for: their kind does not matter.
 
     Raises:
         NoMatchingPeftModuleError: if nothing matches.
         ValueError: if a module that matches cannot be adapted.
     """
-    sites = list(walk(model))
+    sites, names = list(walk(model)), names_of_modules(model)
     found: list[Target] = []
     companions: set[str] = set()
     whole: tuple[str, ...] = ()  # the modules left out
     for site in sites:
         if not site.key or site.key.startswith(whole):
             continue
-        if matches(skip, site.key):
+        called = names.get(id(site.module), [site.key])
+        if any(ends_with(skip, name) for name in called):
             whole += (f"{site.key}.",)
             continue
         found += _parameter_targets(config, site)
-        if config.target_modules and selected(config, site.key) and site.key not in companions:
-            target = _module_target(config, site, layer_cls)
-            alone = target.kind is None or layer_cls.any_module
-            for child in () if alone else target.kind.companions:
+        meant = [name for name in called if config.target_modules and selected(config, name)]
+        if meant and site.key not in companions:
+            own = not foreign(site.module)
+            target = module_target(config, site, layer_cls) if own else Target(site.key, site.module, None)
+            target.called = meant[0]
+            apart = target.kind is None or layer_cls.adapter_cls.any_module
+            for child in target.kind.companions if target.kind is not None and not apart else ():
                 companions.add(join(site.key, child))
                 inner = next(s for s in sites if s.key == join(site.key, child))
-                found.append(_module_target(config, inner, layer_cls))
+                found.append(module_target(config, inner, layer_cls))
             found.append(target)
     if not found:
         raise NoMatchingPeftModuleError(_nothing_matches(config, sites))
-    _warn_unmatched(config, sites)
-    if layer_cls.follows_ties or getattr(config, "ensure_weight_tying", False):
-        found = _with_ties(found, sites, config, layer_cls)
-    return found
+    return _with_ties(found, sites, config, layer_cls)
 
 
 def _with_ties(found: list[Target], sites: list[Site], config: Any, layer_cls: type[BaseTunerLayer]) -> list[Target]:
-    """The targets, and the modules that share their weight with a targeted embedding or embed it."""
+    """The targets, and the modules that share their weight with a targeted embedding or embed it.
+
+    Where the method, or the config, does not follow such ties, it is said.
+    """
+    follow = layer_cls.adapter_cls.follows_ties or getattr(config, "ensure_weight_tying", False)
     by_weight: dict[int, list[Site]] = {}
     for site in sites:
         if (weight := site.module._parameters.get("weight")) is not None:
             by_weight.setdefault(id(weight), []).append(site)
-    result: dict[str, Target] = {target.key: target for target in found}
+    result: dict[str, Target] = {_name_of(target): target for target in found}
     for target in found:
         group = by_weight.get(id(target.module._parameters.get("weight")), [])
         first = next((site for site in group if (kind := kind_of(site.module)) and kind.lookup), None)
         if first is None or len(group) < 2:
             continue
-        result[first.key] = _module_target(config, first, layer_cls)
+        if not follow:
+            tell_untied(config, target.key, [site.key for site in group if site.key not in result])
+            continue
+        note_tying(config)
+        result[first.key] = module_target(config, first, layer_cls)
         for site in group:
             if site is not first:
-                result[site.key] = _module_target(config, site, layer_cls)
+                result[site.key] = module_target(config, site, layer_cls)
                 result[site.key].tied_to = first.key
     return sorted(result.values(), key=lambda target: target.tied_to is not None)
 
 
-def _module_target(config: Any, site: Site, layer_cls: type[BaseTunerLayer]) -> Target:
-    if layer_cls.any_module:
-        return Target(site.key, site.module, kind_of(site.module))
+def _name_of(target: Target) -> str:
+    """The name of a module, or of a parameter, in the plain model."""
+    return join(target.key, target.kind.weight) if isinstance(target.kind, Stack) else target.key
+
+
+def note_tying(config: Any) -> None:
+    """Say that ``ensure_weight_tying`` has had something to do."""
+    note(config, ("ensure_weight_tying",))
+
+
+def tell_no_ties(config: Any) -> None:
+    """Say that ``ensure_weight_tying`` has had nothing to do, if so."""
+    if getattr(config, "ensure_weight_tying", False) and not was_found(config, "ensure_weight_tying"):
+        remark(
+            "ensure_weight_tying=True does nothing: no embedding that is adapted, or trained whole, shares its weight "
+            "with another module of this model."
+        )
+
+
+def tell_untied(config: Any, key: str, others: list[str]) -> None:
+    """Say that modules which share their weight with one that is adapted, or trained whole, are not."""
+    if others:
+        way_out = "set ensure_weight_tying=True" if hasattr(config, "ensure_weight_tying") else "name both"
+        remark(
+            f"{key} shares its weight with {', '.join(others)}, which the adapter leaves as it is: with the adapter "
+            f"the two differ, and merging it unties them. To treat them alike, {way_out}."
+        )
+
+
+def module_target(config: Any, site: Site, layer_cls: type[BaseTunerLayer]) -> Target:
+    """A module as a target of a method. Raises ValueError where the method cannot adapt it."""
     kind = kind_of(site.module)
     reason: str | None = f"it is none of {', '.join(kind_names())}"
-    if kind is not None:
-        reason = kind.refusal(site.module) or layer_cls.refusal(kind, site.module, config)
+    adapter_cls = layer_cls.adapter_cls
+    if adapter_cls.any_module:  # it trains a copy, or stands beside
+        reason = untrainable(site.module) if adapter_cls.adds.replaces else None
+    elif kind is not None:
+        reason = kind.refusal(site.module) or adapter_cls.refusal(kind, site.module, config)
     if reason:
         raise ValueError(
             f"target module {site.key!r} ({type(site.module).__name__}) cannot be adapted by "
@@ -225,7 +320,7 @@ def _parameter_targets(config: Any, site: Site) -> list[Target]:
     """Parameters of this module named in ``target_parameters``, the first registered one innermost."""
     names = getattr(config, "target_parameters", None) or ()
     found = []
-    for parameter in site.module._parameters:
+    for parameter in weight_names(site.module):
         if not matches(names, join(site.key, parameter)):
             continue
         kind = Stack(parameter)
@@ -237,25 +332,16 @@ def _parameter_targets(config: Any, site: Site) -> list[Target]:
     return found
 
 
-def _nearest(names: Iterable[str], keys: list[str]) -> list[str]:
-    """Module names close to those asked for; a list entry is compared with the last parts of each name."""
-    close: dict[str, None] = {}
-    for name in names:
-        depth = name.count(".") + 1
-        tails = {".".join(key.split(".")[-depth:]): None for key in keys}
-        close.update(dict.fromkeys(difflib.get_close_matches(name, list(tails), n=3, cutoff=0.4)))
-    return list(close)
-
-
 def _nothing_matches(config: Any, sites: list[Site]) -> str:
     targets = config.target_modules or getattr(config, "target_parameters", None) or "nothing"
     asked = targets if isinstance(targets, str) else sorted(targets)
     keys = [site.key for site in sites if kind_of(site.module)]
     kinds = sorted({type(site.module).__name__ for site in sites if kind_of(site.module)})
     pool = (
-        [join(site.key, p) for site in sites for p in site.module._parameters] if not config.target_modules else keys
+        [join(site.key, p) for site in sites for p in weight_names(site.module)] if not config.target_modules else keys
     )
-    close = _nearest([asked] if isinstance(asked, str) else asked, pool)
+    entries = [asked] if isinstance(asked, str) else asked
+    close = dict.fromkeys(name for entry in entries for name in near(entry, pool))
     message = f"no module of the model matches the targets {asked!r}. "
     if config.target_modules and any(matches(targets, key) for key in keys):
         message += (
@@ -271,21 +357,3 @@ def _nothing_matches(config: Any, sites: list[Site]) -> str:
         + f"Layers that can be adapted: {', '.join(kinds) or 'none'}"
         + (f", called {', '.join(names[:20])}." if names else ".")
     )
-
-
-def _warn_unmatched(config: Any, sites: list[Site]) -> None:
-    targets = config.target_modules
-    if not targets or isinstance(targets, str) or len(targets) > 100:
-        return
-    tails: set[str] = set()
-    for site in sites:
-        parts = site.key.split(".")
-        tails.update(".".join(parts[i:]) for i in range(len(parts)))
-    unmatched = sorted(set(targets) - tails)
-    if unmatched:
-        keys = [site.key for site in sites if kind_of(site.module)]
-        close = _nearest(unmatched, keys)
-        warnings.warn(
-            f"these target_modules match nothing: {unmatched}."
-            + (f" Closest names: {', '.join(close)}." if close else "")
-        )

@@ -35,6 +35,27 @@ class AuxiliaryWrapper(nn.Module):
     inner = "original_module"
 
 
+_PASSED = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
+
+
+def passed_through(module: nn.Module) -> str | None:
+    """The name of the one child of what torch puts around a module (compile, FSDP, checkpoints), which has no name."""
+    name = next(iter(module._modules), None) if len(module._modules) == 1 else None
+    return name if name in _PASSED else None
+
+
+def bare(module: nn.Module) -> nn.Module:
+    """The module inside what torch has put around it."""
+    while name := passed_through(module):
+        module = module._modules[name]
+    return module
+
+
+def plain(name: str) -> str:
+    """The dotted name that a tensor or module has without what torch puts around modules."""
+    return ".".join([part for part in name.split(".") if part not in _PASSED]) if "._" in f".{name}" else name
+
+
 def inner_name(module: nn.Module) -> str | None:
     """The path from ``module`` to the module that it wraps, or None if it wraps none."""
     if isinstance(module, BaseTunerLayer):
@@ -44,7 +65,7 @@ def inner_name(module: nn.Module) -> str | None:
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module inside all wrappers."""
-    while inner := inner_name(module):
+    while inner := inner_name(module) or passed_through(module):
         module = module.get_submodule(inner)
     return module
 
@@ -74,6 +95,9 @@ def walk(model: nn.Module, repeated: bool = False) -> Iterator[Site]:
         if not repeated and id(module) in seen:
             continue
         seen.add(id(module))
+        if (passed := passed_through(module)) is not None:
+            stack.append((join(path, passed), key, module._modules[passed], wrappers, above))
+            continue
         inner = inner_name(module)
         if inner is not None:
             inside = module._modules[inner] if inner in module._modules else module.get_submodule(inner)
@@ -85,6 +109,34 @@ def walk(model: nn.Module, repeated: bool = False) -> Iterator[Site]:
             for name, child in reversed(module._modules.items()):
                 if child is not None:
                     stack.append((join(path, name), join(key, name), child, [], around))
+
+
+def names_of_modules(model: nn.Module) -> dict[int, list[str]]:
+    """The names of each module that has several in the unadapted model: id -> names, the first one first."""
+    if not holders_of(model):
+        return {}
+    found: dict[int, list[str]] = {}
+    for site in walk(model, repeated=True):
+        found.setdefault(id(site.module), []).append(site.key)
+    return {module: names for module, names in found.items() if len(names) > 1}
+
+
+def names_in(model: nn.Module) -> list[str]:
+    """What a config can name in a model: its modules, and their parameters."""
+    return [name for s in walk(model) for name in (s.key, *(join(s.key, p) for p in s.module._parameters)) if name]
+
+
+Holders = dict[int, list[tuple[nn.Module, str]]]
+
+
+def holders_of(model: nn.Module) -> Holders:
+    """Where each module that stands in several places stands: id -> (the module that holds it, its name there)."""
+    found: Holders = {}
+    for site in walk(model):
+        for name, child in site.module._modules.items():
+            if child is not None:
+                found.setdefault(id(child), []).append((site.module, name))
+    return {child: places for child, places in found.items() if len(places) > 1}
 
 
 def join(path: str, name: str) -> str:
@@ -118,7 +170,7 @@ def file_path(path: str, adapter: str, around: list[tuple[str, nn.Module]]) -> s
     for outer, wrapper in reversed(around):
         if not isinstance(wrapper, BaseTunerLayer) or adapter not in wrapper:
             start = len(outer.split(".")) if outer else 0
-            del parts[start : start + len(inner_name(wrapper).split("."))]
+            del parts[start : start + len(str(inner_name(wrapper)).split("."))]
     return ".".join(parts)
 
 
@@ -133,8 +185,9 @@ def locate(model: nn.Module, key: str) -> Site:
     wrappers: list[tuple[str, nn.Module]] = []
     for part in [*key.split("."), None] if key else [None]:
         wrappers = []
-        while inner := inner_name(module):
-            wrappers.append((path, module))
+        while inner := inner_name(module) or passed_through(module):
+            if inner not in _PASSED:
+                wrappers.append((path, module))
             path, module = join(path, inner), module.get_submodule(inner)
         if part is not None:
             above = [*above, *wrappers]
@@ -148,9 +201,14 @@ def parent_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
     return model.get_submodule(parent), name
 
 
-def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
-    """Put ``new`` at ``path``."""
-    put_module(*parent_of(model, path), new)
+def replace_module(model: nn.Module, path: str, new: nn.Module, holders: Holders | None = None) -> None:
+    """Put ``new`` at ``path``, and wherever else the module that is there stands by ``holders``."""
+    parent, name = parent_of(model, path)
+    places = [(parent, name)]
+    if holders and id(parent._modules[name]) in holders:
+        places = holders[id(new)] = holders.pop(id(parent._modules[name]))
+    for place in places:
+        put_module(*place, new)
 
 
 def put_module(parent: nn.Module, name: str, new: nn.Module) -> None:
@@ -159,3 +217,5 @@ def put_module(parent: nn.Module, name: str, new: nn.Module) -> None:
         parent[int(name)] = new
     else:
         setattr(parent, name, new)
+        if name == "_orig_mod" and hasattr(parent, "_initialize"):  # what is compiled is bound to the old module
+            parent._initialize()

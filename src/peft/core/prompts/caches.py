@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -38,6 +38,11 @@ def receiver_of(model: nn.Module) -> nn.Module:
     )
 
 
+def name_of(model: nn.Module) -> str:
+    """What a model calls the cache among its arguments."""
+    return str(cache_argument(receiver_of(model).forward))
+
+
 def new_cache(model: nn.Module, max_cache_len: int | None = None) -> Any:
     """An empty cache, as transformers makes it for this model: one that grows, or of a fixed length."""
     from transformers import DynamicCache, EncoderDecoderCache, StaticCache
@@ -48,15 +53,16 @@ def new_cache(model: nn.Module, max_cache_len: int | None = None) -> Any:
     return EncoderDecoderCache(cache, DynamicCache(config=config)) if model.config.is_encoder_decoder else cache
 
 
-def fill(cache: Any, prefix: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Put keys and values ``[batch, heads, tokens, width]`` of each layer into an empty cache."""
-    cache = getattr(cache, "self_attention_cache", cache)
+def fill(whole: Any, prefix: list[tuple[torch.Tensor, torch.Tensor]]) -> Any:
+    """An empty cache with keys and values ``[batch, heads, tokens, width]`` of each layer put into it."""
+    cache = getattr(whole, "self_attention_cache", whole)
     for i, (keys, values) in enumerate(prefix):
         if i >= len(cache.layers) and cache.layer_class_to_replicate is None:
             break  # the last layers of some models reuse the cache of earlier ones
         if i < len(cache.layers) and not hasattr(cache.layers[i], "update"):
             continue  # a layer without attention
         cache.update(keys, values, i)
+    return whole
 
 
 def length_of(cache: Any) -> int:
@@ -71,7 +77,17 @@ def freeze(cache: Any) -> Any:
     """
     for layer in getattr(cache, "self_attention_cache", cache).layers:
         layer.update = partial(_without_trace, layer)
+    if (other := getattr(cache, "cross_attention_cache", None)) is not None:
+        other.update = lambda keys, values, *args, **kwargs: (keys, values)
+        cache.is_updated = _Forgetful()
     return cache
+
+
+class _Forgetful(dict):
+    """Which layers have put the encoder's keys into the cache: none, ever."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
 
 
 def _without_trace(layer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -83,89 +99,72 @@ def _without_trace(layer: Any, *args: Any, **kwargs: Any) -> Any:
         vars(layer).update(before)
 
 
-def self_attentions(model: nn.Module) -> list[nn.Module]:
-    """The innermost modules that read the cache of one layer; of an encoder-decoder, those of the decoder."""
-    found = []
-    stack = model.get_decoder() if model.config.is_encoder_decoder else model
-    for module in stack.modules():
-        if hasattr(module, "layer_idx") and cache_argument(module.forward):
-            inner = [m for m in module.modules() if m is not module and hasattr(m, "layer_idx")]
-            if not any(cache_argument(m.forward) for m in inner):
-                found.append(module)
-    return found
+@contextmanager
+def kept_by_checkpoints(model: nn.Module) -> Iterator[None]:
+    """A context in which checkpointed layers keep the cache that they are given, which transformers takes from them.
 
-
-class Checkpointed:
-    """Brings a cache past gradient checkpointing, which takes it from the layers, to the attention modules in them.
-
-    Each checkpointed piece carries the cache of its own call, in the forward as in the recomputation.
+    Their own checkpointing is off meanwhile, and their forward is checkpointed here with all of its arguments.
     """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.cache: Any = None
-        self.hooks = [
-            m.register_forward_pre_hook(self.give, with_kwargs=True)
-            for m in self_attentions(model)
-            if not getattr(m, "is_cross_attention", False)
-        ]
-
-    def give(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Hook of an attention module: hand it the cache, unless it attends to another sequence."""
-        crossing = any(kwargs.get(name) is not None for name in ("key_value_states", "encoder_hidden_states"))
-        if self.cache is None or crossing:
-            return args, kwargs
-        name = str(cache_argument(module.forward))
-        bound = inspect.signature(module.forward).bind_partial(*args)
-        if name in bound.arguments:
-            bound.arguments[name] = self.cache
-            return bound.args, {**kwargs, **bound.kwargs}
-        return args, {**kwargs, name: self.cache}
-
-    @contextmanager
-    def carrying(self, cache: Any) -> Iterator[None]:
-        """A context in which attention modules get this cache."""
-        before, self.cache = self.cache, cache
-        try:
+    layers = checkpointed_layers(model)
+    before = {layer: layer.__dict__.get("forward") for layer in layers}
+    for layer, function in layers.items():
+        layer.__dict__["forward"] = partial(_checkpoint, function, layer, layer.forward)
+    try:
+        with _not_checkpointing(model.modules()):
             yield
-        finally:
-            self.cache = before
-
-    def run(self, cache: Any, piece: Callable, *args: Any) -> Any:
-        """A checkpointed piece of the forward, with its cache."""
-        with self.carrying(cache):
-            return piece(*args)
-
-    @contextmanager
-    def call(self, model: nn.Module, cache: Any) -> Iterator[None]:
-        """A context in which the checkpointed layers of a model take a cache along."""
-        switched = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) and _function(m)]
-        before = [_function(m) for m in switched]
-        for module, function in zip(switched, before, strict=True):
-            module._gradient_checkpointing_func = partial(self._checkpoint, function, cache)
-        try:
-            yield
-        finally:
-            for module, function in zip(switched, before, strict=True):
-                module._gradient_checkpointing_func = function
-
-    def _checkpoint(self, function: Callable, cache: Any, piece: Callable, *args: Any, **kwargs: Any) -> Any:
-        if getattr(function, "keywords", {}).get("use_reentrant", True) and isinstance(function, partial):
-            # The reentrant form gives gradients to its positional arguments alone, and a prefix is none of them.
-            function = partial(function.func, *function.args, **{**function.keywords, "use_reentrant": False})
-        return function(partial(self.run, cache, piece), *args, **kwargs)
-
-    def remove(self) -> None:
-        """Take the hooks off."""
-        for hook in self.hooks:
-            hook.remove()
+    finally:
+        for layer, forward in before.items():
+            layer.__dict__.pop("forward")
+            if forward is not None:
+                layer.__dict__["forward"] = forward
 
 
-def _function(module: nn.Module) -> Any:
-    return getattr(module, "_gradient_checkpointing_func", None)
+def checkpointed_layers(model: nn.Module) -> dict[nn.Module, Callable]:
+    """The layers that are run again in the backward pass, with the function that does so.
+
+    A layer checkpoints itself; in older models the stack does so with the layers in its lists.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    switched = {
+        m: m._gradient_checkpointing_func
+        for m in model.modules()
+        if m.training and _is_switched_on(m) and hasattr(m, "_gradient_checkpointing_func")
+    }
+    layers = {m: function for m, function in switched.items() if isinstance(m, GradientCheckpointingLayer)}
+    lists = ((x, function) for m, function in switched.items() for x in m.children() if isinstance(x, nn.ModuleList))
+    return layers or {layer: function for several, function in lists for layer in several}
+
+
+def _checkpoint(function: Any, layer: nn.Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+    if isinstance(function, partial) and function.keywords.get("use_reentrant", True):
+        # The reentrant form gives gradients to its positional arguments alone, and a prefix is none of them.
+        function = partial(function.func, *function.args, **{**function.keywords, "use_reentrant": False})
+    return function(partial(_run, layer, forward, **kwargs), *args)
+
+
+def _run(layer: nn.Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+    """A layer's forward, all of whose arguments reach the modules in it."""
+    with _not_checkpointing(layer.modules()):
+        return forward(*args, **kwargs)
+
+
+@contextmanager
+def _not_checkpointing(modules: Iterable[nn.Module]) -> Iterator[None]:
+    on = [module for module in modules if _is_switched_on(module)]
+    for module in on:
+        module.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in on:
+            module.gradient_checkpointing = True  # type: ignore[assignment]
+
+
+def _is_switched_on(module: nn.Module) -> bool:
+    return bool(getattr(module, "gradient_checkpointing", False))
 
 
 def is_checkpointing(model: nn.Module) -> bool:
     """Whether layers will be run again in the backward pass of the next call."""
-    return torch.is_grad_enabled() and any(
-        getattr(m, "gradient_checkpointing", False) and m.training for m in model.modules()
-    )
+    return torch.is_grad_enabled() and any(_is_switched_on(m) and m.training for m in model.modules())

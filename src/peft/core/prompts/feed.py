@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -75,7 +76,8 @@ class Feed:
         return like.new_full((like.shape[0], self.size), value)
 
     def _index(self, like: torch.Tensor) -> torch.Tensor:
-        return torch.arange(self.size, device=like.device) - (self.size - self.lengths.to(like.device))[:, None]
+        lengths: Any = self.lengths
+        return torch.arange(self.size, device=like.device) - (self.size - lengths.to(like.device))[:, None]
 
     def join(self, virtual: torch.Tensor, text: torch.Tensor, to_the_left: bool = False) -> torch.Tensor:
         """Both, one after the other; ``to_the_left`` moves the padding of shorter rows to their end."""

@@ -10,23 +10,25 @@ from typing import Any
 
 import torch
 
-from peft.core.model.tuner import context_of
 from peft.core.prompts import caches
-from peft.core.prompts.calls import PromptedCalls, named
+from peft.core.prompts.calls import Calls, named
 from peft.core.prompts.feed import Feed
 
 
-class PromptTuner(PromptedCalls):
-    """Manages the prompts of a model; see :class:`Prompts` for arguments and attributes."""
+class Generation:
+    """How ``generate`` of the base model receives the prompts."""
+
+    def __init__(self, calls: Calls) -> None:
+        self.calls, self.prompts, self.model = calls, calls.prompts, calls.model
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's ``generate`` with the prompts of the call; only the text and its continuation come back."""
         if args:
             kwargs = {"inputs": args[0], **dict(zip(GENERATE, args[1:])), **kwargs}
-        self._taken(kwargs)
-        if self.disabled or (not self.active_adapters and context_of(self.model).adapter_names is None):
+        self.calls.taken(kwargs)
+        if not self.prompts.in_use:
             return self.model.generate(**kwargs)
-        if self.has_encoder and not self.as_prefix:
+        if self.prompts.has_encoder and not self.prompts.as_prefix:
             kwargs = self._encoder_inputs(kwargs)
         with self._preparing():
             return self.model.generate(**kwargs)
@@ -43,7 +45,7 @@ class PromptTuner(PromptedCalls):
         pad = getattr(self.model.generation_config, "pad_token_id", None)
         if kwargs.get("attention_mask") is None and ids is not None and pad is not None and bool((ids == pad).any()):
             kwargs["attention_mask"] = (ids != pad).long()  # what generate itself does where it sees the ids
-        return self.extended(kwargs)
+        return self.calls.extended(kwargs)
 
     @contextmanager
     def _preparing(self) -> Iterator[None]:
@@ -53,7 +55,7 @@ class PromptTuner(PromptedCalls):
         step.__signature__ = inspect.signature(model.prepare_inputs_for_generation)  # generate asks what it takes
         wrapped = {
             "prepare_inputs_for_generation": step,
-            "_prepare_cache_for_generation": partial(_with_more_room, model._prepare_cache_for_generation, self),
+            "_prepare_cache_for_generation": partial(self._with_more_room, model._prepare_cache_for_generation),
         }
         vars(model).update(wrapped)
         try:
@@ -71,20 +73,20 @@ class PromptTuner(PromptedCalls):
                 kwargs.pop(name, None)  # in which a prefix came at the step before
         cache = next((kwargs[name] for name in caches.ARGUMENTS if kwargs.get(name) is not None), None)
         begun = caches.length_of(cache) > 0
-        decoder = self.has_encoder
-        if decoder and not self.as_prefix and not self.in_decoder:
+        decoder, as_prefix = self.prompts.has_encoder, self.prompts.as_prefix
+        if decoder and not as_prefix and not self.prompts.in_decoder:
             return prepare(input_ids, **kwargs)
-        feed = self.feed(len(input_ids), stack=int(decoder))
+        feed = self.prompts.feed(len(input_ids), stack=int(decoder))
         if feed is None:
             return prepare(input_ids, **kwargs)
         if begun and kwargs.get("is_first_iteration") and kwargs.get("next_sequence_length") is not None:
             kwargs["next_sequence_length"] += feed.size  # a conversation goes on: the cache holds the prompt too
-        if self.as_prefix and not begun:
+        if as_prefix and not begun:
             cache = caches.new_cache(self.model) if cache is None else cache
-            caches.fill(cache, self.prefix(feed.values))
-            kwargs[self.cache_name] = cache
-        self._extend_step(feed, kwargs, input_ids, enter=not self.as_prefix and not begun)
-        if self.as_prefix or begun:
+            kwargs[caches.name_of(self.model)] = caches.fill(cache, self.prompts.prefix(feed.values))
+        enter, before = not as_prefix and not begun, "decoder_" if decoder else ""
+        self.calls.accompany(feed, kwargs, input_ids, before=before, enter=enter, counted=True)
+        if not enter:
             return prepare(input_ids, **kwargs)
         if decoder:
             return self._first_decoder_step(feed, prepare(input_ids, **kwargs))
@@ -93,38 +95,17 @@ class PromptTuner(PromptedCalls):
         kwargs.update(inputs_embeds=feed.join(feed.values, embeds), is_first_iteration=True, next_sequence_length=None)
         return prepare(input_ids, **kwargs)
 
-    @property
-    def cache_name(self) -> str:
-        """What the model calls the cache among its arguments."""
-        return str(caches.cache_argument(caches.receiver_of(self.model).forward))
-
-    def _extend_step(self, feed: Feed, kwargs: dict[str, Any], ids: torch.Tensor, enter: bool) -> None:
-        """Mask, positions and token types of one step; ``enter``: its inputs hold the virtual tokens themselves."""
-        before = "decoder_" if self.has_encoder else ""
-        mask, positions = kwargs.get(f"{before}attention_mask"), kwargs.get(f"{before}position_ids")
-        if mask is None and feed.needs_mask:
-            self._positions_for_padding(ids)
-            mask = torch.ones(ids.shape, dtype=torch.long, device=ids.device)
-        if mask is not None and mask.dim() == 2:
-            kwargs[f"{before}attention_mask"] = feed.join(feed.mask(mask), mask)
-        if positions is not None:
-            virtual, moved = feed.positions(positions)
-            kwargs[f"{before}position_ids"] = feed.join(virtual, moved) if enter else moved
-        if enter and (types := kwargs.get("token_type_ids")) is not None:
-            kwargs["token_type_ids"] = feed.join(feed.fill(types, 0), types)
-
     def _first_decoder_step(self, feed: Feed, inputs: dict[str, Any]) -> dict[str, Any]:
         embeds = self.model.get_input_embeddings()(inputs.pop("decoder_input_ids"))
         inputs["decoder_inputs_embeds"] = feed.join(feed.values, embeds)
         return inputs
 
+    def _with_more_room(self, prepare: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Have ``generate`` make its cache longer: one of fixed size is to hold the virtual tokens too."""
+        inputs = named(prepare, args, kwargs)
+        inputs["max_cache_length"] += self.prompts.longest
+        return prepare(**inputs)
+
 
 GENERATE = ("generation_config", "logits_processor", "stopping_criteria")
 """Positional arguments of transformers' ``generate`` after the inputs."""
-
-
-def _with_more_room(prepare: Callable, prompts: PromptTuner, *args: Any, **kwargs: Any) -> Any:
-    """Have ``generate`` make its cache longer: one of fixed size is to hold the virtual tokens too."""
-    inputs = named(prepare, args, kwargs)
-    inputs["max_cache_length"] += prompts.longest
-    return prepare(**inputs)

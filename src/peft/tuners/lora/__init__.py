@@ -14,10 +14,13 @@ from peft.tuners.lora.config import (
     VeloraConfig,
 )
 from peft.tuners.lora.conversion import convert_to_lora, save_as_lora
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.dora import Dora
+from peft.tuners.lora.layer import Lora, LoraLayer
 from peft.tuners.lora.model import LoraModel
-from peft.tuners.lora.variants import LoraVariant
 
+
+# Variants of LoRA are subclasses of its adapter.
+LoraVariant = Lora
 
 Linear = LoraLayer.by_name["Linear"]
 Conv1d = LoraLayer.by_name["Conv1d"]
@@ -30,6 +33,8 @@ Linear4bit = LoraLayer.by_name["Linear4bit"]
 Linear8bitLt = LoraLayer.by_name["Linear8bitLt"]
 
 __all__ = [
+    "Dora",
+    "Lora",
     "ArrowConfig",
     "BdLoraConfig",
     "Conv1d",

@@ -20,6 +20,7 @@ from peft.config import (
     RankPatterns,
     TargetModules,
     TrainedBias,
+    name_list_of,
     option,
 )
 from peft.utils.error import ConfigError
@@ -156,6 +157,14 @@ def _needs_later_init(value: Any) -> bool:
     return not isinstance(value, bool) and value not in _INITS_NOW
 
 
+def _only_starts(value: Any) -> bool:
+    return value in (None, "eva", "lora_ga")
+
+
+def _any_value(value: Any) -> bool:
+    return True
+
+
 @dataclass
 class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, ModulesToSave, LayerSelection, RankPatterns):
     """Config of LoRA: y' = y + s * drop(x) A^T B^T with s = lora_alpha / r.
@@ -168,13 +177,19 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
     METHOD: ClassVar[PeftType] = PeftType.LORA
     OWN_BIAS: ClassVar[str] = "lora_only"
     NOT_YET: ClassVar[dict[str, NotYet]] = {
-        "init_lora_weights": NotYet("Use True, False, 'gaussian', 'orthogonal' or 'loftq'.", _needs_later_init),
-        "eva_config": NotYet("Leave it out and use init_lora_weights=True."),
-        "corda_config": NotYet("Leave it out and use init_lora_weights=True."),
-        "lora_ga_config": NotYet("Leave it out and use init_lora_weights=True."),
+        "init_lora_weights": NotYet(
+            "Use True, False, 'gaussian', 'orthogonal' or 'loftq'.",
+            _needs_later_init,
+            _only_starts,
+        ),
+        "eva_config": NotYet("Leave it out and use init_lora_weights=True.", starts=_any_value),
+        "corda_config": NotYet("Leave it out and use init_lora_weights=True.", starts=_any_value),
+        "lora_ga_config": NotYet("Leave it out and use init_lora_weights=True.", starts=_any_value),
         "use_qalora": NotYet("Use plain LoRA on the quantised model: use_qalora=False."),
         "alora_invocation_tokens": NotYet("Leave it out: the adapter is then active on all tokens."),
-        "velora_config": NotYet(f"{_PLAIN_LORA} Gradient checkpointing saves activation memory, too."),
+        "velora_config": NotYet(
+            f"{_PLAIN_LORA} Gradient checkpointing saves activation memory, too.", starts=_any_value
+        ),
         "monteclora_config": NotYet(_PLAIN_LORA),
         "use_bdlora": NotYet(_PLAIN_LORA),
         "arrow_config": NotYet("Name the adapter of each sample by `adapter_names` in the forward instead."),
@@ -262,6 +277,13 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
         False, "Whether adapters and trained copies of tied weights (embedding and head) stay tied."
     )
 
+    def _register_custom_module(self, mapping: dict[type, type]) -> None:
+        """Let modules of these classes be adapted by layers of those: class of a module -> class of its layer.
+
+        They are made as ``layer_cls(module, adapter_name, config=config, r=..., ...)``; no file says so.
+        """
+        self.__dict__["_custom_modules"] = {**self.__dict__.get("_custom_modules", {}), **mapping}
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_combinations()
@@ -279,9 +301,10 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
         if self.lora_bias and self.use_dora:
             raise ConfigError(f"{name}: lora_bias=True is not supported for DoRA, set use_dora=False.")
         if self.init_lora_weights == "orthogonal":
-            odd = [r for r in (self.r, *self.rank_pattern.values()) if r % 2]
+            odd = [r for r in (self.r, *(self.rank_pattern or {}).values()) if r % 2]
             if odd:
                 raise ConfigError(f"{name}: orthogonal initialization requires the rank to be even, got {odd[0]}.")
+        self.target_parameters = name_list_of(self, "target_parameters")
         if self.target_parameters:
             # the update is added to the parameter itself: there is no input to drop and no output to shift or scale
             for field in ("lora_dropout", "use_dora", "lora_bias", "fan_in_fan_out"):

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,17 +14,23 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from peft.core.base.kinds import Stack
-from peft.core.combine.combined import exact_targets, factorize, resized
-from peft.core.files.checkpoint import anatomy, get_peft_model_state_dict, write_adapter
+from peft.core.adapter import Adapter
+from peft.core.base.stack import Stack
+from peft.core.combine.combined import factorize, resized
+from peft.core.files.entries import anatomy
+from peft.core.files.io import write_adapter
+from peft.core.files.state_dict import get_peft_model_state_dict
 from peft.core.layer.layer import BaseTunerLayer
+from peft.core.layer.weight import base_bias, weight_change
 from peft.core.model import operations
+from peft.core.model.targeting import exact_targets
 from peft.core.model.walk import layers_of, walk
 from peft.tools.memory import meta_copy
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.lora.pairs import join_pair, pair_blocks
+from peft.utils.error import NoAdaptedLayersError
 
 
 # What says which layers are adapted, and what is trained beside them: the same fields in every config.
@@ -32,7 +39,7 @@ _KEPT = (
     *("modules_to_save", "bias", "task_type", "base_model_name_or_path", "revision"),
 )
 Place = tuple[str, str]  # the name of a module in the plain model, and of the weight in it
-Part = tuple[BaseTunerLayer, str, float]  # an adapter in a layer, and its weight
+Part = tuple[Adapter, float]  # an adapter in a layer, and its weight
 
 
 def convert_to_lora(
@@ -68,6 +75,8 @@ def convert_to_lora(
     _check_names(model, root, names)
     _check_rank(rank)
     places = _places(root, names, _check_weights(names, weights))
+    if len(names) == 1 and type(model.peft_config[names[0]]) is LoraConfig:
+        warnings.warn(f"adapter {names[0]!r} is a LoRA already; it is factorised again, by the rank asked for.")
     if not places:
         raise ValueError(f"adapter {', '.join(map(repr, names))} adapts no layer by a weight: no LoRA is like it.")
     decompose = factorize if compile_kwargs is None else torch.compile(factorize, **compile_kwargs)
@@ -110,6 +119,11 @@ def save_as_lora(
 
 
 def _check_names(model: nn.Module, root: nn.Module, names: list[str]) -> None:
+    if not operations.adapters_of(root):
+        raise NoAdaptedLayersError(
+            f"this {type(model).__name__} has no adapted layers, so there is nothing that a LoRA could do instead. "
+            "Prompts cannot be converted."
+        )
     operations.require_adapters(root, names, getattr(model, "peft_config", None) or None)
     if len(set(names)) < len(names) or not names:
         raise ValueError(f"give each adapter once, got {names}.")
@@ -122,6 +136,8 @@ def _kept(model: nn.Module, root: nn.Module, names: list[str], places: dict[Plac
     beside = configs[_holder(model, names)]
     known = {field.name for field in dataclasses.fields(beside)}
     kept = {field: getattr(beside, field) for field in (*_KEPT, "trainable_token_indices") if field in known}
+    if kept.get("bias", "none") == getattr(beside, "OWN_BIAS", None):
+        kept["bias"] = LoraConfig.OWN_BIAS  # those of the adapted layers, in the words of a LoRA
     if len(names) > 1:
         stacks = {place for place, parts in places.items() if isinstance(parts[0][0].kind, Stack)}
         kept.update(dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern")))
@@ -179,22 +195,22 @@ def _places(root: nn.Module, names: list[str], weights: list[float]) -> dict[Pla
     found: dict[Place, list[Part]] = {}
     for name, weight in zip(names, weights):
         for place, layer in _layers(root, name).items():
-            found.setdefault(place, []).append((layer, name, weight))
+            found.setdefault(place, []).append((layer.adapters[name], weight))
     return found
 
 
-def _experts(layer: BaseTunerLayer) -> int:
-    return 1 if layer.kind.lookup else pair_blocks(layer)[0]
+def _experts(adapter: Adapter) -> int:
+    return 1 if adapter.kind.lookup else pair_blocks(adapter)[0]
 
 
 def _pair(
     parts: list[Part], rank: float, decompose: Callable[..., tuple[torch.Tensor, torch.Tensor]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(down ``[blocks, r, in]``, up ``[blocks, out, r]``) of the update of a layer, r for each block."""
-    layer = parts[0][0]
-    change: Any = sum(weight * part.weight_change(name) for part, name, weight in parts)
-    blocks = _blocks(layer, change.to(torch.promote_types(change.dtype, torch.float32)))
-    groups = 1 if _experts(layer) > 1 else len(blocks)
+    one = parts[0][0]
+    change: Any = sum(weight * weight_change(adapter.layer, adapter) for adapter, weight in parts)
+    blocks = _blocks(one, change.to(torch.promote_types(change.dtype, torch.float32)))
+    groups = 1 if _experts(one) > 1 else len(blocks)
     most = min(blocks.shape[1:])
     if isinstance(rank, float):
         inner = _explaining(torch.linalg.svdvals(blocks), rank)
@@ -204,11 +220,11 @@ def _pair(
     return resized(down, inner, 1), resized(up, inner, 2)
 
 
-def _blocks(layer: BaseTunerLayer, change: torch.Tensor) -> torch.Tensor:
+def _blocks(adapter: Adapter, change: torch.Tensor) -> torch.Tensor:
     """dW as matrices ``[blocks, out, in]``; that of a group of a convolution has zeros for the other groups."""
-    if layer.kind.lookup:
+    if adapter.kind.lookup:
         return change[None]
-    experts, groups = pair_blocks(layer)
+    experts, groups = pair_blocks(adapter)
     if groups == 1:
         return change.flatten(1).unflatten(0, (experts, -1))
     parts = change.unflatten(0, (groups, -1))  # [groups, out, in / groups, *kernel]
@@ -229,16 +245,16 @@ def _explaining(values: torch.Tensor, share: float) -> int:
 
 def _shift(parts: list[Part]) -> torch.Tensor | None:
     """What the adapters add to the bias, or None."""
-    found = [(weight, change) for layer, name, weight in parts if (change := _bias_change(layer, name)) is not None]
+    found = [(weight, change) for adapter, weight in parts if (change := _bias_change(adapter)) is not None]
     return sum(weight * change for weight, change in found) if found else None  # type: ignore[return-value]
 
 
-def _bias_change(layer: BaseTunerLayer, name: str) -> torch.Tensor | None:
-    bias = getattr(layer.get_base_layer(), layer.kind.bias, None) if layer.kind.bias else None
-    changed = layer.fold_bias(name, bias)
+def _bias_change(adapter: Adapter) -> torch.Tensor | None:
+    bias = base_bias(adapter.layer)
+    changed = adapter.fold_bias(bias)
     if changed is None or changed is bias:
         return None
-    if layer.merged:
+    if adapter.layer.merged:
         raise ValueError("the adapter changes biases, and is merged; call unmerge_adapter() before converting it.")
     return changed if bias is None else changed - bias
 
@@ -268,13 +284,13 @@ def _written(
     """The tensors by their names in files: those of a LoRA in a copy of the model that has no memory."""
     bare = meta_copy(root)
     for _, layer in layers_of(bare):
-        layer.merged_adapters, layer._kept = [], {}  # of what has no values, none have to be taken out
+        layer.merged_adapters, layer.originals = [], {}  # of what has no values, none have to be taken out
     bare = operations.unload(bare, merge_first=False)
     bare.__dict__.pop("peft_config", None)
     tuner = LoraModel(bare, {name: lora}, name, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
     for place, layer in _layers(bare, name).items():
         if isinstance(layer, LoraLayer):
-            _fill(layer, name, *pairs[place], shifts[place])
+            _fill(layer.adapters[name], *pairs[place], shifts[place])
     found = get_peft_model_state_dict(tuner, adapter_name=name, save_embedding_layers=False)
     own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers="auto")
     found = {key: own[key] if value.is_meta else value for key, value in found.items()}
@@ -284,11 +300,11 @@ def _written(
     }
 
 
-def _fill(layer: LoraLayer, name: str, down: torch.Tensor, up: torch.Tensor, shift: torch.Tensor | None) -> None:
-    a, b = join_pair(layer, down, up, name)
-    if layer.kind.lookup:
-        layer.lora_embedding_A[name], layer.lora_embedding_B[name] = nn.Parameter(a), nn.Parameter(b)
+def _fill(lora: Any, down: torch.Tensor, up: torch.Tensor, shift: torch.Tensor | None) -> None:
+    a, b = join_pair(lora, down, up)
+    if lora.kind.lookup:
+        lora.lora_embedding_A, lora.lora_embedding_B = nn.Parameter(a), nn.Parameter(b)
         return
-    layer.lora_A[name].weight, layer.lora_B[name].weight = nn.Parameter(a.contiguous()), nn.Parameter(b.contiguous())
-    if layer.lora_bias[name]:
-        layer.lora_B[name].bias = nn.Parameter(b.new_zeros(len(b)) if shift is None else shift.to(b.dtype))
+    lora.lora_A.weight, lora.lora_B.weight = nn.Parameter(a.contiguous()), nn.Parameter(b.contiguous())
+    if lora.lora_bias:
+        lora.lora_B.bias = nn.Parameter(b.new_zeros(len(b)) if shift is None else shift.to(b.dtype))

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from peft.core.layer.weight import base_weight, set_base_weight
+
 
 if TYPE_CHECKING:
     from peft.tuners.lora.config import LoraConfig
-    from peft.tuners.lora.layer import LoraLayer
+    from peft.tuners.lora.layer import Lora
 
 
 def is_drawn(config: LoraConfig) -> bool:
@@ -19,36 +21,36 @@ def is_drawn(config: LoraConfig) -> bool:
     return config.init_lora_weights in (True, False, "gaussian", "orthogonal")
 
 
-def initialize(layer: LoraLayer, name: str, config: LoraConfig) -> None:
+def initialize(lora: Lora, config: LoraConfig) -> None:
     """Fill A and B of a fresh adapter. Every choice but False makes dW = 0."""
     init = config.init_lora_weights
-    _as_torch_does(layer, name)  # first in any case: then a seed gives the numbers that it gives elsewhere
+    _as_torch_does(lora)  # first in any case: then a seed gives the numbers that it gives elsewhere
     if init is False:
         return
-    a, b = layer.pair(name)
+    a, b = lora.pair()
     with torch.no_grad():
         if init == "orthogonal":
-            for down, up in layer.kind.pairs(layer.get_base_layer(), a, b):
+            for down, up in lora.kind.pairs(lora.base, a, b):
                 _orthogonal(down, up)
         elif init == "loftq":
-            _loftq(layer, name, a, b, config)
-        elif layer.kind.lookup:
+            _loftq(lora, a, b, config)
+        elif lora.kind.lookup:
             a.zero_()
             b.normal_()
         else:
-            _zero_up(a, b, std=1 / layer.r[name] if init == "gaussian" else None)
-        if layer.lora_bias[name]:
-            layer.lora_B[name].bias.zero_()
+            _zero_up(a, b, std=1 / lora.r if init == "gaussian" else None)
+        if lora.lora_bias:
+            lora.lora_B.bias.zero_()
 
 
-def _as_torch_does(layer: LoraLayer, name: str) -> None:
-    if layer.kind.lookup:
+def _as_torch_does(lora: Lora) -> None:
+    if lora.kind.lookup:
         with torch.no_grad():
-            for table in layer.pair(name):
+            for table in lora.pair():
                 table.normal_()
     else:
-        layer.lora_A[name].reset_parameters()
-        layer.lora_B[name].reset_parameters()
+        lora.lora_A.reset_parameters()
+        lora.lora_B.reset_parameters()
 
 
 def _zero_up(a: torch.Tensor, b: torch.Tensor, std: float | None) -> None:
@@ -60,7 +62,7 @@ def _zero_up(a: torch.Tensor, b: torch.Tensor, std: float | None) -> None:
     b.zero_()
 
 
-def _loftq(layer: LoraLayer, name: str, a: torch.Tensor, b: torch.Tensor, config: LoraConfig) -> None:
+def _loftq(lora: Lora, a: torch.Tensor, b: torch.Tensor, config: LoraConfig) -> None:
     """W becomes what is left of it in few bits, and s B A fits the rest (LoftQ)."""
     from peft.utils.loftq_utils import loftq_init
 
@@ -68,12 +70,12 @@ def _loftq(layer: LoraLayer, name: str, a: torch.Tensor, b: torch.Tensor, config
     bits, turns = (options.get("loftq_bits", 4), options.get("loftq_iter", 1)) if isinstance(options, dict) else (
         options.loftq_bits, options.loftq_iter
     )  # fmt: skip
-    weight = layer.get_base_weight()
+    weight = base_weight(lora.layer)
     with weight.device:  # the pair may be on the meta device, to be loaded later; the weight is not
-        rounded, down, up = loftq_init(weight, bits, layer.r[name], turns)
-    layer.set_base_weight(rounded)
+        rounded, down, up = loftq_init(weight, bits, lora.r, turns)
+    set_base_weight(lora.layer, rounded)
     a.copy_(down)
-    b.copy_(up / layer.scaling[name])
+    b.copy_(up / lora.scaling)
 
 
 def _orthogonal(a: torch.Tensor, b: torch.Tensor) -> None:

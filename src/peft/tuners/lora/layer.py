@@ -10,42 +10,50 @@ import torch
 from torch import nn
 
 from peft.config import resolve_pattern
+from peft.core.adapter import Adapter, part, setting
 from peft.core.base.kinds import Kind
+from peft.core.base.stack import Stack
 from peft.core.base.storage import storage_of
-from peft.core.families.families import ScaledLayer, input_dropout
+from peft.core.families import Scaled, input_dropout
 from peft.core.filling import skip_values
+from peft.core.layer.scaled import ScaledLayer
 from peft.kernels import Factors, active_rate, is_bare_linear
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.initialize import initialize, is_drawn
 from peft.tuners.lora.pairs import without_padding
-from peft.tuners.lora.variants import LoraVariant, TiedPair, resolve_variant
 
 
-class LoraLayer(ScaledLayer):
+class Lora(Scaled):
     """y' = y + s B A drop(x), A ``[r, in]`` and B ``[out, r]``, s = lora_alpha / r (or / sqrt r).
 
     On convolutions A is a convolution with the base layer's geometry and B one of size 1. On embeddings A is a table
-    ``[r, tokens]``. A variant (DoRA, ...) overrides the hooks of its adapter.
+    ``[r, tokens]``. Variants (DoRA, ...) are subclasses; :meth:`of` finds the one that a config asks for.
     """
 
-    weights: ClassVar[dict[str, type]] = {
-        "lora_A": nn.ModuleDict,
-        "lora_B": nn.ModuleDict,
-        "lora_embedding_A": nn.ParameterDict,
-        "lora_embedding_B": nn.ParameterDict,
-        "lora_magnitude_vector": nn.ModuleDict,
-    }
-    settings: ClassVar[dict[str, type]] = {
-        "r": dict,
-        "lora_alpha": dict,
-        "scaling": dict,
-        "lora_dropout": nn.ModuleDict,
-        "use_rslora": dict,
-        "use_dora": dict,
-        "lora_bias": dict,
-        "lora_variant": dict,
-    }
-    bare: ClassVar[tuple[str, ...]] = ("lora_magnitude_vector",)
+    lora_A = part(nn.ModuleDict)
+    lora_B = part(nn.ModuleDict)
+    lora_embedding_A = part()
+    lora_embedding_B = part()
+    lora_magnitude_vector = part(nn.ModuleDict, bare=True)
+    r = setting()
+    lora_alpha = setting()
+    scaling = setting()
+    lora_dropout = setting(nn.ModuleDict)
+    use_rslora = setting()
+    use_dora = setting()
+    lora_bias = setting()
+
+    variants: ClassVar[list[type[Lora]]] = []
+    layer_base: ClassVar[Any] = ScaledLayer
+
+    @classmethod
+    def asked_by(cls, config: LoraConfig) -> bool:
+        """Whether a config asks for this variant."""
+        return False
+
+    @classmethod
+    def of(cls, config: LoraConfig) -> type[Lora]:
+        return next((variant for variant in cls.variants if variant.asked_by(config)), cls)
 
     @classmethod
     def refusal(cls, kind: Kind, module: nn.Module, config: LoraConfig) -> str | None:
@@ -59,135 +67,180 @@ class LoraLayer(ScaledLayer):
                     f"init_lora_weights='loftq' starts from a dense weight, and {storage.name} keeps this one; "
                     "use the default initialisation and then peft.replace_lora_weights_loftq"
                 )
-        if config.use_dora and (reason := kind.no_dense_pair(module)):
-            return f"DoRA needs the norm of the adapted weight, but {reason}"
+        variant = cls.of(config)
+        return variant.refuses(kind, module, config) if variant is not cls else None
+
+    @classmethod
+    def refuses(cls, kind: Kind, module: nn.Module, config: LoraConfig) -> str | None:
+        """Why a variant has no meaning on such a layer, or None."""
         return None
 
-    def update_layer(self, name: str, config: LoraConfig, key: str) -> None:
-        r = resolve_pattern(config.rank_pattern, key, config.r)
-        alpha = resolve_pattern(config.alpha_pattern, key, config.lora_alpha)
-        dropout = input_dropout(config.lora_dropout)
-        self.put(name, r=r, lora_alpha=alpha, lora_dropout=dropout, use_rslora=config.use_rslora)
-        self.put(name, use_dora=config.use_dora, lora_bias=config.lora_bias, scaling=self.initial_scaling(name))
-        if name in self.tied_to:
-            self.put(name, lora_variant=TiedPair())
-            return
-        self.allocate(name, r, config.lora_bias)
-        if not (is_drawn(config) and skip_values()):
-            initialize(self, name, config)
-        if (variant := resolve_variant(config)) is not None:
-            self.put(name, lora_variant=variant)
-            variant.init(self, name, config)
+    def create(self, config: LoraConfig, key: str) -> None:
+        self.r = resolve_pattern(config.rank_pattern, key, config.r)
+        self.lora_alpha = resolve_pattern(config.alpha_pattern, key, config.lora_alpha)
+        self.lora_dropout = input_dropout(config.lora_dropout)
+        self.use_rslora, self.use_dora, self.lora_bias = config.use_rslora, config.use_dora, config.lora_bias
+        self.scaling = self.initial_scaling()
+        self.make_pair(config)
 
-    def allocate(self, name: str, r: int, bias: bool = False) -> None:
+    def make_pair(self, config: LoraConfig) -> None:
+        """Allocate A and B, and let them start."""
+        self.allocate(self.r, config.lora_bias)
+        if not (is_drawn(config) and skip_values()):
+            initialize(self, config)
+
+    def allocate(self, r: int, bias: bool = False) -> None:
         """Make a pair of rank r, with the shapes of the file format and no values yet."""
         if self.kind.lookup:
             out, tokens = self.shape
-            a, b = nn.Parameter(torch.empty(r, tokens)), nn.Parameter(torch.empty(out, r))
-            self.put(name, lora_embedding_A=a, lora_embedding_B=b)
+            self.lora_embedding_A = nn.Parameter(torch.empty(r, tokens))
+            self.lora_embedding_B = nn.Parameter(torch.empty(out, r))
         else:
-            down, up = self.kind.factor(self.get_base_layer(), r, bias)
-            self.put(name, lora_A=down, lora_B=up)
+            self.lora_A, self.lora_B = self.kind.factor(self.base, r, bias)
 
-    def pair(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tensors A and B of an adapter."""
+    def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tensors A and B."""
         if self.kind.lookup:
-            return self.lora_embedding_A[name], self.lora_embedding_B[name]
-        return self.lora_A[name].weight, self.lora_B[name].weight
+            return self.lora_embedding_A, self.lora_embedding_B
+        return self.lora_A.weight, self.lora_B.weight
 
     # --- the mathematics --------------------------------------------------------------------------------------
-    def delta(self, name: str, x: torch.Tensor) -> torch.Tensor:
+    def delta(self, x: torch.Tensor) -> torch.Tensor:
         if self.kind.lookup:
-            a, b = self.pair(name)
-            return self.kind.apply(self.get_base_layer(), x, a) @ b.T * self.scaling[name]
-        return self.lora_B[name](self.lora_A[name](self.lora_dropout[name](x))) * self.scaling[name]
+            a, b = self.pair()
+            return self.kind.apply(self.base, x, a) @ b.T * self.scaling
+        return self.lora_B(self.lora_A(self.lora_dropout(x))) * self.scaling
 
-    def factors(self, name: str) -> Factors | None:
-        return None if name in self.lora_variant else self.bare_factors(name)
-
-    def bare_factors(self, name: str) -> Factors | None:
-        """The pair without what a variant makes of it, or None where calling its parts does more than multiply."""
-        modules = self._modules
-        down, up = (modules[part]._modules.get(name) for part in ("lora_A", "lora_B"))
+    def factors(self) -> Factors | None:
+        """The pair, or None where calling its parts does more than multiply."""
+        modules, name = self.layer._modules, self.name
+        down, up = modules["lora_A"]._modules.get(name), modules["lora_B"]._modules.get(name)
         if not (is_bare_linear(down) and is_bare_linear(up)):
             return None
-        dropout = modules["lora_dropout"]._modules[name]
-        rate = active_rate(dropout)
+        rate = active_rate(modules["lora_dropout"]._modules[name])
         if rate is None or up._parameters["bias"] is not None:
             return None
-        return Factors(down._parameters["weight"], up._parameters["weight"], self.scaling[name], rate)
+        return Factors(down._parameters["weight"], up._parameters["weight"], self.layer.scaling[name], rate)
 
-    def fused(self, names: list[str], x: torch.Tensor) -> torch.Tensor | None:
-        variant = self.lora_variant.get(names[0]) if len(names) == 1 else None
-        return None if variant is None else variant.fused(self, names[0], x)
+    def delta_weight(self) -> torch.Tensor:
+        return self.kind.compose(self.base, *self.pair()) * self.scaling
 
-    def delta_weight(self, name: str) -> torch.Tensor:
-        a, b = self.pair(name) if name not in self.tied_to else self.lora_variant[name].pair(self, name)
-        return self.kind.compose(self.get_base_layer(), a, b) * self.scaling[name]
+    def fold(self, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        return self._with_pair(weight, 1)
 
-    def transform_output(self, name: str, x: torch.Tensor, y: torch.Tensor, base_y: torch.Tensor) -> torch.Tensor:
-        variant = self.lora_variant.get(name)
-        if variant is None:
-            return y + self.delta(name, x)
-        return variant.transform_output(self, name, x, y, base_y)
+    def unfold(self, weight: torch.Tensor) -> torch.Tensor:
+        return self._with_pair(weight, -1)
 
-    def fold(self, name: str, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-        variant = self.lora_variant.get(name)
-        return self._with_pair(name, weight, 1) if variant is None else variant.fold(self, name, weight, base)
-
-    def unfold(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        return super().unfold(name, weight) if name in self.lora_variant else self._with_pair(name, weight, -1)
-
-    def _with_pair(self, name: str, weight: torch.Tensor, sign: int) -> torch.Tensor:
+    def _with_pair(self, weight: torch.Tensor, sign: int) -> torch.Tensor:
         """W + sign * s B A; of a linear layer without a matrix for B A."""
-        a, b = self.pair(name)
+        a, b = self.pair()
         if self.kind.matrix and a.dtype == b.dtype == weight.dtype:
-            return torch.addmm(weight, b, a, alpha=sign * self.scaling[name])
-        return weight + sign * self.delta_weight(name).to(weight.dtype)
+            return torch.addmm(weight, b, a, alpha=sign * self.scaling)
+        return weight + sign * self.delta_weight().to(weight.dtype)
 
-    def keeps_base(self, name: str) -> bool:
-        variant = self.lora_variant.get(name)
-        return variant is not None and not variant.reversible
+    def fold_bias(self, bias: torch.Tensor | None) -> torch.Tensor | None:
+        return bias if not self.lora_bias else self._bias_delta() + (0 if bias is None else bias)
 
-    def fold_bias(self, name: str, bias: torch.Tensor | None) -> torch.Tensor | None:
-        return bias if not self.lora_bias[name] else self._bias_delta(name) + (0 if bias is None else bias)
+    def unfold_bias(self, bias: torch.Tensor | None) -> torch.Tensor | None:
+        return bias if not self.lora_bias or bias is None else bias - self._bias_delta()
 
-    def unfold_bias(self, name: str, bias: torch.Tensor | None) -> torch.Tensor | None:
-        return bias if not self.lora_bias[name] or bias is None else bias - self._bias_delta(name)
+    def _bias_delta(self) -> torch.Tensor:
+        return self.lora_B.bias * self.scaling
 
-    def _bias_delta(self, name: str) -> torch.Tensor:
-        return self.lora_B[name].bias * self.scaling[name]
+    def unmergeable(self) -> str | None:
+        return self.kind.no_dense_pair(self.base)
 
-    def unmergeable(self, name: str) -> str | None:
-        return self.kind.no_dense_pair(self.get_base_layer())
-
-    # --- scale ------------------------------------------------------------------------------------------------
-    def initial_scaling(self, name: str) -> float:
+    def initial_scaling(self) -> float:
         """lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA (arXiv 2312.03732)."""
-        r = self.r[name]
-        return self.lora_alpha[name] / (math.sqrt(r) if self.use_rslora[name] else r)
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     # --- files ------------------------------------------------------------------------------------------------
-    def adapter_state(self, name: str) -> Iterator[tuple[str, str, torch.Tensor]]:
-        if name not in self.tied_to:
-            yield from super().adapter_state(name)
-        elif name in self:
-            a, b = self.lora_variant[name].pair(self, name)
-            yield "lora_A.weight", "", a
-            yield "lora_B.weight", "", b
+    def as_saved(self, saved: str, tensor: torch.Tensor) -> torch.Tensor:
+        return without_padding(self, saved, tensor)
 
-    def as_saved(self, name: str, saved: str, tensor: torch.Tensor) -> torch.Tensor:
-        return without_padding(self, name, saved, tensor)
-
-    def upgrade(self, name: str, written_by: str) -> None:
+    def upgrade(self, written_by: str) -> None:
         """Files before 1.0 mean the update of an attention's out_proj twice."""
         if self.kind.read_by_parent and written_by.startswith("0."):
-            self.lora_B[name].weight.data.mul_(2)
+            self.lora_B.weight.data.mul_(2)
 
-    def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> LoraVariant | None:
-        """The variant that a config asks for, or None for plain LoRA."""
-        return resolve_variant(config)
+
+class TiedPair(Lora):
+    """The head that shares its weight with an adapted embedding: the same update, transposed.
+
+    dW = (B A)^T, so the head's A is the embedding's B^T and the other way round; the head holds no tensors.
+    """
+
+    def make_pair(self, config: LoraConfig) -> None:
+        pass
+
+    def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
+        a, b = self.tied_to.pair()
+        return b.T, a.T
+
+    def factors(self) -> Factors | None:
+        return None
+
+    def delta(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = self.pair()
+        return self.lora_dropout(x).to(a.dtype) @ a.T @ b.T * self.scaling
+
+    def state(self) -> Iterator[tuple[str, str, torch.Tensor]]:
+        a, b = self.pair()
+        yield "lora_A.weight", "", a
+        yield "lora_B.weight", "", b
+
+
+class LoraLayer(ScaledLayer):
+    """A layer with LoRA adapters, ``lora_A[name]`` and ``lora_B[name]``. Third parties build on it:
+
+    class MyLinear(nn.Module, LoraLayer):
+        def __init__(self, base_layer, adapter_name, r):
+            super().__init__()
+            LoraLayer.__init__(self, base_layer)
+            self.update_layer(adapter_name, r, lora_alpha=16)
+    """
+
+    adapter_cls: ClassVar[type[Adapter]] = Lora
+
+    def _class_of(self, name: str, config: Any) -> type[Adapter]:
+        return TiedPair if name in self.tied_to else super()._class_of(name, config)
+
+    @property
+    def num_experts(self) -> int:
+        """How many matrices the adapted parameter holds; 1 for a layer."""
+        return self.kind.experts(self.get_base_layer()) if isinstance(self.kind, Stack) else 1
+
+    @property
+    def lora_variant(self) -> dict[str, Adapter]:
+        """The adapters that are more than plain LoRA, by name."""
+        return {name: adapter for name, adapter in self.adapters.items() if type(adapter) is not Lora}
+
+    def update_layer(
+        self, adapter_name: str, r: int, lora_alpha: int = 8, config: Any = None, *args: Any, **kwargs: Any
+    ) -> None:
+        """Give the layer an adapter, active and trained: third parties call it in the constructors of their layers.
+
+        Args:
+            config: a :class:`LoraConfig`; or, as there was none once, ``lora_dropout``, with ``init_lora_weights``,
+                ``use_rslora``, ``use_dora`` and ``lora_bias`` behind it.
+            kwargs: fields of the config by name; others are of no use here.
+        """
+        given = {name: value for name, value in kwargs.items() if name in LoraConfig.__dataclass_fields__}
+        if isinstance(config, LoraConfig):
+            config = LoraConfig(**{**config.to_dict(), "r": r, "lora_alpha": lora_alpha, "rank_pattern": {}, **given})
+        else:
+            positional = args if config is None else (config, *args)
+            once = ("lora_dropout", "init_lora_weights", "use_rslora", "use_dora", "lora_bias")
+            config = LoraConfig(r=r, lora_alpha=lora_alpha, **dict(zip(once, positional)), **given)
+        self.add_adapter(adapter_name, config, self.key)
+        self.set_adapter(self.active_adapters or [adapter_name])
+
+    def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> type[Adapter] | None:
+        """The class of the variant that a config asks for, or None for plain LoRA."""
+        variant = Lora.of(config)
+        return None if variant is Lora else variant
 
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: Any) -> None:
         """Draw A and B of an adapter anew."""
-        initialize(self, adapter_name, LoraConfig(init_lora_weights=init_lora_weights, r=self.r[adapter_name]))
+        adapter: Any = self.adapters[adapter_name]
+        initialize(adapter, LoraConfig(init_lora_weights=init_lora_weights, r=adapter.r))

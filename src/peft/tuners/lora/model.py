@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from peft.compat.methods import LoraCompat
 from peft.core.combine.combined import (
     add_combined,
     checked_weights,
@@ -16,12 +17,12 @@ from peft.core.combine.combined import (
     resized,
     tuner_layers,
 )
+from peft.core.model.manager import check_adapter_name
 from peft.core.model.registry import define_tuner
-from peft.core.model.tuner import BaseTuner, check_adapter_name
+from peft.core.model.tuner import BaseTuner
 from peft.tuners.lora.config import LoraConfig
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import Lora, LoraLayer
 from peft.tuners.lora.pairs import join_pair, pair_blocks, split_pair
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.error import nearest
 from peft.utils.merge_utils import prune, task_arithmetic, ties
 
@@ -70,7 +71,7 @@ CombinationType = Literal[
 ]
 
 
-class LoraTuner(BaseTuner):
+class LoraTuner(LoraCompat, BaseTuner):
     """What LoRA can do to a whole model beyond any other method."""
 
     def add_weighted_adapter(
@@ -118,9 +119,9 @@ class LoraTuner(BaseTuner):
         way = WAYS[combination_type]
         mixer = Mixer(way, combination_type == "cat", density, majority_sign_method, svd_clamp, svd_driver)
 
-        def fill(layer: LoraLayer) -> None:
-            here = [(name, weight) for name, weight in zip(adapters, weights) if name in layer]
-            mixer.fill(layer, here, adapter_name)
+        def fill(layer: Any) -> None:
+            here = [(layer.adapters[name], weight) for name, weight in zip(adapters, weights) if name in layer]
+            mixer.fill(layer.adapters[adapter_name], here)
 
         add_combined(self, adapters, adapter_name, config, fill)
 
@@ -146,10 +147,11 @@ class LoraTuner(BaseTuner):
         """The rank of the result, the same in all layers."""
         ranks, groups = [], 1
         for _, layer in tuner_layers(self):
-            here = [layer.r[name] for name in adapters if name in layer]
+            here: list[Any] = [layer.adapters[name] for name in adapters if name in layer]
             if here:
-                ranks.append(sum(here) if way == "cat" else max(here))
-                groups = math.lcm(groups, pair_blocks(layer)[1])
+                held = [lora.r for lora in here]
+                ranks.append(sum(held) if way == "cat" else max(held))
+                groups = math.lcm(groups, pair_blocks(here[0])[1])
         rank = svd_rank if WAYS[way].dense and svd_rank is not None else max(ranks)
         return math.ceil(rank / groups) * groups
 
@@ -163,45 +165,44 @@ class Mixer:
         self.way, self.cat, self.density, self.vote = way, cat, density, vote
         self.clamp, self.driver = clamp, driver
 
-    def fill(self, layer: LoraLayer, parts: list[tuple[str, float]], adapter_name: str) -> None:
-        """Set A and B of ``adapter_name`` from those of other adapters, given with their weights."""
-        a, b = layer.pair(adapter_name)
-        bias = layer.lora_B[adapter_name].bias if layer.lora_bias[adapter_name] else None
+    def fill(self, new: Lora, parts: list[tuple[Lora, float]]) -> None:
+        """Set A and B of an adapter from those of others, given with their weights."""
+        a, b = new.pair()
+        bias: Any = new.lora_B.bias if new.lora_bias else None
         for tensor in (a, b, bias):
             if tensor is not None:
                 tensor.zero_()
         if not parts:
             return
-        scales = [float(layer.scaling[name]) for name, _ in parts]
+        scales = [float(lora.scaling) for lora, _ in parts]
         weights = [weight for _, weight in parts]
-        pairs = [tuple(map(_wide, layer.pair(name))) for name, _ in parts]
-        rank = split_pair(layer, a, b)[0].shape[1]
-        down, up = (self._from_updates if self.way.dense or self.cat else self._from_factors)(
-            layer, pairs, weights, scales, rank
-        )
-        for tensor, value in zip((a, b), join_pair(layer, resized(down, rank, 1), resized(up, rank, 2), adapter_name)):
+        pairs = [tuple(map(_wide, lora.pair())) for lora, _ in parts]
+        rank = split_pair(new, a, b)[0].shape[1]
+        combine = self._from_updates if self.way.dense or self.cat else self._from_factors
+        down, up = combine(new, pairs, weights, scales, rank)
+        for tensor, value in zip((a, b), join_pair(new, resized(down, rank, 1), resized(up, rank, 2))):
             tensor.copy_(value)
-        biased = [(n, w, s) for (n, w), s in zip(parts, scales) if layer.lora_bias[n]]
+        biased = [(lora, w, s) for (lora, w), s in zip(parts, scales) if lora.lora_bias]
         if biased:
-            shifts = [self._pruned(_wide(layer.lora_B[name].bias) * scale) for name, _, scale in biased]
+            shifts = [self._pruned(_wide(lora.lora_B.bias) * scale) for lora, _, scale in biased]
             bias.copy_(self._summed(shifts, [weight for _, weight, _ in biased]))
 
     def _from_factors(
-        self, layer: LoraLayer, pairs: list, weights: list[float], scales: list[float], rank: int
+        self, new: Lora, pairs: list, weights: list[float], scales: list[float], rank: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """A = sum_i sign(w_i s_i) sqrt|w_i s_i| A_i and B = sum_i sqrt|w_i s_i| B_i, after pruning."""
         factors = [weight * scale for weight, scale in zip(weights, scales)]
         downs, ups = [self._pruned(a) for a, _ in pairs], [self._pruned(b) for _, b in pairs]
-        split_pairs = [split_pair(layer, a, b) for a, b in zip(downs, ups)]
+        split_pairs = [split_pair(new, a, b) for a, b in zip(downs, ups)]
         roots = [math.sqrt(abs(f)) for f in factors]
         signed = [math.copysign(root, f) for root, f in zip(roots, factors)]
         down = self._summed([resized(a, rank, 1) for a, _ in split_pairs], signed)
         return down, self._summed([resized(b, rank, 2) for _, b in split_pairs], roots)
 
     def _from_updates(
-        self, layer: LoraLayer, pairs: list, weights: list[float], scales: list[float], rank: int
+        self, new: Lora, pairs: list, weights: list[float], scales: list[float], rank: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        split_pairs = [split_pair(layer, a, b) for a, b in pairs]
+        split_pairs = [split_pair(new, a, b) for a, b in pairs]
         if self.way.pruning is None:
             down = torch.cat([w * s * a for (a, _), w, s in zip(split_pairs, weights, scales)], 1)
             up = torch.cat([b for _, b in split_pairs], 2)
@@ -225,12 +226,4 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-LoraModel = define_tuner(
-    "LoraModel",
-    LoraLayer,
-    LoraConfig,
-    prefix="lora_",
-    targets=TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-    base=LoraTuner,
-    __module__=__name__,
-)
+LoraModel = define_tuner(Lora, LoraConfig, base=LoraTuner, layer=LoraLayer, __module__=__name__)

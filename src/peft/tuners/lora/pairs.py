@@ -9,65 +9,66 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from peft.core.adapter import Adapter
 from peft.core.combine.combined import resized
 
 
 if TYPE_CHECKING:
-    from peft.tuners.lora.layer import LoraLayer
+    from peft.tuners.lora.layer import Lora
 
 
-def pair_blocks(layer: LoraLayer) -> tuple[int, int]:
+def pair_blocks(lora: Adapter) -> tuple[int, int]:
     """How many (experts, groups) the update consists of; one of the two is 1."""
-    if layer.kind.lookup:
+    if lora.kind.lookup:
         return 1, 1
-    base = layer.get_base_layer()
+    base = lora.base
     groups = getattr(base, "groups", 1)
     with torch.device("meta"):
-        down, _ = layer.kind.factor(base, groups)
+        down, _ = lora.kind.factor(base, groups)
     return down.weight.shape[0] // groups, groups
 
 
-def held_rank(layer: LoraLayer, name: str) -> int:
+def held_rank(lora: Lora) -> int:
     """The rank that the tensors of an adapter have room for."""
-    return layer.pair(name)[0].shape[0] // pair_blocks(layer)[0]
+    return lora.pair()[0].shape[0] // pair_blocks(lora)[0]
 
 
-def split_pair(layer: LoraLayer, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def split_pair(lora: Lora, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A pair as matrices: (down ``[blocks, r, in]``, up ``[blocks, out, r]``), r by group; dW is ``up @ down``."""
-    experts, groups = pair_blocks(layer)
+    experts, groups = pair_blocks(lora)
     if experts > 1:
         return a.unflatten(0, (experts, -1)), b.unflatten(1, (-1, experts)).permute(2, 0, 1)
     return a.unflatten(0, (groups, -1)).flatten(2), b.flatten(1).unflatten(0, (groups, -1))
 
 
-def join_pair(layer: LoraLayer, down: torch.Tensor, up: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The inverse of :func:`split_pair`, with the trailing axes of the pair of adapter ``name``."""
-    a, b = layer.pair(name)
-    up = up.permute(1, 2, 0).flatten(1) if pair_blocks(layer)[0] > 1 else up.flatten(0, 1)
+def join_pair(lora: Lora, down: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inverse of :func:`split_pair`, with the trailing axes of the adapter's pair."""
+    a, b = lora.pair()
+    up = up.permute(1, 2, 0).flatten(1) if pair_blocks(lora)[0] > 1 else up.flatten(0, 1)
     return down.flatten(0, 1).reshape(-1, *a.shape[1:]), up.reshape(b.shape[0], -1, *b.shape[2:])
 
 
-def of_rank(layer: LoraLayer, name: str, rank: int, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """A pair for the place of adapter ``name``, cut, or filled up with zeros, to a rank."""
-    down, up = split_pair(layer, a, b)
-    inner = rank // pair_blocks(layer)[1]
-    return join_pair(layer, resized(down[:, :inner], inner, 1), resized(up[..., :inner], inner, 2), name)
+def of_rank(lora: Lora, rank: int, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A pair for the place of an adapter's, cut, or filled up with zeros, to a rank."""
+    down, up = split_pair(lora, a, b)
+    inner = rank // pair_blocks(lora)[1]
+    return join_pair(lora, resized(down[:, :inner], inner, 1), resized(up[..., :inner], inner, 2))
 
 
-def without_padding(layer: LoraLayer, name: str, saved: str, tensor: torch.Tensor) -> torch.Tensor:
+def without_padding(lora: Lora, saved: str, tensor: torch.Tensor) -> torch.Tensor:
     """A tensor of an adapter without the zeros that fill its pair up to a larger rank than its own.
 
     Args:
         saved: its name in files, such as ``lora_A.weight``.
     """
-    rank, part = layer.r[name], saved.partition(".")[0]
+    rank, part = lora.r, saved.partition(".")[0]
     factor = {"lora_A": 0, "lora_embedding_A": 0, "lora_B": 1, "lora_embedding_B": 1}.get(part)
     if factor is None or saved.endswith(".bias"):
         return tensor
-    if name in layer.tied_to:
+    if lora.tied_to is not None:
         return tensor.narrow(factor, 0, rank)
-    if held_rank(layer, name) == rank:
+    if held_rank(lora) == rank:
         return tensor
-    pair = list(layer.pair(name))
+    pair = list(lora.pair())
     pair[factor] = tensor
-    return of_rank(layer, name, rank, *pair)[factor]
+    return of_rank(lora, rank, *pair)[factor]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from peft.config import PeftConfig
@@ -23,7 +25,7 @@ def check(config: XLoraConfig, model: nn.Module) -> None:
     """Fill in the width of the hidden state; refuse a config without experts, or of another width."""
     if not config.adapters:
         raise ConfigError("XLoraConfig: adapters is empty; give each expert: name -> folder of a LoRA adapter.")
-    known = getattr(model, "config", None)
+    known: Any = getattr(model, "config", None)
     text = known.get_text_config() if hasattr(known, "get_text_config") else known
     width = getattr(text, "hidden_size", None)
     config.hidden_size = width if config.hidden_size is None else config.hidden_size

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
 
+from peft.core.adapter import Adapter
 from peft.core.base.kinds import Kind
+from peft.core.model.context import Context
 from peft.kernels import Factors
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import Lora, LoraLayer
 from peft.tuners.xlora.config import XLoraConfig
 
 
@@ -27,85 +29,115 @@ class Routing(NamedTuple):
     columns: dict[str, int]
 
 
-class XLoraLayer(LoraLayer):
-    """y' = y + g sum_a s_a (LoRA_a(x) - y) with the weights s that the context has for each token.
+def xlora_weights(scalings: torch.Tensor, top_k: int | None, softmax: bool, factor: float) -> torch.Tensor:
+    """g s, the weights of the experts: 0 where only the top k act and others are larger.
+
+    Args:
+        scalings: what the classifier gives, ``[..., experts]``. top_k: None for all.
+        softmax: of those that act. factor: g.
+    """
+    if top_k is not None and top_k < scalings.shape[-1]:
+        kept = torch.zeros_like(scalings, dtype=torch.bool)
+        kept.scatter_(-1, scalings.topk(top_k, dim=-1).indices, True)
+        if softmax:
+            scalings = scalings.masked_fill(~kept, -torch.inf).softmax(-1)
+        scalings = scalings.masked_fill(~kept, 0)
+    elif top_k is not None and softmax:
+        scalings = scalings.softmax(-1)
+    return scalings * factor
+
+
+class Expert(Lora):
+    """y' = y + g s (LoRA(x) - y) with the weight s that the context has for each token; without one it does nothing.
 
     Where the positions of a layer are not the tokens, as in a convolution, s is the mean over the tokens of the
-    sample. Until the layer is given its ``routing`` it holds plain LoRA adapters.
+    sample. An expert that is a variant of LoRA is an :class:`Expert` and that variant, see :meth:`like`.
     """
 
-    routing: Routing | None = None
-    number = 0  # among the layers of the model that have experts
+    experts: ClassVar[dict[type[Lora], type[Lora]]] = {}
+
+    @classmethod
+    def like(cls, variant: type[Lora]) -> type[Lora]:
+        """The class of experts of a variant."""
+        if issubclass(variant, cls):
+            return variant
+        if variant not in cls.experts:
+            members = {"__doc__": variant.__doc__, "__module__": cls.__module__}
+            cls.experts[variant] = type(f"{variant.__name__}Expert", (cls, variant), members)
+        return cls.experts[variant]
 
     @classmethod
     def refusal(cls, kind: Kind, module: nn.Module, config: Any) -> str | None:
-        if kind.through_weight or kind.read_by_parent:
+        if kind.opaque or kind.read_by_parent:
             return "its weight is read by another computation, and experts are weighed by the token"
         return super().refusal(kind, module, config)
 
-    def factors(self, name: str) -> Factors | None:
+    def factors(self) -> Factors | None:
         return None  # the fused kernels know no weights of tokens
 
-    def _adapted(self, names: list[str], args: tuple, kwargs: dict) -> Any:
-        return super()._adapted(names if self.context.scalings is not None else [], args, kwargs)
+    @classmethod
+    def kernel(cls, layer: Any, adapters: Sequence[Any], x: torch.Tensor) -> torch.Tensor | None:
+        return None
 
-    def transform_output(self, name: str, x: torch.Tensor, y: torch.Tensor, base_y: torch.Tensor) -> torch.Tensor:
-        if self.routing is None or name not in self.routing.columns:
-            return super().transform_output(name, x, y, base_y)
-        change = self.kind.channels_last(super().transform_output(name, x, y, base_y) - y)
-        weights = self._weights(self.routing.columns[name]).to(change)
-        batch, tokens = weights.shape
-        if change.shape[:2] == (batch, tokens) and change.dim() == 3:
-            weights = weights.unsqueeze(-1)
-        elif change.dim() == 2 and len(change) == batch * tokens:
-            weights = weights.reshape(-1, 1)
-        elif len(change) == batch:
-            weights = self._mean(weights).view(-1, *[1] * (change.dim() - 1))
-        else:
+    def output(self, x: torch.Tensor, y: torch.Tensor, base_y: torch.Tensor) -> torch.Tensor:
+        weights = self.weights()
+        if weights is None:
+            return y
+        change = self.kind.channels_last(super().output(x, y, base_y) - y)
+        each = by_position(weights.to(change), change, self.context)
+        if each is None:
             raise ValueError(
-                f"X-LoRA has weights for {batch} samples of {tokens} tokens, and cannot tell which of them the "
-                f"{len(change)} rows of {self.key or 'a layer'} are. Use experts without this layer."
+                f"X-LoRA has weights for {len(weights)} samples of {weights.shape[1]} tokens, and cannot tell which "
+                f"of them the {len(change)} rows of {self.layer.key or 'a layer'} are. Use experts without this layer."
             )
-        return y + self.kind.channels_back(weights * change)
+        return y + self.kind.channels_back(each * change)
 
-    def _weights(self, column: int) -> torch.Tensor:
-        """g s of one expert, ``[batch, tokens]``, 0 where others are larger and only the top k act."""
-        assert self.routing is not None and self.context.scalings is not None
-        scalings, config = self.context.scalings[:, :, self.number], self.routing.config
-        if config.top_k_lora is not None and config.top_k_lora < scalings.shape[-1]:
-            kept = torch.zeros_like(scalings, dtype=torch.bool)
-            kept.scatter_(-1, scalings.topk(config.top_k_lora, dim=-1).indices, True)
-            if config.enable_softmax_topk:
-                scalings = scalings.masked_fill(~kept, -torch.inf).softmax(-1)
-            scalings = scalings.masked_fill(~kept, 0)
-        elif config.top_k_lora is not None and config.enable_softmax_topk:
-            scalings = scalings.softmax(-1)
-        return scalings[..., column] * config.global_scaling_weight
+    def weights(self) -> torch.Tensor | None:
+        """g s of this expert, ``[batch, tokens]``."""
+        routing, scalings = self.layer.routing, self.context.scalings
+        if routing is None or scalings is None:
+            return None
+        config, own = routing.config, scalings[:, :, self.layer.number]
+        each = xlora_weights(own, config.top_k_lora, config.enable_softmax_topk, config.global_scaling_weight)
+        return each[..., routing.columns[self.name]]
 
-    def _mean(self, weights: torch.Tensor) -> torch.Tensor:
-        mask = self.context.padding(len(weights), weights.shape[1], weights.device)
-        if mask is None:
-            return weights.mean(1)
-        return (weights * mask).sum(1) / mask.sum(1).clamp(min=1)
-
-    def unmergeable(self, name: str) -> str | None:
+    def unmergeable(self) -> str | None:
         return "X-LoRA weighs its experts anew for each token, so no one weight equals it. Keep the adapter unmerged."
 
-    def adapter_state(self, name: str) -> Iterator[tuple[str, str, torch.Tensor]]:
-        """The tensors of an expert; once there is a router, its: those of the experts that train with it."""
-        if self.routing is None:
-            yield from super().adapter_state(name)
-        elif name == self.routing.adapter and self.routing.config.use_trainable_adapters:
-            for expert in self.routing.columns:
-                if expert in self:
-                    yield from ((memory, memory, t) for _, memory, t in super().adapter_state(expert))
+    def state(self) -> Iterator[tuple[str, str, torch.Tensor]]:
+        """That of a LoRA while it is loaded as one; later the router says what is saved."""
+        return super().state() if self.layer.routing is None else iter(())
 
-    def as_saved(self, name: str, saved: str, tensor: torch.Tensor) -> torch.Tensor:
-        return super().as_saved(name, saved, tensor) if self.routing is None else tensor
 
-    def upgrade(self, name: str, written_by: str) -> None:
-        if self.routing is None:
-            super().upgrade(name, written_by)
+def by_position(weights: torch.Tensor, change: torch.Tensor, context: Context) -> torch.Tensor | None:
+    """Weights ``[batch, tokens]``, shaped to multiply ``[..., out]``; None where its rows are no tokens or samples.
+
+    Args:
+        context: knows the padding, which the mean over the tokens of a sample leaves out.
+    """
+    batch, tokens = weights.shape
+    if change.shape[:2] == (batch, tokens) and change.dim() == 3:
+        return weights.unsqueeze(-1)
+    if change.dim() == 2 and len(change) == batch * tokens:
+        return weights.reshape(-1, 1)
+    if len(change) != batch:
+        return None
+    mask = context.padding(batch, tokens, weights.device)
+    mask = torch.ones_like(weights) if mask is None else mask
+    mean = (weights * mask).sum(1) / mask.sum(1).clamp(min=1)
+    return mean.view(-1, *[1] * (change.dim() - 1))
+
+
+class XLoraLayer(LoraLayer):
+    """A layer with experts. Until it is given its ``routing`` they are being loaded."""
+
+    adapter_cls: ClassVar[type[Adapter]] = Expert
+    routing: Routing | None = None
+    number = 0  # among the layers of the model that have experts
+
+    def _class_of(self, name: str, config: Any) -> type[Adapter]:
+        variant: Any = super()._class_of(name, config)
+        return Expert.like(variant)
 
 
 class XLoraClassifier(nn.Module):

@@ -8,14 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft.core.adapter import Adapter
 from peft.core.model import operations
+from peft.core.model.record import context_of
 from peft.core.model.registry import define_tuner
-from peft.core.model.tuner import BaseTuner, context_of
+from peft.core.model.tuner import BaseTuner
 from peft.core.model.walk import layers_of
 from peft.core.prompts.caches import length_of
 from peft.tuners.xlora.config import XLoraConfig
 from peft.tuners.xlora.experts import check, load_experts
-from peft.tuners.xlora.layer import Routing, XLoraClassifier, XLoraLayer
+from peft.tuners.xlora.layer import Expert, Routing, XLoraClassifier, XLoraLayer
 from peft.tuners.xlora.scalings import Scalings
 
 
@@ -151,6 +153,16 @@ class XLoraTuner(Scalings, BaseTuner):
             for part, tensor in self.internal_xlora_classifier.named_parameters():
                 path = f"base_model.internal_xlora_classifier.{part}"
                 yield path, path, tensor
+        if name == self.router and self.config.use_trainable_adapters:
+            for path, adapter in self._placed():
+                for _, memory, tensor in Adapter.state(adapter):
+                    yield f"base_model.model.{path}.{memory}", f"base_model.model.{path}.{memory}", tensor
+
+    def _placed(self) -> Iterator[tuple[str, Adapter]]:
+        """All experts, each with the name of its layer."""
+        for path, layer in layers_of(self.model):
+            if isinstance(layer, XLoraLayer):
+                yield from ((path, adapter) for adapter in layer.adapters.values())
 
     def _require(self, names: Sequence[str]) -> None:
         if unknown := [name for name in names if name != self.router]:
@@ -162,5 +174,5 @@ class XLoraTuner(Scalings, BaseTuner):
 
 
 XLoraModel = define_tuner(
-    "XLoraModel", XLoraLayer, XLoraConfig, prefix="xlora_", mixed=False, base=XLoraTuner, __module__=__name__
+    Expert, XLoraConfig, prefix="xlora_", mixed=False, base=XLoraTuner, layer=XLoraLayer, __module__=__name__
 )

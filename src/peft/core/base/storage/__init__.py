@@ -8,9 +8,19 @@ from peft.core.base.storage.bitsandbytes import BitsAndBytes4bit, BitsAndBytes8b
 from peft.core.base.storage.eetq import EETQ
 from peft.core.base.storage.gptq import GPTQ
 from peft.core.base.storage.hqq import HQQ
-from peft.core.base.storage.plain import Plain, Storage
+from peft.core.base.storage.offloaded import (
+    Offloaded,
+    copied,
+    hooks_of,
+    offloading_hook,
+    onloaded,
+    without_hooks,
+)
+from peft.core.base.storage.parametrized import HookedNorm, Parametrized, weight_names
+from peft.core.base.storage.plain import Plain, Storage, tensors_in
 from peft.core.base.storage.quantized import ForwardOnly, Quantized, is_from
 from peft.core.base.storage.quanto import Quanto
+from peft.core.base.storage.sharded import Distributed, ZeRO3
 from peft.core.base.storage.torchao import TorchAO
 
 
@@ -24,11 +34,16 @@ _STORAGES: list[Storage] = [
     AWQ(),
     EETQ(),
     AQLM(),
+    Parametrized(),
+    HookedNorm(),
+    Distributed(),
+    ZeRO3(),
     Plain(),
 ]
 
 
 _PLAIN = _STORAGES[-1]
+_OFFLOADED: dict[Storage, Offloaded] = {}
 _LINEARS: dict[type, Storage | None] = {}
 
 
@@ -40,11 +55,44 @@ def register_storage(storage: Storage) -> None:
 
 def storage_of(m: nn.Module, attribute: str) -> Storage:
     """The storage that keeps ``m.<attribute>``."""
+    found = _inside(m, attribute)
+    if "_hf_hook" in m.__dict__ and attribute in m._parameters and offloading_hook(m) is not None:
+        return _OFFLOADED.setdefault(found, Offloaded(found))
+    return found
+
+
+def _inside(m: nn.Module, attribute: str) -> Storage:
     own = type(m).__module__.startswith("torch.nn.") and type(m._parameters.get(attribute)) is nn.Parameter
     for storage in _STORAGES:
         if not (own and storage.own_classes) and storage.matches(m, attribute):
             return storage
     return _PLAIN
+
+
+def storage_key(m: nn.Module, attribute: str) -> tuple:
+    """What :func:`storage_of` depends on: as long as this stays equal, a module's storage is the same.
+
+    Asked in each forward, so it computes no weight and looks at no values.
+    """
+    own = m.__dict__
+    weight = own["_parameters"].get(attribute)
+    hook = own.get("_hf_hook")
+    return type(m), type(weight), hook, hasattr(weight, "ds_id"), len(own["_forward_pre_hooks"])
+
+
+def untrainable(module: nn.Module) -> str | None:
+    """Why a copy of a module cannot be trained, or None: codes of a quantised weight have no gradient."""
+    for path, m in module.named_modules():
+        for name in ("weight", *weight_names(m)):
+            storage = storage_of(m, name)
+            if storage.name is not None:
+                where = f" of its {path!r}" if path else ""
+                return (
+                    f"the {name}{where} is quantised ({storage.name}), and such a weight cannot be trained. Leave the "
+                    "module out, or keep it dense when the model is loaded (llm_int8_skip_modules of "
+                    "BitsAndBytesConfig, modules_to_not_convert of others)"
+                )
+    return None
 
 
 def foreign_linear(m: nn.Module) -> Storage | None:
@@ -56,4 +104,20 @@ def foreign_linear(m: nn.Module) -> Storage | None:
     return _LINEARS[cls]
 
 
-__all__ = ["ForwardOnly", "Plain", "Quantized", "Storage", "foreign_linear", "register_storage", "storage_of"]
+__all__ = [
+    "ForwardOnly",
+    "Plain",
+    "Quantized",
+    "Storage",
+    "copied",
+    "foreign_linear",
+    "hooks_of",
+    "onloaded",
+    "register_storage",
+    "storage_key",
+    "storage_of",
+    "tensors_in",
+    "untrainable",
+    "weight_names",
+    "without_hooks",
+]

@@ -20,6 +20,7 @@ class BitsAndBytes4bit(Quantized):
 
     name = "bitsandbytes"
     layer_name = "Linear4bit"
+    fresh_output = True
     install = "'bitsandbytes>=0.43'"
     slots: ClassVar[tuple[str, ...]] = ("weight", "quant_state")
 
@@ -77,6 +78,7 @@ class BitsAndBytes8bit(Quantized):
 
     name = "bitsandbytes"
     layer_name = "Linear8bitLt"
+    fresh_output = True
     install = "'bitsandbytes>=0.43'"
     slots: ClassVar[tuple[str, ...]] = ("weight", "state")
 

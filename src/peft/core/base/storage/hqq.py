@@ -14,6 +14,7 @@ class HQQ(Quantized):
     """``HQQLinear``."""
 
     name = "hqq"
+    fresh_output = True
     linears: ClassVar[tuple[tuple[str, str], ...]] = (("hqq", "HQQLinear"),)
     slots: ClassVar[tuple[str, ...]] = ("W_q", "meta")
 

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.func import functional_call
+
+from peft.kernels.autocast import is_autocast
+from peft.kernels.linear import is_hooked
 
 
 class Storage:
     """Reads a weight dense and writes it back, in the layout in which the module stores it.
 
+    What is true of a weight because of how it is kept is asked here and nowhere else: :meth:`direct_weight`,
+    :meth:`output_may_be_overwritten`, :meth:`holds_updates_exactly`, :meth:`nbytes`, :meth:`device_and_dtype`.
+
     Attributes:
-        name: the library, shown in status reports (``quantization_backend``); None for a dense weight.
+        name: the quantisation library, shown in status reports (``quantization_backend``); None for a dense weight.
         layer_name: replaces the kind's name in the class name of adapted layers (``Linear4bit``), if set.
         can_read, can_write: whether the weight can be had dense, and replaced.
         lossless: whether what is written is what is read afterwards. If not, the original is kept for ``unmerge``.
         linears: ``(package, class)`` of layers that are linear without being ``nn.Linear``.
         slots: the attributes of a module that hold its weight.
         own_classes: a plain ``nn.Parameter`` of a layer of torch's own is never meant, so there is no need to ask.
+        fresh_output: the library's layers keep nothing of what they give.
     """
 
     name: str | None = None
@@ -29,6 +39,7 @@ class Storage:
     linears: ClassVar[tuple[tuple[str, str], ...]] = ()
     slots: ClassVar[tuple[str, ...]] = ()
     own_classes = False
+    fresh_output = False
 
     def matches(self, m: nn.Module, attribute: str) -> bool:
         """Whether this storage keeps ``m.<attribute>``."""
@@ -46,9 +57,74 @@ class Storage:
         """Write the weight into the memory that it has; False, with nothing done, where :meth:`write` is needed."""
         return False
 
+    def place(self, m: nn.Module, attribute: str, value: torch.Tensor) -> torch.Tensor:
+        """A dense tensor that takes the place of the weight in a computation, kept as the weight is kept."""
+        return value
+
+    def call(self, m: nn.Module, tensors: Mapping[str, torch.Tensor], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """What ``m(*args, **kwargs)`` gives with these dense tensors in the place of its own, hooks included.
+
+        The tensors are in the layout of the module, by attribute; gradients reach them.
+        """
+        return functional_call(m, dict(tensors), args, kwargs)
+
+    # --- what is true of the weight because it is kept so -----------------------------------------------------
+    def unwritable(self, m: nn.Module, attribute: str) -> str | None:
+        """Why nothing can be merged into the weight, or None."""
+        if not self.can_write:
+            way = "merge_and_unload(dequantize=True), " if self.can_read else ""
+            return (
+                f"weights kept by {self.name} cannot be written, so nothing can be merged into them. To merge: {way}"
+                "or load the base model unquantised and the adapter on it."
+            )
+        if (weight := m._parameters.get(attribute)) is not None and weight.is_meta:
+            return (
+                f"the {attribute} of this {type(m).__name__} has no values yet (it is on the meta device), so nothing "
+                "can be merged into it. Load the base model's weights first."
+            )
+        return None
+
     def compute_dtype(self, m: nn.Module, attribute: str) -> torch.dtype | None:
         """The dtype in which the layer multiplies, None if that is the input's."""
         return None
+
+    def direct_weight(self, m: nn.Module, attribute: str) -> nn.Parameter | None:
+        """The parameter, if it is frozen and the module computes with it and its bias as they stand; else None.
+
+        A kernel on the same device may then compute in the place of the module. Hooks, a replaced ``forward`` and
+        tensor subclasses make a module another one.
+        """
+        return None
+
+    def output_may_be_overwritten(self, m: nn.Module, attribute: str) -> bool:
+        """Whether the module's output may be changed in place: nothing else holds or needs it."""
+        own = m.__dict__
+        return (self.fresh_output or type(m) is nn.Linear) and not own["_forward_hooks"] and "forward" not in own
+
+    def holds_updates_exactly(self, m: nn.Module, attribute: str) -> bool:
+        """Whether an update can be added to the weight: codes and 16-bit numbers would round a small one away."""
+        return False
+
+    def nbytes(self, m: nn.Module, attribute: str) -> int:
+        """Bytes that the weight takes here, scales and codebooks included."""
+        return sum({t.untyped_storage()._cdata: t.nbytes for t in self.tensors(m, attribute)}.values())
+
+    def tensors(self, m: nn.Module, attribute: str) -> list[torch.Tensor]:
+        """The plain tensors in which the weight is kept; some may share memory."""
+        return [t for slot in self.slots or (attribute,) for t in tensors_in(getattr(m, slot, None))]
+
+    def device_and_dtype(self, m: nn.Module, attribute: str) -> tuple[torch.device | None, torch.dtype | None]:
+        """Device and dtype that new parts of the layer follow, None where there is nothing to follow.
+
+        Codes have no dtype to follow, so parts beside them stay in float32, as in QLoRA.
+        """
+        anchor = getattr(m, attribute, None)
+        if not isinstance(anchor, torch.Tensor):
+            anchor = next(itertools.chain(m.parameters(), m.buffers()), None)
+        if anchor is None:
+            return None, None
+        floating = self.name is None and anchor.is_floating_point() and anchor.dtype.itemsize > 1
+        return None if anchor.is_meta else anchor.device, anchor.dtype if floating else None
 
     def linear_shape(self, m: nn.Module) -> tuple[int, int]:
         """``(out, in)`` of one of ``linears``."""
@@ -96,6 +172,16 @@ class Plain(Storage):
         old.copy_(value)
         return True
 
+    def direct_weight(self, m: nn.Module, attribute: str) -> nn.Parameter | None:
+        weight, bias = m._parameters.get(attribute), m._parameters.get("bias")
+        if type(weight) is not nn.Parameter or weight.requires_grad or is_hooked(m):
+            return None
+        return weight if bias is None or type(bias) is nn.Parameter else None
+
+    def holds_updates_exactly(self, m: nn.Module, attribute: str) -> bool:
+        weight = getattr(m, attribute, None)
+        return isinstance(weight, torch.Tensor) and weight.dtype.itemsize >= 4 and not is_autocast(weight.device.type)
+
     def keep(self, m: nn.Module, attribute: str) -> tuple[nn.Parameter, torch.Tensor]:
         parameter = getattr(m, attribute)
         return parameter, parameter.data
@@ -107,3 +193,21 @@ class Plain(Storage):
 
     def read_kept(self, m: nn.Module, attribute: str, kept: tuple[nn.Parameter, torch.Tensor]) -> torch.Tensor:
         return kept[1]
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """The plain tensors of which something is made: a tensor subclass, a dict, a library's quantisation state."""
+    if isinstance(value, torch.Tensor):
+        if hasattr(value, "__tensor_flatten__"):
+            for name in value.__tensor_flatten__()[0]:
+                part = getattr(value, name)
+                yield from tensors_in(part) if isinstance(part, torch.Tensor) else ()  # a mesh of devices is none
+            return
+        yield value
+        for beside in ("SCB", "quant_state", "ds_tensor"):
+            yield from tensors_in(getattr(value, beside, None))
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from tensors_in(part)
+    elif hasattr(value, "__dict__") and not isinstance(value, nn.Module | type):
+        yield from tensors_in(vars(value))

@@ -15,6 +15,7 @@ class TorchAO(Quantized):
     """Any weight that is a tensor class of torchao and has ``dequantize``."""
 
     name = "torchao"
+    fresh_output = True
 
     def matches(self, m: nn.Module, attribute: str) -> bool:
         weight = getattr(m, attribute, None)

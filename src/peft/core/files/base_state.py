@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from peft.core.files.checkpoint import anatomy
+from peft.core.files.entries import anatomy
 from peft.core.model import operations
 from peft.core.model.auxiliary import biases_of
 from peft.core.model.walk import join, layers_of, walk
@@ -34,7 +34,7 @@ class _Place(NamedTuple):
 
 def _places(root: nn.Module) -> Iterator[_Place]:
     """The parameters and persistent buffers of the base model; a tied tensor once for each of its names."""
-    shared = {id(getattr(layer, name, None)) for _, layer in layers_of(root) for name in layer.shared}
+    shared = {id(getattr(layer, name, None)) for _, layer in layers_of(root) for name in layer.adapter_cls.common}
     for site in walk(root, repeated=True):
         if id(site.module) in shared:
             continue
@@ -50,7 +50,7 @@ def _bare(root: nn.Module) -> Iterator[bool]:
     merged = [(layer, list(layer.merged_adapters)) for _, layer in layers_of(root) if layer.merged]
     record = biases_of(root)
     applied = record.applied if record else None
-    trains = bool(record) and any(p.requires_grad for _, p in record.parameters(applied or ""))
+    trains = record is not None and any(p.requires_grad for _, p in record.parameters(applied or ""))
     try:
         operations.unmerge(root)
         if record:

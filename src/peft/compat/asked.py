@@ -1,0 +1,16 @@
+"""Attributes that are computed, and that others may set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class Asked:
+    """An attribute that is computed from the object or class unless somebody has set it."""
+
+    def __init__(self, compute: Any) -> None:
+        self.compute = compute
+        self.__doc__ = compute.__doc__
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        return self.compute(owner if instance is None else instance)

@@ -1,0 +1,99 @@
+"""What others call, read or set on adapted layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft.compat.asked import Asked
+from peft.core.layer.buffers import BufferDict
+from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
+
+
+class LayerCompat:
+    """What others call, read or set on adapted layers; a mixin of ``BaseTunerLayer``."""
+
+    _modules: dict[str, Any]
+    adapters: dict[str, Any]
+    cast_input_dtype_enabled: bool
+    get_base_layer: Any
+    kind: Any
+    merged_adapters: list[str]
+    storage: Any
+
+    @Asked
+    def fan_in_fan_out(self) -> bool:
+        """Whether the base keeps its weight ``[in, out]``. ipex-llm and neural-compressor set it on theirs."""
+        kind = getattr(self, "kind", None)
+        return bool(kind is not None and kind.fan_in_fan_out)
+
+    @Asked
+    def quantization_backend(self) -> QuantizationBackend | None:
+        """What reads and writes the base's weight if it is quantised, else None. Status reports of others show it."""
+        return None if isinstance(self, type) else resolve_quantization_backend(self.get_base_layer())
+
+    @Asked
+    def frozen_peft_weight_names(self) -> dict[str, set[str]]:
+        """Adapter -> names of its tensors that never train, where it has some."""
+        held = {} if isinstance(self, type) else {n: m for n, m in self._modules.items() if isinstance(m, BufferDict)}
+        names = sorted({adapter for container in held.values() for adapter in container})
+        return {adapter: {name for name, container in held.items() if adapter in container} for adapter in names}
+
+    def get_base_weight(self) -> torch.Tensor:
+        """The dense base weight, in the layout of the base layer."""
+        return self.storage.read(self.get_base_layer(), self.kind.weight)
+
+    def set_base_weight(self, weight_data: torch.Tensor) -> None:
+        """Write a dense weight into the base layer, quantised where that is. unsloth calls it."""
+        self.storage.write(self.get_base_layer(), self.kind.weight, weight_data)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether what an adapter does here is a weight that can be factored into a LoRA."""
+        return adapter_name in self.adapters and not self.adapters[adapter_name].unmergeable()
+
+    def _check_forward_args(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        """Raise ValueError for ``adapter_names`` that do not fit. Layers derived from LoraLayer (ipex-llm) call it."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            return
+        if len(x) != len(names):
+            raise ValueError(f"adapter_names has {len(names)} entries and the batch {len(x)} rows: give one for each.")
+        if self.merged_adapters:  # type: ignore[attr-defined]
+            raise ValueError("adapter_names cannot be used while adapters are merged; call unmerge_adapter() first.")
+
+    def _mixed_batch_forward(self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Any:
+        """The forward with one adapter for each row. Layers derived from LoraLayer (neural-compressor) call it."""
+        return self(x, *args, adapter_names=adapter_names, **kwargs)  # type: ignore[operator]
+
+    def _cast_input_dtype(self, x: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+        """x in the dtype of an adapter. Layers derived from LoraLayer (neural-compressor, unsloth) call it."""
+        if x is None or not self.cast_input_dtype_enabled or x.dtype == dtype:  # type: ignore[attr-defined]
+            return x
+        return x.to(dtype)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Put an adapter's parts on a device, by default the base's. ipex-llm calls it."""
+        if device is None:
+            base = self.get_base_layer()
+            device = next((t.device for t in (*base.parameters(), *base.buffers())), None)
+        if device is None or device.type == "meta":
+            return
+        for name in (*self.adapter_layer_names, *self.other_param_names):  # type: ignore[attr-defined]
+            container: Any = getattr(self, name, None)
+            item = container[adapter_name] if container is not None and adapter_name in container else None
+            if isinstance(item, nn.Parameter):
+                item.data = item.data.to(device)
+            elif isinstance(item, nn.Module):
+                item.to(device)
+            elif isinstance(item, torch.Tensor):
+                container[adapter_name] = item.to(device)
+
+    def _get_available_adapters(self) -> set[str]:
+        """The adapters that this layer has. TRL and ms-swift call it."""
+        return set(self.adapter_names)  # type: ignore[attr-defined]
+
+    def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """An adapter's tensors here by their names in a file, taken from a state dict of this module."""
+        return {saved: state_dict[memory] for saved, memory in self.adapter_state_dict_load_map(adapter_name).items()}  # type: ignore[attr-defined]

@@ -1,0 +1,188 @@
+"""What others call on the tuners of single methods; each class is a mixin of the tuner that it names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft.compat.asked import Asked
+from peft.core.files.entries import anatomy, entries
+from peft.core.files.state_dict import get_peft_model_state_dict
+from peft.core.layer.layer import BaseTunerLayer
+from peft.core.model.context import Context
+from peft.core.model.record import context_of
+from peft.core.model.walk import layers_of, walk, wrappers_of
+
+
+class LoraCompat:
+    """Of ``LoraModel``."""
+
+    def subtract_mutated_init(
+        self, output_state_dict: dict[str, torch.Tensor], adapter_name: str, kwargs: Any = None
+    ) -> dict[str, torch.Tensor]:
+        """A trained adapter's tensors less its start's, as plain LoRA of twice the rank: A' = [A; A0], B' = [B, -B0].
+
+        A start such as PiSSA takes B0 A0 out of the base's weight, so B A - B0 A0 is what the base itself lacks.
+
+        Args:
+            output_state_dict: the trained tensors, by their names in files.
+            adapter_name: the adapter of this model that holds the start.
+        """
+        model: Any = self
+        role = {}
+        for _, layer in layers_of(anatomy(model)[0]):
+            adapter = layer.adapters.get(adapter_name)
+            for name, _, held in adapter.held() if adapter is not None else ():
+                if name in AXES:
+                    role[id(getattr(held, "weight", held))] = AXES[name]
+        found = dict(output_state_dict)
+        for entry in entries(model, adapter_name):
+            axis = role.get(id(entry.tensor))
+            if axis is not None:
+                now, start = output_state_dict[entry.saved], entry.tensor.detach()
+                found[entry.saved] = torch.cat([now, -start if axis else start], axis)
+        return found
+
+
+class AdaLoraCompat:
+    """Of ``AdaLoraModel``."""
+
+    model: Any
+
+    def resize_modules_by_rank_pattern(self, rank_pattern: dict[str, Any], adapter_name: str) -> None:
+        """Take the ranks that a pattern (``"<module>.lora_E"`` -> mask, or how many) leaves out of an adapter."""
+        for key, layer in _adalora_layers(self.model, adapter_name).items():
+            index = _kept(rank_pattern, key)
+            if index is not None:
+                for name, axis in OF_ADALORA.items():
+                    old = getattr(layer, name)[adapter_name]
+                    new = nn.Parameter(old.detach().index_select(axis, index.to(old.device)))
+                    getattr(layer, name)[adapter_name] = new.requires_grad_(old.requires_grad)
+                layer.left[adapter_name] = None
+
+    def resize_state_dict_by_rank_pattern(
+        self, rank_pattern: dict[str, Any], state_dict: dict[str, torch.Tensor], adapter_name: str
+    ) -> dict[str, torch.Tensor]:
+        """The same for the adapter's tensors in a state dict, under their names in files or in memory."""
+        cut = {}
+        for key, layer in _adalora_layers(self.model, adapter_name).items():
+            index = _kept(rank_pattern, key)
+            if index is not None:
+                held = {name: getattr(layer, name)[adapter_name] for name in OF_ADALORA}
+                cut.update({id(tensor): (OF_ADALORA[name], index) for name, tensor in held.items()})
+        model: Any = self
+        found = dict(state_dict)
+        for entry in entries(model, adapter_name):
+            if id(entry.tensor) in cut:
+                axis, index = cut[id(entry.tensor)]
+                for name in entry.names():
+                    if name in found:
+                        found[name] = found[name].index_select(axis, index.to(found[name].device))
+        return found
+
+
+AXES = {"lora_A": 0, "lora_E": 0, "lora_B": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}
+"""The axis of each of LoRA's and AdaLoRA's tensors along which the ranks stand."""
+OF_ADALORA = {name: axis for name, axis in AXES.items() if "embedding" not in name}
+
+
+def _adalora_layers(model: nn.Module, adapter_name: str) -> dict[str, Any]:
+    """The layers that hold an adapter of AdaLoRA, by the names of their modules."""
+    return {
+        site.key: wrapper
+        for site in walk(model)
+        for _, wrapper in site.wrappers
+        if adapter_name in wrapper and hasattr(wrapper, "lora_E")  # type: ignore[operator]
+    }
+
+
+def _kept(rank_pattern: dict[str, Any], key: str) -> torch.Tensor | None:
+    """Which ranks of a layer a pattern keeps, as indices; files may add the adapter's name to that of the layer."""
+    for pattern, mask in rank_pattern.items():
+        if pattern == f"{key}.lora_E" or pattern.rpartition(".")[0] == f"{key}.lora_E":
+            return torch.arange(mask) if isinstance(mask, int) else torch.as_tensor(mask).bool().nonzero()[:, 0]
+    return None
+
+
+class VBLoRACompat:
+    """Of ``VBLoRAModel``."""
+
+    def get_nb_savable_parameters(self, adapter: str = "default") -> tuple[int, int]:
+        """How many numbers a file of the adapter holds: VB-LoRA's, in units of 32 bits, and all others."""
+        model: Any = self
+        state = get_peft_model_state_dict(model, adapter_name=adapter)
+        total = sum(t.numel() * t.itemsize for t in state.values())
+        beside = [
+            tensor
+            for _, wrapper in wrappers_of(anatomy(model)[0])
+            if not isinstance(wrapper, BaseTunerLayer) and adapter in wrapper  # type: ignore[operator]
+            for _, _, tensor in wrapper.adapter_state(adapter)
+        ]
+        own = total - sum(t.numel() * t.itemsize for t in beside)
+        return own // 4, sum(t.numel() for t in beside)
+
+    def print_savable_parameters(self) -> None:
+        """Print what :meth:`get_nb_savable_parameters` counts."""
+        own, others = self.get_nb_savable_parameters()
+        print(
+            f"VB-LoRA params to-be-saved (float32-equivalent): {own:,d} || total params to-be-saved: {own + others:,d}"
+        )
+
+
+class LycorisCompat:
+    """Of ``LoHaModel`` and ``LoKrModel``."""
+
+    layer_cls: Any
+
+    @Asked
+    def layers_mapping(self) -> dict[type[nn.Module], type[nn.Module]]:
+        """The class of an adapted layer by that of the base layer."""
+        names = {nn.Conv2d: "Conv2d", nn.Conv1d: "Conv1d", nn.Linear: "Linear"}
+        return {base: self.layer_cls.by_name[name] for base, name in names.items()}
+
+
+class PolyCompat:
+    """Of ``PolyModel``."""
+
+    model: Any
+
+    def forward(self, *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
+        """The base model's ``forward``, with the task of each row."""
+        return self._with_tasks(super().forward, task_ids, args, kwargs)  # type: ignore[misc]
+
+    def generate(self, *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
+        """The base model's ``generate``, with the task of each row."""
+        return self._with_tasks(self.model.generate, task_ids, args, kwargs)
+
+    def _with_tasks(self, function: Any, task_ids: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if task_ids is None:
+            return function(*args, **kwargs)
+        context: Context = context_of(self.model)
+        before, held = context.task_ids, context.held
+        context.task_ids, context.held = torch.as_tensor(task_ids).reshape(-1), True
+        try:
+            return function(*args, **kwargs)
+        finally:
+            context.task_ids = before
+            context.held = held or torch.is_grad_enabled()  # a backward may run the forward again
+
+
+class AdaptionPromptCompat:
+    """Of ``AdaptionPromptModel``."""
+
+    model: Any
+    peft_config: dict[str, Any]
+    inject_adapter: Any
+    set_adapter: Any
+
+    def add_adapter(self, adapter_name: str, config: Any) -> None:
+        """Give the model a further adapter, and make it the active one."""
+        self.peft_config[adapter_name] = config
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+        self.set_adapter(adapter_name)

@@ -1,0 +1,121 @@
+"""What others call on tuners, or override there."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import nn
+
+from peft.compat import new_layer
+from peft.compat.asked import Asked
+from peft.config import resolve_pattern
+from peft.core.model import operations
+from peft.core.model.record import context_of
+from peft.core.model.targeting import module_target, selected
+from peft.core.model.walk import locate, parent_of, put_module, replace_module, walk
+
+
+# Fields of a config that classes of layers take in their constructors.
+_OF_LAYERS = (
+    "r", "lora_alpha", "lora_dropout", "fan_in_fan_out", "init_lora_weights", "use_rslora", "use_dora", "lora_bias",
+)  # fmt: skip
+
+
+class TunerCompat:
+    """What others call on tuners, or override there; a mixin of ``BaseTuner``."""
+
+    layer_cls: ClassVar[Any]
+    model: Any
+
+    @Asked
+    def uses_shared_state(self) -> bool:
+        """Whether layers of this method have tensors in common."""
+        return bool(self.layer_cls.adapter_cls.common)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> bool:
+        """Whether a config targets the module of this name. LLaMA-Factory and ms-swift call it."""
+        return bool(selected(peft_config, key))
+
+    @classmethod
+    def _create_new_module(cls, peft_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        """An adapted layer around ``target``. ipex-llm and intel-extension-for-transformers replace it."""
+        return new_layer(cls.layer_cls, target, adapter_name, peft_config)
+
+    def made_elsewhere(self, peft_config: Any, target: nn.Module) -> bool:
+        """Whether somebody else may make the layer around ``target``: by a class registered in the config
+        (``_register_custom_module``), by a replaced :meth:`_create_new_module` or :meth:`_create_and_replace`."""
+        registered = tuple(getattr(peft_config, "_custom_modules", None) or ())
+        return isinstance(target, registered) or self._replaced("_create_new_module", "_create_and_replace")
+
+    def _replaced(self, *names: str) -> bool:
+        """Whether one of these methods is not the one below."""
+        mine = (getattr(getattr(type(self), name), "__func__", getattr(type(self), name)) for name in names)
+        ours = (getattr(getattr(TunerCompat, name), "__func__", getattr(TunerCompat, name)) for name in names)
+        return any(one is not other for one, other in zip(mine, ours))
+
+    def make_elsewhere(self, peft_config: Any, adapter_name: str, target: Any, holders: Any) -> Any:
+        """The layer around a target as somebody else makes it, with the adapter in it; None where nobody does."""
+        registered = getattr(peft_config, "_custom_modules", None) or {}
+        layer_cls = next((own for cls, own in registered.items() if isinstance(target.module, cls)), None)
+        site = locate(self.model, target.key)
+        if site.wrappers or (layer_cls is None and not self._replaced("_create_new_module")):
+            return None
+        if layer_cls is not None:
+            given = {name: getattr(peft_config, name) for name in _OF_LAYERS if hasattr(peft_config, name)}
+            for name, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+                if name in given:
+                    given[name] = resolve_pattern(getattr(peft_config, pattern, None), target.key, given[name])
+            layer: Any = layer_cls(target.module, adapter_name, config=peft_config, **given)
+        else:
+            layer = self._create_new_module(peft_config, adapter_name, target.module, current_key=target.key)
+        layer.context = context_of(self.model)
+        layer.__dict__["key"] = target.key
+        replace_module(self.model, site.path, layer, holders)
+        return layer
+
+    def redirected(self, peft_config: Any, model: nn.Module, targets: list[Any]) -> list[Any]:
+        """The targets that a replaced :meth:`_create_and_replace` hands on, or others in their place.
+
+        Raises:
+            ValueError: if one that it hands on cannot be adapted.
+        """
+        if not self._replaced("_create_and_replace"):
+            return targets
+        self.__dict__["_handed_on"] = []
+        for target in targets:
+            parent, name = parent_of(model, locate(model, target.key).path)
+            self._create_and_replace(peft_config, "", target.module, name, parent, current_key=target.key)
+        handed = [id(module) for module in self.__dict__.pop("_handed_on")]
+        sites = {id(site.module): site for site in walk(model)}
+        return [module_target(peft_config, sites[module], self.layer_cls) for module in handed]
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Put an adapted layer in the place of ``child``, on its device. ipex-llm and ms-swift call it."""
+        put_module(parent, child_name, new_module)
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str = "",
+        **kwargs: Any,
+    ) -> None:
+        """Give one module an adapter. Others replace it, to leave modules out or to choose others in their place."""
+        if "_handed_on" in self.__dict__:  # an injection asks a replaced one what it would adapt
+            self.__dict__["_handed_on"].append(target)
+            return
+        if isinstance(target, self.layer_cls):
+            target.add_adapter(adapter_name, peft_config, current_key)
+            return
+        self._replace_module(
+            parent, target_name, self._create_new_module(peft_config, adapter_name, target, **kwargs), target
+        )
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        """Freeze the base; the active adapters train. ms-swift and axolotl call it after they have changed layers."""
+        model.requires_grad_(False)
+        operations.set_requires_grad(model, operations.active_of(model), True)

@@ -1,0 +1,448 @@
+"""One adapter at one layer: its tensors, its settings, its mathematics. This is what a method writes.
+
+The tensors live in the layer, one dict for each name and keyed by adapter (``layer.lora_A["default"]``), where the
+ecosystem looks for them and whence files have their keys. An :class:`Adapter` is the pair (layer, name), and
+:class:`part`, :class:`setting` and :class:`shared` declare what it holds there: within the adapter's own code,
+``self.lora_A`` is that very tensor. Its hooks are asked of the adapter itself, so what one adapter answers cannot
+depend on others that the layer holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+
+from peft.core.addition import Addition, NoSum
+from peft.core.filling import blank
+from peft.core.layer import weight as weights
+from peft.core.layer.buffers import BufferDict
+
+
+if TYPE_CHECKING:
+    from peft.core.base.kinds import Kind
+    from peft.core.base.storage import Storage
+    from peft.core.layer.layer import BaseTunerLayer
+    from peft.core.model.context import Context
+    from peft.kernels.linear import Factors
+
+
+class part:
+    """Declares a tensor, or a module of tensors, that an adapter has at each layer: ``hira_A = part()``.
+
+    Read from an adapter it is what that adapter holds, None where it has none; what is assigned is stored.
+
+    Args:
+        container: ``nn.ParameterDict`` for a trained tensor, ``nn.ModuleDict`` for a module, ``BufferDict`` for a
+            frozen tensor.
+        table: the name that it has at tables of embeddings, if another.
+        remade: no file holds it: :meth:`Adapter.loaded` makes it from the config, the base and the other parts.
+        bare: its module holds a single ``weight``, saved under the bare name.
+    """
+
+    def __init__(
+        self, container: type = nn.ParameterDict, *, table: str | None = None, remade: bool = False, bare: bool = False
+    ) -> None:
+        self.container, self.table, self.remade, self.bare = container, table, remade, bare
+        held = {nn.ModuleDict: "_modules", BufferDict: "_buffers"}
+        self._slot = held.get(container, "_parameters")
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Attributes of a layer that may hold it."""
+        return (self.name,) if self.table is None else (self.name, self.table)
+
+    def empty(self) -> Any:
+        """A container for it; frozen tensors that a file holds belong to the state dict, too."""
+        made = blank(self.container)
+        if self.container is BufferDict:
+            made.persistent = not self.remade
+        return made
+
+    def attribute(self, layer: BaseTunerLayer) -> str:
+        """The attribute of this layer that holds it."""
+        return self.table if self.table is not None and layer.kind.lookup else self.name
+
+    def __get__(self, adapter: Any, owner: type | None = None) -> Any:
+        if adapter is None:
+            return self
+        layer, name = adapter.layer, adapter.name
+        attribute = self.name if self.table is None else self.attribute(layer)
+        own = layer._modules[attribute].__dict__
+        try:
+            return own[self._slot][name]
+        except KeyError:  # FSDP and functional calls put plain tensors in the place of parameters
+            return own.get(name)
+
+    def __set__(self, adapter: Any, value: Any) -> None:
+        adapter.layer.put(adapter.name, **{self.attribute(adapter.layer): value})
+
+
+class setting:
+    """Declares what else is kept for each adapter of a layer, a number or a dropout: ``r = setting()``.
+
+    Args:
+        container: ``dict``, or ``nn.ModuleDict`` for modules without trained tensors.
+    """
+
+    def __init__(self, container: type = dict) -> None:
+        self.container = container
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def empty(self) -> Any:
+        """A container for what it keeps."""
+        return blank(self.container) if issubclass(self.container, nn.Module) else self.container()
+
+    def __get__(self, adapter: Any, owner: type | None = None) -> Any:
+        if adapter is None:
+            return self
+        layer = adapter.layer
+        if self.container is dict:
+            return layer.__dict__[self.name].get(adapter.name)
+        return layer._modules[self.name]._modules.get(adapter.name)
+
+    def __set__(self, adapter: Any, value: Any) -> None:
+        adapter.layer.put(adapter.name, **{self.name: value})
+
+
+class shared:
+    """Declares tensors that all layers of a model have in common, by adapter: ``vera_A = shared()``.
+
+    They are made by :meth:`Adapter.share` and saved once. Read from an adapter, they are that adapter's.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, adapter: Any, owner: type | None = None) -> Any:
+        return self if adapter is None else getattr(adapter.layer, self.name)[adapter.name]
+
+
+class Adapter:
+    """An adapter at one layer. A method declares parts and settings, and overrides hooks; nothing else.
+
+    Attributes:
+        layer, name: where it is, and what it is called.
+        adds: how adapters of the method add up, see :mod:`peft.core.addition`.
+        layer_base: the class of layers that can hold it, if not any adapted layer.
+        split: what :meth:`as_saved` appends to the name of a tensor that it writes as several.
+        labelled: files say "default" in the names of tensors, in the place of the adapter's name.
+        random_in_training: a training step draws random numbers, even without dropout.
+        reversible: :meth:`unfold` undoes :meth:`fold`; otherwise the original weight is kept while merged.
+        requires_dense_base: the forward computes with the dense base weight.
+        any_module: it takes modules whole and needs to know no kind.
+        follows_ties: modules tied to a targeted embedding get the same adapter.
+    """
+
+    __slots__ = ("layer", "name")
+    layer: BaseTunerLayer
+    name: str
+
+    parts: ClassVar[dict[str, part]] = {}
+    settings: ClassVar[dict[str, setting]] = {}
+    common: ClassVar[dict[str, shared]] = {}
+    adds: ClassVar[Addition] = NoSum()
+    layer_base: ClassVar[Any] = None
+    split: ClassVar[tuple[str, ...]] = ()
+    labelled: ClassVar[bool] = False
+    random_in_training: ClassVar[bool] = False
+    reversible: ClassVar[bool] = True
+    requires_dense_base: ClassVar[bool] = False
+    any_module: ClassVar[bool] = False
+    follows_ties: ClassVar[bool] = False
+    changes_input: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        found = {name: value for base in reversed(cls.__mro__) for name, value in vars(base).items()}
+        cls.parts = {name: value for name, value in found.items() if isinstance(value, part)}
+        cls.settings = {name: value for name, value in found.items() if isinstance(value, setting)}
+        cls.common = {name: value for name, value in found.items() if isinstance(value, shared)}
+        cls.changes_input = cls.input is not Adapter.input
+
+    def __init__(self, layer: BaseTunerLayer, name: str) -> None:
+        object.__setattr__(self, "layer", layer)
+        object.__setattr__(self, "name", name)
+
+    def __setattr__(self, attribute: str, value: Any) -> None:
+        cls = type(self)
+        if attribute not in cls.parts and attribute not in cls.settings and attribute not in Adapter.__slots__:
+            raise AttributeError(
+                f"{cls.__name__} declares no {attribute!r}, so there is no place to keep it in. Add a line to the "
+                f"class: `{attribute} = part()` for a tensor that trains, `{attribute} = setting()` for anything else."
+            )
+        object.__setattr__(self, attribute, value)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r})"
+
+    # --- what a method defines ------------------------------------------------------------------------------
+    def create(self, config: Any, key: str) -> None:
+        """Make the parts for the module called ``key``: assign them, ``self.hira_A = nn.Parameter(...)``."""
+        raise NotImplementedError
+
+    @classmethod
+    def of(cls, config: Any) -> type[Adapter]:
+        """The class of the adapters that a config asks for: the method's, or a variant of it."""
+        return cls
+
+    @classmethod
+    def share(cls, config: Any, layers: Sequence[BaseTunerLayer]) -> dict[str, Any]:
+        """What the layers have in common, made before :meth:`create` fills them one by one.
+
+        Returns:
+            For a name declared as :class:`shared` the tensor of the whole model (a Parameter is trained, a plain
+            tensor frozen), or an ``nn.ParameterDict`` or ``BufferDict`` of several. For a name of a part or setting a
+            list with that of each layer: layers may hold the very same.
+        """
+        return {}
+
+    @classmethod
+    def refusal(cls, kind: Kind, module: nn.Module, config: Any) -> str | None:
+        """Why the method has no meaning on such a layer, or None."""
+        return None
+
+    def input(self, x: torch.Tensor) -> torch.Tensor:
+        """What the adapter makes of the layer's input."""
+        return x
+
+    def output(self, x: torch.Tensor, y: torch.Tensor, base_y: torch.Tensor) -> torch.Tensor:
+        """What the adapter makes of the output ``y`` so far; ``base_y`` is the base layer's own output."""
+        return y
+
+    def fold(self, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        """The weight ``[out, in, *kernel]`` with the adapter in it; ``base`` is the weight without any adapter.
+
+        Law: the base layer with this weight and :meth:`fold_bias`'s bias computes what the adapted one does.
+        """
+        return weight
+
+    def unfold(self, weight: torch.Tensor) -> torch.Tensor:
+        """The inverse of :meth:`fold`, where there is one."""
+        return weight
+
+    def fold_bias(self, bias: torch.Tensor | None) -> torch.Tensor | None:
+        """The bias ``[out]`` (None where the layer has none) with the adapter in it."""
+        return bias
+
+    def unfold_bias(self, bias: torch.Tensor | None) -> torch.Tensor | None:
+        return bias
+
+    def prefers_folding(self) -> bool:
+        """Whether this forward is best written as ``apply(x, fold(W))`` where the base layer may be passed by."""
+        return False
+
+    def only_folds(self) -> bool:
+        """Whether no other way is known on this kind of layer."""
+        return False
+
+    def folds_in_reverse(self) -> bool:
+        """Whether the one that acts on x first is folded last, as maps of the input are."""
+        return self.changes_input
+
+    def dear_to_make(self) -> bool:
+        """Whether making the weight costs a good part of a product with it: then it is kept where it is small."""
+        return False
+
+    @classmethod
+    def kernel(cls, layer: BaseTunerLayer, adapters: Sequence[Any], x: torch.Tensor) -> torch.Tensor | None:
+        """The layer's output with all these adapters by one kernel, None where there is none for this call."""
+        return None
+
+    def factors(self) -> Factors | None:
+        """dW of a linear layer as s B A with dropout on the input, or None where the adapter is something else.
+
+        A and B may be computed from the adapter's tensors; gradients flow through that.
+        """
+        return None
+
+    def stand_in(self) -> nn.Module | None:
+        """A module that acts in the place of the whole base module, where the method has one."""
+        return None
+
+    def unmergeable(self) -> str | None:
+        """Why the adapter cannot become part of the weight, or None."""
+        return None
+
+    def keeps_base(self) -> bool:
+        """Whether the original weight is kept while this adapter is merged."""
+        return not self.reversible
+
+    def clash(self, others: Sequence[Adapter]) -> str | None:
+        """Why it cannot be active, or merged, together with these, which hold their names in order; or None."""
+        return None
+
+    def as_saved(self, saved: str, tensor: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
+        """What the file holds for a tensor, by its name in the file.
+
+        Several tensors in the place of the one are a dict: what to append to its name -> tensor.
+        """
+        return tensor
+
+    def as_loaded(self, saved: str, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The one tensor that :meth:`as_saved` has written as several, in the parts named in ``split``."""
+        raise NotImplementedError
+
+    def takes(self, saved: str, shape: torch.Size) -> bool:
+        """Whether a file's tensor of another shape can take the place of the adapter's, by its name in the file."""
+        return False
+
+    def loaded(self) -> None:
+        """Make what is ``remade`` from other parts; called when a file has just brought those."""
+
+    def upgrade(self, written_by: str) -> None:
+        """Adjust an adapter just loaded from a file of another version, where the two mean different things."""
+
+    def aligned(self, like: Adapter) -> dict[str, torch.Tensor]:
+        """The tensors, for the parts of the base that those of another adapter belong to."""
+        return dict(self.tensors())
+
+    def origin(self) -> dict[str, torch.Tensor]:
+        """What stands in the base where the tensors stand, if they take its place."""
+        return {}
+
+    # --- the layer, as an adapter sees it -------------------------------------------------------------------
+    @property
+    def kind(self) -> Kind:
+        return self.layer.kind
+
+    @property
+    def storage(self) -> Storage:
+        return self.layer.storage
+
+    @property
+    def context(self) -> Context:
+        return self.layer.context
+
+    @property
+    def training(self) -> bool:
+        return self.layer.training
+
+    @property
+    def base(self) -> Any:
+        """The base layer."""
+        return self.layer.get_base_layer()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``[out, in, *kernel]`` of the base weight."""
+        return self.layer.shape
+
+    @property
+    def in_features(self) -> int:
+        return self.layer.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.layer.out_features
+
+    @property
+    def tied_to(self) -> Any:
+        """The adapter of the same name at the layer that this one is tied to, or None."""
+        layer = self.layer.tied_to.get(self.name)
+        return None if layer is None else layer.adapters[self.name]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the adapter's tensors."""
+        return next(p.dtype for p in self.parameters())
+
+    def base_weight(self) -> torch.Tensor:
+        """The weight without any adapter, dense, ``[out, in, *kernel]``."""
+        return weights.unmerged_weight(self.layer)
+
+    def base_bias(self) -> torch.Tensor | None:
+        """The bias without what the layer has merged into it."""
+        return weights.unmerged_bias(self.layer)
+
+    def cast(self, x: torch.Tensor) -> torch.Tensor:
+        """x in the dtype of the adapter, which may be wider than the activations'."""
+        if self.layer.cast_input_dtype_enabled and x.is_floating_point():
+            for p in self.parameters():
+                return x if p.dtype == x.dtype or not p.is_floating_point() else x.to(p.dtype)
+        return x
+
+    def multiplied(self, x: torch.Tensor, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """``make() x`` with a weight made of this adapter; see :func:`peft.core.layer.weight.multiplied`."""
+        return weights.multiplied(self.layer, x, make, (self,))
+
+    def along_channels(self, v: torch.Tensor) -> torch.Tensor:
+        """A vector over features, shaped to multiply x or y."""
+        return self.layer.kind.along_channels(v, self.base)
+
+    def sums_exactly(self) -> bool:
+        """Whether W can hold an update added to it."""
+        return weights.sums_exactly(self.layer)
+
+    def drops(self, dropout: nn.Module | None) -> bool:
+        """Whether a dropout of the adapter's acts in the next forward."""
+        return isinstance(dropout, nn.Dropout) and self.layer.training
+
+    # --- state ----------------------------------------------------------------------------------------------
+    def held(self) -> Iterator[tuple[str, part, Any]]:
+        """Its parts: attribute of the layer, declaration, what is there."""
+        for declared in type(self).parts.values():
+            value = declared.__get__(self)
+            if value is not None:
+                yield declared.attribute(self.layer), declared, value
+
+    def parameters(self) -> Iterator[torch.Tensor]:
+        """The trained tensors, those in common with other layers included."""
+        for _, declared, value in self.held():
+            if declared.container is nn.ParameterDict:
+                yield value
+            elif declared.container is nn.ModuleDict:
+                yield from _tensors_that_train(value)
+        for name in type(self).common:
+            container = self.layer._modules.get(name)
+            if container is not None and self.name in container:
+                value = container[self.name]
+                yield from _tensors_that_train(value) if isinstance(value, nn.Module) else (value,)
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """All tensors on which it depends here, those too that the layers share or that no file holds."""
+        held = [(attribute, value) for attribute, _, value in self.held()]
+        for name in type(self).common:
+            container: Any = getattr(self.layer, name, None) or {}
+            if self.name in container:
+                held.append((name, container[self.name]))
+        for attribute, value in held:
+            if isinstance(value, nn.Module):
+                for sub, tensor in value.state_dict(keep_vars=True).items():
+                    yield f"{attribute}.{sub}", tensor
+            else:
+                yield attribute, value
+
+    def state(self) -> Iterator[tuple[str, str, torch.Tensor]]:
+        """Its tensors in files: name there, name in memory below the layer, tensor."""
+        for attribute, declared, value in self.held():
+            if declared.remade:
+                continue
+            if not isinstance(value, nn.Module):
+                yield attribute, f"{attribute}.{self.name}", value
+                continue
+            for sub, tensor in _saved_tensors(value):
+                within = f"default.{sub}" if self.labelled else sub
+                saved = attribute if declared.bare else f"{attribute}.{within}"
+                yield saved, f"{attribute}.{self.name}.{sub}", tensor
+
+
+def _saved_tensors(item: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """The tensors that a module is saved with."""
+    if item._modules or item._buffers or item._state_dict_hooks:
+        return list(item.state_dict(keep_vars=True).items())
+    return [(name, p) for name, p in item._parameters.items() if p is not None]
+
+
+def _tensors_that_train(item: nn.Module) -> Iterator[torch.Tensor]:
+    if item._modules:
+        yield from item.parameters()
+    else:  # the same, without a walk
+        yield from (p for p in item._parameters.values() if p is not None)

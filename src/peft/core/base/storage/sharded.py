@@ -1,0 +1,150 @@
+"""Weights of which each process holds a part: ``DTensor`` (FSDP 2, tensor parallelism) and DeepSpeed ZeRO-3.
+
+Reading gathers, and every process has to take part. What was gathered is gone when the caller lets go of it. Nothing
+is gathered for methods whose forward needs no dense weight.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft.core.base.storage.plain import Storage
+
+
+class Distributed(Storage):
+    """A parameter that is a ``torch.distributed.tensor.DTensor``."""
+
+    def matches(self, m: nn.Module, attribute: str) -> bool:
+        return is_dtensor(m._parameters.get(attribute))
+
+    def read(self, m: nn.Module, attribute: str) -> torch.Tensor:
+        return getattr(m, attribute).detach().full_tensor()
+
+    def write(self, m: nn.Module, attribute: str, value: torch.Tensor, shared: bool = False) -> None:
+        old = getattr(m, attribute)
+        new = distributed_like(value.to(old.dtype), old)
+        if shared:
+            setattr(m, attribute, nn.Parameter(new, requires_grad=False))
+        else:  # in place: whoever shards the model holds on to the memory of its part
+            with torch.no_grad():
+                old.to_local().copy_(new.to_local())
+
+    def keep(self, m: nn.Module, attribute: str) -> tuple[nn.Parameter, torch.Tensor]:
+        parameter = getattr(m, attribute)
+        return parameter, parameter.detach().to_local().clone()
+
+    def put_back(self, m: nn.Module, attribute: str, kept: tuple[nn.Parameter, torch.Tensor]) -> None:
+        parameter, local = kept
+        with torch.no_grad():
+            parameter.to_local().copy_(local)  # type: ignore[operator]
+        setattr(m, attribute, parameter)
+
+    def read_kept(self, m: nn.Module, attribute: str, kept: tuple[Any, torch.Tensor]) -> torch.Tensor:
+        like, local = kept
+        make = sys.modules["torch.distributed.tensor"].DTensor.from_local
+        sizes = {"shape": like.shape, "stride": like.stride()}  # which the parts do not tell where they are not equal
+        return make(local, like.device_mesh, like.placements, run_check=False, **sizes).full_tensor()
+
+    def call(self, m: nn.Module, tensors: Mapping[str, torch.Tensor], args: tuple, kwargs: dict[str, Any]) -> Any:
+        given = {name: self.place(m, name, value) for name, value in tensors.items()}
+        return super().call(m, given, args, kwargs)
+
+    def place(self, m: nn.Module, attribute: str, value: torch.Tensor) -> torch.Tensor:
+        like = getattr(m, attribute, None)
+        return distributed_like(value, like) if is_dtensor(like) and not is_dtensor(value) else value
+
+    def holds_updates_exactly(self, m: nn.Module, attribute: str) -> bool:
+        return False  # an update would have to be gathered with it
+
+    def device_and_dtype(self, m: nn.Module, attribute: str) -> tuple[torch.device | None, torch.dtype | None]:
+        local = getattr(m, attribute).to_local()
+        return None if local.is_meta else local.device, local.dtype if local.is_floating_point() else None
+
+
+def is_dtensor(value: Any) -> bool:
+    """Whether this is a ``DTensor``; the module that defines it is only asked if it is there."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def distributed_like(value: torch.Tensor, like: Any) -> Any:
+    """A tensor that every process has whole, cut as a ``DTensor`` is, without communication; gradients pass."""
+    module = sys.modules["torch.distributed.tensor"]
+    whole = [module.Replicate()] * like.device_mesh.ndim
+    value = module.DTensor.from_local(value.to(like.to_local().device), like.device_mesh, whole, run_check=False)
+    return value.redistribute(placements=like.placements)
+
+
+class ZeRO3(Storage):
+    """A parameter that DeepSpeed ZeRO-3 has partitioned: empty but for the time in which it is gathered."""
+
+    def matches(self, m: nn.Module, attribute: str) -> bool:
+        return hasattr(m._parameters.get(attribute), "ds_id")
+
+    def read(self, m: nn.Module, attribute: str) -> torch.Tensor:
+        parameter = getattr(m, attribute)
+        with gathered([parameter]):
+            return parameter.detach().clone()  # the gathered one is freed on leaving
+
+    def write(self, m: nn.Module, attribute: str, value: torch.Tensor, shared: bool = False) -> None:
+        parameter = getattr(m, attribute)
+        if shared:
+            raise ValueError(
+                f"the {attribute} of this {type(m).__name__} is another module's as well, and a parameter that "
+                "DeepSpeed ZeRO-3 has partitioned cannot be replaced in one of them: nothing can be merged into it. "
+                "Keep the adapter unmerged, or merge it without ZeRO-3."
+            )
+        with gathered([parameter], modifier_rank=0), torch.no_grad():
+            parameter.data.copy_(value)
+
+    def keep(self, m: nn.Module, attribute: str) -> torch.Tensor:
+        return getattr(m, attribute).ds_tensor.detach().clone()
+
+    def put_back(self, m: nn.Module, attribute: str, kept: torch.Tensor) -> None:
+        parameter = getattr(m, attribute)
+        if parameter.data.numel():  # gathered for good, as small ones are: it has to be gathered anew
+            parameter.partition()
+        parameter.ds_tensor.data.copy_(kept)
+
+    def call(self, m: nn.Module, tensors: Mapping[str, torch.Tensor], args: tuple, kwargs: dict[str, Any]) -> Any:
+        rest = [p for name, p in m.named_parameters() if name not in tensors and hasattr(p, "ds_id")]
+        with gathered(rest):  # its hooks expect parameters of their own, and would not know the given ones
+            return super().call(_Bare(m), {f"module.{name}": t for name, t in tensors.items()}, args, kwargs)
+
+    def output_may_be_overwritten(self, m: nn.Module, attribute: str) -> bool:
+        return False
+
+    def device_and_dtype(self, m: nn.Module, attribute: str) -> tuple[torch.device | None, torch.dtype | None]:
+        parameter = getattr(m, attribute)
+        return parameter.device, parameter.dtype if parameter.is_floating_point() else None
+
+
+class _Bare(nn.Module):
+    """A module whose hooks are left out."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module.forward(*args, **kwargs)
+
+
+@contextmanager
+def gathered(parameters: list[Any], modifier_rank: int | None = None) -> Iterator[None]:
+    """A context in which parameters of ZeRO-3 are whole; those that are not partitioned stay as they are.
+
+    Args:
+        modifier_rank: the process whose changes all get on leaving; None if nothing is changed.
+    """
+    if not parameters:
+        yield
+        return
+    with sys.modules["deepspeed"].zero.GatheredParameters(parameters, modifier_rank=modifier_rank):
+        yield

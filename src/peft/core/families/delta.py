@@ -1,0 +1,149 @@
+"""W' = W + dW: any dW, a low-rank product, few entries, and one with a factor of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from peft.core.adapter import Adapter
+from peft.core.filling import blank
+from peft.core.layer.scaled import ScaledLayer
+from peft.core.layer.weight import base_bias, sums_exactly
+from peft.kernels.autocast import is_autocast
+from peft.kernels.linear import Factors, active_rate, is_eager
+from peft.kernels.sparse import sparse_linear, with_entries
+
+
+if TYPE_CHECKING:
+    from peft.core.layer.layer import BaseTunerLayer
+
+
+class Delta(Adapter):
+    """W' = W + dW. A method defines :meth:`delta_weight`, and :meth:`delta` only where a cheaper way exists.
+
+    Without one, dW is as large as W: where W can hold it, W + dW is multiplied by once, else dW on its own.
+
+    Where dW is a low-rank product, :meth:`factors` says so, and the fused kernels compute with it. :meth:`delta`
+    stays, as what they are tested against.
+    """
+
+    def delta_weight(self) -> torch.Tensor:
+        """dW, ``[out, in, *kernel]``."""
+        raise NotImplementedError
+
+    def delta(self, x: torch.Tensor) -> torch.Tensor:
+        """dW x."""
+        return self.multiplied(x, lambda: self.delta_weight().to(dtype=floating(x)))
+
+    def prefers_folding(self) -> bool:
+        return type(self).delta is Delta.delta and self.sums_exactly()
+
+    def output(self, x: torch.Tensor, y: torch.Tensor, base_y: torch.Tensor) -> torch.Tensor:
+        return y + self.delta(x)
+
+    def fold(self, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        return weight + self.delta_weight().to(weight.dtype)
+
+    def unfold(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight - self.delta_weight().to(weight.dtype)
+
+
+class LowRank(Delta):
+    """dW = B A with a pair of matrices that the method makes of its parameters: :meth:`pair`.
+
+    The weight is the matrix ``[out, in * kernel]``. ``dropout`` names the setting with the dropout on the input.
+    """
+
+    dropout: ClassVar[str] = ""
+
+    def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A ``[r, in * kernel]`` and B ``[out, r]``, in the dtype of the adapter."""
+        raise NotImplementedError
+
+    def dropped(self, x: torch.Tensor) -> torch.Tensor:
+        """x after dropout, which indices do not have."""
+        return x if self.kind.lookup or not self.dropout else getattr(self, self.dropout)(x)
+
+    def factors(self) -> Factors | None:
+        rate = active_rate(getattr(self, self.dropout)) if self.dropout else 0.0
+        alone = type(self).output is Delta.output  # or else more than dW x is added
+        return Factors(*self.pair(), 1.0, rate) if alone and rate is not None else None
+
+    def delta(self, x: torch.Tensor) -> torch.Tensor:
+        base, (a, b) = self.base, self.pair()
+        return self.kind.up(base, self.kind.down(base, self.dropped(x), a), b)
+
+    def delta_weight(self) -> torch.Tensor:
+        a, b = self.pair()
+        return (b @ a).view(self.shape)
+
+
+class Sparse(Delta):
+    """dW with few entries that are not zero. A method defines :meth:`entries`."""
+
+    def entries(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions in the flattened ``[out, in * kernel]`` and the values there; what has one position adds up."""
+        raise NotImplementedError
+
+    @classmethod
+    def kernel(cls, layer: BaseTunerLayer, adapters: Sequence[Any], x: torch.Tensor) -> torch.Tensor | None:
+        weight = weight_to_add_to(layer, adapters, x)
+        if weight is None:
+            return None
+        positions, values = (torch.cat(parts) for parts in zip(*(adapter.entries() for adapter in adapters)))
+        return sparse_linear(x, values, positions, weight, base_bias(layer))
+
+    def delta_weight(self) -> torch.Tensor:
+        positions, values = self.entries()
+        return with_entries(values.new_zeros(self.shape), positions, values)
+
+    def fold(self, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        positions, values = self.entries()
+        return with_entries(weight, positions, values.to(weight.dtype))
+
+    def unfold(self, weight: torch.Tensor) -> torch.Tensor:
+        positions, values = self.entries()
+        return with_entries(weight, positions, -values.to(weight.dtype))
+
+
+class Scaled(Delta):
+    """A dW with a factor, the setting ``scaling``. A method defines :meth:`initial_scaling`."""
+
+    layer_base: ClassVar[Any] = ScaledLayer
+
+    def initial_scaling(self) -> float:
+        """What the factor starts at, from the adapter's config."""
+        raise NotImplementedError
+
+
+def kernel_weight(layer: BaseTunerLayer, x: torch.Tensor) -> torch.Tensor | None:
+    """W ``[out, in]`` in the dtype of x where kernels may compute the whole layer, outside autocast; else None."""
+    if not layer.kind.matrix or layer.kind.opaque or not is_eager(x) or is_autocast(x.device.type):
+        return None
+    weight = layer.bypass_matrix(x)
+    return weight if weight is not None and weight.dtype == x.dtype else None
+
+
+def weight_to_add_to(layer: BaseTunerLayer, adapters: Sequence[Adapter], x: torch.Tensor) -> torch.Tensor | None:
+    """The same where W can hold these adapters' dW as well, computed in its dtype; else None."""
+    weight = kernel_weight(layer, x) if sums_exactly(layer) else None
+    return weight if weight is not None and all(adapter.dtype == weight.dtype for adapter in adapters) else None
+
+
+def padded(x: torch.Tensor, size: int) -> torch.Tensor:
+    """x with its last axis filled with zeros up to ``size``."""
+    return x if x.shape[-1] == size else F.pad(x, (0, size - x.shape[-1]))
+
+
+def input_dropout(p: float) -> nn.Module:
+    """Dropout with the probability ``p``, which costs nothing where that is 0."""
+    return nn.Dropout(p) if p else blank(nn.Identity)
+
+
+def floating(x: torch.Tensor) -> torch.dtype | None:
+    """The dtype of an input that floats; None for indices."""
+    return x.dtype if x.is_floating_point() else None

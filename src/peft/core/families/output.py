@@ -1,0 +1,76 @@
+"""Maps of the output, and scales of input and output."""
+
+from __future__ import annotations
+
+import torch
+
+from peft.core.adapter import Adapter
+from peft.core.families.fold import Shift
+
+
+class Output(Shift):
+    """An affine map of the output, y' = M y + c: W' = M W and b' = M b + c.
+
+    A method defines :meth:`map_output` and/or :meth:`shift`. A layer without a bias gets c for one when it is merged;
+    what has no place for a bias (a table) takes no c.
+    """
+
+    reversible = False  # M may be singular
+
+    def map_output(self, y: torch.Tensor) -> torch.Tensor:
+        """M y along the last axis."""
+        return y
+
+    def output(self, x: torch.Tensor, y: torch.Tensor, base_y: torch.Tensor) -> torch.Tensor:
+        if type(self).map_output is not Output.map_output:
+            axis = self.kind.channel_axis
+            y = self.map_output(y.to(self.dtype).movedim(axis, -1)).movedim(-1, axis)
+        return self.shifted(y)
+
+    def fold(self, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        return self.map_output(weight.movedim(0, -1)).movedim(-1, 0)
+
+    def fold_bias(self, bias: torch.Tensor | None) -> torch.Tensor | None:
+        shift = self.shift()
+        mapped = None if bias is None else self.map_output(bias)
+        return mapped if shift is None else shift if mapped is None else mapped + shift
+
+
+class Scale(Adapter):
+    """W' = diag(out) W diag(in). A method defines :meth:`scale_in` and/or :meth:`scale_out`, a vector or None.
+
+    ``scale_in`` has one entry for each input channel, ``scale_out`` one for each output channel.
+    """
+
+    reversible = False  # a scale may be zero
+
+    def scale_in(self) -> torch.Tensor | None:
+        return None
+
+    def scale_out(self) -> torch.Tensor | None:
+        return None
+
+    def input(self, x: torch.Tensor) -> torch.Tensor:
+        scale = None if self.kind.lookup else self.scale_in()
+        return x if scale is None else x * self.along_channels(scale)
+
+    def output(self, x: torch.Tensor, y: torch.Tensor, base_y: torch.Tensor) -> torch.Tensor:
+        inner, scale = self.scale_in() if self.kind.lookup else None, self.scale_out()
+        if inner is not None:  # x selects a column of W, hence an entry of the scale
+            y = y * inner[x].unsqueeze(-1)
+        return y if scale is None else y * self.along_channels(scale)
+
+    def fold(self, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        ones = [1] * (weight.dim() - 2)
+        inner, outer = self.scale_in(), self.scale_out()
+        if inner is not None:
+            groups = self.in_features // weight.shape[1]
+            inner = inner.view(groups, 1, weight.shape[1], *ones)  # a grouped kernel holds its own channels only
+            weight = (weight.unflatten(0, (groups, -1)) * inner.to(weight.dtype)).flatten(0, 1)
+        if outer is not None:
+            weight = weight * outer.view(-1, 1, *ones).to(weight.dtype)
+        return weight
+
+    def fold_bias(self, bias: torch.Tensor | None) -> torch.Tensor | None:
+        scale = self.scale_out()
+        return bias if scale is None or bias is None else bias * scale.to(bias.dtype)

@@ -1,0 +1,119 @@
+"""Names that a base model's modules had before: files and configs of adapters go on meaning them.
+
+transformers renames modules from version to version, and keeps tables by which its loader reads old checkpoints. The
+same tables, read forwards, give the place of a tensor in an old adapter file; read backwards, they give the names by
+which an old config may mean a module. A model class of one's own says it in ``_checkpoint_conversion_mapping``, a dict
+of regex -> replacement.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from torch import nn
+
+from peft.core.files.io import renamed
+from peft.core.model.targeting import matches
+from peft.core.model.walk import walk
+
+
+_FIELDS = ("target_modules", "exclude_modules", "modules_to_save", "feedforward_modules")
+_PATTERNS = ("rank_pattern", "alpha_pattern")
+_SUFFIXES = (".weight", ".part.weight")  # a renaming may be of a module's weight, or of whatever it holds
+
+
+def transforms_of(model: nn.Module) -> list[Any]:
+    """transformers' weight conversions for a model; none for models of other origin."""
+    library = sys.modules.get("transformers.modeling_utils")
+    if library is None or not isinstance(model, library.PreTrainedModel):
+        return []
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+    except ImportError:  # older than version 5, which keeps no such tables
+        return []
+    return get_model_conversion_mapping(model)
+
+
+def _renamings(transforms: Iterable[Any]) -> list[Any]:
+    return [t for t in transforms if not hasattr(t, "operations")]
+
+
+def current_name(model: nn.Module) -> Callable[[str], Iterator[str]]:
+    """A function that gives the names which a tensor of an old checkpoint may have in this model today."""
+    own, transforms = getattr(model, "_checkpoint_conversion_mapping", None) or {}, _renamings(transforms_of(model))
+
+    def names(old: str) -> Iterator[str]:
+        if own:
+            yield renamed(old, own)
+        new = old
+        for transform in transforms:
+            new = transform.rename_source_key(new)[0]
+        yield new
+
+    return names
+
+
+def _old_names(model: nn.Module) -> dict[str, set[str]]:
+    """What each module was called before, for those that were renamed."""
+    backwards = [transform.reverse_transform() for transform in reversed(_renamings(transforms_of(model)))]
+    found: dict[str, set[str]] = {}
+    for site in walk(model) if backwards else ():
+        for suffix in _SUFFIXES:
+            old = site.key + suffix
+            for transform in backwards:
+                old = transform.rename_source_key(old)[0]
+            if site.key and old.endswith(suffix) and old != site.key + suffix:
+                found.setdefault(site.key, set()).add(old.removesuffix(suffix))
+    return found
+
+
+def update_names(model: nn.Module, config: Any) -> None:
+    """Let a config that names modules as they were called before mean what they are called in this model, in place.
+
+    An entry that means some module of today stays as it is.
+    """
+    now = [site.key for site in walk(model)]
+    before = functools.cache(lambda: _old_names(model))
+    for field in _FIELDS:
+        value = getattr(config, field, None)
+        if not value:
+            continue
+        if isinstance(value, str):
+            if not _means(value, now) and (new := _meant(value, before())):
+                setattr(config, field, type_of(field)(new))
+            continue
+        entries = list(value)
+        updated = [n for e in entries for n in ([e] if _means([e], now) else _meant([e], before()) or [e])]
+        if updated != entries:
+            setattr(config, field, type_of(field)(updated))
+    for field in _PATTERNS:
+        pattern = getattr(config, field, None) or {}
+        for key in [k for k in pattern if not _means(_whole(k), now)]:
+            if new := _meant(_whole(key), before()):
+                setattr(config, field, {**getattr(config, field), **{f"^{re.escape(n)}": pattern[key] for n in new}})
+
+
+def type_of(field: str) -> Callable[[Iterable[str]], Any]:
+    """The collection in which a config keeps such names."""
+    return list if field == "modules_to_save" else set
+
+
+def _whole(key: str) -> str:
+    """A key of a pattern as a regex for whole names."""
+    return rf"(.*\.)?({key})"
+
+
+def _means(targets: str | list[str], names: Iterable[str]) -> bool:
+    return any(matches(targets, name) for name in names)
+
+
+def _meant(targets: str | list[str], old: dict[str, set[str]]) -> list[str]:
+    """The modules that were meant, by their names of today; as short as they are, where one name means them all."""
+    keys = [key for key, names in old.items() if _means(targets, names)]
+    tails = {key.rpartition(".")[2] for key in keys}
+    short = isinstance(targets, list) and len(tails) == 1 and not next(iter(tails)).isdigit()
+    return sorted(tails) if short and "." not in targets[0] else keys

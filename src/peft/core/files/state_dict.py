@@ -1,0 +1,403 @@
+"""Adapters as state dicts: what belongs to an adapter, under which name, and how it gets in and out."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from peft.core.files.entries import Entry, anatomy, entries, prompts_of
+from peft.core.files.io import separate
+from peft.core.files.renaming import current_name
+from peft.core.files.vocabulary import is_resized
+from peft.core.layer.layer import BaseTunerLayer
+from peft.core.model import operations
+from peft.core.model.auxiliary import ModulesToSaveWrapper, TrainedBiases
+from peft.core.model.record import record_of
+from peft.core.model.walk import Site, bare, embeddings_of, file_path, join, layers_of, plain, walk
+from peft.utils.error import CheckpointError
+from peft.utils.peft_types import RENAMED_METHODS
+
+
+class LoadResult(NamedTuple):
+    """Names of tensors that the adapter has and the state dict lacks (those in the model), and the other way round."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: bool | str = "auto",
+) -> dict[str, torch.Tensor]:
+    """The tensors of one adapter, under the names that they have in files.
+
+    Args:
+        model: a :class:`PeftModel`, or any module with adapters; compiled, or wrapped by FSDP, if need be.
+        state_dict: take the values from this state dict of the whole model, as FSDP or ZeRO-3 have gathered it, and
+            read no tensor of the model itself. By default it is ``model.state_dict()``. An empty one, which is what
+            other ranks than the first get, gives an empty result.
+        unwrap_compiled: not needed; what ``torch.compile`` puts around a module never shows in names.
+        save_embedding_layers: also give the base weights of the embeddings; "auto": of those that are adapted, and of
+            all if the vocabulary has another size than that of the base model's config (which is looked up in its
+            folder, or in the local cache of the hub).
+
+    Returns:
+        name -> detached tensor, contiguous and with memory of its own; one that several layers share occurs once.
+
+    Raises:
+        ValueError: if the model has no such adapter, or the given state dict lacks one of its tensors.
+
+    Example::
+
+        tensors = get_peft_model_state_dict(model, accelerator.get_state_dict(model))
+    """
+    outer, model = model, bare(model)
+    root, prefix = anatomy(model)
+    config = (getattr(model, "peft_config", None) or {}).get(adapter_name)
+    if config is None:
+        operations.require_adapters(root, [adapter_name])
+    if state_dict is not None and not state_dict:
+        return {}
+    with _holding(model, outer.state_dict() if state_dict is None else state_dict) as absent:
+        _require_all(model, adapter_name, absent)
+        found, seen = {}, set()
+        own = list(entries(model, adapter_name))  # held until the end: an id is that of a living tensor only
+        for entry in own:
+            if id(entry.tensor) in seen or (entry.put is not None and not getattr(config, "save_projection", True)):
+                continue
+            seen.add(id(entry.tensor))
+            written = entry.as_saved(entry.tensor)
+            parts = written if isinstance(written, dict) else {"": written}
+            found.update({entry.saved + suffix: part for suffix, part in parts.items()})
+        if save_embedding_layers:
+            every = save_embedding_layers is True or is_resized(root, config)
+            found.update(_embeddings(root, prefix, adapter_name, every))
+        return separate(found)
+
+
+@contextmanager
+def _holding(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> Iterator[dict[int, str]]:
+    """Within this context the model holds the tensors of a state dict of it, so that all that is read is of that.
+
+    Yields:
+        The tensors that the state dict lacks, by id, with their names.
+    """
+    given = {plain(name): value for name, value in state_dict.items()}
+    places: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+    values: dict[int, torch.Tensor] = {}
+    absent: dict[int, str] = {}
+    for path, module in model.named_modules():
+        for table in (module._parameters, module._buffers):
+            for name, live in table.items():
+                if live is None or (table is module._buffers and name in module._non_persistent_buffers_set):
+                    continue
+                key = plain(join(path, name))
+                places.append((table, name, live))
+                if (value := given.get(key)) is None:
+                    absent.setdefault(id(live), key)
+                elif id(live) not in values:  # a tensor under several names stays one
+                    values[id(live)] = live if _is_same(live, value) else _alike(live, value)
+    changed = [(table, name, live) for table, name, live in places if values.get(id(live), live) is not live]
+    try:
+        for table, name, live in changed:
+            table[name] = values[id(live)]
+        yield {i: key for i, key in absent.items() if i not in values}
+    finally:
+        for table, name, live in changed:
+            table[name] = live
+
+
+def _is_same(live: torch.Tensor, value: torch.Tensor) -> bool:
+    return live.shape == value.shape and live.device == value.device and live.data_ptr() == value.data_ptr()
+
+
+def _alike(live: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return nn.Parameter(value.detach(), requires_grad=False) if isinstance(live, nn.Parameter) else value.detach()
+
+
+def _require_all(model: nn.Module, adapter: str, absent: dict[int, str]) -> None:
+    """Raise CheckpointError where a tensor of the adapter is in the model only, and not in the given state dict."""
+    lacking = []
+    if absent:
+        prompts = prompts_of(model)
+        encoder = prompts.prompts.encoders[adapter].parameters() if prompts and adapter in prompts.peft_config else ()
+        held = [*encoder] if prompts else [entry.tensor for entry in entries(model, adapter)]
+        lacking = [absent[id(tensor)] for tensor in held if id(tensor) in absent]
+    if lacking:
+        raise CheckpointError(
+            f"the state dict lacks {', '.join(lacking[:5])} of adapter {adapter!r}"
+            + (f" (and {len(lacking) - 5} more)" if len(lacking) > 5 else "")
+            + ". Give one of the whole model, gathered from all ranks, or leave state_dict out."
+        )
+
+
+def _embedding_sites(root: nn.Module) -> Iterator[tuple[Site, nn.Parameter]]:
+    """Where the input and the output embedding are, and their base weights."""
+    ends = embeddings_of(root)
+    for site in walk(root):
+        weight = site.module._parameters.get("weight")
+        if weight is not None and any(end is site.module for end in ends):
+            yield site, weight
+
+
+def _embeddings(root: nn.Module, prefix: str, adapter: str, always: bool) -> dict[str, torch.Tensor]:
+    """Base weights of the input and output embeddings that the adapter adapts (or of both, if ``always``)."""
+    found = {}
+    for site, weight in _embedding_sites(root):
+        around = [w for _, w in site.wrappers if isinstance(w, BaseTunerLayer) and adapter in w]
+        adapted = any(not w.adapter_cls.follows_ties for w in around)
+        copied = any(isinstance(w, ModulesToSaveWrapper) and adapter in w for _, w in site.wrappers)
+        if adapted or (always and not copied):
+            path = file_path(join(site.path, "weight"), adapter, [*site.above, *site.wrappers])
+            found[prefix + plain(path)] = weight.detach()
+    return found
+
+
+def set_peft_model_state_dict(
+    model: nn.Module,
+    peft_model_state_dict: dict[str, torch.Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+) -> LoadResult:
+    """Fill an adapter with the tensors of a file.
+
+    Args:
+        ignore_mismatched_sizes: leave tensors of another shape as they are, with a warning.
+        low_cpu_mem_usage: put the given tensors into the model instead of copying them.
+
+    Raises:
+        RuntimeError: (also a ValueError) if a tensor has another shape than its place; nothing has been changed then.
+
+    Returns:
+        Names in the model of what the state dict lacks, and names of the state dict that belong nowhere. Other
+        parameters of the base model that it holds (norms trained along, say) become the adapter's own: they act while
+        it is active.
+    """
+    model = bare(model)
+    root, _ = anatomy(model)
+    if (prompts := prompts_of(model)) and adapter_name in prompts.peft_config:
+        prompts.make_room(adapter_name, peft_model_state_dict)
+    found = match(model, adapter_name, peft_model_state_dict)
+    if found.wrong and not ignore_mismatched_sizes:
+        raise CheckpointError(_mismatch(model, adapter_name, found.wrong))
+    if found.wrong:
+        names = ", ".join(entry.saved for entry, _ in found.wrong)
+        warnings.warn(f"these tensors have another shape and were left out: {names}")
+    _unmerge_for(root, adapter_name)
+    with torch.no_grad():
+        for entry, value in sorted(found.fits, key=lambda item: item[0].put is None):  # exact ones after rounded ones
+            _write(model, entry, value, low_cpu_mem_usage)
+        _train_along(root, adapter_name, found.base)
+        for _, layer in layers_of(root):
+            if adapter_name in layer:
+                layer.adapters[adapter_name].loaded()
+    if empty := [entry.key for entry in entries(model, adapter_name) if entry.tensor.is_meta]:
+        warnings.warn(f"these tensors of adapter {adapter_name!r} have no values yet: {', '.join(empty[:8])}.")
+    return LoadResult([entry.key for entry in found.missing], found.unexpected)
+
+
+@dataclass
+class Match:
+    """Where the tensors of a state dict belong.
+
+    Attributes:
+        own: all tensors of the adapter.
+        fits, wrong: places with their new tensors, those of another shape apart.
+        base: other parameters of the base model: (module, attribute) and the new tensor.
+        unexpected: names that belong nowhere.
+    """
+
+    own: list[Entry]
+    fits: list[tuple[Entry, torch.Tensor]]
+    wrong: list[tuple[Entry, torch.Tensor]]
+    base: list[tuple[tuple[nn.Module, str], torch.Tensor]]
+    unexpected: list[str]
+
+    @property
+    def missing(self) -> list[Entry]:
+        """Tensors of the adapter for which there is nothing; what layers share has a place in each."""
+        there = {id(entry.tensor) for entry, _ in (*self.fits, *self.wrong)}
+        return [entry for entry in self.own if id(entry.tensor) not in there and entry.put is None]
+
+
+def match(model: nn.Module, adapter: str, state_dict: dict[str, torch.Tensor]) -> Match:
+    """Find the place of each tensor of a state dict, which may have the names of files or those in memory.
+
+    Raises:
+        ValueError: if the model has no such adapter.
+    """
+    root, prefix = anatomy(model)
+    own = list(entries(model, adapter))
+    if not own:
+        operations.require_adapters(root, [adapter])
+    known = {name: entry for entry in own for name in entry.names()}
+    tables = base_weights(root, prefix)
+    found = Match(own, [], [], [], [])
+    rest: dict[str, torch.Tensor] = {}
+    config = (getattr(model, "peft_config", None) or {}).get(adapter)
+    for name, value in joined(_of_today(state_dict, config), own, prefix).items():
+        names = (name, prefix + name, name.removeprefix("base_model.model."))
+        place = next((known[n] for n in names if n in known), tables.get(name))
+        if place is None:
+            rest[name] = value
+            continue
+        (found.fits if place.fits(value) else found.wrong).append((place, value))
+    if rest:
+        _match_rest(found, root, prefix, {**tables, **known}, rest)
+    return found
+
+
+def _of_today(state_dict: dict[str, Any], config: Any) -> dict[str, Any]:
+    """A state dict under plain names, those of a method that had another name in older files as they are today."""
+    given = {plain(name): value for name, value in state_dict.items()}
+    for now, old, new in RENAMED_METHODS.values():
+        if config is not None and config.peft_type == now:
+            given = {
+                ".".join([new + p[len(old) :] if p.startswith(old) else p for p in name.split(".")]): value
+                for name, value in given.items()
+            }
+    return given
+
+
+def _match_rest(found: Match, root: nn.Module, prefix: str, known: dict[str, Entry], rest: dict[str, Any]) -> None:
+    """Find a place for names of older versions, and for other tensors of the base model."""
+    places, current = _base_places(root, prefix), current_name(root)
+    tails = {entry.tail for entry in found.own if entry.tail}
+    for name, value in rest.items():
+        names = [name, *(prefix + new for new in _today(name.removeprefix(prefix), tails, current))]
+        place = next((known[n] for n in names if n in known), None)
+        base = next((places[n] for n in names if n in places), None)
+        if place is not None:
+            (found.fits if place.fits(value) else found.wrong).append((place, value))
+        elif base is not None and getattr(*base).shape == value.shape:
+            found.base.append((base, value))
+        else:
+            found.unexpected.append(name)
+
+
+def _today(name: str, tails: set[str], current: Callable[[str], Iterator[str]]) -> Iterator[str]:
+    """What a tensor may be called today; a renaming may be of the whole name, or of the module with the adapter."""
+    yield from current(name)
+    parts = name.split(".")
+    for cut in range(1, len(parts)):
+        if (tail := ".".join(parts[cut:])) in tails:
+            for new in current(".".join((*parts[:cut], "weight"))):
+                yield f"{new.removesuffix('.weight')}.{tail}"
+
+
+def _base_places(root: nn.Module, prefix: str) -> dict[str, tuple[nn.Module, str]]:
+    """Parameters of the base model that a file may hold, trained along: all that float, but no adapted weight."""
+    found = {}
+    for site in walk(root):
+        adapted = any(isinstance(wrapper, BaseTunerLayer) for _, wrapper in site.wrappers)
+        for attribute, p in site.module._parameters.items():
+            if p is not None and p.is_floating_point() and not (adapted and attribute == "weight"):
+                place = site.module, attribute
+                found[prefix + join(site.key, attribute)] = found[prefix + plain(join(site.path, attribute))] = place
+    return found
+
+
+def _train_along(root: nn.Module, adapter: str, given: list[tuple[tuple[nn.Module, str], torch.Tensor]]) -> None:
+    """Keep tensors of the base model that a file brings as the adapter's own: they act while it is active."""
+    if not given:
+        return
+    noted = record_of(root)
+    record = noted.biases = noted.biases or TrainedBiases()
+    record.add(adapter, [place for place, _ in given])
+    held = record.tensors(adapter)
+    for (module, attribute), value in given:
+        held[id(module), attribute].copy_(value)
+    active = record.choose([name for name in operations.active_of(root) if name in record])
+    if not any(wrapper.disable_adapters for site in walk(root) for _, wrapper in site.wrappers):
+        record.apply(active, requires_grad=False)
+
+
+def joined(state_dict: dict[str, torch.Tensor], own: list[Entry], prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors of a file, with those that stand for one tensor of the adapter put together."""
+    joined = dict(state_dict)
+    for entry in own:
+        for saved in (entry.saved, entry.saved.removeprefix(prefix)):
+            if entry.as_loaded and entry.split and all(saved + suffix in joined for suffix in entry.split):
+                parts = {suffix: joined.pop(saved + suffix) for suffix in entry.split}
+                try:
+                    joined[saved] = entry.as_loaded(parts)
+                except (RuntimeError, IndexError) as error:
+                    shapes = {saved + suffix: list(part.shape) for suffix, part in parts.items()}
+                    raise CheckpointError(f"these tensors do not fit together: {shapes} ({error})") from error
+    return joined
+
+
+def base_weights(root: nn.Module, prefix: str) -> dict[str, Entry]:
+    """Base weights of embeddings, which files may hold beside the adapter."""
+    found = {}
+    for site, weight in _embedding_sites(root):
+        entry = Entry(prefix + plain(join(site.path, "weight")), "", weight)
+        found[entry.saved] = found[prefix + join(site.key, "weight")] = entry
+        found[prefix + join(site.key, "base_layer.weight")] = entry
+    return found
+
+
+def _mismatch(model: nn.Module, adapter: str, wrong: list[tuple[Entry, torch.Tensor]]) -> str:
+    entry, value = wrong[0]
+    config = (getattr(model, "peft_config", None) or {}).get(adapter)
+    base = getattr(config, "base_model_name_or_path", None)
+    return (
+        f"size mismatch for {entry.saved}: "
+        f"the checkpoint has {list(value.shape)}, the model {list(entry.tensor.shape)}"
+        + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "")
+        + ". The adapter belongs to another base model or config"
+        + (f"; it was trained on {base!r}" if base else "")
+        + ". Pass ignore_mismatched_sizes=True to load the rest."
+    )
+
+
+def _unmerge_for(root: nn.Module, adapter: str) -> None:
+    """An adapter that is in the base weights comes out before its tensors change."""
+    for _, layer in layers_of(root):
+        if adapter in layer.merged_adapters:
+            layer.unmerge()
+
+
+def _write(model: nn.Module, entry: Entry, value: torch.Tensor, assign: bool) -> None:
+    if entry.put is not None:
+        entry.put(value)
+    elif not entry.memory:  # a view of another layer's tensor, or a weight of the base model
+        if entry.tensor.device.type != "meta":
+            entry.tensor.data.copy_(value)
+    elif assign or entry.tensor.device.type == "meta" or entry.tensor.shape != value.shape:
+        path, _, name = entry.memory.rpartition(".")
+        holder = model if hasattr(model, "base_model") or not entry.memory.startswith("base_model.") else None
+        parent = (holder or model).get_submodule(path if holder else path.removeprefix("base_model."))
+        old = parent._parameters.get(name, entry.tensor)
+        device = _device_near(model, entry) if old.device.type == "meta" else old.device
+        value = value.to(device, old.dtype)
+        if isinstance(old, nn.Parameter):
+            parent._parameters[name] = nn.Parameter(value, requires_grad=old.requires_grad)
+        else:
+            parent._buffers[name] = value
+    else:
+        entry.tensor.data.copy_(value)
+
+
+def _device_near(model: nn.Module, entry: Entry) -> torch.device:
+    """The device of the base layer around a tensor that is on none yet."""
+    parts = entry.memory.split(".")
+    for end in range(len(parts), -1, -1):
+        try:
+            module = model.get_submodule(".".join(parts[:end]))
+        except AttributeError:
+            continue
+        for p in module.parameters():
+            if p.device.type != "meta":
+                return p.device
+    return torch.device("cpu")

@@ -1,0 +1,73 @@
+"""Where the parts of an adapter go: to the device of the base weight, and into its dtype."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+
+if TYPE_CHECKING:
+    from peft.core.adapter import Adapter
+    from peft.core.layer.layer import BaseTunerLayer
+
+Place = tuple[torch.device | None, torch.dtype | None]
+
+
+def settle(layer: BaseTunerLayer, adapter: Adapter) -> None:
+    """Put a new adapter's parts on the device, and what trains of them into the dtype, of the base weight."""
+    place = _place(layer)
+    for attribute, _, item in list(adapter.held()):
+        device, dtype = _place_of(item, place)
+        frozen = not isinstance(item, nn.Module | nn.Parameter)  # kept as exact as it was made
+        if _is_at(item, device, None if frozen else dtype):
+            continue
+        moved = item.to(device=device, dtype=None if frozen else dtype)
+        if isinstance(item, nn.Parameter) and moved is not item:
+            moved = nn.Parameter(moved.detach(), requires_grad=item.requires_grad)
+        if moved is not item:
+            layer._modules[attribute][adapter.name] = moved  # type: ignore[index]
+
+
+def place_for(layer: BaseTunerLayer, item: torch.Tensor | nn.Module) -> Place:
+    """Device and dtype for a new part: those of the base weight, where that is a dense tensor."""
+    return _place_of(item, _place(layer))
+
+
+def _place(layer: BaseTunerLayer) -> Place:
+    """The base weight's device and dtype, None where parts have nothing to follow."""
+    base = layer.get_base_layer()
+    if not layer.kind.whole:
+        return layer.storage.device_and_dtype(base, layer.kind.weight)
+    anchor = next(itertools.chain(base.parameters(), base.buffers()), None)
+    if anchor is None or anchor.is_meta:
+        return None, None
+    return anchor.device, anchor.dtype if anchor.is_floating_point() and anchor.dtype.itemsize > 1 else None
+
+
+def _place_of(
+    item: torch.Tensor | nn.Module, place: tuple[torch.device | None, torch.dtype | None]
+) -> tuple[torch.device | None, torch.dtype | None]:
+    """Where a part of a layer goes, if what floats goes to this place."""
+    tensors = _all_tensors(item)
+    device, dtype = place
+    device = None if any(t.is_meta for t in tensors) else device  # but in the dtype that it is to have
+    return device, dtype if dtype is not None and all(t.is_floating_point() for t in tensors) else None
+
+
+def _is_at(item: torch.Tensor | nn.Module, device: torch.device | None, dtype: torch.dtype | None) -> bool:
+    """Whether a part is on this device and in this dtype already (None: any)."""
+    if isinstance(item, nn.Module) and (item._modules or item._buffers):
+        return False  # its own rules may apply
+    tensors = _all_tensors(item)
+    return all((device is None or t.device == device) and (dtype is None or t.dtype == dtype) for t in tensors)
+
+
+def _all_tensors(item: torch.Tensor | nn.Module) -> list[torch.Tensor]:
+    if isinstance(item, torch.Tensor):
+        return [item]
+    if item._modules or item._buffers:
+        return [*item.parameters(), *item.buffers()]
+    return [p for p in item._parameters.values() if p is not None]

@@ -1,0 +1,179 @@
+"""The ways in which a layer's output is computed with its adapters: the first that serves a call is taken.
+
+A route says whether it serves by what it gives: an output, or None. Whether the base layer may be passed by is asked
+of :meth:`BaseTunerLayer.may_bypass_base`, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from peft.core.layer import weight as weights
+from peft.kernels.linear import Factors, low_rank_linear
+from peft.kernels.strict import is_plain
+
+
+if TYPE_CHECKING:
+    from peft.core.adapter import Adapter
+    from peft.core.layer.layer import BaseTunerLayer
+
+
+class Route:
+    """One way. ``quick``: it is left out within :func:`peft.kernels.plain`."""
+
+    quick = False
+
+    def output(self, layer: BaseTunerLayer, adapters: Sequence[Adapter], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The layer's output with these adapters, at least one; None where this is no way for the call."""
+        raise NotImplementedError
+
+
+class StandIn(Route):
+    """A module that an adapter has in the place of the base module, called in the base's dtype."""
+
+    def output(self, layer: BaseTunerLayer, adapters: Sequence[Adapter], args: tuple, kwargs: dict[str, Any]) -> Any:
+        module = adapters[-1].stand_in()
+        if module is None:
+            return None
+        dtype = other_dtype(layer, module)
+        if dtype is None:
+            return module(*args, **kwargs)
+        inner = weights.dtype_of_module(module)
+        y = module(*(in_dtype(inner, a) for a in args), **{k: in_dtype(inner, v) for k, v in kwargs.items()})
+        return in_dtype(dtype, y)
+
+
+class Kernel(Route):
+    """A method's kernel for the whole layer."""
+
+    quick = True
+
+    def output(self, layer: BaseTunerLayer, adapters: Sequence[Adapter], args: tuple, kwargs: dict[str, Any]) -> Any:
+        if len(args) != 1 or kwargs:
+            return None
+        cls = type(adapters[0])
+        alike = len(adapters) == 1 or all(type(adapter) is cls for adapter in adapters)
+        return cls.kernel(layer, adapters, args[0]) if alike else None
+
+
+class LowRank(Route):
+    """The fused products of low-rank updates, beside the base layer or with its weight."""
+
+    quick = True
+
+    def output(self, layer: BaseTunerLayer, adapters: Sequence[Adapter], args: tuple, kwargs: dict[str, Any]) -> Any:
+        if len(args) != 1 or kwargs:
+            return None
+        factors = all_factors(layer, adapters, args[0])
+        if factors is None:
+            return None
+        weight = layer.bypass_matrix(args[0])
+        fresh = weight is None and layer.base_is_fresh()
+        return low_rank_linear(layer._modules["base_layer"], args[0], factors, weight, fresh)
+
+
+class Folded(Route):
+    """One product with the weight that has the adapters in it; else the base layer's output and what they change."""
+
+    def output(self, layer: BaseTunerLayer, adapters: Sequence[Adapter], args: tuple, kwargs: dict[str, Any]) -> Any:
+        if layer.kind.opaque:
+            values = weights.effective(layer, adapters)
+            return layer.storage.call(layer.get_base_layer(), values, args, kwargs)
+        only = any(adapter.only_folds() for adapter in adapters)
+        if not only and not all(adapter.prefers_folding() for adapter in adapters):
+            return None
+        x, base = args[0], layer.get_base_layer()
+        if layer.may_bypass_base(x):
+            bias = weights.folded_bias(layer, adapters)
+            y = weights.multiplied(layer, x, lambda: weights.folded_weight(layer, adapters), adapters)
+            return y if bias is None else y + layer.kind.along_channels(bias, base)
+        if not only:
+            return None
+        below = weights.adapters_below(layer)
+        y = layer.base_layer(*args, **kwargs)
+        made_of = [*adapters, *(adapter for inner in below for adapter in inner)]
+        change = weights.multiplied(layer, x, lambda: self._change(layer, adapters, below, x), made_of)
+        return (y + change).to(y.dtype)
+
+    @staticmethod
+    def _change(
+        layer: BaseTunerLayer, adapters: Sequence[Adapter], below: tuple[Sequence[Adapter], ...], x: torch.Tensor
+    ) -> torch.Tensor:
+        inner, rest = weights.layer_inside(layer), below[1:]
+        before = weights.wide(
+            weights.base_weight(layer) if inner is None else weights.folded_weight(inner, below[0], rest)
+        )
+        after, base = before, weights.unmerged_weight(layer)
+        for adapter in weights.fold_order(adapters):
+            after = adapter.fold(after, base)
+        return (after - before).to(x.dtype if x.is_floating_point() else before.dtype)
+
+
+class Updates(Route):
+    """The base layer on an input that adapters may change, and what they make of its output, one after another."""
+
+    def output(self, layer: BaseTunerLayer, adapters: Sequence[Adapter], args: tuple, kwargs: dict[str, Any]) -> Any:
+        x, *rest = args
+        inner = x
+        if any(adapter.changes_input for adapter in adapters):
+            for adapter in adapters:
+                inner = adapter.input(adapter.cast(inner))
+            inner = inner.to(x.dtype)
+        base_y = y = layer.base_layer(inner, *rest, **kwargs)
+        for adapter in adapters:
+            y = adapter.output(adapter.cast(x), y, base_y)
+        return y.to(base_y.dtype)
+
+
+ROUTES: tuple[Route, ...] = (StandIn(), Kernel(), LowRank(), Folded(), Updates())
+PLAIN_ROUTES = tuple(route for route in ROUTES if not route.quick)
+
+
+def adapted(layer: BaseTunerLayer, adapters: Sequence[Adapter], args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The layer's output with these adapters, at least one."""
+    for route in PLAIN_ROUTES if is_plain() else ROUTES:
+        y = route.output(layer, adapters, args, kwargs)
+        if y is not None:
+            return y
+    raise AssertionError("the last route serves every call")
+
+
+def all_factors(layer: BaseTunerLayer, adapters: Sequence[Adapter], x: torch.Tensor) -> list[Factors] | None:
+    """The factors of adapters, if all have them and the fused kernels can be used for this input."""
+    if not layer.kind.matrix or layer.kind.opaque or not x.is_floating_point():
+        return None
+    found = []
+    for adapter in adapters:
+        if adapter.changes_input:
+            return None
+        factors = adapter.factors()
+        if factors is None or not (layer.cast_input_dtype_enabled or factors.down.dtype == x.dtype):
+            return None
+        found.append(factors)
+    return found
+
+
+def other_dtype(layer: BaseTunerLayer, module: nn.Module) -> torch.dtype | None:
+    """The base module's dtype where a module that stands in for it is held in another (a wider) one."""
+    dtype = weights.dtype_of_module(layer.get_base_layer())
+    return None if dtype is None or dtype == weights.dtype_of_module(module) else dtype
+
+
+def attribute_of(layer: BaseTunerLayer, module: nn.Module, name: str) -> Any:
+    """An attribute of a module that stands in, in the base module's dtype: the parent may compute with it itself."""
+    value, dtype = getattr(module, name), other_dtype(layer, module)
+    if dtype is not None and isinstance(value, nn.Module):
+        return copy.deepcopy(value).to(dtype)
+    return value if dtype is None else in_dtype(dtype, value)
+
+
+def in_dtype(dtype: torch.dtype | None, value: Any) -> Any:
+    """Floating-point tensors, also those in tuples, in a dtype."""
+    if isinstance(value, tuple):
+        return tuple(in_dtype(dtype, part) for part in value)
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value

@@ -1,0 +1,101 @@
+"""A batch whose rows use different adapters: how it is split, and how its parts are put together again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from peft.core.layer.routes import adapted, all_factors
+from peft.core.model.context import Groups
+from peft.kernels.grouped import can_group, grouped_linear
+from peft.kernels.strict import is_plain
+
+
+if TYPE_CHECKING:
+    from peft.core.adapter import Adapter
+    from peft.core.layer.layer import BaseTunerLayer
+
+
+def mixed(layer: BaseTunerLayer, names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The layer's output where each row of the batch has its own adapter; one that is not here does nothing."""
+    if layer.merged_adapters:
+        raise ValueError("adapter_names cannot be used while adapters are merged; call unmerge_adapter() first.")
+    kind, base = layer.kind, layer.get_base_layer()
+    first = args[0] if args else next(iter(kwargs.values()))
+    axis = kind.batch_axis(base)
+    if first.shape[axis] == 1 and len(names) > 1 and args:  # a row that the samples share, such as positions
+        first = first.expand(*[len(names) if a == axis else -1 for a in range(first.dim())])
+        args = (first, *args[1:])
+    groups = layer.context.groups(names, first.shape[axis], first.device)
+    if len(groups.parts) == 1:
+        return _of_one(layer, groups.parts[0][0], args, kwargs)
+    adapters = [layer.adapters.get(name) for name, _ in groups.parts]
+    here = [adapter for adapter in adapters if adapter is not None]
+    if not here and not kind.companions:
+        return layer.base_layer(*args, **kwargs)
+    if kind.opaque or kind.whole or any(adapter.only_folds() or adapter.stand_in() is not None for adapter in here):
+        return split(kind, base, groups, lambda name, *call: _of_one(layer, name, *call), args, kwargs)
+    if len(args) == 1 and not kwargs and not is_plain():
+        y = _grouped(layer, groups, adapters, args[0])
+        if y is not None:
+            return y
+    if here and all(adapter.prefers_folding() for adapter in here) and layer.may_bypass_base(first):
+        return split(kind, base, groups, lambda name, *call: _of_one(layer, name, *call), args, kwargs)
+    return _updates(layer, groups, adapters, args, kwargs)
+
+
+def split(kind: Any, base: Any, groups: Groups, call: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    """``call(name, args, kwargs)`` for the rows of each adapter alone, put back into the order of the batch."""
+    done = [call(name, *kind.take_rows(base, args, kwargs, rows)) for name, rows in groups.parts]
+    return kind.join_rows(base, done, groups.order)
+
+
+def _of_one(layer: BaseTunerLayer, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The call with one adapter, also in layers whose weight the base layer reads."""
+    with layer.context.only(name):
+        if name in layer.adapters:
+            return adapted(layer, [layer.adapters[name]], args, kwargs)
+        return layer.base_layer(*args, **kwargs)
+
+
+def _grouped(
+    layer: BaseTunerLayer, groups: Groups, adapters: Sequence[Adapter | None], x: torch.Tensor
+) -> torch.Tensor | None:
+    """By one product with the stacked factors of all adapters, where all have some."""
+    found = all_factors(layer, [adapter for adapter in adapters if adapter is not None], x)
+    if found is None:
+        return None
+    left = iter(found)
+    factors = [None if adapter is None else next(left) for adapter in adapters]
+    if not can_group(x, factors):
+        return None
+    weight = layer.bypass_matrix(x)
+    base, fresh = layer._modules["base_layer"], weight is None and layer.base_is_fresh()
+    return grouped_linear(layer, base, x, groups.index, factors, weight, fresh)
+
+
+def _updates(
+    layer: BaseTunerLayer, groups: Groups, adapters: Sequence[Adapter | None], args: tuple, kwargs: dict[str, Any]
+) -> torch.Tensor:
+    """One call of the base layer for all rows, and what each adapter makes of its own."""
+    x, *rest = args
+    rows_of = [x.index_select(0, rows) for _, rows in groups.parts]
+    inner = x
+    if any(adapter is not None and adapter.changes_input for adapter in adapters):
+        turned = [
+            part if adapter is None else adapter.input(adapter.cast(part)).to(x.dtype)
+            for adapter, part in zip(adapters, rows_of)
+        ]
+        inner = torch.cat(turned).index_select(0, groups.order)
+    base_y = layer.base_layer(inner, *rest, **kwargs)
+    parts = []
+    for adapter, own, (_, rows) in zip(adapters, rows_of, groups.parts):
+        part = base_y.index_select(0, rows)
+        if adapter is not None:
+            layer.context.rows = rows, len(x)
+            part = adapter.output(adapter.cast(own), part, part).to(base_y.dtype)
+        parts.append(part)
+    layer.context.rows = None
+    return torch.cat(parts).index_select(0, groups.order)

@@ -1,0 +1,121 @@
+"""The life of a model's adapters, whatever they are: parts of its layers, or prompts that stand beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar
+
+from torch import nn
+
+from peft.core.model import operations
+from peft.core.model.gradient_checkpointing import stop_watching, watch_checkpointing
+from peft.core.model.record import drop_record
+
+
+INTERFACE = (
+    "active_adapter", "active_adapters", "add_weighted_adapter", "delete_adapter", "disable_adapter_layers",
+    "enable_adapter_layers", "get_model_config", "inject_adapter", "merge_adapter", "merge_and_unload", "model",
+    "peft_config", "prefix", "set_adapter", "set_requires_grad", "supports_lora_conversion", "target_module_mapping",
+    "tuner_layer_cls", "unload", "unmerge_adapter", "word_embeddings",
+)  # fmt: skip
+"""What users and other libraries ask a manager for; any other name belongs to the base model if it has it."""
+
+
+class Manager:
+    """What the managers of all methods have in common.
+
+    Attributes:
+        model: the base model, with the adapters in it.
+        peft_config: adapter name -> config.
+        active_adapter: the adapter that acts, or a list where several do or none.
+        MEANINGLESS: operations that mean nothing for the method -> why, and what to do instead.
+    """
+
+    MEANINGLESS: ClassVar[dict[str, str]] = {}
+
+    model: nn.Module
+    peft_config: dict[str, Any]
+    active_adapter: str | list[str]
+
+    def start(self, model: nn.Module, configs: dict[str, Any], adapter_name: str, *options: Any) -> None:
+        """Take a model over, with a first adapter; ``options`` are those of ``inject_adapter``."""
+        self.model, self.peft_config, self.active_adapter = model, configs, adapter_name
+        self.inject_adapter(model, adapter_name, *options)
+        self.set_adapter(adapter_name, inference_mode=configs[adapter_name].inference_mode)
+        model.peft_config = configs  # type: ignore[assignment]
+        watch_checkpointing(model)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *options: Any) -> None:
+        """Give the model an adapter, inactive and frozen, from ``self.peft_config[adapter_name]``."""
+        raise NotImplementedError
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return operations.names_of(self.active_adapter)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make one or several adapters active, and the only ones that train (none in ``inference_mode``).
+
+        Raises:
+            ValueError: for an unknown adapter, and for several that cannot be active together.
+        """
+        operations.require_adapters(self.model, operations.names_of(adapter_name), self.peft_config)
+        operations.set_adapter(self.model, adapter_name, inference_mode, known=self.peft_config)
+        self.active_adapter = adapter_name
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Choose whether these adapters train, active or not."""
+        operations.require_adapters(self.model, operations.names_of(adapter_names), self.peft_config)
+        operations.set_requires_grad(self.model, adapter_names, requires_grad)
+
+    def enable_adapter_layers(self) -> None:
+        """Switch the adapters on again."""
+        operations.enable_adapters(self.model, True)
+
+    def disable_adapter_layers(self) -> None:
+        """Switch all adapters off: the model is its base."""
+        operations.enable_adapters(self.model, False)
+
+    def switched_off(self) -> AbstractContextManager[None]:
+        """A context in which the model is its base."""
+        return operations.adapters_disabled(self.model)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; if it was the active one, another becomes active.
+
+        Raises:
+            ValueError: if there is no such adapter.
+        """
+        operations.require_adapters(self.model, [adapter_name], self.peft_config)
+        active = self.take_out(adapter_name)
+        del self.peft_config[adapter_name]
+        self.active_adapter = active[0] if len(active) == 1 else active
+
+    def take_out(self, adapter_name: str) -> list[str]:
+        """Remove what an adapter has in the model and here; gives the names that are active afterwards."""
+        raise NotImplementedError
+
+    def unload(self) -> nn.Module:
+        """Take all adapters out, unmerged, and return the plain model, changed in place."""
+        return self._leave(operations.unload(self.model, merge_first=False))
+
+    def _leave(self, model: nn.Module) -> nn.Module:
+        """The plain model, without what a manager notes at it."""
+        stop_watching(model)
+        model.__dict__.pop("peft_config", None)
+        drop_record(model)
+        return model
+
+
+def check_adapter_name(name: str, taken: Sequence[str] = ()) -> None:
+    """Raise ValueError for a name that cannot be a module name, or that is taken."""
+    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
+        raise ValueError(
+            f"{name!r} cannot be the name of an adapter: names are non-empty, have no dot, and are not those of "
+            "methods of nn.ModuleDict (such as 'keys' or 'pop')."
+        )
+    if name in taken:
+        raise ValueError(
+            f"an adapter called {name!r} already exists; choose another name, or call delete_adapter({name!r}) first."
+        )

@@ -1,0 +1,107 @@
+"""What belongs to one adapted model and to no layer alone, kept with the model: one record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft.core.layer.buffers import BufferDict
+from peft.core.model.context import Context
+
+
+class Record:
+    """Attributes, each None (or empty) while there is none:
+
+    context: what the current call says to all adapted layers, by a hook of the model.
+    shared: the tensors that all layers of a method have in common.
+    biases: the biases of the base model that adapters train in place.
+    replication: what the model was before its layers were replicated.
+    checkpointing: what watches gradient checkpointing, and its hooks.
+    """
+
+    def __init__(self) -> None:
+        self.context: Context | None = None
+        self.hook: Any = None
+        self.shared = SharedParts()
+        self.biases: Any = None
+        self.replication: Any = None
+        self.checkpointing: Any = None
+
+
+class SharedParts:
+    """Tensors that all layers of a method have in common: one dict for each name, keyed by adapter."""
+
+    def __init__(self) -> None:
+        self.containers: dict[str, Any] = {}
+
+    def container(self, attribute: str, value: Any, persistent: bool) -> Any:
+        """The dict called ``attribute``; a new one is of the kind that holds such a value.
+
+        Args:
+            value: a module, a Parameter (which trains) or a tensor (frozen). persistent: frozen ones are saved.
+        """
+        if attribute not in self.containers:
+            if isinstance(value, nn.Module):
+                self.containers[attribute] = nn.ModuleDict()
+            elif isinstance(value, nn.Parameter):
+                self.containers[attribute] = nn.ParameterDict()
+            else:
+                self.containers[attribute] = BufferDict(None, persistent)
+        return self.containers[attribute]
+
+    def put(self, attribute: str, name: str, value: Any, holders: Iterable[nn.Module]) -> None:
+        """Store an adapter's value, or the equal one of another adapter where it is frozen; all holders know it."""
+        container = self.containers[attribute]
+        if isinstance(container, BufferDict):
+            held = (t for t in container.values() if t.shape == value.shape and torch.equal(t.cpu(), value.cpu()))
+            value = next(held, value)
+        container[name] = value
+        for holder in holders:  # frozen tensors are no part of each layer's state
+            (holder.__dict__ if isinstance(container, BufferDict) else holder._modules)[attribute] = container
+
+    def drop(self, name: str, attributes: Iterable[str]) -> None:
+        """Forget an adapter's values."""
+        for attribute in attributes:
+            if name in self.containers.get(attribute, ()):
+                del self.containers[attribute][name]
+
+
+def record_of(model: nn.Module) -> Record:
+    """The record of a model, made when it is first asked for."""
+    return model.__dict__.setdefault("_peft_record", Record())
+
+
+def known_record(model: nn.Module) -> Record | None:
+    """The record of a model, None where it has none."""
+    return model.__dict__.get("_peft_record")
+
+
+def context_of(model: nn.Module) -> Context:
+    """The object through which all adapted layers of a model learn about the current call."""
+    record = record_of(model)
+    if record.context is None:
+        record.context = Context()
+        record.hook = model.register_forward_pre_hook(record.context.forget, with_kwargs=True)
+    return record.context
+
+
+def drop_record(model: nn.Module) -> None:
+    """Take the record and its hook away from a model that has no adapters any more."""
+    record = known_record(model)
+    if record is None:
+        return
+    if record.hook is not None:
+        record.hook.remove()
+    record.context, record.hook = None, None
+    drop_if_empty(model)
+
+
+def drop_if_empty(model: nn.Module) -> None:
+    """Take the record away once nothing is noted in it."""
+    record = known_record(model)
+    noted = (record.context, record.biases, record.replication, record.checkpointing) if record else ()
+    if record is not None and all(value is None for value in noted):
+        del model.__dict__["_peft_record"]

@@ -1,0 +1,179 @@
+"""The prompts of a model, and which of them each row of a call gets."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft.core.model import operations
+from peft.core.model.context import BASE
+from peft.core.model.record import context_of
+from peft.core.model.walk import embeddings_of
+from peft.core.prompts import caches
+from peft.core.prompts.feed import Feed
+from peft.core.prompts.sizes import key_sizes
+from peft.core.prompts.tokens import VirtualTokens
+from peft.utils.error import ConfigError
+
+
+class Prompts:
+    """The prompts of a model.
+
+    Args:
+        model: the base model.
+        configs: adapter name -> config.
+
+    Attributes:
+        encoders: adapter name -> :class:`VirtualTokens`.
+        tokens: adapter name -> the indices of its virtual tokens.
+        active: name of the active prompt; a list if there is none.
+        disabled: no row gets a prompt.
+    """
+
+    def __init__(self, model: nn.Module, configs: dict[str, Any]) -> None:
+        self.model, self.configs = model, configs
+        self.encoders = nn.ModuleDict()
+        self.tokens: dict[str, torch.Tensor] = {}
+        self.active: str | list[str] = []
+        self.disabled = False
+
+    def add(self, name: str, encoder: VirtualTokens, in_float32: bool = True) -> None:
+        """Take a prompt in, frozen, on the device of the embedding; its dtype too unless ``in_float32``."""
+        weight = self.word_embeddings.weight
+        dtype = weight.dtype if weight.is_floating_point() and not in_float32 else None
+        if weight.device.type != "meta" and not any(p.is_meta for p in encoder.parameters()):
+            encoder.to(weight.device, dtype)
+        self.encoders[name] = encoder.train_on(False).train(self.model.training)
+        self.tokens[name] = torch.arange(encoder.count(self.configs[name]))
+
+    @property
+    def word_embeddings(self) -> nn.Module:
+        """The input embedding of the base model.
+
+        Raises:
+            ValueError: if the model does not say which it is.
+        """
+        module = embeddings_of(self.model)[0]
+        if module is None:
+            raise ConfigError(
+                f"{type(self.model).__name__} does not say what its input embedding is, so there is nothing to put "
+                "virtual tokens into. Give it a get_input_embeddings method, or use a method that adapts weights."
+            )
+        return module
+
+    @property
+    def in_use(self) -> list[str]:
+        """The prompts that the rows of the call get; :data:`BASE` for rows without one."""
+        names = context_of(self.model).adapter_names
+        return [] if self.disabled else operations.names_of(self.active if names is None else names)
+
+    @property
+    def one(self) -> VirtualTokens | None:
+        """The prompt of all rows; None where they differ, or have none."""
+        mixed, names = context_of(self.model).adapter_names is not None, self.in_use
+        return self.encoders[names[0]] if names and not mixed else None
+
+    @property
+    def as_prefix(self) -> bool:
+        return any(encoder.as_prefix for encoder in self.encoders.values())
+
+    @property
+    def in_decoder(self) -> bool:
+        """Whether the decoder of an encoder-decoder gets virtual tokens of its own."""
+        return self.has_encoder and any(
+            encoder.in_decoder and self.configs[name].num_transformer_submodules > 1
+            for name, encoder in self.encoders.items()
+        )
+
+    @property
+    def has_encoder(self) -> bool:
+        return bool(getattr(getattr(self.model, "config", None), "is_encoder_decoder", False))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt that the next call may use."""
+        return max((self.configs[name].num_virtual_tokens for name in self.in_use if name != BASE), default=0)
+
+    def encode(self, name: str, batch: int, tasks: torch.Tensor | None = None) -> torch.Tensor:
+        """The virtual tokens of one adapter, ``[batch, tokens, width]``."""
+        encoder = self.encoders[name]
+        index = self.tokens[name].to(next(encoder.parameters()).device)
+        if encoder.uses_tasks:
+            return encoder(index.expand(batch, -1), tasks)
+        return encoder(index[None]).expand(batch, -1, -1)
+
+    def feed(self, batch: int, stack: int = 0) -> Feed | None:
+        """What the rows of a call get: the active prompt, or each row its own. None: nothing.
+
+        Args:
+            stack: 0 for the encoder or the only stack, 1 for the decoder beside an encoder.
+        """
+        context, names, device = context_of(self.model), self.in_use, self.word_embeddings.weight.device
+        if not names:
+            return None
+        tasks = context.tasks(batch, device)
+        if context.adapter_names is None:
+            return self._feed_of(names[0], batch, tasks, stack)
+        groups, order, _ = context.groups(context.adapter_names, batch, device)
+        feeds = {
+            name: self._feed_of(name, len(rows), None if tasks is None else tasks[rows], stack)
+            for name, rows in groups
+            if name != BASE
+        }
+        size = max((feed.size for feed in feeds.values()), default=0)
+        if size == 0:
+            return None
+        nothing = next(iter(feeds.values())).nothing
+        parts = [(feeds[n] if n in feeds else nothing(len(rows))).padded(len(rows), size) for n, rows in groups]
+        return Feed.joined(parts, order)
+
+    def _feed_of(self, name: str, batch: int, tasks: torch.Tensor | None, stack: int) -> Feed:
+        """What ``batch`` rows with one prompt get."""
+        encoder, values = self.encoders[name], self.encode(name, batch, tasks)
+        if not self.as_prefix:
+            n = self.configs[name].num_virtual_tokens
+            values = values[:, n * stack : n * (stack + 1)]
+        values = values.to(self.word_embeddings.weight.device)
+        own = (encoder.attended, encoder.own_labels)
+        rows = [None if given is None else given.to(values.device).expand(batch, -1) for given in own]
+        return Feed(values, None, rows[0], rows[1])
+
+    def prompt(self, batch: int, tasks: torch.Tensor | None = None, max_cache_len: int | None = None) -> Any:
+        """The active prompt: embeddings ``[batch, tokens, width]``, or a cache that holds its keys and values."""
+        values = self.encode(operations.names_of(self.active)[0], batch, tasks)
+        if not self.as_prefix:
+            return values
+        return caches.fill(caches.new_cache(self.model, max_cache_len), self.prefix(values))
+
+    @cached_property
+    def _sizes(self) -> list[tuple[int, int]]:
+        return key_sizes(self.model)
+
+    def prefix(self, values: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of each layer, ``[batch, heads, tokens, width]``, from ``[batch, tokens, 2 layers width]``.
+
+        Each layer has as much room in the table as the widest one: its heads take the first entries of theirs, or of
+        all where the number of heads differs too.
+
+        For an encoder-decoder the file format steps through the table by four and starts again at its end, as if keys
+        and values of cross attention stood between those of self attention.
+        """
+        config = next(iter(self.configs.values()))
+        layers, most = config.num_layers, config.num_attention_heads
+        weight = self.word_embeddings.weight
+        table = values.to(weight.dtype) if weight.is_floating_point() else values
+        table = table.view(*values.shape[:2], 2 * layers, -1)
+
+        def states(index: int, layer: int) -> torch.Tensor:
+            place = table[:, :, index % (2 * layers)]
+            sizes: Any = self._sizes[layer] if layer < len(self._sizes) else (most, None)
+            heads, width = sizes
+            if heads == most:
+                return place.unflatten(-1, (most, -1))[..., :width].transpose(1, 2)
+            return place[..., : heads * width].unflatten(-1, (heads, width)).transpose(1, 2)
+
+        step = 2 * config.num_transformer_submodules
+        return [(states(step * layer, layer), states(step * layer + 1, layer)) for layer in range(layers)]

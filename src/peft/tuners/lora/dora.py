@@ -1,0 +1,114 @@
+"""DoRA: W' = g (W + dW), g = m / |W + dW| by rows, with the norm constant for the gradient (arXiv 2402.09353)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft.core.base.kinds import Kind
+from peft.core.families import kernel_weight
+from peft.core.filling import skip_values
+from peft.core.layer.weight import base_bias, layer_inside
+from peft.kernels import Factors, adapted_norm, dora_linear, is_hooked
+from peft.tuners.lora.config import LoraConfig
+from peft.tuners.lora.initialize import is_drawn
+from peft.tuners.lora.layer import Lora
+from peft.tuners.lora.norm_cache import DoraCaching, remembered
+
+
+class Magnitude(nn.Module):
+    """DoRA's trained magnitudes ``[out]`` (convolutions: ``[1, out, 1, ...]``)."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
+class Dora(Lora):
+    """y' = y + (g - 1) W drop(x) + g dW drop(x), ``lora_magnitude_vector`` is m."""
+
+    reversible = False
+
+    @classmethod
+    def asked_by(cls, config: LoraConfig) -> bool:
+        return config.use_dora
+
+    @classmethod
+    def refuses(cls, kind: Kind, module: nn.Module, config: LoraConfig) -> str | None:
+        reason = kind.no_dense_pair(module)
+        return f"DoRA needs the norm of the adapted weight, but {reason}" if reason else None
+
+    def make_pair(self, config: LoraConfig) -> None:
+        super().make_pair(config)
+        with torch.no_grad():
+            if self.pair()[0].is_meta or (is_drawn(config) and skip_values()):
+                norm = torch.empty(self.shape[0])  # a file will bring it
+            else:
+                norm = self.norm(self.base_weight())
+        shaped = norm if len(self.shape) == 2 else norm.view(1, -1, *[1] * (len(self.shape) - 2))
+        self.lora_magnitude_vector = Magnitude(shaped)
+
+    def norm(self, base: torch.Tensor) -> torch.Tensor:
+        """``|W + dW|`` of each row, ``[out]``; kept between calls within :class:`DoraCaching`."""
+        holder, weight = self.lora_magnitude_vector, self.base._parameters.get(self.kind.weight)
+        if holder is None or weight is None or not DoraCaching.active:
+            return self._norm(base)
+        return remembered(holder, (weight, *self.pair()), self.scaling, lambda: self._norm(base))
+
+    def _norm(self, base: torch.Tensor) -> torch.Tensor:
+        if self.kind.matrix:
+            down, up = (t.detach() for t in self.pair())
+            return adapted_norm(base.detach(), down, up, self.scaling)
+        delta = self.delta_weight().detach()
+        return (base.to(delta) + delta).flatten(1).norm(dim=1)
+
+    def factor(self, base: torch.Tensor) -> torch.Tensor:
+        """g, ``[out]``."""
+        return self.lora_magnitude_vector.weight.flatten() / self.norm(base)
+
+    def factors(self) -> Factors | None:
+        return None
+
+    @classmethod
+    def kernel(cls, layer: Any, adapters: Sequence[Any], x: torch.Tensor) -> torch.Tensor | None:
+        if len(adapters) > 1 or (DoraCaching.active and not layer.training):
+            return None
+        (adapter,) = adapters
+        weight, factors = kernel_weight(layer, x), Lora.factors(adapter)
+        if weight is None or factors is None:
+            return None
+        magnitude = adapter.lora_magnitude_vector
+        if is_hooked(magnitude) or type(magnitude.weight) is not nn.Parameter:
+            return None
+        return dora_linear(x, weight, layer.base_layer.bias, factors, magnitude.weight)
+
+    def output(self, x: torch.Tensor, y: torch.Tensor, base_y: torch.Tensor) -> torch.Tensor:
+        layer, base = self.layer, self.base_weight()
+        g = self.along_channels(self.factor(base))
+        dropped = self.drops(self.lora_dropout) and not self.kind.lookup
+        if dropped:
+            x = self.lora_dropout(x)
+        if dropped or layer.merged or layer_inside(layer) is not None:
+            inner = self.multiplied(x, lambda: self._base_for(x))
+        else:
+            bias = base_bias(layer)
+            inner = base_y if bias is None else base_y - self.along_channels(bias)
+        delta = self.lora_B(self.lora_A(x)) * self.scaling if dropped else self.delta(x)
+        return y + (g * (inner + delta) - inner)  # one product with g, which keeps one tensor for the gradient of m
+
+    def _base_for(self, x: torch.Tensor) -> torch.Tensor:
+        base = self.base_weight()
+        return base.to(x.dtype) if x.is_floating_point() else base
+
+    def fold(self, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        g = self.factor(base).view(-1, *[1] * (base.dim() - 1))
+        return weight + (g * (base + self.delta_weight()) - base).to(weight.dtype)
+
+    def unfold(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight  # the original is kept
+
+
+Lora.variants.append(Dora)

@@ -1,0 +1,516 @@
+"""Names and methods that others import or call do what their callers expect."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from toys import ConvNet, tiny_llama
+
+import peft
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft.compat import methods
+from peft.compat.attention import TRANSFORMERS_MODEL_CONFIG
+from peft.compat.layer import LayerCompat
+from peft.compat.parameters import _LoraParameterProxy
+from peft.core.model.walk import layers_of
+from peft.helpers import DoraCaching
+from peft.tuners import tuners_utils
+from peft.tuners.lora import GPTQLoraLinear, Linear, LoraLayer
+from peft.tuners.lora.gptq import dispatch_default, dispatch_gptq
+from peft.tuners.lora.norm_cache import remembered
+from peft.utils import quantization_utils, trained_modules
+from peft.utils.other import get_pattern_key
+from peft.utils.save_and_load import get_embedding_layer_name, has_valid_embedding_base_layer
+
+
+def two(**fields):
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), LoraConfig(target_modules=["0"], **fields))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_()
+    return model
+
+
+def asked(layer, name, *args, **kwargs):
+    """A method of the mixin, for a layer that may not have taken it in yet."""
+    return getattr(LayerCompat, name)(layer, *args, **kwargs)
+
+
+# ---- Layer classes and dispatchers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "path", ["c3a:C3ALinear", "adalora:SVDLinear", "miss:MissLinear", "hra:HRAConv2d", "waveft.layer:WaveFTLinear"]
+)
+def test_old_names_are_the_classes_of_adapted_layers(path):
+    import importlib
+
+    module, name = path.split(":")
+    cls = getattr(importlib.import_module(f"peft.tuners.{module}"), name)
+    method = module.split(".")[0]
+    config = {"c3a": peft.C3AConfig, "adalora": peft.AdaLoraConfig, "miss": peft.MissConfig, "hra": peft.HRAConfig,
+              "waveft": peft.WaveFTConfig}[method]  # fmt: skip
+    fields = {"c3a": {"block_size": 4}, "waveft": {"n_frequency": 3}, "adalora": {"total_step": 10}}.get(
+        method, {"r": 2}
+    )
+    base = nn.Conv2d(4, 4, 3) if name.endswith("Conv2d") else nn.Linear(4, 4)
+    model = get_peft_model(nn.Sequential(base), config(target_modules=["0"], **fields))
+    assert isinstance(model.base_model.model[0], cls)
+
+
+def test_classes_of_libraries_tell_by_the_base_layer():
+    layer = two().base_model.model[0]
+    assert isinstance(layer, Linear) and not isinstance(layer, GPTQLoraLinear)
+    torchao = pytest.importorskip("torchao.quantization")
+    base = nn.Sequential(nn.Linear(64, 64))
+    torchao.quantize_(base, torchao.Int8WeightOnlyConfig())
+    layer = get_peft_model(base, LoraConfig(target_modules=["0"])).base_model.model[0]
+    assert isinstance(layer, peft.tuners.lora.torchao.TorchaoLoraLinear) and not isinstance(layer, GPTQLoraLinear)
+    backend = quantization_utils.resolve_quantization_backend(layer.get_base_layer())
+    assert type(backend) is quantization_utils.TorchaoBackend
+
+
+def test_dispatchers_take_what_is_theirs():
+    config = LoraConfig(r=2, init_lora_weights=False)
+    base = nn.Linear(4, 4)
+    assert dispatch_gptq(base, "default", config) is None
+    layer = dispatch_default(base, "default", config)
+    assert isinstance(layer, Linear) and layer.get_base_layer() is base and layer.active_adapters == ["default"]
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(layer(x), base(x) + x @ layer.get_delta_weight("default").T)
+
+
+# ---- Methods of layers and tuners -----------------------------------------------------------------------------------
+
+
+def test_forward_helpers_of_layers():
+    model = two()
+    model.add_adapter("other", LoraConfig(target_modules=["0"], init_lora_weights=False))
+    layer, x = model.base_model.model[0], torch.randn(3, 4)
+    asked(layer, "_check_forward_args", x)
+    asked(layer, "_check_forward_args", x, adapter_names=["default"] * 3)
+    with pytest.raises(ValueError, match="has 2 entries and the batch 3 rows"):
+        asked(layer, "_check_forward_args", x, adapter_names=["default"] * 2)
+    names = ["default", "other", "__base__"]
+    mixed = asked(layer, "_mixed_batch_forward", x, adapter_names=names)
+    torch.testing.assert_close(mixed, layer(x, adapter_names=names))
+    assert asked(layer, "_cast_input_dtype", x, torch.bfloat16).dtype == torch.bfloat16
+    assert asked(layer, "_cast_input_dtype", None, torch.bfloat16) is None
+    with peft.helpers.disable_input_dtype_casting(model):
+        assert asked(layer, "_cast_input_dtype", x, torch.bfloat16) is x
+    assert asked(layer, "_get_available_adapters") == {"default", "other"}
+    assert asked(layer, "supports_lora_conversion") and not asked(layer, "supports_lora_conversion", "absent")
+    asked(layer, "_move_adapter_to_device_of_base_layer", "default", torch.device("meta"))
+    assert layer.lora_A["default"].weight.is_cuda is False and layer.lora_A["other"].weight.device.type == "cpu"
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="merged"):
+        asked(layer, "_check_forward_args", x, adapter_names=["default"] * 3)
+
+
+def test_weights_and_attributes_of_layers():
+    layer = two().base_model.model[0]
+    weight = asked(layer, "get_base_weight")
+    torch.testing.assert_close(weight, layer.get_base_layer().weight)
+    asked(layer, "set_base_weight", weight * 2)
+    torch.testing.assert_close(layer.get_base_layer().weight, weight * 2)
+
+    class Mixed(LayerCompat):
+        def __init__(self, layer):
+            self.kind, self._modules, self.get_base_layer = layer.kind, layer._modules, layer.get_base_layer
+
+    mixed = Mixed(layer)
+    assert mixed.fan_in_fan_out is False and mixed.quantization_backend is None
+    assert mixed.frozen_peft_weight_names == {}
+    mixed.fan_in_fan_out = True  # as third parties set it in their constructors
+    assert mixed.fan_in_fan_out is True
+    state = {"lora_A.default.weight": torch.ones(8, 4), "lora_B.default.weight": torch.ones(4, 8)}
+    assert set(asked(layer, "adapter_state_dict", "default", state)) == {"lora_A.weight", "lora_B.weight"}
+
+
+def test_one_module_at_a_time_as_other_libraries_do_it():
+    base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model = get_peft_model(base, LoraConfig(target_modules=["0"]))
+    tuner, config = model.base_model, model.peft_config["default"]
+    assert tuner._check_target_module_exists(config, "0") and not tuner._check_target_module_exists(config, "1")
+    target = tuner.model[1]
+    tuner._create_and_replace(config, "default", target, "1", tuner.model, current_key="1")
+    assert isinstance(tuner.model[1], LoraLayer) and tuner.model[1].get_base_layer() is target
+    assert tuner.model[1].active_adapters == ["default"]
+    model.requires_grad_(True)
+    tuner._mark_only_adapters_as_trainable(tuner.model)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        f"base_model.model.{i}.lora_{x}.default.weight" for i in "01" for x in "AB"
+    }
+    assert tuner.uses_shared_state is False and peft.VeraModel.uses_shared_state is True
+    with pytest.raises(ValueError, match="ReLU is no kind of layer"):
+        tuner._create_new_module(config, "default", nn.ReLU())
+
+
+def test_layers_of_registered_classes():
+    class Own(Linear):
+        pass
+
+    config = LoraConfig(r=2, target_modules=["0"])
+    config._register_custom_module({nn.Linear: Own})
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), config)
+    assert type(model.base_model.model[0]) is Own
+    assert "_custom_modules" not in config.to_dict()
+
+
+def test_layers_that_others_make(monkeypatch):
+    before = peft.LoraModel._create_new_module
+
+    def create(peft_config, adapter_name, target, **kwargs):
+        layer = before(peft_config, adapter_name, target, **kwargs)
+        layer.theirs = True
+        return layer
+
+    monkeypatch.setattr(peft.LoraModel, "_create_new_module", staticmethod(create))
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), LoraConfig(r=2, target_modules=["0"]))
+    layer = model.base_model.model[0]
+    assert layer.theirs and list(layer.adapters) == ["default"] and layer.key == "0"
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["0"]))
+    assert model.base_model.model[0] is layer and list(layer.adapters) == ["default", "second"]
+
+
+def test_a_replaced_hook_of_injection_leaves_out_and_redirects(monkeypatch):
+    before, seen = peft.LoraModel._create_and_replace, []
+
+    class Clipped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.linear(x).clamp(-1, 1)
+
+    def hook(self, config, name, target, target_name, parent, current_key=None, **kwargs):
+        seen.append(current_key)
+        if current_key == "1":
+            return
+        if isinstance(target, Clipped):
+            target, target_name, parent = target.linear, "linear", target
+        before(self, config, name, target, target_name, parent, current_key=current_key, **kwargs)
+
+    monkeypatch.setattr(peft.LoraModel, "_create_and_replace", hook)
+    base = nn.Sequential(Clipped(), nn.Linear(4, 4), nn.Linear(4, 4))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["0", "1", "2"]))
+    assert seen == ["0", "1", "2"]
+    assert [name for name, _ in layers_of(model.base_model.model)] == ["0.linear", "2"]
+    with pytest.raises(ValueError, match="cannot be adapted"):
+        get_peft_model(nn.Sequential(nn.Tanh()), LoraConfig(r=2, target_modules=["0"]))
+
+
+def test_a_start_is_subtracted():
+    torch.manual_seed(0)
+    start, trained = two(r=2), two(r=2)
+    for parameter in trained.parameters():
+        parameter.data = parameter.data + 0.1
+    state = get_peft_model_state_dict(trained)
+    found = start.base_model.subtract_mutated_init(state, "default")
+    a, b = (next(t for k, t in found.items() if f"lora_{x}" in k) for x in "AB")
+    assert a.shape == (4, 4) and b.shape == (4, 4)
+    now, then = (m.base_model.model[0].get_delta_weight("default") for m in (trained, start))
+    torch.testing.assert_close(b @ a * trained.base_model.model[0].scaling["default"], now - then)
+
+
+def test_adalora_ranks_are_cut():
+    torch.manual_seed(0)
+    config = peft.AdaLoraConfig(total_step=10, init_r=4, target_modules=["0"], init_lora_weights=False)
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 5)), config)
+    layer, pattern = model.base_model.model[0], {"0.lora_E": [True, False, True, False]}
+    before = get_peft_model_state_dict(model)
+    cut = model.base_model.resize_state_dict_by_rank_pattern(pattern, before, "default")
+    model.base_model.resize_modules_by_rank_pattern(pattern, "default")
+    assert layer.lora_A["default"].shape == (2, 6) and layer.lora_B["default"].shape == (5, 2)
+    after = get_peft_model_state_dict(model)
+    assert all(torch.equal(after[name], cut[name]) for name in after)
+    kept = [0, 2]
+    a, e, b = (before[f"base_model.model.0.lora_{x}"] for x in "AEB")
+    expected = b[:, kept] @ (a[kept] * e[kept]) * layer.scaling["default"] / (4 + 1e-5)
+    torch.testing.assert_close(layer.get_delta_weight("default"), expected)
+
+
+@pytest.mark.parametrize("topk, numbers", [(False, 48), (True, 28)])
+def test_vblora_counts_what_a_file_holds(topk, numbers, capsys):
+    config = peft.VBLoRAConfig(r=2, num_vectors=4, vector_length=4, topk=2, target_modules=["0"],
+                               save_only_topk_weights=topk, modules_to_save=["1"])  # fmt: skip
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), config)
+    assert model.base_model.get_nb_savable_parameters() == (numbers, 72)
+    both = type("Both", (methods.VBLoRACompat,), {"get_nb_savable_parameters": lambda self: (numbers, 72)})
+    both().print_savable_parameters()
+    assert f"{numbers} || total params to-be-saved: {numbers + 72}" in capsys.readouterr().out
+
+
+def test_small_methods_of_single_tuners():
+    index = peft.UniLoraModel.generate_index(10, 4, 0)
+    assert index.tolist() == [2, 3, 3, 1, 0, 1, 2, 0, 3, 2]
+    assert peft.LoHaModel.layers_mapping[nn.Linear] is peft.tuners.loha.Linear
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), peft.PolyConfig(target_modules=["0"], n_tasks=2, r=2))
+    x, tasks = torch.randn(2, 4), torch.tensor([0, 1])
+    torch.testing.assert_close(model.base_model.forward(x, task_ids=tasks), model(x, task_ids=tasks))
+
+
+def test_a_further_llama_adapter():
+    config = peft.AdaptionPromptConfig(adapter_len=2, adapter_layers=1, task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_llama(), config)
+    second = peft.AdaptionPromptConfig(adapter_len=3, adapter_layers=1)
+    model.base_model.add_adapter("second", second)
+    assert model.base_model.active_adapters == ["second"] and list(model.peft_config) == ["default", "second"]
+
+
+# ---- Functions ------------------------------------------------------------------------------------------------------
+
+
+def test_patterns_features_and_short_names():
+    assert get_pattern_key(["a", "b.c"], "x.b.c") == "b.c" and get_pattern_key(["a"], "xa") == "xa"
+    assert tuners_utils._get_in_out_features(nn.Conv2d(2, 3, 1)) == (2, 3)
+    assert tuners_utils._get_in_out_features(nn.LayerNorm(3)) == (None, None)
+    assert tuners_utils._find_minimal_target_modules(["a.b.c", "a.d.c"], ["a.b.e", "x.c.f"]) == {"c"}
+    assert tuners_utils._find_minimal_target_modules(["a.b.c"], ["z.b.c"]) == {"a.b.c"}
+    for wrong in ([], [""]):
+        with pytest.raises(ValueError, match="target_modules"):
+            tuners_utils._find_minimal_target_modules(wrong, ["a"])
+    assert not tuners_utils._ExcludedModule()
+    config = LoraConfig(target_modules="all-linear")
+    assert "q_proj" in tuners_utils._maybe_include_all_linear_layers(config, tiny_llama()).target_modules
+
+
+def test_where_embeddings_are():
+    model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["embed_tokens"], task_type="CAUSAL_LM"))
+    adapted, head = model.get_input_embeddings(), model.get_output_embeddings()
+    place = "base_model.model.model.embed_tokens"
+    assert get_embedding_layer_name(model, adapted, True) == f"{place}.base_layer"
+    assert get_embedding_layer_name(model, adapted, False) == place
+    assert get_embedding_layer_name(model, head, True) is None
+    assert get_embedding_layer_name(model, head, False) == "base_model.model.lm_head"
+    assert has_valid_embedding_base_layer(adapted) and not has_valid_embedding_base_layer(head)
+
+
+def test_trained_modules_one_by_one():
+    model = two()
+    root = model.base_model.model
+    trained_modules._set_trainable(root, "default", ["1"], inference_mode=False)
+    assert root[1].active_adapters == ["default"] and root[1].modules_to_save["default"].weight.requires_grad
+    with pytest.raises(ValueError, match="is called"):
+        trained_modules._set_trainable(root, "default", ["absent"], False, strict_module_check=True)
+    trained_modules._set_trainable(root, "second", ["1"], inference_mode=False, activate_adapter=False)
+    assert root[1].active_adapters == ["default"]
+    trained_modules._set_adapter(root, "second")
+    assert root[1].active_adapters == ["second"] and root[0].active_adapters == ["default"]
+    trained_modules._freeze_adapter(root, "second")
+    assert not root[1].modules_to_save["second"].weight.requires_grad
+
+
+def test_additional_modules_of_a_config():
+    model = ConvNet()
+    config = LoraConfig(target_modules=["lin0"], modules_to_save=["lin1"], trainable_token_indices={"emb": [1, 2]})
+    trained_modules.set_additional_trainable_modules(model, config, None, "default")
+    assert model.lin1.active_adapters == ["default"] and model.emb.active_adapters == ["default"]
+    assert model.lin1.modules_to_save["default"].weight.requires_grad
+    trained_modules.set_additional_trainable_modules(model, config, None, "second", activate_adapter=False)
+    assert model.lin1.active_adapters == ["default"] and "second" in model.lin1.modules_to_save
+
+
+@pytest.mark.parametrize("as_dict", [True, False])
+def test_prompt_sizes_from_a_config(as_dict):
+    llama = tiny_llama().config
+    given = llama.to_dict() if as_dict else llama
+    prompt = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    trained_modules._prepare_prompt_learning_config(prompt, given)
+    assert prompt.token_dim == llama.hidden_size and prompt.num_layers == llama.num_hidden_layers
+    prefix = peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    trained_modules._prepare_prompt_learning_config(prefix, given)
+    assert prefix.num_attention_heads == llama.num_key_value_heads
+    assert prefix.token_dim == llama.head_dim * llama.num_key_value_heads
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_backends_of_bitsandbytes_read_and_write(bits):
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    cls = bnb.nn.Linear4bit if bits == 4 else bnb.nn.Linear8bitLt
+    base = cls(64, 64, **({} if bits == 4 else {"has_fp16_weights": False}))
+    base.load_state_dict(nn.Linear(64, 64).state_dict())
+    base = nn.Sequential(base).to("cpu")
+    if bits == 8 and base[0].weight.dtype != torch.int8:
+        pytest.skip("this build of bitsandbytes has no 8 bits on this device")
+    backend = quantization_utils.resolve_quantization_backend(base[0])
+    assert backend.backend_name == f"bnb {bits}bit" and backend.supports_merge
+    before = backend.get_base_weight(base[0])
+    layer = get_peft_model(base, LoraConfig(target_modules=["0"])).base_model.model[0]
+    backend.set_base_weight(layer, before * 2)
+    after = backend.get_base_weight(layer.get_base_layer())
+    assert (after - before * 2).norm() < 0.1 * before.norm()
+
+
+def test_what_is_not_quantised_has_no_backend(monkeypatch):
+    assert quantization_utils.resolve_quantization_backend(nn.Linear(2, 2)) is None
+    assert quantization_utils.resolve_quantization_backend(nn.ReLU()) is None
+    assert quantization_utils.get_quantization_kwargs(nn.Linear(2, 2)) == {}
+    assert quantization_utils.quantization_extra_repr(nn.Linear(2, 2)) == ""
+    forward_only = quantization_utils.ForwardOnlyQuantizationBackend("gptq")
+    with pytest.raises(TypeError, match="kept by gptq cannot be read"):
+        forward_only.get_base_weight(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="is not quantised"):
+        quantization_utils.QuantizationBackend().get_base_weight(nn.Linear(2, 2))
+    assert peft.utils.get_gptqmodel_quant_linear(None) is None
+    asked = {}
+
+    def choose(bits, group_size, sym=True, device_map=None):
+        asked.update(bits=bits, group_size=group_size, sym=sym, device_map=device_map)
+        return nn.Linear
+
+    monkeypatch.setattr("peft.utils.gptq.is_gptqmodel_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "gptqmodel.utils.importer", SimpleNamespace(hf_select_quant_linear=choose))
+    given = {"bits": 4, "group_size": 128, "sym": False, "desc_act": True}
+    assert peft.utils.get_gptqmodel_quant_linear(given, device_map="cpu") is nn.Linear
+    assert asked == {"bits": 4, "group_size": 128, "sym": False, "device_map": "cpu"}
+    with pytest.raises(ValueError, match="needs group_size"):
+        peft.utils.get_gptqmodel_quant_linear({"bits": 4})
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_offloaded_layers_are_onloaded_and_keep_changes(where, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model = two()
+    root, x = model.base_model.model, torch.randn(2, 4)
+    if where == "cpu":
+        accelerate.cpu_offload(root[0].base_layer, torch.device("cpu"))
+    else:
+        accelerate.disk_offload(root[0].base_layer, str(tmp_path), torch.device("cpu"))
+    assert root[0].base_layer.weight.is_meta
+    with tuners_utils.onload_layer(root[0]):
+        assert not root[0].base_layer.weight.is_meta
+        root[0].base_layer.weight.data.mul_(2)
+    assert root[0].base_layer.weight.is_meta
+    plain = two().base_model.model[0].get_base_layer()
+    torch.testing.assert_close(root[0].base_layer(x), nn.functional.linear(x, plain.weight * 2, plain.bias))
+
+
+def test_queries_of_an_attention():
+    model = tiny_llama()
+    attention, x = model.model.layers[0].self_attn, torch.randn(1, 3, model.config.hidden_size)
+    positions = model.model.rotary_emb(x, torch.arange(3)[None])
+    compute = TRANSFORMERS_MODEL_CONFIG["llama"].compute_query_states
+    query = compute(attention, hidden_states=x, position_embeddings=positions, attention_mask=None)
+    plain = attention.q_proj(x).view(1, 3, -1, attention.head_dim).transpose(1, 2)
+    turned = torch.cat([-plain[..., plain.shape[-1] // 2 :], plain[..., : plain.shape[-1] // 2]], -1)
+    torch.testing.assert_close(query, plain * positions[0][:, None] + turned * positions[1][:, None])
+
+
+def test_a_change_as_a_parametrisation():
+    layer, delta = nn.Linear(3, 3), torch.randn(3, 3)
+    before = layer.weight.detach().clone()
+    nn.utils.parametrize.register_parametrization(layer, "weight", _LoraParameterProxy(delta))
+    torch.testing.assert_close(layer.weight, before + delta)
+
+
+def test_reads_on_the_model():
+    model = get_peft_model(tiny_llama(), LoraConfig(task_type="CAUSAL_LM"))
+    base = model.get_base_model()
+    assert model.base_model_prepare_inputs_for_generation == base.prepare_inputs_for_generation
+    assert model._is_prompt_learning is False
+
+
+# ---- Shadow networks ------------------------------------------------------------------------------------------------
+
+
+def test_a_detached_shadow_computes_and_generates():
+    from peft.tuners.shadow import DetachedShadowModel, ShadowCache, ShadowCarrier
+
+    torch.manual_seed(0)
+    model = tiny_llama()
+    head, projection = nn.Linear(64, model.config.vocab_size), nn.Linear(model.config.hidden_size, 64)
+    alone = DetachedShadowModel(model.model, projection, head).eval()
+    ids = torch.arange(6)[None]
+    expected = head(projection(model.model(ids)[0]))
+    output = alone(ids, labels=ids)
+    torch.testing.assert_close(output.logits, expected)
+    torch.testing.assert_close(output.loss, nn.functional.cross_entropy(expected[0, :-1], ids[0, 1:]))
+    text = alone.generate(ids, max_new_tokens=3, do_sample=False)
+    slow = alone.generate(ids, max_new_tokens=3, do_sample=False, use_cache=False)
+    assert torch.equal(text, slow) and text.shape == (1, 9)
+    table = model.model.get_input_embeddings()
+    shared = DetachedShadowModel(model.model, projection, head, input_embeddings=table).eval()
+    torch.testing.assert_close(shared(ids).logits, expected)
+    classes = DetachedShadowModel(model.model, projection, nn.Linear(64, 3), is_classification=True).eval()
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0]])
+    assert classes(ids, attention_mask=mask, labels=torch.tensor([2])).logits.shape == (1, 3)
+    assert not classes.can_generate() and alone.can_generate()
+
+    carrier = ShadowCarrier(torch.ones(1), torch.zeros(1))
+    assert carrier.hidden.item() == 1 and carrier.shadow.item() == 0
+    from transformers import DynamicCache
+
+    caches = [DynamicCache(), DynamicCache()]
+    for cache, length in zip(caches, (4, 2)):
+        cache.update(torch.arange(2.0 * length).view(2, 1, length, 1), torch.ones(2, 1, length, 1), 0)
+    both = ShadowCache(*caches)
+    assert both.get_seq_length() == 4 and len(both) == 1 and not both.is_compileable
+    both.reorder_cache(torch.tensor([1, 0]))
+    assert caches[0].layers[0].keys[0, 0, 0, 0] == 4 and caches[1].layers[0].keys[0, 0, 0, 0] == 2
+    both.update(torch.ones(2, 1, 1, 1), torch.ones(2, 1, 1, 1), 0)
+    assert (caches[0].get_seq_length(), caches[1].get_seq_length()) == (5, 2)
+
+
+# ---- DoRA's norms ---------------------------------------------------------------------------------------------------
+
+
+def test_norms_are_remembered_while_nothing_changes():
+    holder, weight, count = nn.Module().eval(), nn.Parameter(torch.ones(3, 3)), []
+
+    def norm(scaling=1.0):
+        def make():
+            count.append(1)
+            return (weight * scaling).norm(dim=1)
+
+        return remembered(holder, [weight], scaling, make)
+
+    with DoraCaching():
+        first = norm()
+        assert torch.equal(norm(), first) and len(count) == 1
+        assert not torch.equal(norm(2.0), first) and len(count) == 2
+        with torch.no_grad():
+            weight.mul_(3)
+        assert torch.equal(norm(), first * 3) and len(count) == 3
+        holder.train()
+        norm(), norm()
+        assert len(count) == 5 and "_remembered" not in vars(holder)
+        holder.eval()
+        with DoraCaching(enabled=False):
+            norm(), norm()
+        assert len(count) == 7 and DoraCaching.active
+    norm(), norm()
+    assert len(count) == 9 and not DoraCaching.active
+    caching = DoraCaching()
+    caching(enabled=True)
+    norm(), norm()
+    assert len(count) == 10
+    caching(enabled=False)
+    norm(), norm()
+    assert len(count) == 12
+
+
+@pytest.mark.parametrize("layer", [nn.Conv1d(4, 4, 2), nn.Embedding(5, 4), nn.Linear(4, 4)], ids=type)
+def test_dora_computes_its_norm_once_within_the_context(layer, monkeypatch):
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(layer), LoraConfig(target_modules=["0"], r=2, use_dora=True)).eval()
+    adapter = model.base_model.model[0].adapters["default"]
+    for tensor in adapter.pair():
+        tensor.data.normal_()
+    x = torch.arange(3) if isinstance(layer, nn.Embedding) else torch.randn(2, 4, 4)
+    wanted, own, count = model(x), type(adapter)._norm, []
+    monkeypatch.setattr(type(adapter), "_norm", lambda self, base: (count.append(1), own(self, base))[1])
+    with DoraCaching(), torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(model(x), wanted)
+        assert len(count) == 1
+        adapter.pair()[1].mul_(2)
+        assert not torch.allclose(model(x), wanted) and len(count) == 2
+        model.train()
+        model(x), model(x)
+        assert len(count) == (2 if isinstance(layer, nn.Linear) else 4)  # a kernel computes a linear layer's own

@@ -1,0 +1,235 @@
+"""Laws of the engine: hooks on the base fire, adapters that are not active change nothing, and where slow ways are."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+from laws import Cell, cells, layers, methods, perturb
+from torch import nn
+
+from peft import LoraConfig, get_peft_model
+from peft.core.adapter import Adapter, part, setting
+from peft.core.families import Copy, Delta
+from peft.core.layer.classes import layer_class
+from peft.kernels import DenseUpdateError, plain, strict
+
+
+ONE = ("float32",)
+CELLS = cells(precisions=ONE, each_layer=False)
+
+
+def over(found: list[Cell]) -> Any:
+    """A test for each of these cells."""
+    return pytest.mark.parametrize("cell", found, ids=lambda cell: cell.id)
+
+
+# --- 9: hooks on the base layer -----------------------------------------------------------------------------------
+
+UNCALLED = {
+    "Linear[out_proj]": "the attention reads its out_proj and never calls it, adapted or not",
+    "Linear[encoder]": "torch's fast path of the encoder computes with the weights, adapted or not",
+}
+
+
+@over([c for c in CELLS if not c.method.is_a(Copy) and c.place.name not in UNCALLED])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_a_hook_on_the_base_layer_fires(cell: Cell, training: bool) -> None:
+    """A trained copy stands in for the base, which is then not called; every other method calls it."""
+    model = cell.adapted("one").train(training)
+    calls: dict[str, int] = {}
+    for key, layer in layers(model):
+        hook = lambda *_, key=key: calls.update({key: calls.get(key, 0) + 1})  # noqa: E731
+        layer.get_base_layer().register_forward_hook(hook)
+    model(*cell.inputs())
+    assert calls.keys() == {key for key, layer in layers(model) if not key.endswith("out_proj")}
+
+
+@over([c for c in CELLS if not c.method.is_a(Copy) and not c.method.layer_cls.adapter_cls.random_in_training])
+def test_what_a_hook_makes_of_the_output_is_seen(cell: Cell) -> None:
+    """The hook's output counts: halving what the base gives changes the model's output, in value and gradient."""
+    model = cell.adapted("one")
+    if cell.place.name in UNCALLED:
+        return
+    before = cell.run(model)
+    for _, layer in layers(model):
+        layer.get_base_layer().register_forward_hook(lambda m, args, y: _halved(y))
+    cell.apart(cell.run(model), before)
+
+
+def _halved(y: Any) -> Any:
+    return type(y)(_halved(part) for part in y) if isinstance(y, tuple) else None if y is None else y / 2
+
+
+def test_a_replaced_forward_is_called() -> None:
+    """accelerate, quantisers and users put functions of their own into `forward`."""
+    for method in methods():
+        cell = next(
+            (c for c in CELLS if c.method is method and c.place.name in ("Linear[no-bias]", "Embedding[scaled]")), None
+        )
+        if cell is None or method.is_a(Copy):
+            continue
+        model = cell.adapted("one")
+        (_, layer), *_ = layers(model)
+        base = layer.get_base_layer()
+        base.forward = Mock(wraps=base.forward)
+        model(*cell.inputs())
+        assert base.forward.called, method.name
+
+
+# --- 11: adapters that are present but not active -------------------------------------------------------------------
+
+
+def _graph(y: torch.Tensor) -> list[str]:
+    """The names of the nodes of an autograd graph, in the order of a walk."""
+    names, seen, stack = [], set(), [y.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or id(node) in seen:
+            continue
+        seen.add(id(node))
+        names.append(node.name())
+        stack += [following for following, _ in node.next_functions]
+    return names
+
+
+def _step(cell: Cell, model: nn.Module, inputs: tuple) -> tuple[torch.Tensor, list[str], int, list[torch.Tensor]]:
+    """Output, graph, bytes kept for the backward pass, and gradients of the active adapter."""
+    kept: list[torch.Tensor] = []  # held until the end, so that no two share an address
+
+    def keep(t: torch.Tensor) -> torch.Tensor:
+        kept.append(t)
+        return t
+
+    torch.manual_seed(7)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        y = model(*inputs)
+    graph = _graph(y)
+    held = list({id(p): p for _, layer in layers(model) for p in layer.adapter_parameters("one")}.values())
+    trained = [p for p in held if p.requires_grad]
+    held_bytes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+    gradients = torch.autograd.grad(y.float().square().sum(), trained, allow_unused=True)
+    return y.detach(), graph, sum(held_bytes.values()), [g for g in gradients if g is not None]
+
+
+def _with_dropout(cell: Cell) -> dict[str, Any]:
+    """Fields that make a second adapter as different as can be: dropout wherever the config knows some."""
+    names = [f for f in cell.method.config_cls.__dataclass_fields__ if f.endswith("dropout") and "module" not in f]
+    return dict.fromkeys(names, 0.5)
+
+
+@over(CELLS)
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("few", [True, False], ids=["one-row", "all-rows"])
+def test_inactive_adapters_change_no_bit(cell: Cell, training: bool, few: bool) -> None:
+    """11: output, gradients, graph and bytes kept are the same with and without adapters that do nothing."""
+    if few and cell.place.kind == "Parameter":
+        pytest.skip("a parameter's module takes its rows together")
+    model = cell.adapted("one").train(training)
+    inputs = tuple(x[:1] for x in cell.inputs()) if few else cell.inputs()
+    alone = _step(cell, model, inputs)
+    config = cell.config(True)
+    different = copy.copy(config)
+    for field, value in _with_dropout(cell).items():
+        if getattr(config, field, None) == 0:
+            setattr(different, field, value)
+    (_, layer), *_ = layers(model)
+    refused = layer.adapter_cls.refusal(layer.kind, layer.get_base_layer(), different)
+    model.add_adapter("two", config if refused else different)
+    perturb(model, "two", 3)
+    model.train(training)
+    beside = _step(cell, model, inputs)
+    assert torch.equal(alone[0], beside[0])
+    assert alone[1] == beside[1]
+    assert alone[2] == beside[2]
+    assert len(alone[3]) == len(beside[3]) and all(map(torch.equal, alone[3], beside[3]))
+
+
+# --- plain and strict -----------------------------------------------------------------------------------------------
+
+DENSE = {
+    "hira": "W * (B A) has the rank of W",
+    "glora": "W * A has the rank of W",
+    "osf": "the trained part of W is multiplied out with the frozen one",
+    "supertuning[pair]": "the sparse part has no kernel beside another update",
+    "fourierft": "where a layer is small, making dW costs less than the spectra of the tokens",
+    "loha": "where r^2 columns are more than the layer has",
+    "lokr": "on layers whose factors do not split the input",
+    "miss[bat]": "the update is a product with W",
+}
+"""Methods that build a dense weight in the forward of a linear layer, and why."""
+
+
+def test_which_methods_build_a_dense_weight_in_the_forward() -> None:
+    """On linear layers, by asking `strict`; the table says why, and lists no more than it has to."""
+    found = set()
+    for method in methods():
+        cell = next((c for c in CELLS if c.method is method and c.place.name == "Linear[no-bias]"), None)
+        if cell is None:
+            continue
+        model = cell.adapted("one").train()
+        with strict():
+            try:
+                model(*cell.inputs())
+            except DenseUpdateError as error:
+                assert "blocks.0.layer" in str(error)
+                found.add(method.name)
+    unexplained = {name for name in found if name not in DENSE and name.partition("[")[0] not in DENSE}
+    assert unexplained == set()
+    assert {name.partition("[")[0] for name in found} >= {name.partition("[")[0] for name in DENSE} - {"lokr"}
+
+
+@over([c for c in CELLS if c.place.name in ("Linear[no-bias]", "Conv2d[stride]") and not c.method.is_a(Copy)])
+def test_plain_reaches_every_fast_path(cell: Cell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within `plain`, no kernel for a whole layer and no fused product is asked."""
+    model = cell.adapted("one").train()
+    for cls in {type(a) for _, layer in layers(model) for a in layer.adapters.values()}:
+        monkeypatch.setattr(cls, "kernel", classmethod(lambda *_: pytest.fail("a kernel was asked")))
+    monkeypatch.setattr("peft.core.layer.routes.low_rank_linear", lambda *_: pytest.fail("a fused product was asked"))
+    with plain():
+        model(*cell.inputs())
+
+
+# --- the declarations -----------------------------------------------------------------------------------------------
+
+
+class Wrong(Delta):
+    """Assigns what it has not declared."""
+
+    wrong_A = part()
+
+    def create(self, config: Any, key: str) -> None:
+        self.scale = 3
+
+
+def test_an_undeclared_setting_is_named_with_the_line_to_add() -> None:
+    cls = layer_class(Wrong, name="WrongLayer").by_name["Linear"]
+    with pytest.raises(AttributeError, match=r"Wrong declares no 'scale'.*`scale = part\(\)`.*`scale = setting\(\)`"):
+        cls(nn.Linear(2, 2), "one", None)
+
+
+def test_a_failed_creation_leaves_no_adapter() -> None:
+    layer = layer_class(Wrong, name="WrongLayer").by_name["Linear"](nn.Linear(2, 2))
+    with pytest.raises(AttributeError):
+        layer.add_adapter("one", None)
+    assert layer.adapter_names == [] and not layer.wrong_A
+
+
+@pytest.mark.parametrize("name", ["shape", "weight", "kind", "adapters", "training", "forward"])
+def test_a_setting_named_like_an_attribute_of_the_layer_is_refused(name: str) -> None:
+    taken = type("Taken", (Delta,), {name: setting(), "__module__": __name__})
+    getattr(taken, name).__set_name__(taken, name)
+    with pytest.raises(TypeError, match=f"Taken declares the setting '{name}'.*`taken_{name} = setting"):
+        layer_class(taken, name="TakenLayer")
+
+
+def test_an_adapter_is_copied_with_its_layer() -> None:
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"], init_lora_weights=False))
+    twin = copy.deepcopy(model)
+    (_, layer), (_, other) = layers(model)[0], layers(twin)[0]
+    adapter: Adapter = other.adapters["default"]
+    assert adapter.layer is other and adapter is not layer.adapters["default"]
+    assert adapter.lora_A is other.lora_A["default"] is not layer.lora_A["default"]

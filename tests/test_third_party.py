@@ -1,0 +1,228 @@
+"""Layers and methods of third parties: registered classes, layers derived from LoraLayer, tuners changed from outside.
+
+The classes below are written as ipex-llm, neural-compressor, intel-extension-for-transformers and unsloth write them.
+"""
+
+import functools
+from dataclasses import dataclass
+from types import MethodType
+
+import pytest
+import torch
+from torch import nn
+from toys import tiny_llama
+
+import peft
+from peft import LoraConfig, PeftConfig, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import register_peft_method
+
+
+# The layer itself comes to allow these with its rewriting; then the marks go.
+until_layers_are_no_modules = pytest.mark.xfail(reason="a tuner layer is a module itself", strict=True)
+
+
+class Foreign(nn.Module):
+    """A linear layer of a library of its own: no ``nn.Linear``, and its weight is kept as codes."""
+
+    def __init__(self, in_features=4, out_features=4):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.register_buffer("codes", torch.randint(-8, 8, (out_features, in_features)).to(torch.int8))
+
+    def dense(self):
+        return self.codes.float() / 8
+
+    def forward(self, x):
+        return x @ self.dense().T
+
+
+class Scaled(nn.Module):
+    """One that has a weight, and does more than multiply by it."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_features = self.out_features = 4
+        self.weight = nn.Parameter(torch.eye(4))
+
+    def forward(self, x):
+        return nn.functional.linear(x, 2 * self.weight)
+
+
+def derived():
+    """A class as ipex-llm's ``LoraLowBitLinear`` and neural-compressor's ``IncLoraLinear`` are."""
+
+    class LowBitLora(nn.Module, LoraLayer):
+        def __init__(self, base_layer, adapter_name, r=0, lora_alpha=1, lora_dropout=0.0, init_lora_weights=True,
+                     use_rslora=False, **kwargs):  # fmt: skip
+            super().__init__()
+            LoraLayer.__init__(self, base_layer, **kwargs)
+            self.fan_in_fan_out = False
+            self._active_adapter = adapter_name
+            self.update_layer(adapter_name, r, lora_alpha=lora_alpha, lora_dropout=lora_dropout,
+                              init_lora_weights=init_lora_weights, use_rslora=use_rslora)  # fmt: skip
+
+        def forward(self, x, *args, **kwargs):
+            self._check_forward_args(x, *args, **kwargs)
+            adapter_names = kwargs.pop("adapter_names", None)
+            result = self.base_layer(x, *args, **kwargs)
+            if self.disable_adapters or self.merged or adapter_names:
+                return result
+            for name in self.active_adapters:
+                if name in self.lora_A:
+                    down, up = self.lora_A[name], self.lora_B[name]
+                    update = up(down(self.lora_dropout[name](self._cast_input_dtype(x, down.weight.dtype))))
+                    result = result + update.to(result.dtype) * self.scaling[name]
+            return result
+
+    return LowBitLora
+
+
+def test_a_layer_derived_from_nn_module_and_lora_layer():
+    torch.manual_seed(0)
+    cls = derived()
+    layer = cls(Foreign(), "default", r=2, lora_alpha=6, init_lora_weights=False)
+    assert isinstance(layer, BaseTunerLayer) and isinstance(layer, nn.Module)
+    assert layer.r == {"default": 2} and layer.scaling == {"default": 3.0} and layer.in_features == 4
+    x = torch.randn(3, 4)
+    change = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * 3
+    torch.testing.assert_close(layer(x), x @ (layer.base_layer.dense() + change).T)
+    layer.enable_adapters(False)
+    torch.testing.assert_close(layer(x), layer.base_layer(x))
+    with pytest.raises(ValueError, match="adapter_names"):
+        layer(x, adapter_names=["default"])
+
+
+def test_a_tuner_whose_modules_are_made_elsewhere(monkeypatch, tmp_path):
+    """ipex-llm and intel-extension-for-transformers replace ``LoraModel._create_new_module`` around get_peft_model."""
+    torch.manual_seed(0)
+    cls, original = derived(), LoraModel._create_new_module
+
+    def create(before, lora_config, adapter_name, target, **kwargs):
+        if isinstance(target, Foreign):
+            return cls(target, adapter_name, r=lora_config.r, lora_alpha=lora_config.lora_alpha)
+        return before(lora_config, adapter_name, target, **kwargs)
+
+    monkeypatch.setattr(LoraModel, "_create_new_module", staticmethod(functools.partial(create, original)))
+    model = get_peft_model(nn.Sequential(Foreign(), nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0", "1"]))
+    assert type(model.base_model.model[0]) is cls and type(model.base_model.model[1]) is LoraLinear
+    model(torch.randn(3, 4)).sum().backward()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {f"base_model.model.{i}.lora_{x}.default.weight" for i in "01" for x in "AB"}
+    model.base_model.model[0].lora_B["default"].weight.data.normal_()
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(model.unload(), tmp_path)
+    assert type(again.base_model.model[0]) is cls
+    state = peft.load_peft_weights(str(tmp_path))
+    torch.testing.assert_close(
+        again.base_model.model[0].lora_B["default"].weight, state["base_model.model.0.lora_B.weight"]
+    )
+
+
+def test_registered_classes_are_used():
+    class Own(LoraLinear):
+        pass
+
+    config = LoraConfig(target_modules=["0", "1"], init_lora_weights=False)
+    config._register_custom_module({Scaled: Own})
+    model = get_peft_model(nn.Sequential(Scaled(), nn.Linear(4, 4)), config)
+    layer = model.base_model.model[0]
+    assert type(layer) is Own and type(model.base_model.model[1]) is LoraLinear
+    x = torch.randn(3, 4)
+    change = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * layer.scaling["default"]
+    torch.testing.assert_close(layer(x), 2 * x + x @ change.T)
+    assert "custom" not in str(config.to_dict())
+
+
+def test_a_subclass_of_a_layer_adds_to_its_forward():
+    class Louder(LoraLinear):
+        def forward(self, x, *args, **kwargs):
+            return 2 * super().forward(x, *args, **kwargs)
+
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"], init_lora_weights=False))
+    x = torch.randn(3, 4)
+    before = model(x)
+    model.base_model.model[0].__class__ = Louder
+    torch.testing.assert_close(model(x), 2 * before)
+
+
+# ---- unsloth's way: forwards replaced from outside, tensors read one by one -----------------------------------------
+
+
+def lora_parameters(projection):
+    """What its kernels read of an adapted layer."""
+    base = getattr(projection, "base_layer", projection)
+    if getattr(projection, "disable_adapters", True) or projection.merged:
+        return base.weight, None, None, None, base.bias
+    name = projection.active_adapters[0] if projection.active_adapters else projection.active_adapter
+    assert len(getattr(projection, "lora_magnitude_vector", [])) == 0
+    a, b = projection.lora_A[name].weight, projection.lora_B[name].weight
+    return base.weight, a, b, projection.scaling[name], base.bias
+
+
+def fast_mlp(self, x):
+    def apply(projection, h):
+        weight, a, b, s, bias = lora_parameters(projection)
+        y = nn.functional.linear(h, weight, bias)
+        return y if a is None else y + h @ a.T @ b.T * s
+
+    return apply(self.down_proj, self.act_fn(apply(self.gate_proj, x)) * apply(self.up_proj, x))
+
+
+def test_forwards_replaced_around_the_layers():
+    torch.manual_seed(0)
+    names = ["gate_proj", "up_proj", "down_proj"]
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=names, init_lora_weights=False)).eval()
+    ids = torch.arange(6)[None]
+    adapted = model(ids).logits
+    with model.disable_adapter():
+        plain = model(ids).logits
+    for layer in model.model.model.layers:
+        layer.mlp.forward = MethodType(fast_mlp, layer.mlp)
+    torch.testing.assert_close(model(ids).logits, adapted)
+    with model.disable_adapter():
+        torch.testing.assert_close(model(ids).logits, plain)
+    model.merge_adapter()
+    torch.testing.assert_close(model(ids).logits, adapted, rtol=1e-4, atol=1e-5)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(ids).logits, adapted, rtol=1e-4, atol=1e-5)
+
+
+# ---- Methods of third parties ---------------------------------------------------------------------------------------
+
+
+def test_a_method_registered_from_outside(monkeypatch, tmp_path):
+    from peft.utils import peft_types
+
+    for table in ("CONFIG", "TUNER", "PREFIX", "MIXED_MODEL"):
+        name = f"PEFT_TYPE_TO_{table}_MAPPING"
+        monkeypatch.setattr(peft_types, name, getattr(peft_types, name))
+        mapping = getattr(peft_types, name)
+        monkeypatch.setitem(mapping, "OUTSIDE", None)  # taken out again afterwards
+        del mapping["OUTSIDE"]
+
+    @dataclass
+    class OutsideConfig(LoraConfig):
+        METHOD = "OUTSIDE"
+
+        def __post_init__(self):
+            super().__post_init__()
+            self.peft_type = "OUTSIDE"
+
+    class OutsideModel(LoraModel):
+        prefix = "lora_"
+
+    assert issubclass(OutsideModel, BaseTuner) and issubclass(OutsideConfig, PeftConfig)
+    register_peft_method(name="outside", config_cls=OutsideConfig, model_cls=OutsideModel)
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(4, 4))
+    model = get_peft_model(base, OutsideConfig(target_modules=["0"], r=2, init_lora_weights=False))
+    assert isinstance(model.base_model, OutsideModel)
+    x = torch.randn(3, 4)
+    expected = model(x)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(model.unload(), tmp_path)
+    torch.testing.assert_close(again(x), expected)
+    assert again.peft_config["default"].peft_type == "OUTSIDE"
