@@ -1027,3 +1027,26 @@ class TestFieldsThatWouldDoNothing:
     def test_it_is_refused(self) -> None:
         with pytest.raises(ValueError, match="use_qalora"):
             get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], use_qalora=True))
+
+
+class TestTensorsGivenForOneCall:
+    """`torch.func.functional_call` takes its tensors away before the backward pass, which remakes large weights."""
+
+    @pytest.mark.parametrize("config", [LoHaConfig, HiraConfig, FourierFTConfig, LoKrConfig], ids=lambda c: c.__name__)
+    def test_gradients_are_those_of_the_given_tensors(self, config: Any) -> None:
+        torch.manual_seed(0)
+        own = {"n_frequency": 20} if config is FourierFTConfig else {"r": 4}
+        model = get_peft_model(nn.Sequential(nn.Linear(32, 32)), config(target_modules=["0"], **own))
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        given = {name: torch.randn_like(p).requires_grad_() for name, p in trained.items()}
+        x = torch.randn(2, 32)
+        found = torch.autograd.grad(
+            torch.func.functional_call(model, given, (x,)).square().sum(), list(given.values())
+        )
+        with torch.no_grad():
+            for name, p in trained.items():
+                p.copy_(given[name])
+        expected = torch.autograd.grad(model(x).square().sum(), list(trained.values()))
+        for name, a, b in zip(trained, found, expected, strict=True):
+            assert b.abs().max() > 0, name
+            torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")

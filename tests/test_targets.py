@@ -523,7 +523,7 @@ class TestBiasesThatMergingMakes:
             (["up_proj"], {"mlp_bias"}),
             (["o_proj", "gate_proj"], {"attention_bias", "mlp_bias"}),
         ],
-        ids=str,
+        ids=["attention", "mlp", "both"],  # the order in which a set is printed differs between processes
     )
     def test_the_config_declares_it(self, targets, switches, tmp_path):
         model = self.adapted(targets)

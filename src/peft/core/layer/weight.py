@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -201,7 +201,39 @@ def multiplied(
         if out * inner <= x.numel() * (1 + out / inner):  # no larger than what the layer takes and gives
             return layer.kind.apply(base, x, make())
     read = [p for adapter in adapters for p in adapter.parameters()]
-    return made_product(layer.kind, base, x, make, [*read, *base.parameters(recurse=False)])
+    made = _with_tensors_of_now(make, adapters)
+    return made_product(layer.kind, base, x, made, [*read, *base.parameters(recurse=False)])
+
+
+def _with_tensors_of_now(make: Callable[[], torch.Tensor], adapters: Adapters) -> Callable[[], torch.Tensor]:
+    """``make`` with the tensors that the adapters hold now, also when it is called again in the backward pass.
+
+    ``torch.func.functional_call`` takes the given tensors away again after the forward.
+    """
+    held = [slot for adapter in adapters for slot in _slots(adapter)]
+
+    def made() -> torch.Tensor:
+        changed = [(where, name, where.get(name), then) for where, name, then in held if where.get(name) is not then]
+        for where, name, _, then in changed:
+            where[name] = then
+        try:
+            return make()
+        finally:
+            for where, name, now, _ in changed:
+                where[name] = now
+
+    return made
+
+
+def _slots(adapter: Adapter) -> Iterator[tuple[dict[str, Any], str, torch.Tensor]]:
+    """Where an adapter's trained tensors are: dict, key, tensor."""
+    for attribute, declared, value in adapter.held():
+        if declared.container is nn.ModuleDict:
+            for module in value.modules():
+                yield from ((module._parameters, key, p) for key, p in module._parameters.items() if p is not None)
+        elif declared.container is nn.ParameterDict:
+            holder: Any = adapter.layer._modules[attribute]
+            yield (holder._parameters if adapter.name in holder._parameters else holder.__dict__), adapter.name, value
 
 
 # --- merge --------------------------------------------------------------------------------------------------------

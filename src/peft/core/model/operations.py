@@ -397,7 +397,7 @@ def _tie_or_untie(model: nn.Module) -> None:
     """After merging, embedding and head share their weight again if both got the same; if not, the config says so."""
     ends: Any = embeddings_of(model)
     first, last = ends
-    if torch.equal(first.weight, last.weight):
+    if first.weight is last.weight or torch.equal(first.weight, last.weight):
         last.weight = first.weight
         return
     warnings.warn(
