@@ -1,5 +1,6 @@
 """Names and methods that others import or call do what their callers expect."""
 
+import copy
 import sys
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from peft.tuners.lora.gptq import dispatch_default, dispatch_gptq
 from peft.tuners.lora.norm_cache import remembered
 from peft.utils import quantization_utils, trained_modules
 from peft.utils.other import get_pattern_key
+from peft.utils.peft_types import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils.save_and_load import get_embedding_layer_name, has_valid_embedding_base_layer
 
 
@@ -81,6 +83,58 @@ def test_dispatchers_take_what_is_theirs():
     assert isinstance(layer, Linear) and layer.get_base_layer() is base and layer.active_adapters == ["default"]
     x = torch.randn(3, 4)
     torch.testing.assert_close(layer(x), base(x) + x @ layer.get_delta_weight("default").T)
+
+
+# ---- Calls of layers ------------------------------------------------------------------------------------------------
+
+INPUTS = {
+    "Linear": (nn.Linear(4, 4), torch.randn(3, 4)),
+    "Conv2d": (nn.Conv2d(4, 4, 1), torch.randn(3, 4, 3, 3)),
+    "Embedding": (nn.Embedding(5, 4), torch.arange(3)),
+}
+OF_LAYERS = [cls for method, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()
+             if getattr(PEFT_TYPE_TO_TUNER_MAPPING.get(method), "layer_cls", None)]  # fmt: skip
+LEAST = {"Linear": 25, "Conv2d": 25, "Embedding": 25}  # how many methods adapt such a layer with the config's defaults
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+def test_layers_are_called_by_keywords(kind):
+    base, x = INPUTS[kind]
+    done = 0
+    for config in OF_LAYERS:
+        fields = {"token_indices": [1]} if config is peft.TrainableTokensConfig else {}
+        try:
+            model = get_peft_model(nn.Sequential(copy.deepcopy(base)), config(target_modules=["0"], **fields)).eval()
+            expected = model.base_model.model[0](x)
+        except (ValueError, TypeError):
+            continue
+        done += 1
+        layer = model.base_model.model[0]
+        for name in ("input", "x"):
+            torch.testing.assert_close(layer(**{name: x}), expected, msg=config.__name__)
+        with pytest.raises(TypeError, match="input"):
+            layer()
+        layer.enable_adapters(False)
+        torch.testing.assert_close(layer(x=x), base(x), msg=config.__name__)
+    assert done >= LEAST[kind]
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(base), LoraConfig(target_modules=["0"], init_lora_weights=False)).eval()
+    layer, names = model.base_model.model[0], ["default", "__base__", "default"]
+    torch.testing.assert_close(layer(input=x, adapter_names=names), layer(x, adapter_names=names))
+
+
+def test_wrappers_say_where_their_tensors_are():
+    model = get_peft_model(
+        ConvNet(), LoraConfig(target_modules=["lin0"], modules_to_save=["lin1"], trainable_token_indices={"emb": [1]})
+    )
+    root = model.base_model.model
+    for module in model.modules():
+        if hasattr(type(module), "adapter_layer_names"):
+            containers = [module.get_submodule(name) for name in module.adapter_layer_names]
+            trains = {id(p) for container in containers for p in container.parameters()}
+            assert {id(p) for p in module.adapter_parameters("default")} <= trains
+    assert root.lin1.adapter_layer_names == ("modules_to_save",) and root.lin1.other_param_names == ()
+    assert root.emb.adapter_layer_names == ("token_adapter.trainable_tokens_delta",)
 
 
 # ---- Methods of layers and tuners -----------------------------------------------------------------------------------

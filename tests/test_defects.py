@@ -511,7 +511,7 @@ class TestBasesAreFlattenedInTwoOrders:
 
 
 class TestSmallFilesOfVectorBanks:
-    """`save_only_topk_weights`: what is loaded computes the same, and can be trained further."""
+    """`save_only_topk_weights`: what is loaded computes the same, and is not trained further, as most cannot change."""
 
     @pytest.mark.parametrize(("vectors", "dtype"), [(200, torch.uint8), (300, torch.int16)])
     def test_the_file(self, vectors, dtype, tmp_path):
@@ -537,7 +537,13 @@ class TestSmallFilesOfVectorBanks:
         assert {v.shape[-1] for v in indices} == {3} and {v.shape[-1] for v in weights} == {2}
         torch.manual_seed(0)
         again = PeftModel.from_pretrained(tiny_llama(), tmp_path, is_trainable=True)
-        torch.testing.assert_close(again(IDS).logits, wanted, **CLOSE)
+        torch.testing.assert_close(again.eval()(IDS).logits, wanted, **CLOSE)
+        with torch.no_grad():
+            torch.testing.assert_close(again.train()(IDS).logits, wanted, **CLOSE)
+        with pytest.raises(RuntimeError, match="adapter 'default' comes from a file with save_only_topk_weights=True"):
+            again(IDS)
+        whole = get_peft_model(tiny_llama(), VBLoRAConfig(**fields))
+        set_peft_model_state_dict(again, get_peft_model_state_dict(whole))  # all weights: it may train again
         again(IDS).logits.square().mean().backward()
         gradients = [p.grad for p in again.parameters() if p.requires_grad]
         assert gradients and all(g.isfinite().all() and g.any() for g in gradients)

@@ -36,7 +36,7 @@ IMPORTED_BY_CLIENTS = {
     "peft.utils.transformers_weight_conversion": "build_peft_weight_mapping get_model_conversion_mapping",
     "peft.utils.save_and_load": "get_peft_model_state_dict set_peft_model_state_dict load_peft_weights",
     "peft.import_utils": "is_bnb_available is_bnb_4bit_available is_transformers_ge_v5",
-    # axolotl, LLaMA-Factory, ms-swift, unsloth, Ludwig, SimpleTuner
+    # what others import
     "peft.optimizers": "create_loraplus_optimizer create_lorafa_optimizer",
     "peft.tuners.adaption_prompt.config": "TRANSFORMERS_MODEL_CONFIG ModelTypeConfig",
     "peft.tuners.lora.gptq": "GPTQLoraLinear dispatch_gptq",

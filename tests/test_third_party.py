@@ -1,7 +1,4 @@
-"""Layers and methods of third parties: registered classes, layers derived from LoraLayer, tuners changed from outside.
-
-The classes below are written as ipex-llm, neural-compressor, intel-extension-for-transformers and unsloth write them.
-"""
+"""Layers and methods of third parties: registered classes, layers derived from LoraLayer, tuners changed from outside."""
 
 import functools
 from dataclasses import dataclass
@@ -18,10 +15,6 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method
-
-
-# The layer itself comes to allow these with its rewriting; then the marks go.
-until_layers_are_no_modules = pytest.mark.xfail(reason="a tuner layer is a module itself", strict=True)
 
 
 class Foreign(nn.Module):
@@ -52,7 +45,7 @@ class Scaled(nn.Module):
 
 
 def derived():
-    """A class as ipex-llm's ``LoraLowBitLinear`` and neural-compressor's ``IncLoraLinear`` are."""
+    """A class as ipex-llm's ``LoraLowBitLinear`` is."""
 
     class LowBitLora(nn.Module, LoraLayer):
         def __init__(self, base_layer, adapter_name, r=0, lora_alpha=1, lora_dropout=0.0, init_lora_weights=True,
@@ -96,24 +89,35 @@ def test_a_layer_derived_from_nn_module_and_lora_layer():
 
 
 def test_a_tuner_whose_modules_are_made_elsewhere(monkeypatch, tmp_path):
-    """ipex-llm and intel-extension-for-transformers replace ``LoraModel._create_new_module`` around get_peft_model."""
+    """ipex-llm replaces ``LoraModel._create_new_module`` around get_peft_model, and makes layers of the keywords."""
     torch.manual_seed(0)
     cls, original = derived(), LoraModel._create_new_module
 
     def create(before, lora_config, adapter_name, target, **kwargs):
         if isinstance(target, Foreign):
-            return cls(target, adapter_name, r=lora_config.r, lora_alpha=lora_config.lora_alpha)
+            return cls(target, adapter_name, bias=kwargs.pop("bias", False), **kwargs)
         return before(lora_config, adapter_name, target, **kwargs)
 
     monkeypatch.setattr(LoraModel, "_create_new_module", staticmethod(functools.partial(create, original)))
-    model = get_peft_model(nn.Sequential(Foreign(), nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0", "1"]))
-    assert type(model.base_model.model[0]) is cls and type(model.base_model.model[1]) is LoraLinear
+    model = get_peft_model(nn.Sequential(Foreign(), nn.Linear(4, 4)), LoraConfig(
+        r=2, lora_alpha=6, rank_pattern={"0": 3, "1": 1}, alpha_pattern={"0": 9}, target_modules=["0", "1"]))  # fmt: skip
+    first, second = model.base_model.model
+    assert type(first) is cls and type(second) is LoraLinear
+    assert (first.r, first.scaling, second.r, second.scaling) == (
+        {"default": 3}, {"default": 3.0}, {"default": 1}, {"default": 6.0})  # fmt: skip
     model(torch.randn(3, 4)).sum().backward()
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {f"base_model.model.{i}.lora_{x}.default.weight" for i in "01" for x in "AB"}
     model.base_model.model[0].lora_B["default"].weight.data.normal_()
     model.save_pretrained(tmp_path)
-    again = peft.PeftModel.from_pretrained(model.unload(), tmp_path)
+    model.add_adapter("second", LoraConfig(r=4, target_modules=["0"]))
+    model.set_adapter("second")
+    assert first.active_adapters == ["second"] and first.r == {"default": 3, "second": 4}
+    assert not first.lora_A["default"].weight.requires_grad and first.lora_A["second"].weight.requires_grad
+    model.delete_adapter("second")
+    base = model.unload()
+    assert type(base[0]) is Foreign and type(base[1]) is nn.Linear
+    again = peft.PeftModel.from_pretrained(base, tmp_path)
     assert type(again.base_model.model[0]) is cls
     state = peft.load_peft_weights(str(tmp_path))
     torch.testing.assert_close(
@@ -121,11 +125,11 @@ def test_a_tuner_whose_modules_are_made_elsewhere(monkeypatch, tmp_path):
     )
 
 
-def test_registered_classes_are_used():
+def test_registered_classes_are_used(tmp_path):
     class Own(LoraLinear):
         pass
 
-    config = LoraConfig(target_modules=["0", "1"], init_lora_weights=False)
+    config = LoraConfig(target_modules=["0", "1"], init_lora_weights=False, rank_pattern={"0": 3}, alpha_pattern={"0": 6})
     config._register_custom_module({Scaled: Own})
     model = get_peft_model(nn.Sequential(Scaled(), nn.Linear(4, 4)), config)
     layer = model.base_model.model[0]
@@ -134,6 +138,23 @@ def test_registered_classes_are_used():
     change = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * layer.scaling["default"]
     torch.testing.assert_close(layer(x), 2 * x + x @ change.T)
     assert "custom" not in str(config.to_dict())
+    assert layer.r == {"default": 3} and layer.scaling == {"default": 2.0}
+    model.save_pretrained(tmp_path)
+    model.merge_adapter()
+    weight = layer.get_base_layer().weight
+    torch.testing.assert_close(weight, torch.eye(4) + change)
+    model.unmerge_adapter()
+    torch.testing.assert_close(weight, torch.eye(4))
+    expected, base = model(x), model.unload()
+    assert type(base[0]) is Scaled
+    config = LoraConfig.from_pretrained(tmp_path)
+    config._register_custom_module({Scaled: Own})
+    again = peft.PeftModel.from_pretrained(base, tmp_path, config=config)
+    assert type(again.base_model.model[0]) is Own
+    torch.testing.assert_close(again(x), expected)
+    merged = again.merge_and_unload()
+    assert type(merged[0]) is Scaled
+    torch.testing.assert_close(merged[0].weight, torch.eye(4) + change)
 
 
 def test_a_subclass_of_a_layer_adds_to_its_forward():
@@ -148,7 +169,7 @@ def test_a_subclass_of_a_layer_adds_to_its_forward():
     torch.testing.assert_close(model(x), 2 * before)
 
 
-# ---- unsloth's way: forwards replaced from outside, tensors read one by one -----------------------------------------
+# ---- Forwards replaced from outside, tensors read one by one --------------------------------------------------------
 
 
 def lora_parameters(projection):

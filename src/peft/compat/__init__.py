@@ -1,8 +1,7 @@
 """Names by which the ecosystem knows what stands elsewhere, or is done otherwise, in this package.
 
 Import paths: ``peft.tuners.<method>.{layer,config,model,bnb}`` is the method's file. Layer classes keep their old
-names. Methods of tuners and layers that others call, or override, are mixins in the files beside this one, with the
-callers named.
+names. Methods of tuners and layers that others call, or override, are mixins in the files beside this one.
 """
 
 from __future__ import annotations
@@ -74,7 +73,7 @@ ELSEWHERE: dict[str, dict[str, tuple[str, ...]]] = {
     "shadow": {"peft.compat.shadow": ("DetachedShadowModel", "ShadowCache", "ShadowCarrier")},
 }
 
-# What decided which class of layer a module gets, as ``dispatch_gptq(target, name, config)``. ms-swift calls them.
+# What decided which class of layer a module gets, as ``dispatch_gptq(target, name, config)``.
 DISPATCHERS = {
     "dispatch_aqlm": "aqlm",
     "dispatch_awq": "awq",
@@ -162,7 +161,7 @@ def _dispatcher(layer_cls: Any, library: str | None) -> Any:
     return dispatch
 
 
-def new_layer(layer_cls: Any, target: nn.Module, adapter_name: str, config: Any) -> nn.Module:
+def new_layer(layer_cls: Any, target: nn.Module, adapter_name: str, config: Any, key: str = "") -> nn.Module:
     """A method's layer around a module, of the class for its kind and storage, with one adapter that is active.
 
     Raises:
@@ -173,4 +172,4 @@ def new_layer(layer_cls: Any, target: nn.Module, adapter_name: str, config: Any)
     if kind is None:
         raise ValueError(f"Target module {type(base).__name__} is no kind of layer that {layer_cls.__name__} adapts.")
     name = storage_of(base, kind.weight).layer_name or kind.name
-    return layer_cls.by_name[name if name in layer_cls.by_name else kind.name](target, adapter_name, config)
+    return layer_cls.by_name[name if name in layer_cls.by_name else kind.name](target, adapter_name, config, current_key=key)

@@ -1,4 +1,4 @@
-"""LLaMA-Adapter's table of attentions, by its names in ms-swift. The method itself finds them by structure."""
+"""LLaMA-Adapter's table of attentions, by the names that others import. The method itself finds them by structure."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class LayerCompat:
 
     @Asked
     def fan_in_fan_out(self) -> bool:
-        """Whether the base keeps its weight ``[in, out]``. ipex-llm and neural-compressor set it on theirs."""
+        """Whether the base keeps its weight ``[in, out]``. Layers of third parties (ipex-llm) set it."""
         kind = getattr(self, "kind", None)
         return bool(kind is not None and kind.fan_in_fan_out)
 
@@ -46,7 +46,7 @@ class LayerCompat:
         return self.storage.read(self.get_base_layer(), self.kind.weight)
 
     def set_base_weight(self, weight_data: torch.Tensor) -> None:
-        """Write a dense weight into the base layer, quantised where that is. unsloth calls it."""
+        """Write a dense weight into the base layer, quantised where that is."""
         self.storage.write(self.get_base_layer(), self.kind.weight, weight_data)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -54,7 +54,7 @@ class LayerCompat:
         return adapter_name in self.adapters and not self.adapters[adapter_name].unmergeable()
 
     def _check_forward_args(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        """Raise ValueError for ``adapter_names`` that do not fit. Layers derived from LoraLayer (ipex-llm) call it."""
+        """Raise ValueError for ``adapter_names`` that do not fit. Layers derived from LoraLayer call it."""
         names = kwargs.get("adapter_names")
         if names is None:
             return
@@ -64,17 +64,17 @@ class LayerCompat:
             raise ValueError("adapter_names cannot be used while adapters are merged; call unmerge_adapter() first.")
 
     def _mixed_batch_forward(self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Any:
-        """The forward with one adapter for each row. Layers derived from LoraLayer (neural-compressor) call it."""
+        """The forward with one adapter for each row. Layers derived from LoraLayer call it."""
         return self(x, *args, adapter_names=adapter_names, **kwargs)  # type: ignore[operator]
 
     def _cast_input_dtype(self, x: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-        """x in the dtype of an adapter. Layers derived from LoraLayer (neural-compressor, unsloth) call it."""
+        """x in the dtype of an adapter. Layers derived from LoraLayer call it."""
         if x is None or not self.cast_input_dtype_enabled or x.dtype == dtype:  # type: ignore[attr-defined]
             return x
         return x.to(dtype)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Put an adapter's parts on a device, by default the base's. ipex-llm calls it."""
+        """Put an adapter's parts on a device, by default the base's."""
         if device is None:
             base = self.get_base_layer()
             device = next((t.device for t in (*base.parameters(), *base.buffers())), None)
@@ -91,7 +91,7 @@ class LayerCompat:
                 container[adapter_name] = item.to(device)
 
     def _get_available_adapters(self) -> set[str]:
-        """The adapters that this layer has. TRL and ms-swift call it."""
+        """The adapters that this layer has."""
         return set(self.adapter_names)  # type: ignore[attr-defined]
 
     def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

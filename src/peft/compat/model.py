@@ -13,10 +13,10 @@ class ModelCompat:
 
     @property
     def base_model_prepare_inputs_for_generation(self) -> Callable[..., Any]:
-        """The base model's own preparation of a step of generation. Ludwig and unsloth call it."""
+        """The base model's own preparation of a step of generation."""
         return self.get_base_model().prepare_inputs_for_generation
 
     @property
     def _is_prompt_learning(self) -> bool:
-        """Whether the active adapter is a prompt. axolotl and SimpleTuner ask for it."""
+        """Whether the active adapter is a prompt."""
         return self.is_prompt_learning  # type: ignore[attr-defined]

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any, ClassVar
 
 from torch import nn
 
 from peft.compat import new_layer
 from peft.compat.asked import Asked
-from peft.config import resolve_pattern
+from peft.config import PeftConfig, resolve_pattern
 from peft.core.model import operations
 from peft.core.model.record import context_of
 from peft.core.model.targeting import module_target, selected
 from peft.core.model.walk import locate, parent_of, put_module, replace_module, walk
-
-
-# Fields of a config that classes of layers take in their constructors.
-_OF_LAYERS = (
-    "r", "lora_alpha", "lora_dropout", "fan_in_fan_out", "init_lora_weights", "use_rslora", "use_dora", "lora_bias",
-)  # fmt: skip
 
 
 class TunerCompat:
@@ -34,13 +29,13 @@ class TunerCompat:
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> bool:
-        """Whether a config targets the module of this name. LLaMA-Factory and ms-swift call it."""
+        """Whether a config targets the module of this name."""
         return bool(selected(peft_config, key))
 
     @classmethod
     def _create_new_module(cls, peft_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
-        """An adapted layer around ``target``. ipex-llm and intel-extension-for-transformers replace it."""
-        return new_layer(cls.layer_cls, target, adapter_name, peft_config)
+        """An adapted layer around ``target``. Others replace it, such as ipex-llm, for layers of their own."""
+        return new_layer(cls.layer_cls, target, adapter_name, peft_config, kwargs.get("current_key", ""))
 
     def made_elsewhere(self, peft_config: Any, target: nn.Module) -> bool:
         """Whether somebody else may make the layer around ``target``: by a class registered in the config
@@ -62,13 +57,11 @@ class TunerCompat:
         if site.wrappers or (layer_cls is None and not self._replaced("_create_new_module")):
             return None
         if layer_cls is not None:
-            given = {name: getattr(peft_config, name) for name in _OF_LAYERS if hasattr(peft_config, name)}
-            for name, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
-                if name in given:
-                    given[name] = resolve_pattern(getattr(peft_config, pattern, None), target.key, given[name])
-            layer: Any = layer_cls(target.module, adapter_name, config=peft_config, **given)
+            layer: Any = layer_cls(target.module, adapter_name, config=peft_config, **options(peft_config, target.key))
         else:
-            layer = self._create_new_module(peft_config, adapter_name, target.module, current_key=target.key)
+            layer = self._create_new_module(
+                peft_config, adapter_name, target.module, **options(peft_config, target.key)
+            )
         layer.context = context_of(self.model)
         layer.__dict__["key"] = target.key
         replace_module(self.model, site.path, layer, holders)
@@ -91,7 +84,7 @@ class TunerCompat:
         return [module_target(peft_config, sites[module], self.layer_cls) for module in handed]
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """Put an adapted layer in the place of ``child``, on its device. ipex-llm and ms-swift call it."""
+        """Put an adapted layer in the place of ``child``, on its device."""
         put_module(parent, child_name, new_module)
 
     def _create_and_replace(
@@ -104,7 +97,7 @@ class TunerCompat:
         current_key: str = "",
         **kwargs: Any,
     ) -> None:
-        """Give one module an adapter. Others replace it, to leave modules out or to choose others in their place."""
+        """Give one module an adapter. Others replace it, such as ms-swift, to leave modules out."""
         if "_handed_on" in self.__dict__:  # an injection asks a replaced one what it would adapt
             self.__dict__["_handed_on"].append(target)
             return
@@ -116,6 +109,16 @@ class TunerCompat:
         )
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
-        """Freeze the base; the active adapters train. ms-swift and axolotl call it after they have changed layers."""
+        """Freeze the base; the active adapters train."""
         model.requires_grad_(False)
         operations.set_requires_grad(model, operations.active_of(model), True)
+
+
+def options(peft_config: Any, key: str) -> dict[str, Any]:
+    """What those who make layers of their own are told beside the config: its fields, for the module called ``key``."""
+    names = {field.name for field in fields(peft_config)} - {field.name for field in fields(PeftConfig)}
+    found = {name: getattr(peft_config, name) for name in names}
+    for pattern, name in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"), ("alpha_pattern", "alpha")):
+        if name in found and found.get(pattern):
+            found[name] = resolve_pattern(found[pattern], key, found[name])
+    return {**found, "current_key": key, "target_name": key.rpartition(".")[2]}

@@ -51,7 +51,7 @@ def onload_layer(layer: nn.Module) -> Iterator[None]:
     """A context in which what accelerate has offloaded of an adapted layer is on the device that computes it.
 
     What is changed in the base layer meanwhile, by merging say, is kept when it goes back. Layers that are not
-    offloaded are left alone. ms-swift and axolotl use it.
+    offloaded are left alone.
     """
     hooks = [
         (module, hook)
@@ -89,7 +89,7 @@ def _put_back(weights_map: Any, name: str, value: torch.Tensor) -> None:
 
 
 def _maybe_include_all_linear_layers(peft_config: Any, model: nn.Module) -> Any:
-    """A config with ``target_modules="all-linear"`` names the linear layers of the model. axolotl calls it."""
+    """A config with ``target_modules="all-linear"`` names the linear layers of the model."""
     if isinstance(peft_config.target_modules, str) and peft_config.target_modules.lower() == "all-linear":
         peft_config.target_modules = all_linear(model, peft_config.task_type)
     return peft_config
@@ -116,7 +116,7 @@ def _find_minimal_target_modules(target_modules: Iterable[str], other_module_nam
 
 
 def _get_in_out_features(module: nn.Module) -> tuple[int, int] | tuple[None, None]:
-    """Features of a layer's input and output, ``(None, None)`` for what is no layer. unsloth calls it."""
+    """Features of a layer's input and output, ``(None, None)`` for what is no layer."""
     kind = kind_of(module)
     return (None, None) if kind is None else kind.sizes(module)
 

@@ -40,7 +40,7 @@ class VBLoRAConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Modu
     )
     topk: int = option(2, "How many vectors of the bank make a piece.", minimum=1)
     save_only_topk_weights: bool = option(
-        False, "Write only the weights of the vectors in use: a smaller file, trained on only among these."
+        False, "Write only the weights of the vectors in use: a smaller file, from which training cannot go on."
     )
     vblora_dropout: float = option(0.0, "Dropout on the input of the update.", minimum=0, below=1)
     init_vector_bank_bound: float = option(0.02, "The bank starts uniform in +- this bound; above 0.", minimum=0)
@@ -76,6 +76,7 @@ class VBLoRA(LowRank):
     r = setting()
     topk = setting()
     save_only_topk_weights = setting()
+    is_partial = setting()
     vblora_dropout = setting(nn.ModuleDict)
     split = ("_topk_indices", "_topk_weights")
     dropout: ClassVar[str] = "vblora_dropout"
@@ -96,6 +97,7 @@ class VBLoRA(LowRank):
         self.vblora_dropout = input_dropout(config.vblora_dropout)
 
     def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
+        self._refuse_to_train_on()
         bank, (rows, columns) = self.vblora_vector_bank, fan(self.shape)
         a, b = (vblora_pieces(logits, bank, self.topk) for logits in (self.vblora_logits_A, self.vblora_logits_B))
         # [r, pieces of a row, length] -> [r, in]; [pieces of a column, r, length] -> [out, r]
@@ -115,6 +117,23 @@ class VBLoRA(LowRank):
         weights = torch.cat((weights, (1 - weights.sum(-1, keepdim=True)).clamp(min=0)), -1)
         logits = weights.new_full((*place.shape[:-1], len(self.vblora_vector_bank)), float("-inf"))
         return logits.scatter(-1, place, weights.log())
+
+    def loaded(self) -> None:
+        self.is_partial = None
+
+    def _refuse_to_train_on(self) -> None:
+        """A file of the largest weights alone leaves the other logits at minus infinity, where nothing moves them."""
+        logits = self.vblora_logits_A
+        if not (self.training and logits.requires_grad and torch.is_grad_enabled()) or logits.is_meta:
+            return
+        if self.is_partial is None:
+            self.is_partial = bool(logits.isinf().any() or self.vblora_logits_B.isinf().any())
+        if self.is_partial:
+            raise RuntimeError(
+                f"adapter {self.name!r} comes from a file with save_only_topk_weights=True: it holds the topk="
+                f"{self.topk} largest weights of each piece, and the others could never be chosen again. Train on from "
+                "a file with all of them (save_only_topk_weights=False), or call eval() to use this one as it is."
+            )
 
 
 class VBLoRATuner(VBLoRACompat, BaseTuner):

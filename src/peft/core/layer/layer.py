@@ -110,7 +110,7 @@ class BaseTunerLayer(ReadThrough):
         elif not cls.any_module:
             raise ValueError(f"{type(base).__name__} is no kind of layer that {type(self).__name__} can adapt.")
         if adapter_name is not None:
-            self.add_adapter(adapter_name, config)
+            self.add_adapter(adapter_name, config, kwargs.get("current_key", ""))
             self.set_adapter(adapter_name)
 
     def train(self, mode: bool = True) -> BaseTunerLayer:
@@ -223,6 +223,8 @@ class BaseTunerLayer(ReadThrough):
         """The base layer's forward with the active adapters, or with one adapter for each row (``adapter_names``)."""
         context = self.context
         rows = kwargs.pop("adapter_names", None) or context.adapter_names
+        if not args and not (self.kind.whole or self.kind.opaque):
+            args, kwargs = routes.input_first(self, kwargs)
         if self._disable_adapters:
             if self.merged_adapters:
                 self.unmerge()
@@ -322,8 +324,6 @@ class BaseTunerLayer(ReadThrough):
 
     def extra_repr(self) -> str:
         return f"adapters={self.adapter_names}, active={self._active_adapter}"
-
-
 
 
 def check_adapters_to_merge(module: BaseTunerLayer, adapter_names: list[str] | None = None) -> list[str]:

@@ -7,6 +7,7 @@ of :meth:`BaseTunerLayer.may_bypass_base`, and nowhere else.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -141,6 +142,15 @@ def adapted(layer: BaseTunerLayer, adapters: Sequence[Adapter], args: tuple, kwa
         if y is not None:
             return y
     raise AssertionError("the last route serves every call")
+
+
+def input_first(layer: BaseTunerLayer, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """A call by keywords, with the layer's input in first place: by its name in the base layer's forward, or ``x``."""
+    own = next(iter(inspect.signature(layer.get_base_layer().forward).parameters), "x")
+    for name in (own, "x", "input"):
+        if name in kwargs:
+            return (kwargs[name],), {other: value for other, value in kwargs.items() if other != name}
+    raise TypeError(f"{type(layer).__name__} is called without its input: give it first, or by name, {own}=...")
 
 
 def all_factors(layer: BaseTunerLayer, adapters: Sequence[Adapter], x: torch.Tensor) -> list[Factors] | None:

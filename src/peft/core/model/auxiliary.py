@@ -23,6 +23,9 @@ from peft.core.model.walk import AuxiliaryWrapper, Site, file_path, join, replac
 class AuxiliaryTrainingWrapper(Switch, AuxiliaryWrapper):
     """Wraps a module of which adapters hold their own version; without an active one, the original acts."""
 
+    adapter_layer_names: tuple[str, ...] = ()
+    other_param_names: tuple[str, ...] = ()
+
     def __init__(self, module_to_save: nn.Module, adapter_name: str | None = None, **kwargs: Any) -> None:
         super().__init__()
         self._wrap(module_to_save)
@@ -54,6 +57,8 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     Args:
         tied_module: a wrapper whose weight this one shares, where the originals share it.
     """
+
+    adapter_layer_names = ("modules_to_save",)
 
     def _wrap(self, module: nn.Module) -> None:
         super()._wrap(module)
@@ -191,6 +196,8 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
     """
 
     inner = "token_adapter.base_layer"
+    adapter_layer_names = tuple(f"token_adapter.{name}" for name in TrainableTokensLayer.adapter_layer_names)
+    other_param_names = tuple(f"token_adapter.{name}" for name in TrainableTokensLayer.other_param_names)
     token_adapter: BaseTunerLayer
 
     def _wrap(self, module: nn.Module) -> None:
