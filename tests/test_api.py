@@ -38,6 +38,8 @@ DIFFERENT = {
     ("peft:AdaLoraModel", "add_weighted_adapter"): "takes no *args, takes no **kwargs",  # it refuses
     ("peft:OSFModel", "unmerge_adapter"): "takes no *args, takes no **kwargs",  # it refuses
     ("peft:PrefixEncoder", "forward"): "has no parameter prefix",  # a position for each token, as prompts have
+    ("peft.tuners.lora:MultiheadAttention", "named_modules"): "takes no *args, takes no **kwargs",
+    ("peft.tuners.lora:MultiheadAttention", "state_dict"): "takes no **kwargs",
     ("peft.tuners.lora:ParamWrapper", "get_delta_weight"):
         "has no parameter adapter_name, takes no *args, takes no **kwargs",
 }  # fmt: skip
@@ -45,13 +47,8 @@ DIFFERENT = {
 OTHERWISE = {"peft.tuners.lora:LoraVariant"}
 # Methods of the classes of single kinds, for which this package has one class.
 OF_ONE_KIND = {
-    "peft.tuners.lora:MultiheadAttention": {
-        "merge_masks",
-        "unload_and_optionally_merge_module",
-        "named_modules",
-        "state_dict",
-    },
-    "peft.tuners.lora:ParamWrapper": {"get_delta_factors", "get_param", "unload_and_optionally_merge_module"},
+    "peft.tuners.lora:MultiheadAttention": {"merge_masks"},  # an adapted layer reads it from its base
+    "peft.tuners.lora:ParamWrapper": {"get_delta_factors"},
 }
 
 

@@ -184,6 +184,22 @@ def test_weights_and_attributes_of_layers():
     assert set(asked(layer, "adapter_state_dict", "default", state)) == {"lora_A.weight", "lora_B.weight"}
 
 
+def test_layers_give_their_base_and_what_is_adapted_of_it():
+    layer = two().base_model.model[0]
+    before, x = layer.get_base_layer().weight.detach().clone(), torch.randn(3, 4)
+    expected = layer(x)
+    assert layer.parameter_name == "weight" and layer.get_param() is layer.get_base_layer().weight
+    plain = layer.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=["default"])
+    assert type(plain) is nn.Linear
+    torch.testing.assert_close(plain(x), expected)
+    torch.testing.assert_close(layer.unload_and_optionally_merge_module(False, False, None).weight, before)
+    experts = nn.Module()
+    experts.register_parameter("up", nn.Parameter(torch.ones(2, 3, 4)))
+    holder = nn.Sequential(experts)
+    wrapper = get_peft_model(holder, LoraConfig(target_parameters=["0.up"], r=1)).base_model.model[0]
+    assert wrapper.parameter_name == "up" and wrapper.get_param() is experts.up
+
+
 def test_one_module_at_a_time_as_other_libraries_do_it():
     base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model = get_peft_model(base, LoraConfig(target_modules=["0"]))

@@ -511,7 +511,7 @@ class TestBasesAreFlattenedInTwoOrders:
 
 
 class TestSmallFilesOfVectorBanks:
-    """`save_only_topk_weights`: what is loaded computes the same, and is not trained further, as most cannot change."""
+    """`save_only_topk_weights`: what is loaded computes the same, and cannot be trained further."""
 
     @pytest.mark.parametrize(("vectors", "dtype"), [(200, torch.uint8), (300, torch.int16)])
     def test_the_file(self, vectors, dtype, tmp_path):

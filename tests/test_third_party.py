@@ -1,4 +1,4 @@
-"""Layers and methods of third parties: registered classes, layers derived from LoraLayer, tuners changed from outside."""
+"""Layers and methods of third parties: registered classes, derived layers, tuners changed from outside."""
 
 import functools
 from dataclasses import dataclass
@@ -99,8 +99,10 @@ def test_a_tuner_whose_modules_are_made_elsewhere(monkeypatch, tmp_path):
         return before(lora_config, adapter_name, target, **kwargs)
 
     monkeypatch.setattr(LoraModel, "_create_new_module", staticmethod(functools.partial(create, original)))
-    model = get_peft_model(nn.Sequential(Foreign(), nn.Linear(4, 4)), LoraConfig(
-        r=2, lora_alpha=6, rank_pattern={"0": 3, "1": 1}, alpha_pattern={"0": 9}, target_modules=["0", "1"]))  # fmt: skip
+    config = LoraConfig(
+        r=2, lora_alpha=6, target_modules=["0", "1"], rank_pattern={"0": 3, "1": 1}, alpha_pattern={"0": 9}
+    )
+    model = get_peft_model(nn.Sequential(Foreign(), nn.Linear(4, 4)), config)
     first, second = model.base_model.model
     assert type(first) is cls and type(second) is LoraLinear
     assert (first.r, first.scaling, second.r, second.scaling) == (
@@ -129,7 +131,8 @@ def test_registered_classes_are_used(tmp_path):
     class Own(LoraLinear):
         pass
 
-    config = LoraConfig(target_modules=["0", "1"], init_lora_weights=False, rank_pattern={"0": 3}, alpha_pattern={"0": 6})
+    config = LoraConfig(target_modules=["0", "1"], init_lora_weights=False)
+    config.rank_pattern, config.alpha_pattern = {"0": 3}, {"0": 6}
     config._register_custom_module({Scaled: Own})
     model = get_peft_model(nn.Sequential(Scaled(), nn.Linear(4, 4)), config)
     layer = model.base_model.model[0]

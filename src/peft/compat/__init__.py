@@ -172,4 +172,5 @@ def new_layer(layer_cls: Any, target: nn.Module, adapter_name: str, config: Any,
     if kind is None:
         raise ValueError(f"Target module {type(base).__name__} is no kind of layer that {layer_cls.__name__} adapts.")
     name = storage_of(base, kind.weight).layer_name or kind.name
-    return layer_cls.by_name[name if name in layer_cls.by_name else kind.name](target, adapter_name, config, current_key=key)
+    cls = layer_cls.by_name[name if name in layer_cls.by_name else kind.name]
+    return cls(target, adapter_name, config, current_key=key)

@@ -20,8 +20,10 @@ class LayerCompat:
     cast_input_dtype_enabled: bool
     get_base_layer: Any
     kind: Any
+    merge: Any
     merged_adapters: list[str]
     storage: Any
+    unmerge: Any
 
     @Asked
     def fan_in_fan_out(self) -> bool:
@@ -40,6 +42,25 @@ class LayerCompat:
         held = {} if isinstance(self, type) else {n: m for n, m in self._modules.items() if isinstance(m, BufferDict)}
         names = sorted({adapter for container in held.values() for adapter in container})
         return {adapter: {name for name, container in held.items() if adapter in container} for adapter in names}
+
+    @Asked
+    def parameter_name(self) -> str | None:
+        """The attribute of the base layer that the adapters adapt; None where that is the whole layer."""
+        return None if isinstance(self, type) else self.kind.weight or None
+
+    def get_param(self) -> torch.Tensor:
+        """The tensor of the base layer that the adapters adapt, as it is kept."""
+        return getattr(self.get_base_layer(), self.kind.weight)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """The base layer, with adapters (default: the active ones) in its weight if ``merge``."""
+        if merge:
+            self.merge(safe_merge, adapter_names)
+        else:
+            self.unmerge()
+        return self.get_base_layer()
 
     def get_base_weight(self) -> torch.Tensor:
         """The dense base weight, in the layout of the base layer."""

@@ -115,7 +115,7 @@ class TunerCompat:
 
 
 def options(peft_config: Any, key: str) -> dict[str, Any]:
-    """What those who make layers of their own are told beside the config: its fields, for the module called ``key``."""
+    """What is told, beside the config, to those who make layers of their own: its fields for this module."""
     names = {field.name for field in fields(peft_config)} - {field.name for field in fields(PeftConfig)}
     found = {name: getattr(peft_config, name) for name in names}
     for pattern, name in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"), ("alpha_pattern", "alpha")):

@@ -131,7 +131,7 @@ class VBLoRA(LowRank):
         if self.is_partial:
             raise RuntimeError(
                 f"adapter {self.name!r} comes from a file with save_only_topk_weights=True: it holds the topk="
-                f"{self.topk} largest weights of each piece, and the others could never be chosen again. Train on from "
+                f"{self.topk} largest weights of each piece, and no other could ever be chosen again. Train on from "
                 "a file with all of them (save_only_topk_weights=False), or call eval() to use this one as it is."
             )
 

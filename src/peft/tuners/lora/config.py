@@ -280,8 +280,8 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
     def _register_custom_module(self, mapping: dict[type, type]) -> None:
         """Let modules of these classes be adapted by layers of those: class of a module -> class of its layer.
 
-        They are made as ``layer_cls(module, adapter_name, config=config, **fields)``, with the config's fields for that
-        module (``r``, ``lora_alpha``, ...) by name; no file says so.
+        They are made as ``layer_cls(module, adapter_name, config=config, **fields)``, with the config's fields as they
+        are for that module (``r``, ``lora_alpha``, ...); no file says so.
         """
         self.__dict__["_custom_modules"] = {**self.__dict__.get("_custom_modules", {}), **mapping}
 

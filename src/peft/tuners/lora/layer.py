@@ -227,7 +227,8 @@ class LoraLayer(ScaledLayer):
         """
         given = {name: value for name, value in kwargs.items() if name in LoraConfig.__dataclass_fields__}
         if isinstance(config, LoraConfig):
-            config = LoraConfig(**{**config.to_dict(), "r": r, "lora_alpha": lora_alpha, "rank_pattern": {}, "alpha_pattern": {}, **given})
+            fixed = {"r": r, "lora_alpha": lora_alpha, "rank_pattern": {}, "alpha_pattern": {}}
+            config = LoraConfig(**{**config.to_dict(), **fixed, **given})
         else:
             positional = args if config is None else (config, *args)
             once = ("lora_dropout", "init_lora_weights", "use_rslora", "use_dora", "lora_bias")
