@@ -218,18 +218,16 @@ class BaseTunerLayer(ReadThrough):
             if reason := adapter.clash(here[:place]):
                 raise ValueError(reason)
 
-    # --- forward --------------------------------------------------------------------------------------------
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base layer's forward with the active adapters, or with one adapter for each row (``adapter_names``)."""
-        context = self.context
-        rows = kwargs.pop("adapter_names", None) or context.adapter_names
+        rows = kwargs.pop("adapter_names", None) or self.context.adapter_names
         if not args and not (self.kind.whole or self.kind.opaque):
             args, kwargs = routes.input_first(self, kwargs)
         if self._disable_adapters:
             if self.merged_adapters:
                 self.unmerge()
             return self.base_layer(*args, **kwargs)
-        if rows is not None and context.current is None:
+        if rows is not None and self.context.current is None:
             return mixed(self, tuple(rows), args, kwargs)
         adapters = self._live() if rows is None else self.current()
         return routes.adapted(self, adapters, args, kwargs) if adapters else self.base_layer(*args, **kwargs)
