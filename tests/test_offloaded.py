@@ -69,6 +69,7 @@ WAYS: dict[str, Callable[[nn.Module, Path], nn.Module]] = {
     "hooks in a sequence": _sequence,
 }
 
+
 def _runs(cell: Cell, folder: Path) -> bool:
     """Whether the offloaded base runs without an adapter."""
     try:

@@ -94,6 +94,4 @@ class IA3Tuner(BaseTuner):
         super().prepare_config(config, model, keys)
 
 
-IA3Model = define_tuner(
-    IA3, IA3Config, base=IA3Tuner, layer=IA3Layer, default_roles=("key", "value", "feedforward")
-)
+IA3Model = define_tuner(IA3, IA3Config, base=IA3Tuner, layer=IA3Layer, default_roles=("key", "value", "feedforward"))

@@ -365,6 +365,7 @@ class Whole(Kind):
             )
         return super().join_rows(m, parts, order)
 
+
 WHOLE = Whole()
 
 
