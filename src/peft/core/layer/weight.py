@@ -201,8 +201,9 @@ def multiplied(
         if out * inner <= x.numel() * (1 + out / inner):  # no larger than what the layer takes and gives
             return layer.kind.apply(base, x, make())
     read = [p for adapter in adapters for p in adapter.parameters()]
-    made = _with_tensors_of_now(make, adapters)
-    return made_product(layer.kind, base, x, made, [*read, *base.parameters(recurse=False)])
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # else nothing is made again later
+        make = _with_tensors_of_now(make, adapters)
+    return made_product(layer.kind, base, x, make, [*read, *base.parameters(recurse=False)])
 
 
 def _with_tensors_of_now(make: Callable[[], torch.Tensor], adapters: Adapters) -> Callable[[], torch.Tensor]:
