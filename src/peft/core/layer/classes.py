@@ -45,8 +45,9 @@ def layer_class(
 
 def _check_names(adapter_cls: type[Adapter], layer: type) -> None:
     """A part or setting that shadows what every layer has would break it in ways that are hard to find."""
+    declared = {name for cls in BaseTunerLayer.__mro__ for name in vars(cls).get("__annotations__", ())}
     for name in (*adapter_cls.parts, *adapter_cls.settings, *adapter_cls.common):
-        taken = hasattr(layer, name) or hasattr(nn.Module(), name) or name in BaseTunerLayer.__annotations__
+        taken = hasattr(layer, name) or hasattr(nn.Module(), name) or name in declared
         if taken and name not in vars(layer).get("allowed_names", ()):
             kind = "setting" if name in adapter_cls.settings else "part"
             raise TypeError(
