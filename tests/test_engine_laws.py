@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 from unittest.mock import Mock
 
@@ -16,6 +17,7 @@ from peft.core.adapter import Adapter, part, setting
 from peft.core.families import Copy, Delta
 from peft.core.layer.classes import layer_class
 from peft.kernels import DenseUpdateError, plain, strict
+from peft.tuners.lora.layer import Lora
 
 
 ONE = ("float32",)
@@ -224,6 +226,53 @@ def test_a_setting_named_like_an_attribute_of_the_layer_is_refused(name: str) ->
     getattr(taken, name).__set_name__(taken, name)
     with pytest.raises(TypeError, match=f"Taken declares the setting '{name}'.*`taken_{name} = setting"):
         layer_class(taken, name="TakenLayer")
+
+
+class Outer(Lora):
+    """A variant with a tensor of its own, which doubles what is inside."""
+
+    lora_outer = part()
+
+    @classmethod
+    def asked_by(cls, config: LoraConfig) -> bool:
+        return bool(config.use_rslora)
+
+    def make_pair(self, config: LoraConfig) -> None:
+        super().make_pair(config)
+        self.lora_outer = nn.Parameter(torch.full((1,), 2.0))
+
+    def output(self, x: torch.Tensor, y: torch.Tensor, base_y: torch.Tensor) -> torch.Tensor:
+        return y + self.lora_outer * (super().output(x, y, base_y) - y)
+
+
+def test_variants_are_combined_by_inheritance(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Lora, "variants", [Outer, *Lora.variants])
+    base, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(3, 4)
+    alone = LoraConfig(target_modules=["0"], init_lora_weights=False, use_dora=True, lora_alpha=4, r=4)
+    both = LoraConfig(target_modules=["0"], init_lora_weights=False, use_dora=True, use_rslora=True, lora_alpha=2, r=4)
+    torch.manual_seed(0)
+    one = get_peft_model(copy.deepcopy(base), alone)
+    torch.manual_seed(0)
+    two = get_peft_model(copy.deepcopy(base), both)
+    (_, layer) = layers(two)[0]
+    assert [cls.__name__ for cls in type(layer.adapters["default"]).made_of] == ["Outer", "Dora"]
+    assert "lora_outer" in layer.adapter_layer_names and "lora_outer" not in type(layer).adapter_layer_names
+    torch.testing.assert_close(two(x) - base(x), 2 * (one(x) - base(x)))
+    again = pickle.loads(pickle.dumps(layer))
+    assert type(again.adapters["default"]) is type(layer.adapters["default"])
+    torch.testing.assert_close(again(x), layer(x))
+    two.add_adapter("plain", LoraConfig(target_modules=["0"]))
+    two.delete_adapter("default")
+    assert not layer.lora_outer
+
+
+def test_variants_that_exclude_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Lora, "variants", [Outer, *Lora.variants])
+    monkeypatch.setattr(Outer, "excludes", {"Dora": "two wholes have no sum"})
+    with pytest.raises(ValueError, match="two wholes have no sum"):
+        get_peft_model(
+            nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"], use_dora=True, use_rslora=True)
+        )
 
 
 def test_an_adapter_is_copied_with_its_layer() -> None:

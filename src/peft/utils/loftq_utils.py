@@ -139,7 +139,7 @@ def replace_lora_weights_loftq(
         for name, layer in layers:
             full = weights.get(f"{name}.weight", prefix).to(layer.lora_A[adapter_name].weight.device).float()
             lora: Any = layer.adapters[adapter_name]
-            pair = lora.pair()
+            pair = lora.held_pair()
             before = [t.detach().clone() for t in pair]
             fitted = low_rank(full - unmerged_weight(layer).float(), layer.r[adapter_name])
             for old, new, factor in zip(pair, fitted, (1.0, 1 / layer.scaling[adapter_name])):

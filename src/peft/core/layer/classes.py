@@ -26,7 +26,7 @@ def layer_class(
     """The class of layers that hold such adapters, and its subclasses for each kind of base layer."""
     above = layer or adapter_cls.layer_base or BaseTunerLayer
     members = {"__module__": adapter_cls.__module__, "__doc__": adapter_cls.__doc__}
-    _check_names(adapter_cls, above)
+    check_names(adapter_cls, above)
     if layer is not None:
         layer.adapter_cls = adapter_cls
         layer.__init_subclass__()
@@ -43,8 +43,12 @@ def layer_class(
     return made
 
 
-def _check_names(adapter_cls: type[Adapter], layer: type) -> None:
-    """A part or setting that shadows what every layer has would break it in ways that are hard to find."""
+def check_names(adapter_cls: type[Adapter], layer: type) -> None:
+    """Refuse parts and settings that shadow what every layer has: they would break it in ways that are hard to find.
+
+    Raises:
+        TypeError: it names the class, the part or setting, and another name for it.
+    """
     declared = {name for cls in BaseTunerLayer.__mro__ for name in vars(cls).get("__annotations__", ())}
     for name in (*adapter_cls.parts, *adapter_cls.settings, *adapter_cls.common):
         taken = hasattr(layer, name) or hasattr(nn.Module(), name) or name in declared

@@ -17,6 +17,7 @@ from peft.core.layer import weight as weights
 from peft.core.layer.buffers import BufferDict
 from peft.core.layer.placement import settle
 from peft.core.layer.read import ReadThrough
+from peft.core.layer.room import make_more_room, make_room, names_held
 from peft.core.layer.rows import mixed
 from peft.core.model.context import Context
 from peft.kernels.grouped import forget
@@ -58,11 +59,7 @@ class BaseTunerLayer(ReadThrough):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "adapter_cls" in vars(cls):
-            parts = [(name, part) for part in cls.adapter_cls.parts.values() for name in part.names]
-            trained = tuple(name for name, part in parts if part.container is not BufferDict)
-            frozen = tuple(name for name, part in parts if part.container is BufferDict)
-            cls.adapter_layer_names = trained
-            cls.other_param_names = (*frozen, *cls.adapter_cls.settings)
+            cls.adapter_layer_names, cls.other_param_names = names_held(cls.adapter_cls)
 
     def __init__(
         self,
@@ -94,11 +91,7 @@ class BaseTunerLayer(ReadThrough):
             _storage=None,
         )
         self._start(context)
-        for part in cls.parts.values():
-            for name in part.names:
-                self._modules[name] = part.empty()
-        for name, setting in cls.settings.items():
-            (self._modules if issubclass(setting.container, nn.Module) else self.__dict__)[name] = setting.empty()
+        make_room(self, cls)
         if not kind.whole:
             if not self.storage.can_read and (kind.opaque or cls.requires_dense_base):
                 raise ValueError(
@@ -161,7 +154,10 @@ class BaseTunerLayer(ReadThrough):
 
     def add_adapter(self, name: str, config: Any, key: str = "") -> None:
         """Allocate an adapter and put it on the device, and into the dtype, of the base weight."""
-        adapter = self.adapters[name] = self._class_of(name, config)(self, name)
+        cls = self._class_of(name, config)
+        if cls is not self.adapter_cls:
+            make_more_room(self, cls)
+        adapter = self.adapters[name] = cls(self, name)
         try:
             adapter.create(config, key)
         except BaseException:

@@ -17,6 +17,7 @@ from peft.tuners.lora.conversion import convert_to_lora, save_as_lora
 from peft.tuners.lora.dora import Dora
 from peft.tuners.lora.layer import Lora, LoraLayer
 from peft.tuners.lora.model import LoraModel
+from peft.tuners.lora.variants import VARIANTS
 
 
 # Variants of LoRA are subclasses of its adapter.
@@ -58,6 +59,7 @@ __all__ = [
     "MultiheadAttention",
     "ParamWrapper",
     "VeloraConfig",
+    "VARIANTS",
     "convert_to_lora",
     "save_as_lora",
 ]

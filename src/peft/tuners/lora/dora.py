@@ -12,7 +12,7 @@ from peft.core.base.kinds import Kind
 from peft.core.families import kernel_weight
 from peft.core.filling import skip_values
 from peft.core.layer.weight import base_bias, layer_inside
-from peft.kernels import Factors, adapted_norm, dora_linear, is_hooked
+from peft.kernels import adapted_norm, dora_linear, is_hooked
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.initialize import is_drawn
 from peft.tuners.lora.layer import Lora
@@ -69,15 +69,12 @@ class Dora(Lora):
         """g, ``[out]``."""
         return self.lora_magnitude_vector.weight.flatten() / self.norm(base)
 
-    def factors(self) -> Factors | None:
-        return None
-
     @classmethod
     def kernel(cls, layer: Any, adapters: Sequence[Any], x: torch.Tensor) -> torch.Tensor | None:
-        if len(adapters) > 1 or (DoraCaching.active and not layer.training):
+        if cls.output is not Dora.output or len(adapters) > 1 or (DoraCaching.active and not layer.training):
             return None
         (adapter,) = adapters
-        weight, factors = kernel_weight(layer, x), Lora.factors(adapter)
+        weight, factors = kernel_weight(layer, x), adapter.product()
         if weight is None or factors is None:
             return None
         magnitude = adapter.lora_magnitude_vector
@@ -96,7 +93,7 @@ class Dora(Lora):
         else:
             bias = base_bias(layer)
             inner = base_y if bias is None else base_y - self.along_channels(bias)
-        delta = self.lora_B(self.lora_A(x)) * self.scaling if dropped else self.delta(x)
+        delta = self.update(x) if dropped else self.delta(x)
         return y + (g * (inner + delta) - inner)  # one product with g, which keeps one tensor for the gradient of m
 
     def _base_for(self, x: torch.Tensor) -> torch.Tensor:
@@ -109,6 +106,3 @@ class Dora(Lora):
 
     def unfold(self, weight: torch.Tensor) -> torch.Tensor:
         return weight  # the original is kept
-
-
-Lora.variants.append(Dora)

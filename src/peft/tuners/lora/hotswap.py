@@ -266,7 +266,7 @@ def _pair(
     if down is None or up is None:
         raise CheckpointError(f"Hot swapping the adapter did not succeed: {key!r} has only one of its two factors.")
     lora: Any = layer.adapters[name]
-    (a, b), (experts, groups) = lora.pair(), pair_blocks(lora)
+    (a, b), (experts, groups) = lora.held_pair(), pair_blocks(lora)
     rank = resolve_pattern(config.rank_pattern, key, config.r)
     shapes = (rank * experts, *a.shape[1:]), (b.shape[0], rank * experts // groups, *b.shape[2:])
     for place, new, shape in zip(places, (down, up), shapes):
@@ -281,7 +281,7 @@ def _swap_pair(found: _Found, pair: tuple[torch.Tensor, torch.Tensor] | None, na
     if name not in layer.tied_to:
         lora: Any = layer.adapters[name]
         _make_room(lora, rank)
-        a, b = lora.pair()
+        a, b = lora.held_pair()
         if pair is not None:
             down, up = of_rank(lora, held_rank(lora), *pair)
             a.copy_(down)
@@ -302,7 +302,7 @@ def _make_room(lora: Any, rank: int) -> None:
     """The parameters stay the same objects; their tensors grow by zeros."""
     if rank <= held_rank(lora):
         return
-    pair = lora.pair()
+    pair = lora.held_pair()
     for parameter, tensor in zip(pair, of_rank(lora, rank, *(p.detach() for p in pair))):
         parameter.data, parameter.grad = tensor.contiguous(), None
     if lora.kind.lookup:
@@ -389,7 +389,7 @@ def _check_room(key: str, layer: LoraLayer, name: str, target_rank: int) -> None
 
 def _prepare_pair(layer: LoraLayer, name: str, target_rank: int | None) -> None:
     lora: Any = layer.adapters[name]
-    a = lora.pair()[0]
+    a = lora.held_pair()[0]
     if target_rank is not None and lora.tied_to is None:
         _make_room(lora, target_rank)
     dtype = torch.float64 if a.dtype == torch.float64 else torch.float32

@@ -27,7 +27,7 @@ def initialize(lora: Lora, config: LoraConfig) -> None:
     _as_torch_does(lora)  # first in any case: then a seed gives the numbers that it gives elsewhere
     if init is False:
         return
-    a, b = lora.pair()
+    a, b = lora.held_pair()
     with torch.no_grad():
         if init == "orthogonal":
             for down, up in lora.kind.pairs(lora.base, a, b):
@@ -46,7 +46,7 @@ def initialize(lora: Lora, config: LoraConfig) -> None:
 def _as_torch_does(lora: Lora) -> None:
     if lora.kind.lookup:
         with torch.no_grad():
-            for table in lora.pair():
+            for table in lora.held_pair():
                 table.normal_()
     else:
         lora.lora_A.reset_parameters()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -27,7 +28,15 @@ class Lora(Scaled):
     """y' = y + s B A drop(x), A ``[r, in]`` and B ``[out, r]``, s = lora_alpha / r (or / sqrt r).
 
     On convolutions A is a convolution with the base layer's geometry and B one of size 1. On embeddings A is a table
-    ``[r, tokens]``. Variants (DoRA, ...) are subclasses; :meth:`of` finds the one that a config asks for.
+    ``[r, tokens]``. Variants (DoRA, ...) are subclasses; :meth:`of` finds those that a config asks for. Several are
+    combined by inheritance, so a variant's hooks call ``super()`` where another may act on the same thing.
+
+    Attributes:
+        variants: the variants, in the order in which they wrap each other: the first is the outermost.
+        excludes: name of another variant's class -> why the two have no meaning together.
+        made_of: the variants that a combination is made of.
+        computes_pair: A and B are computed from what is held, see :meth:`pair`.
+        adds_product: the output is the base layer's and s B A drop(x), nothing else, so the fused kernels may give it.
     """
 
     lora_A = part(nn.ModuleDict)
@@ -44,7 +53,20 @@ class Lora(Scaled):
     lora_bias = setting()
 
     variants: ClassVar[list[type[Lora]]] = []
+    excludes: ClassVar[dict[str, str]] = {}
+    made_of: ClassVar[tuple[type[Lora], ...]] = ()
+    computes_pair: ClassVar[bool] = False
+    adds_product: ClassVar[bool] = True
     layer_base: ClassVar[Any] = ScaledLayer
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.computes_pair = cls.pair is not Lora.pair
+        cls.adds_product = (cls.output, cls.delta, cls.update) == (Lora.output, Lora.delta, Lora.update)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickles, which find no combination by its name."""
+        return _blank, (type(self).made_of or (type(self),),), (None, {"layer": self.layer, "name": self.name})
 
     @classmethod
     def asked_by(cls, config: LoraConfig) -> bool:
@@ -53,7 +75,7 @@ class Lora(Scaled):
 
     @classmethod
     def of(cls, config: LoraConfig) -> type[Lora]:
-        return next((variant for variant in cls.variants if variant.asked_by(config)), cls)
+        return combined(tuple(variant for variant in cls.variants if variant.asked_by(config)) or (cls,))
 
     @classmethod
     def refusal(cls, kind: Kind, module: nn.Module, config: LoraConfig) -> str | None:
@@ -67,8 +89,11 @@ class Lora(Scaled):
                     f"init_lora_weights='loftq' starts from a dense weight, and {storage.name} keeps this one; "
                     "use the default initialisation and then peft.replace_lora_weights_loftq"
                 )
-        variant = cls.of(config)
-        return variant.refuses(kind, module, config) if variant is not cls else None
+        asked = [variant for variant in cls.variants if variant.asked_by(config)]
+        reasons = [variant.refuses(kind, module, config) for variant in asked]
+        for variant in asked:
+            reasons += [variant.excludes.get(other.__name__) for other in asked]
+        return next((reason for reason in reasons if reason), None)
 
     @classmethod
     def refuses(cls, kind: Kind, module: nn.Module, config: LoraConfig) -> str | None:
@@ -98,21 +123,35 @@ class Lora(Scaled):
         else:
             self.lora_A, self.lora_B = self.kind.factor(self.base, r, bias)
 
-    def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tensors A and B."""
+    def held_pair(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tensors that are trained and saved as A and B."""
         if self.kind.lookup:
             return self.lora_embedding_A, self.lora_embedding_B
         return self.lora_A.weight, self.lora_B.weight
 
+    def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B of dW = s B A, shaped as plain LoRA's: those held, or what a variant makes of them."""
+        return self.held_pair()
+
     # --- the mathematics --------------------------------------------------------------------------------------
     def delta(self, x: torch.Tensor) -> torch.Tensor:
+        return self.update(x if self.kind.lookup else self.lora_dropout(x))
+
+    def update(self, x: torch.Tensor) -> torch.Tensor:
+        """s B A x, of an input after dropout."""
         if self.kind.lookup:
             a, b = self.pair()
             return self.kind.apply(self.base, x, a) @ b.T * self.scaling
-        return self.lora_B(self.lora_A(self.lora_dropout(x))) * self.scaling
+        if self.computes_pair:
+            a, b = self.pair()
+            return self.kind.up(self.base, self.kind.down(self.base, x, a), b) * self.scaling
+        return self.lora_B(self.lora_A(x)) * self.scaling
 
     def factors(self) -> Factors | None:
-        """The pair, or None where calling its parts does more than multiply."""
+        return self.product() if self.adds_product else None
+
+    def product(self) -> Factors | None:
+        """The update of a linear layer as factors; None where calling its parts does more than multiply."""
         modules, name = self.layer._modules, self.name
         down, up = modules["lora_A"]._modules.get(name), modules["lora_B"]._modules.get(name)
         if not (is_bare_linear(down) and is_bare_linear(up)):
@@ -120,6 +159,8 @@ class Lora(Scaled):
         rate = active_rate(modules["lora_dropout"]._modules[name])
         if rate is None or up._parameters["bias"] is not None:
             return None
+        if self.computes_pair:
+            return Factors(*self.pair(), self.layer.scaling[name], rate)
         return Factors(down._parameters["weight"], up._parameters["weight"], self.layer.scaling[name], rate)
 
     def delta_weight(self) -> torch.Tensor:
@@ -164,6 +205,24 @@ class Lora(Scaled):
             self.lora_B.weight.data.mul_(2)
 
 
+@functools.cache
+def combined(variants: tuple[type[Lora], ...]) -> type[Lora]:
+    """The class of adapters that are all of these variants at once; the first is the outermost."""
+    if len(variants) == 1:
+        return variants[0]
+    members = {
+        "__module__": Lora.__module__,
+        "__doc__": "All of these at once: " + ", ".join(variant.__name__ for variant in variants) + ".",
+        "made_of": variants,
+    }
+    return type("".join(variant.__name__ for variant in variants), variants, members)
+
+
+def _blank(variants: tuple[type[Lora], ...]) -> Lora:
+    cls = combined(variants)
+    return cls.__new__(cls)
+
+
 class TiedPair(Lora):
     """The head that shares its weight with an adapted embedding: the same update, transposed.
 
@@ -173,19 +232,16 @@ class TiedPair(Lora):
     def make_pair(self, config: LoraConfig) -> None:
         pass
 
-    def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
-        a, b = self.tied_to.pair()
+    def held_pair(self) -> tuple[torch.Tensor, torch.Tensor]:
+        a, b = self.tied_to.held_pair()
         return b.T, a.T
-
-    def factors(self) -> Factors | None:
-        return None
 
     def delta(self, x: torch.Tensor) -> torch.Tensor:
         a, b = self.pair()
         return self.lora_dropout(x).to(a.dtype) @ a.T @ b.T * self.scaling
 
     def state(self) -> Iterator[tuple[str, str, torch.Tensor]]:
-        a, b = self.pair()
+        a, b = self.held_pair()
         yield "lora_A.weight", "", a
         yield "lora_B.weight", "", b
 

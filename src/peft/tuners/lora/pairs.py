@@ -30,7 +30,7 @@ def pair_blocks(lora: Adapter) -> tuple[int, int]:
 
 def held_rank(lora: Lora) -> int:
     """The rank that the tensors of an adapter have room for."""
-    return lora.pair()[0].shape[0] // pair_blocks(lora)[0]
+    return lora.held_pair()[0].shape[0] // pair_blocks(lora)[0]
 
 
 def split_pair(lora: Lora, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,7 +43,7 @@ def split_pair(lora: Lora, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tens
 
 def join_pair(lora: Lora, down: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The inverse of :func:`split_pair`, with the trailing axes of the adapter's pair."""
-    a, b = lora.pair()
+    a, b = lora.held_pair()
     up = up.permute(1, 2, 0).flatten(1) if pair_blocks(lora)[0] > 1 else up.flatten(0, 1)
     return down.flatten(0, 1).reshape(-1, *a.shape[1:]), up.reshape(b.shape[0], -1, *b.shape[2:])
 
@@ -69,6 +69,6 @@ def without_padding(lora: Lora, saved: str, tensor: torch.Tensor) -> torch.Tenso
         return tensor.narrow(factor, 0, rank)
     if held_rank(lora) == rank:
         return tensor
-    pair = list(lora.pair())
+    pair = list(lora.held_pair())
     pair[factor] = tensor
     return of_rank(lora, rank, *pair)[factor]

@@ -1,0 +1,41 @@
+"""The containers of a layer: one for each part and setting of its adapters, keyed by adapter."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from peft.core.adapter import Adapter
+from peft.core.layer.buffers import BufferDict
+
+
+if TYPE_CHECKING:
+    from peft.core.layer.layer import BaseTunerLayer
+
+
+def names_held(cls: type[Adapter]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names of the containers of such adapters: those of tensors that train, and all others."""
+    parts = [(name, part) for part in cls.parts.values() for name in part.names]
+    trained = tuple(name for name, part in parts if part.container is not BufferDict)
+    frozen = tuple(name for name, part in parts if part.container is BufferDict)
+    return trained, (*frozen, *cls.settings)
+
+
+def make_room(layer: BaseTunerLayer, cls: type[Adapter]) -> None:
+    """Give a layer the containers that it lacks for such adapters: a variant may declare more than its method does."""
+    for part in cls.parts.values():
+        for name in part.names:
+            if name not in layer._modules:
+                layer._modules[name] = part.empty()
+    for name, setting in cls.settings.items():
+        place = layer._modules if issubclass(setting.container, nn.Module) else layer.__dict__
+        if name not in place:
+            place[name] = setting.empty()
+
+
+def make_more_room(layer: BaseTunerLayer, cls: type[Adapter]) -> None:
+    """The same for a variant; what it brings is named on the layer beside what the layer's class names."""
+    make_room(layer, cls)
+    for attribute, names in zip(("adapter_layer_names", "other_param_names"), names_held(cls)):
+        layer.__dict__[attribute] = tuple(dict.fromkeys((*getattr(layer, attribute), *names)))
