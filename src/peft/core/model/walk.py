@@ -98,8 +98,8 @@ def walk(model: nn.Module, repeated: bool = False) -> Iterator[Site]:
                 continue
             seen.add(id(module))
         children = module._modules
-        if isinstance(module, _WRAPPERS):
-            inner = inner_name(module)
+        inner = inner_name(module) if isinstance(module, _WRAPPERS) else None
+        if inner is not None:
             inside = children[inner] if inner in children else module.get_submodule(inner)
             stack.append((join(path, inner), key, inside, [*wrappers, (path, module)], above))
             continue
