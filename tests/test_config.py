@@ -465,7 +465,6 @@ REFUSED = {
     "corda_config": [{"corda_method": "kpm"}],
     "lora_ga_config": [{"direction": "ArBr"}],
     "use_qalora": [True],
-    "alora_invocation_tokens": [[1, 2]],
     "velora_config": [{"num_groups": 32}],
     "monteclora_config": [{"num_samples": 4}],
     "use_bdlora": [{"nblocks": 2}],

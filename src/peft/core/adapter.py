@@ -138,6 +138,7 @@ class Adapter:
         reversible: :meth:`unfold` undoes :meth:`fold`; otherwise the original weight is kept while merged.
         requires_dense_base: the forward computes with the dense base weight.
         any_module: it takes modules whole and needs to know no kind.
+        reads_tokens: its update depends on the token ids of the call, see :class:`peft.core.model.context.Context`.
         follows_ties: modules tied to a targeted embedding get the same adapter.
     """
 
@@ -156,6 +157,7 @@ class Adapter:
     reversible: ClassVar[bool] = True
     requires_dense_base: ClassVar[bool] = False
     any_module: ClassVar[bool] = False
+    reads_tokens: ClassVar[bool] = False
     follows_ties: ClassVar[bool] = False
     changes_input: ClassVar[bool] = False
 

@@ -24,7 +24,7 @@ from peft.config import (
     option,
 )
 from peft.utils.error import ConfigError
-from peft.utils.peft_types import PeftType
+from peft.utils.peft_types import PeftType, TaskType
 
 
 @dataclass
@@ -186,7 +186,6 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
         "corda_config": NotYet("Leave it out and use init_lora_weights=True.", starts=_any_value),
         "lora_ga_config": NotYet("Leave it out and use init_lora_weights=True.", starts=_any_value),
         "use_qalora": NotYet("Use plain LoRA on the quantised model: use_qalora=False."),
-        "alora_invocation_tokens": NotYet("Leave it out: the adapter is then active on all tokens."),
         "velora_config": NotYet(
             f"{_PLAIN_LORA} Gradient checkpointing saves activation memory, too.", starts=_any_value
         ),
@@ -247,7 +246,9 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
         None, "Options of VeLoRA. Not supported yet.", nested=VeloraConfig
     )
     alora_invocation_tokens: list[int] | None = option(
-        None, "Tokens from which on the adapter is active (aLoRA, arXiv 2504.12397). Not supported yet."
+        None,
+        "Token ids from whose last occurrence in a row on the adapter acts; before, and in rows without them, the model "
+        "is its base, whose cache it can share (aLoRA, arXiv 2504.12397). For causal language models.",
     )
     use_qalora: bool = option(False, "Whether inputs are pooled by quantisation group (QA-LoRA). Not supported yet.")
     qalora_group_size: int = option(16, "Features of a quantisation group of QA-LoRA.", minimum=1)
@@ -301,6 +302,21 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
             )
         if self.lora_bias and self.use_dora:
             raise ConfigError(f"{name}: lora_bias=True is not supported for DoRA, set use_dora=False.")
+        if (tokens := self.alora_invocation_tokens) is not None:
+            if (
+                not isinstance(tokens, (list, tuple))
+                or not tokens
+                or not all(type(i) is int and i >= 0 for i in tokens)
+            ):
+                raise ConfigError(
+                    f"{name}: alora_invocation_tokens must be a list of at least one token id, got {tokens!r}. The "
+                    "tokenizer gives it: tokenizer.encode(text, add_special_tokens=False)."
+                )
+            if self.task_type not in (None, TaskType.CAUSAL_LM):
+                raise ConfigError(
+                    f"{name}: alora_invocation_tokens needs a causal language model, in which what comes later does "
+                    f"not change the prefix; got task_type={self.task_type!r}. Leave the tokens out for other tasks."
+                )
         if self.init_lora_weights == "orthogonal":
             odd = [r for r in (self.r, *(self.rank_pattern or {}).values()) if r % 2]
             if odd:

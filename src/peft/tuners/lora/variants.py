@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from peft.core.layer.classes import check_names
+from peft.tuners.lora.alora import ALora
 from peft.tuners.lora.dora import Dora
 from peft.tuners.lora.layer import Lora, LoraLayer
 
 
-VARIANTS: tuple[type[Lora], ...] = (Dora,)
+VARIANTS: tuple[type[Lora], ...] = (ALora, Dora)
 
 for variant in VARIANTS:
     check_names(variant, LoraLayer)
