@@ -468,7 +468,6 @@ REFUSED = {
     "velora_config": [{"num_groups": 32}],
     "monteclora_config": [{"num_samples": 4}],
     "use_bdlora": [{"nblocks": 2}],
-    "arrow_config": [{"top_k": 2}],
     "kasa_config": [{"beta": 0.1}],
     "megatron_config": [{"hidden": 1}],
 }

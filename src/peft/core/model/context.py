@@ -78,7 +78,7 @@ class Context:
 
     @contextmanager
     def prompted(self, ids: Any) -> Iterator[None]:
-        """While ``generate`` goes on with these ids, ``[batch, tokens]``: what it adds changes no fact of the prompt."""
+        """While ``generate`` goes on with these ids, ``[batch, tokens]``; what it adds is no part of the prompt."""
         known = isinstance(ids, torch.Tensor) and ids.dim() == 2 and not ids.is_floating_point()
         outer, self.prompt = self.prompt, ids if known else None
         try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 
 ARGUMENTS = ("cache", "past_key_values", "past_key_value")
@@ -25,16 +24,12 @@ class Tokens(NamedTuple):
     Attributes:
         ids: what is known of the text so far, ``[batch, known]``, :data:`UNKNOWN` where it is not.
         before: how many tokens of it stand in the cache already; the call's own are the next.
-        count: how many are the call's own.
+        own: how many are the call's own.
     """
 
     ids: torch.Tensor
     before: int
-    count: int
-
-    def grown(self, own: torch.Tensor) -> torch.Tensor:
-        """The ids of the text up to the end of the call."""
-        return torch.cat([self.ids[:, : self.before], own], 1)
+    own: int
 
 
 def tokens_of(args: tuple, kwargs: dict[str, Any], prompt: torch.Tensor | None) -> Tokens | None:
@@ -55,7 +50,7 @@ def tokens_of(args: tuple, kwargs: dict[str, Any], prompt: torch.Tensor | None) 
         ids = prompt.to(own.device).repeat_interleave(max(1, len(own) // len(prompt)), 0)
         return Tokens(ids, before, own.shape[1])
     known = getattr(cache, "_peft_token_ids", own[:, :0])[:, :before].to(own.device)
-    if len(known) != len(own) and known.shape[1]:
+    if len(known) != len(own):
         if len(own) % len(known):
             raise ValueError(
                 f"the cache was filled by {len(known)} rows, and the call has {len(own)}, so it is not known which "
@@ -63,9 +58,7 @@ def tokens_of(args: tuple, kwargs: dict[str, Any], prompt: torch.Tensor | None) 
             )
         known = known.repeat_interleave(len(own) // len(known), 0)
     unseen = own.new_full((len(own), before - known.shape[1]), UNKNOWN)
-    return Tokens(
-        torch.cat([known[: len(own)] if known.shape[1] else own[:, :0], unseen, own], 1), before, own.shape[1]
-    )
+    return Tokens(torch.cat([known, unseen, own], 1), before, own.shape[1])
 
 
 def cache_of(kwargs: dict[str, Any]) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -73,8 +73,8 @@ class ALora(Lora):
         tokens = self.context.tokens
         if tokens is None:
             warnings.warn(
-                f"the model was called without token ids (input_ids), so the invocation tokens of {self.name!r} cannot "
-                "be found in its input, and the adapter does nothing in this call."
+                f"the model was called without token ids (input_ids), so the invocation tokens of {self.name!r} "
+                "cannot be found in its input, and the adapter does nothing in this call."
             )
             return y
         first, mask = self.span(tokens, x)
@@ -98,7 +98,7 @@ class ALora(Lora):
 
     def _span(self, tokens: Tokens, shape: tuple[int, ...], device: torch.device) -> Span:
         start = last_occurrence(tokens.ids, self.alora_invocation_tokens)
-        count, never = tokens.count, tokens.before + tokens.count
+        count, never = tokens.own, tokens.before + tokens.own
         start = torch.where(start < 0, never, start) - tokens.before  # among the call's own tokens
         rows = self.context.rows
         if len(shape) == 1:  # tokens laid out as rows
@@ -112,9 +112,8 @@ class ALora(Lora):
             acts = acts.flatten().to(device)
             return Span(0, acts if rows is None else acts[rows[0]])
         batch, length = shape
-        start = self.context.of_rows("the call", start, batch, device) - (
-            count - length
-        )  # some see the last ones only
+        skipped = count - length  # by layers that see the last tokens only
+        start = self.context.of_rows("input_ids", start, batch, device) - skipped
         first = min(max(int(start.min()), 0), length) if batch else 0
         acts = torch.arange(first, length, device=device) >= start[:, None]
         return Span(first, None if bool((start <= first).all()) else acts)

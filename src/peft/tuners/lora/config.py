@@ -96,11 +96,11 @@ class ArrowConfig(Options):
     """Arrow: routing of tokens over several LoRA adapters by their principal directions (arXiv 2405.11157)."""
 
     top_k: int = option(3, "How many adapters serve a token.", minimum=1)
-    router_temperature: float = option(1.0, "Temperature of the softmax over adapters.")
+    router_temperature: float = option(1.0, "Temperature of the softmax over adapters.", above=0)
     use_gks: bool = option(False, "Whether what adapters know in common is subtracted (GenKnowSub).")
     task_adapter_names: list[str] | None = option(None, "The adapters to route over.")
     gks_adapter_names: list[str] | None = option(None, "The adapters that hold the common knowledge.")
-    rng_seed: int | None = option(None, "Seed of the router's random draws.")
+    rng_seed: int | None = option(None, "Has no effect: directions are computed exactly, nothing is drawn.")
 
 
 @dataclass
@@ -191,7 +191,6 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
         ),
         "monteclora_config": NotYet(_PLAIN_LORA),
         "use_bdlora": NotYet(_PLAIN_LORA),
-        "arrow_config": NotYet("Name the adapter of each sample by `adapter_names` in the forward instead."),
         "kasa_config": NotYet(_PLAIN_LORA),
         "megatron_config": NotYet("Adapt the model in its transformers form, without Megatron layers."),
     }
@@ -247,8 +246,8 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
     )
     alora_invocation_tokens: list[int] | None = option(
         None,
-        "Token ids from whose last occurrence in a row on the adapter acts; before, and in rows without them, the model "
-        "is its base, whose cache it can share (aLoRA, arXiv 2504.12397). For causal language models.",
+        "Token ids from whose last occurrence in a row on the adapter acts; before, and in rows without them, the "
+        "model is its base, whose cache it can share (aLoRA, arXiv 2504.12397). For causal language models.",
     )
     use_qalora: bool = option(False, "Whether inputs are pooled by quantisation group (QA-LoRA). Not supported yet.")
     qalora_group_size: int = option(16, "Features of a quantisation group of QA-LoRA.", minimum=1)
@@ -272,7 +271,9 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
     use_bdlora: BdLoraConfig | None = option(
         None, "Options of block-diagonal LoRA. Not supported yet.", nested=BdLoraConfig
     )
-    arrow_config: ArrowConfig | None = option(None, "Options of Arrow. Not supported yet.", nested=ArrowConfig)
+    arrow_config: ArrowConfig | None = option(
+        None, "Options of an Arrow router; see create_arrow_model.", nested=ArrowConfig
+    )
     kasa_config: KasaConfig | None = option(None, "Options of KaSA. Not supported yet.", nested=KasaConfig)
     ensure_weight_tying: bool = option(
         False, "Whether adapters and trained copies of tied weights (embedding and head) stay tied."
