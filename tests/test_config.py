@@ -125,7 +125,6 @@ def test_enums_have_all_names():
 UNREAD = {
     "target_svd_config": "never did anything; a value given for it is told",
     "poly_type": "one choice",
-    "megatron_core": "goes with megatron_config, which is refused",
     "qalora_group_size": "goes with use_qalora, which is refused",
     "runtime_config": "its one option says that it has no effect",
     "shadow_hidden_size": "read with others as shadow_...",
@@ -469,7 +468,6 @@ REFUSED = {
     "monteclora_config": [{"num_samples": 4}],
     "use_bdlora": [{"nblocks": 2}],
     "kasa_config": [{"beta": 0.1}],
-    "megatron_config": [{"hidden": 1}],
 }
 
 

@@ -137,6 +137,7 @@ class Adapter:
         random_in_training: a training step draws random numbers, even without dropout.
         reversible: :meth:`unfold` undoes :meth:`fold`; otherwise the original weight is kept while merged.
         requires_dense_base: the forward computes with the dense base weight.
+        more_kinds: kinds of layers that it can adapt besides those of :mod:`peft.core.base.kinds`.
         any_module: it takes modules whole and needs to know no kind.
         reads_tokens: its update depends on the token ids of the call, see :class:`peft.core.model.context.Context`.
         follows_ties: modules tied to a targeted embedding get the same adapter.
@@ -156,6 +157,7 @@ class Adapter:
     random_in_training: ClassVar[bool] = False
     reversible: ClassVar[bool] = True
     requires_dense_base: ClassVar[bool] = False
+    more_kinds: ClassVar[tuple[Kind, ...]] = ()
     any_module: ClassVar[bool] = False
     reads_tokens: ClassVar[bool] = False
     follows_ties: ClassVar[bool] = False
@@ -259,10 +261,7 @@ class Adapter:
         return None
 
     def factors(self) -> Factors | None:
-        """dW of a linear layer as s B A with dropout on the input, or None where the adapter is something else.
-
-        A and B may be computed from the adapter's tensors; gradients flow through that.
-        """
+        """dW of a linear layer as s B A, which may be computed, with dropout on the input; None for anything else."""
         return None
 
     def stand_in(self) -> nn.Module | None:
@@ -278,7 +277,7 @@ class Adapter:
         return not self.reversible
 
     def clash(self, others: Sequence[Adapter]) -> str | None:
-        """Why it cannot be active, or merged, together with these, which hold their names in order; or None."""
+        """Why it cannot be active, or merged, together with these, or None."""
         return None
 
     def as_saved(self, saved: str, tensor: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:

@@ -35,7 +35,12 @@ def mixed(layer: BaseTunerLayer, names: tuple[str, ...], args: tuple, kwargs: di
     here = [adapter for adapter in adapters if adapter is not None]
     if not here and not kind.companions:
         return layer.base_layer(*args, **kwargs)
-    if kind.opaque or kind.whole or any(adapter.only_folds() or adapter.stand_in() is not None for adapter in here):
+    if (
+        kind.opaque
+        or kind.whole
+        or axis
+        or any(adapter.only_folds() or adapter.stand_in() is not None for adapter in here)
+    ):
         return split(layer, groups, args, kwargs)
     if len(args) == 1 and not kwargs and not is_plain():
         y = _grouped(layer, groups, adapters, args[0])

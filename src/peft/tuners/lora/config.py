@@ -192,7 +192,6 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
         "monteclora_config": NotYet(_PLAIN_LORA),
         "use_bdlora": NotYet(_PLAIN_LORA),
         "kasa_config": NotYet(_PLAIN_LORA),
-        "megatron_config": NotYet("Adapt the model in its transformers form, without Megatron layers."),
     }
 
     r: int = option(8, "Rank of the update: the width between A and B.", minimum=1)
@@ -224,8 +223,14 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
         choices=(*_INITS_NOW, *_INITS_LATER),
         pattern=_PISSA_STEPS,
     )
-    megatron_config: dict | None = option(None, "Arguments of Megatron's parallel layers. Not supported yet.")
-    megatron_core: str | None = option("megatron.core", "Module that Megatron's layers are imported from.")
+    megatron_config: dict | None = option(
+        None,
+        "Given, the parallel layers of Megatron-Core in the model can be adapted; A and B are made of such layers, "
+        "with the settings of the layer that they adapt.",
+    )
+    megatron_core: str | None = option(
+        "megatron.core", "The package that has the parallel layers, in its module tensor_parallel."
+    )
     trainable_token_indices: list[int] | dict[str, list[int]] | None = option(
         None,
         "Tokens whose embeddings are trained besides: their indices, or a dict of embedding module name -> indices.",

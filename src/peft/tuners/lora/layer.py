@@ -21,6 +21,7 @@ from peft.core.layer.scaled import ScaledLayer
 from peft.kernels import Factors, active_rate, is_bare_linear
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.initialize import initialize, is_drawn
+from peft.tuners.lora.megatron import PARALLEL, ParallelLinear
 from peft.tuners.lora.pairs import without_padding
 
 
@@ -58,6 +59,7 @@ class Lora(Scaled):
     computes_pair: ClassVar[bool] = False
     adds_product: ClassVar[bool] = True
     layer_base: ClassVar[Any] = ScaledLayer
+    more_kinds: ClassVar[tuple[Kind, ...]] = PARALLEL
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -90,6 +92,8 @@ class Lora(Scaled):
                     "use the default initialisation and then peft.replace_lora_weights_loftq"
                 )
         asked = [variant for variant in cls.variants if variant.asked_by(config)]
+        if isinstance(kind, ParallelLinear) and (reason := kind.refused(config, asked)):
+            return reason
         reasons = [variant.refuses(kind, module, config) for variant in asked]
         for variant in asked:
             reasons += [variant.excludes.get(other.__name__) for other in asked]

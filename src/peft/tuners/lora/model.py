@@ -6,6 +6,7 @@ import math
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import nn
 
 from peft.compat.methods import LoraCompat
 from peft.core.combine.combined import (
@@ -22,6 +23,7 @@ from peft.core.model.registry import define_tuner
 from peft.core.model.tuner import BaseTuner
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import Lora, LoraLayer
+from peft.tuners.lora.megatron import use_library
 from peft.tuners.lora.pairs import join_pair, pair_blocks, split_pair
 from peft.utils.error import nearest
 from peft.utils.merge_utils import prune, task_arithmetic, ties
@@ -73,6 +75,11 @@ CombinationType = Literal[
 
 class LoraTuner(LoraCompat, BaseTuner):
     """What LoRA can do to a whole model beyond any other method."""
+
+    def prepare_config(self, config: Any, model: nn.Module, keys: set[str] | None) -> None:
+        if config.megatron_config:
+            use_library(config.megatron_core)
+        super().prepare_config(config, model, keys)
 
     def add_weighted_adapter(
         self,
