@@ -66,6 +66,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lora[gaussian]": {"init_lora_weights": "gaussian"},
     "lora[orthogonal]": {"init_lora_weights": "orthogonal"},
     "lora[random]": {"init_lora_weights": False},
+    "lora[mica]": {"init_lora_weights": "mica"},
+    "lora[kasa]": {"kasa_config": {"beta": 0.1}},
     "ia3[feedforward]": {"feedforward_modules": r".*"},
     "oft[blocks]": {"r": 2, "oft_block_size": 0},
     "oft[exact]": {"use_cayley_neumann": False},
@@ -114,12 +116,15 @@ NOT_IDENTITY = {
     "c3a",
     "fourierft",
     "waveft[entries]",
-    *("lora[random]", "hira[random]", "hra[odd]", "hra[orthogonal]", "beft[random]"),
+    *("lora[random]", "lora[kasa]", "hira[random]", "hra[odd]", "hra[orthogonal]", "beft[random]"),
     *("deft[para]", "deft[random]", "glora[random]", "osf[random]", "adamss[random]", "frod[drawn]"),
     *("vblora", "boft[blocks]", "unilora", "unilora[indices]", "tinylora[tied]"),
 }
 """Rows whose fresh adapter is random by definition."""
 
+
+OF_LAYERS = {"lora[mica]", "lora[kasa]"}
+"""Variants of LoRA that mean something for whole layers only, not for bare parameters."""
 
 STRONGER = {"c3a": 5, "c3a[pattern]": 5}
 """Rows whose update is divided by the number of inputs: how much larger their numbers are made, to be seen at all."""
@@ -553,6 +558,18 @@ REFUSED = [
         "has no bias that BEFT could train",
         "a table has no bias",
         lambda m, p: m.name.startswith("beft") and p.kind == "Embedding",
+    ),
+    Refusal(
+        "adapt",
+        "target_parameters does not work with",
+        "what has no input or output of its own, or no single weight, has no place for these variants",
+        lambda m, p: m.name in OF_LAYERS and p.parameters,
+    ),
+    Refusal(
+        "adapt",
+        "no grouped kernel equals it",
+        "these variants decompose the weight that the pair changes, and a pair on a grouped convolution has none",
+        lambda m, p: m.name in ("lora[mica]", "lora[kasa]") and _grouped_pair(m, p),
     ),
     Refusal(
         "adapt",

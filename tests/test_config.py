@@ -460,7 +460,7 @@ def test_prompt_learning_base():
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 REFUSED = {
-    "init_lora_weights": ["pissa", "pissa_niter_16", "olora", "corda", "eva", "lora_ga", "mica"],
+    "init_lora_weights": ["pissa", "pissa_niter_16", "olora", "corda", "eva", "lora_ga"],
     "eva_config": [{}, {"rho": 3.0}, EvaConfig()],
     "corda_config": [{"corda_method": "kpm"}],
     "lora_ga_config": [{"direction": "ArBr"}],
@@ -470,7 +470,6 @@ REFUSED = {
     "monteclora_config": [{"num_samples": 4}],
     "use_bdlora": [{"nblocks": 2}],
     "arrow_config": [{"top_k": 2}],
-    "kasa_config": [{"beta": 0.1}],
     "megatron_config": [{"hidden": 1}],
 }
 

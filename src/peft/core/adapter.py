@@ -139,6 +139,7 @@ class Adapter:
         requires_dense_base: the forward computes with the dense base weight.
         any_module: it takes modules whole and needs to know no kind.
         follows_ties: modules tied to a targeted embedding get the same adapter.
+        frozen: parts that a variant holds constant, though its method trains them: saved as ever, never trained.
     """
 
     __slots__ = ("layer", "name")
@@ -157,6 +158,7 @@ class Adapter:
     requires_dense_base: ClassVar[bool] = False
     any_module: ClassVar[bool] = False
     follows_ties: ClassVar[bool] = False
+    frozen: ClassVar[frozenset[str]] = frozenset()
     changes_input: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -393,14 +395,13 @@ class Adapter:
             if value is not None:
                 yield declared.attribute(self.layer), declared, value
 
-    def parameters(self) -> Iterator[torch.Tensor]:
-        """The trained tensors, those in common with other layers included."""
-        for _, declared, value in self.held():
-            if declared.container is nn.ParameterDict:
-                yield value
-            elif declared.container is nn.ModuleDict:
-                yield from _tensors_that_train(value)
-        for name in type(self).common:
+    def parameters(self, constant: bool = False) -> Iterator[torch.Tensor]:
+        """The trained tensors, those in common with other layers included; ``constant``: the ``frozen`` ones instead."""
+        frozen = type(self).frozen
+        for attribute, declared, value in self.held():
+            if (attribute in frozen) is constant and declared.container is not BufferDict:
+                yield from _tensors_that_train(value) if isinstance(value, nn.Module) else (value,)
+        for name in () if constant else type(self).common:
             container = self.layer._modules.get(name)
             if container is not None and self.name in container:
                 value = container[self.name]

@@ -205,6 +205,9 @@ class BaseTunerLayer(ReadThrough):
     def adapter_parameters(self, name: str) -> Iterator[torch.Tensor]:
         return self.adapters[name].parameters() if name in self.adapters else iter(())
 
+    def adapter_constants(self, name: str) -> Iterator[torch.Tensor]:
+        return self.adapters[name].parameters(constant=True) if name in self.adapters else iter(())
+
     def adapter_state(self, name: str) -> Iterator[tuple[str, str, torch.Tensor]]:
         return self.adapters[name].state() if name in self.adapters else iter(())
 

@@ -147,10 +147,13 @@ class MontecloraConfig(Options):
     buffer_size: int = option(150, "How many noise tensors are drawn ahead.", minimum=1)
 
 
-_INITS_NOW = (True, False, "gaussian", "orthogonal", "loftq")
-_INITS_LATER = ("pissa", "olora", "corda", "eva", "lora_ga", "mica")
+_INITS_NOW = (True, False, "gaussian", "orthogonal", "loftq", "mica")
+_INITS_LATER = ("pissa", "olora", "corda", "eva", "lora_ga")
 _PISSA_STEPS = r"pissa_niter_\d+"
 _PLAIN_LORA = "Leave it out to train LoRA without it."
+
+
+_OF_LAYERS = ("lora_dropout", "use_dora", "lora_bias", "kasa_config")
 
 
 def _needs_later_init(value: Any) -> bool:
@@ -178,7 +181,7 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
     OWN_BIAS: ClassVar[str] = "lora_only"
     NOT_YET: ClassVar[dict[str, NotYet]] = {
         "init_lora_weights": NotYet(
-            "Use True, False, 'gaussian', 'orthogonal' or 'loftq'.",
+            "Use True, False, 'gaussian', 'orthogonal', 'loftq' or 'mica'.",
             _needs_later_init,
             _only_starts,
         ),
@@ -193,7 +196,6 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
         "monteclora_config": NotYet(_PLAIN_LORA),
         "use_bdlora": NotYet(_PLAIN_LORA),
         "arrow_config": NotYet("Name the adapter of each sample by `adapter_names` in the forward instead."),
-        "kasa_config": NotYet(_PLAIN_LORA),
         "megatron_config": NotYet("Adapt the model in its transformers form, without Megatron layers."),
     }
 
@@ -220,9 +222,9 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
         True,
         "How A and B start. True: A uniform, B zero. 'gaussian': A normal, B zero. 'orthogonal': random rows of one "
         "orthogonal matrix for both, for even ranks. False: both random, so the adapter changes the output from the "
-        "start; for tests. 'loftq': the weight is rounded to few bits, and the pair fits the rest. 'pissa', "
-        "'pissa_niter_<n>', 'olora', 'corda', 'eva', 'lora_ga' and 'mica' are "
-        "known, but not supported yet.",
+        "start; for tests. 'loftq': the weight is rounded to few bits, and the pair fits the rest. 'mica': B holds "
+        "the weight's smallest left singular vectors and stays so, A starts at zero (arXiv 2604.01694). 'pissa', "
+        "'pissa_niter_<n>', 'olora', 'corda', 'eva' and 'lora_ga' are known, but not supported yet.",
         choices=(*_INITS_NOW, *_INITS_LATER),
         pattern=_PISSA_STEPS,
     )
@@ -272,7 +274,12 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
         None, "Options of block-diagonal LoRA. Not supported yet.", nested=BdLoraConfig
     )
     arrow_config: ArrowConfig | None = option(None, "Options of Arrow. Not supported yet.", nested=ArrowConfig)
-    kasa_config: KasaConfig | None = option(None, "Options of KaSA. Not supported yet.", nested=KasaConfig)
+    kasa_config: KasaConfig | None = option(
+        None,
+        "Options of KaSA, which leaves out what is smallest in the weight and weighs the update by trained singular "
+        "values (arXiv 2412.06071).",
+        nested=KasaConfig,
+    )
     ensure_weight_tying: bool = option(
         False, "Whether adapters and trained copies of tied weights (embedding and head) stay tied."
     )
@@ -308,12 +315,16 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
         self.target_parameters = name_list_of(self, "target_parameters")
         if self.target_parameters:
             # the update is added to the parameter itself: there is no input to drop and no output to shift or scale
-            for field in ("lora_dropout", "use_dora", "lora_bias", "fan_in_fan_out"):
-                if getattr(self, field):
-                    raise ConfigError(
-                        f"{name}: target_parameters does not work with {field}={getattr(self, field)!r}. Leave "
-                        f"{field} out, or adapt these parameters in an adapter of their own."
-                    )
+            if field := self.needs_a_layer() or ("fan_in_fan_out" if self.fan_in_fan_out else None):
+                raise ConfigError(
+                    f"{name}: target_parameters does not work with {field}={getattr(self, field)!r}. Leave "
+                    f"{field} out, or adapt these parameters in an adapter of their own."
+                )
+
+    def needs_a_layer(self) -> str | None:
+        """The first field with a value that means something for whole layers only, not for bare parameters; or None."""
+        asked = (name for name in _OF_LAYERS if getattr(self, name))
+        return next(asked, "init_lora_weights" if self.init_lora_weights == "mica" else None)
 
     def _check_tokens(self) -> None:
         tokens = self.trainable_token_indices

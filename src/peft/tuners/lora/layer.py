@@ -37,6 +37,7 @@ class Lora(Scaled):
         made_of: the variants that a combination is made of.
         computes_pair: A and B are computed from what is held, see :meth:`pair`.
         adds_product: the output is the base layer's and s B A drop(x), nothing else, so the fused kernels may give it.
+        agrees: hooks of a variant that give the same wherever :meth:`product` gives factors.
     """
 
     lora_A = part(nn.ModuleDict)
@@ -57,12 +58,14 @@ class Lora(Scaled):
     made_of: ClassVar[tuple[type[Lora], ...]] = ()
     computes_pair: ClassVar[bool] = False
     adds_product: ClassVar[bool] = True
+    agrees: ClassVar[frozenset[str]] = frozenset()
     layer_base: ClassVar[Any] = ScaledLayer
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.computes_pair = cls.pair is not Lora.pair
-        cls.adds_product = (cls.output, cls.delta, cls.update) == (Lora.output, Lora.delta, Lora.update)
+        cls.computes_pair = (cls.pair, cls.acting_pair) != (Lora.pair, Lora.acting_pair)
+        changed = (name for name in ("output", "delta", "update") if getattr(cls, name) is not getattr(Lora, name))
+        cls.adds_product = cls.agrees.issuperset(changed)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For pickles, which find no combination by its name."""
@@ -133,6 +136,10 @@ class Lora(Scaled):
         """A and B of dW = s B A, shaped as plain LoRA's: those held, or what a variant makes of them."""
         return self.held_pair()
 
+    def acting_pair(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B in this forward, which a variant may draw anew while it trains; no weight has that in it."""
+        return self.pair()
+
     # --- the mathematics --------------------------------------------------------------------------------------
     def delta(self, x: torch.Tensor) -> torch.Tensor:
         return self.update(x if self.kind.lookup else self.lora_dropout(x))
@@ -140,11 +147,11 @@ class Lora(Scaled):
     def update(self, x: torch.Tensor) -> torch.Tensor:
         """s B A x, of an input after dropout."""
         if self.kind.lookup:
-            a, b = self.pair()
+            a, b = self.acting_pair()
             return self.kind.apply(self.base, x, a) @ b.T * self.scaling
         if self.computes_pair:
-            a, b = self.pair()
-            return self.kind.up(self.base, self.kind.down(self.base, x, a), b) * self.scaling
+            a, b = self.acting_pair()
+            return self.kind.up(self.base, self.kind.down(self.base, x, a), b.flatten(1)) * self.scaling
         return self.lora_B(self.lora_A(x)) * self.scaling
 
     def factors(self) -> Factors | None:
@@ -160,7 +167,7 @@ class Lora(Scaled):
         if rate is None or up._parameters["bias"] is not None:
             return None
         if self.computes_pair:
-            return Factors(*self.pair(), self.layer.scaling[name], rate)
+            return Factors(*self.acting_pair(), self.layer.scaling[name], rate)
         return Factors(down._parameters["weight"], up._parameters["weight"], self.layer.scaling[name], rate)
 
     def delta_weight(self) -> torch.Tensor:
