@@ -139,7 +139,7 @@ class Adapter:
         requires_dense_base: the forward computes with the dense base weight.
         any_module: it takes modules whole and needs to know no kind.
         follows_ties: modules tied to a targeted embedding get the same adapter.
-        frozen: parts that a variant holds constant, though its method trains them: saved as ever, never trained.
+        untrained: parts that a variant holds constant, though its method trains them: saved as ever, never trained.
     """
 
     __slots__ = ("layer", "name")
@@ -158,7 +158,7 @@ class Adapter:
     requires_dense_base: ClassVar[bool] = False
     any_module: ClassVar[bool] = False
     follows_ties: ClassVar[bool] = False
-    frozen: ClassVar[frozenset[str]] = frozenset()
+    untrained: ClassVar[frozenset[str]] = frozenset()
     changes_input: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -271,6 +271,10 @@ class Adapter:
 
     def unmergeable(self) -> str | None:
         """Why the adapter cannot become part of the weight, or None."""
+        return None
+
+    def group_change(self) -> tuple[torch.Tensor, int] | None:
+        """dW ``[out, in / size]`` and size, where it is the same for all inputs of a group and all that changes."""
         return None
 
     def keeps_base(self) -> bool:
@@ -395,13 +399,12 @@ class Adapter:
             if value is not None:
                 yield declared.attribute(self.layer), declared, value
 
-    def parameters(self, constant: bool = False) -> Iterator[torch.Tensor]:
-        """The trained tensors, those in common with other layers included; ``constant``: the ``frozen`` ones instead."""
-        frozen = type(self).frozen
+    def parameters(self) -> Iterator[torch.Tensor]:
+        """The trained tensors, those in common with other layers included."""
         for attribute, declared, value in self.held():
-            if (attribute in frozen) is constant and declared.container is not BufferDict:
+            if attribute not in type(self).untrained and declared.container is not BufferDict:
                 yield from _tensors_that_train(value) if isinstance(value, nn.Module) else (value,)
-        for name in () if constant else type(self).common:
+        for name in type(self).common:
             container = self.layer._modules.get(name)
             if container is not None and self.name in container:
                 value = container[self.name]
@@ -410,10 +413,8 @@ class Adapter:
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All tensors on which it depends here, those too that the layers share or that no file holds."""
         held = [(attribute, value) for attribute, _, value in self.held()]
-        for name in type(self).common:
-            container: Any = getattr(self.layer, name, None) or {}
-            if self.name in container:
-                held.append((name, container[self.name]))
+        of_all: Any = ((name, getattr(self.layer, name, None) or {}) for name in type(self).common)
+        held += [(name, container[self.name]) for name, container in of_all if self.name in container]
         for attribute, value in held:
             if isinstance(value, nn.Module):
                 for sub, tensor in value.state_dict(keep_vars=True).items():

@@ -112,6 +112,15 @@ class BdLoraConfig(Options):
     nblocks: int = option(1, "How many blocks.", minimum=1)
     match_strict: bool = option(True, "Whether every adapted module has to be in one of the two lists.")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        both = sorted({*(self.target_modules_bd_a or ())} & {*(self.target_modules_bd_b or ())})
+        if both:
+            raise ConfigError(
+                f"BdLoraConfig: {both} are in target_modules_bd_a and in target_modules_bd_b. One of A and B is made "
+                "of blocks, the other reads, or writes, all of them; name each module once."
+            )
+
 
 @dataclass
 class KasaConfig(Options):
@@ -140,20 +149,24 @@ class MontecloraConfig(Options):
     """MonteCLoRA: low-rank factors drawn from a learned distribution (arXiv 2411.04358)."""
 
     num_samples: int = option(8, "How many samples are drawn and mixed.", minimum=1)
-    use_entropy: bool = option(False, "Whether the loss rewards entropy of the mixture.")
+    use_entropy: bool = option(False, "Whether the sum of the squared weights of the mixture is part of the loss.")
     dirichlet_prior: float = option(0.1, "Concentration of the Dirichlet prior of the mixture.")
     sample_scaler: float = option(1e-4, "Scale of the samples.")
     kl_loss_weight: float = option(1e-5, "Weight of the divergence from the prior in the loss.")
-    buffer_size: int = option(150, "How many noise tensors are drawn ahead.", minimum=1)
+    buffer_size: int = option(
+        150, "Has no effect: noise is drawn in the forward, so a seed and gradient checkpointing repeat it.", minimum=1
+    )
 
 
 _INITS_NOW = (True, False, "gaussian", "orthogonal", "loftq", "mica")
 _INITS_LATER = ("pissa", "olora", "corda", "eva", "lora_ga")
 _PISSA_STEPS = r"pissa_niter_\d+"
-_PLAIN_LORA = "Leave it out to train LoRA without it."
 
 
-_OF_LAYERS = ("lora_dropout", "use_dora", "lora_bias", "kasa_config")
+_OF_LAYERS = (
+    *("lora_dropout", "use_dora", "lora_bias", "kasa_config"),
+    *("use_bdlora", "use_qalora", "monteclora_config", "velora_config"),
+)
 
 
 def _needs_later_init(value: Any) -> bool:
@@ -188,13 +201,7 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
         "eva_config": NotYet("Leave it out and use init_lora_weights=True.", starts=_any_value),
         "corda_config": NotYet("Leave it out and use init_lora_weights=True.", starts=_any_value),
         "lora_ga_config": NotYet("Leave it out and use init_lora_weights=True.", starts=_any_value),
-        "use_qalora": NotYet("Use plain LoRA on the quantised model: use_qalora=False."),
         "alora_invocation_tokens": NotYet("Leave it out: the adapter is then active on all tokens."),
-        "velora_config": NotYet(
-            f"{_PLAIN_LORA} Gradient checkpointing saves activation memory, too.", starts=_any_value
-        ),
-        "monteclora_config": NotYet(_PLAIN_LORA),
-        "use_bdlora": NotYet(_PLAIN_LORA),
         "arrow_config": NotYet("Name the adapter of each sample by `adapter_names` in the forward instead."),
         "megatron_config": NotYet("Adapt the model in its transformers form, without Megatron layers."),
     }
@@ -246,15 +253,24 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
         "until merged.",
     )
     velora_config: VeloraConfig | dict | None = option(
-        None, "Options of VeLoRA. Not supported yet.", nested=VeloraConfig
+        None,
+        "Options of VeLoRA, which keeps far less of the activations for the backward pass (arXiv 2405.17991).",
+        nested=VeloraConfig,
     )
     alora_invocation_tokens: list[int] | None = option(
         None, "Tokens from which on the adapter is active (aLoRA, arXiv 2504.12397). Not supported yet."
     )
-    use_qalora: bool = option(False, "Whether inputs are pooled by quantisation group (QA-LoRA). Not supported yet.")
+    use_qalora: bool = option(
+        False,
+        "Whether A reads inputs pooled by quantisation group, so that merging moves zero points and rounds nothing "
+        "where they are floating point (QA-LoRA, arXiv 2309.14717).",
+    )
     qalora_group_size: int = option(16, "Features of a quantisation group of QA-LoRA.", minimum=1)
     monteclora_config: MontecloraConfig | None = option(
-        None, "Options of MonteCLoRA. Not supported yet.", nested=MontecloraConfig
+        None,
+        "Options of MonteCLoRA, whose training draws A from a learned mixture (arXiv 2411.04358). Its loss has one "
+        "more part: peft.helpers.MontecloraTrainerMixin adds it.",
+        nested=MontecloraConfig,
     )
     layer_replication: list[tuple[int, int]] | None = option(
         None,
@@ -271,7 +287,10 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
         "'mlp.experts.gate_up_proj'.",
     )
     use_bdlora: BdLoraConfig | None = option(
-        None, "Options of block-diagonal LoRA. Not supported yet.", nested=BdLoraConfig
+        None,
+        "Options of block-diagonal LoRA, whose shards on a tensor-parallel server need no further exchange (arXiv "
+        "2510.23346).",
+        nested=BdLoraConfig,
     )
     arrow_config: ArrowConfig | None = option(None, "Options of Arrow. Not supported yet.", nested=ArrowConfig)
     kasa_config: KasaConfig | None = option(
@@ -322,7 +341,7 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
                 )
 
     def needs_a_layer(self) -> str | None:
-        """The first field with a value that means something for whole layers only, not for bare parameters; or None."""
+        """The first field whose value means something for whole layers only, not for bare parameters; or None."""
         asked = (name for name in _OF_LAYERS if getattr(self, name))
         return next(asked, "init_lora_weights" if self.init_lora_weights == "mica" else None)
 

@@ -37,6 +37,7 @@ class Lora(Scaled):
         made_of: the variants that a combination is made of.
         computes_pair: A and B are computed from what is held, see :meth:`pair`.
         adds_product: the output is the base layer's and s B A drop(x), nothing else, so the fused kernels may give it.
+        fixed_rank: zeros cannot fill its tensors up to a larger rank, so only files of its rank take their place.
         agrees: hooks of a variant that give the same wherever :meth:`product` gives factors.
     """
 
@@ -58,6 +59,7 @@ class Lora(Scaled):
     made_of: ClassVar[tuple[type[Lora], ...]] = ()
     computes_pair: ClassVar[bool] = False
     adds_product: ClassVar[bool] = True
+    fixed_rank: ClassVar[bool] = False
     agrees: ClassVar[frozenset[str]] = frozenset()
     layer_base: ClassVar[Any] = ScaledLayer
 
@@ -151,8 +153,13 @@ class Lora(Scaled):
             return self.kind.apply(self.base, x, a) @ b.T * self.scaling
         if self.computes_pair:
             a, b = self.acting_pair()
-            return self.kind.up(self.base, self.kind.down(self.base, x, a), b.flatten(1)) * self.scaling
+            return self.raised(self.kind.down(self.base, x, a), b) * self.scaling
         return self.lora_B(self.lora_A(x)) * self.scaling
+
+    def raised(self, h: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """B h with the bias of B, for a B that is computed."""
+        y = self.kind.up(self.base, h, b.flatten(1))
+        return y + self.along_channels(self.lora_B.bias) if self.lora_bias else y
 
     def factors(self) -> Factors | None:
         return self.product() if self.adds_product else None

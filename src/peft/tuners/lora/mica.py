@@ -35,7 +35,7 @@ class Mica(Lora):
     saved like any other, and what is loaded is what was saved: there is no second decomposition.
     """
 
-    frozen: ClassVar[frozenset[str]] = frozenset({"lora_B", "lora_embedding_B"})
+    untrained: ClassVar[frozenset[str]] = frozenset({"lora_B", "lora_embedding_B"})
 
     @classmethod
     def asked_by(cls, config: LoraConfig) -> bool:

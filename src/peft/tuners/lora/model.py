@@ -71,7 +71,10 @@ CombinationType = Literal[
 ]
 
 
-PLAIN: dict[str, Any] = {"kasa_config": None}
+PLAIN: dict[str, Any] = {
+    **dict.fromkeys(("kasa_config", "use_bdlora", "monteclora_config", "velora_config")),
+    **dict.fromkeys(("use_qalora", "use_rslora"), False),
+}
 """Fields of variants that a weighted sum does not have: A and B that the mathematics uses are a plain pair."""
 
 
@@ -118,7 +121,7 @@ class LoraTuner(LoraCompat, BaseTuner):
         self._check_combination(adapters, combination_type, svd_rank, svd_clamp, density)
         rank = self._combined_rank(adapters, combination_type, svd_rank)
         bias = any(self.peft_config[name].lora_bias for name in adapters)
-        changes = {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, **PLAIN}
+        changes = {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}, **PLAIN}
         config = combined_config(self, adapters, lora_bias=bias, **changes)
         way = WAYS[combination_type]
         mixer = Mixer(way, combination_type == "cat", density, majority_sign_method, svd_clamp, svd_driver)
