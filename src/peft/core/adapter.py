@@ -35,8 +35,7 @@ class part:
     Read from an adapter it is what that adapter holds, None where it has none; what is assigned is stored.
 
     Args:
-        container: ``nn.ParameterDict`` for a trained tensor, ``nn.ModuleDict`` for a module, ``BufferDict`` for a
-            frozen tensor.
+        container: ``nn.ParameterDict`` for a trained tensor, ``nn.ModuleDict`` a module, ``BufferDict`` a frozen one.
         table: the name that it has at tables of embeddings, if another.
         remade: no file holds it: :meth:`Adapter.loaded` makes it from the config, the base and the other parts.
         bare: its module holds a single ``weight``, saved under the bare name.
@@ -141,6 +140,7 @@ class Adapter:
         any_module: it takes modules whole and needs to know no kind.
         reads_tokens: its update depends on the token ids of the call, see :class:`peft.core.model.context.Context`.
         follows_ties: modules tied to a targeted embedding get the same adapter.
+        untrained: parts that a variant holds constant, though its method trains them: saved as ever, never trained.
     """
 
     __slots__ = ("layer", "name")
@@ -161,6 +161,7 @@ class Adapter:
     any_module: ClassVar[bool] = False
     reads_tokens: ClassVar[bool] = False
     follows_ties: ClassVar[bool] = False
+    untrained: ClassVar[frozenset[str]] = frozenset()
     changes_input: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -270,6 +271,10 @@ class Adapter:
 
     def unmergeable(self) -> str | None:
         """Why the adapter cannot become part of the weight, or None."""
+        return None
+
+    def group_change(self) -> tuple[torch.Tensor, int] | None:
+        """dW ``[out, in / size]`` and size, where it is the same for all inputs of a group and all that changes."""
         return None
 
     def keeps_base(self) -> bool:
@@ -396,11 +401,9 @@ class Adapter:
 
     def parameters(self) -> Iterator[torch.Tensor]:
         """The trained tensors, those in common with other layers included."""
-        for _, declared, value in self.held():
-            if declared.container is nn.ParameterDict:
-                yield value
-            elif declared.container is nn.ModuleDict:
-                yield from _tensors_that_train(value)
+        for attribute, declared, value in self.held():
+            if attribute not in type(self).untrained and declared.container is not BufferDict:
+                yield from _tensors_that_train(value) if isinstance(value, nn.Module) else (value,)
         for name in type(self).common:
             container = self.layer._modules.get(name)
             if container is not None and self.name in container:
@@ -410,10 +413,8 @@ class Adapter:
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All tensors on which it depends here, those too that the layers share or that no file holds."""
         held = [(attribute, value) for attribute, _, value in self.held()]
-        for name in type(self).common:
-            container: Any = getattr(self.layer, name, None) or {}
-            if self.name in container:
-                held.append((name, container[self.name]))
+        of_all: Any = ((name, getattr(self.layer, name, None) or {}) for name in type(self).common)
+        held += [(name, container[self.name]) for name, container in of_all if self.name in container]
         for attribute, value in held:
             if isinstance(value, nn.Module):
                 for sub, tensor in value.state_dict(keep_vars=True).items():

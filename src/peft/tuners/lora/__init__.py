@@ -1,7 +1,8 @@
 """LoRA: W' = W + s B A, a low-rank update of a frozen weight (Hu et al. 2021, arXiv 2106.09685), and its relatives."""
 
 from peft.tuners.lora.alora import ALora
-from peft.tuners.lora.arrow import Arrow, create_arrow_model
+from peft.tuners.lora.arrow import Arrow
+from peft.tuners.lora.arrow_model import create_arrow_model
 from peft.tuners.lora.config import (
     ArrowConfig,
     BdLoraConfig,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -12,8 +12,7 @@ from torch import nn
 from peft.core.adapter import setting
 from peft.core.base.kinds import Kind
 from peft.core.combine.combined import resized
-from peft.core.model.walk import layers_of
-from peft.tuners.lora.config import ArrowConfig, LoraConfig
+from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.initialize import is_drawn
 from peft.tuners.lora.layer import Lora
 from peft.tuners.lora.norm_cache import stamp_of
@@ -97,8 +96,9 @@ class Arrow(Lora):
 
     arrow_config = setting()
     arrow_experts = setting()
+    untrained: ClassVar[frozenset[str]] = frozenset({"lora_A", "lora_B"})
     excludes: ClassVar[dict[str, str]] = dict.fromkeys(
-        ("Dora",),
+        ("Dora", "Kasa", "VeLora", "MonteCLora", "BdLora", "QaLora", "Mica"),
         "an Arrow router has no update of its own that another variant could change; the adapters that it routes over "
         "are made before it",
     )
@@ -120,9 +120,6 @@ class Arrow(Lora):
         self.arrow_config = config.arrow_config
         for tensor in self.held_pair():
             tensor.requires_grad_(False)
-
-    def parameters(self) -> Iterator[torch.Tensor]:
-        return iter(())
 
     def delta(self, x: torch.Tensor) -> torch.Tensor:
         options = self.arrow_config
@@ -173,56 +170,3 @@ class Arrow(Lora):
 
     def unmergeable(self) -> str | None:
         return "Arrow chooses its adapters anew for each token, so no one weight equals it. Keep the adapter unmerged."
-
-
-def create_arrow_model(
-    base_model: nn.Module,
-    task_specific_adapter_paths: list[str],
-    arrow_config: ArrowConfig,
-    general_adapter_paths: list[str] | None = None,
-    **adapter_kwargs: Any,
-) -> Any:
-    """A model that routes each token over LoRA adapters from files, without training.
-
-    The adapters are called ``task_0``, ``task_1``, ..., the general ones ``gks_0``, ..., the active router
-    ``arrow_router``. Their ranks may differ.
-
-    Args:
-        base_model: the model that they were trained on; changed in place.
-        task_specific_adapter_paths: folder or repository of each adapter to route over.
-        arrow_config: the router's options; the names of adapters in it are filled in.
-        general_adapter_paths: adapters whose mean is subtracted from each of the others, for ``use_gks``.
-        adapter_kwargs: arguments of ``PeftModel.from_pretrained`` and ``load_adapter``.
-
-    Raises:
-        ValueError: without adapters, without general ones where ``use_gks`` asks for them, or if one is no LoRA on
-            linear layers.
-
-    Example:
-        >>> model = create_arrow_model(base, ["./law", "./code", "./chat"], ArrowConfig(top_k=2))
-        >>> model.generate(**inputs)
-    """
-    from peft.peft_model import PeftModel
-
-    if not task_specific_adapter_paths:
-        raise ValueError("task_specific_adapter_paths is empty: give the folders of the adapters to route over.")
-    if arrow_config.use_gks and not general_adapter_paths:
-        raise ValueError("use_gks=True subtracts general adapters: give their folders as general_adapter_paths.")
-    paths = {f"task_{i}": path for i, path in enumerate(task_specific_adapter_paths)}
-    general = {
-        f"gks_{i}": path for i, path in enumerate((general_adapter_paths or ()) if arrow_config.use_gks else ())
-    }
-    (first, path), *rest = {**paths, **general}.items()
-    model = PeftModel.from_pretrained(base_model, path, adapter_name=first, **adapter_kwargs)
-    for name, path in rest:
-        model.load_adapter(path, adapter_name=name, **adapter_kwargs)
-    arrow_config.task_adapter_names, arrow_config.gks_adapter_names = list(paths), list(general)
-    configs: list[Any] = [model.peft_config[name] for name in paths]
-    targets = configs[0].target_modules
-    if any(config.target_modules != targets for config in configs):
-        targets = {key for key, layer in layers_of(model.get_base_model()) if any(name in layer for name in paths)}
-    kept = ("r", "lora_alpha", "use_rslora", "task_type", "base_model_name_or_path", "fan_in_fan_out")
-    fields = {name: getattr(configs[0], name) for name in kept}
-    model.add_adapter("arrow_router", LoraConfig(**fields, target_modules=targets, arrow_config=arrow_config))
-    model.set_adapter("arrow_router")
-    return model
