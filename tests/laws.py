@@ -66,6 +66,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lora[gaussian]": {"init_lora_weights": "gaussian"},
     "lora[orthogonal]": {"init_lora_weights": "orthogonal"},
     "lora[random]": {"init_lora_weights": False},
+    "lora[mica]": {"init_lora_weights": "mica"},
+    "lora[kasa]": {"kasa_config": {"beta": 0.1}},
+    "lora[bdlora]": {"use_bdlora": {"target_modules_bd_b": [".*"], "nblocks": 2}},
+    "lora[bdlora-a]": {"use_bdlora": {"target_modules_bd_a": [".*"], "nblocks": 4}},
+    "lora[qalora]": {"use_qalora": True, "qalora_group_size": 4},
+    "lora[velora]": {"velora_config": {"num_groups": 3, "init_type": "random"}},
+    "lora[monteclora]": {"monteclora_config": {"num_samples": 3}},
     "ia3[feedforward]": {"feedforward_modules": r".*"},
     "oft[blocks]": {"r": 2, "oft_block_size": 0},
     "oft[exact]": {"use_cayley_neumann": False},
@@ -114,12 +121,18 @@ NOT_IDENTITY = {
     "c3a",
     "fourierft",
     "waveft[entries]",
-    *("lora[random]", "hira[random]", "hra[odd]", "hra[orthogonal]", "beft[random]"),
+    *("lora[random]", "lora[kasa]", "hira[random]", "hra[odd]", "hra[orthogonal]", "beft[random]"),
     *("deft[para]", "deft[random]", "glora[random]", "osf[random]", "adamss[random]", "frod[drawn]"),
     *("vblora", "boft[blocks]", "unilora", "unilora[indices]", "tinylora[tied]"),
 }
 """Rows whose fresh adapter is random by definition."""
 
+
+OF_MATRICES = {"lora[bdlora]", "lora[bdlora-a]", "lora[qalora]", "lora[velora]"}
+"""Variants of LoRA on linear layers only: they cut, pool or keep the features of an input."""
+
+OF_LAYERS = {"lora[mica]", "lora[kasa]", "lora[monteclora]", *OF_MATRICES}
+"""Variants of LoRA that mean something for whole layers only, not for bare parameters."""
 
 STRONGER = {"c3a": 5, "c3a[pattern]": 5}
 """Rows whose update is divided by the number of inputs: how much larger their numbers are made, to be seen at all."""
@@ -127,6 +140,7 @@ STRONGER = {"c3a": 5, "c3a[pattern]": 5}
 HELD_CONSTANT = {
     "deft": "on which side of relu's kink an entry of P is",
     "lora[dora]": "the norm of W + dW",
+    "lora[velora]": "inputs, as what they project on",
     "oft[constrained]": "the projection onto the ball",
     "osf": "the gradient's part along the frozen directions is left out",
     "osf[random]": "the same",
@@ -529,6 +543,10 @@ def _grouped_pair(method: Method, place: Place) -> bool:
     return "groups" in place.name and method.name.partition("[")[0] == "lora"
 
 
+def _read(method: Method, place: Place) -> bool:
+    return method.name == "lora[velora]" and place.name == "Linear[out_proj]"
+
+
 REFUSED = [
     Refusal(
         "adapt",
@@ -553,6 +571,30 @@ REFUSED = [
         "has no bias that BEFT could train",
         "a table has no bias",
         lambda m, p: m.name.startswith("beft") and p.kind == "Embedding",
+    ),
+    Refusal(
+        "adapt",
+        "target_parameters does not work with",
+        "what has no input or output of its own, or no single weight, has no place for these variants",
+        lambda m, p: m.name in OF_LAYERS and p.parameters,
+    ),
+    Refusal(
+        "adapt",
+        "no grouped kernel equals it",
+        "these variants decompose the weight that the pair changes, and a pair on a grouped convolution has none",
+        lambda m, p: m.name in OF_LAYERS - OF_MATRICES and _grouped_pair(m, p),
+    ),
+    Refusal(
+        "adapt",
+        "and this is none",
+        "tables, kernels and projections that another module multiplies by have no features to cut, pool or keep",
+        lambda m, p: m.name in OF_MATRICES and (p.kind not in ("Linear", "Conv1D") or _read(m, p)),
+    ),
+    Refusal(
+        "adapt",
+        "its weight is read by another computation",
+        "whoever reads the weight sees none of what a step draws",
+        lambda m, p: m.name == "lora[monteclora]" and (p.kind == "MultiheadAttention" or p.name == "Linear[out_proj]"),
     ),
     Refusal(
         "adapt",
@@ -700,6 +742,11 @@ def perturb(model: nn.Module, name: str, seed: int, times: float = 1) -> None:
 def parameters_of(model: nn.Module, name: str) -> list[torch.Tensor]:
     """The tensors of an adapter, each once."""
     return list({id(p): p for _, layer in layers(model) for p in layer.adapter_parameters(name)}.values())
+
+
+def gradient(p: torch.Tensor) -> torch.Tensor:
+    """The gradient of a tensor; zero where the loss does not depend on it."""
+    return torch.zeros_like(p) if p.grad is None else p.grad
 
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:

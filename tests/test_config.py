@@ -125,8 +125,6 @@ def test_enums_have_all_names():
 UNREAD = {
     "target_svd_config": "never did anything; a value given for it is told",
     "poly_type": "one choice",
-    "megatron_core": "goes with megatron_config, which is refused",
-    "qalora_group_size": "goes with use_qalora, which is refused",
     "runtime_config": "its one option says that it has no effect",
     "shadow_hidden_size": "read with others as shadow_...",
     "shadow_intermediate_size": "read with others as shadow_...",
@@ -460,18 +458,10 @@ def test_prompt_learning_base():
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 REFUSED = {
-    "init_lora_weights": ["pissa", "pissa_niter_16", "olora", "corda", "eva", "lora_ga", "mica"],
+    "init_lora_weights": ["pissa", "pissa_niter_16", "olora", "corda", "eva", "lora_ga"],
     "eva_config": [{}, {"rho": 3.0}, EvaConfig()],
     "corda_config": [{"corda_method": "kpm"}],
     "lora_ga_config": [{"direction": "ArBr"}],
-    "use_qalora": [True],
-    "alora_invocation_tokens": [[1, 2]],
-    "velora_config": [{"num_groups": 32}],
-    "monteclora_config": [{"num_samples": 4}],
-    "use_bdlora": [{"nblocks": 2}],
-    "arrow_config": [{"top_k": 2}],
-    "kasa_config": [{"beta": 0.1}],
-    "megatron_config": [{"hidden": 1}],
 }
 
 

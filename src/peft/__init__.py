@@ -85,6 +85,7 @@ _TABLE = {
         "MontecloraConfig",
         "VeloraConfig",
         "convert_to_lora",
+        "create_arrow_model",
         "save_as_lora",
     ),
     "peft.tuners.miss": ("MissConfig", "MissModel"),
@@ -130,7 +131,7 @@ _TABLE = {
 
 # Names of the ecosystem's API that this release does not have. Whoever adds one moves it into the table above.
 _LATER = """
-    create_arrow_model get_eva_state_dict initialize_lora_eva_weights
+    get_eva_state_dict initialize_lora_eva_weights
     preprocess_loraga
 """
 

@@ -6,6 +6,7 @@ import math
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import nn
 
 from peft.compat.methods import LoraCompat
 from peft.core.combine.combined import (
@@ -22,7 +23,8 @@ from peft.core.model.registry import define_tuner
 from peft.core.model.tuner import BaseTuner
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import Lora, LoraLayer
-from peft.tuners.lora.pairs import join_pair, pair_blocks, split_pair
+from peft.tuners.lora.megatron import use_library
+from peft.tuners.lora.pairs import join_pair, pair_blocks, pair_rank, split_pair
 from peft.utils.error import nearest
 from peft.utils.merge_utils import prune, task_arithmetic, ties
 
@@ -71,8 +73,20 @@ CombinationType = Literal[
 ]
 
 
+PLAIN: dict[str, Any] = {
+    **dict.fromkeys(("kasa_config", "use_bdlora", "monteclora_config", "velora_config")),
+    **dict.fromkeys(("use_qalora", "use_rslora"), False),
+}
+"""Fields of variants that a weighted sum does not have: A and B that the mathematics uses are a plain pair."""
+
+
 class LoraTuner(LoraCompat, BaseTuner):
     """What LoRA can do to a whole model beyond any other method."""
+
+    def prepare_config(self, config: Any, model: nn.Module, keys: set[str] | None) -> None:
+        if config.megatron_config:
+            use_library(config.megatron_core)
+        super().prepare_config(config, model, keys)
 
     def add_weighted_adapter(
         self,
@@ -114,7 +128,7 @@ class LoraTuner(LoraCompat, BaseTuner):
         self._check_combination(adapters, combination_type, svd_rank, svd_clamp, density)
         rank = self._combined_rank(adapters, combination_type, svd_rank)
         bias = any(self.peft_config[name].lora_bias for name in adapters)
-        changes = {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
+        changes = {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}, **PLAIN}
         config = combined_config(self, adapters, lora_bias=bias, **changes)
         way = WAYS[combination_type]
         mixer = Mixer(way, combination_type == "cat", density, majority_sign_method, svd_clamp, svd_driver)
@@ -149,7 +163,7 @@ class LoraTuner(LoraCompat, BaseTuner):
         for _, layer in tuner_layers(self):
             here: list[Any] = [layer.adapters[name] for name in adapters if name in layer]
             if here:
-                held = [lora.r for lora in here]
+                held = [pair_rank(lora) for lora in here]
                 ranks.append(sum(held) if way == "cat" else max(held))
                 groups = math.lcm(groups, pair_blocks(here[0])[1])
         rank = svd_rank if WAYS[way].dense and svd_rank is not None else max(ranks)
