@@ -48,7 +48,6 @@ OTHERWISE = {"peft.tuners.lora:LoraVariant"}
 # Methods of the classes of single kinds, for which this package has one class.
 OF_ONE_KIND = {
     "peft.tuners.lora:MultiheadAttention": {"merge_masks"},  # an adapted layer reads it from its base
-    "peft.tuners.lora:ParamWrapper": {"get_delta_factors"},
 }
 
 

@@ -15,6 +15,7 @@ from toys import Mlp
 
 from peft import AdaptionPromptConfig, BottleneckConfig, LoraConfig, PeftModel, ShadowConfig, get_peft_model
 from peft.core.blocks.blocks import ATTENTION, CROSS, FEEDFORWARD, find_blocks
+from peft.compat.shadow import DetachedShadowModel
 from peft.core.model.walk import layers_of
 
 
@@ -556,6 +557,7 @@ class TestShadow:
     def test_the_shadow_network_stands_alone(self, name):
         model = shadowed(name)
         alone = model.base_model.unload_shadow(copy=True)
+        assert isinstance(alone, DetachedShadowModel)
         labels = inputs(name)["input_ids"]
         logits(model, name)
         with torch.no_grad():

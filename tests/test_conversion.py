@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from toys import Mlp, tiny_llama
+from toys import ConvNet, Mlp, tiny_llama
 
 from peft import (
     IA3Config,
@@ -133,3 +133,32 @@ def test_sums_without_meaning(names: list[str], weights: list[float] | None, say
     model.add_adapter("other", LoHaConfig(r=2, target_modules=["lin0"], modules_to_save=["lin1"]))
     with pytest.raises(ValueError, match=says):
         convert_to_lora(model, 2, names, weights=weights)
+
+
+@pytest.mark.filterwarnings("ignore:adapter 'default' is a LoRA already")
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {},
+        {"modules_to_save": ["lin1"]},
+        {"trainable_token_indices": {"emb": [1, 2]}},
+        {"bias": "all"},
+        {"bias": "lora_only"},
+    ],
+    ids=str,
+)
+def test_a_model_that_keeps_no_configs_is_converted_alike(beside: dict) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(ConvNet(), LoraConfig(r=2, target_modules=["lin0"], init_lora_weights=False, **beside))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn_like(p))
+    config, tensors = convert_to_lora(model, 2)
+    plain = model.get_base_model()
+    del plain.peft_config
+    own_config, own = convert_to_lora(plain, 2)
+    assert set(own) == set(tensors)
+    for name, tensor in own.items():
+        torch.testing.assert_close(tensor, tensors[name])
+    assert own_config.target_modules == {"lin0"} and own_config.bias == config.bias and own_config.r == config.r

@@ -160,6 +160,43 @@ def test_registered_classes_are_used(tmp_path):
     torch.testing.assert_close(merged[0].weight, torch.eye(4) + change)
 
 
+def test_a_layer_with_an_update_and_an_unloading_of_its_own():
+    """Further adapters go through ``update_layer``; ``unload`` and ``merge_and_unload`` take what the layer gives."""
+    calls = []
+
+    class Own(derived()):
+        def update_layer(self, adapter_name, r, lora_alpha, config=None, **kwargs):
+            calls.append((adapter_name, r, lora_alpha))
+            super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
+        def unload_and_optionally_merge_module(self, merge, safe_merge, adapter_names):
+            if not merge:
+                return self.base_layer
+            layer = nn.Linear(4, 4, bias=False)
+            change = self.lora_B["second"].weight @ self.lora_A["second"].weight * self.scaling["second"]
+            layer.weight.data = self.base_layer.dense() + change.detach()
+            return layer
+
+    def adapted():
+        torch.manual_seed(0)
+        config = LoraConfig(r=2, lora_alpha=6, target_modules=["0", "1"], init_lora_weights=False)
+        config._register_custom_module({Foreign: Own})
+        model = get_peft_model(nn.Sequential(Foreign(), nn.Linear(4, 4)), config)
+        model.add_adapter("second", LoraConfig(r=2, target_modules=["0", "1"], rank_pattern={"0": 3},
+                                               alpha_pattern={"0": 9}, init_lora_weights=False))  # fmt: skip
+        model.set_adapter("second")
+        return model
+
+    model, x = adapted(), torch.randn(3, 4)
+    assert calls == [("default", 2, 6), ("second", 3, 9)]
+    assert model.base_model.model[0].scaling == {"default": 3.0, "second": 3.0}
+    wanted = model(x)
+    merged = model.merge_and_unload()
+    assert type(merged[0]) is nn.Linear and type(merged[1]) is nn.Linear
+    torch.testing.assert_close(merged(x), wanted)
+    assert type(adapted().unload()[0]) is Foreign
+
+
 def test_a_subclass_of_a_layer_adds_to_its_forward():
     class Louder(LoraLinear):
         def forward(self, x, *args, **kwargs):

@@ -272,6 +272,11 @@ def _told_by(values: dict[str, Any]) -> str:
     return f" It has the fields {', '.join(map(repr, list(values)[:5]))}." if values else " It is empty."
 
 
+def _transient(cls: type) -> set[str]:
+    """The fields that no file holds."""
+    return {field.name for field in dataclasses.fields(cls) if field.metadata.get("transient")}
+
+
 def _of_files(cls: type[PeftConfigMixin], values: dict[str, Any]) -> dict[str, Any]:
     """What of a file counts: not what belongs to a process, nor how an adapter started that is there in the file.
 
@@ -283,7 +288,7 @@ def _of_files(cls: type[PeftConfigMixin], values: dict[str, Any]) -> dict[str, A
     for name, value in values.items():
         field, refusal = fields.get(name), cls.NOT_YET.get(name)
         if field is not None:
-            if field.metadata.get("transient") or (refusal is not None and refusal.starts(value)):
+            if name in _transient(cls) or (refusal is not None and refusal.starts(value)):
                 continue
             if value is not None or field.default is not None:
                 check_type(f"{cls.__name__}: {name}", value, hints[name], field.metadata.get("nested"))
@@ -390,8 +395,7 @@ class PeftConfigMixin(Options):
     def to_dict(self) -> dict:
         """The fields that belong to the adapter, as plain values (sets and enum members stay what they are)."""
         values = dataclasses.asdict(self)
-        transient = {f.name for f in dataclasses.fields(self) if f.metadata.get("transient")}
-        return {name: value for name, value in values.items() if name not in transient}
+        return {name: value for name, value in values.items() if name not in _transient(type(self))}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json` into a folder, which is made if needed.
@@ -497,12 +501,13 @@ class PeftConfigMixin(Options):
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict:
-        """The content of a config file as a dict.
+        """The content of a config file as a dict, without what belongs to the process that wrote it.
 
         Raises:
             ConfigFileError: the file is missing, damaged, or holds no object; the message names it.
         """
-        return _read_json(os.fspath(path_json_file))
+        values = _read_json(os.fspath(path_json_file))
+        return {name: value for name, value in values.items() if name not in _transient(cls)}
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict:

@@ -22,6 +22,7 @@ from peft.core.files.entries import entries
 from peft.core.files.io import CONFIG_NAME, hub_options, load_peft_weights, write_adapter
 from peft.core.files.state_dict import LoadResult, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.core.filling import filled_later, no_collection
+from peft.core.layer.rows import require_unmerged
 from peft.core.model import operations
 from peft.core.model.context import BASE
 from peft.core.model.manager import INTERFACE, check_adapter_name
@@ -306,8 +307,8 @@ class PeftModel(ModelCompat, PushToHubMixin, nn.Module):
         if unknown:
             raise ValueError(f"adapter_names has unknown adapters: {unknown}. There are {known}.")
         self._check_length("adapter_names", len(names), args, kwargs)
-        if any(layer.merged for _, layer in layers_of(self.get_base_model())):
-            raise ValueError("adapter_names cannot be used while adapters are merged; call unmerge_adapter() first.")
+        for _, layer in layers_of(self.get_base_model()):
+            require_unmerged(layer)
 
     def _check_length(self, what: str, count: int, args: tuple, kwargs: dict) -> None:
         main = (kwargs.get(name) for name in (getattr(self.get_base_model(), "main_input_name", ""), "inputs_embeds"))

@@ -9,6 +9,8 @@ from torch import nn
 
 from peft.compat.asked import Asked
 from peft.core.layer.buffers import BufferDict
+from peft.core.layer.placement import settle
+from peft.core.layer.rows import require_unmerged
 from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
 
 
@@ -81,8 +83,7 @@ class LayerCompat:
             return
         if len(x) != len(names):
             raise ValueError(f"adapter_names has {len(names)} entries and the batch {len(x)} rows: give one for each.")
-        if self.merged_adapters:  # type: ignore[attr-defined]
-            raise ValueError("adapter_names cannot be used while adapters are merged; call unmerge_adapter() first.")
+        require_unmerged(self)  # type: ignore[arg-type]
 
     def _mixed_batch_forward(self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Any:
         """The forward with one adapter for each row. Layers derived from LoraLayer call it."""
@@ -95,21 +96,9 @@ class LayerCompat:
         return x.to(dtype)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Put an adapter's parts on a device, by default the base's."""
-        if device is None:
-            base = self.get_base_layer()
-            device = next((t.device for t in (*base.parameters(), *base.buffers())), None)
-        if device is None or device.type == "meta":
-            return
-        for name in (*self.adapter_layer_names, *self.other_param_names):  # type: ignore[attr-defined]
-            container: Any = getattr(self, name, None)
-            item = container[adapter_name] if container is not None and adapter_name in container else None
-            if isinstance(item, nn.Parameter):
-                item.data = item.data.to(device)
-            elif isinstance(item, nn.Module):
-                item.to(device)
-            elif isinstance(item, torch.Tensor):
-                container[adapter_name] = item.to(device)
+        """Put an adapter's parts on a device, by default that of the base and in its dtype."""
+        if device is None or device.type != "meta":
+            settle(self, self.adapters[adapter_name], device)  # type: ignore[arg-type]
 
     def _get_available_adapters(self) -> set[str]:
         """The adapters that this layer has."""

@@ -67,6 +67,15 @@ class TunerCompat:
         replace_module(self.model, site.path, layer, holders)
         return layer
 
+    def give(self, layer: Any, adapter_name: str, peft_config: Any, key: str) -> None:
+        """Give a layer an adapter: by its own ``update_layer`` where a third party's class has one."""
+        theirs = getattr(type(layer), "update_layer", None)
+        if theirs is getattr(self.layer_cls, "update_layer", None):
+            layer.add_adapter(adapter_name, peft_config, key)
+            return
+        known = options(peft_config, key)
+        layer.update_layer(adapter_name, known["r"], lora_alpha=known["lora_alpha"], config=peft_config)
+
     def redirected(self, peft_config: Any, model: nn.Module, targets: list[Any]) -> list[Any]:
         """The targets that a replaced :meth:`_create_and_replace` hands on, or others in their place.
 

@@ -54,8 +54,8 @@ class Pvera(LowRank):
 
     pvera_lambda_b = part()
     pvera_lambda_d = part()
-    pvera_A = shared()
-    pvera_B = shared()
+    pvera_A = shared(frozen=True)
+    pvera_B = shared(frozen=True)
     r = setting()
     pvera_dropout = setting(nn.ModuleDict)
     sample_at_inference = setting()

@@ -85,8 +85,8 @@ class RandLora(LowRank, Scaled):
 
     randlora_lambda = part()
     randlora_gamma = part()
-    randlora_A = shared()
-    randlora_B = shared()
+    randlora_A = shared(frozen=True)
+    randlora_B = shared(frozen=True)
     r = setting()
     num_bases = setting()
     randlora_alpha = setting()

@@ -5,9 +5,9 @@ The state s starts as what the network makes of the same input; g = sigmoid(G(h)
 
 from __future__ import annotations
 
-import copy
+from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -24,12 +24,16 @@ from peft.core.blocks.blocks import (
 from peft.core.model import operations
 from peft.core.model.registry import define_tuner
 from peft.core.model.targeting import selected
-from peft.core.model.walk import layers_of, locate
+from peft.core.model.walk import embeddings_of, layers_of, locate
 from peft.tuners.shadow_layer import ShadowLayer, shadow_state, shadow_update
-from peft.tuners.shadow_utils import Network, loss_of, network_for, stack_of, standalone
+from peft.tuners.shadow_utils import Network, loss_of, network_for, stack_of
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.peft_types import PeftType
+
+
+if TYPE_CHECKING:
+    from peft.compat.shadow import DetachedShadowModel
 
 
 @dataclass
@@ -83,7 +87,7 @@ class Shadow(BlockAdapter):
         backbone.loss_weight = config.auxiliary_loss_weight
         inner = backbone.config.hidden_size
         projection = nn.Identity() if inner == width else nn.Linear(inner, width, bias=False)
-        head = nn.Identity() if layers[0].head is None else copy.deepcopy(layers[0].head)
+        head = nn.Identity() if layers[0].head is None else deepcopy(layers[0].head)
         for module in (backbone, head):
             module.requires_grad_(True)
         return {"shadow_backbone": backbone, "shadow_projection": projection, "shadow_head": head}
@@ -155,16 +159,20 @@ class ShadowTuner(BlockTuner):
         name, layer = self.active_adapters[0], self._layer()
         return loss_of(layer.logits(name, self.model), labels, attention_mask) if name in layer.states else None
 
-    def unload_shadow(self, adapter_name: str | None = None, copy: bool = False) -> nn.Module:
-        """An adapter's shadow network (default: the active one's) as a small model of the base's class.
+    def unload_shadow(self, adapter_name: str | None = None, copy: bool = False) -> DetachedShadowModel:
+        """An adapter's shadow network (default: the active one's) as a small model that stands alone.
 
         Args:
             copy: give copies of its modules; otherwise it shares them with this model.
         """
+        from peft.compat.shadow import DetachedShadowModel  # which needs transformers
+
         name = adapter_name or self.active_adapters[0]
         operations.require_adapters(self.model, [name])
         parts = self.shadow_backbone[name], self.shadow_projection[name], self._layer().head_of(name, self.model)
-        return standalone(self.model, stack_of(self.model), *parts, copy)
+        table = embeddings_of(self.model)[0] if embeddings_of(parts[0])[0] is None else None
+        alone = DetachedShadowModel(*parts, self.peft_config[name].task_type == "SEQ_CLS", table).eval()
+        return deepcopy(alone) if copy else alone
 
 
 ShadowModel = define_tuner(Shadow, ShadowConfig, base=ShadowTuner, layer=ShadowLayer, mixed=False)

@@ -14,7 +14,7 @@ from torch import nn
 from peft.config import PeftConfig, option
 from peft.core.blocks.blocks import find_blocks, first_output
 from peft.core.blocks.side_caches import beside
-from peft.core.model.walk import embeddings_of, replace_module
+from peft.core.model.walk import embeddings_of
 
 
 @dataclass
@@ -123,35 +123,3 @@ def loss_of(logits: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Te
     mask = torch.ones(logits.shape[:2], device=logits.device) if attention_mask is None else attention_mask
     last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(-1)
     return F.cross_entropy(logits[torch.arange(len(logits)), last].float(), labels)
-
-
-def standalone(
-    base: nn.Module, place: str, backbone: nn.Module, projection: nn.Module, head: nn.Module, copied: bool
-) -> nn.Module:
-    """A model of the base's class that computes ``head(projection(backbone(x)))``.
-
-    Args:
-        place: name of the base's own transformer.
-        head: what the base's head is replaced by.
-        copied: hand out copies of all modules, not the modules themselves.
-    """
-    config = copy.deepcopy(backbone.config)
-    config.tie_word_embeddings = False
-    with torch.device("meta"):
-        model = type(base)(config)
-    twin = copy.copy(backbone)
-    twin.__dict__ = dict(backbone.__dict__)
-    twin._modules = dict(backbone._modules)
-    if embeddings_of(twin)[0] is None:
-        twin.set_input_embeddings(embeddings_of(base)[0])
-    replace_module(model, place, twin)
-    whole = head if isinstance(projection, nn.Identity) else nn.Sequential(projection, head)
-    old = embeddings_of(model)[1]
-    name = next((n for n, m in model.named_modules() if m is old and m is not None), None)
-    names = [name] if name else [n for n in ("score", "classifier") if hasattr(model, n)]
-    for name in names:
-        replace_module(model, name, whole)
-    for buffer_name, buffer in model.named_buffers():
-        if buffer.device.type == "meta":
-            raise ValueError(f"{type(base).__name__} keeps {buffer_name!r} outside its transformer and its head.")
-    return copy.deepcopy(model).eval() if copied else model.eval()

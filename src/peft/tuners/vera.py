@@ -42,8 +42,8 @@ class Vera(LowRank):
 
     vera_lambda_b = part()
     vera_lambda_d = part()
-    vera_A = shared()
-    vera_B = shared()
+    vera_A = shared(frozen=True)
+    vera_B = shared(frozen=True)
     r = setting()
     vera_dropout = setting(nn.ModuleDict)
     dropout: ClassVar[str] = "vera_dropout"

@@ -86,8 +86,10 @@ class Rows(Adapter):
         A tied layer takes the very rows of the layer that it is tied to.
 
         Raises:
-            ValueError: if an index is negative, repeated, or not in the table.
+            ValueError: if there is no index, or one is negative, repeated, or not in the table.
         """
+        if not indices:
+            raise ValueError("no token indices are given, so no row would train: name the tokens by their indices.")
         base = base_weight(self.layer)
         table = base.T if self.kind.lookup else base
         wrong = [i for i in indices if not 0 <= i < table.shape[0]]

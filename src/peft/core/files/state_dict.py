@@ -81,6 +81,11 @@ def get_peft_model_state_dict(
         if save_embedding_layers:
             every = save_embedding_layers is True or is_resized(root, config)
             found.update(_embeddings(root, prefix, adapter_name, every))
+            if save_embedding_layers is True and not any(_embedding_sites(root)):
+                warnings.warn(
+                    f"save_embedding_layers=True does nothing: {type(root).__name__} does not say which its embeddings "
+                    "are (get_input_embeddings). Name them in modules_to_save."
+                )
         return separate(found)
 
 

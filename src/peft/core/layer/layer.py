@@ -188,7 +188,7 @@ class BaseTunerLayer(ReadThrough):
         """Forget an adapter and all that it holds."""
         for attribute in (*self.adapter_layer_names, *self.other_param_names):
             container: Any = self._modules.get(attribute, self.__dict__.get(attribute))
-            if name in container:
+            if attribute not in self.adapter_cls.common and name in container:
                 del container[name]
         self.adapters.pop(name, None)
 

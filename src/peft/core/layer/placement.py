@@ -16,9 +16,13 @@ if TYPE_CHECKING:
 Place = tuple[torch.device | None, torch.dtype | None]
 
 
-def settle(layer: BaseTunerLayer, adapter: Adapter) -> None:
-    """Put a new adapter's parts on the device, and what trains of them into the dtype, of the base weight."""
-    place = _place(layer)
+def settle(layer: BaseTunerLayer, adapter: Adapter, device: torch.device | None = None) -> None:
+    """Put an adapter's parts on the device, and what trains of them into the dtype, of the base weight.
+
+    Args:
+        device: put them there instead, in the dtypes that they have.
+    """
+    place = _place(layer) if device is None else (device, None)
     for attribute, _, item in list(adapter.held()):
         device, dtype = _place_of(item, place)
         frozen = not isinstance(item, nn.Module | nn.Parameter)  # kept as exact as it was made

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 def names_held(cls: type[Adapter]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The names of the containers of such adapters: those of tensors that train, and all others."""
-    parts = [(name, part) for part in cls.parts.values() for name in part.names]
-    trained = tuple(name for name, part in parts if part.container is not BufferDict)
-    frozen = tuple(name for name, part in parts if part.container is BufferDict)
-    return trained, (*frozen, *cls.settings)
+    held = [(name, part.container is BufferDict) for part in cls.parts.values() for name in part.names]
+    held += [(name, shared.frozen) for name, shared in cls.common.items()]
+    trained = tuple(name for name, frozen in held if not frozen)
+    return trained, (*(name for name, frozen in held if frozen), *cls.settings)
 
 
 def held_constant(adapter: Adapter) -> Iterator[torch.Tensor]:

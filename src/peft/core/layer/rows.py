@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 
 def mixed(layer: BaseTunerLayer, names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> Any:
     """The layer's output where each row of the batch has its own adapter; one that is not here does nothing."""
-    if layer.merged_adapters:
-        raise ValueError("adapter_names cannot be used while adapters are merged; call unmerge_adapter() first.")
+    require_unmerged(layer)
     kind, base = layer.kind, layer.get_base_layer()
     first = args[0] if args else next(iter(kwargs.values()))
     axis = kind.batch_axis(base)
@@ -49,6 +48,12 @@ def mixed(layer: BaseTunerLayer, names: tuple[str, ...], args: tuple, kwargs: di
     if here and all(adapter.prefers_folding() for adapter in here) and layer.may_bypass_base(first):
         return split(layer, groups, args, kwargs)
     return _updates(layer, groups, adapters, args, kwargs)
+
+
+def require_unmerged(layer: BaseTunerLayer) -> None:
+    """Raise ValueError where adapters are merged: they would act on every row."""
+    if layer.merged_adapters:
+        raise ValueError("adapter_names cannot be used while adapters are merged; call unmerge_adapter() first.")
 
 
 def split(layer: BaseTunerLayer, groups: Groups, args: tuple, kwargs: dict[str, Any]) -> Any:

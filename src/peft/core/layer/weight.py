@@ -144,8 +144,10 @@ def folded_bias(layer: BaseTunerLayer, adapters: Adapters) -> torch.Tensor | Non
     bias = old = base_bias(layer) if inner is None else folded_bias(inner, inner.current())
     for adapter in fold_order(adapters):
         bias = adapter.fold_bias(bias)
+    if bias is None:
+        return None
     like = getattr(layer.get_base_layer(), layer.kind.weight) if old is None else old
-    return bias.to(like.dtype) if bias is not None and like.is_floating_point() else bias
+    return bias.to(like.dtype) if like.is_floating_point() else bias
 
 
 def effective(layer: BaseTunerLayer, adapters: Adapters) -> dict[str, torch.Tensor]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from peft.core.base.storage import untrainable
 from peft.core.model.auxiliary import (
     AuxiliaryTrainingWrapper,
     ModulesToSaveWrapper,
@@ -74,7 +75,14 @@ def _wrap_modules_to_save(model: nn.Module, name: str, modules: list[str], confi
 
 
 def _check_whole(key: str, module: nn.Module) -> None:
-    """Raise TypeError for a container: it is not called, so no copy can take its place."""
+    """Refuse what no trained copy can take the place of.
+
+    Raises:
+        TypeError: for a container: what is called is in it.
+        ValueError: for weights that are kept as codes, which have no gradient.
+    """
+    if reason := untrainable(module):
+        raise ValueError(f"modules_to_save cannot be applied to {key!r} ({type(module).__name__}): {reason}.")
     if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict):
         entries = [join(key, child) for child in module._modules]
         way_out = f"Name its entries: {', '.join(entries[:5])}." if entries else "Its parameters stay as they are."

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeGuard
 
@@ -255,15 +255,23 @@ ROUNDING = 0.01
 """Relative error of a merged weight from which a warning tells of it."""
 
 
-def merge(model: nn.Module, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+def merge(
+    model: nn.Module,
+    adapter_names: list[str] | None = None,
+    safe_merge: bool = False,
+    left: Callable[[BaseTunerLayer], bool] | None = None,
+) -> None:
     """Merge adapters (default: the active ones) into the base weights of all layers, or of none.
+
+    Args:
+        left: says which layers stay as they are.
 
     Raises:
         ValueError: if a layer cannot be merged; the others are then as they were.
     """
     _check_together(model, adapter_names)
     mark_shared_weights(model)
-    layers = list(reversed(list(layers_of(model))))
+    layers = [item for item in layers_of(model) if left is None or not left(item[1])][::-1]
     # those that will refuse come first: while nothing is merged there is nothing to undo
     layers.sort(key=lambda item: not _refuses(item[1], adapter_names, safe_merge))
     before = [list(layer.merged_adapters) for _, layer in layers]
@@ -336,6 +344,12 @@ def mark_shared_weights(model: nn.Module) -> None:
             layer.shares_weight = p is not None and len(holders.get(id(p), ())) > 1
 
 
+def _unloads_itself(layer: BaseTunerLayer) -> bool:
+    """Whether a layer of a third party has a way of its own to give back its base."""
+    ours = BaseTunerLayer.unload_and_optionally_merge_module
+    return type(layer).unload_and_optionally_merge_module is not ours
+
+
 def unload(
     model: nn.Module,
     merge_first: bool = True,
@@ -356,7 +370,7 @@ def unload(
         active = active_of(model)
         back = dequantize(model, adapter_names) if dequantize_first else None
         try:
-            merge(model, adapter_names, safe_merge)
+            merge(model, adapter_names, safe_merge, _unloads_itself)
         except Exception:
             if back is not None:
                 back()
@@ -375,6 +389,8 @@ def unload(
         for _, wrapper in site.wrappers:
             if isinstance(wrapper, BaseTunerLayer):
                 wrapper.release()
+                if _unloads_itself(wrapper):
+                    plain = wrapper.unload_and_optionally_merge_module(merge_first, safe_merge, adapter_names)
             if isinstance(wrapper, AuxiliaryTrainingWrapper):
                 inside = wrapper.unload(merge_first, adapter_names)
                 plain = plain if isinstance(inside, BaseTunerLayer) else inside

@@ -307,6 +307,8 @@ def module_target(config: Any, site: Site, layer_cls: type[BaseTunerLayer]) -> T
     reason: str | None = f"it is none of {', '.join(kind_names())}"
     if adapter_cls.any_module:  # it trains a copy, or stands beside
         reason = untrainable(site.module) if adapter_cls.adds.replaces else None
+    elif kind is None and any(isinstance(wrapper, layer_cls) for _, wrapper in site.wrappers):
+        reason = None  # a third party's layer has it already
     elif kind is not None:
         reason = kind.refusal(site.module) or adapter_cls.refusal(kind, site.module, config)
     if reason:
@@ -333,6 +335,18 @@ def _parameter_targets(config: Any, site: Site) -> list[Target]:
     return found
 
 
+def _top_level(config: Any, model: nn.Module) -> str:
+    """What to do where the config means the model itself, around which there is no module to hold the adapter."""
+    meant = [p for p in weight_names(model) if matches(getattr(config, "target_parameters", None), p)]
+    if not meant and not (config.target_modules and matches(config.target_modules, "")):
+        return ""
+    what = f"{meant[0]!r} is a parameter of the model itself" if meant else "The model itself is meant"
+    return (
+        f"{what}, of class {type(model).__name__}, and what adapts it takes its place in a module around it: adapt "
+        "nn.Sequential(model), by names that start with '0'. "
+    )
+
+
 def _nothing_matches(config: Any, sites: list[Site]) -> str:
     targets = config.target_modules or getattr(config, "target_parameters", None) or "nothing"
     asked = targets if isinstance(targets, str) else sorted(targets)
@@ -343,12 +357,13 @@ def _nothing_matches(config: Any, sites: list[Site]) -> str:
     )
     entries = [asked] if isinstance(asked, str) else asked
     close = dict.fromkeys(name for entry in entries for name in near(entry, pool))
-    message = f"no module of the model matches the targets {asked!r}. "
-    if config.target_modules and any(matches(targets, key) for key in keys):
+    top = _top_level(config, sites[0].module)
+    message = f"no module of the model matches the targets {asked!r}. {top}"
+    if config.target_modules and any(matches(targets, key) for key in keys if key):
         message += (
             "Modules of that name exist, but exclude_modules, layers_to_transform or modules_to_save rule them out. "
         )
-    elif close:
+    elif close and not top:
         message += f"Closest names: {', '.join(close)}. "
     if isinstance(targets, str):
         message += "A string is a regular expression that has to match the whole name, such as r'.*\\.q_proj'. "
@@ -356,5 +371,5 @@ def _nothing_matches(config: Any, sites: list[Site]) -> str:
     return (
         message
         + f"Layers that can be adapted: {', '.join(kinds) or 'none'}"
-        + (f", called {', '.join(names[:20])}." if names else ".")
+        + (f", called {', '.join(names[:20])}." if any(names) else ".")
     )

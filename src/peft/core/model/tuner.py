@@ -236,7 +236,7 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
             if isinstance(target.kind, Stack):
                 key = f"{key}.{target.kind.weight}" if key else target.kind.weight
             if name not in layer.adapters:
-                layer.add_adapter(name, config, key)
+                self.give(layer, name, config, key)
 
     def _take_back(self, model: nn.Module, name: str) -> None:
         """Undo an injection that failed half way."""

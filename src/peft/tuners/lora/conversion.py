@@ -23,6 +23,7 @@ from peft.core.files.state_dict import get_peft_model_state_dict
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.weight import base_bias, weight_change
 from peft.core.model import operations
+from peft.core.model.auxiliary import ModulesToSaveWrapper, TrainableTokensWrapper, bias_sites, biases_of
 from peft.core.model.targeting import exact_targets
 from peft.core.model.walk import layers_of, walk
 from peft.tools.memory import meta_copy
@@ -33,10 +34,10 @@ from peft.tuners.lora.pairs import join_pair, pair_blocks
 from peft.utils.error import NoAdaptedLayersError
 
 
-# What says which layers are adapted, and what is trained beside them: the same fields in every config.
+# What says which layers are adapted, and of what: the same fields in every config.
 _KEPT = (
     *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"),
-    *("modules_to_save", "bias", "task_type", "base_model_name_or_path", "revision"),
+    *("task_type", "base_model_name_or_path", "revision"),
 )
 Place = tuple[str, str]  # the name of a module in the plain model, and of the weight in it
 Part = tuple[Adapter, float]  # an adapter in a layer, and its weight
@@ -75,7 +76,7 @@ def convert_to_lora(
     _check_names(model, root, names)
     _check_rank(rank)
     places = _places(root, names, _check_weights(names, weights))
-    if len(names) == 1 and type(model.peft_config[names[0]]) is LoraConfig:
+    if len(names) == 1 and type(_configs(model).get(names[0])) is LoraConfig:
         warnings.warn(f"adapter {names[0]!r} is a LoRA already; it is factorised again, by the rank asked for.")
     if not places:
         raise ValueError(f"adapter {', '.join(map(repr, names))} adapts no layer by a weight: no LoRA is like it.")
@@ -91,7 +92,7 @@ def convert_to_lora(
     }
     biased = any(shift is not None for shift in shifts.values())
     lora = _lora_config(_kept(model, root, names, places), ranks, biased)
-    return lora, _written(model, root, lora, _holder(model, names), pairs, shifts)
+    return lora, _written(model, root, lora, _holder(model, root, names), pairs, shifts)
 
 
 def save_as_lora(
@@ -124,21 +125,41 @@ def _check_names(model: nn.Module, root: nn.Module, names: list[str]) -> None:
             f"this {type(model).__name__} has no adapted layers, so there is nothing that a LoRA could do instead. "
             "Prompts cannot be converted."
         )
-    operations.require_adapters(root, names, getattr(model, "peft_config", None) or None)
+    operations.require_adapters(root, names, _configs(model) or None)
     if len(set(names)) < len(names) or not names:
         raise ValueError(f"give each adapter once, got {names}.")
-    _holder(model, names)
+    _holder(model, root, names)
+
+
+def _configs(model: nn.Module) -> dict[str, Any]:
+    return getattr(model, "peft_config", None) or {}
+
+
+def _beside(model: nn.Module, root: nn.Module, name: str) -> dict[str, Any]:
+    """What an adapter trains beside its layers: as its config says, or as is seen in a model that keeps no configs."""
+    if config := _configs(model).get(name):
+        return {field: getattr(config, field, None) for field in ("modules_to_save", "trainable_token_indices", "bias")}
+    around = [(site.key, wrapper) for site in walk(root) for _, wrapper in site.wrappers if name in wrapper]
+    tokens = {key: w.adapters[name].token_indices for key, w in around if isinstance(w, TrainableTokensWrapper)}
+    biases, every = biases_of(root), [*bias_sites(root, "all", name)]
+    mode = "none" if biases is None or name not in biases else LoraConfig.OWN_BIAS
+    return {
+        "modules_to_save": [key for key, w in around if isinstance(w, ModulesToSaveWrapper)],
+        "trainable_token_indices": tokens,
+        "bias": "all" if biases is not None and len(biases.tensors(name)) == len(every) > 0 else mode,
+    }
 
 
 def _kept(model: nn.Module, root: nn.Module, names: list[str], places: dict[Place, list[Part]]) -> dict[str, Any]:
     """The fields that the LoRA has in common with the adapters' configs."""
-    configs: Any = model.peft_config
-    beside = configs[_holder(model, names)]
-    known = {field.name for field in dataclasses.fields(beside)}
-    kept = {field: getattr(beside, field) for field in (*_KEPT, "trainable_token_indices") if field in known}
-    if kept.get("bias", "none") == getattr(beside, "OWN_BIAS", None):
+    holder = _holder(model, root, names)
+    config = _configs(model).get(holder)
+    known = {field.name for field in dataclasses.fields(config)} if config else set()
+    kept = {field: getattr(config, field) for field in _KEPT if field in known}
+    kept |= {field: value for field, value in _beside(model, root, holder).items() if value}
+    if kept.get("bias", "none") == getattr(config, "OWN_BIAS", None):
         kept["bias"] = LoraConfig.OWN_BIAS  # those of the adapted layers, in the words of a LoRA
-    if len(names) > 1:
+    if len(names) > 1 or config is None:
         stacks = {place for place, parts in places.items() if isinstance(parts[0][0].kind, Stack)}
         kept.update(dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern")))
         kept["target_modules"] = exact_targets(root, {key for key, weight in places.keys() - stacks})
@@ -146,15 +167,13 @@ def _kept(model: nn.Module, root: nn.Module, names: list[str], places: dict[Plac
     return kept
 
 
-def _holder(model: nn.Module, names: list[str]) -> str:
+def _holder(model: nn.Module, root: nn.Module, names: list[str]) -> str:
     """That of the adapters which trains something beside its layers; else the first.
 
     Raises:
         ValueError: if several do: a weighted sum of modules is no such.
     """
-    configs: Any = model.peft_config
-    fields = {"modules_to_save": None, "trainable_token_indices": None, "bias": "none"}
-    found = [n for n in names if any((getattr(configs[n], f, no) or no) != no for f, no in fields.items())]
+    found = [n for n in names if any(v and v != "none" for v in _beside(model, root, n).values())]
     if len(found) > 1:
         raise ValueError(
             f"adapters {found} each train modules, tokens or biases beside their layers; one LoRA has one."
@@ -293,11 +312,8 @@ def _written(
             _fill(layer.adapters[name], *pairs[place], shifts[place])
     found = get_peft_model_state_dict(tuner, adapter_name=name, save_embedding_layers=False)
     own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers="auto")
-    found = {key: own[key] if value.is_meta else value for key, value in found.items()}
-    prefix = anatomy(model)[1]
-    return {
-        key if key.startswith("base_model.") or not prefix else prefix + key: value for key, value in found.items()
-    }
+    prefix = "" if anatomy(model)[1] else "base_model.model."  # a model that is no PeftModel knows its names without
+    return {key: own[key.removeprefix(prefix)] if value.is_meta else value for key, value in found.items()}
 
 
 def _fill(lora: Any, down: torch.Tensor, up: torch.Tensor, shift: torch.Tensor | None) -> None:

@@ -435,7 +435,8 @@ def _joins(layer_cls: Any, adapter_name: str) -> list[Any]:
             [f".{name}.{adapter_name}"],
             operations=[JoinParts(adapter_name)],
         )
-        for name in layer_cls.weights
+        for part in layer_cls.adapter_cls.parts.values()
+        for name in part.names
     ]
 
 

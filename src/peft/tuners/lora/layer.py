@@ -22,7 +22,7 @@ from peft.kernels import Factors, active_rate, is_bare_linear
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.initialize import initialize, is_drawn
 from peft.tuners.lora.megatron import PARALLEL, ParallelLinear
-from peft.tuners.lora.pairs import without_padding
+from peft.tuners.lora.pairs import split_pair, without_padding
 
 
 class Lora(Scaled):
@@ -283,6 +283,20 @@ class LoraLayer(ScaledLayer):
     def num_experts(self) -> int:
         """How many matrices the adapted parameter holds; 1 for a layer."""
         return self.kind.experts(self.get_base_layer()) if isinstance(self.kind, Stack) else 1
+
+    def get_delta_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """An update in factors (left, right, scale); ``left @ right * scale`` is that of each matrix, as it is kept.
+
+        Returns:
+            left ``[experts, rows, r]``, right ``[experts, r, columns]``; of a parameter with two axes those of its
+            transpose, ``[1, in, r]`` and ``[1, r, out]``.
+        """
+        lora: Any = self.adapters[adapter_name]
+        right, left = split_pair(lora, *lora.pair())
+        stored = self.kind.restore(left.new_empty(self.shape, device="meta"), self.get_base_layer())
+        if stored.shape[-2:] != (left.shape[1], right.shape[2]) or stored.dim() == 2:
+            left, right = right.mT, left.mT
+        return left, right, lora.scaling
 
     @property
     def lora_variant(self) -> dict[str, Adapter]:
