@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from peft.core.layer.parallel import team_of
 from peft.core.layer.routes import adapted, all_factors
 from peft.core.model.context import Groups
 from peft.kernels.grouped import can_group, grouped_linear
@@ -35,7 +36,8 @@ def mixed(layer: BaseTunerLayer, names: tuple[str, ...], args: tuple, kwargs: di
     here = [adapter for adapter in adapters if adapter is not None]
     if not here and not kind.companions:
         return layer.base_layer(*args, **kwargs)
-    if kind.opaque or kind.whole or any(adapter.only_folds() or adapter.stand_in() is not None for adapter in here):
+    alone = kind.opaque or kind.whole or team_of(layer, first) is not None
+    if alone or any(adapter.only_folds() or adapter.stand_in() is not None for adapter in here):
         return split(kind, base, groups, lambda name, *call: _of_one(layer, name, *call), args, kwargs)
     if len(args) == 1 and not kwargs and not is_plain():
         y = _grouped(layer, groups, adapters, args[0])
