@@ -126,7 +126,7 @@ class FSDP1(Engine):
     def tensors(self, wrapped: Any) -> dict[str, torch.Tensor]:
         from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
 
-        whole = FullStateDictConfig(offload_to_cpu=True, rank0_only=False)
+        whole = FullStateDictConfig(offload_to_cpu=False, rank0_only=False)
         with FullyShardedDataParallel.state_dict_type(wrapped, StateDictType.FULL_STATE_DICT, whole):
             return get_peft_model_state_dict(wrapped, wrapped.state_dict())
 

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from peft.core.base.storage.plain import Storage
+from peft.core.base.storage.sharded import is_dtensor
 from peft.kernels.autocast import is_autocast
 
 
@@ -51,10 +52,11 @@ def onloaded(m: nn.Module) -> Iterator[None]:
 def copied(module: nn.Module) -> nn.Module:
     """A deep copy of a module with its tensors where it computes, without accelerate's hooks."""
     memo = hooks_of(module)
+    parts = {id(p): nn.Parameter(p.detach().clone(), p.requires_grad) for p in module.parameters() if is_dtensor(p)}
     with ExitStack() as stack:
         for m in module.modules() if memo else ():
             stack.enter_context(onloaded(m))
-        duplicate = without_hooks(copy.deepcopy(module, dict(memo))) if memo else copy.deepcopy(module)
+        duplicate = without_hooks(copy.deepcopy(module, {**memo, **parts})) if memo else copy.deepcopy(module, parts)
     for old, new in zip(module.modules(), duplicate.modules()):
         if isinstance(forward := new.__dict__.get("forward"), types.FunctionType) and forward.__closure__:
             new.__dict__["forward"] = _for_copy(forward, old, new)
