@@ -126,6 +126,9 @@ class FSDP1(Engine):
     def tensors(self, wrapped: Any) -> dict[str, torch.Tensor]:
         from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
 
+        if not self.one_unit:  # what torch gives as a state dict on the CPU is memory that it has let go
+            with FullyShardedDataParallel.summon_full_params(wrapped, writeback=False):
+                return {name: tensor.clone() for name, tensor in get_peft_model_state_dict(wrapped).items()}
         whole = FullStateDictConfig(offload_to_cpu=False, rank0_only=False)
         with FullyShardedDataParallel.state_dict_type(wrapped, StateDictType.FULL_STATE_DICT, whole):
             return get_peft_model_state_dict(wrapped, wrapped.state_dict())
