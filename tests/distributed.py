@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import peft
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.core.model.walk import bare
 
 
@@ -70,9 +72,13 @@ def train(model: Any, optimizer: Any, steps: range, rows: slice = slice(None)) -
     losses = []
     for step in steps:
         loss = model(**{name: value[rows] for name, value in batch(step).items()}).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        if isinstance(optimizer, torch.optim.Optimizer):
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        else:  # DeepSpeed's engine
+            optimizer.backward(loss)
+            optimizer.step()
         losses.append(loss.item())
     return losses
 
@@ -171,7 +177,36 @@ class TP(Engine):
         return model
 
 
-ENGINES = {
+class ZeRO(Engine):
+    """DeepSpeed's own partitioning of optimizer states and gradients (2), and of parameters (3)."""
+
+    def __init__(self, stage: int) -> None:
+        self.stage = stage
+
+    def wrap(self, model: PeftModel) -> Any:
+        import deepspeed
+
+        return deepspeed.initialize(
+            model=model,
+            optimizer=optimizer_for(model),
+            config={
+                "train_micro_batch_size_per_gpu": 2,
+                "zero_optimization": {"stage": self.stage, "stage3_param_persistence_threshold": 0},
+                "zero_allow_untested_optimizer": True,
+                "zero_force_ds_cpu_optimizer": False,
+            },
+        )[0]
+
+    def tensors(self, wrapped: Any) -> dict[str, torch.Tensor]:
+        state = wrapped._zero3_consolidated_16bit_state_dict() if self.stage == 3 else None
+        if self.stage == 3 and torch.distributed.get_rank() != 0:
+            return {}
+        return get_peft_model_state_dict(wrapped.module, state)
+
+
+ENGINES: dict[str, Engine] = {
+    "zero2": ZeRO(2),
+    "zero3": ZeRO(3),
     "ddp": DDP(),
     "fsdp1": FSDP1(one_unit=False),
     "fsdp1_one_unit": FSDP1(one_unit=True),
@@ -188,17 +223,153 @@ def cell(folder: str, engine: str, method: str) -> None:
     wanted = train(alone, optimizer_for(alone), range(STEPS))
     here = adapted(folder, method, on.load)
     wrapped = on.wrap(here)
-    losses = train(wrapped, optimizer_for(wrapped), range(STEPS), on.rows())
+    losses = train(wrapped, wrapped if isinstance(on, ZeRO) else optimizer_for(wrapped), range(STEPS), on.rows())
     found = torch.tensor(losses)
     if on.splits_batch:
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.SUM)
         found /= torch.distributed.get_world_size()
     torch.testing.assert_close(found, torch.tensor(wanted), rtol=1e-5, atol=1e-5)
-    saved, like = on.tensors(wrapped), get_peft_model_state_dict(alone)
-    assert list(saved) == list(like)
-    for name, tensor in like.items():
-        assert type(saved[name]) is torch.Tensor, f"{name} is a {type(saved[name]).__name__}"
-        torch.testing.assert_close(saved[name], tensor, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    if tensors := on.tensors(wrapped):  # some engines give them to the first process alone
+        same(tensors, get_peft_model_state_dict(alone))
+
+
+def same(found: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
+    """Plain tensors of the same names and values."""
+    assert list(found) == list(want)
+    for name, tensor in want.items():
+        assert type(found[name]) is torch.Tensor, f"{name} is a {type(found[name]).__name__}"
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def resume(folder: str, engine: str, method: str, where: str) -> None:
+    """A break after two steps, and torch's checkpoint, change nothing: on as many processes, and on one."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+    on, trained = ENGINES[engine], StateDictOptions(ignore_frozen_params=True)
+
+    def wrapped() -> tuple[Any, Any]:
+        model = on.wrap(adapted(folder, method, on.load))
+        return model, optimizer_for(model)
+
+    def state(model: Any, optimizer: Any) -> dict[str, Any]:
+        return dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=trained)))
+
+    def restore(model: Any, optimizer: Any, **options: Any) -> None:
+        given = state(model, optimizer)
+        checkpoint.load(given, checkpoint_id=where, **options)
+        set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=given["model"],
+            optim_state_dict=given["optimizer"],
+            options=StateDictOptions(ignore_frozen_params=True, strict=False),
+        )
+
+    whole = adapted(folder, method)
+    train(whole, optimizer_for(whole), range(STEPS))
+    want = get_peft_model_state_dict(whole)
+    model, optimizer = wrapped()
+    train(model, optimizer, range(STEPS - 1), on.rows())
+    checkpoint.save(state(model, optimizer), checkpoint_id=where)
+    model, optimizer = wrapped()
+    restore(model, optimizer)
+    train(model, optimizer, range(STEPS - 1, STEPS), on.rows())
+    same(on.tensors(model), want)
+    if torch.distributed.get_rank() == 0:
+        model = adapted(folder, method)
+        optimizer = optimizer_for(model)
+        restore(model, optimizer, no_dist=True)
+        train(model, optimizer, range(STEPS - 1, STEPS))
+        same(get_peft_model_state_dict(model), want)
+    torch.distributed.barrier()
+
+
+class Allocated(TorchDispatchMode):
+    """Notes the memory of all results, without holding it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[StorageWeakRef] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if type(tensor) is torch.Tensor:
+                self.made.append(StorageWeakRef(tensor.untyped_storage()))
+        return result
+
+    def alive(self) -> list[int]:
+        """Bytes of each memory that is still there."""
+        found = {ref.cdata: torch.UntypedStorage._new_with_weak_ptr(ref.cdata) for ref in self.made}
+        return [storage.nbytes() for storage in found.values() if storage is not None]
+
+
+def gathers(folder: str, engine: str, method: str) -> None:
+    """When the forward is done, no whole base weight is in memory that was not there before."""
+    on = ENGINES[engine]
+    model = on.wrap(adapted(folder, method, on.load))
+    rows = {name: value[:3] for name, value in batch(0).items()}  # activations have other sizes than weights then
+    sizes = {16 * 24 * 4, 16 * 16 * 4}
+    with Allocated() as memory:
+        loss = model(**rows).loss
+        assert not sizes & {*memory.alive()}
+    loss.backward()
+    assert any(p.grad is not None for p in model.parameters())
+
+
+def rows_of_each(folder: str, engine: str) -> None:
+    """Each process has rows of another adapter: it waits for no gradient, and gets that of all rows."""
+    on = ENGINES[engine]
+
+    def model() -> PeftModel:
+        made = adapted(folder, "lora")
+        torch.manual_seed(2)
+        made.add_adapter("other", METHODS["lora"]())
+        made.set_requires_grad(["default", "other"], True)
+        return made
+
+    names = ["default", "default", "other", "other"]
+    alone = model()
+    optimizer = optimizer_for(alone)
+    wrapped = on.wrap(model())
+    own = optimizer_for(wrapped)
+    for step in range(STEPS):
+        for each, opt, rows in ((alone, optimizer, slice(None)), (wrapped, own, on.rows())):
+            given = {name: value[rows] for name, value in batch(step).items()}
+            each(**given, adapter_names=names[rows]).loss.backward()
+            opt.step()
+            opt.zero_grad()
+    for name in ("default", "other"):
+        found = get_peft_model_state_dict(bare(getattr(wrapped, "module", wrapped)), adapter_name=name)
+        same(found, get_peft_model_state_dict(alone, adapter_name=name))
+
+
+def starts_alike(folder: str) -> None:
+    """Factors of a layer that processes compute together are those of the first, whatever each has drawn."""
+    base = ENGINES["tp"].load(folder)
+    torch.manual_seed(torch.distributed.get_rank())
+    model = get_peft_model(base, METHODS["lora"]())
+    for name, tensor in get_peft_model_state_dict(model).items():
+        first = tensor.clone()
+        torch.distributed.broadcast(first, 0)
+        assert torch.equal(first, tensor), name
+
+
+def files(folder: str, engine: str, where: str) -> None:
+    """What is saved from several processes loads in one, and the other way round."""
+    on = ENGINES[engine]
+    alone = adapted(folder, "modules_to_save")
+    with torch.no_grad():
+        for p in alone.parameters():
+            p.add_(0.01 if p.requires_grad else 0.0)
+    wrapped = on.wrap(adapted(folder, "modules_to_save", on.load))
+    set_peft_model_state_dict(bare(wrapped), get_peft_model_state_dict(alone))
+    same(on.tensors(wrapped), get_peft_model_state_dict(alone))
+    bare(wrapped).save_pretrained(where, is_main_process=torch.distributed.get_rank() == 0)
+    torch.distributed.barrier()
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), where)
+    same(get_peft_model_state_dict(loaded), get_peft_model_state_dict(alone))
 
 
 # --- processes -------------------------------------------------------------------------------------------------

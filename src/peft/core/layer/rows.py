@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.autograd import Function
 
 from peft.core.layer.parallel import team_of
 from peft.core.layer.routes import adapted, all_factors
@@ -20,7 +21,38 @@ if TYPE_CHECKING:
 
 
 def mixed(layer: BaseTunerLayer, names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> Any:
-    """The layer's output where each row of the batch has its own adapter; one that is not here does nothing."""
+    """The layer's output where each row of the batch has its own adapter; one that is not here does nothing.
+
+    Where several processes train, the adapters of no row here get gradients of zero: other processes may have rows of
+    theirs, and would wait for this one.
+    """
+    y = _mixed(layer, names, args, kwargs)
+    if not (isinstance(y, torch.Tensor) and torch.is_grad_enabled() and _several_processes()):
+        return y
+    absent = [adapter for name, adapter in layer.adapters.items() if name not in names]
+    waiting = [p for adapter in absent for p in adapter.parameters() if p.requires_grad]
+    return _Touched.apply(y, *waiting) if waiting else y
+
+
+def _several_processes() -> bool:
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return there and torch.distributed.get_world_size() > 1
+
+
+class _Touched(Function):
+    """A tensor as it is, which parameters take part in without an effect."""
+
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*parameters)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+        return gradient, *(torch.zeros_like(p) for p in ctx.saved_tensors)
+
+
+def _mixed(layer: BaseTunerLayer, names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> Any:
     if layer.merged_adapters:
         raise ValueError("adapter_names cannot be used while adapters are merged; call unmerge_adapter() first.")
     kind, base = layer.kind, layer.get_base_layer()
