@@ -22,6 +22,8 @@ _TABLE = {
     "peft.config": ("PeftConfig", "PromptLearningConfig"),
     "peft.tools.memory": ("MemoryEstimate", "estimate_memory", "explain_out_of_memory"),
     "peft.tools.check_training": ("Finding", "check_training"),
+    "peft.tools.many": ("MultiAdapterTrainer",),
+    "peft.tools.pool": ("AdapterPool",),
     "peft.tools.condition_numbers": ("find_kappa_target_modules",),
     "peft.mapping": (
         "PEFT_TYPE_TO_CONFIG_MAPPING",

@@ -111,7 +111,7 @@ def is_bare_linear(module: nn.Module | None) -> bool:
     """Whether calling the module is a product with its weight and nothing else: no hooks, no other class."""
     if module is None or type(module) is not nn.Linear or is_hooked(module):
         return False
-    return type(module._parameters["weight"]) is nn.Parameter
+    return type(module._parameters.get("weight")) is nn.Parameter
 
 
 def active_rate(dropout: nn.Module) -> float | None:

@@ -93,11 +93,15 @@ def _of_node(node: Any, depth: int) -> Recipe | None:
 def _operand(node: Any, name: str) -> Recipe | None:
     """A tensor that a node keeps; None where hooks have put something else in its place."""
     raw, saved = f"_raw_saved_{name}", f"_saved_{name}"
-    if getattr(node, raw).unpack_hook is None:
-        return (lambda: getattr(node, saved)) if getattr(node, saved) is not None else None
-    tensor = getattr(node, raw).data  # hooks may allow to unpack once only, so what they hold is read as it is
+    hooked = getattr(node, raw).unpack_hook is not None
+    # hooks may allow to unpack once only, so what they hold is read as it is
+    tensor = getattr(node, raw).data if hooked else getattr(node, saved)
     if not isinstance(tensor, torch.Tensor):
         return None
+    if tensor.numel() and not tensor.untyped_storage().nbytes():
+        return None  # the weight of a norm that is a unit of FSDP: its memory is there while the norm is called
+    if not hooked:
+        return lambda: getattr(node, saved)
     version = tensor._version
 
     def read() -> torch.Tensor:

@@ -6,12 +6,14 @@ import difflib
 import inspect
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from peft.core.model.walk import layers_of
 from peft.utils.integrations import get_bnb_param_type
 from peft.utils.warning import PeftWarning
 
@@ -224,8 +226,11 @@ def _transformer_layer_classes(model: nn.Module) -> set[type[nn.Module]]:
 def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
     """An ``auto_wrap_policy`` of FSDP for a model with adapters.
 
-    FSDP flattens the parameters of a unit into one tensor, which is trained whole or not at all. So besides the
-    transformer layers, every leaf module with a trainable weight is a unit of its own.
+    FSDP flattens the parameters of a unit into one tensor, which is trained whole or not at all
+    (``use_orig_params=False``). So besides the transformer layers, every leaf module that is frozen beside adapters is
+    a unit of its own, which leaves the adapters, and nothing else, in the unit of their transformer layer: they are read
+    and not called, and FSDP gathers a unit of its own only when it is called. Other leaf modules with a trainable
+    weight are units.
 
     Args:
         model: the model with its adapters. The classes of transformer layers are the ``_no_split_modules`` of the
@@ -236,14 +241,20 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
         ValueError: if the environment variable names a class that the model does not have.
     """
     layer_classes = tuple(_transformer_layer_classes(model))
+    adapted = [layer for _, layer in layers_of(model)]
+    within = {id(m) for layer in adapted for m in layer.modules() if layer.adapters}
+    shared = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
 
     def policy(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
         if recurse:
             return True
         if isinstance(module, layer_classes):
             return True
-        weight = getattr(module, "weight", None)
-        is_leaf = next(module.children(), None) is None
-        return is_leaf and isinstance(weight, torch.Tensor) and weight.requires_grad
+        own = [p for p in module._parameters.values() if p is not None]
+        if next(module.children(), None) is not None or not own:
+            return False
+        if not any(p.requires_grad for p in own):
+            return bool(adapted) and all(shared[id(p)] == 1 for p in own)
+        return id(module) not in within and own[0] is getattr(module, "weight", None)
 
     return policy

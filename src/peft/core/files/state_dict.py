@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from peft.core.base.storage.sharded import fill, is_dtensor, whole
 from peft.core.files.entries import Entry, anatomy, entries, prompts_of
 from peft.core.files.io import separate
 from peft.core.files.renaming import current_name
@@ -75,7 +76,7 @@ def get_peft_model_state_dict(
             if id(entry.tensor) in seen or (entry.put is not None and not getattr(config, "save_projection", True)):
                 continue
             seen.add(id(entry.tensor))
-            written = entry.as_saved(entry.tensor)
+            written = entry.as_saved(whole(entry.tensor))
             parts = written if isinstance(written, dict) else {"": written}
             found.update({entry.saved + suffix: part for suffix, part in parts.items()})
         if save_embedding_layers:
@@ -163,7 +164,7 @@ def _embeddings(root: nn.Module, prefix: str, adapter: str, always: bool) -> dic
         copied = any(isinstance(w, ModulesToSaveWrapper) and adapter in w for _, w in site.wrappers)
         if adapted or (always and not copied):
             path = file_path(join(site.path, "weight"), adapter, [*site.above, *site.wrappers])
-            found[prefix + plain(path)] = weight.detach()
+            found[prefix + plain(path)] = whole(weight.detach())
     return found
 
 
@@ -378,8 +379,8 @@ def _write(model: nn.Module, entry: Entry, value: torch.Tensor, assign: bool) ->
         entry.put(value)
     elif not entry.memory:  # a view of another layer's tensor, or a weight of the base model
         if entry.tensor.device.type != "meta":
-            entry.tensor.data.copy_(value)
-    elif assign or entry.tensor.device.type == "meta" or entry.tensor.shape != value.shape:
+            fill(entry.tensor, value)
+    elif (assign and not is_dtensor(entry.tensor)) or entry.tensor.device.type == "meta" or entry.tensor.shape != value.shape:
         path, _, name = entry.memory.rpartition(".")
         holder = model if hasattr(model, "base_model") or not entry.memory.startswith("base_model.") else None
         parent = (holder or model).get_submodule(path if holder else path.removeprefix("base_model."))
@@ -391,7 +392,7 @@ def _write(model: nn.Module, entry: Entry, value: torch.Tensor, assign: bool) ->
         else:
             parent._buffers[name] = value
     else:
-        entry.tensor.data.copy_(value)
+        fill(entry.tensor, value)
 
 
 def _device_near(model: nn.Module, entry: Entry) -> torch.device:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from peft.core.base.storage.sharded import Team
+
 
 if TYPE_CHECKING:
     from peft.core.adapter import Adapter
@@ -33,6 +35,15 @@ def settle(layer: BaseTunerLayer, adapter: Adapter, device: torch.device | None 
             moved = nn.Parameter(moved.detach(), requires_grad=item.requires_grad)
         if moved is not item:
             layer._modules[attribute][adapter.name] = moved  # type: ignore[index]
+    _agree(layer, adapter)
+
+
+def _agree(layer: BaseTunerLayer, adapter: Adapter) -> None:
+    """Where processes compute a layer together, they start from the same adapter, whatever each has drawn."""
+    mesh = None if layer.kind.whole else layer.storage.mesh(layer.get_base_layer(), layer.kind.weight)
+    for tensor in adapter.parameters() if mesh is not None else ():
+        if not tensor.is_meta:
+            Team(mesh).agree(tensor)
 
 
 def place_for(layer: BaseTunerLayer, item: torch.Tensor | nn.Module) -> Place:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from peft.core.layer import parallel
 from peft.core.layer import weight as weights
 from peft.kernels.linear import Factors, low_rank_linear
 from peft.kernels.strict import is_plain
@@ -47,6 +48,24 @@ class StandIn(Route):
         inner = weights.dtype_of_module(module)
         y = module(*(in_dtype(inner, a) for a in args), **{k: in_dtype(inner, v) for k, v in kwargs.items()})
         return in_dtype(dtype, y)
+
+
+class Parallel(Route):
+    """A layer of which this process computes a part: low-rank updates of that part, or the others' way on the whole."""
+
+    def output(self, layer: BaseTunerLayer, adapters: Sequence[Adapter], args: tuple, kwargs: dict[str, Any]) -> Any:
+        team = parallel.team_of(layer, args[0]) if args else None
+        if team is None:
+            return None
+        factors = None if len(args) > 1 or kwargs else all_factors(layer, adapters, args[0])
+        if factors is not None:
+            return parallel.low_rank(layer, team, args[0], factors)
+
+        def compute(x: torch.Tensor) -> torch.Tensor:
+            found = (route.output(layer, adapters, (x, *args[1:]), kwargs) for route in (Folded(), Updates()))
+            return next(y for y in found if y is not None)
+
+        return parallel.as_whole(layer, team, args[0], compute)
 
 
 class Kernel(Route):
@@ -132,7 +151,7 @@ class Updates(Route):
         return layer.kind.with_tensor(given, y.to(base_y.dtype))
 
 
-ROUTES: tuple[Route, ...] = (StandIn(), Kernel(), LowRank(), Folded(), Updates())
+ROUTES: tuple[Route, ...] = (StandIn(), Parallel(), Kernel(), LowRank(), Folded(), Updates())
 PLAIN_ROUTES = tuple(route for route in ROUTES if not route.quick)
 
 

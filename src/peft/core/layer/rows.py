@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.autograd import Function
 
+from peft.core.layer.parallel import team_of
 from peft.core.layer.routes import adapted, all_factors
 from peft.core.model.context import Groups
 from peft.kernels.grouped import can_group, grouped_linear
@@ -19,7 +21,38 @@ if TYPE_CHECKING:
 
 
 def mixed(layer: BaseTunerLayer, names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> Any:
-    """The layer's output where each row of the batch has its own adapter; one that is not here does nothing."""
+    """The layer's output where each row of the batch has its own adapter; one that is not here does nothing.
+
+    Where several processes train, the adapters of no row here get gradients of zero: other processes may have rows of
+    theirs, and would wait for this one.
+    """
+    y = _mixed(layer, names, args, kwargs)
+    if not (isinstance(y, torch.Tensor) and torch.is_grad_enabled() and _several_processes()):
+        return y
+    absent = [adapter for name, adapter in layer.adapters.items() if name not in names]
+    waiting = [p for adapter in absent for p in adapter.parameters() if p.requires_grad]
+    return _Touched.apply(y, *waiting) if waiting else y
+
+
+def _several_processes() -> bool:
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return there and torch.distributed.get_world_size() > 1
+
+
+class _Touched(Function):
+    """A tensor as it is, which parameters take part in without an effect."""
+
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*parameters)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+        return gradient, *(torch.zeros_like(p) for p in ctx.saved_tensors)
+
+
+def _mixed(layer: BaseTunerLayer, names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> Any:
     require_unmerged(layer)
     kind, base = layer.kind, layer.get_base_layer()
     first = args[0] if args else next(iter(kwargs.values()))
@@ -34,12 +67,8 @@ def mixed(layer: BaseTunerLayer, names: tuple[str, ...], args: tuple, kwargs: di
     here = [adapter for adapter in adapters if adapter is not None]
     if not here and not kind.companions:
         return layer.base_layer(*args, **kwargs)
-    if (
-        kind.opaque
-        or kind.whole
-        or axis
-        or any(adapter.only_folds() or adapter.stand_in() is not None for adapter in here)
-    ):
+    alone = kind.opaque or kind.whole or axis or team_of(layer, first) is not None
+    if alone or any(adapter.only_folds() or adapter.stand_in() is not None for adapter in here):
         return split(layer, groups, args, kwargs)
     if len(args) == 1 and not kwargs and not is_plain():
         y = _grouped(layer, groups, adapters, args[0])

@@ -20,7 +20,7 @@ from peft.core.base.storage.parametrized import HookedNorm, Parametrized, weight
 from peft.core.base.storage.plain import Plain, Storage, tensors_in
 from peft.core.base.storage.quantized import ForwardOnly, Quantized, is_from
 from peft.core.base.storage.quanto import Quanto
-from peft.core.base.storage.sharded import Distributed, ZeRO3
+from peft.core.base.storage.sharded import FSDP1, Distributed, ZeRO3
 from peft.core.base.storage.torchao import TorchAO
 
 
@@ -36,6 +36,7 @@ _STORAGES: list[Storage] = [
     AQLM(),
     Parametrized(),
     HookedNorm(),
+    FSDP1(),
     Distributed(),
     ZeRO3(),
     Plain(),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
+import types
 import weakref
 from collections import ChainMap
 from collections.abc import Iterator, Mapping, MutableMapping
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from peft.core.base.storage.plain import Storage
+from peft.core.base.storage.sharded import is_dtensor
 from peft.kernels.autocast import is_autocast
 
 
@@ -50,10 +52,27 @@ def onloaded(m: nn.Module) -> Iterator[None]:
 def copied(module: nn.Module) -> nn.Module:
     """A deep copy of a module with its tensors where it computes, without accelerate's hooks."""
     memo = hooks_of(module)
+    parts = {id(p): nn.Parameter(p.detach().clone(), p.requires_grad) for p in module.parameters() if is_dtensor(p)}
     with ExitStack() as stack:
         for m in module.modules() if memo else ():
             stack.enter_context(onloaded(m))
-        return without_hooks(copy.deepcopy(module, dict(memo))) if memo else copy.deepcopy(module)
+        duplicate = without_hooks(copy.deepcopy(module, {**memo, **parts})) if memo else copy.deepcopy(module, parts)
+    for old, new in zip(module.modules(), duplicate.modules()):
+        if isinstance(forward := new.__dict__.get("forward"), types.FunctionType) and forward.__closure__:
+            new.__dict__["forward"] = _for_copy(forward, old, new)
+    return duplicate
+
+
+def _for_copy(forward: types.FunctionType, old: nn.Module, new: nn.Module) -> types.FunctionType:
+    """A function around a module's forward, as transformers' tensor parallelism puts one, for the module's copy."""
+
+    def moved(value: Any) -> Any:
+        if getattr(value, "__self__", None) is old:
+            return types.MethodType(value.__func__, new)
+        return new if value is old else value
+
+    cells = tuple(types.CellType(moved(cell.cell_contents)) for cell in forward.__closure__ or ())
+    return types.FunctionType(forward.__code__, forward.__globals__, forward.__name__, forward.__defaults__, cells)
 
 
 def hooks_of(module: nn.Module) -> dict[int, Any]:

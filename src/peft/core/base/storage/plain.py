@@ -80,6 +80,10 @@ class Storage:
         return functional_call(m, dict(tensors), args, kwargs)
 
     # --- what is true of the weight because it is kept so -----------------------------------------------------
+    def mesh(self, m: nn.Module, attribute: str) -> Any:
+        """The processes that compute the module together, each with its part of the weight; None if there are none."""
+        return None
+
     def unwritable(self, m: nn.Module, attribute: str) -> str | None:
         """Why nothing can be merged into the weight, or None."""
         if not self.can_write:

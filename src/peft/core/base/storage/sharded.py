@@ -1,4 +1,4 @@
-"""Weights of which each process holds a part: ``DTensor`` (FSDP 2, tensor parallelism) and DeepSpeed ZeRO-3.
+"""Weights of which each process holds a part: ``DTensor`` (FSDP 2, tensor parallelism), FSDP 1 and DeepSpeed ZeRO-3.
 
 Reading gathers, and every process has to take part. What was gathered is gone when the caller lets go of it. Nothing
 is gathered for methods whose forward needs no dense weight.
@@ -59,6 +59,9 @@ class Distributed(Storage):
         like = getattr(m, attribute, None)
         return distributed_like(value, like) if is_dtensor(like) and not is_dtensor(value) else value
 
+    def mesh(self, m: nn.Module, attribute: str) -> Any:
+        return getattr(m, attribute).device_mesh
+
     def holds_updates_exactly(self, m: nn.Module, attribute: str) -> bool:
         return False  # an update would have to be gathered with it
 
@@ -73,12 +76,89 @@ def is_dtensor(value: Any) -> bool:
     return module is not None and isinstance(value, module.DTensor)
 
 
+def whole(value: torch.Tensor) -> torch.Tensor:
+    """A tensor with all of its parts, on every process; all have to take part. Others are as they were."""
+    return value.detach().full_tensor() if is_dtensor(value) else value  # type: ignore[operator]
+
+
+def fill(old: torch.Tensor, value: torch.Tensor) -> None:
+    """Copy a tensor that every process has whole into one of which each may hold a part."""
+    old.data.copy_(distributed_like(value.to(old.dtype), old) if is_dtensor(old) else value)
+
+
+class Team:
+    """The processes of a mesh that compute a layer together, and how a tensor gets from parts to a whole and back.
+
+    A *part* is a process's own share of the last axis (of ``dim``); a *whole* is the same tensor on every process, and
+    so is its gradient. All four pass gradients.
+    """
+
+    def __init__(self, mesh: Any) -> None:
+        self.mesh, self.of = mesh, sys.modules["torch.distributed.tensor"]
+
+    def whole(self, part: torch.Tensor, size: int) -> torch.Tensor:
+        """All parts, put together; ``size`` is the length of the last axis then."""
+        shape = torch.Size((*part.shape[:-1], size))
+        stride = torch.empty(shape, device="meta").stride()
+        parts = self.of.DTensor.from_local(
+            part.contiguous(), self.mesh, [self.of.Shard(-1)], run_check=False, shape=shape, stride=stride
+        )
+        return parts.full_tensor(grad_placements=[self.of.Replicate()])
+
+    def part(self, value: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        """This process's part of a whole."""
+        return self._replicated(value).redistribute(placements=[self.of.Shard(dim % value.dim())]).to_local()
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum of what the processes have."""
+        partial = self.of.DTensor.from_local(value, self.mesh, [self.of.Partial()], run_check=False)
+        return partial.redistribute(placements=[self.of.Replicate()]).to_local()
+
+    def fork(self, value: torch.Tensor) -> torch.Tensor:
+        """A whole from which each process computes a part of its own: its gradients are summed."""
+        return self._replicated(value).to_local(grad_placements=[self.of.Partial()])
+
+    def _replicated(self, value: torch.Tensor) -> Any:
+        return self.of.DTensor.from_local(value, self.mesh, [self.of.Replicate()], run_check=False)
+
+    def agree(self, value: torch.Tensor) -> None:
+        """Give all processes the tensor of the first."""
+        for group in self.mesh.get_all_groups():
+            first = torch.distributed.get_global_rank(group, 0)
+            torch.distributed.broadcast(value.detach(), first, group)
+
+
 def distributed_like(value: torch.Tensor, like: Any) -> Any:
     """A tensor that every process has whole, cut as a ``DTensor`` is, without communication; gradients pass."""
     module = sys.modules["torch.distributed.tensor"]
     whole = [module.Replicate()] * like.device_mesh.ndim
     value = module.DTensor.from_local(value.to(like.to_local().device), like.device_mesh, whole, run_check=False)
     return value.redistribute(placements=like.placements)
+
+
+class FSDP1(Storage):
+    """A module that is a unit of ``FullyShardedDataParallel``: its parameters are there while it is called."""
+
+    def matches(self, m: nn.Module, attribute: str) -> bool:
+        return "_fsdp_wrapped_module" in m._modules and hasattr(m, "_handle")
+
+    def read(self, m: nn.Module, attribute: str) -> torch.Tensor:
+        unit = sys.modules["torch.distributed.fsdp"].FullyShardedDataParallel
+        with unit.summon_full_params(m, recurse=False, writeback=False):
+            return getattr(m, attribute).detach().clone()  # the gathered one is freed on leaving
+
+    def unwritable(self, m: nn.Module, attribute: str) -> str | None:
+        return (
+            "the layer is a unit of FSDP, and nothing can be merged into its parts. Save the adapter, load the base model "
+            "without FSDP, and merge there."
+        )
+
+    def output_may_be_overwritten(self, m: nn.Module, attribute: str) -> bool:
+        return False
+
+    def device_and_dtype(self, m: nn.Module, attribute: str) -> tuple[torch.device | None, torch.dtype | None]:
+        flat = next(m.parameters())
+        return flat.device, flat.dtype
 
 
 class ZeRO3(Storage):

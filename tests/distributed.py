@@ -1,0 +1,432 @@
+"""Processes that train a small model on one engine of torch's or DeepSpeed's, and what a single process makes of it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import peft
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.core.model.walk import bare
+
+
+STEPS = 3
+WEIGHTS = dict(target_modules=["q_proj", "o_proj", "down_proj"], task_type="CAUSAL_LM")
+METHODS: dict[str, Callable[[], Any]] = {
+    "lora": lambda: peft.LoraConfig(r=3, init_lora_weights=False, **WEIGHTS),
+    "dora": lambda: peft.LoraConfig(r=3, use_dora=True, init_lora_weights=False, **WEIGHTS),
+    "ia3": lambda: peft.IA3Config(feedforward_modules=["down_proj"], **WEIGHTS),
+    "oft": lambda: peft.OFTConfig(oft_block_size=4, **WEIGHTS),
+    "vera": lambda: peft.VeraConfig(r=3, **(WEIGHTS | {"target_modules": ["q_proj", "o_proj"]})),
+    "hira": lambda: peft.HiraConfig(r=3, **WEIGHTS),
+    "bottleneck": lambda: peft.BottleneckConfig(task_type="CAUSAL_LM"),
+    "prompt": lambda: peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    "modules_to_save": lambda: peft.LoraConfig(r=3, modules_to_save=["lm_head", "norm"], **WEIGHTS),
+}
+
+
+def save_base(folder: str) -> None:
+    """A small Llama; its sizes are such that two processes get equal parts of each matrix."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def batch(step: int) -> dict[str, torch.Tensor]:
+    """Four rows of six tokens."""
+    ids = torch.randint(1, 32, (4, 6), generator=torch.Generator().manual_seed(step))
+    return {"input_ids": ids, "labels": ids}
+
+
+def adapted(folder: str, method: str, load: Callable[[str], nn.Module] | None = None) -> PeftModel:
+    base = load(folder) if load else AutoModelForCausalLM.from_pretrained(folder)
+    torch.manual_seed(1)
+    return get_peft_model(base, METHODS[method]())
+
+
+def optimizer_for(model: nn.Module) -> torch.optim.Optimizer:
+    """Adam with an epsilon that does not blow up what is not quite zero."""
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, eps=1e-3, foreach=False)
+
+
+def train(model: Any, optimizer: Any, steps: range, rows: slice = slice(None)) -> list[float]:
+    """The losses of these steps."""
+    losses = []
+    for step in steps:
+        loss = model(**{name: value[rows] for name, value in batch(step).items()}).loss
+        if isinstance(optimizer, torch.optim.Optimizer):
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        else:  # DeepSpeed's engine
+            optimizer.backward(loss)
+            optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+# --- engines ---------------------------------------------------------------------------------------------------
+
+
+class Engine:
+    """One way to put a model on several processes. ``splits_batch``: each process has rows of its own."""
+
+    splits_batch = True
+    load: Callable[[str], nn.Module] | None = None
+
+    def wrap(self, model: PeftModel) -> Any:
+        raise NotImplementedError
+
+    def rows(self) -> slice:
+        rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return slice(rank * 4 // size, (rank + 1) * 4 // size) if self.splits_batch else slice(None)
+
+    def tensors(self, wrapped: Any) -> dict[str, torch.Tensor]:
+        """The adapter, whole, on each process."""
+        return get_peft_model_state_dict(wrapped)
+
+
+class DDP(Engine):
+    def wrap(self, model: PeftModel) -> Any:
+        return nn.parallel.DistributedDataParallel(model)
+
+    def tensors(self, wrapped: Any) -> dict[str, torch.Tensor]:
+        return get_peft_model_state_dict(wrapped.module)
+
+
+class FSDP1(Engine):
+    """As accelerate still offers it: frozen and trained parameters in one unit, or by ``fsdp_auto_wrap_policy``."""
+
+    def __init__(self, one_unit: bool) -> None:
+        self.one_unit = one_unit
+
+    def wrap(self, model: PeftModel) -> Any:
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        def layers(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
+            return recurse or type(module).__name__ == "LlamaDecoderLayer"
+
+        policy = layers if self.one_unit else peft.utils.other.fsdp_auto_wrap_policy(model)
+        return FullyShardedDataParallel(
+            model, auto_wrap_policy=policy, use_orig_params=self.one_unit, device_id=torch.device("cpu")
+        )
+
+    def tensors(self, wrapped: Any) -> dict[str, torch.Tensor]:
+        from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
+
+        if not self.one_unit:  # what torch gives as a state dict on the CPU is memory that it has let go
+            with FullyShardedDataParallel.summon_full_params(wrapped, writeback=False):
+                return {name: tensor.clone() for name, tensor in get_peft_model_state_dict(wrapped).items()}
+        whole = FullStateDictConfig(offload_to_cpu=False, rank0_only=False)
+        with FullyShardedDataParallel.state_dict_type(wrapped, StateDictType.FULL_STATE_DICT, whole):
+            return get_peft_model_state_dict(wrapped, wrapped.state_dict())
+
+
+class FSDP2(Engine):
+    def wrap(self, model: PeftModel) -> Any:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+        for module in model.modules():
+            if type(module).__name__ == "LlamaDecoderLayer":
+                fully_shard(module, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+
+class QFSDP2(FSDP2):
+    @staticmethod
+    def load(folder: str) -> nn.Module:  # type: ignore[override]
+        from transformers import BitsAndBytesConfig
+
+        four = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_quant_storage=torch.float32
+        )
+        return AutoModelForCausalLM.from_pretrained(folder, quantization_config=four, device_map={"": "cpu"})
+
+
+class TP(Engine):
+    splits_batch = False
+
+    @staticmethod
+    def load(folder: str) -> nn.Module:  # type: ignore[override]
+        from transformers.distributed import DistributedConfig
+
+        size = torch.distributed.get_world_size()
+        return AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=size))
+
+    def wrap(self, model: PeftModel) -> Any:
+        return model
+
+
+class ZeRO(Engine):
+    """DeepSpeed's own partitioning of optimizer states and gradients (2), and of parameters (3)."""
+
+    def __init__(self, stage: int) -> None:
+        self.stage = stage
+
+    def wrap(self, model: PeftModel) -> Any:
+        import deepspeed
+
+        return deepspeed.initialize(
+            model=model,
+            optimizer=optimizer_for(model),
+            config={
+                "train_micro_batch_size_per_gpu": 2,
+                "zero_optimization": {"stage": self.stage, "stage3_param_persistence_threshold": 0},
+                "zero_allow_untested_optimizer": True,
+                "zero_force_ds_cpu_optimizer": False,
+            },
+        )[0]
+
+    def tensors(self, wrapped: Any) -> dict[str, torch.Tensor]:
+        state = wrapped._zero3_consolidated_16bit_state_dict() if self.stage == 3 else None
+        if self.stage == 3 and torch.distributed.get_rank() != 0:
+            return {}
+        return get_peft_model_state_dict(wrapped.module, state)
+
+
+ENGINES: dict[str, Engine] = {
+    "zero2": ZeRO(2),
+    "zero3": ZeRO(3),
+    "ddp": DDP(),
+    "fsdp1": FSDP1(one_unit=False),
+    "fsdp1_one_unit": FSDP1(one_unit=True),
+    "fsdp2": FSDP2(),
+    "fsdp2_nf4": QFSDP2(),
+    "tp": TP(),
+}
+
+
+def cell(folder: str, engine: str, method: str) -> None:
+    """Three steps on an engine are three steps in one process: losses, and the adapter that is saved."""
+    on = ENGINES[engine]
+    alone = adapted(folder, method, None if isinstance(on, TP) else on.load)
+    wanted = train(alone, optimizer_for(alone), range(STEPS))
+    here = adapted(folder, method, on.load)
+    wrapped = on.wrap(here)
+    losses = train(wrapped, wrapped if isinstance(on, ZeRO) else optimizer_for(wrapped), range(STEPS), on.rows())
+    found = torch.tensor(losses)
+    if on.splits_batch:
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.SUM)
+        found /= torch.distributed.get_world_size()
+    torch.testing.assert_close(found, torch.tensor(wanted), rtol=1e-5, atol=1e-5)
+    if tensors := on.tensors(wrapped):  # some engines give them to the first process alone
+        same(tensors, get_peft_model_state_dict(alone))
+
+
+def same(found: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
+    """Plain tensors of the same names and values."""
+    assert list(found) == list(want)
+    for name, tensor in want.items():
+        assert type(found[name]) is torch.Tensor, f"{name} is a {type(found[name]).__name__}"
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def resume(folder: str, engine: str, method: str, where: str) -> None:
+    """A break after two steps, and torch's checkpoint, change nothing: on as many processes, and on one."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+    on, trained = ENGINES[engine], StateDictOptions(ignore_frozen_params=True)
+
+    def wrapped() -> tuple[Any, Any]:
+        model = on.wrap(adapted(folder, method, on.load))
+        return model, optimizer_for(model)
+
+    def state(model: Any, optimizer: Any) -> dict[str, Any]:
+        return dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=trained)))
+
+    def restore(model: Any, optimizer: Any, **options: Any) -> None:
+        given = state(model, optimizer)
+        checkpoint.load(given, checkpoint_id=where, **options)
+        set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=given["model"],
+            optim_state_dict=given["optimizer"],
+            options=StateDictOptions(ignore_frozen_params=True, strict=False),
+        )
+
+    whole = adapted(folder, method)
+    train(whole, optimizer_for(whole), range(STEPS))
+    want = get_peft_model_state_dict(whole)
+    model, optimizer = wrapped()
+    train(model, optimizer, range(STEPS - 1), on.rows())
+    checkpoint.save(state(model, optimizer), checkpoint_id=where)
+    model, optimizer = wrapped()
+    restore(model, optimizer)
+    train(model, optimizer, range(STEPS - 1, STEPS), on.rows())
+    same(on.tensors(model), want)
+    if torch.distributed.get_rank() == 0:
+        model = adapted(folder, method)
+        optimizer = optimizer_for(model)
+        restore(model, optimizer, no_dist=True)
+        train(model, optimizer, range(STEPS - 1, STEPS))
+        same(get_peft_model_state_dict(model), want)
+    torch.distributed.barrier()
+
+
+class Allocated(TorchDispatchMode):
+    """Notes the memory of all results, without holding it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[StorageWeakRef] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if type(tensor) is torch.Tensor:
+                self.made.append(StorageWeakRef(tensor.untyped_storage()))
+        return result
+
+    def alive(self) -> list[int]:
+        """Bytes of each memory that is still there."""
+        found = {ref.cdata: torch.UntypedStorage._new_with_weak_ptr(ref.cdata) for ref in self.made}
+        return [storage.nbytes() for storage in found.values() if storage is not None]
+
+
+def gathers(folder: str, engine: str, method: str) -> None:
+    """When the forward is done, no whole base weight is in memory that was not there before."""
+    on = ENGINES[engine]
+    model = on.wrap(adapted(folder, method, on.load))
+    rows = {name: value[:3] for name, value in batch(0).items()}  # activations have other sizes than weights then
+    sizes = {16 * 24 * 4, 16 * 16 * 4}
+    with Allocated() as memory:
+        loss = model(**rows).loss
+        assert not sizes & {*memory.alive()}
+    loss.backward()
+    assert any(p.grad is not None for p in model.parameters())
+
+
+def rows_of_each(folder: str, engine: str) -> None:
+    """Each process has rows of another adapter: it waits for no gradient, and gets that of all rows."""
+    on = ENGINES[engine]
+
+    def model() -> PeftModel:
+        made = adapted(folder, "lora")
+        torch.manual_seed(2)
+        made.add_adapter("other", METHODS["lora"]())
+        made.set_requires_grad(["default", "other"], True)
+        return made
+
+    names = ["default", "default", "other", "other"]
+    alone = model()
+    optimizer = optimizer_for(alone)
+    wrapped = on.wrap(model())
+    own = optimizer_for(wrapped)
+    for step in range(STEPS):
+        for each, opt, rows in ((alone, optimizer, slice(None)), (wrapped, own, on.rows())):
+            given = {name: value[rows] for name, value in batch(step).items()}
+            each(**given, adapter_names=names[rows]).loss.backward()
+            opt.step()
+            opt.zero_grad()
+    for name in ("default", "other"):
+        found = get_peft_model_state_dict(bare(getattr(wrapped, "module", wrapped)), adapter_name=name)
+        same(found, get_peft_model_state_dict(alone, adapter_name=name))
+
+
+def starts_alike(folder: str) -> None:
+    """Factors of a layer that processes compute together are those of the first, whatever each has drawn."""
+    base = ENGINES["tp"].load(folder)
+    torch.manual_seed(torch.distributed.get_rank())
+    model = get_peft_model(base, METHODS["lora"]())
+    for name, tensor in get_peft_model_state_dict(model).items():
+        first = tensor.clone()
+        torch.distributed.broadcast(first, 0)
+        assert torch.equal(first, tensor), name
+
+
+def files(folder: str, engine: str, where: str) -> None:
+    """What is saved from several processes loads in one, and the other way round."""
+    on = ENGINES[engine]
+    alone = adapted(folder, "modules_to_save")
+    with torch.no_grad():
+        for p in alone.parameters():
+            p.add_(0.01 if p.requires_grad else 0.0)
+    wrapped = on.wrap(adapted(folder, "modules_to_save", on.load))
+    set_peft_model_state_dict(bare(wrapped), get_peft_model_state_dict(alone))
+    same(on.tensors(wrapped), get_peft_model_state_dict(alone))
+    bare(wrapped).save_pretrained(where, is_main_process=torch.distributed.get_rank() == 0)
+    torch.distributed.barrier()
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), where)
+    same(get_peft_model_state_dict(loaded), get_peft_model_state_dict(alone))
+
+
+# --- processes -------------------------------------------------------------------------------------------------
+
+
+def serve(rank: int, size: int, store: str, pipe: Any) -> None:
+    """Run what comes through the pipe, ``(function name, arguments)``, and answer None or what went wrong."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", OMP_NUM_THREADS="1")
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    while (job := pipe.recv()) is not None:
+        try:
+            globals()[job[0]](*job[1:])
+            pipe.send(None)
+        except BaseException:
+            pipe.send(f"process {rank}:\n{traceback.format_exc()}")
+    torch.distributed.destroy_process_group()
+
+
+class Crew:
+    """Processes that wait for work; started once, since importing torch is most of what a test costs."""
+
+    def __init__(self, size: int) -> None:
+        context = torch.multiprocessing.get_context("spawn")
+        store = tempfile.mktemp()
+        self.pipes, self.processes = [], []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=serve, args=(rank, size, store, theirs), daemon=True)
+            process.start()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, *job: Any, seconds: float = 120) -> None:
+        """Let all of them do it; AssertionError with what went wrong in each, or if one does not answer."""
+        for pipe in self.pipes:
+            pipe.send(job)
+        answers = []
+        for rank, pipe in enumerate(self.pipes):
+            if not pipe.poll(seconds if not any(answers) else 5):
+                self.stop()
+                answers.append(f"process {rank} hangs in {job}")
+                break
+            answers.append(pipe.recv())
+        assert not any(answers), "\n".join(filter(None, answers))
+
+    def stop(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+@contextmanager
+def crew(size: int) -> Iterator[Crew]:
+    made = Crew(size)
+    try:
+        yield made
+    finally:
+        made.stop()
