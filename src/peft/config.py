@@ -750,8 +750,8 @@ class TrainedBias(PeftConfig):
 
     bias: str = option(
         "none",
-        "Which biases are trained: 'none', 'all' of the model, or '<method>_only' for those of adapted layers. With "
-        "trained biases, the output of the disabled adapter is not that of the base model.",
+        "Which biases are trained: 'none', 'all' of the model, or '<method>_only' for those of adapted layers. "
+        "They belong to the adapter: while it is switched off or unloaded, the base model has its own biases.",
     )
 
     def __post_init__(self) -> None:
