@@ -25,7 +25,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(
-    r"^<!-- run first\n(?P<first>.*?)^-->$|(?P<skip>^<!-- not run: (?P<reason>.+?) -->\n)?^```python\n(?P<code>.*?)^```$",
+    r"^<!-- run first\n(?P<first>.*?)^-->$"
+    r"|(?P<skip>^<!-- not run: (?P<reason>.+?) -->\n)?^```python\n(?P<code>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
 STOOD_IN = ("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM")
