@@ -91,7 +91,7 @@ class Joint:
 
 
 _STREAMS = {
-    # (what u is added to, whether x is added to the result): how often x is added to u; the block adds it once to h + u
+    # (what u is added to, whether x is added to the result): how often x is added to u, to which the block adds h + x
     ("output", True): 0,  #  x' = (h + u) + x
     ("output", False): -1,  # x' = h + u
     ("sum", True): 1,  #      x' = (h + x + u) + x
