@@ -37,8 +37,9 @@ def on_files(files: Files, config: Any) -> Files:
     import pictures
 
     for name in ("CHANGELOG.md", "CONTRIBUTING.md"):
-        text = (ROOT / name).read_text(encoding="utf-8")
-        files.append(File.generated(config, name.lower(), content=text.replace("](docs/", "](")))
+        text = (ROOT / name).read_text(encoding="utf-8").replace("](docs/", "](")
+        text = re.sub(r"\]\(([A-Z]+)\.md\)", lambda link: link[0].lower(), text)
+        files.append(File.generated(config, name.lower(), content=text))
     for name, content in pictures.draw().items():
         files.append(File.generated(config, f"pictures/{name}", content=content))
     if has_command_line():

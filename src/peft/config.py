@@ -473,6 +473,11 @@ class PeftConfigMixin(Options):
             ConfigFileError: there is no such file, or it is damaged; the message names it.
             ConfigError: the file holds an unknown method or a value that is not valid.
             NotSupportedYetError: the file needs a method or variant that does not exist here yet.
+
+        Example:
+            >>> model.save_pretrained("adapter")
+            >>> PeftConfig.from_pretrained("adapter").peft_type.value
+            'LORA'
         """
         hub = hub_options(kwargs)
         path = locate(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub)
