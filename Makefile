@@ -2,6 +2,7 @@
 # make qlora     the same task on a base in four bits, beside LoRA in 32 (about eight minutes on two cores)
 # make tutorial  six methods on that task, one table (about nine minutes on two cores)
 # make test      lint, type check, tests
+# make docs      the documents as a site, into build/site, strictly (two minutes)
 # make bench     the benchmarks, into benchmarks/RESULTS.md (half an hour); to compare with another library:
 #                make bench REFERENCE=/path/to/its/environment/bin/python
 #
@@ -20,9 +21,10 @@ VENV  := .venv
 RUN   := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 CLIENTS := $(VENV)/.clients
+DOCS    := $(VENV)/.docs
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo qlora tutorial test lint bench clean
+.PHONY: help install demo qlora tutorial test lint docs bench clean
 
 help:
 	@sed -n '/^$$/q;s/^# \{0,1\}//p' Makefile
@@ -41,6 +43,10 @@ $(CLIENTS): $(STAMP)
 	$(RUN) -m pip install --quiet $(TORCH) --editable ".[clients]"
 	touch $@
 
+$(DOCS): $(STAMP)
+	$(RUN) -m pip install --quiet $(TORCH) --editable ".[docs]"
+	touch $@
+
 demo: $(STAMP)
 	$(RUN) examples/sentiment.py $(ARGS)
 
@@ -52,11 +58,16 @@ tutorial: $(STAMP)
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
 # The worker processes share the cores, so each computes with one thread.
 test: lint $(CLIENTS)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(JOBS) $(ARGS)
+
+docs: $(DOCS)
+	$(RUN) docs/build_methods.py
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
 
 bench: BENCH = $(if $(REFERENCE),--reference-python $(REFERENCE))
 bench: $(STAMP)

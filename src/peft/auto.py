@@ -88,6 +88,12 @@ class _BaseAutoPeftModel:
         Raises:
             ValueError: if the config belongs to another task, names no base model or no class for it, or a class that
                 is not on the list; and what loading the base model or the adapter raises.
+
+        Example:
+            >>> base.save_pretrained("base")
+            >>> base = AutoModelForCausalLM.from_pretrained("base")
+            >>> get_peft_model(base, LoraConfig(task_type="CAUSAL_LM")).save_pretrained("adapter")
+            >>> model = AutoPeftModelForCausalLM.from_pretrained("adapter")  # the base too
         """
         adapter_options = {name: kwargs.pop(name) for name in _FOR_ADAPTER if name in kwargs}
         adapter_options.update({name: kwargs[name] for name in _FOR_BOTH if name in kwargs})

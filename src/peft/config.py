@@ -477,6 +477,11 @@ class PeftConfigMixin(Options):
             ConfigFileError: there is no such file, or it is damaged; the message names it.
             ConfigError: the file holds an unknown method or a value that is not valid.
             NotSupportedYetError: the file needs a method or variant that does not exist here yet.
+
+        Example:
+            >>> model.save_pretrained("adapter")
+            >>> PeftConfig.from_pretrained("adapter").peft_type.value
+            'LORA'
         """
         hub = hub_options(kwargs)
         path = locate(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub)
@@ -755,8 +760,8 @@ class TrainedBias(PeftConfig):
 
     bias: str = option(
         "none",
-        "Which biases are trained: 'none', 'all' of the model, or '<method>_only' for those of adapted layers. With "
-        "trained biases, the output of the disabled adapter is not that of the base model.",
+        "Which biases are trained: 'none', 'all' of the model, or '<method>_only' for those of adapted layers. "
+        "They belong to the adapter: while it is switched off or unloaded, the base model has its own biases.",
     )
 
     def __post_init__(self) -> None:

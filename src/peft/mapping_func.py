@@ -40,6 +40,12 @@ def get_peft_model(
     Raises:
         TypeError: if ``peft_config`` is no config.
         ValueError: if the config does not fit the model, which is then unchanged, or names an unknown task.
+
+    Example:
+        >>> config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        >>> model = get_peft_model(base, config)
+        >>> model.print_trainable_parameters()
+        trainable params: 512 || all params: 5,904 || trainable%: 8.6721
     """
     check_config(peft_config)
     model = _plain_model(model, adapter_name)

@@ -335,6 +335,10 @@ class PeftModel(ModelCompat, PushToHubMixin, nn.Module):
         Raises:
             ValueError: if the name is taken, the method is another one than the model's, or the config does not fit;
                 the model is then unchanged.
+
+        Example:
+            >>> model.add_adapter("other", LoraConfig(r=2, task_type="CAUSAL_LM"))
+            >>> model.set_adapter("other")
         """
         check_adapter_name(adapter_name, list(self.peft_config))
         self._check_method(peft_config)
@@ -377,7 +381,12 @@ class PeftModel(ModelCompat, PushToHubMixin, nn.Module):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """A context in which the model is its base."""
+        """A context in which the model is its base.
+
+        Example:
+            >>> with model.disable_adapter():
+            ...     logits = model(**batch).logits  # the base model's
+        """
         with self._tuner.switched_off():
             yield
 
@@ -405,6 +414,11 @@ class PeftModel(ModelCompat, PushToHubMixin, nn.Module):
 
         Raises:
             ValueError: if ``save_directory`` is a file, or an adapter is unknown.
+
+        Example:
+            >>> model.save_pretrained("adapter")
+            >>> sorted(os.listdir("adapter"))
+            ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
         """
         if os.path.isfile(save_directory):
             raise ConfigFileError(f"{save_directory} is a file; save_pretrained needs a folder.")
@@ -472,6 +486,11 @@ class PeftModel(ModelCompat, PushToHubMixin, nn.Module):
         Raises:
             ValueError, FileNotFoundError: if the files are missing or damaged, or do not fit the model, which is
                 then unchanged.
+
+        Example:
+            >>> model.save_pretrained("adapter")
+            >>> base = model.unload()
+            >>> model = PeftModel.from_pretrained(base, "adapter", is_trainable=True)
         """
         hub = hub_options(kwargs)
         config = _read_config(model_id, config, is_trainable, hub)
@@ -522,6 +541,11 @@ class PeftModel(ModelCompat, PushToHubMixin, nn.Module):
 
         Raises:
             ValueError, FileNotFoundError: if the files are missing or damaged, or do not fit; the model is unchanged.
+
+        Example:
+            >>> model.save_pretrained("adapter")
+            >>> result = model.load_adapter("adapter", adapter_name="again")
+            >>> model.set_adapter("again")
         """
         hub = hub_options(kwargs)
         config = _read_config(model_id, kwargs.pop("peft_config", None), is_trainable, hub)

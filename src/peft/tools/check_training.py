@@ -61,6 +61,11 @@ def check_training(
 
     Raises:
         ValueError: for a batch whose output has no loss.
+
+    Example:
+        >>> for finding in check_training(model, batch, learning_rate=2e-5):
+        ...     print(finding.code)
+        low_learning_rate
     """
     found = [*_at_rest(model), *_of_optimizer(model, optimizer, learning_rate)]
     if batch is not None:

@@ -124,6 +124,13 @@ def estimate_memory(
     Raises:
         ValueError: for an adapted model together with a ``peft_config``, for an unknown option, and for a model for
             which no inputs can be made.
+
+    Example:
+        >>> estimate = estimate_memory(base, LoraConfig(r=4, task_type="CAUSAL_LM"), batch_size=8, sequence_length=32)
+        >>> print(estimate)  # doctest: +ELLIPSIS
+        weights ...
+        >>> estimate.trained
+        512
     """
     _check_options(optimizer, bits)
     task = getattr(peft_config, "task_type", None)
@@ -417,6 +424,10 @@ def explain_out_of_memory(model: nn.Module) -> Iterator[None]:
             trainer.train()
 
     The figures are those of the last forward of ``model`` in the context. The errors stay what they are otherwise.
+
+    Example:
+        >>> with explain_out_of_memory(model):
+        ...     loss = model(**batch).loss
     """
     given: list[Any] = [(), {}]
 

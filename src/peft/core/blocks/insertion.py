@@ -1,4 +1,21 @@
-"""Adapters between the sub-layers of a transformer block, whichever way the block orders sums and normalisations."""
+"""Adapters between the sub-layers of a transformer block, whichever way the block orders sums and normalisations.
+
+A sub-layer (an attention, a feed-forward network) reads the residual stream x, and its output h is added to it. Three
+orders are in use, N a normalisation. What :func:`find_places` finds of the feed-forward network of
+
+    BERT      x' = N(x + MLP(x))      stream None, out "output.dense", norm "output.LayerNorm"
+    LLaMA     x' = x + MLP(N(x))      stream "post_attention_layernorm", out "mlp", norm None
+    Gemma 3   x' = x + N2(MLP(N(x)))  stream "pre_feedforward_layernorm", out "post_feedforward_layernorm", norm None
+
+``out`` is the module whose output is h, so that Gemma's second norm belongs to the sub-layer; ``norm`` takes the sum
+x + h; x itself is what ``stream`` takes, or the sub-layer where there is none. An adapter after the sub-layer that
+reads h (Houlsby's) then gives
+
+    BERT      x' = N(x + h + u(h))    by a change of h, at the hook of ``out``
+    LLaMA     x' = x + h + u(h)       in the same way; Gemma's h is that after N2
+
+and one that reads N(x + h) (Pfeiffer's) waits for the hook of ``norm`` in BERT, and reads h + x in the other two.
+"""
 
 from __future__ import annotations
 
@@ -62,6 +79,27 @@ class Joint:
     residual: str = "output"
     sums: bool = True
 
+    @property
+    def kept(self) -> str:
+        """What u(...) is added to: "output", "sum" or "normed"; a module that reads h alone keeps h."""
+        return self.residual if self.reads_sum else "output"
+
+    @property
+    def needs_norm(self) -> bool:
+        """Whether the module reads what the norm of the sum gives, or stands in for it."""
+        return not self.beside and (self.reads_sum or not self.sums)
+
+
+_STREAMS = {
+    # (what u is added to, whether x is added to the result): how often x is added to u, to which the block adds h + x
+    ("output", True): 0,  #  x' = (h + u) + x
+    ("output", False): -1,  # x' = h + u
+    ("sum", True): 1,  #      x' = (h + x + u) + x
+    ("sum", False): 0,  #     x' = h + x + u
+    ("normed", True): 1,  #   without a norm of the sum, "normed" is the sum
+    ("normed", False): 0,
+}
+
 
 @dataclass(eq=False)
 class _Event:
@@ -101,14 +139,14 @@ class InsertLayer(BlockLayer):
 
         def update(adapter: Insert, h: torch.Tensor, x: torch.Tensor, given: torch.Tensor) -> torch.Tensor | None:
             joint = adapter.joint(role)
-            if joint is None or (place.norm is not None and self._at_the_norm(joint)):
+            if joint is None or (place.norm is not None and joint.needs_norm):
                 return None
             if joint.beside:
                 return adapter.change(role, given, h)
-            keeps_sum = joint.reads_sum and joint.residual != "output"
-            u = adapter.change(role, h + x if joint.reads_sum else h, h + x if keeps_sum else h)
-            more = joint.sums + keeps_sum - 1  # the block itself adds x once
-            return u + more * x if more else u
+            kept = h if joint.kept == "output" else h + x
+            u = adapter.change(role, h + x if joint.reads_sum else h, kept)
+            streams = _STREAMS[joint.kept, joint.sums]
+            return u + streams * x if streams else u
 
         return self.added(h, update, h, place.seen["x"], place.seen["input"])
 
@@ -120,21 +158,16 @@ class InsertLayer(BlockLayer):
             adapter: Insert, z: torch.Tensor, y: torch.Tensor, x: torch.Tensor, inside: bool
         ) -> torch.Tensor | None:
             joint = adapter.joint(role)
-            if joint is None or not self._at_the_norm(joint) or inside != joint.sums:
+            if joint is None or not joint.needs_norm or inside != joint.sums:
                 return None
-            h, kept = z - x, joint.residual if joint.reads_sum else "output"
-            residual = {"output": h, "sum": z, "normed": y}[kept]
+            h = z - x
+            residual = {"output": h, "sum": z, "normed": y}[joint.kept]
             new = residual + adapter.change(role, y if joint.reads_sum else h, residual)
             return new - h if inside else new - y
 
         inner = self.added(z, partial(update, inside=True), z, y, place.seen["x"])
         outer = y if inner is z else norm.forward(inner)
         return self.added(outer, partial(update, inside=False), z, y, place.seen["x"])
-
-    @staticmethod
-    def _at_the_norm(joint: Joint) -> bool:
-        """Whether the module needs what the norm of the sum gives, or stands in for it."""
-        return not joint.beside and (joint.reads_sum or not joint.sums)
 
     # --- hooks ------------------------------------------------------------------------------------------------
     def _attach(self) -> None:

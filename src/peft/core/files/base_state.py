@@ -73,6 +73,10 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 
     Returns:
         name -> detached tensor; it shares the model's memory unless adapters are merged.
+
+    Example:
+        >>> sorted(get_base_model_state_dict(model))[0]
+        'lm_head.weight'
     """
     root = anatomy(model)[0]
     with torch.no_grad(), _bare(root) as copied:
@@ -92,6 +96,11 @@ def set_base_model_state_dict(
 
     Raises:
         RuntimeError: if names (with ``strict``) or shapes do not agree; the model is then unchanged.
+
+    Example:
+        >>> state = get_base_model_state_dict(model)
+        >>> set_base_model_state_dict(model, state)
+        IncompatibleKeys(missing_keys=[], unexpected_keys=[])
     """
     root = anatomy(model)[0]
     with torch.no_grad(), _bare(root):

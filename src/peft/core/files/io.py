@@ -145,6 +145,12 @@ def load_peft_weights(
     Raises:
         FileNotFoundError: if there is no file of weights.
         ValueError: if the file is damaged, or a key of ``key_mapping`` is no regular expression.
+
+    Example:
+        >>> model.save_pretrained("adapter")
+        >>> tensors = load_peft_weights("adapter")
+        >>> list(tensors)[0]
+        'base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight'
     """
     tensors = read_tensors(locate_weights(model_id, **hf_hub_download_kwargs), device)
     return tensors if not key_mapping else {_mapped(name, key_mapping): t for name, t in tensors.items()}

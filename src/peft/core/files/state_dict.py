@@ -57,9 +57,9 @@ def get_peft_model_state_dict(
     Raises:
         ValueError: if the model has no such adapter, or the given state dict lacks one of its tensors.
 
-    Example::
-
-        tensors = get_peft_model_state_dict(model, accelerator.get_state_dict(model))
+    Example:
+        >>> tensors = get_peft_model_state_dict(model)
+        >>> tensors = get_peft_model_state_dict(model, model.state_dict())  # or what FSDP gathered
     """
     outer, model = model, bare(model)
     root, prefix = anatomy(model)
@@ -188,6 +188,12 @@ def set_peft_model_state_dict(
         Names in the model of what the state dict lacks, and names of the state dict that belong nowhere. Other
         parameters of the base model that it holds (norms trained along, say) become the adapter's own: they act while
         it is active.
+
+    Example:
+        >>> state = get_peft_model_state_dict(model)
+        >>> found = set_peft_model_state_dict(model, state)
+        >>> found.unexpected_keys
+        []
     """
     model = bare(model)
     root, _ = anatomy(model)

@@ -306,6 +306,11 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
 
         Raises:
             ValueError: if an adapter cannot be merged, with the reason.
+
+        Example:
+            >>> plain = model.merge_and_unload()
+            >>> type(plain).__name__
+            'LlamaForCausalLM'
         """
         if adapter_names is not None:
             operations.require_adapters(self.model, adapter_names, self.peft_config)

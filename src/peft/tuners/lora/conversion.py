@@ -70,6 +70,12 @@ def convert_to_lora(
     Raises:
         ValueError: for a rank that has no meaning, an unknown adapter, one that no weight equals, several that each
             train whole modules, and biases that a LoRA cannot have.
+
+    Example:
+        >>> model = get_peft_model(base, IA3Config(target_modules=["v_proj"], feedforward_modules=[]))
+        >>> config, tensors = convert_to_lora(model, rank=16)
+        >>> config.peft_type.value, config.target_modules
+        ('LORA', {'v_proj'})
     """
     root = anatomy(model)[0]
     names = operations.names_of(adapter_name)
@@ -108,6 +114,11 @@ def save_as_lora(
 
     Raises:
         ValueError: as :func:`convert_to_lora`; if ``path`` is a file. Nothing is written then.
+
+    Example:
+        >>> save_as_lora("as_lora", model, rank=4)
+        >>> PeftModel.from_pretrained(model.unload(), "as_lora").peft_config["default"].r
+        4
     """
     if os.path.isfile(path):
         raise ValueError(f"{path} is a file; save_as_lora needs a folder.")

@@ -98,6 +98,10 @@ def hotswap_adapter(
 
     Raises:
         ValueError: as :func:`hotswap_adapter_from_state_dict`.
+
+    Example:
+        >>> model.save_pretrained("adapter")
+        >>> hotswap_adapter(model, "adapter", adapter_name="default")
     """
     config = PeftConfig.from_pretrained(os.fspath(model_name_or_path), **kwargs)
     tensors = load_peft_weights(model_name_or_path, device=torch_device, **kwargs)

@@ -122,6 +122,11 @@ class LoraTuner(LoraCompat, BaseTuner):
         Raises:
             ValueError: for unknown adapters or ways, another number of weights, a name that is taken, or adapters
                 that cannot be combined. The model is then unchanged.
+
+        Example:
+            >>> model.add_adapter("other", LoraConfig(r=8, task_type="CAUSAL_LM"))
+            >>> model.add_weighted_adapter(["default", "other"], [0.7, 0.3], "both", combination_type="linear")
+            >>> model.set_adapter("both")
         """
         weights = checked_weights(self, adapters, weights)
         check_adapter_name(adapter_name, [*self.peft_config])

@@ -1,0 +1,1 @@
+"""What all methods share, each thing once; it knows no method."""
