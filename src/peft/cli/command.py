@@ -70,7 +70,6 @@ def parser_of(command: Command) -> ArgumentParser:
         epilog=f"example:\n{command.example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         exit_on_error=False,
-        default_meta=False,
     )
     if command.recipe:
         parser.add_argument("--recipe", action="config", help="The recipe, a YAML file; may also come first, bare.")

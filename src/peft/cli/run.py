@@ -108,7 +108,7 @@ def parse(chosen: Command, argv: list[str]) -> Any:
         method = _method_of(argv)
         add_fields(parser, config_class(method), "adapter.", NOT_IN_A_RECIPE)
     try:
-        given = parser.parse_args(argv).as_dict()
+        given = parser.parse_args(argv).clone(with_meta=False).as_dict()
     except argparse.ArgumentError as error:
         raise UsageError(_with_hint(str(error.message).strip(), parser)) from error
     except SystemExit as end:
