@@ -223,8 +223,6 @@ def unfinished(recipe: Recipe, output: Output) -> str | None:
     Raises:
         Failure: the folder holds a finished run, or one of another recipe.
     """
-    from transformers.trainer_utils import get_last_checkpoint
-
     folder = recipe.output
     old = os.path.join(folder, "recipe.yaml")
     if recipe.restart or not os.path.isfile(old):
@@ -243,11 +241,28 @@ def unfinished(recipe: Recipe, output: Output) -> str | None:
         )
     if os.path.isfile(os.path.join(folder, "metrics.json")):
         raise Failure(f"{folder} holds this run, finished. Give another --output, or --restart true to begin anew.")
-    checkpoints = os.path.join(folder, CHECKPOINTS)
-    last = get_last_checkpoint(checkpoints) if os.path.isdir(checkpoints) else None
+    last = last_checkpoint(os.path.join(folder, CHECKPOINTS))
     if last is not None:
         output.say(f"going on from {last}")
     return last
+
+
+def last_checkpoint(folder: str) -> str | None:
+    """The last checkpoint in a folder that is complete: one during which the process was killed does not count."""
+    names = [name for name in os.listdir(folder) if name.startswith("checkpoint-")] if os.path.isdir(folder) else []
+    whole = [name for name in names if _is_complete(os.path.join(folder, name))]
+    return os.path.join(folder, max(whole, key=lambda name: int(name.partition("-")[2]))) if whole else None
+
+
+def _is_complete(folder: str) -> bool:
+    """Whether the trainer's state, which is written last, can be read, and each process has left its random state."""
+    states = sum(name.startswith("rng_state") for name in os.listdir(folder))
+    try:
+        with open(os.path.join(folder, "trainer_state.json"), encoding="utf-8") as file:
+            json.load(file)
+    except (OSError, ValueError):
+        return False
+    return states >= int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
