@@ -94,13 +94,14 @@ def add_fields(parser: ArgumentParser, cls: type, prefix: str = "", skip: Iterab
         text = field.metadata.get("help", "").replace("%", "%%")
         if field.metadata.get("positional"):
             nargs = field.metadata["nargs"]
-            more = {"nargs": nargs, "default": field.default} if nargs else {}
+            more = {"nargs": nargs} if nargs else {}
             parser.add_argument(field.name, type=str, help=text, **more)
             continue
         default = field.default
         if default is not dataclasses.MISSING and default is not None and not isinstance(default, type):
             text += f" (default: {getattr(default, 'value', default)})"
-        parser.add_argument(f"--{prefix}{field.name}", type=kind, help=text, default=argparse.SUPPRESS)
+        flags = [f"--{prefix}{field.name}", *(["-o"] if field.name == "output" else [])]
+        parser.add_argument(*flags, type=kind, help=text, default=argparse.SUPPRESS)
 
 
 def make(cls: type, values: dict[str, Any]) -> Any:

@@ -31,7 +31,7 @@ COMMANDS = {
 """Command -> what it does, in a line. Each is in a module of its name; that of ``eval`` is ``evaluate``."""
 
 _MODULES = {"eval": "evaluate", "inspect": "inspection"}
-_SHORT = {"--model": "--model.name", "--data": "--data.train"}
+_SHORT = {"--model": "--model.name", "--data": "--data.train"}  # of recipes
 
 
 def command(name: str) -> Command:
