@@ -133,6 +133,24 @@ def merge_files(
     return MergeReport(os.fspath(output), files, len(entries), len(changed))
 
 
+def open_base(base: str | os.PathLike) -> nn.Module:
+    """A base model whose layers read their weights from its files when they are asked for; else in memory.
+
+    Args:
+        base: folder of the model, or its name on the hub.
+    """
+    import transformers
+
+    folder = _folder_of(base)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    entries = _entries(folder)
+    if _only_in_memory(config, entries) is None:
+        model = _without_memory(config, entries, None)
+        if isinstance(model, nn.Module):
+            return model
+    return _class_of(config).from_pretrained(folder, dtype="auto")
+
+
 # --- the base, in files --------------------------------------------------------------------------------------------
 
 
@@ -169,6 +187,12 @@ def _entries(folder: str) -> dict[str, Entry]:
     return found
 
 
+def _class_of(config: Any) -> Any:
+    import transformers
+
+    return getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
+
+
 def _only_in_memory(config: Any, entries: dict[str, Entry]) -> str | None:
     if getattr(config, "quantization_config", None):
         return "the base model is quantised"
@@ -177,12 +201,11 @@ def _only_in_memory(config: Any, entries: dict[str, Entry]) -> str | None:
 
 def _without_memory(config: Any, entries: dict[str, Entry], dtype: torch.dtype | None) -> nn.Module | str:
     """The base model, each layer of which reads its tensors from the files; or why that cannot be."""
-    import transformers
     from accelerate import init_empty_weights
     from accelerate.hooks import attach_align_device_hook
     from accelerate.utils import OffloadedWeightsLoader
 
-    cls = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
+    cls = _class_of(config)
     build = cls.from_config if hasattr(cls, "from_config") else cls._from_config
     with init_empty_weights():
         model = build(config)
@@ -399,10 +422,7 @@ def _copy_rest(job: _Job, target: str) -> None:
 
 def _in_memory(job: _Job, reason: str) -> MergeReport:
     """The same with the whole model in memory."""
-    import transformers
-
-    cls = getattr(transformers, (job.config.architectures or ["AutoModel"])[0], transformers.AutoModel)
-    base = cls.from_pretrained(job.folder, dtype=job.dtype or "auto")
+    base = _class_of(job.config).from_pretrained(job.folder, dtype=job.dtype or "auto")
     if getattr(job.config, "quantization_config", None) and not job.quantized:
         base = base.dequantize()
     adapted, names = _adapted(base, job)
