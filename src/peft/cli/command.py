@@ -70,6 +70,7 @@ def parser_of(command: Command) -> ArgumentParser:
         epilog=f"example:\n{command.example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         exit_on_error=False,
+        usage=f"peft {command.name} [RECIPE] [--set NAME=VALUE ...] [FLAGS]" if command.recipe else None,
     )
     if command.recipe:
         parser.add_argument("--recipe", action="config", help="The recipe, a YAML file; may also come first, bare.")
@@ -97,11 +98,15 @@ def add_fields(parser: ArgumentParser, cls: type, prefix: str = "", skip: Iterab
             more = {"nargs": nargs} if nargs else {}
             parser.add_argument(field.name, type=str, help=text, **more)
             continue
+        choices = field.metadata.get("choices")
+        if choices and not any(str(choice) in text for choice in choices):
+            text += f" One of {', '.join(str(getattr(choice, 'value', choice)) for choice in choices)}."
         default = field.default
         if default is not dataclasses.MISSING and default is not None and not isinstance(default, type):
             text += f" (default: {getattr(default, 'value', default)})"
         flags = [f"--{prefix}{field.name}", *(["-o"] if field.name == "output" else [])]
-        parser.add_argument(*flags, type=kind, help=text, default=argparse.SUPPRESS)
+        metavar = {} if kind is bool else {"metavar": "VALUE"}
+        parser.add_argument(*flags, type=kind, help=text, default=argparse.SUPPRESS, **metavar)
 
 
 def make(cls: type, values: dict[str, Any]) -> Any:

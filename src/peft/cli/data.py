@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import string
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,14 +83,14 @@ def read(name: str, split: str = "train") -> Any:
         raise ConfigError(f"{name!r} is no file here, and not to be had from the hub: {error}") from error
 
 
-def fill(template: str, row: dict[str, Any], where: str) -> str:
-    """A template with a row's values in place of the columns in braces.
+def fill(template: str, row: dict[str, Any], where: str, replace: Mapping[Any, Any] | None = None) -> str:
+    """A template with a row's values in place of the columns in braces, or what stands for them in ``replace``.
 
     Raises:
         ConfigError: it names a column that the row has not.
     """
     try:
-        return template.format(**row)
+        return template.format(**{name: (replace or {}).get(v, v) if isinstance(v, Hashable) else v for name, v in row.items()})
     except (KeyError, IndexError, ValueError) as error:
         names = [name for _, name, _, _ in string.Formatter().parse(template) if name]
         missing = next((name for name in names if name not in row), str(error))
@@ -106,8 +106,8 @@ def _columns(data: Any, options: DataOptions, task: str) -> Any:
         prompt, completion = options.prompt, str(options.completion)
         return data.map(
             lambda row: {
-                "prompt": fill(prompt, row, "data.prompt"),
-                "completion": fill(completion, row, "data.completion"),
+                "prompt": fill(prompt, row, "data.prompt", options.replace),
+                "completion": fill(completion, row, "data.completion", options.replace),
             },
             remove_columns=data.column_names,
         )

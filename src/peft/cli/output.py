@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 
 class Output:
@@ -44,12 +45,13 @@ class Output:
         self.results.print(text, end="", markup=False)
 
     def table(self, title: str | None, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-        """A table: the first column to the left, the others to the right."""
-        table = Table(title=title, title_justify="left")
+        """A table: columns of numbers to the right, others to the left."""
+        table, cells = Table(title=title, title_justify="left"), [[shown(value) for value in row] for row in rows]
         for place, name in enumerate(columns):
-            table.add_column(name, justify="left" if place == 0 else "right", overflow="fold")
-        for row in rows:
-            table.add_row(*(shown(value) for value in row))
+            numbers = all(row[place][:1].isdigit() or row[place] == "-" for row in cells)
+            table.add_column(name, justify="right" if numbers and place else "left", overflow="fold")
+        for row in cells:
+            table.add_row(*map(Text, row))  # not strings: a peft[cli] would be taken for a colour
         self.results.print(table)
 
     def json(self, value: Any) -> None:

@@ -12,8 +12,8 @@ import yaml
 
 from peft.config import Options, PeftConfig, option
 from peft.core.files.io import replacing
+from peft.tools.catalogue import methods
 from peft.utils.error import ConfigError, nearest
-from peft.utils.peft_types import PEFT_TYPE_TO_CONFIG_MAPPING
 
 
 NOT_IN_A_RECIPE = ("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
@@ -24,11 +24,17 @@ TASKS = {"sft": "CAUSAL_LM", "dpo": "CAUSAL_LM", "classify": "SEQ_CLS"}
 """Task of a recipe -> task type of the adapter."""
 
 
-def methods() -> dict[str, type[PeftConfig]]:
-    """All registered methods: name in small letters -> config class."""
-    import peft.tuners  # noqa: F401
+VARIANTS = {
+    "dora": ("lora", {"use_dora": True}),
+    "rslora": ("lora", {"use_rslora": True}),
+}
+"""Names that papers gave to settings of a method -> that method and its fields."""
 
-    return {str(getattr(key, "value", key)).lower(): cls for key, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+
+def resolve(method: str) -> tuple[str, dict[str, Any]]:
+    """A registered method and the fields that a name asks for, which may be that of a variant."""
+    name = str(method).lower().replace("-", "_")
+    return VARIANTS.get(name, (name, {}))
 
 
 def config_class(method: str) -> type[PeftConfig]:
@@ -37,10 +43,11 @@ def config_class(method: str) -> type[PeftConfig]:
     Raises:
         ConfigError: there is no such method; the message has the nearest.
     """
-    known = methods()
-    name = str(method).lower().replace("-", "_")
+    known = {each.key: each.config for each in methods()}
+    name = resolve(method)[0]
     if name not in known:
-        raise ConfigError(f"there is no method {method!r}.{nearest(name, known)} `peft methods` lists them.")
+        hint = nearest(name, [*known, *VARIANTS])
+        raise ConfigError(f"there is no method {method!r}.{hint} `peft methods` lists them.")
     return known[name]
 
 
@@ -71,6 +78,7 @@ class DataOptions(Options):
     prompt: str | None = option(None, "Makes prompts of rows, as in 'Review: {text}'; goes with completion.")
     completion: str | None = option(None, "Makes the answers to learn, as in ' {label}'; goes with prompt.")
     text: str | None = option(None, "Column of the texts, or a template with columns in braces; 'text' if left out.")
+    replace: dict = option(dict, "Values that stand for others in templates, as in {positive: up, negative: down}.")
     label: str = option("label", "Column of the classes, for the task classify.")
 
 
@@ -130,7 +138,8 @@ class Recipe(Options):
 
     def adapter_config(self) -> PeftConfig:
         """The config of the adapter."""
-        return config_class(self.method)(**self.adapter, task_type=TASKS[self.task])
+        fields = {**resolve(self.method)[1], **self.adapter}
+        return config_class(self.method)(**fields, task_type=TASKS[self.task])
 
     def require(self, *names: str) -> None:
         """Make sure that fields have values.

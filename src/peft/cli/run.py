@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import warnings
 from typing import Any
 
@@ -14,7 +15,7 @@ from peft._version import __version__
 from peft.cli.command import Command, UsageError, add_fields, make, parser_of
 from peft.cli.output import Output
 from peft.cli.recipe import NOT_IN_A_RECIPE, config_class
-from peft.utils.error import nearest
+from peft.utils.error import ConfigError, nearest
 
 
 COMMANDS = {
@@ -105,8 +106,11 @@ def parse(chosen: Command, argv: list[str]) -> Any:
     parser = parser_of(chosen)
     if chosen.recipe:
         argv = _recipe_first([_SHORT.get(w, w) for word in argv for w in _split(word)])
-        method = _method_of(argv)
-        add_fields(parser, config_class(method), "adapter.", NOT_IN_A_RECIPE)
+        try:
+            cls = config_class(_method_of(argv))
+        except ConfigError as error:
+            raise UsageError(str(error)) from error
+        add_fields(parser, cls, "adapter.", NOT_IN_A_RECIPE)
     try:
         given = parser.parse_args(argv).clone(with_meta=False).as_dict()
     except argparse.ArgumentError as error:
@@ -115,7 +119,7 @@ def parse(chosen: Command, argv: list[str]) -> Any:
         if end.code:
             raise UsageError("these arguments cannot be understood.") from end
         raise
-    for name in ("json", "debug", "recipe"):
+    for name in ("json", "debug", *(["recipe"] if chosen.recipe else [])):
         given.pop(name, None)
     try:
         return make(chosen.options, given)
@@ -188,4 +192,8 @@ def _with_hint(message: str, parser: Any) -> str:
             word = message.split(mark, 1)[1].split("'")[0].split("=")[0].split()[0]
             flag = word if word.startswith("-") else f"--{word}"
             return f"there is no {flag!r} here.{nearest(flag, known)}"
+    if "Does not validate" in message or "Expected a" in message:
+        name, value = message.split('"')[1], message.rpartition("Given value: ")[2] or message.rpartition("value: ")[2]
+        kinds = sorted(set(re.findall(r"Expected (?:a )?<class '(\w+)'>", message)) - {"NoneType"})
+        return f"--{name} takes {' or '.join(kinds) or 'another kind of value'}, not {value.strip()!r}."
     return message.replace('Parser key "', '"')

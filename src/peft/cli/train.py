@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from peft.cli.command import Command
 from peft.cli.output import Output
 from peft.cli.recipe import Recipe
@@ -42,6 +44,10 @@ def act(recipe: Recipe, output: Output) -> dict[str, Any]:
     if trainer.eval_dataset is not None:
         metrics |= {k: v for k, v in trainer.evaluate().items() if not k.endswith(("_second", "_runtime"))}
     metrics |= {"seconds": round(seconds, 2), "trainable": trainable, "parameters": total}
+    if training.memory is not None:
+        metrics["memory_by_estimate"] = training.memory
+    if torch.cuda.is_available():
+        metrics["memory_at_most"] = torch.cuda.max_memory_allocated()
     trainer.save_model(os.path.join(folder, ADAPTER))
     found = {"ok": True, "output": folder, "adapter": os.path.join(folder, ADAPTER), "metrics": metrics,
              "remarks": training.remarks, "files": []}  # fmt: skip
@@ -56,24 +62,27 @@ def _finish(trainer: Any, recipe: Recipe, metrics: dict[str, Any], found: dict[s
     _complete_card(os.path.join(folder, ADAPTER), recipe, metrics)
     history = trainer.state.log_history
     write_json(folder, "history.json", history)
-    found["files"] = [*draw(folder, {os.path.basename(folder): history}, found), "history.json", "recipe.yaml"]
+    curves = {os.path.basename(os.path.abspath(folder)): history}
+    drawn = draw(folder, "loss_curves", ["loss.png", "loss.svg"], curves, found)
+    found["files"] = [*drawn, "history.json", "recipe.yaml"]
     write_json(folder, "metrics.json", metrics)
     found["files"].append("metrics.json")
 
 
-def draw(folder: str, histories: dict[str, list[dict[str, Any]]], found: dict[str, Any]) -> list[str]:
-    """Draw the loss curves of runs as ``loss.png`` and ``loss.svg``; without matplotlib, a remark says what to do."""
-    import importlib.util
+def draw(folder: str, kind: str, names: list[str], values: Any, found: dict[str, Any], **more: Any) -> list[str]:
+    """Draw a picture of :mod:`peft.tools.plots` in files of a folder; without matplotlib, a remark says what to do.
 
-    if importlib.util.find_spec("matplotlib") is None:
-        found.setdefault("remarks", []).append("no loss curve without matplotlib: pip install 'peft[plots]'")
-        return []
+    Returns:
+        The names of the files drawn.
+    """
     from peft.tools import plots
 
-    names = ["loss.png", "loss.svg"]
-    with replacing(folder) as path:
-        for name in names:
-            plots.loss_curves(histories, path(name))
+    try:
+        with replacing(folder) as path:
+            getattr(plots, kind)(values, *(path(name) for name in names), **more)
+    except (ImportError, ValueError) as error:
+        found.setdefault("remarks", []).append(str(error))
+        return []
     return names
 
 

@@ -32,11 +32,13 @@ class Training:
         trainer: of transformers or TRL; its model is adapted.
         recipe: as it runs, with the learning rate as a number.
         remarks: what was seen before the first step, and what would change it.
+        memory: what it takes by estimate, in bytes; None where there is no estimate.
     """
 
     trainer: Any
     recipe: Recipe
     remarks: list[str]
+    memory: int | None = None
 
 
 def prepare(recipe: Recipe, output: Output) -> Training:
@@ -47,16 +49,12 @@ def prepare(recipe: Recipe, output: Output) -> Training:
     from peft.mapping_func import get_peft_model
 
     recipe.require("model.name", "data.train")
-    config = recipe.adapter_config()
-    if recipe.trainer.learning_rate == "auto":
-        rate = learning_rate_of(config, recipe.task)
-        output.say(f"learning rate {rate.value:g} ({rate.source})")
-        recipe.trainer.learning_rate = rate.value
+    choose_rate(recipe, output)
     data = datasets.load(recipe.data, recipe.task)
     output.say(f"{len(data.train):,} samples to train on, {len(data.eval or ()):,} to evaluate on")
     tokenizer = models.load_tokenizer(recipe.model)
     transformers.set_seed(recipe.trainer.seed)  # the adapter is drawn from it
-    more = {} if data.labels is None else _class_names(data.labels)
+    more = {} if data.labels is None else class_names(data.labels)
     base = models.load_base(recipe.model, TASKS[recipe.task], recipe.trainer.device, **more)
     if recipe.model.quantization is not None:
         from peft.utils.other import prepare_model_for_kbit_training
@@ -65,13 +63,24 @@ def prepare(recipe: Recipe, output: Output) -> Training:
     if base.config.pad_token_id is None:
         base.config.pad_token_id = tokenizer.pad_token_id
     transformers.set_seed(recipe.trainer.seed)
-    model = get_peft_model(base, config)
-    remarks = _of_memory(model, recipe)
-    trainer = _trainer(model, tokenizer, data, recipe)
-    return Training(trainer, recipe, remarks + _of_training(trainer, recipe))
+    model = get_peft_model(base, recipe.adapter_config())
+    memory, remarks = _of_memory(model, recipe)
+    if recipe.trainer.shard and models.device_of(recipe.trainer.device).type == "cpu":
+        remarks.append("trainer.shard does nothing on CPUs: accelerate shards on accelerators only.")
+    trainer = make_trainer(model, tokenizer, data, recipe)
+    return Training(trainer, recipe, remarks + _of_training(trainer, recipe), memory)
 
 
-def _class_names(labels: list[str]) -> dict[str, Any]:
+def choose_rate(recipe: Recipe, output: Output) -> None:
+    """Put a number in the place of the learning rate "auto"."""
+    if recipe.trainer.learning_rate == "auto":
+        rate = learning_rate_of(recipe.adapter_config(), recipe.task)
+        output.say(f"learning rate {rate.value:g} ({rate.source})")
+        recipe.trainer.learning_rate = rate.value
+
+
+def class_names(labels: list[str]) -> dict[str, Any]:
+    """What a model's config has to know of its classes."""
     names = dict(enumerate(labels))
     return {"num_labels": len(labels), "id2label": names, "label2id": {name: i for i, name in names.items()}}
 
@@ -79,7 +88,8 @@ def _class_names(labels: list[str]) -> dict[str, Any]:
 # --- trainers ----------------------------------------------------------------------------------------------------
 
 
-def _trainer(model: Any, tokenizer: Any, data: datasets.Data, recipe: Recipe) -> Any:
+def make_trainer(model: Any, tokenizer: Any, data: datasets.Data, recipe: Recipe) -> Any:
+    """The trainer of a recipe's task, for a model and its data."""
     import transformers
 
     arguments = _arguments(recipe, len(data.train), data.eval is not None)
@@ -168,7 +178,7 @@ def _arguments(recipe: Recipe, samples: int, evaluates: bool) -> dict[str, Any]:
 # --- before the first step -----------------------------------------------------------------------------------------
 
 
-def _of_memory(model: Any, recipe: Recipe) -> list[str]:
+def _of_memory(model: Any, recipe: Recipe) -> tuple[int | None, list[str]]:
     """What the training takes by estimate, and what would take less where there is not enough."""
     from peft.tools.memory import estimate_memory, readable
 
@@ -178,7 +188,7 @@ def _of_memory(model: Any, recipe: Recipe) -> list[str]:
             model, None, t.batch_size, t.max_length, gradient_checkpointing=t.gradient_checkpointing or None
         )
     except Exception as error:  # a model for which none can be made trains all the same
-        return [f"no estimate of memory: {str(error).splitlines()[0]}"]
+        return None, [f"no estimate of memory: {str(error).splitlines()[0]}"]
     remarks = [f"memory by estimate, with samples of {t.max_length} tokens: {readable(found.total)}"]
     free = free_memory(models.device_of(t.device))
     if free is not None and found.total - found.weights > free:
@@ -189,7 +199,7 @@ def _of_memory(model: Any, recipe: Recipe) -> list[str]:
             f"that is more than is free ({readable(free)}, the model loaded). It would take less with a smaller "
             f"{ways[0]}, {', '.join(ways[1:])}."
         )
-    return remarks
+    return found.total, remarks
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -233,18 +243,26 @@ def unfinished(recipe: Recipe, output: Output) -> str | None:
                     os.remove(os.path.join(folder, name))
             recipe.save(folder)
         return None
-    before, now = Recipe.load(folder).to_dict(), recipe.to_dict()
-    if changes := _differences(before, now):
-        raise Failure(
-            f"{folder} holds a run of another recipe ({'; '.join(changes[:3])}). Give another --output, or --restart "
-            "true to begin anew."
-        )
+    check_same(recipe)
     if os.path.isfile(os.path.join(folder, "metrics.json")):
         raise Failure(f"{folder} holds this run, finished. Give another --output, or --restart true to begin anew.")
     last = last_checkpoint(os.path.join(folder, CHECKPOINTS))
     if last is not None:
         output.say(f"going on from {last}")
     return last
+
+
+def check_same(recipe: Recipe) -> None:
+    """Make sure that a folder holds a run of this very recipe.
+
+    Raises:
+        Failure: it is another; what differs is named.
+    """
+    if changes := _differences(Recipe.load(recipe.output).to_dict(), recipe.to_dict()):
+        raise Failure(
+            f"{recipe.output} holds a run of another recipe ({'; '.join(changes[:3])}). Give another --output, or "
+            "--restart true to begin anew."
+        )
 
 
 def last_checkpoint(folder: str) -> str | None:
