@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import ctypes
+import gc
 import json
 import os
 import signal
@@ -29,6 +31,7 @@ pytest.importorskip("datasets")
 pytest.importorskip("trl")
 
 from peft.cli import main  # noqa: E402
+from peft.tools.merging import merge_files  # noqa: E402
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -107,7 +110,7 @@ def peft_(home, monkeypatch, capsys):
 
 
 QUICK = ["--model=base", "--trainer.device=cpu", "--trainer.steps=2", "--trainer.batch_size=4",
-         "--trainer.max_length=64", "--trainer.log_every=1"]  # fmt: skip
+         "--trainer.max_length=64", "--trainer.log_every=1", "--trainer.save_every=2"]  # fmt: skip
 
 
 def trained(peft_, output: Path, *words: Any) -> dict[str, Any]:
@@ -141,3 +144,213 @@ class TestTrain:
         assert (adapter / "adapter_model.safetensors").is_file()
         assert "| train_loss |" in (adapter / "README.md").read_text()
         assert yaml.safe_load((tmp_path / "recipe.yaml").read_text())["trainer"]["learning_rate"] != "auto"
+
+    def test_a_killed_run_goes_on_and_ends_at_the_same_losses(self, peft_, tmp_path, capsys):
+        """Killed by the system while it trains, with dropout; what was half written then does not count."""
+        words = [*QUICK, "--data=pairs.jsonl", "--adapter.lora_dropout=0.2", "--trainer.steps=6",
+                 "--trainer.save_every=2", "--trainer.learning_rate=0.01"]  # fmt: skip
+        status, found = peft_("train", *words, f"--output={tmp_path / 'whole'}")
+        assert status == 0, found
+        killed = tmp_path / "killed"
+        child = os.fork()
+        if child == 0:
+            try:
+                main(["train", *words, f"--output={killed}", "--json"])
+            finally:
+                os._exit(3)  # it ran to its end: the test below sees a finished run
+        deadline = time.monotonic() + 200
+        while not (killed / "checkpoints" / "checkpoint-4").is_dir() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(child, signal.SIGKILL)
+        assert os.WIFSIGNALED(os.waitpid(child, 0)[1]), "the run ended before it was killed"
+        assert not (killed / "metrics.json").exists()
+        status, found = peft_("train", *words, f"--output={killed}")
+        assert status == 0 and found["metrics"]["steps"] == 6
+        assert losses(killed) == losses(tmp_path / "whole") and len(losses(killed)) == 6
+        status, found = peft_("train", *words, f"--output={killed}")
+        assert status == 1 and "finished" in found["error"]
+        status, found = peft_("train", *words, f"--output={killed}", "--trainer.steps=9")
+        assert status == 1 and "trainer.steps 6 -> 9" in found["error"]
+
+    def test_two_processes_give_the_losses_of_one_with_twice_the_batch(self, peft_, home, tmp_path):
+        """By torchrun, with the recipe for that; on the CPU the two work together, each with the whole base."""
+        recipe = [str(ROOT / "recipes" / "sharded.yaml"), *QUICK, "--data.train=rows.jsonl", "--data.held_out=0",
+                  "--trainer.learning_rate=0.05", "--trainer.steps=3"]  # fmt: skip
+        two = ["train", *recipe, f"--output={tmp_path / 'two'}", "--json"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "peft"]
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(peft.__file__).parents[1]), *sys.path])}
+        done = subprocess.run([*command, *two], cwd=home, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        remarks = json.loads(done.stdout[done.stdout.index("{") :])["remarks"]
+        assert any("trainer.shard does nothing on CPUs" in remark for remark in remarks)
+        one = ["train", *recipe, "--set", "trainer.batch_size=8", f"--output={tmp_path / 'one'}"]
+        assert peft_(*one)[0] == 0
+        assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+    def test_what_is_wrong_is_said_before_the_first_step(self, peft_, tmp_path):
+        """A rate for all weights, and answers that are cut off."""
+        found = trained(peft_, tmp_path, "--data=pairs.jsonl", "--trainer.learning_rate=1e-6", "--trainer.max_length=12")
+        codes = {remark.partition(":")[0] for remark in found["remarks"]}
+        assert "low_learning_rate" in codes and any("samples have no answer" in r for r in found["remarks"]), found
+        status, found = peft_("train", *QUICK, f"--output={tmp_path}", "--data=pairs.jsonl", "--trainer.max_length=4")
+        assert status == 1 and "trainer.max_length=4" in found["error"]
+
+    def test_the_rate_of_every_method_is_known(self):
+        from peft.tools.catalogue import methods
+        from peft.tools.learning_rates import LEARNING_RATES, learning_rate_of
+
+        assert {method.key for method in methods()} == set(LEARNING_RATES)
+        lora = peft.LoraConfig()
+        assert learning_rate_of(lora, "dpo").value < learning_rate_of(lora).value < learning_rate_of(peft.IA3Config()).value
+
+
+def losses(folder: Path) -> list[float]:
+    """The training losses of a run, step by step."""
+    return [entry["loss"] for entry in json.loads((folder / "history.json").read_text()) if "loss" in entry]
+
+
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+OF_RECIPE = {"instruct_lora": "chats", "dpo": "preferences"}
+
+
+@pytest.mark.parametrize("recipe", [file for file in RECIPES if file.stem != "sharded"], ids=lambda file: file.stem)
+def test_every_recipe_runs(peft_, tmp_path, recipe):
+    """On a tiny model and few rows, with nothing else changed; `sharded` runs above, in two processes."""
+    if "quantization" in yaml.safe_load(recipe.read_text())["model"]:
+        pytest.importorskip("bitsandbytes")
+    data = OF_RECIPE.get(recipe.stem, "rows")
+    words = [*QUICK, f"--data.train={data}.jsonl", f"--output={tmp_path}"]
+    words += ["--data.eval", f"{data}.jsonl"] if data != "rows" else ["--data.held_out=8"]
+    status, found = peft_("train", recipe, *words)
+    assert status == 0, found
+    assert found["metrics"]["steps"] == 2
+    head = recipe.read_text().split("\ntask:")[0]
+    assert "Needs:" in head and ("Takes:" in head or "Not timed." in head) and f"recipes/{recipe.name}" in head
+
+
+def test_every_recipe_has_a_run():
+    assert {file.stem for file in RECIPES} >= {
+        "sentiment", "instruct_lora", "qlora_nf4", "dora", "classify_ia3", "prompt_tuning", "dpo", "two_adapters",
+        "sharded",
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def adapters(home) -> dict[str, str]:
+    """Adapters of several methods on the model, with values that show, saved; and one of classes."""
+    base = LlamaForCausalLM.from_pretrained(home / "base")
+    made = {
+        "one": peft.LoraConfig(r=3, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"),
+        "two": peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"),
+        "dora": peft.LoraConfig(r=2, use_dora=True, target_modules=["k_proj"], task_type="CAUSAL_LM"),
+        "ia3": peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"],
+                              task_type="CAUSAL_LM"),
+        "oft": peft.OFTConfig(oft_block_size=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+        "norms": peft.LNTuningConfig(target_modules=["input_layernorm"], task_type="CAUSAL_LM"),
+        "head": peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM"),
+        "prompt": peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    }  # fmt: skip
+    torch.manual_seed(1)
+    for name, config in made.items():
+        model = peft.get_peft_model(base, config)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.1 * torch.randn_like(parameter)
+        model.save_pretrained(home / name)
+        base = model.unload()
+    return {name: name for name in made}
+
+
+def logits(model: Any) -> torch.Tensor:
+    """What a model says to a few tokens."""
+    with torch.no_grad():
+        return model(torch.arange(3, 40)[None]).logits
+
+
+class TestMerge:
+    @pytest.mark.parametrize("name", ["one", "dora", "ia3", "oft", "norms", "head"])
+    def test_the_files_are_those_of_merging_in_memory(self, peft_, adapters, tmp_path, name):
+        status, found = peft_("merge", "base", name, "-o", tmp_path)
+        assert status == 0 and found["in_memory"] is None and found["changed"] > 0
+        wanted = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained("base"), name).merge_and_unload()
+        merged = LlamaForCausalLM.from_pretrained(tmp_path)
+        for key, value in wanted.state_dict().items():
+            torch.testing.assert_close(merged.state_dict()[key], value, rtol=0, atol=1e-6, msg=key)
+        assert (tmp_path / "chat_template.jinja").read_text() == CHAT
+        assert PreTrainedTokenizerFast.from_pretrained(tmp_path).encode("ab") == tokenizer().encode("ab")
+
+    @pytest.mark.parametrize("way", ["cat", "linear", "svd", "ties", "ties_svd", "dare_linear", "dare_linear_svd",
+                                     "dare_ties", "dare_ties_svd", "magnitude_prune", "magnitude_prune_svd"])  # fmt: skip
+    def test_all_ways_to_combine(self, peft_, adapters, tmp_path, way):
+        more = [] if way in ("cat", "linear", "svd") else ["--density=0.6"]
+        pair = ["one", "again=one"] if way in ("linear",) else ["one", "two"]
+        if way in ("ties", "dare_linear", "dare_ties", "magnitude_prune"):  # of equal ranks
+            pair = ["one", "again=one"]
+        torch.manual_seed(5)
+        status, found = peft_("merge", "base", *pair, "--weights=[0.7,-0.4]", f"--combination={way}", *more,
+                              "-o", tmp_path)  # fmt: skip
+        assert status == 0 and found["in_memory"] is None, found
+        model = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained("base"), "one", adapter_name="a")
+        model.load_adapter(pair[1].rpartition("=")[2], "b")
+        torch.manual_seed(5)
+        density = {"density": 0.6} if more else {}
+        model.add_weighted_adapter(["a", "b"], [0.7, -0.4], "sum", combination_type=way, **density)
+        model.set_adapter("sum")
+        wanted = logits(model.eval())
+        torch.testing.assert_close(logits(LlamaForCausalLM.from_pretrained(tmp_path).eval()), wanted, atol=1e-4, rtol=1e-4)
+
+    def test_the_dtype_asked_for(self, peft_, adapters, tmp_path):
+        assert peft_("merge", "base", "one", "-o", tmp_path, "--dtype=bfloat16")[0] == 0
+        merged = LlamaForCausalLM.from_pretrained(tmp_path, dtype="auto")
+        assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+        wanted = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained("base"), "one").merge_and_unload()
+        assert torch.equal(merged.lm_head.weight, wanted.lm_head.weight.bfloat16())
+
+    def test_a_tied_head_is_merged_in_memory(self, peft_, tmp_path):
+        make_model(tmp_path / "tied", tie_word_embeddings=True)
+        base = LlamaForCausalLM.from_pretrained(tmp_path / "tied")
+        config = peft.LoraConfig(target_modules=["lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
+        model = peft.get_peft_model(base, config).eval()
+        wanted = logits(model)
+        model.save_pretrained(tmp_path / "adapter")
+        status, found = peft_("merge", tmp_path / "tied", tmp_path / "adapter", "-o", tmp_path / "out")
+        assert status == 0 and "tied embedding" in found["in_memory"]
+        torch.testing.assert_close(logits(LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()), wanted)
+
+    def test_what_cannot_be_merged_leaves_nothing_behind(self, peft_, adapters, tmp_path):
+        status, found = peft_("merge", "base", "prompt", "-o", tmp_path / "out")
+        assert status == 1 and "no weight equals" in found["error"] and not (tmp_path / "out").exists()
+        status, found = peft_("merge", "base", "one", "-o", "base")
+        assert status == 1 and "folder of the base" in found["error"]
+
+    def test_peak_memory_is_that_of_a_shard_and_not_of_the_model(self, tmp_path):
+        """Eight shards of 20 MB: the peak above what the process held before; loading the model shows that it tells."""
+        sizes = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 16, "vocab_size": 99}
+        base = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=4))
+        base.save_pretrained(tmp_path / "base", max_shard_size="21MB")
+        peft.get_peft_model(base, peft.LoraConfig(target_modules="all-linear")).save_pretrained(tmp_path / "adapter")
+        del base
+        shards = [file.stat().st_size for file in (tmp_path / "base").glob("*.safetensors")]
+        assert len(shards) >= 8
+        merged = peak(lambda: merge_files(tmp_path / "base", {"a": str(tmp_path / "adapter")}, tmp_path / "out"))
+        loaded = peak(lambda: LlamaForCausalLM.from_pretrained(tmp_path / "base"))
+        assert merged < 2.8 * max(shards) < 0.5 * loaded
+        assert len(list((tmp_path / "out").glob("*.safetensors"))) == len(shards)
+
+
+def peak(call: Any) -> int:
+    """Bytes that a call holds at most, above what the process held before."""
+
+    def status(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+    gc.collect()
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what the allocator holds free would hide what is taken
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    except OSError:
+        pytest.skip("this system does not tell the peak of a process")
+    before = status("VmRSS")
+    call()
+    return status("VmHWM") - before

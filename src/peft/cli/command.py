@@ -74,7 +74,7 @@ def parser_of(command: Command) -> ArgumentParser:
     )
     if command.recipe:
         parser.add_argument("--recipe", action="config", help="The recipe, a YAML file; may also come first, bare.")
-    add_fields(parser, command.options)
+    add_fields(parser, command.options, skip=("adapter",) if command.recipe else ())  # whose fields come one by one
     parser.add_argument("--json", action="store_true", help="Print what was found as JSON, and nothing else.")
     parser.add_argument("--debug", action="store_true", help="Show where an error came from.")
     return parser

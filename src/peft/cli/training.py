@@ -68,6 +68,7 @@ def prepare(recipe: Recipe, output: Output) -> Training:
     if recipe.trainer.shard and models.device_of(recipe.trainer.device).type == "cpu":
         remarks.append("trainer.shard does nothing on CPUs: accelerate shards on accelerators only.")
     trainer = make_trainer(model, tokenizer, data, recipe)
+    remarks += _of_lost(len(data.train), len(trainer.train_dataset), recipe)
     return Training(trainer, recipe, remarks + _of_training(trainer, recipe), memory)
 
 
@@ -210,6 +211,16 @@ def free_memory(device: torch.device) -> int | None:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, AttributeError, OSError):
         return None
+
+
+def _of_lost(before: int, after: int, recipe: Recipe) -> list[str]:
+    """How many samples were left out because nothing of their answers was left."""
+    limit = recipe.trainer.max_length
+    if not after:
+        raise ConfigError(f"no sample has its answer within trainer.max_length={limit} tokens: raise it.")
+    if recipe.trainer.packing or after >= before:
+        return []
+    return [f"{before - after} of {before} samples have no answer within trainer.max_length={limit} tokens: left out."]
 
 
 def _of_training(trainer: Any, recipe: Recipe) -> list[str]:

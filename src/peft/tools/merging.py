@@ -209,6 +209,7 @@ def _without_memory(config: Any, entries: dict[str, Entry], dtype: torch.dtype |
     build = cls.from_config if hasattr(cls, "from_config") else cls._from_config
     with init_empty_weights():
         model = build(config)
+    model.tie_weights()
     index = {}
     for name, entry in entries.items():
         kept = str(_dtype(entry, dtype)).removeprefix("torch.")
