@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import csv
 import ctypes
+import dataclasses
 import gc
 import json
 import os
+import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,6 +35,7 @@ pytest.importorskip("datasets")
 pytest.importorskip("trl")
 
 from peft.cli import main  # noqa: E402
+from peft.cli.run import COMMANDS, command  # noqa: E402
 from peft.tools.merging import merge_files  # noqa: E402
 
 
@@ -61,7 +66,9 @@ def make_model(folder: Path, **more: Any) -> Path:
         "num_key_value_heads": 2,
     }  # fmt: skip
     words = tokenizer()
-    config = LlamaConfig(**{**sizes, "vocab_size": len(words), "pad_token_id": 2, "max_position_embeddings": 256, **more})
+    config = LlamaConfig(
+        **{**sizes, "vocab_size": len(words), "pad_token_id": 2, "max_position_embeddings": 256, **more}
+    )
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder, max_shard_size=more.get("shards", "5GB"))
     words.save_pretrained(folder)
@@ -189,7 +196,9 @@ class TestTrain:
 
     def test_what_is_wrong_is_said_before_the_first_step(self, peft_, tmp_path):
         """A rate for all weights, and answers that are cut off."""
-        found = trained(peft_, tmp_path, "--data=pairs.jsonl", "--trainer.learning_rate=1e-6", "--trainer.max_length=12")
+        found = trained(
+            peft_, tmp_path, "--data=pairs.jsonl", "--trainer.learning_rate=1e-6", "--trainer.max_length=12"
+        )
         codes = {remark.partition(":")[0] for remark in found["remarks"]}
         assert "low_learning_rate" in codes and any("samples have no answer" in r for r in found["remarks"]), found
         status, found = peft_("train", *QUICK, f"--output={tmp_path}", "--data=pairs.jsonl", "--trainer.max_length=4")
@@ -201,7 +210,11 @@ class TestTrain:
 
         assert {method.key for method in methods()} == set(LEARNING_RATES)
         lora = peft.LoraConfig()
-        assert learning_rate_of(lora, "dpo").value < learning_rate_of(lora).value < learning_rate_of(peft.IA3Config()).value
+        assert (
+            learning_rate_of(lora, "dpo").value
+            < learning_rate_of(lora).value
+            < learning_rate_of(peft.IA3Config()).value
+        )
 
 
 def losses(folder: Path) -> list[float]:
@@ -280,7 +293,8 @@ class TestMerge:
         assert PreTrainedTokenizerFast.from_pretrained(tmp_path).encode("ab") == tokenizer().encode("ab")
 
     @pytest.mark.parametrize("way", ["cat", "linear", "svd", "ties", "ties_svd", "dare_linear", "dare_linear_svd",
-                                     "dare_ties", "dare_ties_svd", "magnitude_prune", "magnitude_prune_svd"])  # fmt: skip
+                                     "dare_ties", "dare_ties_svd", "magnitude_prune",
+                                     "magnitude_prune_svd"])  # fmt: skip
     def test_all_ways_to_combine(self, peft_, adapters, tmp_path, way):
         more = [] if way in ("cat", "linear", "svd") else ["--density=0.6"]
         pair = ["one", "again=one"] if way in ("linear",) else ["one", "two"]
@@ -297,7 +311,9 @@ class TestMerge:
         model.add_weighted_adapter(["a", "b"], [0.7, -0.4], "sum", combination_type=way, **density)
         model.set_adapter("sum")
         wanted = logits(model.eval())
-        torch.testing.assert_close(logits(LlamaForCausalLM.from_pretrained(tmp_path).eval()), wanted, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            logits(LlamaForCausalLM.from_pretrained(tmp_path).eval()), wanted, atol=1e-4, rtol=1e-4
+        )
 
     def test_the_dtype_asked_for(self, peft_, adapters, tmp_path):
         assert peft_("merge", "base", "one", "-o", tmp_path, "--dtype=bfloat16")[0] == 0
@@ -324,7 +340,7 @@ class TestMerge:
         assert status == 1 and "folder of the base" in found["error"]
 
     def test_peak_memory_is_that_of_a_shard_and_not_of_the_model(self, tmp_path):
-        """Eight shards of 20 MB: the peak above what the process held before; loading the model shows that it tells."""
+        """Eight shards of 20 MB: the peak above what the process held before; reading the model shows that it tells."""
         sizes = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 16, "vocab_size": 99}
         base = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=4))
         base.save_pretrained(tmp_path / "base", max_shard_size="21MB")
@@ -333,7 +349,7 @@ class TestMerge:
         shards = [file.stat().st_size for file in (tmp_path / "base").glob("*.safetensors")]
         assert len(shards) >= 8
         merged = peak(lambda: merge_files(tmp_path / "base", {"a": str(tmp_path / "adapter")}, tmp_path / "out"))
-        loaded = peak(lambda: LlamaForCausalLM.from_pretrained(tmp_path / "base"))
+        loaded = peak(lambda: [p + 0 for p in LlamaForCausalLM.from_pretrained(tmp_path / "base").parameters()])
         assert merged < 2.8 * max(shards) < 0.5 * loaded
         assert len(list((tmp_path / "out").glob("*.safetensors"))) == len(shards)
 
@@ -354,3 +370,225 @@ def peak(call: Any) -> int:
     before = status("VmRSS")
     call()
     return status("VmHWM") - before
+
+
+class TestOtherCommands:
+    def test_inspect_tells_sizes_updates_and_broken_tensors(self, peft_, adapters, tmp_path):
+        status, found = peft_("inspect", "one", "--base=base", f"--plot={tmp_path}")
+        assert status == 0 and found["fits"] and found["method"] == "LORA" and found["settings"]["r"] == 3
+        model = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained("base"), "one")
+        layer = model.get_submodule("base_model.model.model.layers.1.mlp.down_proj")
+        change = layer.get_delta_weight("default")
+        (seen,) = [each for each in found["layers"] if each["name"] == "model.layers.1.mlp.down_proj"]
+        assert seen["relative"] == pytest.approx(float(change.norm() / layer.weight.norm()), rel=1e-4)
+        values = torch.linalg.svdvals(change)[:3]
+        assert seen["spectrum"] == pytest.approx(values.tolist(), rel=1e-3)
+        shares = values / values.sum()
+        assert seen["effective_rank"] == pytest.approx(float((-(shares * shares.log()).sum()).exp()), rel=1e-3)
+        assert (tmp_path / "updates.png").stat().st_size > 1000 and (tmp_path / "spectra.png").is_file()
+
+        for name, value in model.named_parameters():
+            if "layers.0.self_attn.q_proj.lora_A" in name:
+                value.data[0, 0] = float("nan")
+            if "layers.0.self_attn.v_proj.lora_B" in name:
+                value.data.zero_()
+        model.save_pretrained(tmp_path / "broken")
+        status, found = peft_("inspect", tmp_path / "broken")
+        assert status == 1 and [name for name in found["broken"] if "q_proj" in name] == found["broken"] != []
+        assert len(found["zero"]) == 1 and "v_proj" in found["zero"][0]
+
+    def test_inspect_tells_that_a_base_does_not_fit(self, peft_, adapters, tmp_path):
+        make_model(tmp_path / "wide", hidden_size=64)
+        status, found = peft_("inspect", "one", "--base", tmp_path / "wide")
+        assert status == 1 and found["fits"] is False and found["why_not"]
+
+    def test_generate_answers_each_prompt_by_its_adapter(self, peft_, adapters, tmp_path):
+        rows = [
+            {"prompt": "ab", "adapter": "one"},
+            {"prompt": "abcde", "adapter": "b"},
+            {"prompt": "x", "adapter": "base"},
+        ]
+        (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        call = ["generate", "one", "b=two", "--max_new_tokens=5"]
+        status, found = peft_(*call, "--prompts", tmp_path / "prompts.jsonl", "--output", tmp_path / "answers.jsonl")
+        assert status == 0 and len((tmp_path / "answers.jsonl").read_text().splitlines()) == 3
+        for row, name in zip(rows, ("one", "two", None)):
+            words = [
+                "generate",
+                *([name] if name else ["--base=base"]),
+                "--max_new_tokens=5",
+                "--prompt",
+                row["prompt"],
+            ]
+            (alone,) = peft_(*words)[1]["answers"]
+            assert alone["answer"] == next(a for a in found["answers"] if a["prompt"] == row["prompt"])["answer"]
+        (tmp_path / "prompts.jsonl").write_text('{"prompt": "a", "adapter": "onne"}')
+        status, found = peft_(*call, "--prompts", tmp_path / "prompts.jsonl")
+        assert status == 1 and "line 1" in found["error"] and "'one'" in found["error"]
+
+    def test_eval_sets_the_base_and_adapters_side_by_side(self, peft_, adapters):
+        status, found = peft_("eval", "one", "two", "--data.eval=pairs.jsonl", "--trainer.device=cpu")
+        assert status == 0 and list(found["results"]) == ["base", "one", "two"]
+        words = tokenizer()
+        model = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained("base"), "two")
+        total = count = 0
+        for row in ROWS:
+            prompt, answer = words.encode(row["text"]), words.encode(f" {row['label']}</s>")
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+            total += float(torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum"))
+            count += len(answer)
+        assert found["results"]["two"]["loss"] == pytest.approx(total / count, rel=1e-3)
+        assert found["results"]["base"]["loss"] != found["results"]["two"]["loss"]
+
+    def test_estimate_gives_settings_side_by_side_and_the_largest_batch(self, peft_, home, tmp_path):
+        words = ["estimate", "base", "--method=[lora,dora]", "--batch=[1,4]", "--length=32", "--memory=2MB"]
+        status, found = peft_(*words, "--adapter={r: 2, target_modules: all-linear}", f"--plot={tmp_path / 'm.png'}")
+        rows = found["settings"]
+        assert status == 0 and len(rows) == 4 and (tmp_path / "m.png").is_file()
+        base = LlamaForCausalLM.from_pretrained("base")
+        config = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+
+        def total(batch: int) -> int:
+            return peft.estimate_memory(base.config, config, batch, 32, device="cuda").total
+
+        assert rows[1]["total"] == total(4)
+        largest = rows[0]["largest_batch"]
+        assert total(largest) <= 2e6 < total(largest + 1)
+        assert peft_("estimate", "base", "--memory=2parsecs")[0] == 1
+
+    def test_compare_trains_each_once_and_goes_on(self, peft_, tmp_path):
+        words = ["compare", *QUICK, "--data=pairs.jsonl", "--data.held_out=4", f"--output={tmp_path}"]
+        status, first = peft_(*words, "--methods=[lora]")
+        assert status == 0
+        status, found = peft_(*words, "--methods=[lora,ia3]")
+        assert status == 0 and [run["name"] for run in found["runs"]] == ["lora", "ia3"]
+        assert found["runs"][0] == first["runs"][0], "the first was trained again"
+        assert found["runs"][1]["trainable"] < found["runs"][0]["trainable"]
+        assert {"comparison.json", "comparison.png", "loss.svg"} <= set(found["files"])
+
+    def test_methods_lists_all_and_tells_all_of_one(self, peft_):
+        from peft.tools.catalogue import methods
+
+        status, found = peft_("methods")
+        assert status == 0 and {row["method"] for row in found["methods"]} == {method.key for method in methods()}
+        status, found = peft_("methods", "dora")
+        assert found["set"] == {"use_dora": True}
+        helps = {field["field"]: field["help"] for field in found["fields"]}
+        assert helps["r"] == peft.LoraConfig.__dataclass_fields__["r"].metadata["help"]
+
+    def test_doctor_sees_what_is_wrong_with_a_run(self, peft_, tmp_path):
+        assert peft_("doctor")[1]["libraries"]
+        words = ["--data=pairs.jsonl", "--trainer.learning_rate=1e-7", "--trainer.steps=6"]
+        trained(peft_, tmp_path, *words)
+        status, found = peft_("doctor", tmp_path, "--step=false")
+        text = " ".join(found["findings"])
+        assert status == 1 and "the loss stays" in text and "is small for lora" in text
+        history = json.loads((tmp_path / "history.json").read_text())
+        history[1]["loss"] = float("nan")
+        (tmp_path / "history.json").write_text(json.dumps(history))
+        assert "not finite" in " ".join(peft_("doctor", tmp_path, "--step=false")[1]["findings"])
+
+
+class TestUse:
+    @pytest.mark.parametrize(
+        "words, told",
+        [
+            ([], ""),
+            (["trian"], "Did you mean 'train'"),
+            (["train", "nowhere.yaml"], "no recipe 'nowhere.yaml'"),
+            (["train", "--method=lroa"], "Did you mean 'lora'"),
+            (["train", "--set", "trainer.stps=3"], "Did you mean '--trainer.steps'"),
+            (["train", "--adapter.rr=3"], "Did you mean '--adapter.r'"),
+            (["train", "--trainer.steps=many"], "--trainer.steps takes int, not 'many'"),
+            (["train", "--trainer.steps=0"], "at least 1"),
+            (["train", "--adapter.r=0"], "at least 1"),
+            (["train", "--task=sftt"], "Did you mean 'sft'"),
+            (["merge", "base"], "required: adapters"),
+            (["methods", "lorra"], "Did you mean 'lora'"),
+        ],
+        ids=" ".join,
+    )
+    def test_used_wrongly(self, home, monkeypatch, capsys, words, told):
+        """Exit status 2, the nearest name, no traceback."""
+        monkeypatch.chdir(home)
+        assert main(words) == 2
+        printed = capsys.readouterr()
+        assert told in printed.err and "Traceback" not in printed.err + printed.out
+
+    @pytest.mark.parametrize(
+        "words, told",
+        [
+            (["train", "--data=rows.jsonl"], "model.name is missing"),
+            (["train", "--model=base", "--data=nowhere.csv"], "no file 'nowhere.csv'"),
+            (["train", "--model=base", "--data=rows.jsonl", "--task=dpo"], "chosen, rejected"),
+            (["train", "--model=base", "--data=rows.jsonl", "--data.prompt={txt}", "--data.completion=a"], "'text'"),
+            (["train", "--model=nowhere", "--data=texts.jsonl"], "'nowhere' cannot be loaded"),
+            (["inspect", "nowhere"], "nowhere"),
+            (["generate", "--base=base"], "--prompt"),
+        ],
+        ids=" ".join,
+    )
+    def test_what_is_asked_about_is_wrong(self, peft_, capsys, tmp_path, words, told):
+        """Exit status 1, the thing named."""
+        more = [f"--output={tmp_path}"] if words[0] == "train" else []
+        status, found = peft_(*words, *more)
+        assert status == 1 and told in found["error"]
+
+    def test_debug_shows_where_an_error_came_from(self, home, monkeypatch):
+        monkeypatch.chdir(home)
+        with pytest.raises(ValueError, match="nowhere"):
+            main(["inspect", "nowhere", "--debug"])
+
+    @pytest.mark.parametrize("name", list(COMMANDS))
+    def test_help_has_an_example_and_the_fields_own_words(self, name, capsys):
+        assert main([name, "--help"]) == 0
+        printed = capsys.readouterr().out
+        assert f"example:\n  peft {name}" in printed and "--json" in printed and "--debug" in printed
+        words = " ".join(printed.split())
+        for field in dataclasses.fields(command(name).options):
+            if "nested" not in field.metadata and field.name != "adapter":
+                assert " ".join(field.metadata["help"].split())[:40] in words, field.name
+
+    def test_the_general_help_lists_the_commands(self, capsys):
+        assert main(["--help"]) == 0
+        printed = capsys.readouterr().out
+        assert all(f"  {name}" in printed for name in COMMANDS)
+
+    def test_the_library_does_not_need_it(self):
+        """Neither jsonargparse nor rich is imported by the library; without them, the command says what to install."""
+        code = (
+            "import sys; sys.modules.update(jsonargparse=None, rich=None); import peft.mapping_func, importlib.util\n"
+            "found = importlib.util.find_spec\n"
+            "importlib.util.find_spec = lambda name, *a: None if name in ('jsonargparse', 'rich') else found(name)\n"
+            "from peft.cli import main; sys.exit(main(['methods']))"
+        )
+        env = {**os.environ, "PYTHONPATH": str(Path(peft.__file__).parents[1])}
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2 and "pip install 'peft[cli]'" in done.stderr, done.stderr
+
+
+def test_the_tour_of_the_readme(home, tmp_path, monkeypatch, capsys):
+    """Line by line, with a tiny model where the demo leaves its own, and fewer steps."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text.split("## Without writing Python", 1)[1].split("\n## ", 1)[0]
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", section, re.DOTALL) for line in block.splitlines()]
+    calls = [shlex.split(line, comments=True) for line in lines if line.startswith("peft ")]
+    assert {call[1] for call in calls} >= {"train", "inspect", "merge", "generate", "compare"}
+    for name in ("recipes", "examples/data"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copytree(home / "base", tmp_path / "examples/.cache/SmolLM2-135M-Instruct")
+    monkeypatch.chdir(tmp_path)
+    for call in calls:
+        few = [
+            "--set",
+            "trainer.steps=1",
+            "--set",
+            "data.rows=8",
+            "--set",
+            "data.held_out=4",
+            "--set",
+            "trainer.device=cpu",
+        ]
+        assert main([*call[1:], *(few if call[1] in ("train", "compare") else [])]) == 0, " ".join(call)
+    assert LlamaForCausalLM.from_pretrained("merged") is not None

@@ -90,7 +90,9 @@ def add_fields(parser: ArgumentParser, cls: type, prefix: str = "", skip: Iterab
         if inner is not None and issubclass(inner, Options) and not prefix:
             add_fields(parser, inner, f"{field.name}.")
             continue
-        free = {"pattern", "nested"} & set(field.metadata)  # what the annotation does not tell, the field checks itself
+        free = {"pattern", "nested"} & set(
+            field.metadata
+        )  # what the annotation does not tell, the field checks itself
         kind = Any if free else hints[field.name]
         text = field.metadata.get("help", "").replace("%", "%%")
         if field.metadata.get("positional"):

@@ -90,7 +90,9 @@ def fill(template: str, row: dict[str, Any], where: str, replace: Mapping[Any, A
         ConfigError: it names a column that the row has not.
     """
     try:
-        return template.format(**{name: (replace or {}).get(v, v) if isinstance(v, Hashable) else v for name, v in row.items()})
+        return template.format(
+            **{name: (replace or {}).get(v, v) if isinstance(v, Hashable) else v for name, v in row.items()}
+        )
     except (KeyError, IndexError, ValueError) as error:
         names = [name for _, name, _, _ in string.Formatter().parse(template) if name]
         missing = next((name for name in names if name not in row), str(error))
@@ -144,7 +146,9 @@ def _classes(train: Any, held: Any | None, options: DataOptions) -> Data:
 
     def row(values: dict[str, Any]) -> dict[str, Any]:
         if values[name] not in known:
-            raise ConfigError(f"the class {values[name]!r} is in the data to evaluate on, and not in those to train on.")
+            raise ConfigError(
+                f"the class {values[name]!r} is in the data to evaluate on, and not in those to train on."
+            )
         return {"text": _text(values, options.text), "labels": known[values[name]]}
 
     train, held = (None if d is None else d.map(row, remove_columns=d.column_names) for d in (train, held))

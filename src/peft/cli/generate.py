@@ -105,7 +105,9 @@ def _answer(model: Any, tokenizer: Any, batch: list[dict[str, Any]], options: Ge
     texts = [request["prompt"] for request in batch]
     if options.chat:
         texts = [
-            tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+            )
             for text in texts
         ]
     tokenizer.padding_side = "left"

@@ -49,7 +49,8 @@ def show(found: dict[str, Any], output: Output) -> None:
         "method": found["method"], "base": found["base"], "task": found["task"],
         **{name: _short(value) for name, value in found["settings"].items()},
         "parameters": found["parameters"], "size": readable(found["bytes"]), "dtype": ", ".join(found["dtypes"]),
-        "tensors with NaN": len(found["broken"]), "tensors of zeros": len(found["zero"]), "fits the base": found["fits"],
+        "tensors with NaN": len(found["broken"]), "tensors of zeros": len(found["zero"]),
+        "fits the base": found["fits"],
     }  # fmt: skip
     output.table(found["adapter"], ["", "value"], list(facts.items()))
     for name in found["broken"][:5]:
@@ -60,7 +61,9 @@ def show(found: dict[str, Any], output: Output) -> None:
     layers.sort(key=lambda layer: -layer["relative"])
     rows = layers if found["all"] or len(layers) <= 12 else [*layers[:6], *layers[-6:]]
     if rows:
-        title = "updates, the largest first" + ("" if rows is layers else f" (12 of {len(layers)}; --all true for all)")
+        title = "updates, the largest first" + (
+            "" if rows is layers else f" (12 of {len(layers)}; --all true for all)"
+        )
         keys = ("relative", "effective_rank", "largest", "smallest")
         output.table(title, ["layer", "|dW| / |W|", "effective rank", "largest singular value", "smallest"],
                      [[layer["name"], *(layer[key] for key in keys)] for layer in rows])  # fmt: skip

@@ -67,7 +67,7 @@ def act(options: MergeOptions, output: Output) -> dict[str, Any]:
 def show(found: dict[str, Any], output: Output) -> None:
     """A line."""
     output.print(
-        f"{found['output']}: {found['tensors']} tensors in {found['shards']} file(s), {found['changed']} of them merged"
+        f"{found['output']}: {found['tensors']} tensors in {found['shards']} file(s), {found['changed']} with adapters"
     )
 
 

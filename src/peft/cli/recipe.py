@@ -1,4 +1,4 @@
-"""What a training is made of: model, method, data, trainer. A recipe is these fields as YAML; flags have their names."""
+"""What a training is made of: model, method, data, trainer. A recipe has these fields as YAML, flags their names."""
 
 from __future__ import annotations
 
@@ -100,7 +100,9 @@ class TrainerOptions(Options):
     answers_only: bool = option(True, "Count the loss on answers alone, where the data tell prompts from answers.")
     beta: float = option(0.1, "Strength of the pull to the base model (task dpo).", above=0)
     gradient_checkpointing: bool = option(False, "Compute activations again in the backward pass: less memory.")
-    precision: str = option("auto", "Autocast; auto: bf16 on GPUs that have it.", choices=("auto", "no", "bf16", "fp16"))
+    precision: str = option(
+        "auto", "Autocast; auto: bf16 on GPUs that have it.", choices=("auto", "no", "bf16", "fp16")
+    )
     shard: bool = option(False, "Share the base model out among the processes (FSDP2).")
     log_every: int = option(10, "Steps between two lines of the log.", minimum=1)
     eval_every: int | None = option(None, "Steps between two evaluations; left out, one at the end.", minimum=1)

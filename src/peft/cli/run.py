@@ -134,8 +134,10 @@ def _split(word: str) -> list[str]:
 
 
 def _recipe_first(argv: list[str]) -> list[str]:
-    """``RECIPE --set a.b=c`` as flags: ``--recipe RECIPE --a.b=c``. What is set counts more than what the file says."""
-    files, flags, place = [], [], 0
+    """``RECIPE --set a.b=c`` as flags: ``--recipe RECIPE --a.b=c``. What is set overrides what the file says."""
+    files: list[str] = []
+    flags: list[str] = []
+    place = 0
     while place < len(argv):
         word = argv[place]
         if word == "--set" or word.startswith("--set="):
@@ -169,7 +171,7 @@ def _method_of(argv: list[str]) -> str:
             method = _read(word[9:] or (argv[place + 1 :] or [""])[0]).get("method", method)
     for place, word in enumerate(argv):
         if word.startswith("--method=") or word == "--method":
-            method = word[9:] or (argv[place + 1 :] or [None])[0]
+            method = word[9:] or (argv[place + 1 :] or [""])[0]
     return method or "lora"
 
 

@@ -117,7 +117,9 @@ def _shown_progress(trainer: Any, output: Output) -> Any:
             progress.update(bar, completed=state.global_step, total=state.max_steps)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
-            values = {k: v for k, v in (logs or {}).items() if k in ("loss", "eval_loss", "eval_accuracy", "grad_norm")}
+            values = {
+                k: v for k, v in (logs or {}).items() if k in ("loss", "eval_loss", "eval_accuracy", "grad_norm")
+            }
             if values:
                 told = "  ".join(f"{k} {float(v):.4g}" for k, v in values.items())
                 output.say(f"step {state.global_step:>5}  {told}")

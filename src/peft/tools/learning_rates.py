@@ -71,7 +71,7 @@ LEARNING_RATES = {
 """Method, by its name in small letters -> the rate that `peft train` uses where a recipe says auto."""
 
 _PREFERENCES = 10
-"""A rate for preferences is so many times smaller: arXiv 2305.18290 trains all weights at 1e-6, others answers at 1e-5."""
+"""A rate for preferences is so many times smaller: arXiv 2305.18290 trains all weights at 1e-6."""
 
 _DEFAULT = Rate(1e-3, "no rate is known for this method: a middle one")
 

@@ -247,8 +247,7 @@ def _adapted(base: nn.Module, job: _Job) -> tuple[Any, list[str]]:
     config = model.peft_config[next(iter(job.adapters))]
     if config.is_prompt_learning:
         raise NoEqualWeightError(
-            f"{getattr(config.peft_type, 'value', config.peft_type)} trains tokens or prefixes, which no weight equals: "
-            "keep the adapter beside the model."
+            f"{config.peft_type} trains tokens or prefixes, which no weight equals: keep the adapter beside the model."
         )
     names = list(job.adapters)
     if len(names) > 1 or job.weights is not None or job.combination is not None:
@@ -336,7 +335,9 @@ def _write_shards(
     total, done, places = 0, 0, {}
     for file, names in files.items():
         target = os.path.basename(file)
-        with ShardWriter(path(target), {n: (_dtype(entries[n], job.dtype), entries[n].shape) for n in names}) as writer:
+        with ShardWriter(
+            path(target), {n: (_dtype(entries[n], job.dtype), entries[n].shape) for n in names}
+        ) as writer:
             for name in names:
                 tensor = changed[name]().get(name) if name in changed else None
                 if tensor is None:
