@@ -340,7 +340,7 @@ class TestMerge:
         assert status == 1 and "folder of the base" in found["error"]
 
     def test_peak_memory_is_that_of_a_shard_and_not_of_the_model(self, tmp_path):
-        """Eight shards of 20 MB: the peak above what the process held before; reading the model shows that it tells."""
+        """Eight shards of 20 MB; the peak above what the process held before. A model that is read shows."""
         sizes = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 16, "vocab_size": 99}
         base = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=4))
         base.save_pretrained(tmp_path / "base", max_shard_size="21MB")

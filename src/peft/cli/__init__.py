@@ -1,11 +1,11 @@
 """The command line: ``peft COMMAND``, also ``python -m peft COMMAND``.
 
-Each command is a dataclass of options, a function that does the work and returns what it found, and one that shows it
-(:mod:`peft.cli.command`). Flags come from the dataclasses by jsonargparse. It was chosen over tyro and typer as the
-only one of them that does all of this: flags of any annotation with a given help text (the fields' own, so that nothing
-is said twice); the same values from YAML files, checked in the same way; parsers that are put together at run time (the
-fields of ``--adapter`` are those of the method asked for). tyro reads no YAML, typer knows neither dataclasses nor
-nested fields. Tables and progress are rich's.
+Each command is a dataclass of options, a function that does the work and returns what it found, and one that shows
+it (:mod:`peft.cli.command`). Flags come from the dataclasses by jsonargparse. It was chosen over tyro and typer as the
+only one of them that does all of this: flags of any annotation with a given help text (the fields' own, so that
+nothing is said twice); the same values from YAML files, checked in the same way; parsers that are put together at run
+time (the fields of ``--adapter`` are those of the method asked for). tyro reads no YAML, typer knows neither
+dataclasses nor nested fields. Tables and progress are rich's.
 
 Nothing here is imported by ``import peft``, and nothing here is needed by the library.
 """

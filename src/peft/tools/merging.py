@@ -245,14 +245,15 @@ def _adapted(base: nn.Module, job: _Job) -> tuple[Any, list[str]]:
         else:
             model.load_adapter(folder, adapter_name=name)
     config = model.peft_config[next(iter(job.adapters))]
+    method = str(getattr(config.peft_type, "value", config.peft_type))
     if config.is_prompt_learning:
         raise NoEqualWeightError(
-            f"{config.peft_type} trains tokens or prefixes, which no weight equals: keep the adapter beside the model."
+            f"{method} trains tokens or prefixes, which no weight equals: keep the adapter beside the model."
         )
     names = list(job.adapters)
     if len(names) > 1 or job.weights is not None or job.combination is not None:
         numbers = [1.0] * len(names) if job.weights is None else list(job.weights)
-        pairs = str(getattr(config.peft_type, "value", config.peft_type)) == "LORA"
+        pairs = method == "LORA"
         if job.combination is not None and not pairs:
             raise ConfigError(f"only LoRAs have a way to combine, such as {job.combination!r}: leave it out.")
         kind = {"combination_type": job.combination or "cat", **job.ways} if pairs else {}
