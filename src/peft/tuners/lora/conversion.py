@@ -287,17 +287,33 @@ def _written(
         layer.merged_adapters, layer.originals = [], {}  # of what has no values, none have to be taken out
     bare = operations.unload(bare, merge_first=False)
     bare.__dict__.pop("peft_config", None)
-    tuner = LoraModel(bare, {name: lora}, name, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
-    for place, layer in _layers(bare, name).items():
-        if isinstance(layer, LoraLayer):
-            _fill(layer.adapters[name], *pairs[place], shifts[place])
-    found = get_peft_model_state_dict(tuner, adapter_name=name, save_embedding_layers=False)
+    found = lora_tensors(bare, lora, name, pairs, shifts)
     own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers="auto")
     found = {key: own[key] if value.is_meta else value for key, value in found.items()}
     prefix = anatomy(model)[1]
     return {
         key if key.startswith("base_model.") or not prefix else prefix + key: value for key, value in found.items()
     }
+
+
+def lora_tensors(
+    bare: nn.Module,
+    lora: LoraConfig,
+    name: str,
+    pairs: dict[Place, tuple[torch.Tensor, torch.Tensor]],
+    shifts: dict[Place, torch.Tensor | None],
+) -> dict[str, torch.Tensor]:
+    """The tensors of a LoRA by their names in files; what it trains beside its layers stays on the meta device.
+
+    Args:
+        bare: the plain model, without memory; it gets the adapter. pairs: by place, (down ``[blocks, r, in]``, up
+            ``[blocks, out, r]``). shifts: what is added to biases.
+    """
+    tuner = LoraModel(bare, {name: lora}, name, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
+    for place, layer in _layers(bare, name).items():
+        if isinstance(layer, LoraLayer) and place in pairs:
+            _fill(layer.adapters[name], *pairs[place], shifts.get(place))
+    return get_peft_model_state_dict(tuner, adapter_name=name, save_embedding_layers=False)
 
 
 def _fill(lora: Any, down: torch.Tensor, up: torch.Tensor, shift: torch.Tensor | None) -> None:
