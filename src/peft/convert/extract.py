@@ -113,15 +113,19 @@ def extract_adapter(
             grew; nothing changed. Nothing is written then.
     """
     check_size(rank, energy)
-    job = _Extractor(Shards(base), Shards(tuned), _skeleton(base, model), rank, energy, seed)
+    job = _Extractor(Shards(base), Shards(tuned), skeleton(base, model), rank, energy, seed)
     job.read()
     config, tensors, report = job.adapter(os.fspath(base), os.fspath(output), dtype)
     write_adapter(output, tensors, config)
     return report
 
 
-def _skeleton(base: str | os.PathLike, model: nn.Module | None) -> nn.Module:
-    """The architecture, without memory."""
+def skeleton(base: str | os.PathLike, model: nn.Module | None) -> nn.Module:
+    """An architecture without memory: that of a model, or as the ``config.json`` of a folder says.
+
+    Raises:
+        ValueError: the folder has none.
+    """
     if model is not None:
         return meta_copy(model)
     if not Path(base, "config.json").is_file():
@@ -161,8 +165,8 @@ class _Extractor:
             before, after = self.base[key], self.tuned[key]
             if before.shape != after.shape:
                 raise ValueError(
-                    f"{key} is {list(before.shape)} in the base and {list(after.shape)} in the fine-tuned model; resize "
-                    "the base model first (resize_token_embeddings) and save it."
+                    f"{key} is {list(before.shape)} in the base and {list(after.shape)} in the fine-tuned model; "
+                    "resize the base model first (resize_token_embeddings) and save it."
                 )
             if torch.equal(before, after):
                 self.unchanged += 1
