@@ -16,3 +16,12 @@ def as_pairs(rows: torch.Tensor, heads: int) -> torch.Tensor:
 def as_halves(rows: torch.Tensor, heads: int) -> torch.Tensor:
     """The inverse of :func:`as_pairs`."""
     return rows.reshape(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+def rotated(keys: torch.Tensor, by: int, theta: float) -> torch.Tensor:
+    """Keys ``[..., size]``, in halves, turned as those that stand ``by`` positions later (arXiv 2104.09864)."""
+    half = keys.shape[-1] // 2
+    angles = by * theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    cos, sin = angles.cos(), angles.sin()
+    first, second = keys.double().split(half, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(keys.dtype)

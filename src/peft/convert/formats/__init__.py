@@ -1,5 +1,6 @@
 """The formats, one file each, in the order in which a source is held against them."""
 
+from peft.convert.formats.adapters import ADAPTERS
 from peft.convert.formats.diffusers import DIFFUSERS
 from peft.convert.formats.gguf import GGUF
 from peft.convert.formats.kohya import KOHYA
@@ -8,4 +9,4 @@ from peft.convert.formats.own import PEFT
 from peft.convert.formats.torchtune import TORCHTUNE
 
 
-FORMATS = (GGUF, KOHYA, MLX, TORCHTUNE, DIFFUSERS, PEFT)
+FORMATS = (GGUF, ADAPTERS, KOHYA, MLX, TORCHTUNE, DIFFUSERS, PEFT)
