@@ -151,7 +151,8 @@ def test_pruning_ways_follow_their_definition(way):
     torch.manual_seed(3)
     combine(model, way, density=0.6, majority_sign_method="frequency", svd_rank=6)
     define = {"magnitude_prune": merge_utils.magnitude_prune, "dare_linear": merge_utils.dare_linear}
-    define |= {"ties": merge_utils.ties, "dare_ties": merge_utils.dare_ties}
+    define |= {"ties": merge_utils.ties, "dare_ties": merge_utils.dare_ties, "della": merge_utils.della}
+    define |= {"breadcrumbs": merge_utils.breadcrumbs, "knots": merge_utils.knots}
     function = define[way.removesuffix("_svd")]
     vote = {"majority_sign_method": "frequency"} if "ties" in way else {}
     torch.manual_seed(3)

@@ -1,16 +1,20 @@
 """Merging task tensors: the differences that fine-tuning on several tasks made to one tensor.
 
-Task arithmetic (arXiv 2212.04089), TIES (arXiv 2306.01708) and DARE (arXiv 2311.03099). Every function leaves its
-arguments as they are. ``task_tensors`` have one shape and one weight each; the result has their shape and the dtype
+Task arithmetic (arXiv 2212.04089), TIES (arXiv 2306.01708), DARE (arXiv 2311.03099), DELLA (arXiv 2406.11617), model
+breadcrumbs (arXiv 2312.06795) and KnOTS (arXiv 2410.19735). Every function leaves its arguments as they are. ``task_tensors`` have one shape and one weight each; the result has their shape and the dtype
 that tensors and weights promote to.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
+
+
+PruningMethod = Literal["magnitude", "random", "sampled", "breadcrumbs"]
 
 
 def reshape_weight_task_tensors(task_tensors: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -37,22 +41,69 @@ def random_pruning(tensor: torch.Tensor, density: float, rescale: bool) -> torch
     return pruned / density if rescale and density > 0 else pruned
 
 
-def prune(
-    tensor: torch.Tensor, density: float, method: Literal["magnitude", "random"], rescale: bool = False
-) -> torch.Tensor:
-    """Set all but a fraction ``density`` of the entries to zero, by magnitude or at random.
+def magnitude_sampled_pruning(tensor: torch.Tensor, density: float, window: float | None = None) -> torch.Tensor:
+    """Drop entries at random, small ones more often, and rescale those kept (DELLA's MagPrune, eq. 1 to 4).
+
+    Within each row the entries are ranked by magnitude. With n in a row and drop rate p = 1 - density, that of rank i
+    (0 the smallest) is dropped with probability ``p + window / 2 - i * window / n``; what is kept is divided by the
+    probability of keeping it. The draw comes from torch's CPU generator, as in :func:`random_pruning`.
+
+    Args:
+        tensor: ``[..., n]``. window: between the smallest and the largest probability; by default as wide as it can
+            be, up to 0.2.
+
+    Raises:
+        ValueError: for a window with which probabilities leave [0, 1].
+    """
+    drop = 1 - density
+    widest = 2 * min(drop, 1 - drop)
+    window = min(0.2, widest) if window is None else window
+    if not 0 <= window <= widest + 1e-12:
+        raise ValueError(f"with density {density} the window can be at most {widest}, got {window}")
+    count = tensor.shape[-1]
+    order = tensor.abs().argsort(-1).argsort(-1).cpu()
+    dropped = (drop + window / 2 - order * (window / count)).clamp(0, 1)
+    kept = 1 - dropped
+    mask = torch.bernoulli(kept).to(tensor.device, torch.bool)
+    return torch.where(mask, tensor / kept.to(tensor.device, tensor.dtype), 0)
+
+
+def breadcrumbs_pruning(tensor: torch.Tensor, density: float, outliers: float = 0.01) -> torch.Tensor:
+    """Zero the largest entries, as outliers, and the smallest, so that a fraction ``density`` is left (breadcrumbs).
+
+    Args:
+        tensor: of any shape. outliers: the fraction of the largest entries to drop (gamma).
+
+    Raises:
+        ValueError: if more than all entries would have to be dropped.
+    """
+    if not 0 <= outliers <= 1 - density:
+        raise ValueError(f"with density {density} the outliers can be at most {1 - density:g}, got {outliers}")
+    count = tensor.numel()
+    top, kept = int(outliers * count), int(density * count)
+    order = tensor.abs().flatten().argsort(descending=True)
+    mask = torch.zeros(count, dtype=torch.bool, device=tensor.device)
+    mask[order[top : top + kept]] = True
+    return torch.where(mask.view(tensor.shape), tensor, 0)
+
+
+def prune(tensor: torch.Tensor, density: float, method: PruningMethod, rescale: bool = False) -> torch.Tensor:
+    """Set all but a fraction ``density`` of the entries to zero, by magnitude, at random, or in between.
 
     Args:
         tensor: of any shape.
         density: fraction to keep. 1 keeps everything, and so does more than 1, with a warning.
-        method: `"magnitude"` or `"random"`.
+        method: `"magnitude"`, `"random"`, or `"sampled"` (:func:`magnitude_sampled_pruning`), `"breadcrumbs"`
+            (:func:`breadcrumbs_pruning`).
         rescale: divide what is kept by ``density``; only for `"random"`.
 
     Raises:
         ValueError: for a density below 0 or another method.
     """
-    if method not in ("magnitude", "random"):
-        raise ValueError(f"Unknown pruning method {method!r}; choose 'magnitude' or 'random'")
+    if method not in ("magnitude", "random", "sampled", "breadcrumbs"):
+        raise ValueError(
+            f"Unknown pruning method {method!r}; choose 'magnitude' or 'random', or 'sampled' or 'breadcrumbs'"
+        )
     if not density >= 0:
         raise ValueError(f"The density is the fraction of entries to keep and must be >= 0, got {density}")
     if density > 1:
@@ -61,6 +112,10 @@ def prune(
         return tensor
     if method == "magnitude":
         return magnitude_based_pruning(tensor, density)
+    if method == "sampled":
+        return magnitude_sampled_pruning(tensor, density)
+    if method == "breadcrumbs":
+        return breadcrumbs_pruning(tensor, density, outliers=min(0.01, 1 - density))
     return random_pruning(tensor, density, rescale)
 
 
@@ -172,3 +227,89 @@ def dare_ties(
     """
     pruned = [prune(tensor, density, method="random", rescale=True) for tensor in task_tensors]
     return _elect_and_merge(pruned, weights, majority_sign_method)
+
+
+def della(
+    task_tensors: list[torch.Tensor],
+    weights: torch.Tensor,
+    density: float,
+    window: float | None = None,
+    majority_sign_method: Literal["total", "frequency"] = "total",
+) -> torch.Tensor:
+    """DELLA (arXiv 2406.11617): drop by magnitude and chance, elect a sign for every entry, average what has it.
+
+    Raises:
+        ValueError: as :func:`magnitude_sampled_pruning` and :func:`task_arithmetic`.
+    """
+    pruned = [magnitude_sampled_pruning(tensor, density, window) for tensor in task_tensors]
+    return _elect_and_merge(pruned, weights, majority_sign_method)
+
+
+def breadcrumbs(
+    task_tensors: list[torch.Tensor], weights: torch.Tensor, density: float, outliers: float = 0.01
+) -> torch.Tensor:
+    """Model breadcrumbs (arXiv 2312.06795): the weighted sum without the outliers and the small entries of each.
+
+    Raises:
+        ValueError: as :func:`breadcrumbs_pruning` and :func:`task_arithmetic`.
+    """
+    return task_arithmetic([breadcrumbs_pruning(tensor, density, outliers) for tensor in task_tensors], weights)
+
+
+def aligned(task_tensors: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """KnOTS (arXiv 2410.19735): the tasks' updates in one basis, by a singular value decomposition of them all.
+
+    ``[dW_1 ... dW_n] = U S [V_1 ... V_n]``, side by side; what is merged are the V_i.
+
+    Args:
+        task_tensors: matrices ``[..., out, in]``.
+
+    Returns:
+        (U S ``[..., out, k]``, the V_i ``[..., k, in]``).
+    """
+    u, s, vh = torch.linalg.svd(torch.cat(task_tensors, -1), full_matrices=False)
+    return u * s.unsqueeze(-2), list(vh.split([tensor.shape[-1] for tensor in task_tensors], -1))
+
+
+def knots(
+    task_tensors: list[torch.Tensor],
+    weights: torch.Tensor,
+    density: float,
+    majority_sign_method: Literal["total", "frequency"] = "total",
+) -> torch.Tensor:
+    """KnOTS with TIES: the updates are aligned, TIES merges what is the tasks' own, in the common basis.
+
+    Raises:
+        ValueError: as :func:`ties`.
+    """
+    basis, parts = aligned(task_tensors)
+    return basis @ ties(parts, weights, density, majority_sign_method)
+
+
+def greedy_soup(candidates: Sequence[str], metric: Callable[[list[str]], float]) -> list[str]:
+    """The greedy soup (arXiv 2203.05482, recipe 1): which of several adapters to average.
+
+    The candidates are tried from the best to the worst one; each stays if the average with it is no worse.
+
+    Args:
+        candidates: names of adapters. metric: how good the average of some is, on held-out data; higher is better.
+
+    Example::
+
+        def accuracy(names):
+            model.add_weighted_adapter(names, [1 / len(names)] * len(names), "soup", combination_type="svd")
+            ...
+
+    Raises:
+        ValueError: there are no candidates.
+    """
+    if not candidates:
+        raise ValueError("There are no candidates to average")
+    alone = {name: metric([name]) for name in candidates}
+    first, *others = sorted(candidates, key=lambda name: alone[name], reverse=True)
+    soup, best = [first], alone[first]
+    for name in others:
+        found = metric([*soup, name])
+        if found >= best:
+            soup, best = [*soup, name], found
+    return soup

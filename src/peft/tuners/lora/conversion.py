@@ -8,7 +8,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from tqdm import tqdm
 from peft.core.adapter import Adapter
 from peft.core.base.stack import Stack
 from peft.core.combine.combined import factorize, resized
+from peft.core.combine.ranks import product_svd, shared_ranks
 from peft.core.files.entries import anatomy
 from peft.core.files.io import write_adapter
 from peft.core.files.state_dict import get_peft_model_state_dict
@@ -50,6 +51,7 @@ def convert_to_lora(
     progressbar: bool = False,
     compile_kwargs: dict[str, Any] | None = None,
     weights: Sequence[float] | None = None,
+    across_layers: bool = False,
 ) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     """A LoRA that does what an adapter of another method does, as nearly as its rank allows. The model is unchanged.
 
@@ -59,10 +61,13 @@ def convert_to_lora(
     Args:
         model: a model with the adapter.
         rank: an int: the rank in all layers. A float in (0, 1]: in each layer the lowest rank whose squared singular
-            values make up this share of all; 1.0 gives the full rank, and with it the same outputs.
+            values make up this share of all; 1.0 gives the full rank, and with it the same outputs. An update that is
+            a product of two matrices already keeps these where the rank allows.
         adapter_name: the adapter, or several, whose updates are added up: of any methods (of a PeftMixedModel).
         compile_kwargs: compile the decomposition by ``torch.compile`` with these arguments.
         weights: what the update of each of several adapters is multiplied by; by default 1.
+        across_layers: a rank that is a float is a share of the energy of the whole model: ranks are shared out among
+            the layers by their singular values, so that their sum is the lowest.
 
     Returns:
         The config, and the tensors under the names that they have in files.
@@ -77,6 +82,31 @@ def convert_to_lora(
         >>> config.peft_type.value, config.target_modules
         ('LORA', {'v_proj'})
     """
+    found = _converted(model, rank, adapter_name, progressbar, compile_kwargs, weights, across_layers)
+    return found.config, found.tensors
+
+
+class Conversion(NamedTuple):
+    """A LoRA made of other adapters.
+
+    Attributes:
+        config, tensors: of the LoRA. errors: by module, the norm of what the LoRA leaves out over that of the update.
+    """
+
+    config: LoraConfig
+    tensors: dict[str, torch.Tensor]
+    errors: dict[str, float]
+
+
+def _converted(
+    model: nn.Module,
+    rank: float,
+    adapter_name: str | Sequence[str],
+    progressbar: bool,
+    compile_kwargs: dict[str, Any] | None,
+    weights: Sequence[float] | None,
+    across_layers: bool,
+) -> Conversion:
     root = anatomy(model)[0]
     names = operations.names_of(adapter_name)
     _check_names(model, root, names)
@@ -87,10 +117,12 @@ def convert_to_lora(
     if not places:
         raise ValueError(f"adapter {', '.join(map(repr, names))} adapts no layer by a weight: no LoRA is like it.")
     decompose = factorize if compile_kwargs is None else torch.compile(factorize, **compile_kwargs)
-    pairs, shifts = {}, {}
+    pairs, shifts, errors = {}, {}, {}
     with torch.no_grad():
+        wanted = _shared(places, rank) if across_layers and isinstance(rank, float) else {}
         for place, parts in tqdm(places.items(), disable=not progressbar, desc="Converting to LoRA"):
-            pairs[place] = _pair(parts, rank, decompose)
+            name = ".".join(filter(None, (place[0], "" if place[1] == "weight" else place[1])))
+            pairs[place], errors[name] = _pair(parts, wanted.get(place, rank), decompose, bool(wanted))
             shifts[place] = _shift(parts)
     _check_fixed(rank, pairs)
     ranks = {
@@ -98,7 +130,7 @@ def convert_to_lora(
     }
     biased = any(shift is not None for shift in shifts.values())
     lora = _lora_config(_kept(model, root, names, places), ranks, biased)
-    return lora, _written(model, root, lora, _holder(model, root, names), pairs, shifts)
+    return Conversion(lora, _written(model, root, lora, _holder(model, root, names), pairs, shifts), errors)
 
 
 def save_as_lora(
@@ -109,8 +141,12 @@ def save_as_lora(
     progressbar: bool = False,
     compile_kwargs: dict[str, Any] | None = None,
     weights: Sequence[float] | None = None,
-) -> None:
+    across_layers: bool = False,
+) -> dict[str, float]:
     """Write what :func:`convert_to_lora` gives into a folder, to be loaded as any LoRA.
+
+    Returns:
+        By module, the error: the norm of what the LoRA leaves out over that of the update.
 
     Raises:
         ValueError: as :func:`convert_to_lora`; if ``path`` is a file. Nothing is written then.
@@ -122,9 +158,10 @@ def save_as_lora(
     """
     if os.path.isfile(path):
         raise ValueError(f"{path} is a file; save_as_lora needs a folder.")
-    config, tensors = convert_to_lora(model, rank, adapter_name, progressbar, compile_kwargs, weights)
-    config.inference_mode = True
-    write_adapter(path, tensors, config)
+    found = _converted(model, rank, adapter_name, progressbar, compile_kwargs, weights, across_layers)
+    found.config.inference_mode = True
+    write_adapter(path, found.tensors, found.config)
+    return found.errors
 
 
 # --- what is converted ----------------------------------------------------------------------------------------
@@ -234,20 +271,62 @@ def _experts(adapter: Adapter) -> int:
 
 
 def _pair(
-    parts: list[Part], rank: float, decompose: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(down ``[blocks, r, in]``, up ``[blocks, out, r]``) of the update of a layer, r for each block."""
-    one = parts[0][0]
-    change: Any = sum(weight * weight_change(adapter.layer, adapter) for adapter, weight in parts)
-    blocks = _blocks(one, change.to(torch.promote_types(change.dtype, torch.float32)))
-    groups = 1 if _experts(one) > 1 else len(blocks)
-    most = min(blocks.shape[1:])
+    parts: list[Part], rank: float, decompose: Callable[..., tuple[torch.Tensor, torch.Tensor]], inner_rank: bool
+) -> tuple[tuple[torch.Tensor, torch.Tensor], float]:
+    """(down ``[blocks, r, in]``, up ``[blocks, out, r]``) of the update of a layer, r for each block; the error.
+
+    Args:
+        inner_rank: the rank is that of each block.
+    """
+    one, product = parts[0][0], _product(parts)
+    if product is None:
+        blocks = _change(parts)
+    else:
+        blocks = product[1] @ product[0]
+    groups = 1 if inner_rank or _experts(one) > 1 else len(blocks)
+    most = min(blocks.shape[1:]) if product is None else min(*blocks.shape[1:], product[0].shape[1])
     if isinstance(rank, float):
-        inner = _explaining(torch.linalg.svdvals(blocks), rank)
+        inner = most if rank == 1.0 else _explaining(torch.linalg.svdvals(blocks), rank)
     else:
         inner = -(-rank // groups)
+    if product is not None and inner >= product[0].shape[1]:
+        return (resized(product[0], inner, 1), resized(product[1], inner, 2)), 0.0
     down, up = decompose(blocks, min(inner, most))
-    return resized(down, inner, 1), resized(up, inner, 2)
+    whole = float(torch.linalg.vector_norm(blocks))
+    error = float(torch.linalg.vector_norm(blocks - up @ down)) / whole if whole else 0.0
+    return (resized(down, inner, 1), resized(up, inner, 2)), error
+
+
+def _change(parts: list[Part]) -> torch.Tensor:
+    """dW of a layer as matrices ``[blocks, out, in]``."""
+    change: Any = sum(weight * weight_change(adapter.layer, adapter) for adapter, weight in parts)
+    return _blocks(parts[0][0], change.to(torch.promote_types(change.dtype, torch.float32)))
+
+
+def _product(parts: list[Part]) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The update as (down ``[1, r, in]``, up ``[1, out, r]``), where it is the product of a matrix with few rows."""
+    adapter, weight = parts[0]
+    factors = adapter.factors() if len(parts) == 1 and adapter.kind.matrix else None
+    if factors is None or len(factors.down) >= min(factors.down.shape[1], len(factors.up)):
+        return None
+    wide = torch.promote_types(torch.promote_types(factors.down.dtype, factors.up.dtype), torch.float32)
+    return factors.down.detach().to(wide)[None], (factors.up.detach().to(wide) * (factors.scale * weight))[None]
+
+
+def _shared(places: dict[Place, list[Part]], share: float) -> dict[Place, int]:
+    """The ranks, for each block of a layer, that keep a share of the energy of the whole model."""
+    values = {}
+    for place, parts in places.items():
+        product = _product(parts)
+        if product is not None:
+            values[place, 0] = product_svd(product[0][0], product[1][0])[1]
+            continue
+        for block, found in enumerate(torch.linalg.svdvals(_change(parts))):
+            values[place, block] = found
+    ranks: dict[Place, int] = {}
+    for (place, _), rank in shared_ranks(values, share).items():
+        ranks[place] = max(rank, ranks.get(place, 1))
+    return ranks
 
 
 def _blocks(adapter: Adapter, change: torch.Tensor) -> torch.Tensor:
@@ -266,8 +345,6 @@ def _blocks(adapter: Adapter, change: torch.Tensor) -> torch.Tensor:
 
 def _explaining(values: torch.Tensor, share: float) -> int:
     """The lowest rank at which the squared singular values ``[blocks, n]`` make up a share of all, in every block."""
-    if share == 1.0:
-        return values.shape[-1]
     energy = values.double().square().cumsum(-1)
     reached = energy >= share * energy[:, -1:]
     return int((~reached).sum(-1).max()) + 1
@@ -317,14 +394,30 @@ def _written(
         layer.merged_adapters, layer.originals = [], {}  # of what has no values, none have to be taken out
     bare = operations.unload(bare, merge_first=False)
     bare.__dict__.pop("peft_config", None)
-    tuner = LoraModel(bare, {name: lora}, name, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
-    for place, layer in _layers(bare, name).items():
-        if isinstance(layer, LoraLayer):
-            _fill(layer.adapters[name], *pairs[place], shifts[place])
-    found = get_peft_model_state_dict(tuner, adapter_name=name, save_embedding_layers=False)
+    found = lora_tensors(bare, lora, name, pairs, shifts)
     own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers="auto")
     prefix = "" if anatomy(model)[1] else "base_model.model."  # a model that is no PeftModel knows its names without
     return {key: own[key.removeprefix(prefix)] if value.is_meta else value for key, value in found.items()}
+
+
+def lora_tensors(
+    bare: nn.Module,
+    lora: LoraConfig,
+    name: str,
+    pairs: dict[Place, tuple[torch.Tensor, torch.Tensor]],
+    shifts: dict[Place, torch.Tensor | None],
+) -> dict[str, torch.Tensor]:
+    """The tensors of a LoRA by their names in files; what it trains beside its layers stays on the meta device.
+
+    Args:
+        bare: the plain model, without memory; it gets the adapter. pairs: by place, (down ``[blocks, r, in]``, up
+            ``[blocks, out, r]``). shifts: what is added to biases.
+    """
+    tuner = LoraModel(bare, {name: lora}, name, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
+    for place, layer in _layers(bare, name).items():
+        if isinstance(layer, LoraLayer) and place in pairs:
+            _fill(layer.adapters[name], *pairs[place], shifts.get(place))
+    return get_peft_model_state_dict(tuner, adapter_name=name, save_embedding_layers=False)
 
 
 def _fill(lora: Any, down: torch.Tensor, up: torch.Tensor, shift: torch.Tensor | None) -> None:

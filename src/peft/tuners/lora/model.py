@@ -26,7 +26,7 @@ from peft.tuners.lora.layer import Lora, LoraLayer
 from peft.tuners.lora.megatron import use_library
 from peft.tuners.lora.pairs import join_pair, pair_blocks, pair_rank, split_pair
 from peft.utils.error import nearest
-from peft.utils.merge_utils import prune, task_arithmetic, ties
+from peft.utils.merge_utils import PruningMethod, aligned, prune, task_arithmetic, ties
 
 
 class Way(NamedTuple):
@@ -34,13 +34,15 @@ class Way(NamedTuple):
 
     Attributes:
         dense: of the updates dW, factored again by SVD; else of A and B, each for itself.
-        pruning: what is set to zero before: small entries, or random ones with the others rescaled.
+        pruning: what is set to zero before: small entries, or random ones with the others rescaled, or see ``prune``.
         election: entries against the majority's sign are left out of the mean (TIES).
+        align: the updates are brought into one basis before (KnOTS).
     """
 
     dense: bool = False
-    pruning: Literal["magnitude", "random"] | None = None
+    pruning: PruningMethod | None = None
     election: bool = False
+    align: bool = False
 
 
 WAYS = {
@@ -55,6 +57,9 @@ WAYS = {
     "dare_linear_svd": Way(True, "random"),
     "dare_ties": Way(False, "random", True),
     "dare_ties_svd": Way(True, "random", True),
+    "della_svd": Way(True, "sampled", True),
+    "breadcrumbs_svd": Way(True, "breadcrumbs"),
+    "knots_svd": Way(True, "magnitude", True, align=True),
 }
 
 
@@ -70,6 +75,9 @@ CombinationType = Literal[
     "dare_linear_svd",
     "magnitude_prune",
     "magnitude_prune_svd",
+    "della_svd",
+    "breadcrumbs_svd",
+    "knots_svd",
 ]
 
 
@@ -111,7 +119,9 @@ class LoraTuner(LoraCompat, BaseTuner):
                 of the ranks. "svd": the best approximation of that sum at a lower rank. "linear": weighted sums of
                 the A's and of the B's, which is exact for one adapter only. "magnitude_prune", "ties"
                 (arXiv 2306.01708), "dare_linear", "dare_ties" (arXiv 2311.03099): prune A and B, then combine them;
-                with "_svd" at the end, prune the updates and factor the result.
+                with "_svd" at the end, prune the updates and factor the result. "della_svd" (arXiv 2406.11617) drops
+                small entries more often, "breadcrumbs_svd" (arXiv 2312.06795) the largest and the smallest ones,
+                "knots_svd" (arXiv 2410.19735) is TIES in a basis that the updates have in common.
             svd_rank: rank of the result of the "svd" ways; by default the largest rank of the adapters.
             svd_clamp: limit the entries of A and B to this quantile, in (0, 1] ("svd" ways).
             svd_full_matrices: accepted as others pass it; the result does not depend on it.
@@ -226,8 +236,12 @@ class Mixer:
             down = torch.cat([w * s * a for (a, _), w, s in zip(split_pairs, weights, scales)], 1)
             up = torch.cat([b for _, b in split_pairs], 2)
             return (down, up) if self.cat else factorize_product(down, up, rank, self.clamp, self.driver)
-        updates = [self._pruned(s * (b @ a)) for (a, b), s in zip(split_pairs, scales)]
-        return factorize(self._summed(updates, weights), rank, self.clamp, self.driver)
+        updates = [s * (b @ a) for (a, b), s in zip(split_pairs, scales)]
+        basis = None
+        if self.way.align:
+            basis, updates = aligned(updates)
+        merged = self._summed([self._pruned(update) for update in updates], weights)
+        return factorize(merged if basis is None else basis @ merged, rank, self.clamp, self.driver)
 
     def _pruned(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.way.pruning is None or self.density is None:

@@ -1,0 +1,82 @@
+"""``peft merge``: adapters into the files of a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from peft.cli.command import Command, argument
+from peft.cli.models import pairs
+from peft.cli.output import Output
+from peft.config import Options, option
+
+
+COMBINATIONS = ("cat", "linear", "svd", "ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties",
+                "dare_ties_svd", "magnitude_prune", "magnitude_prune_svd")  # fmt: skip
+
+
+@dataclass
+class MergeOptions(Options):
+    """What is merged, how, and where to."""
+
+    base: str = argument("Base model: a folder, or a name on the hub.")
+    adapters: list[str] = argument("Adapters: folders, each with a name before it if need be (one=runs/one).", "+")
+    output: str | None = option(None, "Folder of the merged model.")
+    weights: list[float] | None = option(None, "Weights of the adapters, as in [0.7,0.3]; 1 each if left out.")
+    combination: str | None = option(None, "How several LoRAs are combined; cat, the exact sum, if left out.",
+                                     choices=COMBINATIONS)  # fmt: skip
+    density: float | None = option(None, "Share of entries to keep, for the ways that prune.", above=0, maximum=1)
+    rank: int | None = option(None, "Rank of the result, for the ways that end in svd.", minimum=1)
+    dtype: str | None = option(None, "Dtype of the result; that of the base's files if left out.",
+                               choices=("float32", "bfloat16", "float16"))  # fmt: skip
+    safe: bool = option(True, "Refuse merged weights that are not finite.")
+    quantized: bool = option(False, "Write a quantised base quantised again, instead of dense.")
+
+
+def act(options: MergeOptions, output: Output) -> dict[str, Any]:
+    """Merge and say what was written."""
+    import torch
+
+    from peft.tools.merging import merge_files
+    from peft.utils.error import ConfigError
+
+    if options.output is None:
+        raise ConfigError("the folder of the result is missing: say it with --output FOLDER, or -o FOLDER.")
+    adapters = pairs(options.adapters)
+    ways = {"density": options.density, "svd_rank": options.rank}
+    with output.progress() as progress:
+        bar = progress.add_task("merging")
+        report = merge_files(
+            options.base,
+            adapters,
+            options.output,
+            weights=options.weights,
+            combination=options.combination,
+            dtype=None if options.dtype is None else getattr(torch, options.dtype),
+            safe_merge=options.safe,
+            quantized=options.quantized,
+            tell=lambda done, total: progress.update(bar, completed=done, total=total),
+            **{name: value for name, value in ways.items() if value is not None},
+        )
+    if report.in_memory:
+        output.say(f"the whole model was loaded, as {report.in_memory}")
+    return {"ok": True, **dataclasses.asdict(report)}
+
+
+def show(found: dict[str, Any], output: Output) -> None:
+    """A line."""
+    output.print(
+        f"{found['output']}: {found['tensors']} tensors in {found['shards']} file(s), {found['changed']} with adapters"
+    )
+
+
+COMMAND = Command(
+    "merge",
+    "Merge adapters into the files of a model, shard by shard: a layer is in memory at a time, not the model.",
+    "  peft merge HuggingFaceTB/SmolLM2-135M-Instruct runs/sentiment/adapter -o merged\n"
+    "  peft merge base runs/a/adapter runs/b/adapter --weights [0.7,0.3] --combination ties --density 0.5 -o mixed",
+    MergeOptions,
+    act,
+    show,
+)

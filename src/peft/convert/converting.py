@@ -1,0 +1,113 @@
+"""Adapters from one tool's files to another's. The format of a source is found by its content."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from peft.convert.formats import FORMATS
+from peft.convert.source import Base, Files, Format, Job, Source
+from peft.core.files.io import replacing
+from peft.utils.error import ConfigError, nearest
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What :func:`convert_adapter` has done.
+
+    Attributes:
+        source_format, target_format: their names. output: the file or folder. components: the models that it adapts.
+        tensors: how many were read. lost: what the target cannot hold -> why. notes: what else is to be known.
+    """
+
+    source_format: str
+    target_format: str
+    output: str
+    components: list[str]
+    tensors: int
+    lost: dict[str, str]
+    notes: list[str]
+
+
+def format_of(source: str | os.PathLike) -> str:
+    """The name of the format of a file or folder, by its content.
+
+    Raises:
+        ConfigError: it is of none that is known.
+    """
+    return _detected(Source.open(source)).name
+
+
+def convert_adapter(
+    source: str | os.PathLike,
+    target_format: str,
+    output: str | os.PathLike,
+    *,
+    base: nn.Module | str | os.PathLike | None = None,
+    lossy: bool = False,
+) -> Conversion:
+    """Write an adapter of one tool as that of another: the same tensors, the same scale.
+
+    Args:
+        source: a file, or a folder with one. target_format: see :data:`peft.convert.FORMATS`. output: a folder, or the
+            file where the format is one.
+        base: the base model, or a folder with its ``config.json``: names of modules that a format writes without dots
+            are then found exactly, and formats that order rows otherwise know the heads.
+        lossy: write the result also where something cannot be carried over; the report names it.
+
+    Example::
+
+        convert_adapter("style.safetensors", "peft", "style-peft")
+        convert_adapter("runs/tone/adapter", "gguf", "tone.gguf", base="SmolLM2-135M-Instruct")
+
+    Raises:
+        ConfigError: an unknown format, a file that cannot be understood, or something that the target cannot hold.
+            Nothing is written then.
+    """
+    target = next((format for format in FORMATS if format.name == target_format), None)
+    if target is None:
+        names = [format.name for format in FORMATS]
+        raise ConfigError(
+            f"unknown format {target_format!r}.{nearest(target_format, names)} There are {', '.join(names)}."
+        )
+    found = Source.open(source)
+    origin = _detected(found)
+    job = Job(None if base is None else Base.of(base))
+    bundle = origin.read(found, job)
+    files = target.write(bundle, job)
+    if job.lost and not lossy:
+        listed = "; ".join(f"{name}: {why}" for name, why in list(job.lost.items())[:8])
+        raise ConfigError(
+            f"{len(job.lost)} things cannot be carried over from {origin.name} to {target.name}: {listed}. "
+            "lossy=True leaves them out."
+        )
+    where = _write(target, files, Path(output))
+    count = sum(len(held.tensors) for held in bundle.values())
+    return Conversion(origin.name, target.name, where, list(bundle), count, job.lost, job.notes)
+
+
+def _detected(source: Source) -> Format:
+    for format in FORMATS:
+        if format.matches(source):
+            return format
+    shown = ", ".join(list(source.tensors)[:4]) or "nothing"
+    raise ConfigError(f"{source.path} is no adapter of a format that is known here; it holds {shown}.")
+
+
+def _write(target: Format, files: Files, output: Path) -> str:
+    """Write the files, all or none."""
+    if target.single is not None and output.suffix == target.single:
+        files, output = {output.name: next(iter(files.values()))}, output.parent
+        output.mkdir(parents=True, exist_ok=True)
+        where = output / next(iter(files))
+    else:
+        where = output
+    with replacing(output) as path:
+        for name, write in files.items():
+            target_path = path(name)
+            os.makedirs(os.path.dirname(target_path), exist_ok=True)
+            write(target_path)
+    return os.fspath(where)

@@ -1,0 +1,206 @@
+"""The library ``adapters``: ``adapter_config.json`` and ``pytorch_adapter.bin``, of LoRA, IA3, bottlenecks and prefixes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from peft.convert.formats.mlx import as_json
+from peft.convert.held import PREFIX, Held, Pair, Pairs, held_of, pairs_of
+from peft.convert.rotary import rotated
+from peft.convert.source import Bundle, Files, Format, Job, Source, one
+from peft.tuners.bottleneck import BottleneckConfig
+from peft.tuners.ia3 import IA3Config
+from peft.tuners.prefix_tuning import PrefixTuningConfig
+from peft.utils.error import ConfigError
+
+
+_PARTS = {"lora_A": "down", "lora_B": "up"}
+# Lists of bottlenecks in a block there -> the part here; pieces of a bottleneck there -> here.
+_PLACES = {"attention_adapters": "attention", "output_adapters": "feedforward", "cross_adapters": "cross"}
+_PIECES = {"adapter_down.0": "down", "adapter_up": "up", "gate": "gate", "adapter_norm_before": "norm_before",
+           "adapter_norm_after": "norm_after"}  # fmt: skip
+_OWN = {field.name for field in dataclasses.fields(BottleneckConfig)} - {"preset", "modules_to_save"}
+_NAME = "adapter"  # what a written adapter is called
+
+
+def _matches(source: Source) -> bool:
+    return "config" in source.config and "model_class" in source.config
+
+
+def _kind(config: dict[str, Any]) -> str:
+    kind = config.get("architecture")
+    if kind is None and "reduction_factor" in config:
+        return "bottleneck"
+    if kind == "lora":
+        return "ia3" if config.get("composition_mode") == "scale" else "lora"
+    return str(kind)
+
+
+def _read(source: Source, job: Job) -> Bundle:
+    config, name = source.config["config"], source.config["name"]
+    readers: dict[str, Callable[[Source, dict[str, Any], str, Job], Held]] = {
+        "lora": _lora, "ia3": _ia3, "bottleneck": _bottleneck, "prefix_tuning": _prefix}  # fmt: skip
+    kind = _kind(config)
+    if kind not in readers:
+        raise ConfigError(f"adapters of the architecture {kind!r} have no counterpart; there are {', '.join(readers)}.")
+    for field in ("use_gating", "vera_d", "phm_layer", "inv_adapter", "cross_adapter"):
+        if config.get(field) and not (kind == "bottleneck" and field in _OWN):
+            job.lost[field] = f"{kind} here has no such thing ({config[field]!r})"
+    return {"": readers[kind](source, config, name, job)}
+
+
+def _split(key: str, holder: str, name: str) -> tuple[str, str] | None:
+    """(module, what follows the adapter's name) of ``<module>.<holder>.<name>.<rest>``."""
+    module, found, rest = key.partition(f".{holder}.{name}.")
+    return (module, rest) if found else None
+
+
+def _lora(source: Source, config: dict[str, Any], name: str, job: Job) -> Held:
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in source.tensors.items():
+        place = _split(key, "loras", name)
+        if place is None or place[1] not in _PARTS:
+            job.lost[key] = "it is no part of a LoRA"
+            continue
+        parts.setdefault(place[0], {})[_PARTS[place[1]]] = tensor
+    return held_of(Pairs({module: Pair(alpha=config["alpha"], **found) for module, found in parts.items()}))
+
+
+def _ia3(source: Source, config: dict[str, Any], name: str, job: Job) -> Held:
+    tensors, modules = {}, []
+    for key, tensor in source.tensors.items():
+        place = _split(key, "loras", name)
+        if place is None or place[1] != "lora_B":
+            job.lost[key] = "it is no vector of IA3"
+            continue
+        modules.append(place[0])
+        tensors[f"{PREFIX}{place[0]}.ia3_l"] = tensor * config["alpha"] if config["alpha"] != 1 else tensor
+    return Held(IA3Config(target_modules=sorted(modules), feedforward_modules=[], inference_mode=True), tensors)
+
+
+def _bottleneck(source: Source, config: dict[str, Any], name: str, job: Job) -> Held:
+    fields = {key: value for key, value in config.items() if key in _OWN and value is not None}
+    tensors = {}
+    for key, tensor in source.tensors.items():
+        block, _, rest = key.partition(f".adapters.{name}.")
+        block, _, place = block.rpartition(".")
+        piece, _, tail = rest.rpartition(".")
+        if place not in _PLACES or piece not in _PIECES:
+            job.lost[key] = "it is no part of a bottleneck that is known here"
+            continue
+        tensors[f"{PREFIX}{block}.bottleneck_{_PLACES[place]}.{_PIECES[piece]}.{tail}"] = tensor
+    return Held(BottleneckConfig(**fields, inference_mode=True), tensors)
+
+
+def _prefix(source: Source, config: dict[str, Any], name: str, job: Job) -> Held:
+    if not config.get("flat"):
+        raise ConfigError("the prefix is made by a network (flat=False); call model.eject_prefix_tuning in adapters first.")
+    base = job.need_base("a prefix is cut by the layers and heads")
+    found = {key: value for key, value in source.tensors.items() if key.startswith("model.prefix_tuning.") or
+             ".pool." in key}  # fmt: skip
+    values = {tuple(value.shape): value for value in found.values()}
+    if len(found) != len(source.tensors) or len(values) != 1:
+        raise ConfigError(f"{source.path} holds several prefixes (cross attention, an encoder), and one is known here.")
+    layers, length = base.number("num_hidden_layers", "n_layer"), config["prefix_length"]
+    table = next(iter(values.values())).reshape(length, -1)
+    heads = base.number("num_key_value_heads", "num_attention_heads", "n_head")
+    rope = base.config.get("rope_parameters") or base.config
+    if "rope_theta" not in rope or rope.get("rope_type", "default") != "default":
+        raise ConfigError("a prefix moves the positions of tokens here and not there, which only plain rotary ones bear.")
+    parts = table.reshape(length, layers, 2, heads, -1)  # keys and values of each layer
+    keys = rotated(parts[:, :, :1], length, rope["rope_theta"])
+    job.notes.append(f"the prefix's keys are turned by {length} positions, as tokens stand that much later here")
+    table = torch.cat([keys, parts[:, :, 1:]], 2).reshape(table.shape)
+    fields = {
+        "num_virtual_tokens": length, "num_layers": layers, "num_attention_heads": heads,
+        "token_dim": table.shape[1] // (2 * layers), "num_transformer_submodules": 1, "inference_mode": True,
+        "task_type": "CAUSAL_LM",
+    }  # fmt: skip
+    return Held(PrefixTuningConfig(**fields), {"prompt_embeddings": table})
+
+
+# --- writing ------------------------------------------------------------------------------------------------------
+
+
+def _write(bundle: Bundle, job: Job) -> Files:
+    held, base = one(bundle, "an adapter of adapters"), job.need_base("adapters names the model's class in its config")
+    kind = str(getattr(held.config.peft_type, "value", held.config.peft_type))
+    writers: dict[str, Callable[[Held, Job], tuple[dict[str, Any], dict[str, torch.Tensor]]]] = {
+        "LORA": _write_lora, "IA3": _write_ia3, "BOTTLENECK": _write_bottleneck}  # fmt: skip
+    if kind not in writers:
+        raise ConfigError(f"of {kind} no file of adapters can be written; there are {', '.join(writers)}.")
+    config, tensors = writers[kind](held, job)
+    said = {
+        "config": config, "hidden_size": base.number("hidden_size", "n_embd"), "model_class": type(base.model).__name__,
+        "model_name": base.config.get("_name_or_path", ""), "model_type": base.config.get("model_type"),
+        "name": _NAME, "version": "adapters.1.3.0",
+    }  # fmt: skip
+    return {"pytorch_adapter.bin": lambda path: torch.save(tensors, path), "adapter_config.json": as_json(said)}
+
+
+_LORA: dict[str, Any] = {
+    "architecture": "lora", "attn_matrices": ["q", "k", "v"], "selfattn_lora": True, "intermediate_lora": True,
+    "output_lora": True, "leave_out": [], "dropout": 0.0, "init_weights": "lora", "use_gating": False,
+    "vera_b": None, "vera_d": None, "dtype": None, "init_weights_seed": None, "use_dora": False,
+}  # fmt: skip
+
+
+def _write_lora(held: Held, job: Job) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    found, tensors = pairs_of(held), {}
+    ranks = {pair.rank for pair in found.pairs.values()}
+    scales = {found.scale(module) for module in found.pairs}
+    if len(ranks) > 1 or len(scales) > 1:
+        raise ConfigError("adapters has one rank and one alpha for all layers; resize_adapter(rank=...) can make them.")
+    for module, pair in found.pairs.items():
+        for part in ("magnitude", "bias"):
+            if getattr(pair, part) is not None:
+                job.lost[f"{module}.{part}"] = "LoRAs of adapters are A and B alone in these files"
+        for part, tensor in (("lora_A", pair.down), ("lora_B", pair.up)):
+            tensors[f"{module}.loras.{_NAME}.{part}"] = tensor
+    job.lost.update(dict.fromkeys(found.others, "adapters keeps heads and embeddings in other files"))
+    rank = ranks.pop()
+    return {**_LORA, **_sites(found.pairs), "composition_mode": "add", "r": rank, "alpha": scales.pop() * rank}, tensors
+
+
+def _sites(modules: Any) -> dict[str, Any]:
+    """Which of a block's matrices are adapted, in the words of adapters."""
+    leaves = {module.rpartition(".")[2] for module in modules}
+    matrices = [letter for letter in "qkv" if f"{letter}_proj" in leaves]
+    return {"attn_matrices": matrices, "selfattn_lora": bool(matrices)}
+
+
+def _write_ia3(held: Held, job: Job) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    tensors, modules = {}, []
+    for name, tensor in held.tensors.items():
+        module, _, part = name.removeprefix(PREFIX).rpartition(".")
+        if part != "ia3_l" or tensor.shape[-1] != 1:
+            job.lost[name] = "adapters' IA3 scales outputs, and this is something else"
+            continue
+        modules.append(module)
+        tensors[f"{module}.loras.{_NAME}.lora_B"] = tensor
+    return {**_LORA, **_sites(modules), "composition_mode": "scale", "r": 1, "alpha": 1}, tensors
+
+
+def _write_bottleneck(held: Held, job: Job) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    places = {here: there for there, here in _PLACES.items()}
+    pieces = {here: there for there, here in _PIECES.items()}
+    tensors = {}
+    for name, tensor in held.tensors.items():
+        words = name.removeprefix(PREFIX).split(".")
+        block, (place, piece, tail) = ".".join(words[:-3]), (*words[-3:],)
+        role = place.removeprefix("bottleneck_")
+        if role not in places or piece not in pieces:
+            job.lost[name] = "it is no part of a bottleneck"
+            continue
+        tensors[f"{block}.{places[role]}.adapters.{_NAME}.{pieces[piece]}.{tail}"] = tensor
+    config = {key: value for key, value in held.config.to_dict().items() if key in _OWN}
+    factor = config["reduction_factor"]
+    config["reduction_factor"] = factor["default"] if len(factor) == 1 else factor
+    return {**config, "phm_layer": False, "inv_adapter": None}, tensors
+
+
+ADAPTERS = Format("adapters", _matches, _read, _write)

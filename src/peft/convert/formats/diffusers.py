@@ -1,0 +1,145 @@
+"""diffusers, with current and old names, and ComfyUI's: ``unet.....lora_A.weight``, ``....processor.to_q_lora.down.weight``.
+
+The component stands in front; a file without any is of a UNet. ``alpha`` tensors, or the configs in the header, say the
+scale; without them it is 1.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+
+from peft.convert.formats.kohya import saver
+from peft.convert.held import Held, Pair, Pairs, held_of, pairs_of, patterned, whole
+from peft.convert.source import Bundle, Files, Format, Job, Source
+from peft.tuners.lora.config import LoraConfig
+from peft.utils.error import ConfigError
+
+
+COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "diffusion_model")
+HEADER = "lora_adapter_metadata"
+# Tails of names -> part of a pair: PEFT's, diffusers' before 0.22, its text encoders', ComfyUI's.
+_TAILS = {
+    ("lora_A", "weight"): "down",
+    ("lora_B", "weight"): "up",
+    ("lora_A", "default", "weight"): "down",
+    ("lora_B", "default", "weight"): "up",
+    ("lora", "down", "weight"): "down",
+    ("lora", "up", "weight"): "up",
+    ("lora_down", "weight"): "down",
+    ("lora_up", "weight"): "up",
+    ("lora_linear_layer", "down", "weight"): "down",
+    ("lora_linear_layer", "up", "weight"): "up",
+    ("lora_magnitude_vector",): "magnitude",
+    ("dora_scale",): "magnitude",
+    ("lora_B", "bias"): "bias",
+    ("alpha",): "alpha",
+}
+_PROCESSORS = {"to_q_lora": "to_q", "to_k_lora": "to_k", "to_v_lora": "to_v", "to_out_lora": "to_out.0",
+               "add_k_proj_lora": "add_k_proj", "add_v_proj_lora": "add_v_proj"}  # fmt: skip
+
+
+def split(name: str) -> tuple[str, str, str] | None:
+    """(component, module, part of a pair) that a name means, or None."""
+    words = name.split(".")
+    component = words.pop(0) if words[0] in COMPONENTS else ""
+    if "processor" in words and words[-3] in _PROCESSORS and words[-2] in ("down", "up"):
+        at = words.index("processor")
+        module = ".".join((*words[:at], _PROCESSORS[words[-3]]))
+        return component or "unet", module, words[-2]
+    size = next((n for n in (3, 2, 1) if tuple(words[-n:]) in _TAILS), None)
+    if size is None or len(words) <= size:
+        return None
+    return component, ".".join(words[:-size]), _TAILS[tuple(words[-size:])]
+
+
+def _matches(source: Source) -> bool:
+    if "peft_type" in source.config:
+        return False
+    found = [split(name) for name in source.tensors]
+    return any(
+        one is not None and (one[0] or name.split(".")[0] != "base_model") for one, name in zip(found, source.tensors)
+    )
+
+
+def _read(source: Source, job: Job) -> Bundle:
+    parts: dict[str, dict[str, dict[str, torch.Tensor]]] = {}
+    for name, tensor in source.tensors.items():
+        one = split(name)
+        if one is None:
+            job.lost[name] = "it is no part of a LoRA"
+            continue
+        component, module, part = one
+        parts.setdefault(component, {}).setdefault(module, {})[part] = tensor
+    said = json.loads(source.metadata.get(HEADER, "{}"))
+    bundle: Bundle = {}
+    for component, modules in parts.items():
+        config = {key.removeprefix(f"{component}."): v for key, v in said.items() if key.startswith(f"{component}.")}
+        bundle[component] = held_of(_pairs(modules, config, job))
+    return bundle
+
+
+def _pairs(modules: dict[str, dict[str, torch.Tensor]], config: dict[str, Any], job: Job) -> Pairs:
+    known = LoraConfig(**{k: v for k, v in config.items() if k in _SCALES}) if config else None
+    pairs = {}
+    for module, parts in modules.items():
+        if not {"down", "up"} <= parts.keys():
+            raise ConfigError(f"the file has only {', '.join(parts)} of a LoRA at {module}.")
+        rank = len(parts["down"])
+        alpha = float(parts.pop("alpha", torch.tensor(0.0))) or rank
+        if known is not None:
+            from peft.config import resolve_pattern
+
+            alpha = resolve_pattern(known.alpha_pattern, module, known.lora_alpha)
+        if (scale := parts.get("magnitude")) is not None:
+            shape = (-1,) if parts["down"].dim() == 2 else (1, -1, *[1] * (parts["down"].dim() - 2))
+            parts["magnitude"] = scale.reshape(shape)
+        pairs[module] = Pair(alpha=alpha, **parts)
+    return Pairs(pairs, rslora=known is not None and known.use_rslora)
+
+
+_SCALES = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+
+
+def _write(bundle: Bundle, job: Job) -> Files:
+    tensors: dict[str, torch.Tensor] = {}
+    said: dict[str, Any] = {}
+    for component, held in bundle.items():
+        if component.partition("-")[0] not in COMPONENTS and component:
+            raise ConfigError(f"diffusers has no component {component!r}.")
+        found, name = pairs_of(held), component or _only_component(held, job)
+        for module, pair in found.pairs.items():
+            if pair.table:
+                job.lost[module] = "diffusers' LoRAs have no embeddings"
+                continue
+            key = f"{name}.{module}"
+            tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = pair.down, pair.up
+            if pair.magnitude is not None:
+                tensors[f"{key}.lora_magnitude_vector"] = pair.magnitude
+            if pair.bias is not None:
+                tensors[f"{key}.lora_B.bias"] = pair.bias
+        job.lost.update(dict.fromkeys(found.others, "diffusers' files hold LoRAs alone"))
+        said.update({f"{name}.{key}": value for key, value in _header(found, held).items()})
+    text = json.dumps(said, indent=2, sort_keys=True)
+    return {"pytorch_lora_weights.safetensors": saver(tensors, {"format": "pt", HEADER: text})}
+
+
+def _only_component(held: Held, job: Job) -> str:
+    """Where an adapter says no component: the one that its names are of."""
+    words = {word for module in pairs_of(held).pairs for word in module.split(".")}
+    if words & {"down_blocks", "up_blocks", "mid_block"}:
+        return "unet"
+    return "text_encoder" if "text_model" in words else "transformer"
+
+
+def _header(found: Pairs, held: Held) -> dict[str, Any]:
+    rank, ranks = patterned({module: pair.rank for module, pair in found.pairs.items()})
+    alpha, alphas = patterned({module: whole(pair.alpha) for module, pair in found.pairs.items()})
+    said = {**held.config.to_dict(), "r": rank, "rank_pattern": ranks, "lora_alpha": alpha, "alpha_pattern": alphas}
+    said = {key: sorted(value) if isinstance(value, set) else value for key, value in said.items()}
+    return {key: getattr(value, "value", value) for key, value in said.items()}
+
+
+DIFFUSERS = Format("diffusers", _matches, _read, _write, ".safetensors")

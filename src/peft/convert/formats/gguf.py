@@ -1,0 +1,155 @@
+"""llama.cpp's GGUF LoRAs: tensors ``blk.0.attn_q.weight.lora_a`` and ``.lora_b``, one alpha, each pair its own rank.
+
+LLaMA's q and k have their rows in pairs there, so the rows of B move; the A of the token table stands transposed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from peft.convert.held import Held, Pair, Pairs, held_of, pairs_of
+from peft.convert.rotary import as_halves, as_pairs
+from peft.convert.source import Base, Bundle, Files, Format, Job, Source, one
+from peft.utils.error import ConfigError
+
+
+# transformers' model types -> llama.cpp's architecture, of those whose matrices are kept as they are but for ROTARY's q, k.
+ARCHITECTURES = {
+    "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma": "gemma", "gemma2": "gemma2",
+    "gemma3_text": "gemma3", "phi3": "phi3", "starcoder2": "starcoder2", "gpt2": "gpt2",
+}  # fmt: skip
+ROTARY = {"llama"}
+
+
+def _gguf() -> Any:
+    try:
+        import gguf
+    except ImportError as error:
+        raise ImportError("GGUF files are read and written by the package gguf: pip install gguf") from error
+    return gguf
+
+
+def _matches(source: Source) -> bool:
+    return source.gguf
+
+
+def _architecture(base: Base) -> str:
+    kind = base.config.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise ConfigError(
+            f"how llama.cpp keeps the weights of {kind!r} is not known here; there are {', '.join(ARCHITECTURES)}. "
+            "Merge the adapter and convert the model instead."
+        )
+    return ARCHITECTURES[kind]
+
+
+def _tensor_names(base: Base, arch: str) -> dict[str, str]:
+    """Module -> its tensor in GGUF files."""
+    gguf = _gguf()
+    number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
+    table = gguf.get_tensor_name_map(number, base.number("num_hidden_layers", "n_layer"))
+    found = {name: table.get_name(name) for name in base.names}
+    return {name: f"{tensor}.weight" for name, tensor in found.items() if tensor is not None}
+
+
+def _heads(module: str, base: Base, arch: str) -> int | None:
+    """The heads by which the rows of a module are ordered otherwise, or None."""
+    leaf = module.rpartition(".")[2]
+    if arch not in ROTARY or leaf not in ("q_proj", "k_proj"):
+        return None
+    if leaf == "q_proj":
+        return base.number("num_attention_heads")
+    return base.number("num_key_value_heads", "num_attention_heads")
+
+
+def _write(bundle: Bundle, job: Job) -> Files:
+    _gguf()
+    found, base = pairs_of(one(bundle, "a GGUF file")), job.need_base("GGUF names tensors by the architecture")
+    arch = _architecture(base)
+    names, alpha = _tensor_names(base, arch), _common_alpha(found)
+    tensors: dict[str, torch.Tensor] = {}
+    for module, pair in found.pairs.items():
+        for part, what in (("magnitude", "llama.cpp computes no DoRA"), ("bias", "llama.cpp's B has no bias")):
+            if getattr(pair, part) is not None:
+                job.lost[f"{module}.{part}"] = what
+        if module not in names:
+            job.lost[module] = f"llama.cpp has no such matrix in {arch}"
+            continue
+        down, up = _wide(pair.down), _wide(pair.up)
+        if (own := found.scale(module) * pair.rank) != alpha:
+            up = up.float() * (own / alpha)
+            job.notes.append(
+                f"{module}: its scale is other than the file's alpha says, so B is multiplied by the rest"
+            )
+        if (heads := _heads(module, base, arch)) is not None:
+            up = as_pairs(up, heads)
+        tensors[f"{names[module]}.lora_a"] = down.T if pair.table else down
+        tensors[f"{names[module]}.lora_b"] = up
+    job.lost.update(dict.fromkeys(found.others, "llama.cpp's adapters hold LoRAs alone"))
+    return {"adapter.gguf": lambda path: _save(path, arch, alpha, tensors)}
+
+
+def _common_alpha(found: Pairs) -> float:
+    """The most frequent alpha, with which the scale is alpha over the rank; as float32, which the file holds."""
+    alphas = [found.scale(module) * pair.rank for module, pair in found.pairs.items()]
+    return float(torch.tensor(max(dict.fromkeys(alphas), key=alphas.count), dtype=torch.float32))
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    """bfloat16 as float32, which numpy has; the values stay."""
+    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+
+
+def _save(path: str, arch: str, alpha: float, tensors: dict[str, torch.Tensor]) -> None:
+    gguf = _gguf()
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor.detach().contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _read(source: Source, job: Job) -> Bundle:
+    gguf = _gguf()
+    reader = gguf.GGUFReader(source.path)
+    said = {key: field.contents() for key, field in reader.fields.items()}
+    if said.get("general.type") != "adapter" or said.get(gguf.Keys.Adapter.TYPE) != "lora":
+        raise ConfigError(f"{source.path} is a GGUF file, but no LoRA: it says {said.get('general.type')!r}.")
+    base = job.need_base("GGUF names tensors by the architecture")
+    arch = _architecture(base)
+    if said["general.architecture"] != arch:
+        raise ConfigError(f"{source.path} is for {said['general.architecture']!r}, and the base model is {arch!r}.")
+    modules = {tensor: name for name, tensor in _tensor_names(base, arch).items()}
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for tensor in reader.tensors:
+        name, _, part = tensor.name.rpartition(".")
+        if name not in modules or part not in ("lora_a", "lora_b"):
+            job.lost[tensor.name] = "it is no part of a LoRA of this base model"
+            continue
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        kept = torch.float16 if tensor.tensor_type == gguf.GGMLQuantizationType.F16 else torch.float32
+        parts.setdefault(modules[name], {})[part] = torch.from_numpy(values.copy()).to(kept)
+    return {"": _held(parts, float(said[gguf.Keys.Adapter.LORA_ALPHA]), base, arch)}
+
+
+def _held(parts: dict[str, dict[str, torch.Tensor]], alpha: float, base: Base, arch: str) -> Held:
+    pairs = {}
+    for module, pair in parts.items():
+        if len(pair) < 2:
+            raise ConfigError(f"the file has only {', '.join(pair)} of a LoRA at {module}.")
+        table = isinstance(base.model.get_submodule(module), torch.nn.Embedding)
+        down, up = pair["lora_a"].T.contiguous() if table else pair["lora_a"], pair["lora_b"]
+        if (heads := _heads(module, base, arch)) is not None:
+            up = as_halves(up, heads)
+        pairs[module] = Pair(down, up, alpha or down.shape[0], table=table)
+    return held_of(Pairs(pairs))
+
+
+GGUF = Format("gguf", _matches, _read, _write, ".gguf")

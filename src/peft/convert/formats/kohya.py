@@ -1,0 +1,288 @@
+"""kohya-ss and LyCORIS: ``lora_unet_down_blocks_0_....lora_down.weight`` with an ``alpha`` for each module.
+
+Names have no dots, components a prefix. LoCon's Tucker core (``lora_mid``) is folded into A; LoHa and LoKr keep theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from peft.convert.held import PREFIX, Held, Pair, Pairs, held_of, pairs_of, patterned, whole
+from peft.convert.names import dotted, flat
+from peft.convert.source import Bundle, Files, Format, Job, Source
+from peft.tuners.loha import LoHaConfig
+from peft.tuners.lokr import LoKrConfig, factorization
+from peft.utils.error import ConfigError
+
+
+# Prefix of names in files -> component. The first that fits is taken; what is written is the first of a component.
+PREFIXES = {
+    "lora_unet_": "unet",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+    "lora_te3_": "text_encoder_3",
+    "lora_te_": "text_encoder",
+    "lora_transformer_": "transformer",
+    "lycoris_": "",
+}
+_LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
+_LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+_LORA = ("lora_down.weight", "lora_up.weight", "lora_mid.weight", "dora_scale")
+_WHY = {
+    "diff": "a whole change of a weight; merge it into the base model",
+    "diff_b": "a change of a bias; merge it into the base model",
+    "w_norm": "a change of a norm; merge it into the base model",
+    "b_norm": "a change of a norm; merge it into the base model",
+    "oft_blocks": "LyCORIS' OFT normalises its rotation otherwise than OFT here",
+    "oft_diag": "LyCORIS' diagonal OFT has no counterpart here",
+}
+Parts = dict[str, torch.Tensor]
+
+
+def _matches(source: Source) -> bool:
+    tails = {name.partition(".")[2] for name in source.tensors if name.startswith(tuple(PREFIXES))}
+    return bool(tails) and all("." not in name.partition(".")[0] for name in source.tensors if "." in name)
+
+
+def _read(source: Source, job: Job) -> Bundle:
+    modules: dict[str, dict[str, Parts]] = {}
+    for name, tensor in source.tensors.items():
+        prefix = next((p for p in PREFIXES if name.startswith(p)), None)
+        if prefix is None:
+            job.lost[name] = "it belongs to no component that is known"
+            continue
+        module, _, part = name.removeprefix(prefix).partition(".")
+        modules.setdefault(_component(prefix, module), {}).setdefault(module, {})[part] = tensor
+    bundle: Bundle = {}
+    for component, found in modules.items():
+        held = _component_of(found, job, job.base.names if job.base else None)
+        for method, one in held.items():
+            bundle[component if len(held) == 1 else f"{component}-{method}"] = one
+    if not bundle:
+        raise ConfigError(f"nothing in {source.path} can be converted: {'; '.join(job.lost.values())}.")
+    return bundle
+
+
+def _component(prefix: str, module: str) -> str:
+    """What files call a UNet may be a transformer."""
+    transformers = (
+        "double_blocks",
+        "single_blocks",
+        "joint_blocks",
+        "transformer_blocks",
+        "single_transformer_blocks",
+    )
+    return "transformer" if prefix == "lora_unet_" and module.startswith(transformers) else PREFIXES[prefix]
+
+
+def _component_of(found: dict[str, Parts], job: Job, known: Iterable[str] | None) -> dict[str, Held]:
+    """The adapters of one model, by method."""
+    groups: dict[str, dict[str, Parts]] = {}
+    for name, parts in found.items():
+        module = dotted(name, known)
+        for method, names in (("lora", _LORA), ("loha", _LOHA), ("lokr", _LOKR)):
+            if parts.keys() & set(names) - {"dora_scale"}:
+                groups.setdefault(method, {})[module] = parts
+                left = parts.keys() - {*names, "alpha", "scalar"}
+                break
+        else:
+            left = parts.keys() - {"alpha"}
+        job.lost.update({f"{module}.{part}": _WHY.get(part, "it has no counterpart here") for part in left})
+    makers: dict[str, Callable[[dict[str, Parts], Job], Held]] = {"lora": _lora, "loha": _loha, "lokr": _lokr}
+    return {method: makers[method](modules, job) for method, modules in groups.items()}
+
+
+def _alpha(parts: Parts, rank: int) -> float:
+    """alpha of a module: the scale is alpha over the rank; without one, or with 0, it is 1."""
+    alpha = float(parts["alpha"]) if "alpha" in parts else 0.0
+    return (alpha or rank) * (float(parts["scalar"]) if "scalar" in parts else 1.0)
+
+
+def _lora(modules: dict[str, Parts], job: Job) -> Held:
+    pairs = {}
+    for module, parts in modules.items():
+        try:
+            down, up = parts["lora_down.weight"], parts["lora_up.weight"]
+        except KeyError as error:
+            raise ConfigError(f"{module} lacks {error}: the file is incomplete.") from error
+        if (mid := parts.get("lora_mid.weight")) is not None:
+            core = torch.promote_types(mid.dtype, torch.float32)
+            down = torch.einsum("ij...,jn->in...", mid.to(core), down.flatten(1).to(core)).to(down.dtype)
+            job.notes.append(f"{module}: its core (lora_mid) is multiplied into A")
+        scale = parts.get("dora_scale")
+        if scale is not None and scale.shape[0] != len(up):
+            job.lost[f"{module}.dora_scale"] = "it scales inputs, and DoRA here scales outputs"
+            scale = None
+        if scale is not None:
+            scale = scale.reshape((-1,) if down.dim() == 2 else (1, -1, *[1] * (down.dim() - 2)))
+        pairs[module] = Pair(down, up, _alpha(parts, len(down)), scale)
+    return held_of(Pairs(pairs))
+
+
+def _loha(modules: dict[str, Parts], job: Job) -> Held:
+    cores = {module: "hada_t1" in parts for module, parts in modules.items()}
+    ranks = {module: len(parts["hada_w1_b"]) for module, parts in modules.items()}
+    if len({cores[m] for m, parts in modules.items() if _is_kernel(parts)}) > 1:
+        raise ConfigError("some convolutions have a Tucker core and others none, which one LoHa config cannot say.")
+    tensors = _renamed(modules, _LOHA, job)
+    return Held(LoHaConfig(**_fields(modules, ranks), use_effective_conv2d=any(cores.values())), tensors)
+
+
+def _is_kernel(parts: Parts) -> bool:
+    return "hada_t1" in parts or "lokr_t2" in parts
+
+
+def _lokr(modules: dict[str, Parts], job: Job) -> Held:
+    ranks, factors = {}, []
+    for module, parts in modules.items():
+        second = next((parts[name] for name in ("lokr_w2_b", "lokr_w1_b") if name in parts), None)
+        sizes = _sizes(parts)
+        ranks[module] = max(sizes[1], sizes[3]) if second is None else len(second)
+        factors.append(_factors(sizes))
+        if second is None:
+            parts = modules[module] = {**parts, "alpha": torch.tensor(float(ranks[module]))}  # both whole: scale 1
+    common = set.intersection(*factors)
+    if not common:
+        raise ConfigError("the modules are cut into factors by different rules, which one LoKr config cannot say.")
+    both = any("lokr_w1_a" in parts for parts in modules.values())
+    effective = any("lokr_t2" in parts for parts in modules.values())
+    fields = _fields(modules, ranks)
+    config = LoKrConfig(**fields, decompose_both=both, decompose_factor=max(common), use_effective_conv2d=effective)
+    return Held(config, _renamed(modules, _LOKR, job))
+
+
+def _sizes(parts: Parts) -> tuple[int, int, int, int]:
+    """o1, o2, i1, i2 of W1 ``[o1, i1]`` and W2 ``[o2, i2, *kernel]``."""
+    if "lokr_w1" in parts:
+        o1, i1 = parts["lokr_w1"].shape
+    else:
+        o1, i1 = len(parts["lokr_w1_a"]), parts["lokr_w1_b"].shape[1]
+    if "lokr_w2" in parts:
+        o2, i2 = parts["lokr_w2"].shape[:2]
+    elif "lokr_t2" in parts:
+        o2, i2 = parts["lokr_w2_a"].shape[1], parts["lokr_w2_b"].shape[1]
+    else:
+        o2, i2 = len(parts["lokr_w2_a"]), parts["lokr_w2_b"].shape[1]
+    return o1, o2, i1, i2
+
+
+def _factors(sizes: tuple[int, int, int, int]) -> set[int]:
+    """The values of ``decompose_factor`` that cut a module like this."""
+    o1, o2, i1, i2 = sizes
+    tried = {-1, *range(1, max(o1, i1) + 1)}
+    return {f for f in tried if factorization(o1 * o2, f) == (o1, o2) and factorization(i1 * i2, f)[0] == i1}
+
+
+def _fields(modules: dict[str, Parts], ranks: dict[str, int]) -> dict[str, Any]:
+    rank, rank_pattern = patterned(ranks)
+    alpha, alpha_pattern = patterned(
+        {module: whole(_alpha(parts, ranks[module])) for module, parts in modules.items()}
+    )
+    return {"r": rank, "alpha": alpha, "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern,
+            "target_modules": sorted(modules), "inference_mode": True}  # fmt: skip
+
+
+def _renamed(modules: dict[str, Parts], names: tuple[str, ...], job: Job) -> dict[str, torch.Tensor]:
+    for module, parts in modules.items():
+        if "dora_scale" in parts:
+            job.lost[f"{module}.dora_scale"] = "LoHa and LoKr have no DoRA here"
+    return {f"{PREFIX}{m}.{name}": parts[name] for m, parts in modules.items() for name in names if name in parts}
+
+
+# --- writing ------------------------------------------------------------------------------------------------------
+
+
+def _write(bundle: Bundle, job: Job) -> Files:
+    tensors: dict[str, torch.Tensor] = {}
+    for component, held in bundle.items():
+        prefix = _prefix(component.partition("-")[0], held, job)
+        tensors.update(_flattened(held, prefix, job))
+    return {"lora.safetensors": saver(tensors, {"format": "pt"})}
+
+
+def saver(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> Callable[[str], None]:
+    """What writes tensors as safetensors to a path."""
+    from safetensors.torch import save_file
+
+    from peft.core.files.io import separate
+
+    return lambda path: save_file(separate(tensors), path, metadata=metadata)
+
+
+def _prefix(component: str, held: Held, job: Job) -> str:
+    if component == "transformer":
+        return "lora_unet_"
+    if component == "text_encoder":
+        return "lora_te1_" if "text_encoder_2" in component else "lora_te_"
+    found = next((prefix for prefix, name in PREFIXES.items() if name == component), None)
+    if found is None:
+        raise ConfigError(f"kohya's files have no component {component!r}.")
+    return found
+
+
+def _flattened(held: Held, prefix: str, job: Job) -> dict[str, torch.Tensor]:
+    kind = str(getattr(held.config.peft_type, "value", held.config.peft_type))
+    if kind == "LORA":
+        return _flat_lora(pairs_of(held), prefix, job)
+    if kind not in ("LOHA", "LOKR"):
+        raise ConfigError(f"kohya's files hold LoRA, LoHa and LoKr, and this adapter is {kind}; use save_as_lora.")
+    names, result = (_LOHA if kind == "LOHA" else _LOKR), {}
+    for name, tensor in held.tensors.items():
+        module, _, part = name.removeprefix(PREFIX).rpartition(".")
+        if part not in names:
+            job.lost[name] = f"it is no tensor of {kind}"
+            continue
+        key = f"{prefix}{flat(module)}"
+        result[f"{key}.{part}"] = tensor
+        if f"{key}.alpha" not in result:
+            result[f"{key}.alpha"] = number(_effective_alpha(held, module), tensor.dtype)
+    return result
+
+
+def _effective_alpha(held: Held, module: str) -> float:
+    """alpha that gives the scale with the rank that LyCORIS reads from the shapes."""
+    from peft.config import resolve_pattern
+
+    config = held.config
+    alpha = resolve_pattern(config.alpha_pattern, module, config.alpha)
+    rank = resolve_pattern(config.rank_pattern, module, config.r)
+    parts = {name.rpartition(".")[2]: t for name, t in held.tensors.items() if name.startswith(f"{PREFIX}{module}.")}
+    whole_pair = "lokr_w1" in parts and "lokr_w2" in parts
+    if whole_pair and alpha != rank:
+        raise ConfigError(
+            f"{module}: both factors are whole, and LyCORIS gives such a LoKr no scale; it has {alpha / rank}."
+        )
+    return alpha
+
+
+def _flat_lora(found: Pairs, prefix: str, job: Job) -> dict[str, torch.Tensor]:
+    result: dict[str, torch.Tensor] = {}
+    for module, pair in found.pairs.items():
+        key = f"{prefix}{flat(module)}"
+        if pair.table:
+            job.lost[module] = "kohya's files have no LoRAs of embeddings"
+            continue
+        if pair.bias is not None:
+            job.lost[f"{module}.lora_B.bias"] = "kohya's LoRAs have no biases"
+        result[f"{key}.lora_down.weight"], result[f"{key}.lora_up.weight"] = pair.down, pair.up
+        alpha = pair.alpha if not found.rslora else found.scale(module) * pair.rank
+        result[f"{key}.alpha"] = number(alpha, pair.down.dtype)
+        if pair.magnitude is not None:
+            result[f"{key}.dora_scale"] = pair.magnitude.reshape(-1, *[1] * (pair.down.dim() - 1))
+    job.lost.update(dict.fromkeys(found.others, "kohya's files hold LoRAs alone"))
+    return result
+
+
+def number(value: float, dtype: torch.dtype) -> torch.Tensor:
+    """A number as a tensor, in the first dtype that holds it: that of the weights, float32, float64."""
+    for kind in (dtype, torch.float32):
+        tensor = torch.tensor(value, dtype=kind)
+        if float(tensor) == value:
+            return tensor
+    return torch.tensor(value, dtype=torch.float64)
+
+
+KOHYA = Format("kohya", _matches, _read, _write, ".safetensors")

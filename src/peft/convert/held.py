@@ -1,0 +1,169 @@
+"""An adapter outside of any model: its config and the tensors of its file; a LoRA as pairs by module."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from peft.config import PeftConfig, resolve_pattern
+from peft.core.files.io import load_peft_weights, write_adapter
+from peft.tuners.lora.config import LoraConfig
+
+
+PREFIX = "base_model.model."
+_PARTS = {
+    ("lora_A", "weight"): "down",
+    ("lora_B", "weight"): "up",
+    ("lora_embedding_A",): "down",
+    ("lora_embedding_B",): "up",
+    ("lora_magnitude_vector",): "magnitude",
+    ("lora_B", "bias"): "bias",
+}
+
+
+@dataclass
+class Held:
+    """A config and the tensors that belong to it, by their names in files."""
+
+    config: Any
+    tensors: dict[str, torch.Tensor]
+
+    @classmethod
+    def read(cls, folder: str | os.PathLike) -> Held:
+        """Read an adapter of this library from a folder or the hub.
+
+        Raises:
+            ValueError: if there is none, or its file is damaged.
+        """
+        return cls(PeftConfig.from_pretrained(os.fspath(folder)), load_peft_weights(folder))
+
+    def write(self, folder: str | os.PathLike) -> None:
+        """Write it into a folder."""
+        write_adapter(folder, self.tensors, self.config)
+
+
+@dataclass
+class Pair:
+    """A LoRA at one module: dW = scale * up @ down.
+
+    Attributes:
+        down, up: A ``[r, in, *kernel]`` and B ``[out, r, 1...]``. alpha: scale times r, or times sqrt(r) for rsLoRA.
+        magnitude: DoRA's norms. bias: of B. table: the module is an embedding.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    alpha: float
+    magnitude: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    table: bool = False
+
+    @property
+    def rank(self) -> int:
+        """Rows of A."""
+        return self.down.shape[0]
+
+
+@dataclass
+class Pairs:
+    """A LoRA as pairs by module, and what else its file holds.
+
+    Attributes:
+        others: tensors of no pair, by their names in the file. base: the base model's name. extra: further fields of
+            the config.
+    """
+
+    pairs: dict[str, Pair]
+    others: dict[str, torch.Tensor] = field(default_factory=dict)
+    rslora: bool = False
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def scale(self, module: str) -> float:
+        """What B A is multiplied by."""
+        pair = self.pairs[module]
+        return pair.alpha / (math.sqrt(pair.rank) if self.rslora else pair.rank)
+
+
+def pairs_of(held: Held) -> Pairs:
+    """A LoRA's file as pairs.
+
+    Raises:
+        ValueError: the adapter is no LoRA, or a pair lacks its half.
+    """
+    config = held.config
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if not isinstance(config, LoraConfig) or kind != "LORA":
+        raise ValueError(f"the adapter is of the method {kind}, not LORA; peft.save_as_lora makes a LoRA of it first.")
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    others, tables = {}, set()
+    for name, tensor in held.tensors.items():
+        words = name.removeprefix(PREFIX).split(".")
+        part, size = next(((_PARTS[tail], n) for n in (1, 2) if (tail := tuple(words[-n:])) in _PARTS), ("", 0))
+        if not part:
+            others[name] = tensor
+            continue
+        module = ".".join(words[:-size])
+        found.setdefault(module, {})[part] = tensor
+        if words[-1] == "lora_embedding_A":
+            tables.add(module)
+    pairs = {}
+    for module, parts in found.items():
+        if not {"down", "up"} <= parts.keys():
+            raise ValueError(f"the adapter has only {', '.join(parts)} of a LoRA at {module}: its file is incomplete.")
+        alpha = resolve_pattern(config.alpha_pattern, module, config.lora_alpha)
+        pairs[module] = Pair(alpha=alpha, table=module in tables, **parts)
+    return Pairs(pairs, others, config.use_rslora)
+
+
+def held_of(found: Pairs, like: LoraConfig | None = None) -> Held:
+    """Pairs as an adapter of this library: the config that says each pair's rank and alpha, and the tensors.
+
+    Args:
+        like: whose other fields are kept; by default the config targets the modules of the pairs by their names.
+    """
+    pairs, tensors = found.pairs, dict(found.others)
+    for module, pair in pairs.items():
+        a, b = ("lora_embedding_A", "lora_embedding_B") if pair.table else ("lora_A.weight", "lora_B.weight")
+        tensors[f"{PREFIX}{module}.{a}"], tensors[f"{PREFIX}{module}.{b}"] = pair.down, pair.up
+        if pair.magnitude is not None:
+            tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = pair.magnitude
+        if pair.bias is not None:
+            tensors[f"{PREFIX}{module}.lora_B.bias"] = pair.bias
+    rank, ranks = patterned({module: pair.rank for module, pair in pairs.items()})
+    alpha, alphas = patterned({module: whole(pair.alpha) for module, pair in pairs.items()})
+    fields: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "rank_pattern": ranks, "alpha_pattern": alphas}
+    if like is None:
+        fields["target_modules"] = sorted(pairs)
+        fields["use_rslora"] = found.rslora
+        fields["use_dora"] = any(pair.magnitude is not None for pair in pairs.values())
+        fields["lora_bias"] = any(pair.bias is not None for pair in pairs.values())
+        fields["inference_mode"] = True
+        return Held(LoraConfig(**fields, **found.extra), tensors)
+    config = type(like)(**{**like.to_dict(), **fields, **found.extra})
+    return Held(config, tensors)
+
+
+def patterned(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The most frequent value, and a pattern for each module that has another."""
+    if not values:
+        raise ValueError("there is no module with a LoRA here.")
+    given = list(values.values())
+    common = max(dict.fromkeys(given), key=given.count)
+    return common, {re.escape(module): value for module, value in values.items() if value != common}
+
+
+def whole(number: float) -> float:
+    """A number as an int where it is one, as configs are written."""
+    return int(number) if float(number).is_integer() else float(number)
+
+
+def named(names: Iterable[str], count: int = 8) -> str:
+    """Some names for a message."""
+    given = sorted(names)
+    return ", ".join(given[:count]) + (f" and {len(given) - count} more" if len(given) > count else "")

@@ -1,0 +1,164 @@
+"""What the formats read and write: a file of another tool, a base model's names, and adapters by component."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft.convert.extract import skeleton
+from peft.convert.held import Held
+from peft.core.files.io import read_tensors
+from peft.utils.error import ConfigError
+
+
+# The weights that a folder is looked through for, the best known names first.
+_NAMES = ("adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors", "adapter.safetensors",
+          "pytorch_adapter.bin", "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", "adapter_model.pt")  # fmt: skip
+_CONFIGS = ("adapter_config.json",)
+Bundle = dict[str, Held]  # by component of a pipeline: "unet", "text_encoder", ...; "" where there is one model
+Files = dict[str, Callable[[str], None]]  # name of a file -> what writes it to a path
+
+
+@dataclass
+class Source:
+    """A file of weights, with what stands beside it.
+
+    Attributes:
+        path: of the weights. tensors: in them; of a GGUF file none. metadata: of the safetensors header. config: what
+            the JSON beside it says.
+    """
+
+    path: Path
+    tensors: dict[str, torch.Tensor]
+    metadata: dict[str, str]
+    config: dict[str, Any]
+    gguf: bool = False
+
+    @classmethod
+    def open(cls, where: str | os.PathLike) -> Source:
+        """Read a file, or the one file of weights in a folder.
+
+        Raises:
+            ConfigError: there is none, or there are several.
+        """
+        path = _weights_in(Path(where))
+        config: dict[str, Any] = {}
+        for name in _CONFIGS:
+            if (file := path.with_name(name)).is_file():
+                config = json.loads(file.read_text(encoding="utf-8"))
+        with open(path, "rb") as file:
+            if file.read(4) == b"GGUF":
+                return cls(path, {}, {}, config, gguf=True)
+        metadata: dict[str, str] = {}
+        if path.suffix == ".safetensors":
+            from safetensors import safe_open
+
+            with safe_open(path, "pt") as opened:
+                metadata = dict(opened.metadata() or {})
+        return cls(path, read_tensors(str(path)), metadata, config)
+
+
+def _weights_in(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise ConfigError(f"{path} is neither a file nor a folder.")
+    for name in _NAMES:
+        if (path / name).is_file():
+            return path / name
+    found = sorted(file for end in ("safetensors", "gguf", "bin", "pt") for file in path.glob(f"*.{end}"))
+    if len(found) != 1:
+        names = ", ".join(file.name for file in found) or "none"
+        raise ConfigError(f"{path} should hold one file of adapter weights, and there are: {names}. Name the file.")
+    return found[0]
+
+
+@dataclass
+class Base:
+    """A base model's module names and config."""
+
+    model: nn.Module
+    config: dict[str, Any]
+
+    @classmethod
+    def of(cls, base: nn.Module | str | os.PathLike) -> Base:
+        """From a model, or from a folder with a ``config.json``; no weights are read."""
+        if isinstance(base, nn.Module):
+            config = getattr(base, "config", None)
+            return cls(base, config.to_dict() if hasattr(config, "to_dict") else dict(config or {}))
+        made = skeleton(base, None)
+        return cls(made, made.config.to_dict())
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all modules that have a weight."""
+        return [name for name, module in self.model.named_modules() if "weight" in module._parameters]
+
+    def number(self, *keys: str) -> int:
+        """The first of some entries of the config.
+
+        Raises:
+            ConfigError: it has none of them.
+        """
+        for key in keys:
+            if self.config.get(key) is not None:
+                return int(self.config[key])
+        raise ConfigError(f"the base model's config has no {keys[0]}, which this format needs.")
+
+
+@dataclass
+class Job:
+    """What a conversion knows and notes on its way.
+
+    Attributes:
+        base: the base model, where given. lost: what the target cannot hold, with the reason. notes: what else is to be
+            known of the result.
+    """
+
+    base: Base | None = None
+    lost: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def need_base(self, why: str) -> Base:
+        """The base model.
+
+        Raises:
+            ConfigError: it was not given.
+        """
+        if self.base is None:
+            raise ConfigError(f"{why}: give the base model, base=FOLDER (its config.json is enough) or the model.")
+        return self.base
+
+
+@dataclass(frozen=True)
+class Format:
+    """A file format: how it is known by its content, read and written.
+
+    Attributes:
+        name: what users say. matches: whether a source is of it. read: to adapters of this library. write: from them,
+            the files of the result. single: the extension of the one file that it is, if it is one file.
+    """
+
+    name: str
+    matches: Callable[[Source], bool]
+    read: Callable[[Source, Job], Bundle]
+    write: Callable[[Bundle, Job], Files]
+    single: str | None = None
+
+
+def one(bundle: Bundle, what: str) -> Held:
+    """The adapter of a bundle that has one.
+
+    Raises:
+        ConfigError: there are several.
+    """
+    if len(bundle) != 1:
+        raise ConfigError(f"{what} holds one model's adapter, and this source has several: {', '.join(bundle)}.")
+    return next(iter(bundle.values()))

@@ -1,0 +1,85 @@
+"""Ranks by energy, and singular values without the whole decomposition."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+import torch
+
+
+Key = TypeVar("Key")
+
+
+def shared_ranks(values: Mapping[Key, torch.Tensor], share: float, total: float | None = None) -> dict[Key, int]:
+    """The ranks of layers that together keep a share of the energy of them all at the lowest sum of ranks.
+
+    The largest singular values of the whole model are kept, wherever they are; each layer keeps at least one.
+
+    Args:
+        values: the singular values of each layer, any shape. share: in (0, 1]. total: the energy (sum of squares)
+            of all layers, if ``values`` are not all there are.
+    """
+    squares = {key: value.detach().double().flatten().square().sort(descending=True).values for key, value in
+               values.items()}  # fmt: skip
+    ordered = torch.cat([*squares.values()]).sort(descending=True).values
+    wanted = share * (float(ordered.sum()) if total is None else total)
+    count = int((ordered.cumsum(0) < wanted * (1 - 1e-12)).sum()) + 1
+    least = ordered[min(count, len(ordered)) - 1]
+    return {key: max(1, int((square >= least).sum())) for key, square in squares.items()}
+
+
+def randomized_svd(
+    matrix: torch.Tensor, rank: int, oversample: int = 8, iterations: int = 2, generator: torch.Generator | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The largest singular values and vectors by a random projection (Halko et al., arXiv 0909.4061, alg. 4.4, 5.1).
+
+    Args:
+        matrix: ``[out, in]``, float32 or float64. rank: how many. oversample: further columns of the sketch.
+        iterations: of the power method, which sharpen slowly falling spectra.
+
+    Returns:
+        (u ``[out, k]``, s ``[k]``, vh ``[k, in]``), k the lower of rank and what the matrix can have.
+    """
+    most = min(matrix.shape)
+    width = min(rank + oversample, most)
+    if 2 * width >= most:
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    else:
+        start = torch.randn(matrix.shape[1], width, generator=generator, dtype=matrix.dtype).to(matrix.device)
+        basis = torch.linalg.qr(matrix @ start).Q
+        for _ in range(iterations):
+            basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ basis).Q).Q
+        u, s, vh = torch.linalg.svd(basis.mT @ matrix, full_matrices=False)
+        u = basis @ u
+    return u[:, :rank], s[:rank], vh[:rank]
+
+
+def leading_svd(
+    matrix: torch.Tensor, share: float, most: int | None = None, generator: torch.Generator | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Singular values and vectors that keep a share of the energy of a matrix, or ``most`` of them.
+
+    The sketch grows until it has them.
+    """
+    limit = min(*matrix.shape, most or max(matrix.shape))
+    energy, rank = float(matrix.double().square().sum()) * share, 16
+    while True:
+        u, s, vh = randomized_svd(matrix, min(rank, limit), generator=generator)
+        if rank >= limit or float(s.double().square().sum()) >= energy:
+            return u, s, vh
+        rank *= 2
+
+
+def product_svd(down: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The singular value decomposition of ``up @ down``, never formed, by that of a matrix ``[r, r]``.
+
+    Args:
+        down: ``[r, in]``. up: ``[out, r]``.
+    """
+    if down.shape[0] >= min(down.shape[1], up.shape[0]):
+        return torch.linalg.svd(up @ down, full_matrices=False)
+    q_up, r_up = torch.linalg.qr(up)
+    q_down, r_down = torch.linalg.qr(down.mT)
+    u, s, vh = torch.linalg.svd(r_up @ r_down.mT, full_matrices=False)
+    return q_up @ u, s, vh @ q_down.mT
