@@ -273,8 +273,8 @@ def _pair(
         shapes = a.shape, b.shape
         if rank != lora.r:
             raise ConfigError(
-                f"Hot swapping the adapter did not succeed: the factors of {key!r}, of rank {lora.r}, cannot be filled "
-                f"up with zeros to, or from, rank {rank}. Load the new adapter beside the old one with load_adapter."
+                f"Hot swapping the adapter did not succeed: {key!r} has factors of rank {lora.r}, and those of rank "
+                f"{rank} cannot take their place. Load the new adapter beside the old one with load_adapter."
             )
     for place, new, shape in zip(places, (down, up), shapes):
         if new.shape != shape:
