@@ -1,4 +1,4 @@
-"""Two linear layers with block-diagonal LoRA, split over two processes. It imports little: each process starts anew."""
+"""Two linear layers with block-diagonal LoRA, split over two processes. It imports little, as each starts anew."""
 
 from __future__ import annotations
 
