@@ -24,7 +24,7 @@ from peft.tuners.lora import BdLoraConfig, Lora
 from peft.tuners.lora.bdlora import side_of
 from peft.tuners.lora.monteclora import deviation, divergence, mixture, variances
 from peft.utils.error import ConfigError
-from peft.utils.hotswap import hotswap_adapter_from_state_dict
+from peft.utils.hotswap import hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -335,15 +335,40 @@ def test_what_bdlora_cannot_cut_is_refused_by_name() -> None:
     assert lax.base_model.model[2].lora_B["default"].weight.shape == (6, 4)
 
 
-def test_hot_swapping_takes_blocks_of_the_same_rank_only() -> None:
-    model, other, x = adapted("bdlora").eval(), adapted("bdlora").eval(), inputs(2, 8)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_hot_swapping_gives_what_the_other_adapter_gives(variant: str) -> None:
+    model, other, x = adapted(variant).eval(), adapted(variant, noise=0.3).eval(), inputs(2, 8)
     hotswap_adapter_from_state_dict(model, get_peft_model_state_dict(other), "default", other.peft_config["default"])
     assert torch.equal(model(x), other(x))
-    small = adapted("bdlora", r=2)
+
+
+@pytest.mark.parametrize("variant", ["kasa", "bdlora", "monteclora"])
+def test_zeros_cannot_fill_up_what_is_as_large_as_the_rank(variant: str) -> None:
+    model, small = adapted(variant), adapted(variant, r=2)
     with pytest.raises(ValueError, match="those of rank 2 cannot take their place"):
         hotswap_adapter_from_state_dict(
             model, get_peft_model_state_dict(small), "default", small.peft_config["default"]
         )
+    with pytest.raises(ValueError, match="zeros cannot fill up to target_rank=8"):
+        prepare_model_for_compiled_hotswap(model, target_rank=8)
+
+
+@pytest.mark.parametrize("variant", ["mica", "qalora", "velora"])
+def test_the_other_variants_take_smaller_ranks(variant: str) -> None:
+    model, small, x = adapted(variant).eval(), adapted(variant, r=2).eval(), inputs(2, 8)
+    hotswap_adapter_from_state_dict(model, get_peft_model_state_dict(small), "default", small.peft_config["default"])
+    same(model(x), small(x))
+
+
+@pytest.mark.parametrize("variant", ["kasa", "mica", "bdlora", "monteclora", "velora"])
+def test_an_adapter_is_loaded_without_a_first_draw(variant: str, tmp_path: Path) -> None:
+    """Onto a base that was built on the meta device and filled."""
+    model, x = adapted(variant).eval(), inputs(2, 8)
+    model.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        plain = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 6))
+    plain.load_state_dict(base().state_dict(), assign=True)
+    same(PeftModel.from_pretrained(plain, tmp_path, low_cpu_mem_usage=True)(x), model(x))
 
 
 def test_two_shards_by_blocks_exchange_only_what_the_base_does(tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ class Kasa(Lora):
     kasa_V = part(BufferDict, remade=True)
     kasa_US = part(BufferDict, remade=True)
     kasa_options = setting()
+    fixed_rank: ClassVar[bool] = True
     reversible: ClassVar[bool] = False  # the weight comes back as it was, without the rounding of what is taken away
     agrees: ClassVar[frozenset[str]] = frozenset({"delta"})
 
@@ -71,7 +72,7 @@ class Kasa(Lora):
     def loaded(self) -> None:
         super().loaded()
         r = min(self.r, *fan(self.shape))
-        if self.kasa_V is None or len(self.kasa_V) != r:
+        if self.kasa_V is None or self.kasa_V.is_meta or len(self.kasa_V) != r:
             self.kasa_V, self.kasa_US = minor_part(self.base_weight().detach().flatten(1), r)
 
     def pair(self) -> tuple[torch.Tensor, torch.Tensor]:

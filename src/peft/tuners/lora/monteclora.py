@@ -85,6 +85,7 @@ class MonteCLora(Lora):
     lora_monteclora_sampler = part(nn.ModuleDict)
     monteclora_options = setting()
     monteclora_drawn = setting()
+    fixed_rank: ClassVar[bool] = True
     random_in_training: ClassVar[bool] = True
 
     @classmethod
