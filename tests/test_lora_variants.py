@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -448,6 +450,37 @@ def test_merging_moves_zero_points_and_rounds_nothing(size: int) -> None:
     same(model(x), before)
     model.unmerge_adapter()
     assert torch.equal(layer.base_layer.meta["zero"], old["zero"]) and torch.equal(model(x), before)
+
+
+class Unreadable(nn.Module):
+    """A linear layer of a library whose kernels alone can read its codes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features, self.out_features = 8, 6
+        self.register_buffer("qweight", torch.arange(48).view(6, 8) % 5 - 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.qweight * 0.1)
+
+
+def test_qalora_trains_on_codes_that_nobody_else_can_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gptqmodel", ModuleType("gptqmodel"))
+    cls = type("BaseQuantLinear", (Unreadable,), {"__module__": "gptqmodel.nn_modules"})
+    config = {"r": 4, "target_modules": ["0"], "lora_alpha": 8}
+    model = get_peft_model(nn.Sequential(cls()), LoraConfig(use_qalora=True, qalora_group_size=4, **config))
+    layer, x = model.base_model.model[0], inputs(3, 8)
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    with torch.no_grad():
+        b.normal_()
+    same(model(x), layer.base_layer(x) + 2 * (x.view(3, 2, 4).mean(-1) * 2) @ a.T @ b.T)
+    model(x).sum().backward()
+    assert a.grad.any() and b.grad.any()
+    with pytest.raises(ValueError, match="gptq"):
+        model.merge_adapter()
+    for field in ({"init_lora_weights": "mica"}, {"kasa_config": {}}):
+        with pytest.raises(ValueError, match="gptq cannot be read dense"):
+            get_peft_model(nn.Sequential(cls()), LoraConfig(**config, **field))
 
 
 def test_smaller_groups_than_the_codes_are_merged_as_usual() -> None:
