@@ -396,6 +396,11 @@ def _check_room(key: str, layer: LoraLayer, name: str, target_rank: int) -> None
             f"the adapter {name!r} has rank {rank} in {key!r}, more than target_rank={target_rank}. Choose the "
             "largest rank of all adapters that will be swapped in."
         )
+    if lora.fixed_rank and rank != target_rank:
+        raise ValueError(
+            f"the adapter {name!r} has factors of rank {rank} in {key!r} that zeros cannot fill up to "
+            f"target_rank={target_rank}. Leave target_rank out: adapters of this rank can be swapped in."
+        )
     if target_rank % groups:
         raise ValueError(f"target_rank={target_rank} does not divide over the {groups} groups of {key!r}.")
 
