@@ -156,6 +156,13 @@ class LoraTuner(LoraCompat, BaseTuner):
                 "not what their A, B and magnitudes add up to. Combine adapters trained with use_dora=False, or merge "
                 "these into the base model one after another."
             )
+        if routers := [name for name in adapters if self.peft_config[name].arrow_config is not None]:
+            raise ValueError(f"{routers} are Arrow routers, which have no update of their own. Combine their experts.")
+        if len({tuple(self.peft_config[name].alora_invocation_tokens or ()) for name in adapters}) > 1:
+            raise ValueError(
+                f"the adapters {adapters} begin to act at different tokens (alora_invocation_tokens), and their sum "
+                "would be none that begins at one. Combine adapters with the same invocation tokens."
+            )
 
     def _combined_rank(self, adapters: list[str], way: str, svd_rank: int | None) -> int:
         """The rank of the result, the same in all layers."""
