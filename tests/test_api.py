@@ -23,7 +23,6 @@ PENDING_NAMES = {
     "peft": STARTS,
     "peft.tuners": STARTS,
     "peft.tuners.lora": STARTS,
-    "peft.helpers": {"MontecloraTrainerMixin"},
 }
 PENDING_METHODS = {
     "corda_init", "loftq_init", "lora_ga_init", "mica_init", "olora_init", "orthogonal_init", "pissa_init",

@@ -274,9 +274,8 @@ def _pair(
         shapes = a.shape, b.shape
         if rank != lora.r:
             raise ConfigError(
-                f"Hot swapping the adapter did not succeed: the factors of {key!r}, of rank {lora.r}, cannot be "
-                f"filled up with zeros to, or from, rank {rank}. Load the new adapter beside the old one with "
-                "load_adapter."
+                f"Hot swapping the adapter did not succeed: {key!r} has factors of rank {lora.r}, and those of rank "
+                f"{rank} cannot take their place. Load the new adapter beside the old one with load_adapter."
             )
     for place, new, shape in zip(places, (down, up), shapes):
         if new.shape != shape:
@@ -392,6 +391,11 @@ def _check_room(key: str, layer: LoraLayer, name: str, target_rank: int) -> None
         raise ValueError(
             f"the adapter {name!r} has rank {rank} in {key!r}, more than target_rank={target_rank}. Choose the "
             "largest rank of all adapters that will be swapped in."
+        )
+    if lora.fixed_rank and rank != target_rank:
+        raise ValueError(
+            f"the adapter {name!r} has factors of rank {rank} in {key!r} that zeros cannot fill up to "
+            f"target_rank={target_rank}. Leave target_rank out: adapters of this rank can be swapped in."
         )
     if target_rank % groups:
         raise ValueError(f"target_rank={target_rank} does not divide over the {groups} groups of {key!r}.")

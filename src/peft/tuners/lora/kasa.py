@@ -7,12 +7,12 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from peft.core.adapter import part
+from peft.core.adapter import part, setting
 from peft.core.base.kinds import Kind, fan
 from peft.core.filling import skip_values
 from peft.core.layer.buffers import BufferDict
 from peft.kernels import Factors
-from peft.tuners.lora.config import KasaConfig, LoraConfig
+from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import Lora
 
 
@@ -48,6 +48,9 @@ class Kasa(Lora):
     lora_diag = part()
     kasa_V = part(BufferDict, remade=True)
     kasa_US = part(BufferDict, remade=True)
+    kasa_options = setting()
+    fixed_rank: ClassVar[bool] = True
+    reversible: ClassVar[bool] = False  # the weight comes back as it was, without the rounding of what is taken away
     agrees: ClassVar[frozenset[str]] = frozenset({"delta"})
     excludes: ClassVar[dict[str, str]] = {
         "BdLora": "what KaSA takes from the weight is no product of blocks, so shards would have to exchange it",
@@ -65,6 +68,7 @@ class Kasa(Lora):
 
     def make_pair(self, config: LoraConfig) -> None:
         super().make_pair(config)
+        self.kasa_options = config.kasa_config
         self.lora_diag = nn.Parameter(torch.randn(self.r))
         if not skip_values():
             self.loaded()
@@ -72,7 +76,7 @@ class Kasa(Lora):
     def loaded(self) -> None:
         super().loaded()
         r = min(self.r, *fan(self.shape))
-        if self.kasa_V is None or len(self.kasa_V) != r:
+        if self.kasa_V is None or self.kasa_V.is_meta or len(self.kasa_V) != r:
             self.kasa_V, self.kasa_US = minor_part(self.base_weight().detach().flatten(1), r)
 
     def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,7 +97,7 @@ class Kasa(Lora):
         taken = self.kind.down(self.base, dropped - x, self.kasa_V.to(x.dtype))
         return self.update(dropped) + self.kind.up(self.base, taken, self.kasa_US.to(x.dtype))
 
-    def penalty(self, config: KasaConfig) -> torch.Tensor:
-        """What the loss gets from this layer, with the weights of the config."""
+    def kasa_penalty(self) -> torch.Tensor:
+        """What the loss gets from this layer."""
         a, b = self.held_pair()
-        return penalty(a.flatten(1), b.flatten(1), self.lora_diag, config.beta, config.gamma)
+        return penalty(a.flatten(1), b.flatten(1), self.lora_diag, self.kasa_options.beta, self.kasa_options.gamma)

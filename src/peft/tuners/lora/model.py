@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -22,8 +23,10 @@ from peft.core.model.manager import check_adapter_name
 from peft.core.model.registry import define_tuner
 from peft.core.model.tuner import BaseTuner
 from peft.tuners.lora.config import LoraConfig
+from peft.tuners.lora.kasa import Kasa
 from peft.tuners.lora.layer import Lora, LoraLayer
 from peft.tuners.lora.megatron import use_library
+from peft.tuners.lora.monteclora import MonteCLora
 from peft.tuners.lora.pairs import join_pair, pair_blocks, pair_rank, split_pair
 from peft.utils.error import nearest
 from peft.utils.merge_utils import prune, task_arithmetic, ties
@@ -175,6 +178,30 @@ class LoraTuner(LoraCompat, BaseTuner):
                 groups = math.lcm(groups, pair_blocks(here[0])[1])
         rank = svd_rank if WAYS[way].dense and svd_rank is not None else max(ranks)
         return math.ceil(rank / groups) * groups
+
+    def _get_kasa_loss(self, adapter_names: str | Sequence[str] | None = None) -> torch.Tensor | float:
+        """What KaSA adds to the loss: the sum over layers of its penalty; 0.0 without KaSA.
+
+        Args:
+            adapter_names: of which adapters; the active ones by default.
+        """
+        return sum((lora.kasa_penalty() for lora in self._those(Kasa, adapter_names)), start=0.0)
+
+    def _get_monteclora_loss(self, adapter_names: str | Sequence[str] | None = None) -> torch.Tensor | float:
+        """What MonteCLoRA adds to the loss in training: the mean over layers; 0.0 without it, and in evaluation.
+
+        Args:
+            adapter_names: of which adapters; the active ones by default.
+        """
+        found = [lora for lora in self._those(MonteCLora, adapter_names) if lora.training]
+        return sum((lora.monteclora_penalty() for lora in found), start=0.0) / max(len(found), 1)
+
+    def _those(self, variant: type, adapter_names: str | Sequence[str] | None) -> list[Any]:
+        """The adapters of a variant by these names, in all layers."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        names = [names] if isinstance(names, str) else names
+        found = (layer.adapters.get(name) for _, layer in tuner_layers(self) for name in names)
+        return [lora for lora in found if isinstance(lora, variant)]
 
 
 class Mixer:

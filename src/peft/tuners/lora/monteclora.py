@@ -78,12 +78,14 @@ class MonteCLora(Lora):
     """In training A is A + sum_n w_n e_n, with N Gaussian samples e_n and their weights w_n; else this is plain LoRA.
 
     All of it is drawn in the forward from torch's generator of A's device: a seed repeats it, and so does a backward
-    pass that computes the forward again. The loss gets :meth:`penalty`: see :class:`MontecloraTrainerMixin`.
+    pass that computes the forward again. The loss gets :meth:`monteclora_penalty`, by
+    :class:`peft.helpers.MontecloraTrainerMixin`.
     """
 
     lora_monteclora_sampler = part(nn.ModuleDict)
     monteclora_options = setting()
     monteclora_drawn = setting()
+    fixed_rank: ClassVar[bool] = True
     random_in_training: ClassVar[bool] = True
     excludes: ClassVar[dict[str, str]] = {
         "QaLora": "MonteCLoRA draws a number for each input, and QA-LoRA's A has one for each group of inputs"
@@ -128,7 +130,7 @@ class MonteCLora(Lora):
         added = deviation(noise, weights, var, options.sample_scaler).to(a.dtype)
         return torch.cat([added, added.new_zeros(len(a) - r, added.shape[1])]).view_as(a)
 
-    def penalty(self) -> torch.Tensor:
+    def monteclora_penalty(self) -> torch.Tensor:
         """What the loss gets from this layer: the divergence of the last draw, and sum w^2 if that is asked for."""
         sampler, options = self.lora_monteclora_sampler, self.monteclora_options
         std, logits = sampler.std_prior.float(), sampler.expert_weights_prior.float()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +51,7 @@ class VeLora(Lora):
 
     lora_velora_embed = part(BufferDict)
     velora_options = setting()
+    agrees: ClassVar[frozenset[str]] = frozenset({"delta", "update"})
 
     @classmethod
     def asked_by(cls, config: LoraConfig) -> bool:
