@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from peft.core.layer.weight import base_weight, set_base_weight
+from peft.core.layer.rewritten import rewrite
+from peft.core.layer.weight import base_weight
 
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def _loftq(lora: Lora, a: torch.Tensor, b: torch.Tensor, config: LoraConfig) -> 
     weight = base_weight(lora.layer)
     with weight.device:  # the pair may be on the meta device, to be loaded later; the weight is not
         rounded, down, up = loftq_init(weight, bits, lora.r, turns)
-    set_base_weight(lora.layer, rounded)
+    rewrite(lora.layer, lora.name, rounded)
     a.copy_(down)
     b.copy_(up / lora.scaling)
 
