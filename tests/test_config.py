@@ -460,10 +460,7 @@ def test_prompt_learning_base():
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 REFUSED = {
-    "init_lora_weights": ["pissa", "pissa_niter_16", "olora", "corda", "eva", "lora_ga", "mica"],
-    "eva_config": [{}, {"rho": 3.0}, EvaConfig()],
-    "corda_config": [{"corda_method": "kpm"}],
-    "lora_ga_config": [{"direction": "ArBr"}],
+    "init_lora_weights": ["mica"],
     "use_qalora": [True],
     "alora_invocation_tokens": [[1, 2]],
     "velora_config": [{"num_groups": 32}],

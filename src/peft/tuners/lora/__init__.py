@@ -14,8 +14,10 @@ from peft.tuners.lora.config import (
     VeloraConfig,
 )
 from peft.tuners.lora.conversion import convert_to_lora, save_as_lora
+from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.dora import Dora
 from peft.tuners.lora.layer import Lora, LoraLayer
+from peft.tuners.lora.loraga import preprocess_loraga
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.lora.variants import VARIANTS
 
@@ -61,5 +63,7 @@ __all__ = [
     "VeloraConfig",
     "VARIANTS",
     "convert_to_lora",
+    "preprocess_corda",
+    "preprocess_loraga",
     "save_as_lora",
 ]

@@ -147,18 +147,14 @@ class MontecloraConfig(Options):
     buffer_size: int = option(150, "How many noise tensors are drawn ahead.", minimum=1)
 
 
-_INITS_NOW = (True, False, "gaussian", "orthogonal", "loftq")
-_INITS_LATER = ("pissa", "olora", "corda", "eva", "lora_ga", "mica")
+_INITS_NOW = (True, False, "gaussian", "orthogonal", "loftq", "pissa", "olora", "corda", "eva", "lora_ga")
+_INITS_LATER = ("mica",)
 _PISSA_STEPS = r"pissa_niter_\d+"
 _PLAIN_LORA = "Leave it out to train LoRA without it."
 
 
 def _needs_later_init(value: Any) -> bool:
-    return not isinstance(value, bool) and value not in _INITS_NOW
-
-
-def _only_starts(value: Any) -> bool:
-    return value in (None, "eva", "lora_ga")
+    return value in _INITS_LATER
 
 
 def _any_value(value: Any) -> bool:
@@ -178,13 +174,9 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
     OWN_BIAS: ClassVar[str] = "lora_only"
     NOT_YET: ClassVar[dict[str, NotYet]] = {
         "init_lora_weights": NotYet(
-            "Use True, False, 'gaussian', 'orthogonal' or 'loftq'.",
+            "Use True, False, 'gaussian', 'orthogonal' or another start.",
             _needs_later_init,
-            _only_starts,
         ),
-        "eva_config": NotYet("Leave it out and use init_lora_weights=True.", starts=_any_value),
-        "corda_config": NotYet("Leave it out and use init_lora_weights=True.", starts=_any_value),
-        "lora_ga_config": NotYet("Leave it out and use init_lora_weights=True.", starts=_any_value),
         "use_qalora": NotYet("Use plain LoRA on the quantised model: use_qalora=False."),
         "alora_invocation_tokens": NotYet("Leave it out: the adapter is then active on all tokens."),
         "velora_config": NotYet(
@@ -216,13 +208,17 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
             "orthogonal",
             "mica",
         ]
+        | None
     ) = option(
         True,
         "How A and B start. True: A uniform, B zero. 'gaussian': A normal, B zero. 'orthogonal': random rows of one "
         "orthogonal matrix for both, for even ranks. False: both random, so the adapter changes the output from the "
-        "start; for tests. 'loftq': the weight is rounded to few bits, and the pair fits the rest. 'pissa', "
-        "'pissa_niter_<n>', 'olora', 'corda', 'eva', 'lora_ga' and 'mica' are "
-        "known, but not supported yet.",
+        "start; for tests. 'loftq': the weight is rounded to few bits, and the pair fits the rest. 'pissa': the "
+        "weight's largest singular values train, the rest of it is the base (arXiv 2404.02948); 'pissa_niter_<n>': "
+        "the same by a faster, approximate decomposition. 'olora': the like from its QR decomposition (arXiv "
+        "2406.01775). 'corda', 'lora_ga': the like, led by inputs or gradients, which preprocess_corda or "
+        "preprocess_loraga take before. 'eva': A from the inputs' singular vectors, by initialize_lora_eva_weights. "
+        "Embeddings start plainly in all of these. 'mica' is known, but not supported yet.",
         choices=(*_INITS_NOW, *_INITS_LATER),
         pattern=_PISSA_STEPS,
     )
@@ -235,9 +231,13 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
     loftq_config: LoftQConfig | dict = option(
         dict, "Options of LoftQ, for init_lora_weights='loftq'.", nested=LoftQConfig
     )
-    eva_config: EvaConfig | None = option(None, "Options of EVA. Not supported yet.", nested=EvaConfig)
-    corda_config: CordaConfig | None = option(None, "Options of CorDA. Not supported yet.", nested=CordaConfig)
-    lora_ga_config: LoraGAConfig | None = option(None, "Options of LoRA-GA. Not supported yet.", nested=LoraGAConfig)
+    eva_config: EvaConfig | None = option(None, "Options of EVA, for init_lora_weights='eva'.", nested=EvaConfig)
+    corda_config: CordaConfig | None = option(
+        None, "Options of CorDA, for init_lora_weights='corda'.", nested=CordaConfig
+    )
+    lora_ga_config: LoraGAConfig | None = option(
+        None, "Options of LoRA-GA, for init_lora_weights='lora_ga'.", nested=LoraGAConfig
+    )
     use_dora: bool = option(
         False,
         "Whether magnitude and direction of the weight are trained apart (DoRA, arXiv 2402.09353). Slower than LoRA "
@@ -287,6 +287,8 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.init_lora_weights is None:  # as some files have it
+            self.init_lora_weights = True
         self._check_combinations()
         self._check_tokens()
         if self.layer_replication is not None:

@@ -14,13 +14,12 @@ from peft.config import resolve_pattern
 from peft.core.adapter import Adapter, part, setting
 from peft.core.base.kinds import Kind
 from peft.core.base.stack import Stack
-from peft.core.base.storage import storage_of
 from peft.core.families import Scaled, input_dropout
 from peft.core.filling import skip_values
 from peft.core.layer.scaled import ScaledLayer
 from peft.kernels import Factors, active_rate, is_bare_linear
 from peft.tuners.lora.config import LoraConfig
-from peft.tuners.lora.initialize import initialize, is_drawn
+from peft.tuners.lora.initialize import initialize, is_drawn, refusal
 from peft.tuners.lora.pairs import without_padding
 
 
@@ -81,14 +80,8 @@ class Lora(Scaled):
     def refusal(cls, kind: Kind, module: nn.Module, config: LoraConfig) -> str | None:
         if config.lora_bias and (kind.lookup or kind.bias is None):
             return "lora_bias has no place on a layer without bias"
-        if config.init_lora_weights == "loftq":
-            if kind.name != "Linear":
-                return "init_lora_weights='loftq' quantises linear layers only"
-            if (storage := storage_of(module, kind.weight)).name is not None:
-                return (
-                    f"init_lora_weights='loftq' starts from a dense weight, and {storage.name} keeps this one; "
-                    "use the default initialisation and then peft.replace_lora_weights_loftq"
-                )
+        if reason := refusal(kind, module, config):
+            return reason
         asked = [variant for variant in cls.variants if variant.asked_by(config)]
         reasons = [variant.refuses(kind, module, config) for variant in asked]
         for variant in asked:
