@@ -30,7 +30,7 @@ from peft.config import (
     resolve_pattern,
 )
 from peft.tuners.lora import config as lora_config
-from peft.tuners.lora.config import EvaConfig, LoftQConfig, LoraConfig, LoraRuntimeConfig
+from peft.tuners.lora.config import LoftQConfig, LoraConfig, LoraRuntimeConfig
 from peft.utils import peft_types
 from peft.utils.error import ConfigError, ConfigFileError, NotSupportedYetError, PeftError
 from peft.utils.peft_types import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType, TaskType, register_peft_method

@@ -1,19 +1,16 @@
-"""What LoRA starts from: tensors, the rewritten base, output and gradient against the formulas, on each kind of layer."""
+"""What LoRA starts from: tensors, rewritten base, output and gradient against the formulas, on each kind of layer."""
 
 from __future__ import annotations
 
 import copy
-import json
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peft import LoraConfig, PeftModel, get_peft_model, preprocess_loraga
+from peft import LoraConfig, get_peft_model, preprocess_loraga
 from peft.core.base.kinds import kind_of
 from peft.tuners.lora import CordaConfig, LoraGAConfig
 from peft.tuners.lora.corda import preprocess_corda
