@@ -72,6 +72,7 @@ _TABLE = {
     "peft.tuners.ln_tuning": ("LNTuningConfig", "LNTuningModel"),
     "peft.tuners.loha": ("LoHaConfig", "LoHaModel"),
     "peft.tuners.lokr": ("LoKrConfig", "LoKrModel"),
+    "peft.tuners.lora.eva": ("get_eva_state_dict", "initialize_lora_eva_weights"),
     "peft.tuners.lora.loraga": ("preprocess_loraga",),
     "peft.tuners.lora": (
         "ArrowConfig",
@@ -131,7 +132,7 @@ _TABLE = {
 
 # Names of the ecosystem's API that this release does not have. Whoever adds one moves it into the table above.
 _LATER = """
-    create_arrow_model get_eva_state_dict initialize_lora_eva_weights
+    create_arrow_model
 """
 
 

@@ -16,6 +16,7 @@ from peft.tuners.lora.config import (
 from peft.tuners.lora.conversion import convert_to_lora, save_as_lora
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.dora import Dora
+from peft.tuners.lora.eva import get_eva_state_dict, initialize_lora_eva_weights
 from peft.tuners.lora.layer import Lora, LoraLayer
 from peft.tuners.lora.loraga import preprocess_loraga
 from peft.tuners.lora.model import LoraModel
@@ -63,6 +64,8 @@ __all__ = [
     "VeloraConfig",
     "VARIANTS",
     "convert_to_lora",
+    "get_eva_state_dict",
+    "initialize_lora_eva_weights",
     "preprocess_corda",
     "preprocess_loraga",
     "save_as_lora",
