@@ -129,15 +129,13 @@ COMBINED = (
     *("mica+rslora", "alora+rslora", "dora+gaussian", "dora+orthogonal", "kasa+gaussian", "kasa+orthogonal"),
     *("velora+gaussian", "velora+orthogonal", "monteclora+gaussian", "monteclora+orthogonal", "qalora+gaussian"),
     *("alora+gaussian", "alora+orthogonal", "alora+bias", "alora+dora+mica"),
+    *("rslora+pissa", "dora+pissa", "velora+pissa", "monteclora+pissa", "dora+olora"),
 )
 """The variants of LoRA that mean something together: each is a row, and meets one kind of layer."""
 
 APART = {
     "dora+arrow": "no update of its own",
-    **{
-        f"arrow+{name}": "no update of its own"
-        for name in ("kasa", "velora", "monteclora", "bdlora", "qalora")
-    },
+    **{f"arrow+{name}": "no update of its own" for name in ("kasa", "velora", "monteclora", "bdlora", "qalora")},
     "arrow+mica": "could start",
     "arrow+loftq": "could start",
     "kasa+bdlora": "no product of blocks",
@@ -148,14 +146,21 @@ APART = {
     "mica+bdlora": "singular vectors of the whole weight|a start of its own",
     "bdlora+gaussian": "a start of its own",
     "qalora+orthogonal": "A is smaller",
+    "qalora+pissa": "A is smaller",
+    "qalora+eva": "A is smaller",
+    "bdlora+pissa": "a start of its own",
+    "kasa+pissa": "would not come back",
+    "arrow+pissa": "could start",
     "alora+loftq": "changes the base weight",
+    "alora+pissa": "changes the base weight",
 }
 """The variants that mean nothing together -> what the error must say."""
 
 
 def fields_of(combination: str) -> dict[str, Any]:
     """The fields of several variants of LoRA at once."""
-    more = {"lora[arrow]": {"arrow_config": {"top_k": 1}}, "lora[loftq]": {"init_lora_weights": "loftq"}}
+    more: dict[str, dict[str, Any]] = {"lora[arrow]": {"arrow_config": {"top_k": 1}}}
+    more |= {f"lora[{start}]": {"init_lora_weights": start} for start in ("loftq", "pissa", "olora", "eva")}
     return {k: v for name in combination.split("+") for k, v in {**VARIANTS, **more}[f"lora[{name}]"].items()}
 
 

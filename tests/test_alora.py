@@ -301,3 +301,10 @@ def test_a_head_tied_to_its_embedding_waits_too() -> None:
         assert set(model.base_model.model.lm_head.tied_to) == {"default"}
         changed = (model(IDS).logits - before).abs().amax(-1) > 0
     assert [row.tolist() for row in changed] == [[t >= start for t in range(8)] for start in STARTS]
+
+
+def test_a_head_cannot_follow_what_is_more_than_a_pair() -> None:
+    tied = LlamaForCausalLM(LlamaConfig(vocab_size=32, tie_word_embeddings=True, hidden_size=16, num_hidden_layers=0))
+    fields = {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True, "use_dora": True}
+    with pytest.raises(ValueError, match="by one pair A and B, and Dora is more than that"):
+        adapted(tied, **fields)

@@ -17,6 +17,7 @@ from peft.core.layer import weight as weights
 from peft.core.layer.buffers import BufferDict
 from peft.core.layer.placement import settle
 from peft.core.layer.read import ReadThrough
+from peft.core.layer.rewritten import give_back, give_back_unmerged
 from peft.core.layer.room import held_constant, make_more_room, make_room, names_held
 from peft.core.layer.rows import mixed
 from peft.core.model.context import Context
@@ -37,6 +38,7 @@ class BaseTunerLayer(ReadThrough):
         adapters: by name. key: the name of the module in the unadapted model.
         kind: how the base layer uses its weight. read_by_parent: another module reads it instead of calling the layer.
         merged_adapters: names of the adapters in the weight now. originals: what unmerging puts back.
+        rewritten: adapter -> the weight before its start has rewritten it, see :mod:`rewritten`.
         merge_error: ``|rounded - W'| / |W'|`` of the last merge, where the storage rounds.
         tied_to: adapter -> the layer whose adapter it follows. shares_weight: another module holds the same parameter.
     """
@@ -50,6 +52,7 @@ class BaseTunerLayer(ReadThrough):
     read_by_parent: bool
     merged_adapters: list[str]
     originals: dict[str, Any]
+    rewritten: dict[str, tuple[nn.Module, Storage, Any]]
     cast_input_dtype_enabled: bool
     tied_to: dict[str, BaseTunerLayer]
     shares_weight: bool
@@ -84,6 +87,7 @@ class BaseTunerLayer(ReadThrough):
             adapters={},
             merged_adapters=[],
             originals={},
+            rewritten={},
             cast_input_dtype_enabled=True,
             tied_to={},
             shares_weight=False,
@@ -185,7 +189,8 @@ class BaseTunerLayer(ReadThrough):
             container[name] = value
 
     def _drop(self, name: str) -> None:
-        """Forget an adapter and all that it holds."""
+        """Forget an adapter and all that it holds; what its start has made of the base weight is undone."""
+        give_back(self, name)
         for attribute in (*self.adapter_layer_names, *self.other_param_names):
             container: Any = self._modules.get(attribute, self.__dict__.get(attribute))
             if name in container:
@@ -202,6 +207,7 @@ class BaseTunerLayer(ReadThrough):
 
     def release(self) -> None:
         """Undo what the layer has done to other modules; called when it leaves the model."""
+        give_back_unmerged(self)
 
     def adapter_parameters(self, name: str) -> Iterator[torch.Tensor]:
         return self.adapters[name].parameters() if name in self.adapters else iter(())

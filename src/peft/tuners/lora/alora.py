@@ -13,7 +13,7 @@ from peft.core.adapter import setting
 from peft.core.base.kinds import Kind
 from peft.core.model.sequence import Tokens
 from peft.tuners.lora.config import LoraConfig
-from peft.tuners.lora.initialize import is_drawn
+from peft.tuners.lora.initialize import rewrites
 from peft.tuners.lora.layer import Lora
 
 
@@ -59,7 +59,7 @@ class ALora(Lora):
 
     @classmethod
     def refuses(cls, kind: Kind, module: nn.Module, config: LoraConfig) -> str | None:
-        if not is_drawn(config) and config.init_lora_weights not in ("eva", "mica"):
+        if rewrites(config.init_lora_weights):
             return (
                 f"init_lora_weights={config.init_lora_weights!r} changes the base weight, and before its invocation "
                 "tokens an aLoRA is the base model as it was"

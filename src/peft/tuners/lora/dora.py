@@ -31,6 +31,7 @@ class Dora(Lora):
     """y' = y + (g - 1) W drop(x) + g dW drop(x), ``lora_magnitude_vector`` is m."""
 
     reversible = False
+    ties = False
 
     @classmethod
     def asked_by(cls, config: LoraConfig) -> bool:

@@ -14,13 +14,12 @@ from peft.config import resolve_pattern
 from peft.core.adapter import Adapter, part, setting
 from peft.core.base.kinds import Kind
 from peft.core.base.stack import Stack
-from peft.core.base.storage import storage_of
 from peft.core.families import Scaled, input_dropout
 from peft.core.filling import skip_values
 from peft.core.layer.scaled import ScaledLayer
 from peft.kernels import Factors, active_rate, is_bare_linear
 from peft.tuners.lora.config import LoraConfig
-from peft.tuners.lora.initialize import initialize, is_drawn
+from peft.tuners.lora.initialize import initialize, is_drawn, refusal
 from peft.tuners.lora.megatron import PARALLEL, ParallelLinear
 from peft.tuners.lora.pairs import without_padding
 
@@ -39,6 +38,7 @@ class Lora(Scaled):
         computes_pair: A and B are computed from what is held, see :meth:`pair`.
         adds_product: the output is the base layer's and s B A drop(x), nothing else, so the fused kernels may give it.
         fixed_rank: zeros cannot fill its tensors up to a larger rank, so only files of its rank take their place.
+        ties: a head tied to an embedding may follow it, with the transposed pair.
         agrees: hooks of a variant that give the same wherever :meth:`product` gives factors.
     """
 
@@ -62,6 +62,7 @@ class Lora(Scaled):
     adds_product: ClassVar[bool] = True
     fixed_rank: ClassVar[bool] = False
     agrees: ClassVar[frozenset[str]] = frozenset()
+    ties: ClassVar[bool] = True
     layer_base: ClassVar[Any] = ScaledLayer
     more_kinds: ClassVar[tuple[Kind, ...]] = PARALLEL
 
@@ -85,17 +86,26 @@ class Lora(Scaled):
         return combined(tuple(variant for variant in cls.variants if variant.asked_by(config)) or (cls,))
 
     @classmethod
+    def tied(cls) -> type[Lora]:
+        """The class of a head's adapter that follows one of this class at the embedding.
+
+        Raises:
+            ValueError: if a variant does more than a pair does, so the transposed pair is not the same update.
+        """
+        asked = [variant for variant in cls.made_of or (cls,) if variant is not Lora]
+        if more := [variant.__name__ for variant in asked if not variant.ties]:
+            raise ValueError(
+                f"ensure_weight_tying ties a head to an embedding by one pair A and B, and {', '.join(more)} is more "
+                "than that. Leave the head out of target_modules, or train plain LoRA."
+            )
+        return combined((*(variant for variant in asked if variant.output is not Lora.output), TiedPair))
+
+    @classmethod
     def refusal(cls, kind: Kind, module: nn.Module, config: LoraConfig) -> str | None:
         if config.lora_bias and (kind.lookup or kind.bias is None):
             return "lora_bias has no place on a layer without bias"
-        if config.init_lora_weights == "loftq":
-            if kind.name != "Linear":
-                return "init_lora_weights='loftq' quantises linear layers only"
-            if (storage := storage_of(module, kind.weight)).name is not None:
-                return (
-                    f"init_lora_weights='loftq' starts from a dense weight, and {storage.name} keeps this one; "
-                    "use the default initialisation and then peft.replace_lora_weights_loftq"
-                )
+        if reason := refusal(kind, module, config):
+            return reason
         asked = [variant for variant in cls.variants if variant.asked_by(config)]
         if isinstance(kind, ParallelLinear) and (reason := kind.refused(config, asked)):
             return reason
@@ -277,7 +287,8 @@ class LoraLayer(ScaledLayer):
     adapter_cls: ClassVar[type[Adapter]] = Lora
 
     def _class_of(self, name: str, config: Any) -> type[Adapter]:
-        return TiedPair if name in self.tied_to else super()._class_of(name, config)
+        cls: Any = super()._class_of(name, config)
+        return cls.tied() if name in self.tied_to else cls
 
     @property
     def num_experts(self) -> int:
