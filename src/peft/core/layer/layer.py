@@ -161,7 +161,6 @@ class BaseTunerLayer(ReadThrough):
         cls = self._class_of(name, config)
         if cls is not self.adapter_cls:
             make_more_room(self, cls)
-        self.context.reads_tokens |= cls.reads_tokens
         adapter = self.adapters[name] = cls(self, name)
         try:
             adapter.create(config, key)
