@@ -10,12 +10,14 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from peft.compat.methods import LoraLayerCompat
 from peft.config import resolve_pattern
 from peft.core.adapter import Adapter, part, setting
 from peft.core.base.kinds import Kind
 from peft.core.base.stack import Stack
 from peft.core.families import Scaled, input_dropout
 from peft.core.filling import skip_values
+from peft.core.layer.rewritten import give_back
 from peft.core.layer.scaled import ScaledLayer
 from peft.kernels import Factors, active_rate, is_bare_linear
 from peft.tuners.lora.config import LoraConfig
@@ -239,7 +241,7 @@ class TiedPair(Lora):
         yield "lora_B.weight", "", b
 
 
-class LoraLayer(ScaledLayer):
+class LoraLayer(LoraLayerCompat, ScaledLayer):
     """A layer with LoRA adapters, ``lora_A[name]`` and ``lora_B[name]``. Third parties build on it:
 
     class MyLinear(nn.Module, LoraLayer):
@@ -290,7 +292,11 @@ class LoraLayer(ScaledLayer):
         variant = Lora.of(config)
         return None if variant is Lora else variant
 
-    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: Any) -> None:
-        """Draw A and B of an adapter anew."""
+    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: Any, **options: Any) -> None:
+        """Start A and B of an adapter anew, with options as fields of the config; an earlier start is undone."""
         adapter: Any = self.adapters[adapter_name]
-        initialize(adapter, LoraConfig(init_lora_weights=init_lora_weights, r=adapter.r))
+        config = LoraConfig(init_lora_weights=init_lora_weights, r=adapter.r, **options)
+        if reason := refusal(self.kind, self.get_base_layer(), config):
+            raise ValueError(reason)
+        give_back(self, adapter_name)
+        initialize(adapter, config)
