@@ -66,6 +66,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lora[gaussian]": {"init_lora_weights": "gaussian"},
     "lora[orthogonal]": {"init_lora_weights": "orthogonal"},
     "lora[random]": {"init_lora_weights": False},
+    "lora[mica]": {"init_lora_weights": "mica"},
+    "lora[kasa]": {"kasa_config": {"beta": 0.1}},
+    "lora[bdlora]": {"use_bdlora": {"target_modules_bd_b": [".*"], "nblocks": 2}},
+    "lora[bdlora-a]": {"use_bdlora": {"target_modules_bd_a": [".*"], "nblocks": 4}},
+    "lora[qalora]": {"use_qalora": True, "qalora_group_size": 4},
+    "lora[velora]": {"velora_config": {"num_groups": 3, "init_type": "random"}},
+    "lora[monteclora]": {"monteclora_config": {"num_samples": 3}},
     "ia3[feedforward]": {"feedforward_modules": r".*"},
     "oft[blocks]": {"r": 2, "oft_block_size": 0},
     "oft[exact]": {"use_cayley_neumann": False},
@@ -110,10 +117,60 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """Main switches of single methods, as rows of their own: method[switch] -> fields."""
 
+INVOCATION = 10  # a token that is in each row of the inputs of `Linear[tokens]`
+VARIANTS["lora[alora]"] = {"alora_invocation_tokens": [INVOCATION]}
+
+COMBINED = (
+    *("dora+kasa", "dora+velora", "dora+monteclora", "dora+bdlora", "dora+bdlora-a", "dora+qalora", "dora+mica"),
+    *("kasa+velora", "kasa+monteclora", "kasa+mica", "velora+monteclora", "velora+bdlora-a", "velora+qalora"),
+    *("velora+mica", "monteclora+bdlora", "monteclora+mica", "qalora+mica"),
+    *("alora+dora", "alora+kasa", "alora+velora", "alora+monteclora", "alora+bdlora", "alora+qalora", "alora+mica"),
+    *("dora+rslora", "kasa+rslora", "velora+rslora", "monteclora+rslora", "bdlora+rslora", "qalora+rslora"),
+    *("mica+rslora", "alora+rslora", "dora+gaussian", "dora+orthogonal", "kasa+gaussian", "kasa+orthogonal"),
+    *("velora+gaussian", "velora+orthogonal", "monteclora+gaussian", "monteclora+orthogonal", "qalora+gaussian"),
+    *("alora+gaussian", "alora+orthogonal", "alora+bias", "alora+dora+mica"),
+    *("rslora+pissa", "dora+pissa", "velora+pissa", "monteclora+pissa", "dora+olora"),
+)
+"""The variants of LoRA that mean something together: each is a row, and meets one kind of layer."""
+
+APART = {
+    "dora+arrow": "no update of its own",
+    **{f"arrow+{name}": "no update of its own" for name in ("kasa", "velora", "monteclora", "bdlora", "qalora")},
+    "arrow+mica": "could start",
+    "arrow+loftq": "could start",
+    "kasa+bdlora": "no product of blocks",
+    "kasa+qalora": "differs within a group",
+    "monteclora+bdlora-a": "fill the zeros between the blocks",
+    "monteclora+qalora": "one for each group",
+    "bdlora+qalora": "cut the same axis in two ways",
+    "mica+bdlora": "singular vectors of the whole weight|a start of its own",
+    "bdlora+gaussian": "a start of its own",
+    "qalora+orthogonal": "A is smaller",
+    "qalora+pissa": "A is smaller",
+    "qalora+eva": "A is smaller",
+    "bdlora+pissa": "a start of its own",
+    "kasa+pissa": "would not come back",
+    "arrow+pissa": "could start",
+    "alora+loftq": "changes the base weight",
+    "alora+pissa": "changes the base weight",
+}
+"""The variants that mean nothing together -> what the error must say."""
+
+
+def fields_of(combination: str) -> dict[str, Any]:
+    """The fields of several variants of LoRA at once."""
+    more: dict[str, dict[str, Any]] = {"lora[arrow]": {"arrow_config": {"top_k": 1}}}
+    more |= {f"lora[{start}]": {"init_lora_weights": start} for start in ("loftq", "pissa", "olora", "eva")}
+    return {k: v for name in combination.split("+") for k, v in {**VARIANTS, **more}[f"lora[{name}]"].items()}
+
+
+VARIANTS.update({f"lora[{combination}]": fields_of(combination) for combination in COMBINED})
+
 NOT_IDENTITY = {
     "c3a",
     "fourierft",
     "waveft[entries]",
+    *(name for name in VARIANTS if "kasa" in name),
     *("lora[random]", "hira[random]", "hra[odd]", "hra[orthogonal]", "beft[random]"),
     *("deft[para]", "deft[random]", "glora[random]", "osf[random]", "adamss[random]", "frod[drawn]"),
     *("vblora", "boft[blocks]", "unilora", "unilora[indices]", "tinylora[tied]"),
@@ -121,12 +178,19 @@ NOT_IDENTITY = {
 """Rows whose fresh adapter is random by definition."""
 
 
+OF_MATRICES = {"lora[bdlora]", "lora[bdlora-a]", "lora[qalora]", "lora[velora]"}
+"""Variants of LoRA on linear layers only: they cut, pool or keep the features of an input."""
+
+OF_LAYERS = {"lora[mica]", "lora[kasa]", "lora[monteclora]", *OF_MATRICES}
+"""Variants of LoRA that mean something for whole layers only, not for bare parameters."""
+
 STRONGER = {"c3a": 5, "c3a[pattern]": 5}
 """Rows whose update is divided by the number of inputs: how much larger their numbers are made, to be seen at all."""
 
 HELD_CONSTANT = {
     "deft": "on which side of relu's kink an entry of P is",
-    "lora[dora]": "the norm of W + dW",
+    **{name: "the norm of W + dW" for name in VARIANTS if "dora" in name},
+    "lora[velora]": "inputs, as what they project on",
     "oft[constrained]": "the projection onto the ball",
     "osf": "the gradient's part along the frozen directions is left out",
     "osf[random]": "the same",
@@ -152,6 +216,11 @@ class Method:
     def has(self, field: str) -> bool:
         """Whether the config knows a field."""
         return field in {f.name for f in dataclasses.fields(self.config_cls)}
+
+    @property
+    def waits(self) -> bool:
+        """Whether it acts from an invocation token on only."""
+        return "alora_invocation_tokens" in self.given
 
     @property
     def shifts(self) -> bool:
@@ -266,6 +335,7 @@ class Place:
         affine: the output is that of one adapted layer, so updates of the weight add up in it.
         fast_path: torch may compute the plain model by other kernels, so it is compared with a tolerance.
         deep: rounding errors go through several layers.
+        invoked: the model is called with token ids, each row with the invocation token: for variants that wait for it.
     """
 
     name: str
@@ -276,6 +346,7 @@ class Place:
     affine: bool = False
     fast_path: bool = False
     deep: bool = False
+    invoked: bool = False
 
     @property
     def kind(self) -> str:
@@ -289,7 +360,7 @@ class Place:
     @property
     def typical(self) -> bool:
         """Whether it stands for its kind where one layer of a kind is enough."""
-        return self.name in TYPICAL
+        return self.name in TYPICAL or self.invoked
 
 
 TYPICAL = (
@@ -317,6 +388,12 @@ def _tokens(count: int) -> Callable[[], tuple[torch.Tensor, ...]]:
     return lambda: ((torch.arange(BATCH * 5).view(BATCH, 5) * 7) % count,)
 
 
+def _invoked() -> tuple[torch.Tensor]:
+    ids = (torch.arange(BATCH * 5).view(BATCH, 5) * 7) % INVOCATION
+    ids[torch.arange(BATCH), torch.arange(BATCH) % 3] = INVOCATION
+    return (ids,)
+
+
 def _masked() -> tuple[torch.Tensor, ...]:
     lengths = torch.tensor([5, 4, 3, 5, 2, 4])
     return torch.randn(BATCH, 5, 8), torch.arange(5)[None] >= lengths[:, None]
@@ -331,6 +408,13 @@ PLACES = [
     Place("Linear[no-bias]", _chain(nn.Linear, 8, 12, bias=False), _numbers(8), affine=True),
     Place("Linear[encoder]", Encoder, _numbers(5, 8), ("linear1", "linear2"), fast_path=True),
     Place("Linear[out_proj]", lambda: Attending(True), _numbers(5, 8), ("out_proj",), fast_path=True),
+    Place(
+        "Linear[tokens]",
+        lambda: Chain(nn.Embedding(11, 8), nn.Linear(8, 12), nn.Linear(12, 8)),
+        _invoked,
+        ("1.layer", "2.layer"),
+        invoked=True,
+    ),
     Place("Conv1D", _chain(Conv1D, 12, 8), _numbers(3, 8), affine=True),
     Place("Conv1d[stride]", _chain(nn.Conv1d, 4, 6, 3, stride=2, padding=2), _numbers(4, 7), affine=True),
     Place(
@@ -529,6 +613,10 @@ def _grouped_pair(method: Method, place: Place) -> bool:
     return "groups" in place.name and method.name.partition("[")[0] == "lora"
 
 
+def _read(method: Method, place: Place) -> bool:
+    return method.name == "lora[velora]" and place.name == "Linear[out_proj]"
+
+
 REFUSED = [
     Refusal(
         "adapt",
@@ -553,6 +641,30 @@ REFUSED = [
         "has no bias that BEFT could train",
         "a table has no bias",
         lambda m, p: m.name.startswith("beft") and p.kind == "Embedding",
+    ),
+    Refusal(
+        "adapt",
+        "target_parameters does not work with",
+        "what has no input or output of its own, or no single weight, has no place for these variants",
+        lambda m, p: m.name in OF_LAYERS and p.parameters,
+    ),
+    Refusal(
+        "adapt",
+        "no grouped kernel equals it",
+        "these variants decompose the weight that the pair changes, and a pair on a grouped convolution has none",
+        lambda m, p: m.name in OF_LAYERS - OF_MATRICES and _grouped_pair(m, p),
+    ),
+    Refusal(
+        "adapt",
+        "and this is none",
+        "tables, kernels and projections that another module multiplies by have no features to cut, pool or keep",
+        lambda m, p: m.name in OF_MATRICES and (p.kind not in ("Linear", "Conv1D") or _read(m, p)),
+    ),
+    Refusal(
+        "adapt",
+        "its weight is read by another computation",
+        "whoever reads the weight sees none of what a step draws",
+        lambda m, p: m.name == "lora[monteclora]" and (p.kind == "MultiheadAttention" or p.name == "Linear[out_proj]"),
     ),
     Refusal(
         "adapt",
@@ -582,7 +694,7 @@ REFUSED = [
         "merge",
         "no one weight equals it",
         "the update depends on the sample",
-        lambda m, p: m.is_a(Sample),
+        lambda m, p: m.is_a(Sample) or m.waits,
     ),
     Refusal(
         "merge",
@@ -669,6 +781,10 @@ def cells(
                 continue  # the config has no words for it
             if switch and not (switches and place.typical):
                 continue
+            if place.invoked != method.waits or (
+                "+" in method.name and place.name not in ("Linear", "Linear[tokens]")
+            ):
+                continue
             for precision in precisions if not switch or len(precisions) == len(DTYPES) else precisions[:1]:
                 if not place.typical and not (each_layer and precision == "float32"):
                     continue
@@ -700,6 +816,11 @@ def perturb(model: nn.Module, name: str, seed: int, times: float = 1) -> None:
 def parameters_of(model: nn.Module, name: str) -> list[torch.Tensor]:
     """The tensors of an adapter, each once."""
     return list({id(p): p for _, layer in layers(model) for p in layer.adapter_parameters(name)}.values())
+
+
+def gradient(p: torch.Tensor) -> torch.Tensor:
+    """The gradient of a tensor; zero where the loss does not depend on it."""
+    return torch.zeros_like(p) if p.grad is None else p.grad
 
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:

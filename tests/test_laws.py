@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import io
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from typing import Any
 import pytest
 import torch
 from laws import (
+    APART,
     BATCH,
+    COMBINED,
     NOT_IDENTITY,
     STRONGER,
     Cell,
@@ -23,6 +26,8 @@ from laws import (
     by_definition,
     cells,
     equal_states,
+    fields_of,
+    gradient,
     layers,
     methods,
     parameters_of,
@@ -34,6 +39,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from peft import (
+    LoraConfig,
     PeftMixedModel,
     PeftModel,
     convert_to_lora,
@@ -43,6 +49,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.core.families import Copy, Output, Rotation, Rows, Scale
+from peft.tuners.lora import VARIANTS as VARIANTS_OF_LORA
 from peft.utils.hotswap import hotswap_adapter
 from peft.utils.peft_types import PEFT_TYPE_TO_MIXED_MODEL_MAPPING
 
@@ -156,7 +163,8 @@ def test_a_row_of_a_mixed_batch_has_the_value_of_its_adapter_alone(cell: Cell) -
 @over(cells("mixed", precisions=TWO))
 def test_a_row_of_a_mixed_batch_has_the_gradient_of_its_adapter_alone(cell: Cell) -> None:
     """3, in training mode, but where that draws random numbers."""
-    model = cell.adapted("one", "two").train(not cell.method.layer_cls.adapter_cls.random_in_training)
+    model = cell.adapted("one", "two")
+    model.train(not any(type(layer.adapters["one"]).random_in_training for _, layer in layers(model)))
     _rows_train_their_adapters(cell, model)
 
 
@@ -171,7 +179,7 @@ def _rows_train_their_adapters(cell: Cell, model: PeftModel) -> None:
         cell.loss(model, rows, **({"adapter_names": ROWS} if names is ROWS else {})).backward()
         for name in ("one", "two") if names is ROWS else (names,):
             key = f"{name} mixed" if names is ROWS else name
-            found[key] = [p.grad.clone() for p in parameters_of(model, name)]
+            found[key] = [gradient(p).clone() for p in parameters_of(model, name)]
     for name in ("one", "two"):
         assert any(grad.any() for grad in found[name])
         for mixed, alone in zip(found[f"{name} mixed"], found[name]):
@@ -554,7 +562,7 @@ def test_the_gradient_is_that_of_the_merged_weight(cell: Cell) -> None:
                 p.add_(step, alpha=sign)
         with torch.no_grad():
             moved.append(cell.loss(other.merge_and_unload()).item())
-    expected = sum((p.grad * step).sum() for p, step in zip(own, steps)).item()
+    expected = sum((gradient(p) * step).sum() for p, step in zip(own, steps)).item()
     assert (moved[0] - moved[1]) / 2 == pytest.approx(expected, rel=0.03, abs=3e-6)
 
 
@@ -793,6 +801,22 @@ def test_an_adapter_that_is_no_change_of_a_weight_has_no_delta(cell: Cell) -> No
     model = cell.adapted("one")
     with pytest.raises(ValueError, match=cell.refusal("delta").phrase):
         layers(model)[0][1].get_delta_weight("one")
+
+
+@pytest.mark.parametrize("combination", APART)
+def test_variants_that_mean_nothing_together_are_refused(combination: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 12))
+    with pytest.raises(ValueError, match=APART[combination]):
+        get_peft_model(model, LoraConfig(target_modules=["0"], r=4, **fields_of(combination)))
+    assert type(model[0]) is nn.Linear
+
+
+def test_any_two_variants_are_combined_or_refused() -> None:
+    names = ("dora", "alora", "mica", "bdlora", "kasa", "monteclora", "velora", "qalora", "arrow", "rslora")
+    known = {frozenset(x.removesuffix("-a") for x in pair.split("+")) for pair in (*COMBINED, *APART)}
+    elsewhere = {frozenset({"alora", "arrow"}), frozenset({"arrow", "rslora"})}  # with experts; nothing to scale
+    assert {frozenset(pair) for pair in itertools.combinations(names, 2)} <= known | elsewhere
+    assert len(VARIANTS_OF_LORA) == len(names) - 1, "rsLoRA is no class of adapters"
 
 
 @over(cells("several", precisions=ONE, refused=True))

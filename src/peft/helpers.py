@@ -18,6 +18,7 @@ from peft.core.files.io import CONFIG_NAME, locate
 from peft.core.model.walk import layers_of
 from peft.tools.condition_numbers import KappaTuneSelector as KappaTuneSelector
 from peft.tools.condition_numbers import find_kappa_target_modules as find_kappa_target_modules
+from peft.tuners.lora.model import LoraTuner
 from peft.tuners.lora.norm_cache import DoraCaching as DoraCaching
 
 
@@ -139,3 +140,47 @@ def check_if_peft_model(model_name_or_path: str) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(values, dict) and "peft_type" in values
+
+
+class _PenaltyTrainerMixin:
+    """For ``Trainer`` and its subclasses: the loss of a training step gets what the model's adapters add to it."""
+
+    penalty = ""
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        """The trainer's loss; in training, with the penalty of the active adapters.
+
+        Args:
+            inputs: a batch. return_outputs: whether the model's outputs are returned beside the loss.
+        """
+        trainer: Any = super()
+        loss, outputs = trainer.compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if model.training:
+            found = [getattr(m, self.penalty)() for m in model.modules() if isinstance(m, LoraTuner)]
+            whole = kwargs.get("num_items_in_batch") is not None and getattr(self, "model_accepts_loss_kwargs", False)
+            steps = getattr(self, "current_gradient_accumulation_steps", 1) if whole else 1
+            loss = loss + sum(found) / steps  # such a loss is that of one part of a step, and the parts are summed
+        return (loss, outputs) if return_outputs else loss
+
+
+class MontecloraTrainerMixin(_PenaltyTrainerMixin):
+    """Adds MonteCLoRA's divergence from its priors to the loss (arXiv 2411.04358).
+
+    Example:
+        >>> class MyTrainer(MontecloraTrainerMixin, Trainer): ...
+    """
+
+    penalty = "_get_monteclora_loss"
+
+
+class KasaTrainerMixin(_PenaltyTrainerMixin):
+    """Adds KaSA's penalty, on large singular values and on factors that are not orthogonal, to the loss
+    (arXiv 2412.06071).
+
+    Example:
+        >>> class MyTrainer(KasaTrainerMixin, Trainer): ...
+    """
+
+    penalty = "_get_kasa_loss"

@@ -269,7 +269,9 @@ class PeftModel(ModelCompat, PushToHubMixin, nn.Module):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's ``generate`` with the active adapters, or with ``adapter_names`` for each sample."""
-        return self._call(self._tuner.generate, args, kwargs, keep=False)
+        ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        with context_of(self.get_base_model()).prompted(ids):
+            return self._call(self._tuner.generate, args, kwargs, keep=False)
 
     def _call(self, function: Callable, args: tuple, kwargs: dict, keep: bool) -> Any:
         """Tell the layers each row's adapter and task; kept for a backward, which may run the forward again."""

@@ -89,6 +89,10 @@ class LoraLayerCompat:
         """Start as LoftQ, as ``config.loftq_config`` says."""
         self.reset_lora_parameters(adapter_name, "loftq", loftq_config=config.loftq_config)
 
+    def mica_init(self, adapter_name: str) -> None:
+        """Start an adapter that is one of MiCA's anew."""
+        self.reset_lora_parameters(adapter_name, "mica")
+
     def orthogonal_init(self, adapter_name: str) -> None:
         """Start from one orthogonal matrix for both factors."""
         self.reset_lora_parameters(adapter_name, "orthogonal")

@@ -35,8 +35,7 @@ class part:
     Read from an adapter it is what that adapter holds, None where it has none; what is assigned is stored.
 
     Args:
-        container: ``nn.ParameterDict`` for a trained tensor, ``nn.ModuleDict`` for a module, ``BufferDict`` for a
-            frozen tensor.
+        container: ``nn.ParameterDict`` for a trained tensor, ``nn.ModuleDict`` a module, ``BufferDict`` a frozen one.
         table: the name that it has at tables of embeddings, if another.
         remade: no file holds it: :meth:`Adapter.loaded` makes it from the config, the base and the other parts.
         bare: its module holds a single ``weight``, saved under the bare name.
@@ -47,7 +46,7 @@ class part:
     ) -> None:
         self.container, self.table, self.remade, self.bare = container, table, remade, bare
         held = {nn.ModuleDict: "_modules", BufferDict: "_buffers"}
-        self._slot = held.get(container, "_parameters")
+        self.slot = held.get(container, "_parameters")
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
@@ -74,10 +73,8 @@ class part:
         layer, name = adapter.layer, adapter.name
         attribute = self.name if self.table is None else self.attribute(layer)
         own = layer._modules[attribute].__dict__
-        try:
-            return own[self._slot][name]
-        except KeyError:  # FSDP and functional calls put plain tensors in the place of parameters
-            return own.get(name)
+        value = own[self.slot].get(name)  # FSDP and functional calls put plain tensors in the place of parameters
+        return own.get(name) if value is None else value
 
     def __set__(self, adapter: Any, value: Any) -> None:
         adapter.layer.put(adapter.name, **{self.attribute(adapter.layer): value})
@@ -137,8 +134,11 @@ class Adapter:
         random_in_training: a training step draws random numbers, even without dropout.
         reversible: :meth:`unfold` undoes :meth:`fold`; otherwise the original weight is kept while merged.
         requires_dense_base: the forward computes with the dense base weight.
+        more_kinds: kinds of layers that it can adapt besides those of :mod:`peft.core.base.kinds`.
         any_module: it takes modules whole and needs to know no kind.
+        reads_tokens: its update depends on the token ids of the call, see :class:`peft.core.model.context.Context`.
         follows_ties: modules tied to a targeted embedding get the same adapter.
+        untrained: parts that a variant holds constant, though its method trains them: saved as ever, never trained.
     """
 
     __slots__ = ("layer", "name")
@@ -155,8 +155,11 @@ class Adapter:
     random_in_training: ClassVar[bool] = False
     reversible: ClassVar[bool] = True
     requires_dense_base: ClassVar[bool] = False
+    more_kinds: ClassVar[tuple[Kind, ...]] = ()
     any_module: ClassVar[bool] = False
+    reads_tokens: ClassVar[bool] = False
     follows_ties: ClassVar[bool] = False
+    untrained: ClassVar[frozenset[str]] = frozenset()
     changes_input: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -257,10 +260,7 @@ class Adapter:
         return None
 
     def factors(self) -> Factors | None:
-        """dW of a linear layer as s B A with dropout on the input, or None where the adapter is something else.
-
-        A and B may be computed from the adapter's tensors; gradients flow through that.
-        """
+        """dW of a linear layer as s B A, which may be computed, with dropout on the input; None for anything else."""
         return None
 
     def stand_in(self) -> nn.Module | None:
@@ -271,12 +271,16 @@ class Adapter:
         """Why the adapter cannot become part of the weight, or None."""
         return None
 
+    def group_change(self) -> tuple[torch.Tensor, int] | None:
+        """dW ``[out, in / size]`` and size, where it is the same for all inputs of a group and all that changes."""
+        return None
+
     def keeps_base(self) -> bool:
         """Whether the original weight is kept while this adapter is merged."""
         return not self.reversible
 
     def clash(self, others: Sequence[Adapter]) -> str | None:
-        """Why it cannot be active, or merged, together with these, which hold their names in order; or None."""
+        """Why it cannot be active, or merged, together with these, or None."""
         return None
 
     def as_saved(self, saved: str, tensor: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
@@ -395,11 +399,9 @@ class Adapter:
 
     def parameters(self) -> Iterator[torch.Tensor]:
         """The trained tensors, those in common with other layers included."""
-        for _, declared, value in self.held():
-            if declared.container is nn.ParameterDict:
-                yield value
-            elif declared.container is nn.ModuleDict:
-                yield from _tensors_that_train(value)
+        for attribute, declared, value in self.held():
+            if attribute not in type(self).untrained and declared.container is not BufferDict:
+                yield from _tensors_that_train(value) if isinstance(value, nn.Module) else (value,)
         for name in type(self).common:
             container = self.layer._modules.get(name)
             if container is not None and self.name in container:
@@ -409,10 +411,8 @@ class Adapter:
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All tensors on which it depends here, those too that the layers share or that no file holds."""
         held = [(attribute, value) for attribute, _, value in self.held()]
-        for name in type(self).common:
-            container: Any = getattr(self.layer, name, None) or {}
-            if self.name in container:
-                held.append((name, container[self.name]))
+        of_all: Any = ((name, getattr(self.layer, name, None) or {}) for name in type(self).common)
+        held += [(name, container[self.name]) for name, container in of_all if self.name in container]
         for attribute, value in held:
             if isinstance(value, nn.Module):
                 for sub, tensor in value.state_dict(keep_vars=True).items():

@@ -132,6 +132,14 @@ class Kind:
         """The inverse of :meth:`channels_last`."""
         return y
 
+    def tensor_in(self, output: Any) -> torch.Tensor:
+        """The y in what the layer gives."""
+        return output
+
+    def with_tensor(self, output: Any, y: torch.Tensor) -> Any:
+        """What the layer gives, with another y."""
+        return y
+
     def batch_axis(self, m: nn.Module) -> int:
         return 0
 

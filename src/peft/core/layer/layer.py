@@ -18,7 +18,7 @@ from peft.core.layer.buffers import BufferDict
 from peft.core.layer.placement import settle
 from peft.core.layer.read import ReadThrough
 from peft.core.layer.rewritten import give_back, give_back_unmerged
-from peft.core.layer.room import make_more_room, make_room, names_held
+from peft.core.layer.room import held_constant, make_more_room, make_room, names_held
 from peft.core.layer.rows import mixed
 from peft.core.model.context import Context
 from peft.kernels.grouped import forget
@@ -161,6 +161,7 @@ class BaseTunerLayer(ReadThrough):
         cls = self._class_of(name, config)
         if cls is not self.adapter_cls:
             make_more_room(self, cls)
+        self.context.reads_tokens |= cls.reads_tokens
         adapter = self.adapters[name] = cls(self, name)
         try:
             adapter.create(config, key)
@@ -210,6 +211,9 @@ class BaseTunerLayer(ReadThrough):
 
     def adapter_parameters(self, name: str) -> Iterator[torch.Tensor]:
         return self.adapters[name].parameters() if name in self.adapters else iter(())
+
+    def adapter_constants(self, name: str) -> Iterator[torch.Tensor]:
+        return held_constant(self.adapters[name]) if name in self.adapters else iter(())
 
     def adapter_state(self, name: str) -> Iterator[tuple[str, str, torch.Tensor]]:
         return self.adapters[name].state() if name in self.adapters else iter(())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from peft.core.adapter import Adapter
@@ -20,6 +22,13 @@ def names_held(cls: type[Adapter]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     trained = tuple(name for name, part in parts if part.container is not BufferDict)
     frozen = tuple(name for name, part in parts if part.container is BufferDict)
     return trained, (*frozen, *cls.settings)
+
+
+def held_constant(adapter: Adapter) -> Iterator[torch.Tensor]:
+    """The tensors of an adapter's ``untrained`` parts."""
+    for attribute, _, value in adapter.held():
+        if attribute in adapter.untrained:
+            yield from value.parameters() if isinstance(value, nn.Module) else (value,)
 
 
 def make_room(layer: BaseTunerLayer, cls: type[Adapter]) -> None:

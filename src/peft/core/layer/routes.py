@@ -125,10 +125,11 @@ class Updates(Route):
             for adapter in adapters:
                 inner = adapter.input(adapter.cast(inner))
             inner = inner.to(x.dtype)
-        base_y = y = layer.base_layer(inner, *rest, **kwargs)
+        given = layer.base_layer(inner, *rest, **kwargs)
+        base_y = y = layer.kind.tensor_in(given)
         for adapter in adapters:
             y = adapter.output(adapter.cast(x), y, base_y)
-        return y.to(base_y.dtype)
+        return layer.kind.with_tensor(given, y.to(base_y.dtype))
 
 
 ROUTES: tuple[Route, ...] = (StandIn(), Kernel(), LowRank(), Folded(), Updates())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,20 +35,29 @@ def mixed(layer: BaseTunerLayer, names: tuple[str, ...], args: tuple, kwargs: di
     here = [adapter for adapter in adapters if adapter is not None]
     if not here and not kind.companions:
         return layer.base_layer(*args, **kwargs)
-    if kind.opaque or kind.whole or any(adapter.only_folds() or adapter.stand_in() is not None for adapter in here):
-        return split(kind, base, groups, lambda name, *call: _of_one(layer, name, *call), args, kwargs)
+    if (
+        kind.opaque
+        or kind.whole
+        or axis
+        or any(adapter.only_folds() or adapter.stand_in() is not None for adapter in here)
+    ):
+        return split(layer, groups, args, kwargs)
     if len(args) == 1 and not kwargs and not is_plain():
         y = _grouped(layer, groups, adapters, args[0])
         if y is not None:
             return y
     if here and all(adapter.prefers_folding() for adapter in here) and layer.may_bypass_base(first):
-        return split(kind, base, groups, lambda name, *call: _of_one(layer, name, *call), args, kwargs)
+        return split(layer, groups, args, kwargs)
     return _updates(layer, groups, adapters, args, kwargs)
 
 
-def split(kind: Any, base: Any, groups: Groups, call: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-    """``call(name, args, kwargs)`` for the rows of each adapter alone, put back into the order of the batch."""
-    done = [call(name, *kind.take_rows(base, args, kwargs, rows)) for name, rows in groups.parts]
+def split(layer: BaseTunerLayer, groups: Groups, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The call with the rows of each adapter alone, put back into the order of the batch."""
+    kind, base, done = layer.kind, layer.get_base_layer(), []
+    for name, rows in groups.parts:
+        layer.context.rows = rows, len(groups.order)
+        done.append(_of_one(layer, name, *kind.take_rows(base, args, kwargs, rows)))
+    layer.context.rows = None
     return kind.join_rows(base, done, groups.order)
 
 

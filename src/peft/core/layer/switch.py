@@ -33,6 +33,10 @@ class Switch:
         """The trained tensors of an adapter."""
         raise NotImplementedError
 
+    def adapter_constants(self, name: str) -> Iterator[torch.Tensor]:
+        """Tensors of an adapter that others of its method train, and it does not."""
+        return iter(())
+
     def adapter_state(self, name: str) -> Iterator[tuple[str, str, torch.Tensor]]:
         """An adapter's tensors as (name in the file, name in memory, tensor): found by structure, never by text."""
         raise NotImplementedError

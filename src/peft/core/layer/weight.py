@@ -303,7 +303,8 @@ def _write(layer: BaseTunerLayer, adapters: Adapters, weight: torch.Tensor, bias
     wanted = None if storage.lossless else wide(weight)
     if (keep or not storage.lossless) and old_bias is not None:
         layer.originals["bias"] = old_bias.detach()
-    set_base_weight(layer, weight)
+    if wanted is None or not _shifted(layer, adapters):
+        set_base_weight(layer, weight)
     if wanted is not None:
         layer.merge_error = float((wide(base_weight(layer)) - wanted).norm() / wanted.norm().clamp_min(1e-30))
     if bias is not None and old_bias is None:
@@ -316,6 +317,15 @@ def _write(layer: BaseTunerLayer, adapters: Adapters, weight: torch.Tensor, bias
     elif bias is not None and old_bias is not None and bias is not old_bias:
         storage_of(base, attribute).write(base, attribute, bias.to(old_bias.dtype))
     layer.merged_adapters = [adapter.name for adapter in adapters]
+
+
+def _shifted(layer: BaseTunerLayer, adapters: Adapters) -> bool:
+    """Put adapters into the zero points of a quantised weight, where these can hold them; else nothing is done."""
+    changes = [adapter.group_change() for adapter in adapters]
+    if None in changes or len({change[1] for change in changes if change is not None}) != 1:
+        return False
+    total, size = sum(change[0] for change in changes if change is not None), changes[0][1]  # type: ignore[index]
+    return layer.storage.shift_groups(layer.get_base_layer(), layer.kind.weight, total, size)
 
 
 @torch.no_grad()

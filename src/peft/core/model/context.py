@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from peft.core.model.sequence import Tokens, note_in_cache, tokens_of
+
 
 BASE = "__base__"  # the adapter name of rows that use no adapter
 
@@ -40,6 +42,10 @@ class Context:
         current: while a group of rows is computed, the adapters of that group; else None.
         rows: while rows of a mixed batch are computed, which they are, and how many there are in all; else None.
         held: a call that carries such facts is under way.
+        reads_tokens: some adapter reads the tokens of calls; without one they are not looked at.
+        tokens: those of the call, None where it has no ids.
+        prompt: while ``generate`` runs, the ids that it was given, else None.
+        worked_out: what adapters have worked out from the facts of this call, for the layers after them.
     """
 
     def __init__(self) -> None:
@@ -50,6 +56,10 @@ class Context:
         self.current: list[str] | None = None
         self.rows: tuple[torch.Tensor, int] | None = None
         self.held = False
+        self.reads_tokens = False
+        self.tokens: Tokens | None = None
+        self.prompt: torch.Tensor | None = None
+        self.worked_out: dict[tuple, Any] = {}
         self._groups: dict[tuple, Groups] = {}
 
     @property
@@ -66,20 +76,39 @@ class Context:
         finally:
             self.current = outer
 
+    @contextmanager
+    def prompted(self, ids: Any) -> Iterator[None]:
+        """While ``generate`` goes on with these ids, ``[batch, tokens]``; what it adds is no part of the prompt."""
+        known = isinstance(ids, torch.Tensor) and ids.dim() == 2 and not ids.is_floating_point()
+        outer, self.prompt = self.prompt, ids if known else None
+        try:
+            yield
+        finally:
+            self.prompt = outer
+
     def set_adapter_names(self, names: Sequence[str] | None) -> None:
         self.adapter_names = None if names is None else tuple(names)
         self._groups.clear()
 
     def forget(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         """Hook of the model: a call that says nothing of adapters or tasks does not use those of an earlier one."""
+        self.rows = None
         mask, two_lengths = kwargs.get("attention_mask"), getattr(module, "config", None)
         known = isinstance(mask, torch.Tensor) and mask.dim() == 2
         self.mask = mask if known and not getattr(two_lengths, "is_encoder_decoder", False) else None
+        if self.reads_tokens:
+            self.tokens = tokens_of(args, kwargs, self.prompt)
+            self.worked_out.clear()
         if self.held:
             return
         self.task_ids = None
         if self.adapter_names is not None:
             self.set_adapter_names(None)
+
+    def note(self, module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        """Hook of the model, after the call: its cache knows the tokens that it now holds."""
+        if self.reads_tokens:
+            note_in_cache(self.tokens, kwargs, output)
 
     def tasks(self, batch: int, device: torch.device) -> torch.Tensor | None:
         """The task of each of ``batch`` rows, ``[batch]``, None where the call names none.
@@ -89,15 +118,20 @@ class Context:
         Raises:
             ValueError: if the rows of the batch cannot be told apart by the tasks.
         """
-        return None if self.task_ids is None else self._of_rows("task_ids", self.task_ids, batch, device)
+        return None if self.task_ids is None else self.of_rows("task_ids", self.task_ids, batch, device)
 
     def padding(self, batch: int, tokens: int, device: torch.device) -> torch.Tensor | None:
         """1 for the tokens of the rows, 0 for their padding, ``[batch, tokens]``; None where it is not known."""
         if self.mask is None or self.mask.shape[1] != tokens:
             return None
-        return self._of_rows("attention_mask", self.mask, batch, device)
+        return self.of_rows("attention_mask", self.mask, batch, device)
 
-    def _of_rows(self, what: str, values: torch.Tensor, batch: int, device: torch.device) -> torch.Tensor:
+    def of_rows(self, what: str, values: torch.Tensor, batch: int, device: torch.device) -> torch.Tensor:
+        """What belongs to the ``batch`` rows that are computed, of values ``[samples, ...]`` with one for each sample.
+
+        Raises:
+            ValueError: if the rows cannot be told apart by the samples.
+        """
         rows, total = self.rows or (None, batch)
         if total % len(values):
             raise ValueError(

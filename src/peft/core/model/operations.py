@@ -119,7 +119,7 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
 
 def _widen(wrapper: nn.Module, adapter_name: str) -> None:
     if not isinstance(wrapper, ModulesToSaveWrapper):
-        for p in wrapper.adapter_parameters(adapter_name):
+        for p in (*wrapper.adapter_parameters(adapter_name), *wrapper.adapter_constants(adapter_name)):
             if p.dtype in (torch.float16, torch.bfloat16):
                 p.data = p.data.float()
 

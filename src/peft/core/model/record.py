@@ -15,7 +15,7 @@ from peft.core.model.context import Context
 class Record:
     """Attributes, each None (or empty) while there is none:
 
-    context: what the current call says to all adapted layers, by a hook of the model.
+    context: what the current call says to all adapted layers, by hooks of the model.
     shared: the tensors that all layers of a method have in common.
     biases: the biases of the base model that adapters train in place.
     replication: what the model was before its layers were replicated.
@@ -24,7 +24,7 @@ class Record:
 
     def __init__(self) -> None:
         self.context: Context | None = None
-        self.hook: Any = None
+        self.hooks: tuple[Any, ...] = ()
         self.shared = SharedParts()
         self.biases: Any = None
         self.replication: Any = None
@@ -83,8 +83,11 @@ def context_of(model: nn.Module) -> Context:
     """The object through which all adapted layers of a model learn about the current call."""
     record = record_of(model)
     if record.context is None:
-        record.context = Context()
-        record.hook = model.register_forward_pre_hook(record.context.forget, with_kwargs=True)
+        context = record.context = Context()
+        record.hooks = (
+            model.register_forward_pre_hook(context.forget, with_kwargs=True),
+            model.register_forward_hook(context.note, with_kwargs=True),
+        )
     return record.context
 
 
@@ -93,9 +96,9 @@ def drop_record(model: nn.Module) -> None:
     record = known_record(model)
     if record is None:
         return
-    if record.hook is not None:
-        record.hook.remove()
-    record.context, record.hook = None, None
+    for hook in record.hooks:
+        hook.remove()
+    record.context, record.hooks = None, ()
     drop_if_empty(model)
 
 

@@ -214,7 +214,8 @@ def find_targets(
         NoMatchingPeftModuleError: if nothing matches.
         ValueError: if a module that matches cannot be adapted.
     """
-    sites, names = list(walk(model)), names_of_modules(model)
+    sites = list(walk(model))
+    names = names_of_modules(model, sites)
     found: list[Target] = []
     companions: set[str] = set()
     whole: tuple[str, ...] = ()  # the modules left out
@@ -301,9 +302,9 @@ def tell_untied(config: Any, key: str, others: list[str]) -> None:
 
 def module_target(config: Any, site: Site, layer_cls: type[BaseTunerLayer]) -> Target:
     """A module as a target of a method. Raises ValueError where the method cannot adapt it."""
-    kind = kind_of(site.module)
-    reason: str | None = f"it is none of {', '.join(kind_names())}"
     adapter_cls = layer_cls.adapter_cls
+    kind = next((kind for kind in adapter_cls.more_kinds if kind.matches(site.module)), None) or kind_of(site.module)
+    reason: str | None = f"it is none of {', '.join(kind_names())}"
     if adapter_cls.any_module:  # it trains a copy, or stands beside
         reason = untrainable(site.module) if adapter_cls.adds.replaces else None
     elif kind is not None:

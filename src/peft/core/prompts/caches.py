@@ -11,9 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-
-ARGUMENTS = ("cache", "past_key_values", "past_key_value")
-"""What releases of transformers call the cache among the arguments of a forward."""
+from peft.core.model.sequence import ARGUMENTS
 
 
 def cache_argument(function: Callable) -> str | None:
@@ -63,11 +61,6 @@ def fill(whole: Any, prefix: list[tuple[torch.Tensor, torch.Tensor]]) -> Any:
             continue  # a layer without attention
         cache.update(keys, values, i)
     return whole
-
-
-def length_of(cache: Any) -> int:
-    """How many tokens a cache holds; 0 for None."""
-    return 0 if cache is None else int(cache.get_seq_length())
 
 
 def freeze(cache: Any) -> Any:

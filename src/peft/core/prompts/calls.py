@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft.core.model.sequence import length_of
 from peft.core.prompts import caches
 from peft.core.prompts.feed import Feed
 from peft.core.prompts.rows import Prompts
@@ -201,7 +202,7 @@ class Calls:
         if feed is None or text is None:
             return self.model(**inputs, **({} if cache is None else {name: cache}))
         self.accompany(feed, inputs, text, before=before, enter=False)
-        if caches.length_of(cache):  # the prefix is in it already
+        if length_of(cache):  # the prefix is in it already
             return self._calling(receiver, inputs, **{name: cache})
         cache = caches.new_cache(self.model) if cache is None else cache
         caches.fill(cache, self.prompts.prefix(feed.values))

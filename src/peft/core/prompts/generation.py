@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from peft.core.model.sequence import ARGUMENTS, cache_of, length_of
 from peft.core.prompts import caches
 from peft.core.prompts.calls import Calls, named
 from peft.core.prompts.feed import Feed
@@ -69,10 +70,10 @@ class Generation:
         kwargs = named(prepare, (input_ids, *args), kwargs)
         input_ids = kwargs.pop("input_ids")
         if kwargs.get("use_cache") is False:
-            for name in caches.ARGUMENTS:
+            for name in ARGUMENTS:
                 kwargs.pop(name, None)  # in which a prefix came at the step before
-        cache = next((kwargs[name] for name in caches.ARGUMENTS if kwargs.get(name) is not None), None)
-        begun = caches.length_of(cache) > 0
+        cache = cache_of(kwargs)
+        begun = length_of(cache) > 0
         decoder, as_prefix = self.prompts.has_encoder, self.prompts.as_prefix
         if decoder and not as_prefix and not self.prompts.in_decoder:
             return prepare(input_ids, **kwargs)

@@ -1,5 +1,8 @@
 """LoRA: W' = W + s B A, a low-rank update of a frozen weight (Hu et al. 2021, arXiv 2106.09685), and its relatives."""
 
+from peft.tuners.lora.alora import ALora
+from peft.tuners.lora.arrow import Arrow
+from peft.tuners.lora.arrow_model import create_arrow_model
 from peft.tuners.lora.config import (
     ArrowConfig,
     BdLoraConfig,
@@ -37,6 +40,8 @@ Linear4bit = LoraLayer.by_name["Linear4bit"]
 Linear8bitLt = LoraLayer.by_name["Linear8bitLt"]
 
 __all__ = [
+    "ALora",
+    "Arrow",
     "Dora",
     "Lora",
     "ArrowConfig",
@@ -64,6 +69,7 @@ __all__ = [
     "VeloraConfig",
     "VARIANTS",
     "convert_to_lora",
+    "create_arrow_model",
     "get_eva_state_dict",
     "initialize_lora_eva_weights",
     "preprocess_corda",

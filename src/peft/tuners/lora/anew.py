@@ -46,7 +46,8 @@ def start_from(
         b.zero_()
     if not all(ranks.values()):
         whole = model.get_base_model() if hasattr(model, "get_base_model") else model
-        config.target_modules = exact_targets(whole, {key for key, rank in ranks.items() if rank})
+        targets: Any = exact_targets(whole, {key for key, rank in ranks.items() if rank})
+        config.target_modules = targets
 
 
 def _pattern(values: dict[str, Any], default: Any) -> dict[str, Any]:

@@ -1,9 +1,4 @@
-"""The config of LoRA and the options of its variants.
-
-Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685. Options of variants and
-initialisations that do not exist here yet are part of the file format all the same: they are declared, and refused
-by name (`LoraConfig.NOT_YET`) rather than ignored.
-"""
+"""The config of LoRA (Hu et al. 2021, arXiv 2106.09685) and the options of its variants and starts."""
 
 from __future__ import annotations
 
@@ -15,7 +10,6 @@ from peft.config import (
     FanInFanOut,
     LayerSelection,
     ModulesToSave,
-    NotYet,
     Options,
     RankPatterns,
     TargetModules,
@@ -24,7 +18,7 @@ from peft.config import (
     option,
 )
 from peft.utils.error import ConfigError
-from peft.utils.peft_types import PeftType
+from peft.utils.peft_types import PeftType, TaskType
 
 
 @dataclass
@@ -96,11 +90,11 @@ class ArrowConfig(Options):
     """Arrow: routing of tokens over several LoRA adapters by their principal directions (arXiv 2405.11157)."""
 
     top_k: int = option(3, "How many adapters serve a token.", minimum=1)
-    router_temperature: float = option(1.0, "Temperature of the softmax over adapters.")
+    router_temperature: float = option(1.0, "Temperature of the softmax over adapters.", above=0)
     use_gks: bool = option(False, "Whether what adapters know in common is subtracted (GenKnowSub).")
     task_adapter_names: list[str] | None = option(None, "The adapters to route over.")
     gks_adapter_names: list[str] | None = option(None, "The adapters that hold the common knowledge.")
-    rng_seed: int | None = option(None, "Seed of the router's random draws.")
+    rng_seed: int | None = option(None, "Has no effect: directions are computed exactly, nothing is drawn.")
 
 
 @dataclass
@@ -111,6 +105,15 @@ class BdLoraConfig(Options):
     target_modules_bd_b: list[str] | None = option(None, "Modules whose B is block-diagonal.")
     nblocks: int = option(1, "How many blocks.", minimum=1)
     match_strict: bool = option(True, "Whether every adapted module has to be in one of the two lists.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        both = sorted({*(self.target_modules_bd_a or ())} & {*(self.target_modules_bd_b or ())})
+        if both:
+            raise ConfigError(
+                f"BdLoraConfig: {both} are in target_modules_bd_a and in target_modules_bd_b. One of A and B is made "
+                "of blocks, the other reads, or writes, all of them; name each module once."
+            )
 
 
 @dataclass
@@ -140,25 +143,22 @@ class MontecloraConfig(Options):
     """MonteCLoRA: low-rank factors drawn from a learned distribution (arXiv 2411.04358)."""
 
     num_samples: int = option(8, "How many samples are drawn and mixed.", minimum=1)
-    use_entropy: bool = option(False, "Whether the loss rewards entropy of the mixture.")
+    use_entropy: bool = option(False, "Whether the sum of the squared weights of the mixture is part of the loss.")
     dirichlet_prior: float = option(0.1, "Concentration of the Dirichlet prior of the mixture.")
     sample_scaler: float = option(1e-4, "Scale of the samples.")
     kl_loss_weight: float = option(1e-5, "Weight of the divergence from the prior in the loss.")
-    buffer_size: int = option(150, "How many noise tensors are drawn ahead.", minimum=1)
+    buffer_size: int = option(
+        150, "Has no effect: noise is drawn in the forward, so a seed and gradient checkpointing repeat it.", minimum=1
+    )
 
 
-_INITS_NOW = (True, False, "gaussian", "orthogonal", "loftq", "pissa", "olora", "corda", "eva", "lora_ga")
-_INITS_LATER = ("mica",)
+_INITS = (True, False, "gaussian", "orthogonal", "loftq", "pissa", "olora", "corda", "eva", "lora_ga", "mica")
 _PISSA_STEPS = r"pissa_niter_\d+"
-_PLAIN_LORA = "Leave it out to train LoRA without it."
-
-
-def _needs_later_init(value: Any) -> bool:
-    return value in _INITS_LATER
-
-
-def _any_value(value: Any) -> bool:
-    return True
+_OF_LAYERS = (
+    *("lora_dropout", "use_dora", "lora_bias", "kasa_config"),
+    *("use_bdlora", "use_qalora", "monteclora_config", "velora_config"),
+    *("alora_invocation_tokens", "arrow_config"),
+)
 
 
 @dataclass
@@ -172,22 +172,6 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
 
     METHOD: ClassVar[PeftType] = PeftType.LORA
     OWN_BIAS: ClassVar[str] = "lora_only"
-    NOT_YET: ClassVar[dict[str, NotYet]] = {
-        "init_lora_weights": NotYet(
-            "Use True, False, 'gaussian', 'orthogonal' or another start.",
-            _needs_later_init,
-        ),
-        "use_qalora": NotYet("Use plain LoRA on the quantised model: use_qalora=False."),
-        "alora_invocation_tokens": NotYet("Leave it out: the adapter is then active on all tokens."),
-        "velora_config": NotYet(
-            f"{_PLAIN_LORA} Gradient checkpointing saves activation memory, too.", starts=_any_value
-        ),
-        "monteclora_config": NotYet(_PLAIN_LORA),
-        "use_bdlora": NotYet(_PLAIN_LORA),
-        "arrow_config": NotYet("Name the adapter of each sample by `adapter_names` in the forward instead."),
-        "kasa_config": NotYet(_PLAIN_LORA),
-        "megatron_config": NotYet("Adapt the model in its transformers form, without Megatron layers."),
-    }
 
     r: int = option(8, "Rank of the update: the width between A and B.", minimum=1)
     lora_alpha: int = option(8, "Numerator of the scale s = lora_alpha / r that the update is multiplied by.")
@@ -218,12 +202,19 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
         "the same by a faster, approximate decomposition. 'olora': the like from its QR decomposition (arXiv "
         "2406.01775). 'corda', 'lora_ga': the like, led by inputs or gradients, which preprocess_corda or "
         "preprocess_loraga take before. 'eva': A from the inputs' singular vectors, by initialize_lora_eva_weights. "
-        "Embeddings start plainly in all of these. 'mica' is known, but not supported yet.",
-        choices=(*_INITS_NOW, *_INITS_LATER),
+        "Embeddings start plainly in all of these. 'mica': B holds the weight's smallest left singular "
+        "vectors and stays so, A starts at zero (arXiv 2604.01694).",
+        choices=_INITS,
         pattern=_PISSA_STEPS,
     )
-    megatron_config: dict | None = option(None, "Arguments of Megatron's parallel layers. Not supported yet.")
-    megatron_core: str | None = option("megatron.core", "Module that Megatron's layers are imported from.")
+    megatron_config: dict | None = option(
+        None,
+        "Given, the parallel layers of Megatron-Core in the model can be adapted; A and B are made of such layers, "
+        "with the settings of the layer that they adapt.",
+    )
+    megatron_core: str | None = option(
+        "megatron.core", "The package that has the parallel layers, in its module tensor_parallel."
+    )
     trainable_token_indices: list[int] | dict[str, list[int]] | None = option(
         None,
         "Tokens whose embeddings are trained besides: their indices, or a dict of embedding module name -> indices.",
@@ -244,15 +235,26 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
         "until merged.",
     )
     velora_config: VeloraConfig | dict | None = option(
-        None, "Options of VeLoRA. Not supported yet.", nested=VeloraConfig
+        None,
+        "Options of VeLoRA, which keeps far less of the activations for the backward pass (arXiv 2405.17991).",
+        nested=VeloraConfig,
     )
     alora_invocation_tokens: list[int] | None = option(
-        None, "Tokens from which on the adapter is active (aLoRA, arXiv 2504.12397). Not supported yet."
+        None,
+        "Token ids from whose last occurrence in a row on the adapter acts; before, and in rows without them, the "
+        "model is its base, whose cache it can share (aLoRA, arXiv 2504.12397). For causal language models.",
     )
-    use_qalora: bool = option(False, "Whether inputs are pooled by quantisation group (QA-LoRA). Not supported yet.")
+    use_qalora: bool = option(
+        False,
+        "Whether A reads inputs pooled by quantisation group, so that merging moves zero points and rounds nothing "
+        "where they are floating point (QA-LoRA, arXiv 2309.14717).",
+    )
     qalora_group_size: int = option(16, "Features of a quantisation group of QA-LoRA.", minimum=1)
     monteclora_config: MontecloraConfig | None = option(
-        None, "Options of MonteCLoRA. Not supported yet.", nested=MontecloraConfig
+        None,
+        "Options of MonteCLoRA, whose training draws A from a learned mixture (arXiv 2411.04358). Its loss has one "
+        "more part: peft.helpers.MontecloraTrainerMixin adds it.",
+        nested=MontecloraConfig,
     )
     layer_replication: list[tuple[int, int]] | None = option(
         None,
@@ -269,10 +271,20 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
         "'mlp.experts.gate_up_proj'.",
     )
     use_bdlora: BdLoraConfig | None = option(
-        None, "Options of block-diagonal LoRA. Not supported yet.", nested=BdLoraConfig
+        None,
+        "Options of block-diagonal LoRA, whose shards on a tensor-parallel server need no further exchange (arXiv "
+        "2510.23346).",
+        nested=BdLoraConfig,
     )
-    arrow_config: ArrowConfig | None = option(None, "Options of Arrow. Not supported yet.", nested=ArrowConfig)
-    kasa_config: KasaConfig | None = option(None, "Options of KaSA. Not supported yet.", nested=KasaConfig)
+    arrow_config: ArrowConfig | None = option(
+        None, "Options of an Arrow router; see create_arrow_model.", nested=ArrowConfig
+    )
+    kasa_config: KasaConfig | None = option(
+        None,
+        "Options of KaSA, which leaves out what is smallest in the weight and weighs the update by trained singular "
+        "values (arXiv 2412.06071).",
+        nested=KasaConfig,
+    )
     ensure_weight_tying: bool = option(
         False, "Whether adapters and trained copies of tied weights (embedding and head) stay tied."
     )
@@ -303,6 +315,18 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
             )
         if self.lora_bias and self.use_dora:
             raise ConfigError(f"{name}: lora_bias=True is not supported for DoRA, set use_dora=False.")
+        if (tokens := self.alora_invocation_tokens) is not None:
+            numbers = isinstance(tokens, (list, tuple)) and all(type(i) is int and i >= 0 for i in tokens)
+            if not numbers or not tokens:
+                raise ConfigError(
+                    f"{name}: alora_invocation_tokens must be a list of at least one token id, got {tokens!r}. The "
+                    "tokenizer gives it: tokenizer.encode(text, add_special_tokens=False)."
+                )
+            if self.task_type not in (None, TaskType.CAUSAL_LM):
+                raise ConfigError(
+                    f"{name}: alora_invocation_tokens needs a causal language model, in which what comes later does "
+                    f"not change the prefix; got task_type={self.task_type!r}. Leave the tokens out for other tasks."
+                )
         if self.init_lora_weights == "orthogonal":
             odd = [r for r in (self.r, *(self.rank_pattern or {}).values()) if r % 2]
             if odd:
@@ -310,12 +334,16 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
         self.target_parameters = name_list_of(self, "target_parameters")
         if self.target_parameters:
             # the update is added to the parameter itself: there is no input to drop and no output to shift or scale
-            for field in ("lora_dropout", "use_dora", "lora_bias", "fan_in_fan_out"):
-                if getattr(self, field):
-                    raise ConfigError(
-                        f"{name}: target_parameters does not work with {field}={getattr(self, field)!r}. Leave "
-                        f"{field} out, or adapt these parameters in an adapter of their own."
-                    )
+            if field := self.needs_a_layer() or ("fan_in_fan_out" if self.fan_in_fan_out else None):
+                raise ConfigError(
+                    f"{name}: target_parameters does not work with {field}={getattr(self, field)!r}. Leave "
+                    f"{field} out, or adapt these parameters in an adapter of their own."
+                )
+
+    def needs_a_layer(self) -> str | None:
+        """The first field whose value means something for whole layers only, not for bare parameters; or None."""
+        asked = (name for name in _OF_LAYERS if getattr(self, name))
+        return next(asked, "init_lora_weights" if self.init_lora_weights == "mica" else None)
 
     def _check_tokens(self) -> None:
         tokens = self.trainable_token_indices

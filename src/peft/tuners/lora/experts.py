@@ -274,13 +274,12 @@ def _check_options(config: Any, paths: tuple[str, ...]) -> None:
     """Raise ValueError for options that have no meaning for a parameter. Dropout is none where nothing trains."""
     if config.inference_mode:
         config.lora_dropout = 0.0
-    for field in ("lora_dropout", "use_dora", "lora_bias"):
-        if getattr(config, field):
-            raise ValueError(
-                f"target_modules mean what this version of transformers keeps in the parameter {paths[0]!r}, and "
-                f"{field}={getattr(config, field)!r} does not work with parameters. Leave {field} out, or target "
-                "neither experts nor their router."
-            )
+    if field := config.needs_a_layer():
+        raise ValueError(
+            f"target_modules mean what this version of transformers keeps in the parameter {paths[0]!r}, and "
+            f"{field}={getattr(config, field)!r} does not work with parameters. Leave {field} out, or target "
+            "neither experts nor their router."
+        )
 
 
 def _is_chosen(config: Any, fused: Fused) -> bool:

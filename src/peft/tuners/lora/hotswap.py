@@ -34,7 +34,8 @@ _LORA_FIELDS = (
     "use_rslora",
     "lora_dropout",
     "alpha_pattern",
-    "use_dora",
+    *("alora_invocation_tokens", "arrow_config"),
+    *("use_dora", "kasa_config", "use_bdlora", "use_qalora", "qalora_group_size", "monteclora_config"),
     "trainable_token_indices",
     "ensure_weight_tying",
 )
@@ -268,7 +269,14 @@ def _pair(
     lora: Any = layer.adapters[name]
     (a, b), (experts, groups) = lora.held_pair(), pair_blocks(lora)
     rank = resolve_pattern(config.rank_pattern, key, config.r)
-    shapes = (rank * experts, *a.shape[1:]), (b.shape[0], rank * experts // groups, *b.shape[2:])
+    shapes: tuple = (rank * experts, *a.shape[1:]), (b.shape[0], rank * experts // groups, *b.shape[2:])
+    if lora.fixed_rank:
+        shapes = a.shape, b.shape
+        if rank != lora.r:
+            raise ConfigError(
+                f"Hot swapping the adapter did not succeed: {key!r} has factors of rank {lora.r}, and those of rank "
+                f"{rank} cannot take their place. Load the new adapter beside the old one with load_adapter."
+            )
     for place, new, shape in zip(places, (down, up), shapes):
         if new.shape != shape:
             raise _mismatch(place, new.shape, shape)
@@ -280,10 +288,11 @@ def _swap_pair(found: _Found, pair: tuple[torch.Tensor, torch.Tensor] | None, na
     rank = resolve_pattern(config.rank_pattern, key, config.r)
     if name not in layer.tied_to:
         lora: Any = layer.adapters[name]
-        _make_room(lora, rank)
+        if not lora.fixed_rank:
+            _make_room(lora, rank)
         a, b = lora.held_pair()
         if pair is not None:
-            down, up = of_rank(lora, held_rank(lora), *pair)
+            down, up = pair if lora.fixed_rank else of_rank(lora, held_rank(lora), *pair)
             a.copy_(down)
             b.copy_(up)
         else:
@@ -382,6 +391,11 @@ def _check_room(key: str, layer: LoraLayer, name: str, target_rank: int) -> None
         raise ValueError(
             f"the adapter {name!r} has rank {rank} in {key!r}, more than target_rank={target_rank}. Choose the "
             "largest rank of all adapters that will be swapped in."
+        )
+    if lora.fixed_rank and rank != target_rank:
+        raise ValueError(
+            f"the adapter {name!r} has factors of rank {rank} in {key!r} that zeros cannot fill up to "
+            f"target_rank={target_rank}. Leave target_rank out: adapters of this rank can be swapped in."
         )
     if target_rank % groups:
         raise ValueError(f"target_rank={target_rank} does not divide over the {groups} groups of {key!r}.")

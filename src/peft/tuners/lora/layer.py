@@ -22,6 +22,7 @@ from peft.core.layer.scaled import ScaledLayer
 from peft.kernels import Factors, active_rate, is_bare_linear
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.initialize import initialize, is_drawn, refusal
+from peft.tuners.lora.megatron import PARALLEL, ParallelLinear
 from peft.tuners.lora.pairs import without_padding
 
 
@@ -38,6 +39,9 @@ class Lora(Scaled):
         made_of: the variants that a combination is made of.
         computes_pair: A and B are computed from what is held, see :meth:`pair`.
         adds_product: the output is the base layer's and s B A drop(x), nothing else, so the fused kernels may give it.
+        fixed_rank: zeros cannot fill its tensors up to a larger rank, so only files of its rank take their place.
+        ties: a head tied to an embedding may follow it, with the transposed pair.
+        agrees: hooks of a variant that give the same wherever :meth:`product` gives factors.
     """
 
     lora_A = part(nn.ModuleDict)
@@ -58,12 +62,17 @@ class Lora(Scaled):
     made_of: ClassVar[tuple[type[Lora], ...]] = ()
     computes_pair: ClassVar[bool] = False
     adds_product: ClassVar[bool] = True
+    fixed_rank: ClassVar[bool] = False
+    agrees: ClassVar[frozenset[str]] = frozenset()
+    ties: ClassVar[bool] = True
     layer_base: ClassVar[Any] = ScaledLayer
+    more_kinds: ClassVar[tuple[Kind, ...]] = PARALLEL
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.computes_pair = cls.pair is not Lora.pair
-        cls.adds_product = (cls.output, cls.delta, cls.update) == (Lora.output, Lora.delta, Lora.update)
+        cls.computes_pair = (cls.pair, cls.acting_pair) != (Lora.pair, Lora.acting_pair)
+        changed = (name for name in ("output", "delta", "update") if getattr(cls, name) is not getattr(Lora, name))
+        cls.adds_product = cls.agrees.issuperset(changed)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For pickles, which find no combination by its name."""
@@ -79,12 +88,29 @@ class Lora(Scaled):
         return combined(tuple(variant for variant in cls.variants if variant.asked_by(config)) or (cls,))
 
     @classmethod
+    def tied(cls) -> type[Lora]:
+        """The class of a head's adapter that follows one of this class at the embedding.
+
+        Raises:
+            ValueError: if a variant does more than a pair does, so the transposed pair is not the same update.
+        """
+        asked = [variant for variant in cls.made_of or (cls,) if variant is not Lora]
+        if more := [variant.__name__ for variant in asked if not variant.ties]:
+            raise ValueError(
+                f"ensure_weight_tying ties a head to an embedding by one pair A and B, and {', '.join(more)} is more "
+                "than that. Leave the head out of target_modules, or train plain LoRA."
+            )
+        return combined((*(variant for variant in asked if variant.output is not Lora.output), TiedPair))
+
+    @classmethod
     def refusal(cls, kind: Kind, module: nn.Module, config: LoraConfig) -> str | None:
         if config.lora_bias and (kind.lookup or kind.bias is None):
             return "lora_bias has no place on a layer without bias"
         if reason := refusal(kind, module, config):
             return reason
         asked = [variant for variant in cls.variants if variant.asked_by(config)]
+        if isinstance(kind, ParallelLinear) and (reason := kind.refused(config, asked)):
+            return reason
         reasons = [variant.refuses(kind, module, config) for variant in asked]
         for variant in asked:
             reasons += [variant.excludes.get(other.__name__) for other in asked]
@@ -107,7 +133,11 @@ class Lora(Scaled):
         """Allocate A and B, and let them start."""
         self.allocate(self.r, config.lora_bias)
         if not (is_drawn(config) and skip_values()):
-            initialize(self, config)
+            self.start(config)
+
+    def start(self, config: LoraConfig) -> None:
+        """Give A and B the values that they start from."""
+        initialize(self, config)
 
     def allocate(self, r: int, bias: bool = False) -> None:
         """Make a pair of rank r, with the shapes of the file format and no values yet."""
@@ -128,6 +158,10 @@ class Lora(Scaled):
         """A and B of dW = s B A, shaped as plain LoRA's: those held, or what a variant makes of them."""
         return self.held_pair()
 
+    def acting_pair(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B in this forward, which a variant may draw anew while it trains; no weight has that in it."""
+        return self.pair()
+
     # --- the mathematics --------------------------------------------------------------------------------------
     def delta(self, x: torch.Tensor) -> torch.Tensor:
         return self.update(x if self.kind.lookup else self.lora_dropout(x))
@@ -135,12 +169,17 @@ class Lora(Scaled):
     def update(self, x: torch.Tensor) -> torch.Tensor:
         """s B A x, of an input after dropout."""
         if self.kind.lookup:
-            a, b = self.pair()
+            a, b = self.acting_pair()
             return self.kind.apply(self.base, x, a) @ b.T * self.scaling
         if self.computes_pair:
-            a, b = self.pair()
-            return self.kind.up(self.base, self.kind.down(self.base, x, a), b) * self.scaling
+            a, b = self.acting_pair()
+            return self.raised(self.kind.down(self.base, x, a), b) * self.scaling
         return self.lora_B(self.lora_A(x)) * self.scaling
+
+    def raised(self, h: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """B h with the bias of B, for a B that is computed."""
+        y = self.kind.up(self.base, h, b.flatten(1))
+        return y + self.along_channels(self.lora_B.bias) if self.lora_bias else y
 
     def factors(self) -> Factors | None:
         return self.product() if self.adds_product else None
@@ -155,7 +194,7 @@ class Lora(Scaled):
         if rate is None or up._parameters["bias"] is not None:
             return None
         if self.computes_pair:
-            return Factors(*self.pair(), self.layer.scaling[name], rate)
+            return Factors(*self.acting_pair(), self.layer.scaling[name], rate)
         return Factors(down._parameters["weight"], up._parameters["weight"], self.layer.scaling[name], rate)
 
     def delta_weight(self) -> torch.Tensor:
@@ -254,7 +293,8 @@ class LoraLayer(LoraLayerCompat, ScaledLayer):
     adapter_cls: ClassVar[type[Adapter]] = Lora
 
     def _class_of(self, name: str, config: Any) -> type[Adapter]:
-        return TiedPair if name in self.tied_to else super()._class_of(name, config)
+        cls: Any = super()._class_of(name, config)
+        return cls.tied() if name in self.tied_to else cls
 
     @property
     def num_experts(self) -> int:
@@ -298,5 +338,7 @@ class LoraLayer(LoraLayerCompat, ScaledLayer):
         config = LoraConfig(init_lora_weights=init_lora_weights, r=adapter.r, **options)
         if reason := refusal(self.kind, self.get_base_layer(), config):
             raise ValueError(reason)
+        if not isinstance(adapter, variant := Lora.of(config)):
+            raise ValueError(f"adapter {adapter_name!r} is no {variant.__name__}; it has to be made as one.")
         give_back(self, adapter_name)
-        initialize(adapter, config)
+        adapter.start(config)

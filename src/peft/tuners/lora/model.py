@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import math
 import os
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import nn
 
 from peft.compat.methods import LoraCompat, beside_start
 from peft.core.combine.combined import (
@@ -25,8 +27,11 @@ from peft.core.model.registry import define_tuner
 from peft.core.model.tuner import BaseTuner
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.initialize import rewrites
+from peft.tuners.lora.kasa import Kasa
 from peft.tuners.lora.layer import Lora, LoraLayer
-from peft.tuners.lora.pairs import join_pair, pair_blocks, split_pair
+from peft.tuners.lora.megatron import use_library
+from peft.tuners.lora.monteclora import MonteCLora
+from peft.tuners.lora.pairs import join_pair, pair_blocks, pair_rank, split_pair
 from peft.utils.error import nearest
 from peft.utils.merge_utils import prune, task_arithmetic, ties
 
@@ -75,8 +80,20 @@ CombinationType = Literal[
 ]
 
 
+PLAIN: dict[str, Any] = {
+    **dict.fromkeys(("kasa_config", "use_bdlora", "monteclora_config", "velora_config")),
+    **dict.fromkeys(("use_qalora", "use_rslora"), False),
+}
+"""Fields of variants that a weighted sum does not have: A and B that the mathematics uses are a plain pair."""
+
+
 class LoraTuner(LoraCompat, BaseTuner):
     """What LoRA can do to a whole model beyond any other method."""
+
+    def prepare_config(self, config: Any, model: nn.Module, keys: set[str] | None) -> None:
+        if config.megatron_config:
+            use_library(config.megatron_core)
+        super().prepare_config(config, model, keys)
 
     def add_weighted_adapter(
         self,
@@ -118,7 +135,7 @@ class LoraTuner(LoraCompat, BaseTuner):
         self._check_combination(adapters, combination_type, svd_rank, svd_clamp, density)
         rank = self._combined_rank(adapters, combination_type, svd_rank)
         bias = any(self.peft_config[name].lora_bias for name in adapters)
-        changes = {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
+        changes = {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}, **PLAIN}
         config = combined_config(self, adapters, lora_bias=bias, **changes)
         way = WAYS[combination_type]
         mixer = Mixer(way, combination_type == "cat", density, majority_sign_method, svd_clamp, svd_driver)
@@ -165,6 +182,13 @@ class LoraTuner(LoraCompat, BaseTuner):
                 "not what their A, B and magnitudes add up to. Combine adapters trained with use_dora=False, or merge "
                 "these into the base model one after another."
             )
+        if routers := [name for name in adapters if self.peft_config[name].arrow_config is not None]:
+            raise ValueError(f"{routers} are Arrow routers, which have no update of their own. Combine their experts.")
+        if len({tuple(self.peft_config[name].alora_invocation_tokens or ()) for name in adapters}) > 1:
+            raise ValueError(
+                f"the adapters {adapters} begin to act at different tokens (alora_invocation_tokens), and their sum "
+                "would be none that begins at one. Combine adapters with the same invocation tokens."
+            )
 
     def _combined_rank(self, adapters: list[str], way: str, svd_rank: int | None) -> int:
         """The rank of the result, the same in all layers."""
@@ -172,11 +196,35 @@ class LoraTuner(LoraCompat, BaseTuner):
         for _, layer in tuner_layers(self):
             here: list[Any] = [layer.adapters[name] for name in adapters if name in layer]
             if here:
-                held = [lora.r for lora in here]
+                held = [pair_rank(lora) for lora in here]
                 ranks.append(sum(held) if way == "cat" else max(held))
                 groups = math.lcm(groups, pair_blocks(here[0])[1])
         rank = svd_rank if WAYS[way].dense and svd_rank is not None else max(ranks)
         return math.ceil(rank / groups) * groups
+
+    def _get_kasa_loss(self, adapter_names: str | Sequence[str] | None = None) -> torch.Tensor | float:
+        """What KaSA adds to the loss: the sum over layers of its penalty; 0.0 without KaSA.
+
+        Args:
+            adapter_names: of which adapters; the active ones by default.
+        """
+        return sum((lora.kasa_penalty() for lora in self._those(Kasa, adapter_names)), start=0.0)
+
+    def _get_monteclora_loss(self, adapter_names: str | Sequence[str] | None = None) -> torch.Tensor | float:
+        """What MonteCLoRA adds to the loss in training: the mean over layers; 0.0 without it, and in evaluation.
+
+        Args:
+            adapter_names: of which adapters; the active ones by default.
+        """
+        found = [lora for lora in self._those(MonteCLora, adapter_names) if lora.training]
+        return sum((lora.monteclora_penalty() for lora in found), start=0.0) / max(len(found), 1)
+
+    def _those(self, variant: type, adapter_names: str | Sequence[str] | None) -> list[Any]:
+        """The adapters of a variant by these names, in all layers."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        names = [names] if isinstance(names, str) else names
+        found = (layer.adapters.get(name) for _, layer in tuner_layers(self) for name in names)
+        return [lora for lora in found if isinstance(lora, variant)]
 
 
 class Mixer:

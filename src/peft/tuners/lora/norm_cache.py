@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -39,6 +39,11 @@ class DoraCaching:
         DoraCaching.active = self.before
 
 
+def stamp_of(tensors: Iterable[torch.Tensor]) -> tuple:
+    """What changes when one of the tensors does."""
+    return tuple((t.data_ptr(), t.dtype, None if t.is_inference() else t._version) for t in tensors)
+
+
 def remembered(
     holder: nn.Module, tensors: Sequence[torch.Tensor], scaling: Any, make: Callable[[], torch.Tensor]
 ) -> torch.Tensor:
@@ -51,7 +56,7 @@ def remembered(
     if holder.training or not DoraCaching.active:
         state.pop("_remembered", None)
         return make()
-    stamp = float(scaling), *((t.data_ptr(), t.dtype, None if t.is_inference() else t._version) for t in tensors)
+    stamp = float(scaling), *stamp_of(tensors)
     if "_remembered" not in state or state["_remembered"][0] != stamp:
         state["_remembered"] = stamp, make().detach()
     return state["_remembered"][1]

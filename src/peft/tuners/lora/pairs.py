@@ -33,6 +33,11 @@ def held_rank(lora: Lora) -> int:
     return lora.held_pair()[0].shape[0] // pair_blocks(lora)[0]
 
 
+def pair_rank(lora: Lora) -> int:
+    """The rank of the pair that the mathematics uses, which may be larger than that of the tensors held."""
+    return lora.r if not lora.computes_pair else lora.pair()[0].shape[0] // pair_blocks(lora)[0]
+
+
 def split_pair(lora: Lora, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A pair as matrices: (down ``[blocks, r, in]``, up ``[blocks, out, r]``), r by group; dW is ``up @ down``."""
     experts, groups = pair_blocks(lora)

@@ -31,5 +31,16 @@ class HQQ(Quantized):
         new.quantize(value.contiguous(), **options)
         m.W_q, m.meta = nn.Parameter(new.W_q.data, requires_grad=False), new.meta
 
+    def shift_groups(self, m: nn.Module, attribute: str, change: torch.Tensor, size: int) -> bool:
+        meta = m.meta
+        out, inner = meta["shape"]
+        group = meta["group_size"] or inner
+        own = meta["axis"] == 1 and size % group == 0 and meta["zero"].is_floating_point() and "zero_q" not in meta
+        if not own or meta["scale"].shape != meta["zero"].shape:
+            return False
+        for_each = change.repeat_interleave(size // group, 1).view_as(meta["zero"])  # (q - (zero - d / scale)) * scale
+        m.meta = {**meta, "zero": meta["zero"] - (for_each / meta["scale"]).to(meta["zero"].dtype)}
+        return True
+
     def compute_dtype(self, m: nn.Module, attribute: str) -> torch.dtype | None:
         return m.compute_dtype

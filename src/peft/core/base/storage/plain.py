@@ -59,6 +59,17 @@ class Storage:
         """Write the weight into the memory that it has; False, with nothing done, where :meth:`write` is needed."""
         return False
 
+    def shift_groups(self, m: nn.Module, attribute: str, change: torch.Tensor, size: int) -> bool:
+        """Add to the weight, by zero points and without rounding it, one number for each ``size`` inputs of a row.
+
+        Args:
+            change: ``[out, in / size]``.
+
+        Returns:
+            False, with nothing done, where the zero points cannot hold that.
+        """
+        return False
+
     def place(self, m: nn.Module, attribute: str, value: torch.Tensor) -> torch.Tensor:
         """A dense tensor that takes the place of the weight in a computation, kept as the weight is kept."""
         return value

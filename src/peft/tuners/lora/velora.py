@@ -1,0 +1,138 @@
+"""VeLoRA: for the gradient of A an input is kept as one number for each group of features (arXiv 2405.17991)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from peft.core.adapter import part, setting
+from peft.core.base.kinds import Kind
+from peft.core.layer.buffers import BufferDict
+from peft.kernels import Factors, active_rate
+from peft.kernels.autocast import is_autocast
+from peft.kernels.dropout import Dropped, draw_seed
+from peft.kernels.linear import is_eager, no_autocast
+from peft.tuners.lora.config import LoraConfig
+from peft.tuners.lora.layer import Lora
+
+
+def grouped(x: torch.Tensor, count: int) -> torch.Tensor:
+    """``[n, in]`` -> ``[n, count, width]``, width = ceil(in / count), with zeros behind the last feature."""
+    width = -(-x.shape[1] // count)
+    return F.pad(x, (0, count * width - x.shape[1])).view(-1, count, width)
+
+
+def average_direction(groups: torch.Tensor) -> torch.Tensor:
+    """The mean ``[width]`` of all groups ``[n, count, width]``, of length one."""
+    return F.normalize(groups.flatten(0, 1).float().mean(0), dim=0)
+
+
+def gradient_of_down(dh: torch.Tensor, kept: torch.Tensor, v: torch.Tensor, features: int) -> torch.Tensor:
+    """dh^T x' ``[r, in]`` with x' = kept v^T by group, which is never made.
+
+    Args:
+        dh: ``[n, r]``. kept: ``[n, count]``. v: ``[width]``.
+    """
+    return ((dh.T @ kept)[..., None] * v).flatten(1)[:, :features]
+
+
+class VeLora(Lora):
+    """LoRA's forward; the backward of A sees of each group x_g its projection (x_g v) v^T, v = ``lora_velora_embed``.
+
+    A frozen base layer keeps no input, so what is kept falls from one number for each feature to one for each group.
+    v is the mean direction of the groups of this input (or of the first one, or random), and is saved. In evaluation
+    mode the gradient is LoRA's own.
+    """
+
+    lora_velora_embed = part(BufferDict)
+    velora_options = setting()
+    agrees: ClassVar[frozenset[str]] = frozenset({"delta", "update"})
+
+    @classmethod
+    def asked_by(cls, config: LoraConfig) -> bool:
+        return config.velora_config is not None
+
+    @classmethod
+    def refuses(cls, kind: Kind, module: nn.Module, config: LoraConfig) -> str | None:
+        if kind.matrix and not kind.read_by_parent:
+            return None
+        return "VeLoRA keeps less of the inputs of linear layers, and this is none, or another module computes for it"
+
+    def make_pair(self, config: LoraConfig) -> None:
+        super().make_pair(config)
+        options: Any = config.velora_config
+        self.velora_options = options
+        width = -(-self.in_features // options.num_groups)
+        random = options.init_type == "random"
+        self.lora_velora_embed = F.normalize(torch.randn(width), dim=0) if random else torch.zeros(width)
+
+    def product(self) -> Factors | None:
+        return None if self._compresses() else super().product()
+
+    def _compresses(self) -> bool:
+        return self.training and torch.is_grad_enabled() and self.held_pair()[0].requires_grad
+
+    def delta(self, x: torch.Tensor) -> torch.Tensor:
+        rate = active_rate(self.lora_dropout)
+        return super().delta(x) if rate is None or not self._compresses() else self._update(x, rate)
+
+    def update(self, x: torch.Tensor) -> torch.Tensor:
+        return self._update(x, 0.0) if self._compresses() else super().update(x)
+
+    def _update(self, x: torch.Tensor, rate: float) -> torch.Tensor:
+        if not is_eager(x):
+            return super().update(F.dropout(x, rate) if rate else x)
+        options, (a, b) = self.velora_options, self.acting_pair()
+        fixed = options.init_type == "random" or (options.init_type.endswith("once") and self.lora_velora_embed.any())
+        v = self.lora_velora_embed if fixed else None
+        drop = (rate, draw_seed()) if rate else None
+        h, v = Compressed.apply(x, a, v, options.num_groups, options.scale, drop)
+        if not fixed:
+            self.lora_velora_embed.copy_(v)
+        up = self.raised(h, b) if self.computes_pair else self.lora_B(h)
+        return up * self.scaling
+
+
+class Compressed(Function):
+    """``(A drop(x), v)``: the product, of which the backward pass keeps x by group only, and the direction in use."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        a: torch.Tensor,
+        v: torch.Tensor | None,
+        count: int,
+        scale: float,
+        drop: tuple[float, int] | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if is_autocast(device) else x.dtype
+        with no_autocast(x):
+            rows = x.reshape(-1, x.shape[-1])
+            rows = rows if drop is None else Dropped(*drop).copy(rows) / (1 - drop[0])
+            groups = grouped(rows, count)
+            v = average_direction(groups) if v is None else v.clone()
+            kept = groups @ (v * scale).to(rows.dtype)
+            h = rows.to(dtype) @ a.to(dtype).T
+        ctx.save_for_backward(kept, v, a)
+        ctx.drop, ctx.shape, ctx.dtype = drop, x.shape, x.dtype
+        ctx.mark_non_differentiable(v)
+        return h.view(*x.shape[:-1], -1), v
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor, _: Any) -> tuple[Any, ...]:  # type: ignore[override]
+        kept, v, a = ctx.saved_tensors
+        dh, dx = gradient.reshape(-1, gradient.shape[-1]), None
+        da = gradient_of_down(dh.to(a.dtype), kept.to(a.dtype), v.to(a.dtype), a.shape[1])
+        if ctx.needs_input_grad[0]:
+            dx = dh @ a.to(dh.dtype)
+            dx = dx if ctx.drop is None else Dropped(*ctx.drop).copy(dx) / (1 - ctx.drop[0])
+            dx = dx.view(ctx.shape).to(ctx.dtype)
+        return dx, da, None, None, None, None
