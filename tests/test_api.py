@@ -40,7 +40,7 @@ OF_ONE_KIND = {
 
 
 def default_text(value):
-    """A default as the reference file writes it: classes and functions by their name, everything else by its ``repr``."""
+    """A default as the reference file writes it: classes and functions by name, everything else by its ``repr``."""
     return value.__name__ if inspect.isclass(value) or inspect.isfunction(value) else repr(value)
 
 

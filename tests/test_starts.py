@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from quantised import BASES
 from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -16,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 import peft
 from peft import LoraConfig, PeftModel, PeftWarning, get_peft_model, preprocess_loraga
 from peft.core.base.kinds import kind_of
+from peft.core.base.storage import storage_of
 from peft.tuners.lora import CordaConfig, LoraGAConfig
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.starts import lora_ga
@@ -388,3 +390,50 @@ def test_old_names_of_the_starts():
     torch.testing.assert_close(layer(X), plain.l1(X), atol=0.1, rtol=0.1)
     layer.delete_adapter("default")
     assert torch.equal(layer.get_base_layer().weight, plain.l1.weight)
+
+
+@pytest.mark.parametrize("storage", list(BASES))
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_on_quantised_bases(storage, init):
+    """What is left is quantised again, or the start is refused with the reason; the codes come back bit for bit."""
+    model = BASES[storage]()
+    x = torch.randn(4, model[0].in_features)
+    y, before = model(x), [storage_of(model[i], "weight").read(model[i], "weight").clone() for i in (0, 2)]
+    config = LoraConfig(r=8, lora_alpha=8, target_modules=["0", "2"], init_lora_weights=init)
+    kept = storage_of(model[0], "weight")
+    if not (kept.can_read and kept.can_write):
+        with pytest.raises(ValueError, match=f"init_lora_weights='{init}' rewrites"):
+            get_peft_model(model, config)
+        return
+    peft_model = get_peft_model(model, config)
+    rest = (peft_model(x) - y).norm() / y.norm()
+    assert rest < 0.25  # as far as four bits round
+    back = peft_model.unload()
+    after = [storage_of(back[i], "weight").read(back[i], "weight") for i in (0, 2)]
+    assert all(map(torch.equal, before, after)) and torch.equal(back(x), y)
+
+
+def test_on_an_offloaded_base():
+    accelerate = pytest.importorskip("accelerate")
+    plain, offloaded = two(), accelerate.cpu_offload(two(), "cpu")
+    config = LoraConfig(r=2, target_modules=["l1", "l2"], init_lora_weights="pissa")
+    wanted, found = get_peft_model(two(), copy.deepcopy(config)), get_peft_model(offloaded, config)
+    for name in ("l1", "l2"):
+        one, other = (m.base_model.model.get_submodule(name) for m in (wanted, found))
+        torch.testing.assert_close(one.lora_A["default"].weight, other.lora_A["default"].weight)
+        assert other.get_base_layer().weight.is_meta
+        torch.testing.assert_close(other.storage.read(other.get_base_layer(), "weight"), one.get_base_layer().weight)
+    torch.testing.assert_close(found(X), plain(X), atol=1e-5, rtol=1e-5)
+    assert torch.equal(found.unload()(X), plain(X))
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_bfloat16(init):
+    model = two().to(torch.bfloat16)
+    before, x = copy.deepcopy(model), X.bfloat16()
+    peft_model = get_peft_model(model, LoraConfig(r=2, target_modules=["l1"], init_lora_weights=init))
+    layer = peft_model.base_model.model.l1
+    assert layer.lora_A["default"].weight.dtype == torch.float32
+    assert layer.get_base_layer().weight.dtype == torch.bfloat16
+    torch.testing.assert_close(peft_model(x), before(x), atol=0.1, rtol=0.05)
+    assert torch.equal(peft_model.unload().l1.weight, before.l1.weight)
