@@ -74,6 +74,7 @@ _TABLE = {
     "peft.tuners.lokr": ("LoKrConfig", "LoKrModel"),
     "peft.tuners.lora.eva": ("get_eva_state_dict", "initialize_lora_eva_weights"),
     "peft.tuners.lora.loraga": ("preprocess_loraga",),
+    "peft.tuners.lora.restart": ("initialize",),
     "peft.tuners.lora": (
         "ArrowConfig",
         "BdLoraConfig",

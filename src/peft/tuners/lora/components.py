@@ -125,11 +125,11 @@ class Watched:
             self.run(batch)
         if unseen := [name for name in self.layers if name not in digests]:
             raise ValueError(
-                f"{', '.join(unseen[:5])} saw no input in the first batch, so EVA knows nothing of it; leave it out of "
-                "target_modules, or start in another way."
+                f"{', '.join(unseen[:5])} saw no input in the first batch, so EVA knows nothing of it; leave it out "
+                "of target_modules, or start in another way."
             )
         first: dict[str, str] = {}
-        of = {name: first.setdefault((digests[name], self.most[name]).__repr__(), name) for name in self.layers}
+        of = {name: first.setdefault(f"{digests[name]} {self.most[name]}", name) for name in self.layers}
         return {name: other for name, other in of.items() if name != other}
 
     def components(self, batches: Iterable[Any], progress: bool) -> tuple[dict[str, Components], dict[str, int]]:

@@ -48,7 +48,7 @@ class EvaConfig(Options):
     )
     use_label_mask: bool = option(True, "Whether tokens without a label are left out of the activations.")
     label_mask_value: int = option(-100, "The label that marks such tokens.")
-    whiten: bool = option(False, "Whether the singular vectors are scaled to unit variance.")
+    whiten: bool = option(False, "Whether the singular vectors are divided by the root of their singular values.")
     adjust_scaling_factors: bool = option(True, "Whether alpha follows the redistributed rank, so the scale stays.")
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from tqdm import tqdm
 
 from peft.config import resolve_pattern
+from peft.core.base.kinds import kind_of
 from peft.core.base.storage import storage_of
 from peft.core.model.targeting import Target
 from peft.tuners.lora.config import CordaConfig, LoraConfig
@@ -61,7 +62,9 @@ def preprocess_corda(
     if covariances is None:
         if run_model is None:
             raise ValueError("CorDA needs run_model, which runs the calibration data, as no file has covariances yet.")
-        covariances = measured(hooked_model or model, targets, run_model, options.use_float16_for_covariance)
+        seen = {n: hooked_model.get_submodule(n) if hooked_model else t.module for n, t in targets.items()}
+        with evaluating(hooked_model or model):
+            covariances = measured(seen, run_model, options.use_float16_for_covariance)
         write_cache(covariances, options.covariance_file)
     for name, target in tqdm(targets.items(), desc="CorDA", disable=not options.verbose and len(targets) < 32):
         rank = resolve_pattern(lora_config.rank_pattern, name, lora_config.r)
@@ -74,7 +77,7 @@ def preprocess_corda(
 
 
 def measured(
-    model: nn.Module, targets: dict[str, Target], run_model: Callable[[], None], half: bool = False
+    modules: dict[str, nn.Module], run_model: Callable[[], None], half: bool = False
 ) -> dict[str, torch.Tensor]:
     """The mean over all calls of X^T X, X being an input ``[n, in]`` over its largest magnitude, by layer.
 
@@ -85,7 +88,7 @@ def measured(
     calls: dict[str, int] = {}
 
     def see(name: str, module: nn.Module, x: torch.Tensor) -> None:
-        kind = targets[name].kind
+        kind = kind_of(module)
         assert kind is not None
         x = rows(kind, module, x).float()
         x = x / x.abs().max().clamp_min(torch.finfo(x.dtype).tiny)
@@ -93,9 +96,9 @@ def measured(
         sums[name] = sums[name] + product if name in sums else product
         calls[name] = calls.get(name, 0) + 1
 
-    with evaluating(model), seen_by([(name, model.get_submodule(name)) for name in targets], see):
+    with seen_by(modules.items(), see):
         run_model()
-    if unseen := [name for name in targets if name not in calls]:
+    if unseen := [name for name in modules if name not in calls]:
         raise ValueError(
             f"{', '.join(unseen[:5])} saw no input while the calibration data ran (a module that holds it may read "
             "its weight instead of calling it); leave it out of target_modules, or start with another method."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -10,9 +11,8 @@ from torch import nn
 
 from peft.config import resolve_pattern
 from peft.core.layer.layer import BaseTunerLayer
-from peft.core.layer.placement import settle
-from peft.core.model.targeting import exact_targets
-from peft.core.model.walk import holders_of, layers_of, replace_module
+from peft.core.model.walk import layers_of
+from peft.tuners.lora.anew import start_from
 from peft.tuners.lora.components import Watched, gathered
 from peft.tuners.lora.config import EvaConfig, LoraConfig
 from peft.tuners.lora.layer import LoraLayer
@@ -116,7 +116,7 @@ def get_eva_state_dict(
         if rank:
             pca: Any = components[name].pca
             vectors = pca.components_[:rank]
-            found[name] = vectors / pca.explained_variance_[:rank, None].sqrt() if options.whiten else vectors
+            found[name] = vectors / pca.singular_values_[:rank, None].sqrt() if options.whiten else vectors
     return found
 
 
@@ -160,7 +160,7 @@ def initialize_lora_eva_weights(
         functions = (forward_fn, prepare_model_inputs_fn, prepare_layer_inputs_fn)
         options = (adapter_name, gather_distributed_inputs, show_progress_bar)
         eva_state_dict = get_eva_state_dict(model, dataloader, config, *functions, *options)
-    _load(model, config, adapter_name, eva_state_dict)
+    start_from(model, config, adapter_name, _layers(model, config, adapter_name)[0], eva_state_dict)
 
 
 def base_of(module: nn.Module) -> nn.Module:
@@ -180,10 +180,9 @@ def _layers(model: nn.Module, config: LoraConfig, name: str) -> tuple[dict[str, 
     return {k: t.module for k, t in targets.items()}, {k: t.kind for k, t in targets.items()}, ranks
 
 
-def _sizes(kind: Any, module: nn.Module) -> tuple[int, int]:
+def _sizes(kind: Any, module: nn.Module) -> tuple[int, ...]:
     shape = kind.shape(base_of(module))
-    size = int(torch.Size(shape[1:]).numel())
-    return size, size
+    return (math.prod(shape[1:]),)
 
 
 def _moved(batch: Any, model: nn.Module) -> Any:
@@ -192,55 +191,3 @@ def _moved(batch: Any, model: nn.Module) -> Any:
     if isinstance(batch, Mapping):
         return {name: _moved(value, model) for name, value in batch.items()}
     return batch.to(device) if hasattr(batch, "to") else batch
-
-
-@torch.no_grad()
-def _load(model: nn.Module, config: LoraConfig, name: str, vectors: dict[str, torch.Tensor]) -> None:
-    """Give each layer its rank and its A; take the adapter from those that get none."""
-    layers, _, _ = _layers(model, config, name)
-    paths = {path if path in vectors else path.removeprefix("base_model.model."): path for path in layers}
-    if strange := [path for path in vectors if path not in paths]:
-        raise ValueError(f"eva_state_dict has vectors for {strange[0]!r}, which is no layer with adapter {name!r}.")
-    options = config.eva_config or EvaConfig()
-    ranks = {layers[path].key: len(vectors[short]) if short in vectors else 0 for short, path in paths.items()}
-    held = {layers[path].key: layers[path] for path in layers}
-    old = {key: (layer.r[name], layer.lora_alpha[name]) for key, layer in held.items()}
-    config.rank_pattern = _pattern({k: r for k, r in ranks.items() if r}, config.r)
-    if options.adjust_scaling_factors:
-        scaled = {
-            k: old[k][1] * (ranks[k] / old[k][0]) ** (0.5 if config.use_rslora else 1) for k in ranks if ranks[k]
-        }
-        config.alpha_pattern = _pattern(scaled, config.lora_alpha)
-    holders = holders_of(model)
-    for short, path in paths.items():
-        layer: Any = layers[path]
-        if short not in vectors:
-            layer.delete_adapter(name)
-            if not layer.adapter_names:
-                replace_module(model, path, layer.base_layer, holders)
-            continue
-        adapter = layer.adapters[name]
-        _resize(layer, adapter, config)
-        a, b = adapter.held_pair()
-        a.copy_(vectors[short].view_as(a))
-        b.zero_()
-    if not all(ranks.values()):
-        whole = model.get_base_model() if hasattr(model, "get_base_model") else model
-        config.target_modules = exact_targets(whole, {key for key, rank in ranks.items() if rank})
-
-
-def _pattern(values: dict[str, Any], default: Any) -> dict[str, Any]:
-    """A pattern by whole names of layers; those of the default are left out where no other name ends like them."""
-    ends = any(key != other and key.endswith(f".{other}") for key in values for other in values)
-    kept = {key: value for key, value in values.items() if ends or value != default}
-    return dict(sorted(kept.items(), key=lambda item: -len(item[0])))
-
-
-def _resize(layer: Any, adapter: Any, config: LoraConfig) -> None:
-    """Make an adapter anew, of the rank that the config has for it, where it is and as it trains."""
-    before = next(adapter.parameters())
-    adapter.create(config, layer.key)
-    settle(layer, adapter)
-    for p in adapter.parameters():
-        p.data = p.data.to(before.dtype)
-        p.requires_grad_(before.requires_grad)

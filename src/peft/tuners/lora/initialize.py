@@ -95,7 +95,8 @@ def _rewriting(lora: Lora, config: LoraConfig) -> None:
     if init in PREPARED and PREPARED[init][0] not in lora.base.__dict__:
         _unprepared(lora, init)
         return _zero_up(a, b, None)
-    if base_weight(lora.layer).is_meta:
+    stored = base_weight(lora.layer)
+    if stored.is_meta:
         raise ValueError(
             f"init_lora_weights={init!r} decomposes the base weight, and that of {lora.layer.key or 'this layer'!r} "
             "has no values yet (it is on the meta device). Load the base model's weights first, or start with "
@@ -103,7 +104,7 @@ def _rewriting(lora: Lora, config: LoraConfig) -> None:
         )
     if init == "loftq":
         return _loftq(lora, a, b, config)
-    weight = unmerged_weight(lora.layer).detach()
+    weight = unmerged_weight(lora.layer).detach() if lora.layer.merged else stored
     with weight.device:  # the pair may be on the meta device, to be loaded later; the weight is not
         blocks = pair_blocks(lora)[0]
         wide = weight.flatten(1).float().unflatten(0, (blocks, -1))
@@ -114,7 +115,7 @@ def _rewriting(lora: Lora, config: LoraConfig) -> None:
             down, up = (nn.functional.pad(t, pad) for t, pad in ((down, (0, 0, 0, lora.r - down.shape[1])),
                                                                 (up, (0, lora.r - up.shape[2]))))  # fmt: skip
         rest = (wide - lora.scaling * (up @ down)).flatten(0, 1).view_as(weight)
-    rewrite(lora.layer, lora.name, rest.to(weight.dtype))
+    rewrite(lora.layer, lora.name, rest.to(stored.dtype))
     for tensor, value in zip((a, b), join_pair(lora, down, up)):
         tensor.copy_(value)
 

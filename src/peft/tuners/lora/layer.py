@@ -10,12 +10,14 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from peft.compat.methods import LoraLayerCompat
 from peft.config import resolve_pattern
 from peft.core.adapter import Adapter, part, setting
 from peft.core.base.kinds import Kind
 from peft.core.base.stack import Stack
 from peft.core.families import Scaled, input_dropout
 from peft.core.filling import skip_values
+from peft.core.layer.rewritten import give_back
 from peft.core.layer.scaled import ScaledLayer
 from peft.kernels import Factors, active_rate, is_bare_linear
 from peft.tuners.lora.config import LoraConfig
@@ -131,7 +133,11 @@ class Lora(Scaled):
         """Allocate A and B, and let them start."""
         self.allocate(self.r, config.lora_bias)
         if not (is_drawn(config) and skip_values()):
-            initialize(self, config)
+            self.start(config)
+
+    def start(self, config: LoraConfig) -> None:
+        """Give A and B the values that they start from."""
+        initialize(self, config)
 
     def allocate(self, r: int, bias: bool = False) -> None:
         """Make a pair of rank r, with the shapes of the file format and no values yet."""
@@ -274,7 +280,7 @@ class TiedPair(Lora):
         yield "lora_B.weight", "", b
 
 
-class LoraLayer(ScaledLayer):
+class LoraLayer(LoraLayerCompat, ScaledLayer):
     """A layer with LoRA adapters, ``lora_A[name]`` and ``lora_B[name]``. Third parties build on it:
 
     class MyLinear(nn.Module, LoraLayer):
@@ -326,7 +332,13 @@ class LoraLayer(ScaledLayer):
         variant = Lora.of(config)
         return None if variant is Lora else variant
 
-    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: Any) -> None:
-        """Draw A and B of an adapter anew."""
+    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: Any, **options: Any) -> None:
+        """Start A and B of an adapter anew, with options as fields of the config; an earlier start is undone."""
         adapter: Any = self.adapters[adapter_name]
-        initialize(adapter, LoraConfig(init_lora_weights=init_lora_weights, r=adapter.r))
+        config = LoraConfig(init_lora_weights=init_lora_weights, r=adapter.r, **options)
+        if reason := refusal(self.kind, self.get_base_layer(), config):
+            raise ValueError(reason)
+        if not isinstance(adapter, variant := Lora.of(config)):
+            raise ValueError(f"adapter {adapter_name!r} is no {variant.__name__}; it has to be made as one.")
+        give_back(self, adapter_name)
+        adapter.start(config)

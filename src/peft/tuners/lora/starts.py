@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Sequence
 
 import torch
 
@@ -91,6 +92,8 @@ def lora_ga(
     u, s, v = torch.svd_lowrank(gradient, q=q, niter=4)
     u, s, v = u[:, : 2 * r], s[: 2 * r], v[:, : 2 * r]
     count = len(s)
+    of_a: Sequence[int]
+    of_b: Sequence[int]
     if count < 2 * r:  # there are not enough for both
         of_a = of_b = range(min(r, count))
     elif direction == "ArBr":
