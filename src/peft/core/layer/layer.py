@@ -25,8 +25,8 @@ from peft.kernels.grouped import forget
 
 
 _UNREADABLE = (
-    "the forward of {layer} needs the dense weight, and weights kept by {storage} cannot be read. Use a method that adds "
-    "to the output, or load the base model unquantised or quantised by bitsandbytes."
+    "the forward of {layer} needs the dense weight, and weights kept by {storage} cannot be read. Use a method that "
+    "adds to the output, or load the base model unquantised or quantised by bitsandbytes."
 )
 
 
