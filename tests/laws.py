@@ -117,11 +117,60 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """Main switches of single methods, as rows of their own: method[switch] -> fields."""
 
+INVOCATION = 10  # a token that is in each row of the inputs of `Linear[tokens]`
+VARIANTS["lora[alora]"] = {"alora_invocation_tokens": [INVOCATION]}
+
+COMBINED = (
+    *("dora+kasa", "dora+velora", "dora+monteclora", "dora+bdlora", "dora+bdlora-a", "dora+qalora", "dora+mica"),
+    *("kasa+velora", "kasa+monteclora", "kasa+mica", "velora+monteclora", "velora+bdlora-a", "velora+qalora"),
+    *("velora+mica", "monteclora+bdlora", "monteclora+mica", "qalora+mica"),
+    *("alora+dora", "alora+kasa", "alora+velora", "alora+monteclora", "alora+bdlora", "alora+qalora", "alora+mica"),
+    *("dora+rslora", "kasa+rslora", "velora+rslora", "monteclora+rslora", "bdlora+rslora", "qalora+rslora"),
+    *("mica+rslora", "alora+rslora", "dora+gaussian", "dora+orthogonal", "kasa+gaussian", "kasa+orthogonal"),
+    *("velora+gaussian", "velora+orthogonal", "monteclora+gaussian", "monteclora+orthogonal", "qalora+gaussian"),
+    *("alora+gaussian", "alora+orthogonal", "alora+bias", "alora+dora+mica"),
+)
+"""The variants of LoRA that mean something together: each is a row, and meets one kind of layer."""
+
+APART = {
+    "dora+arrow": "no update of its own",
+    **{f"arrow+{name}": "no update of its own" for name in ("kasa", "velora", "monteclora", "bdlora", "qalora")},
+    "arrow+mica": "could start",
+    "arrow+loftq": "could start",
+    "kasa+bdlora": "no product of blocks",
+    "kasa+qalora": "differs within a group",
+    "monteclora+bdlora-a": "fill the zeros between the blocks",
+    "monteclora+qalora": "one for each group",
+    "bdlora+qalora": "cut the same axis in two ways",
+    "mica+bdlora": "singular vectors of the whole weight|a start of its own",
+    "bdlora+gaussian": "a start of its own",
+    "qalora+orthogonal": "A is smaller",
+    "qalora+pissa": "A is smaller",
+    "qalora+eva": "A is smaller",
+    "bdlora+pissa": "a start of its own",
+    "kasa+pissa": "would not come back",
+    "arrow+pissa": "could start",
+    "alora+loftq": "changes the base weight",
+    "alora+pissa": "changes the base weight",
+}
+"""The variants that mean nothing together -> what the error must say."""
+
+
+def fields_of(combination: str) -> dict[str, Any]:
+    """The fields of several variants of LoRA at once."""
+    more: dict[str, dict[str, Any]] = {"lora[arrow]": {"arrow_config": {"top_k": 1}}}
+    more |= {f"lora[{start}]": {"init_lora_weights": start} for start in ("loftq", "pissa", "olora", "eva")}
+    return {k: v for name in combination.split("+") for k, v in {**VARIANTS, **more}[f"lora[{name}]"].items()}
+
+
+VARIANTS.update({f"lora[{combination}]": fields_of(combination) for combination in COMBINED})
+
 NOT_IDENTITY = {
     "c3a",
     "fourierft",
     "waveft[entries]",
-    *("lora[random]", "lora[kasa]", "hira[random]", "hra[odd]", "hra[orthogonal]", "beft[random]"),
+    *(name for name in VARIANTS if "kasa" in name),
+    *("lora[random]", "hira[random]", "hra[odd]", "hra[orthogonal]", "beft[random]"),
     *("deft[para]", "deft[random]", "glora[random]", "osf[random]", "adamss[random]", "frod[drawn]"),
     *("vblora", "boft[blocks]", "unilora", "unilora[indices]", "tinylora[tied]"),
 }
@@ -139,7 +188,7 @@ STRONGER = {"c3a": 5, "c3a[pattern]": 5}
 
 HELD_CONSTANT = {
     "deft": "on which side of relu's kink an entry of P is",
-    "lora[dora]": "the norm of W + dW",
+    **{name: "the norm of W + dW" for name in VARIANTS if "dora" in name},
     "lora[velora]": "inputs, as what they project on",
     "oft[constrained]": "the projection onto the ball",
     "osf": "the gradient's part along the frozen directions is left out",
@@ -166,6 +215,11 @@ class Method:
     def has(self, field: str) -> bool:
         """Whether the config knows a field."""
         return field in {f.name for f in dataclasses.fields(self.config_cls)}
+
+    @property
+    def waits(self) -> bool:
+        """Whether it acts from an invocation token on only."""
+        return "alora_invocation_tokens" in self.given
 
     @property
     def shifts(self) -> bool:
@@ -280,6 +334,7 @@ class Place:
         affine: the output is that of one adapted layer, so updates of the weight add up in it.
         fast_path: torch may compute the plain model by other kernels, so it is compared with a tolerance.
         deep: rounding errors go through several layers.
+        invoked: the model is called with token ids, each row with the invocation token: for variants that wait for it.
     """
 
     name: str
@@ -290,6 +345,7 @@ class Place:
     affine: bool = False
     fast_path: bool = False
     deep: bool = False
+    invoked: bool = False
 
     @property
     def kind(self) -> str:
@@ -303,7 +359,7 @@ class Place:
     @property
     def typical(self) -> bool:
         """Whether it stands for its kind where one layer of a kind is enough."""
-        return self.name in TYPICAL
+        return self.name in TYPICAL or self.invoked
 
 
 TYPICAL = (
@@ -331,6 +387,12 @@ def _tokens(count: int) -> Callable[[], tuple[torch.Tensor, ...]]:
     return lambda: ((torch.arange(BATCH * 5).view(BATCH, 5) * 7) % count,)
 
 
+def _invoked() -> tuple[torch.Tensor]:
+    ids = (torch.arange(BATCH * 5).view(BATCH, 5) * 7) % INVOCATION
+    ids[torch.arange(BATCH), torch.arange(BATCH) % 3] = INVOCATION
+    return (ids,)
+
+
 def _masked() -> tuple[torch.Tensor, ...]:
     lengths = torch.tensor([5, 4, 3, 5, 2, 4])
     return torch.randn(BATCH, 5, 8), torch.arange(5)[None] >= lengths[:, None]
@@ -345,6 +407,13 @@ PLACES = [
     Place("Linear[no-bias]", _chain(nn.Linear, 8, 12, bias=False), _numbers(8), affine=True),
     Place("Linear[encoder]", Encoder, _numbers(5, 8), ("linear1", "linear2"), fast_path=True),
     Place("Linear[out_proj]", lambda: Attending(True), _numbers(5, 8), ("out_proj",), fast_path=True),
+    Place(
+        "Linear[tokens]",
+        lambda: Chain(nn.Embedding(11, 8), nn.Linear(8, 12), nn.Linear(12, 8)),
+        _invoked,
+        ("1.layer", "2.layer"),
+        invoked=True,
+    ),
     Place("Conv1D", _chain(Conv1D, 12, 8), _numbers(3, 8), affine=True),
     Place("Conv1d[stride]", _chain(nn.Conv1d, 4, 6, 3, stride=2, padding=2), _numbers(4, 7), affine=True),
     Place(
@@ -624,7 +693,7 @@ REFUSED = [
         "merge",
         "no one weight equals it",
         "the update depends on the sample",
-        lambda m, p: m.is_a(Sample),
+        lambda m, p: m.is_a(Sample) or m.waits,
     ),
     Refusal(
         "merge",
@@ -710,6 +779,10 @@ def cells(
             if not method.has("target_parameters" if place.parameters else "target_modules"):
                 continue  # the config has no words for it
             if switch and not (switches and place.typical):
+                continue
+            if place.invoked != method.waits or (
+                "+" in method.name and place.name not in ("Linear", "Linear[tokens]")
+            ):
                 continue
             for precision in precisions if not switch or len(precisions) == len(DTYPES) else precisions[:1]:
                 if not place.typical and not (each_layer and precision == "float32"):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
@@ -257,3 +258,53 @@ def test_what_has_no_meaning_is_refused() -> None:
     cache = model(IDS[:2], use_cache=True).past_key_values
     with pytest.raises(ValueError, match="filled by 2 rows, and the call has 3"):
         model(IDS, past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Conv1d(4, 4, 1), nn.MultiheadAttention(8, 2), nn.Linear(4, 4)], ids=["conv", "attention", "loftq"]
+)
+def test_layers_without_tokens_and_starts_that_change_the_base_are_refused(layer: nn.Module) -> None:
+    linear = isinstance(layer, nn.Linear)
+    fields = {"target_modules": ["0"], "task_type": None, "init_lora_weights": "loftq" if linear else True}
+    with pytest.raises(ValueError, match="changes the base weight" if linear else "acts on some tokens of a row only"):
+        get_peft_model(nn.Sequential(layer), config(**fields))
+
+
+def test_a_weighted_sum_waits_for_the_same_invocation() -> None:
+    model = adapted()
+    model.add_adapter("second", config(lora_alpha=4))
+    model.add_adapter("other", config(alora_invocation_tokens=[8]))
+    model.add_weighted_adapter(["default", "second"], [0.5, 2.0], "sum", "cat")
+    plain, deltas = base(), {}
+    with torch.no_grad():
+        for path, layer in layers_of(model.base_model.model):
+            deltas[path] = [
+                layer.lora_B[n].weight @ layer.lora_A[n].weight * layer.scaling[n] for n in ("default", "second")
+            ]
+            summed = layer.lora_B["sum"].weight @ layer.lora_A["sum"].weight * layer.scaling["sum"]
+            torch.testing.assert_close(summed, 0.5 * deltas[path][0] + 2 * deltas[path][1])
+        before = plain(IDS).logits
+        model.set_adapter("sum")
+        changed = (model(IDS).logits - before).abs().amax(-1) > 0
+    assert [row.tolist() for row in changed] == [[t >= start for t in range(8)] for start in STARTS]
+    with pytest.raises(ValueError, match="begin to act at different tokens"):
+        model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "none", "cat")
+
+
+def test_a_head_tied_to_its_embedding_waits_too() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tied = LlamaForCausalLM(LlamaConfig(vocab_size=32, tie_word_embeddings=True, **sizes)).eval()
+    with torch.no_grad():
+        before = tied(IDS).logits
+        model = adapted(tied, target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True)
+        assert set(model.base_model.model.lm_head.tied_to) == {"default"}
+        changed = (model(IDS).logits - before).abs().amax(-1) > 0
+    assert [row.tolist() for row in changed] == [[t >= start for t in range(8)] for start in STARTS]
+
+
+def test_a_head_cannot_follow_what_is_more_than_a_pair() -> None:
+    tied = LlamaForCausalLM(LlamaConfig(vocab_size=32, tie_word_embeddings=True, hidden_size=64, num_hidden_layers=0))
+    fields = {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True, "use_dora": True}
+    with pytest.raises(ValueError, match="by one pair A and B, and Dora is more than that"):
+        adapted(tied, **fields)

@@ -181,6 +181,37 @@ def test_rows_of_a_batch_may_use_the_router_an_expert_or_none(tmp_path: Path) ->
         torch.testing.assert_close(found[2], base()(X)[2])
 
 
+def test_a_router_may_wait_for_an_invocation(tmp_path: Path) -> None:
+    class Reading(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.two = nn.Embedding(9, 12), base()
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return self.two(self.embed(input_ids))
+
+    ids = torch.tensor([[1, 2, 7, 3], [7, 4, 5, 6], [1, 2, 3, 4]])
+    fields: dict[str, Any] = {
+        "target_modules": ["up", "down"],
+        "arrow_config": ArrowConfig(2, task_adapter_names=NAMES),
+    }
+    model = Reading().eval()
+    with torch.no_grad():
+        plain = model(ids)
+        experts = {name: LoraConfig(r=3, target_modules=["up", "down"], init_lora_weights=False) for name in NAMES}
+        waiting = get_peft_model(model, experts.pop("task_0"), "task_0").eval()
+        for name, config in experts.items():
+            waiting.add_adapter(name, config)
+        waiting.add_adapter("always", LoraConfig(**fields))
+        waiting.add_adapter("waiting", LoraConfig(**fields, alora_invocation_tokens=[7]))
+        waiting.set_adapter("always")
+        always = waiting(ids)
+        waiting.set_adapter("waiting")
+        acts = (ids == 7).cumsum(1).bool()[..., None]
+        torch.testing.assert_close(waiting(ids), torch.where(acts, always, plain))
+        assert not torch.allclose(always, plain, atol=0.01)
+
+
 def test_transposed_layers_and_layers_that_only_some_experts_adapt(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, paths = nn.Sequential(Conv1D(8, 6), nn.Tanh(), nn.Linear(8, 6)), []

@@ -30,7 +30,7 @@ from peft.config import (
     resolve_pattern,
 )
 from peft.tuners.lora import config as lora_config
-from peft.tuners.lora.config import EvaConfig, LoftQConfig, LoraConfig, LoraRuntimeConfig
+from peft.tuners.lora.config import LoftQConfig, LoraConfig, LoraRuntimeConfig
 from peft.utils import peft_types
 from peft.utils.error import ConfigError, ConfigFileError, NotSupportedYetError, PeftError
 from peft.utils.peft_types import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType, TaskType, register_peft_method
@@ -133,7 +133,7 @@ UNREAD = {
 """Fields that no code reads by name, and why."""
 
 
-def test_every_field_is_read_or_refused():
+def test_every_field_is_read():
     read: set[str] = set()
     for path in Path(peft.config.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -141,9 +141,8 @@ def test_every_field_is_read_or_refused():
                 read.add(node.attr)
             elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "getattr":
                 read.update(a.value for a in node.args if isinstance(a, ast.Constant))
-    refused = {name for cls in CONFIGS.values() for name in cls.NOT_YET}
     fields = {f.name for cls in CONFIGS.values() for f in dataclasses.fields(cls)}
-    assert fields - read - refused == set(UNREAD)
+    assert fields - read == set(UNREAD)
 
 
 @pytest.mark.parametrize("cls", [*CONFIGS.values(), *BASES.values()], ids=lambda c: c.__name__)
@@ -453,37 +452,6 @@ def test_prompt_learning_base():
     assert PeftConfig(peft_type="ADAPTION_PROMPT").is_adaption_prompt is True
     with pytest.raises(ConfigError, match="num_virtual_tokens=0"):
         PromptLearningConfig(num_virtual_tokens=0)
-
-
-# ------------------------------------------------------------------------------------------------------------ refusals
-
-REFUSED = {
-    "init_lora_weights": ["pissa", "pissa_niter_16", "olora", "corda", "eva", "lora_ga"],
-    "eva_config": [{}, {"rho": 3.0}, EvaConfig()],
-    "corda_config": [{"corda_method": "kpm"}],
-    "lora_ga_config": [{"direction": "ArBr"}],
-}
-
-
-@pytest.mark.parametrize("field, value", [(f, v) for f, values in REFUSED.items() for v in values], ids=repr)
-def test_later_variants_are_refused_by_name_here_and_in_files(field, value, saved):
-    with pytest.raises(NotSupportedYetError, match=f"{field}=") as caught:
-        LoraConfig(**{field: value})
-    assert isinstance(caught.value, (NotImplementedError, ValueError)) and LoraConfig.NOT_YET[field].instead in str(
-        caught.value
-    )
-    plain = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
-    path = _edit(saved, **{field: plain})
-    if LoraConfig.NOT_YET[field].starts(plain):  # the file has what came of it
-        assert getattr(PeftConfig.from_pretrained(saved), field) == getattr(LoraConfig(), field)
-        return
-    with pytest.raises(NotSupportedYetError, match=f"{field}=") as caught:
-        PeftConfig.from_pretrained(saved)
-    assert str(path) in str(caught.value)
-
-
-def test_every_declared_refusal_is_tested():
-    assert set(REFUSED) == set(LoraConfig.NOT_YET)
 
 
 @pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal"])

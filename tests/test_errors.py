@@ -755,8 +755,6 @@ class TestInterruptedSave:
 def test_a_name_that_the_package_does_not_have():
     with pytest.raises(AttributeError, match="LoraConfig"):
         getattr(peft, "Lora" + "Confg")
-    with pytest.raises((AttributeError, NotImplementedError), match="does not have 'get_eva_state_dict' yet"):
-        getattr(peft, "get_eva" + "_state_dict")
 
 
 def test_get_peft_model_with_something_else_than_a_config():

@@ -89,7 +89,7 @@ def alter_config(draw, values):
     elif how < 0.6 and isinstance(value, dict):
         value[draw.choice(("(", "", "*", "q_proj", "no_such"))] = junk
     elif how < 0.65:
-        values[draw.choice(("no_such_field", "METHOD", "__class__", "self", "NOT_YET"))] = junk
+        values[draw.choice(("no_such_field", "METHOD", "__class__", "self"))] = junk
     else:
         values[name] = junk
     return name

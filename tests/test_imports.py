@@ -100,15 +100,6 @@ def test_import_paths_of_clients(module):
         assert namespace[name] is not None
 
 
-def test_a_name_of_a_later_release_says_so_and_lists_what_there_is():
-    with pytest.raises(ImportError, match=r"does not have 'get_eva_state_dict' yet.*\bget_peft_model"):
-        exec("from peft import get_eva_state_dict")
-    with pytest.raises(AttributeError, match=r"does not have 'preprocess_loraga' yet.*\bget_peft_model"):
-        peft.preprocess_loraga  # noqa: B018
-    assert not hasattr(peft, "get_eva_state_dict")
-    assert "get_eva_state_dict" not in peft.__all__
-
-
 @pytest.mark.parametrize("typo", ["LoraConfg", "loraconfig", "LoRAConfig"])
 def test_a_misspelt_name_is_answered_with_the_closest_one(typo):
     with pytest.raises(ImportError, match="Did you mean 'LoraConfig'"):

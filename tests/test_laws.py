@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import io
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from typing import Any
 import pytest
 import torch
 from laws import (
+    APART,
     BATCH,
+    COMBINED,
     NOT_IDENTITY,
     STRONGER,
     Cell,
@@ -23,6 +26,7 @@ from laws import (
     by_definition,
     cells,
     equal_states,
+    fields_of,
     gradient,
     layers,
     methods,
@@ -35,6 +39,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from peft import (
+    LoraConfig,
     PeftMixedModel,
     PeftModel,
     convert_to_lora,
@@ -44,6 +49,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.core.families import Copy, Output, Rotation, Rows, Scale
+from peft.tuners.lora import VARIANTS as VARIANTS_OF_LORA
 from peft.utils.hotswap import hotswap_adapter
 from peft.utils.peft_types import PEFT_TYPE_TO_MIXED_MODEL_MAPPING
 
@@ -795,6 +801,42 @@ def test_an_adapter_that_is_no_change_of_a_weight_has_no_delta(cell: Cell) -> No
     model = cell.adapted("one")
     with pytest.raises(ValueError, match=cell.refusal("delta").phrase):
         layers(model)[0][1].get_delta_weight("one")
+
+
+@pytest.mark.parametrize("combination", APART)
+def test_variants_that_mean_nothing_together_are_refused(combination: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 12))
+    with pytest.raises(ValueError, match=APART[combination]):
+        get_peft_model(model, LoraConfig(target_modules=["0"], r=4, **fields_of(combination)))
+    assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+@pytest.mark.parametrize("variant", ["rslora", "dora", "velora", "monteclora"])
+def test_a_start_that_rewrites_the_base_leaves_the_output_of_a_variant(variant: str, start: str) -> None:
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Linear(8, 12)), torch.randn(5, 8)
+    fields = fields_of(variant) | {"init_lora_weights": start}
+    with torch.no_grad():
+        wanted, weight = base(x), base[0].weight.clone()
+        model = get_peft_model(base, LoraConfig(target_modules=["0"], r=4, **fields)).eval()
+        torch.testing.assert_close(model(x), wanted)
+        layer = model.base_model.model[0]
+        assert not torch.allclose(layer.base_layer.weight, weight)
+        perturb(model, "default", 3)
+        changed = model(x)
+        assert not torch.allclose(changed, wanted, atol=0.1)
+        model.merge_adapter()
+        torch.testing.assert_close(model(x), changed)
+        torch.testing.assert_close(model.unload()[0].weight, weight, rtol=0, atol=0)
+
+
+def test_any_two_variants_are_combined_or_refused() -> None:
+    names = ("dora", "alora", "mica", "bdlora", "kasa", "monteclora", "velora", "qalora", "arrow", "rslora")
+    known = {frozenset(x.removesuffix("-a") for x in pair.split("+")) for pair in (*COMBINED, *APART)}
+    elsewhere = {frozenset({"alora", "arrow"}), frozenset({"arrow", "rslora"})}  # with experts; nothing to scale
+    assert {frozenset(pair) for pair in itertools.combinations(names, 2)} <= known | elsewhere
+    assert len(VARIANTS_OF_LORA) == len(names) - 1, "rsLoRA is no class of adapters"
 
 
 @over(cells("several", precisions=ONE, refused=True))

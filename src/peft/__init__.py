@@ -4,7 +4,7 @@ The public names are resolved when they are first used: importing this package c
 does not import transformers.
 """
 
-from peft._lazy import lazy_module, no_such_name
+from peft._lazy import lazy_module
 from peft._version import __version__ as __version__
 
 
@@ -74,6 +74,9 @@ _TABLE = {
     "peft.tuners.ln_tuning": ("LNTuningConfig", "LNTuningModel"),
     "peft.tuners.loha": ("LoHaConfig", "LoHaModel"),
     "peft.tuners.lokr": ("LoKrConfig", "LoKrModel"),
+    "peft.tuners.lora.eva": ("get_eva_state_dict", "initialize_lora_eva_weights"),
+    "peft.tuners.lora.loraga": ("preprocess_loraga",),
+    "peft.tuners.lora.restart": ("initialize",),
     "peft.tuners.lora": (
         "ArrowConfig",
         "BdLoraConfig",
@@ -131,26 +134,6 @@ _TABLE = {
     "peft.utils.warning": ("PeftWarning",),
 }
 
-# Names of the ecosystem's API that this release does not have. Whoever adds one moves it into the table above.
-_LATER = """
-    get_eva_state_dict initialize_lora_eva_weights
-    preprocess_loraga
-"""
 
-
-def _missing(name: str) -> str:
-    later = _LATER.split()
-    if name not in later:
-        return no_such_name(__name__, name, [*__all__, *later])
-    names = {other for group in _TABLE.values() for other in group}
-    if name[0].islower():
-        alternatives = [other for other in names if other[0].islower()]
-    else:
-        ending = "Model" if name.endswith("Model") else "Config"
-        methods = [other.removesuffix("Model") for other in names if other.endswith("Model")]
-        alternatives = [method + ending for method in methods if method + "Config" in names and method != "Peft"]
-    return f"peft {__version__} does not have {name!r} yet. It has {', '.join(sorted(alternatives, key=str.lower))}."
-
-
-__getattr__, __dir__, __all__ = lazy_module(__name__, _TABLE, _missing)
+__getattr__, __dir__, __all__ = lazy_module(__name__, _TABLE)
 __all__.append("__version__")

@@ -26,7 +26,7 @@ import re
 import types
 import typing
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -175,21 +175,6 @@ class _Everything:
         return True
 
 
-@dataclass(frozen=True)
-class NotYet:
-    """A declared refusal: values of a field that this version knows but cannot honour.
-
-    Attributes:
-        instead: what the user can do now.
-        applies: whether a value is one of those; by default any that is not None, False or empty.
-        starts: whether a value only says how the tensors of an adapter start, or are trained: a file has the outcome.
-    """
-
-    instead: str
-    applies: Callable[[Any], bool] = lambda value: bool(value)
-    starts: Callable[[Any], bool] = lambda value: False
-
-
 # ------------------------------------------------------------------------------------------------------ files and hub
 
 
@@ -278,7 +263,7 @@ def _transient(cls: type) -> set[str]:
 
 
 def _of_files(cls: type[PeftConfigMixin], values: dict[str, Any]) -> dict[str, Any]:
-    """What of a file counts: not what belongs to a process, nor how an adapter started that is there in the file.
+    """What of a file counts: not what belongs to a process.
 
     Raises:
         ConfigError: a value is of a type that its field cannot have; both are named.
@@ -286,9 +271,9 @@ def _of_files(cls: type[PeftConfigMixin], values: dict[str, Any]) -> dict[str, A
     fields, hints = {field.name: field for field in dataclasses.fields(cls)}, typing.get_type_hints(cls)
     kept = {}
     for name, value in values.items():
-        field, refusal = fields.get(name), cls.NOT_YET.get(name)
+        field = fields.get(name)
         if field is not None:
-            if name in _transient(cls) or (refusal is not None and refusal.starts(value)):
+            if name in _transient(cls):
                 continue
             if value is not None or field.default is not None:
                 check_type(f"{cls.__name__}: {name}", value, hints[name], field.metadata.get("nested"))
@@ -344,7 +329,6 @@ class PeftConfigMixin(Options):
     """
 
     METHOD: ClassVar[PeftType | str | None] = None  # the method this class configures; None for shared base classes
-    NOT_YET: ClassVar[dict[str, NotYet]] = {}  # field -> values that are refused for now
 
     task_type: str | TaskType | None = option(
         None, "What the model is for, e.g. 'CAUSAL_LM'; it selects the PeftModelFor... class."
@@ -366,12 +350,6 @@ class PeftConfigMixin(Options):
         self._set_peft_type()
         if self.peft_version is None:
             self.peft_version = __version__
-        for name, refusal in self.NOT_YET.items():
-            value = getattr(self, name)
-            if refusal.applies(value):
-                raise NotSupportedYetError(
-                    f"{type(self).__name__}: {name}={value!r} is not supported yet. {refusal.instead}"
-                )
 
     def _set_peft_type(self) -> None:
         given = self.peft_type

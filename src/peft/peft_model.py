@@ -410,6 +410,9 @@ class PeftModel(ModelCompat, PushToHubMixin, nn.Module):
             selected_adapters: which ones; all by default.
             save_embedding_layers: also the base weights of adapted embeddings; "auto": if there are any.
             is_main_process: only gather (all processes of a sharded model have to), do not write.
+            path_initial_model_for_weight_conversion: folder in which the adapter was saved before its training. Then
+                plain LoRA of twice the rank is written, for the base as it was before a start such as PiSSA took a
+                part of its weights.
             kwargs: ``state_dict``: take the values from this state dict of the whole model.
 
         Raises:
@@ -422,10 +425,6 @@ class PeftModel(ModelCompat, PushToHubMixin, nn.Module):
         """
         if os.path.isfile(save_directory):
             raise ConfigFileError(f"{save_directory} is a file; save_pretrained needs a folder.")
-        if path_initial_model_for_weight_conversion is not None:
-            raise ValueError(
-                "path_initial_model_for_weight_conversion belongs to initialisations that do not exist yet."
-            )
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         operations.require_adapters(self, names, self.peft_config)
         if not is_main_process and kwargs.get("state_dict") is not None:
@@ -439,10 +438,19 @@ class PeftModel(ModelCompat, PushToHubMixin, nn.Module):
         }
         if not is_main_process:
             return
-        for name in names:
+        to_write = {name: (tensors[name], self._config_to_save(name)) for name in names}
+        if (start := path_initial_model_for_weight_conversion) is not None:
+            to_write = {name: self._without_start(name, *held, start) for name, held in to_write.items()}
+        for name, (held, config) in to_write.items():
             folder = os.path.join(save_directory, name) if name != "default" else save_directory
-            write_adapter(folder, tensors[name], self._config_to_save(name), safe_serialization)
+            write_adapter(folder, held, config, safe_serialization)
         self.create_or_update_model_card(save_directory)
+
+    def _without_start(self, name: str, tensors: dict[str, torch.Tensor], config: PeftConfig, path: str) -> Any:
+        tuner = self.base_model
+        if not isinstance(tuner, BaseTuner):
+            raise ValueError("path_initial_model_for_weight_conversion is for LoRA; leave it out.")
+        return tuner.without_start(name, tensors, config, path)
 
     def _config_to_save(self, name: str) -> PeftConfig:
         config = copy.copy(self.peft_config[name])

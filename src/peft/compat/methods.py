@@ -31,19 +31,71 @@ class LoraCompat:
             adapter_name: the adapter of this model that holds the start.
         """
         model: Any = self
-        role = {}
-        for _, layer in layers_of(anatomy(model)[0]):
-            adapter = layer.adapters.get(adapter_name)
-            for name, _, held in adapter.held() if adapter is not None else ():
-                if name in AXES:
-                    role[id(getattr(held, "weight", held))] = AXES[name]
-        found = dict(output_state_dict)
-        for entry in entries(model, adapter_name):
-            axis = role.get(id(entry.tensor))
-            if axis is not None:
-                now, start = output_state_dict[entry.saved], entry.tensor.detach()
-                found[entry.saved] = torch.cat([now, -start if axis else start], axis)
-        return found
+        start = {entry.saved: entry.tensor.detach() for entry in entries(model, adapter_name)}
+        return beside_start(model, adapter_name, output_state_dict, start)
+
+
+def beside_start(
+    model: nn.Module, adapter_name: str, trained: dict[str, torch.Tensor], start: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """A' = [A; A0] and B' = [B, -B0] of an adapter of LoRA, by the names of its tensors in files.
+
+    Raises:
+        ValueError: if the start lacks a tensor, or has one of another shape.
+    """
+    axes = {}
+    for _, layer in layers_of(anatomy(model)[0]):
+        adapter = layer.adapters.get(adapter_name)
+        for name, _, held in adapter.held() if adapter is not None else ():
+            if name in AXES:
+                axes[id(getattr(held, "weight", held))] = AXES[name]
+    found = dict(trained)
+    for entry in entries(model, adapter_name):
+        axis = axes.get(id(entry.tensor))
+        if axis is not None:
+            now, then = trained[entry.saved], start.get(entry.saved)
+            if then is None or then.shape != now.shape:
+                held = "no such tensor" if then is None else f"one of shape {tuple(then.shape)}"
+                raise ValueError(
+                    f"{entry.saved} has the shape {tuple(now.shape)}, and the adapter as it started has {held}: it "
+                    "belongs to another adapter. Save the start with save_pretrained before training."
+                )
+            found[entry.saved] = torch.cat([now, -then.to(now) if axis else then.to(now)], axis)
+    return found
+
+
+class LoraLayerCompat:
+    """Of ``LoraLayer``: starts by the names of their methods, for layers of third parties."""
+
+    reset_lora_parameters: Any
+
+    def pissa_init(self, adapter_name: str, init_lora_weights: str) -> None:
+        """Start as PiSSA: "pissa" or "pissa_niter_<n>"."""
+        self.reset_lora_parameters(adapter_name, init_lora_weights)
+
+    def olora_init(self, adapter_name: str) -> None:
+        """Start as OLoRA."""
+        self.reset_lora_parameters(adapter_name, "olora")
+
+    def corda_init(self, adapter_name: str, init_lora_weights: str) -> None:
+        """Start as CorDA, from what ``preprocess_corda`` has left on the base layer."""
+        self.reset_lora_parameters(adapter_name, init_lora_weights)
+
+    def lora_ga_init(self, adapter_name: str, lora_ga_config: Any) -> None:
+        """Start as LoRA-GA, from what ``preprocess_loraga`` has left on the base layer."""
+        self.reset_lora_parameters(adapter_name, "lora_ga", lora_ga_config=lora_ga_config)
+
+    def loftq_init(self, adapter_name: str, config: Any) -> None:
+        """Start as LoftQ, as ``config.loftq_config`` says."""
+        self.reset_lora_parameters(adapter_name, "loftq", loftq_config=config.loftq_config)
+
+    def mica_init(self, adapter_name: str) -> None:
+        """Start an adapter that is one of MiCA's anew."""
+        self.reset_lora_parameters(adapter_name, "mica")
+
+    def orthogonal_init(self, adapter_name: str) -> None:
+        """Start from one orthogonal matrix for both factors."""
+        self.reset_lora_parameters(adapter_name, "orthogonal")
 
 
 class AdaLoraCompat:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from peft.compat.methods import AdaLoraCompat, LoraCompat
-from peft.config import NotYet, option, resolve_pattern
+from peft.config import option, resolve_pattern
 from peft.core.adapter import part, setting
 from peft.core.base.kinds import fan
 from peft.core.families import LowRank, Scaled, input_dropout
@@ -39,7 +39,6 @@ class AdaLoraConfig(LoraConfig):
     """
 
     METHOD: ClassVar[PeftType] = PeftType.ADALORA
-    NOT_YET: ClassVar[dict[str, NotYet]] = {}
 
     r: int = option(
         8, "Not used by this method.", instead="the ranks are init_r at the start and target_r at the end."

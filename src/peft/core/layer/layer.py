@@ -17,10 +17,17 @@ from peft.core.layer import weight as weights
 from peft.core.layer.buffers import BufferDict
 from peft.core.layer.placement import settle
 from peft.core.layer.read import ReadThrough
+from peft.core.layer.rewritten import give_back, give_back_unmerged
 from peft.core.layer.room import held_constant, make_more_room, make_room, names_held
 from peft.core.layer.rows import mixed
 from peft.core.model.context import Context
 from peft.kernels.grouped import forget
+
+
+_UNREADABLE = (
+    "the forward of {layer} needs the dense weight, and weights kept by {storage} cannot be read. Use a method that "
+    "adds to the output, or load the base model unquantised or quantised by bitsandbytes."
+)
 
 
 class BaseTunerLayer(ReadThrough):
@@ -37,6 +44,7 @@ class BaseTunerLayer(ReadThrough):
         adapters: by name. key: the name of the module in the unadapted model.
         kind: how the base layer uses its weight. read_by_parent: another module reads it instead of calling the layer.
         merged_adapters: names of the adapters in the weight now. originals: what unmerging puts back.
+        rewritten: adapter -> the weight before its start has rewritten it, see :mod:`rewritten`.
         merge_error: ``|rounded - W'| / |W'|`` of the last merge, where the storage rounds.
         tied_to: adapter -> the layer whose adapter it follows. shares_weight: another module holds the same parameter.
     """
@@ -50,6 +58,7 @@ class BaseTunerLayer(ReadThrough):
     read_by_parent: bool
     merged_adapters: list[str]
     originals: dict[str, Any]
+    rewritten: dict[str, tuple[nn.Module, Storage, Any]]
     cast_input_dtype_enabled: bool
     tied_to: dict[str, BaseTunerLayer]
     shares_weight: bool
@@ -84,6 +93,7 @@ class BaseTunerLayer(ReadThrough):
             adapters={},
             merged_adapters=[],
             originals={},
+            rewritten={},
             cast_input_dtype_enabled=True,
             tied_to={},
             shares_weight=False,
@@ -94,11 +104,7 @@ class BaseTunerLayer(ReadThrough):
         make_room(self, cls)
         if not kind.whole:
             if not self.storage.can_read and (kind.opaque or cls.requires_dense_base):
-                raise ValueError(
-                    f"the forward of {type(self).__name__} needs the dense weight, and weights kept by "
-                    f"{self.storage.name} cannot be read. Use a method that adds to the output, or load "
-                    "the base model unquantised or quantised by bitsandbytes."
-                )
+                raise ValueError(_UNREADABLE.format(layer=type(self).__name__, storage=self.storage.name))
             self.__dict__["in_features"], self.__dict__["out_features"] = kind.sizes(base)
         elif not cls.any_module:
             raise ValueError(f"{type(base).__name__} is no kind of layer that {type(self).__name__} can adapt.")
@@ -157,7 +163,6 @@ class BaseTunerLayer(ReadThrough):
         cls = self._class_of(name, config)
         if cls is not self.adapter_cls:
             make_more_room(self, cls)
-        self.context.reads_tokens |= cls.reads_tokens
         adapter = self.adapters[name] = cls(self, name)
         try:
             adapter.create(config, key)
@@ -185,7 +190,8 @@ class BaseTunerLayer(ReadThrough):
             container[name] = value
 
     def _drop(self, name: str) -> None:
-        """Forget an adapter and all that it holds."""
+        """Forget an adapter and all that it holds; what its start has made of the base weight is undone."""
+        give_back(self, name)
         for attribute in (*self.adapter_layer_names, *self.other_param_names):
             container: Any = self._modules.get(attribute, self.__dict__.get(attribute))
             if attribute not in self.adapter_cls.common and name in container:
@@ -202,6 +208,7 @@ class BaseTunerLayer(ReadThrough):
 
     def release(self) -> None:
         """Undo what the layer has done to other modules; called when it leaves the model."""
+        give_back_unmerged(self)
 
     def adapter_parameters(self, name: str) -> Iterator[torch.Tensor]:
         return self.adapters[name].parameters() if name in self.adapters else iter(())

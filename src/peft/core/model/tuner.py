@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from peft.compat.tuner import TunerCompat
 from peft.core.base.kinds import WHOLE
@@ -42,6 +43,10 @@ from peft.core.model.walk import (
     walk,
 )
 from peft.utils.usage import recording
+
+
+MANY = 8
+"""So many layers that are slow to start are worth a progress bar."""
 
 
 class BaseTuner(TunerCompat, Manager, nn.Module):
@@ -228,7 +233,8 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
             shared.put(attribute, name, value, layers)
 
     def _fill(self, model: nn.Module, name: str, config: Any, layers: list[tuple[Target, BaseTunerLayer]]) -> None:
-        for target, layer in layers:
+        slow = len(layers) >= MANY and self.starts_slowly(config)
+        for target, layer in tqdm(layers, desc=f"Starting adapter {name}", disable=not slow):
             if target.tied_to is not None:
                 source = locate(model, target.tied_to)
                 layer.tied_to[name] = next(w for _, w in source.wrappers if isinstance(w, self.layer_cls))
@@ -237,6 +243,10 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
                 key = f"{key}.{target.kind.weight}" if key else target.kind.weight
             if name not in layer.adapters:
                 self.give(layer, name, config, key)
+
+    def starts_slowly(self, config: Any) -> bool:
+        """Whether making an adapter takes so long at each layer that progress is worth showing."""
+        return False
 
     def _take_back(self, model: nn.Module, name: str) -> None:
         """Undo an injection that failed half way."""
@@ -248,6 +258,19 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
     def adapter_state(self, name: str) -> Iterator[tuple[str, str, torch.Tensor]]:
         """What an adapter has beside its layers: name in the file, name in the :class:`PeftModel`, tensor."""
         return iter(())
+
+    def without_start(
+        self, adapter_name: str, tensors: dict[str, torch.Tensor], config: Any, path: str
+    ) -> tuple[dict[str, torch.Tensor], Any]:
+        """An adapter's tensors and config for the base as it was before the adapter's start, saved at ``path``.
+
+        Raises:
+            ValueError: if the method knows no start that changes the base.
+        """
+        raise ValueError(
+            f"path_initial_model_for_weight_conversion is for LoRA, and {adapter_name!r} is {config.peft_type.value}. "
+            "Leave it out: the adapter belongs to the base as it is."
+        )
 
     @property
     def targeted_module_names(self) -> list[str]:

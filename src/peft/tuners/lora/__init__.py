@@ -17,8 +17,11 @@ from peft.tuners.lora.config import (
     VeloraConfig,
 )
 from peft.tuners.lora.conversion import convert_to_lora, save_as_lora
+from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.dora import Dora
+from peft.tuners.lora.eva import get_eva_state_dict, initialize_lora_eva_weights
 from peft.tuners.lora.layer import Lora, LoraLayer
+from peft.tuners.lora.loraga import preprocess_loraga
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.lora.variants import VARIANTS
 
@@ -67,5 +70,9 @@ __all__ = [
     "VARIANTS",
     "convert_to_lora",
     "create_arrow_model",
+    "get_eva_state_dict",
+    "initialize_lora_eva_weights",
+    "preprocess_corda",
+    "preprocess_loraga",
     "save_as_lora",
 ]

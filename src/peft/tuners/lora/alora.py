@@ -13,7 +13,7 @@ from peft.core.adapter import setting
 from peft.core.base.kinds import Kind
 from peft.core.model.sequence import Tokens
 from peft.tuners.lora.config import LoraConfig
-from peft.tuners.lora.initialize import is_drawn
+from peft.tuners.lora.initialize import rewrites
 from peft.tuners.lora.layer import Lora
 
 
@@ -51,7 +51,6 @@ class ALora(Lora):
     """
 
     alora_invocation_tokens = setting()
-    reads_tokens = True
 
     @classmethod
     def asked_by(cls, config: LoraConfig) -> bool:
@@ -59,7 +58,7 @@ class ALora(Lora):
 
     @classmethod
     def refuses(cls, kind: Kind, module: nn.Module, config: LoraConfig) -> str | None:
-        if not is_drawn(config) and config.init_lora_weights not in ("eva", "mica"):
+        if rewrites(config.init_lora_weights):
             return (
                 f"init_lora_weights={config.init_lora_weights!r} changes the base weight, and before its invocation "
                 "tokens an aLoRA is the base model as it was"
@@ -74,6 +73,7 @@ class ALora(Lora):
     def create(self, config: LoraConfig, key: str) -> None:
         super().create(config, key)
         self.alora_invocation_tokens = tuple(config.alora_invocation_tokens or ())
+        self.context.reads_tokens = True
 
     def output(self, x: torch.Tensor, y: torch.Tensor, base_y: torch.Tensor) -> torch.Tensor:
         tokens = self.context.tokens

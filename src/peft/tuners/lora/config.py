@@ -1,9 +1,4 @@
-"""The config of LoRA and the options of its variants.
-
-Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685. Options of variants and
-initialisations that do not exist here yet are part of the file format all the same: they are declared, and refused
-by name (`LoraConfig.NOT_YET`) rather than ignored.
-"""
+"""The config of LoRA (Hu et al. 2021, arXiv 2106.09685) and the options of its variants and starts."""
 
 from __future__ import annotations
 
@@ -15,7 +10,6 @@ from peft.config import (
     FanInFanOut,
     LayerSelection,
     ModulesToSave,
-    NotYet,
     Options,
     RankPatterns,
     TargetModules,
@@ -54,7 +48,7 @@ class EvaConfig(Options):
     )
     use_label_mask: bool = option(True, "Whether tokens without a label are left out of the activations.")
     label_mask_value: int = option(-100, "The label that marks such tokens.")
-    whiten: bool = option(False, "Whether the singular vectors are scaled to unit variance.")
+    whiten: bool = option(False, "Whether the singular vectors are divided by the root of their singular values.")
     adjust_scaling_factors: bool = option(True, "Whether alpha follows the redistributed rank, so the scale stays.")
 
 
@@ -158,28 +152,13 @@ class MontecloraConfig(Options):
     )
 
 
-_INITS_NOW = (True, False, "gaussian", "orthogonal", "loftq", "mica")
-_INITS_LATER = ("pissa", "olora", "corda", "eva", "lora_ga")
+_INITS = (True, False, "gaussian", "orthogonal", "loftq", "pissa", "olora", "corda", "eva", "lora_ga", "mica")
 _PISSA_STEPS = r"pissa_niter_\d+"
-
-
 _OF_LAYERS = (
     *("lora_dropout", "use_dora", "lora_bias", "kasa_config"),
     *("use_bdlora", "use_qalora", "monteclora_config", "velora_config"),
     *("alora_invocation_tokens", "arrow_config"),
 )
-
-
-def _needs_later_init(value: Any) -> bool:
-    return not isinstance(value, bool) and value not in _INITS_NOW
-
-
-def _only_starts(value: Any) -> bool:
-    return value in (None, "eva", "lora_ga")
-
-
-def _any_value(value: Any) -> bool:
-    return True
 
 
 @dataclass
@@ -193,16 +172,6 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
 
     METHOD: ClassVar[PeftType] = PeftType.LORA
     OWN_BIAS: ClassVar[str] = "lora_only"
-    NOT_YET: ClassVar[dict[str, NotYet]] = {
-        "init_lora_weights": NotYet(
-            "Use True, False, 'gaussian', 'orthogonal', 'loftq' or 'mica'.",
-            _needs_later_init,
-            _only_starts,
-        ),
-        "eva_config": NotYet("Leave it out and use init_lora_weights=True.", starts=_any_value),
-        "corda_config": NotYet("Leave it out and use init_lora_weights=True.", starts=_any_value),
-        "lora_ga_config": NotYet("Leave it out and use init_lora_weights=True.", starts=_any_value),
-    }
 
     r: int = option(8, "Rank of the update: the width between A and B.", minimum=1)
     lora_alpha: int = option(8, "Numerator of the scale s = lora_alpha / r that the update is multiplied by.")
@@ -223,14 +192,19 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
             "orthogonal",
             "mica",
         ]
+        | None
     ) = option(
         True,
         "How A and B start. True: A uniform, B zero. 'gaussian': A normal, B zero. 'orthogonal': random rows of one "
         "orthogonal matrix for both, for even ranks. False: both random, so the adapter changes the output from the "
-        "start; for tests. 'loftq': the weight is rounded to few bits, and the pair fits the rest. 'mica': B holds "
-        "the weight's smallest left singular vectors and stays so, A starts at zero (arXiv 2604.01694). 'pissa', "
-        "'pissa_niter_<n>', 'olora', 'corda', 'eva' and 'lora_ga' are known, but not supported yet.",
-        choices=(*_INITS_NOW, *_INITS_LATER),
+        "start; for tests. 'loftq': the weight is rounded to few bits, and the pair fits the rest. 'pissa': the "
+        "weight's largest singular values train, the rest of it is the base (arXiv 2404.02948); 'pissa_niter_<n>': "
+        "the same by a faster, approximate decomposition. 'olora': the like from its QR decomposition (arXiv "
+        "2406.01775). 'corda', 'lora_ga': the like, led by inputs or gradients, which preprocess_corda or "
+        "preprocess_loraga take before. 'eva': A from the inputs' singular vectors, by initialize_lora_eva_weights. "
+        "Embeddings start plainly in all of these. 'mica': B holds the weight's smallest left singular "
+        "vectors and stays so, A starts at zero (arXiv 2604.01694).",
+        choices=_INITS,
         pattern=_PISSA_STEPS,
     )
     megatron_config: dict | None = option(
@@ -248,9 +222,13 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
     loftq_config: LoftQConfig | dict = option(
         dict, "Options of LoftQ, for init_lora_weights='loftq'.", nested=LoftQConfig
     )
-    eva_config: EvaConfig | None = option(None, "Options of EVA. Not supported yet.", nested=EvaConfig)
-    corda_config: CordaConfig | None = option(None, "Options of CorDA. Not supported yet.", nested=CordaConfig)
-    lora_ga_config: LoraGAConfig | None = option(None, "Options of LoRA-GA. Not supported yet.", nested=LoraGAConfig)
+    eva_config: EvaConfig | None = option(None, "Options of EVA, for init_lora_weights='eva'.", nested=EvaConfig)
+    corda_config: CordaConfig | None = option(
+        None, "Options of CorDA, for init_lora_weights='corda'.", nested=CordaConfig
+    )
+    lora_ga_config: LoraGAConfig | None = option(
+        None, "Options of LoRA-GA, for init_lora_weights='lora_ga'.", nested=LoraGAConfig
+    )
     use_dora: bool = option(
         False,
         "Whether magnitude and direction of the weight are trained apart (DoRA, arXiv 2402.09353). Slower than LoRA "
@@ -321,6 +299,8 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.init_lora_weights is None:  # as some files have it
+            self.init_lora_weights = True
         self._check_combinations()
         self._check_tokens()
         if self.layer_replication is not None:

@@ -31,6 +31,7 @@ class Dora(Lora):
     """y' = y + (g - 1) W drop(x) + g dW drop(x), ``lora_magnitude_vector`` is m."""
 
     reversible = False
+    ties = False
 
     @classmethod
     def asked_by(cls, config: LoraConfig) -> bool:
@@ -44,7 +45,7 @@ class Dora(Lora):
     def make_pair(self, config: LoraConfig) -> None:
         super().make_pair(config)
         with torch.no_grad():
-            if self.pair()[0].is_meta or (is_drawn(config) and skip_values()):
+            if (is_drawn(config) and skip_values()) or self.pair()[0].is_meta:
                 norm = torch.empty(self.shape[0])  # a file will bring it
             else:
                 norm = self.norm(self.base_weight())

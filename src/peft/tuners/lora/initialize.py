@@ -1,53 +1,176 @@
-"""How the pairs of LoRA start (``init_lora_weights``)."""
+"""How the pairs of LoRA start (``init_lora_weights``).
+
+Some starts put a part of the weight into the pair and take it out of the base: W' = W - s B A, so that what is most
+important, by some measure, trains, and the output stays. The formula of each is a function of plain tensors. The base
+comes back when the adapter goes, see :mod:`peft.core.layer.rewritten`.
+"""
 
 from __future__ import annotations
 
 import math
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from peft.core.layer.weight import base_weight, set_base_weight
+from peft.core.base.kinds import Kind
+from peft.core.base.storage import storage_of
+from peft.core.filling import skip_values
+from peft.core.layer.rewritten import rewrite
+from peft.core.layer.weight import base_weight, unmerged_weight
+from peft.tuners.lora.config import LoraConfig, LoraGAConfig
+from peft.tuners.lora.pairs import join_pair, pair_blocks
+from peft.tuners.lora.starts import PISSA, Pair, lora_ga, olora, pissa
+from peft.utils.warning import PeftWarning
 
 
 if TYPE_CHECKING:
-    from peft.tuners.lora.config import LoraConfig
     from peft.tuners.lora.layer import Lora
+
+
+def rewrites(init: Any) -> bool:
+    """Whether a start changes the base weight."""
+    return init in ("olora", "corda", "lora_ga", "loftq") or (isinstance(init, str) and bool(PISSA.fullmatch(init)))
 
 
 def is_drawn(config: LoraConfig) -> bool:
     """Whether A and B start without regard to the base weight, and leave it alone."""
-    return config.init_lora_weights in (True, False, "gaussian", "orthogonal")
+    return config.init_lora_weights in (True, False, "gaussian", "orthogonal", "eva")
 
 
+def refusal(kind: Kind, module: nn.Module, config: LoraConfig) -> str | None:
+    """Why the start that a config asks for has no meaning on such a layer, or None."""
+    init = config.init_lora_weights
+    if not rewrites(init) or (kind.lookup and init != "loftq"):
+        return None
+    storage, start = storage_of(module, kind.weight), f"init_lora_weights={init!r}"
+    if init == "loftq":
+        if kind.name != "Linear":
+            return f"{start} quantises linear layers only"
+        if storage.name is not None:
+            return (
+                f"{start} starts from a dense weight, and {storage.name} keeps this one; use the default "
+                "initialisation and then peft.replace_lora_weights_loftq"
+            )
+    if reason := kind.no_dense_pair(module):
+        return f"{start} takes B A out of the weight, but {reason}"
+    if not (storage.can_read and storage.can_write):
+        return (
+            f"{start} rewrites the base weight, and one kept by {storage.name} cannot be "
+            f"{'written' if storage.can_read else 'read'}; use init_lora_weights=True, or load the base unquantised"
+        )
+    return None
+
+
+@torch.no_grad()
 def initialize(lora: Lora, config: LoraConfig) -> None:
-    """Fill A and B of a fresh adapter. Every choice but False makes dW = 0."""
+    """Fill A and B of a fresh adapter. Every choice but False leaves the output as it is, up to rounding.
+
+    Raises:
+        ValueError: if the base weight that a start decomposes, or what was to be prepared for it, is not there.
+    """
     init = config.init_lora_weights
     _as_torch_does(lora)  # first in any case: then a seed gives the numbers that it gives elsewhere
     if init is False:
         return
     a, b = lora.held_pair()
-    with torch.no_grad():
-        if init == "orthogonal":
-            for down, up in lora.kind.pairs(lora.base, a, b):
-                _orthogonal(down, up)
-        elif init == "loftq":
-            _loftq(lora, a, b, config)
-        elif lora.kind.lookup:
-            a.zero_()
-            b.normal_()
-        else:
-            _zero_up(a, b, std=1 / lora.r if init == "gaussian" else None)
-        if lora.lora_bias:
-            lora.lora_B.bias.zero_()
+    if rewrites(init) and not (lora.kind.lookup and init != "loftq"):
+        _rewriting(lora, config)
+    elif init == "orthogonal":
+        for down, up in lora.kind.pairs(lora.base, a, b):
+            _orthogonal(down, up)
+    elif lora.kind.lookup:
+        a.zero_()
+        b.normal_()
+    else:
+        _zero_up(a, b, std=1 / lora.r if init == "gaussian" else None)
+    if lora.lora_bias:
+        lora.lora_B.bias.zero_()
+
+
+def _rewriting(lora: Lora, config: LoraConfig) -> None:
+    """A start that changes the base weight."""
+    init, (a, b) = config.init_lora_weights, lora.held_pair()
+    if init in PREPARED and PREPARED[init][0] not in lora.base.__dict__:
+        _unprepared(lora, init)
+        return _zero_up(a, b, None)
+    stored = base_weight(lora.layer)
+    if stored.is_meta:
+        raise ValueError(
+            f"init_lora_weights={init!r} decomposes the base weight, and that of {lora.layer.key or 'this layer'!r} "
+            "has no values yet (it is on the meta device). Load the base model's weights first, or start with "
+            "init_lora_weights=True and call peft.initialize later."
+        )
+    if init == "loftq":
+        return _loftq(lora, a, b, config)
+    weight = unmerged_weight(lora.layer).detach() if lora.layer.merged else stored
+    with weight.device:  # the pair may be on the meta device, to be loaded later; the weight is not
+        blocks = pair_blocks(lora)[0]
+        wide = weight.flatten(1).float().unflatten(0, (blocks, -1))
+        gradient = _gradient(lora, wide) if init == "lora_ga" else wide
+        pairs = [_decomposed(lora, config, *both) for both in zip(wide, gradient)]
+        down, up = (torch.stack(factors) for factors in zip(*pairs))
+        if down.shape[1] < lora.r:  # the weight has no more directions than that
+            down, up = (nn.functional.pad(t, pad) for t, pad in ((down, (0, 0, 0, lora.r - down.shape[1])),
+                                                                (up, (0, lora.r - up.shape[2]))))  # fmt: skip
+        rest = (wide - lora.scaling * (up @ down)).flatten(0, 1).view_as(weight)
+    rewrite(lora.layer, lora.name, rest.to(stored.dtype))
+    for tensor, value in zip((a, b), join_pair(lora, down, up)):
+        tensor.copy_(value)
+
+
+PREPARED = {
+    "corda": ("eigens", "preprocess_corda(model, config, run_model)"),
+    "lora_ga": ("_peft_loraga_grad", "preprocess_loraga(model, config, train_step)"),
+}
+"""Starts that need something taken from data before: the attribute of a module that holds it, what puts it there."""
+
+
+def _unprepared(lora: Lora, init: str) -> None:
+    """Say what it means that nothing was prepared: of a file that is loaded, and of a start."""
+    call = PREPARED[init][1]
+    if skip_values():
+        message = (
+            f"the adapter was started by init_lora_weights={init!r}, and its tensors belong to a base that this start "
+            "had rewritten. On another base they mean something else: load that one, or save the adapter again with "
+            "path_initial_model_for_weight_conversion."
+        )
+    else:
+        message = (
+            f"init_lora_weights={init!r} needs {call} before get_peft_model; without it {lora.layer.key or 'a layer'} "
+            "starts as plain LoRA."
+        )
+    warnings.warn(message, PeftWarning, stacklevel=2)
+
+
+def _gradient(lora: Lora, like: torch.Tensor) -> torch.Tensor:
+    """The gradient that was taken of the weight, as the weight is cut; the module lets go of it."""
+    taken = lora.base.__dict__.pop(PREPARED["lora_ga"][0])
+    return lora.kind.orient(taken, lora.base).flatten(1).to(like).view_as(like)
+
+
+def _decomposed(lora: Lora, config: LoraConfig, weight: torch.Tensor, gradient: torch.Tensor) -> Pair:
+    """A and B of one block ``[out, in * kernel]`` of the weight, float32, with its gradient where that is taken."""
+    init, root = config.init_lora_weights, math.sqrt(lora.scaling)
+    if init == "olora":
+        return olora(weight, lora.r)
+    if init == "lora_ga":
+        options = config.lora_ga_config or LoraGAConfig()
+        return lora_ga(gradient, weight, lora.r, lora.scaling, options.direction, options.scale, options.stable_gamma)
+    if init == "corda":
+        eigens = lora.base.__dict__[PREPARED["corda"][0]]
+        root_s = eigens.S_WC.to(weight).sqrt() / root
+        return root_s[:, None] * eigens.V_WC.to(weight).T, eigens.U_WC.to(weight) * root_s
+    match: Any = PISSA.fullmatch(str(init))
+    a, b = pissa(weight, lora.r, int(match[1]) if match[1] else None)
+    return a / root, b / root
 
 
 def _as_torch_does(lora: Lora) -> None:
     if lora.kind.lookup:
-        with torch.no_grad():
-            for table in lora.held_pair():
-                table.normal_()
+        for table in lora.held_pair():
+            table.normal_()
     else:
         lora.lora_A.reset_parameters()
         lora.lora_B.reset_parameters()
@@ -73,7 +196,7 @@ def _loftq(lora: Lora, a: torch.Tensor, b: torch.Tensor, config: LoraConfig) -> 
     weight = base_weight(lora.layer)
     with weight.device:  # the pair may be on the meta device, to be loaded later; the weight is not
         rounded, down, up = loftq_init(weight, bits, lora.r, turns)
-    set_base_weight(lora.layer, rounded)
+    rewrite(lora.layer, lora.name, rounded)
     a.copy_(down)
     b.copy_(up / lora.scaling)
 

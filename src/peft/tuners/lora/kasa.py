@@ -13,6 +13,7 @@ from peft.core.filling import skip_values
 from peft.core.layer.buffers import BufferDict
 from peft.kernels import Factors
 from peft.tuners.lora.config import LoraConfig
+from peft.tuners.lora.initialize import rewrites
 from peft.tuners.lora.layer import Lora
 
 
@@ -48,6 +49,7 @@ class Kasa(Lora):
     lora_diag = part()
     kasa_V = part(BufferDict, remade=True)
     kasa_US = part(BufferDict, remade=True)
+    ties: ClassVar[bool] = False
     kasa_options = setting()
     fixed_rank: ClassVar[bool] = True
     reversible: ClassVar[bool] = False  # the weight comes back as it was, without the rounding of what is taken away
@@ -63,6 +65,11 @@ class Kasa(Lora):
 
     @classmethod
     def refuses(cls, kind: Kind, module: nn.Module, config: LoraConfig) -> str | None:
+        if rewrites(config.init_lora_weights):
+            return (
+                f"KaSA weighs B A by random numbers at first, so what init_lora_weights={config.init_lora_weights!r} "
+                "takes out of the weight would not come back"
+            )
         reason = kind.no_dense_pair(module)
         return f"KaSA decomposes the weight that the pair changes, but {reason}" if reason else None
 

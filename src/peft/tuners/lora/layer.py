@@ -10,17 +10,18 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from peft.compat.methods import LoraLayerCompat
 from peft.config import resolve_pattern
 from peft.core.adapter import Adapter, part, setting
 from peft.core.base.kinds import Kind
 from peft.core.base.stack import Stack
-from peft.core.base.storage import storage_of
 from peft.core.families import Scaled, input_dropout
 from peft.core.filling import skip_values
+from peft.core.layer.rewritten import give_back
 from peft.core.layer.scaled import ScaledLayer
 from peft.kernels import Factors, active_rate, is_bare_linear
 from peft.tuners.lora.config import LoraConfig
-from peft.tuners.lora.initialize import initialize, is_drawn
+from peft.tuners.lora.initialize import initialize, is_drawn, refusal
 from peft.tuners.lora.megatron import PARALLEL, ParallelLinear
 from peft.tuners.lora.pairs import split_pair, without_padding
 
@@ -39,6 +40,7 @@ class Lora(Scaled):
         computes_pair: A and B are computed from what is held, see :meth:`pair`.
         adds_product: the output is the base layer's and s B A drop(x), nothing else, so the fused kernels may give it.
         fixed_rank: zeros cannot fill its tensors up to a larger rank, so only files of its rank take their place.
+        ties: a head tied to an embedding may follow it, with the transposed pair.
         agrees: hooks of a variant that give the same wherever :meth:`product` gives factors.
     """
 
@@ -62,6 +64,7 @@ class Lora(Scaled):
     adds_product: ClassVar[bool] = True
     fixed_rank: ClassVar[bool] = False
     agrees: ClassVar[frozenset[str]] = frozenset()
+    ties: ClassVar[bool] = True
     layer_base: ClassVar[Any] = ScaledLayer
     more_kinds: ClassVar[tuple[Kind, ...]] = PARALLEL
 
@@ -85,17 +88,26 @@ class Lora(Scaled):
         return combined(tuple(variant for variant in cls.variants if variant.asked_by(config)) or (cls,))
 
     @classmethod
+    def tied(cls) -> type[Lora]:
+        """The class of a head's adapter that follows one of this class at the embedding.
+
+        Raises:
+            ValueError: if a variant does more than a pair does, so the transposed pair is not the same update.
+        """
+        asked = [variant for variant in cls.made_of or (cls,) if variant is not Lora]
+        if more := [variant.__name__ for variant in asked if not variant.ties]:
+            raise ValueError(
+                f"ensure_weight_tying ties a head to an embedding by one pair A and B, and {', '.join(more)} is more "
+                "than that. Leave the head out of target_modules, or train plain LoRA."
+            )
+        return combined((*(variant for variant in asked if variant.output is not Lora.output), TiedPair))
+
+    @classmethod
     def refusal(cls, kind: Kind, module: nn.Module, config: LoraConfig) -> str | None:
         if config.lora_bias and (kind.lookup or kind.bias is None):
             return "lora_bias has no place on a layer without bias"
-        if config.init_lora_weights == "loftq":
-            if kind.name != "Linear":
-                return "init_lora_weights='loftq' quantises linear layers only"
-            if (storage := storage_of(module, kind.weight)).name is not None:
-                return (
-                    f"init_lora_weights='loftq' starts from a dense weight, and {storage.name} keeps this one; "
-                    "use the default initialisation and then peft.replace_lora_weights_loftq"
-                )
+        if reason := refusal(kind, module, config):
+            return reason
         asked = [variant for variant in cls.variants if variant.asked_by(config)]
         if isinstance(kind, ParallelLinear) and (reason := kind.refused(config, asked)):
             return reason
@@ -121,7 +133,11 @@ class Lora(Scaled):
         """Allocate A and B, and let them start."""
         self.allocate(self.r, config.lora_bias)
         if not (is_drawn(config) and skip_values()):
-            initialize(self, config)
+            self.start(config)
+
+    def start(self, config: LoraConfig) -> None:
+        """Give A and B the values that they start from."""
+        initialize(self, config)
 
     def allocate(self, r: int, bias: bool = False) -> None:
         """Make a pair of rank r, with the shapes of the file format and no values yet."""
@@ -264,7 +280,7 @@ class TiedPair(Lora):
         yield "lora_B.weight", "", b
 
 
-class LoraLayer(ScaledLayer):
+class LoraLayer(LoraLayerCompat, ScaledLayer):
     """A layer with LoRA adapters, ``lora_A[name]`` and ``lora_B[name]``. Third parties build on it:
 
     class MyLinear(nn.Module, LoraLayer):
@@ -277,7 +293,8 @@ class LoraLayer(ScaledLayer):
     adapter_cls: ClassVar[type[Adapter]] = Lora
 
     def _class_of(self, name: str, config: Any) -> type[Adapter]:
-        return TiedPair if name in self.tied_to else super()._class_of(name, config)
+        cls: Any = super()._class_of(name, config)
+        return cls.tied() if name in self.tied_to else cls
 
     @property
     def num_experts(self) -> int:
@@ -329,7 +346,13 @@ class LoraLayer(ScaledLayer):
         variant = Lora.of(config)
         return None if variant is Lora else variant
 
-    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: Any) -> None:
-        """Draw A and B of an adapter anew."""
+    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: Any, **options: Any) -> None:
+        """Start A and B of an adapter anew, with options as fields of the config; an earlier start is undone."""
         adapter: Any = self.adapters[adapter_name]
-        initialize(adapter, LoraConfig(init_lora_weights=init_lora_weights, r=adapter.r))
+        config = LoraConfig(init_lora_weights=init_lora_weights, r=adapter.r, **options)
+        if reason := refusal(self.kind, self.get_base_layer(), config):
+            raise ValueError(reason)
+        if not isinstance(adapter, variant := Lora.of(config)):
+            raise ValueError(f"adapter {adapter_name!r} is no {variant.__name__}; it has to be made as one.")
+        give_back(self, adapter_name)
+        adapter.start(config)

@@ -48,11 +48,13 @@ class Mica(Lora):
 
     def make_pair(self, config: LoraConfig) -> None:
         self.allocate(self.r, config.lora_bias)
+        self.held_pair()[1].requires_grad_(False)
+        if not skip_values():
+            self.start(config)
+
+    @torch.no_grad()
+    def start(self, config: LoraConfig) -> None:
         a, b = self.held_pair()
-        b.requires_grad_(False)
-        if skip_values():
-            return
-        with torch.no_grad():
-            a.zero_()
-            if not b.is_meta:
-                b.copy_(minor_directions(self.base_weight().flatten(1), self.r).view_as(b))
+        a.zero_()
+        if not b.is_meta:
+            b.copy_(minor_directions(self.base_weight().flatten(1), self.r).view_as(b))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import os
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 
-from peft.compat.methods import LoraCompat
+from peft.compat.methods import LoraCompat, beside_start
 from peft.core.combine.combined import (
     add_combined,
     checked_weights,
@@ -19,10 +21,12 @@ from peft.core.combine.combined import (
     resized,
     tuner_layers,
 )
+from peft.core.files.io import load_peft_weights
 from peft.core.model.manager import check_adapter_name
 from peft.core.model.registry import define_tuner
 from peft.core.model.tuner import BaseTuner
 from peft.tuners.lora.config import LoraConfig
+from peft.tuners.lora.initialize import rewrites
 from peft.tuners.lora.kasa import Kasa
 from peft.tuners.lora.layer import Lora, LoraLayer
 from peft.tuners.lora.megatron import use_library
@@ -157,6 +161,25 @@ class LoraTuner(LoraCompat, BaseTuner):
 
         add_combined(self, adapters, adapter_name, config, fill)
 
+    def starts_slowly(self, config: Any) -> bool:
+        return rewrites(config.init_lora_weights)
+
+    def without_start(
+        self, adapter_name: str, tensors: dict[str, torch.Tensor], config: Any, path: str
+    ) -> tuple[dict[str, torch.Tensor], Any]:
+        """As plain LoRA of twice the rank: s (B A - B0 A0), A0 and B0 being the tensors saved at ``path``.
+
+        s stays: alpha doubles with the rank, or with rsLoRA becomes sqrt(2) times as much, in patterns too.
+        """
+        own = os.path.join(path, adapter_name)
+        start = load_peft_weights(own if os.path.isdir(own) else path, device="cpu")
+        tensors = beside_start(self, adapter_name, tensors, start)
+        config, factor = copy.copy(config), math.sqrt(2) if config.use_rslora else 2
+        config.r, config.lora_alpha, config.init_lora_weights = 2 * config.r, factor * config.lora_alpha, True
+        config.rank_pattern = {key: 2 * r for key, r in (config.rank_pattern or {}).items()}
+        config.alpha_pattern = {key: factor * alpha for key, alpha in (config.alpha_pattern or {}).items()}
+        return tensors, config
+
     def _check_combination(
         self, adapters: list[str], way: str, svd_rank: int | None, svd_clamp: float | None, density: float | None
     ) -> None:
@@ -173,6 +196,13 @@ class LoraTuner(LoraCompat, BaseTuner):
                 f"adapters {dora} use DoRA, which divides by the norm of the adapted weight: what they add up to is "
                 "not what their A, B and magnitudes add up to. Combine adapters trained with use_dora=False, or merge "
                 "these into the base model one after another."
+            )
+        if routers := [name for name in adapters if self.peft_config[name].arrow_config is not None]:
+            raise ValueError(f"{routers} are Arrow routers, which have no update of their own. Combine their experts.")
+        if len({tuple(self.peft_config[name].alora_invocation_tokens or ()) for name in adapters}) > 1:
+            raise ValueError(
+                f"the adapters {adapters} begin to act at different tokens (alora_invocation_tokens), and their sum "
+                "would be none that begins at one. Combine adapters with the same invocation tokens."
             )
 
     def _combined_rank(self, adapters: list[str], way: str, svd_rank: int | None) -> int:

@@ -87,6 +87,7 @@ class MonteCLora(Lora):
     monteclora_drawn = setting()
     fixed_rank: ClassVar[bool] = True
     random_in_training: ClassVar[bool] = True
+    ties: ClassVar[bool] = False
     excludes: ClassVar[dict[str, str]] = {
         "QaLora": "MonteCLoRA draws a number for each input, and QA-LoRA's A has one for each group of inputs"
     }

@@ -12,7 +12,7 @@ from peft.core.base.kinds import Kind
 from peft.core.filling import skip_values, unfilled_linear
 from peft.kernels import Factors
 from peft.tuners.lora.config import LoraConfig
-from peft.tuners.lora.initialize import is_drawn
+from peft.tuners.lora.initialize import is_drawn, rewrites
 from peft.tuners.lora.layer import Lora
 from peft.utils.error import ConfigError
 
@@ -52,7 +52,7 @@ class QaLora(Lora):
     def refuses(cls, kind: Kind, module: nn.Module, config: LoraConfig) -> str | None:
         if not kind.matrix:
             return "QA-LoRA pools the inputs of linear layers by quantisation group, and this is none"
-        if config.init_lora_weights in ("loftq", "orthogonal"):
+        if config.init_lora_weights in ("orthogonal", "eva") or rewrites(config.init_lora_weights):
             return f"QA-LoRA's A is smaller than init_lora_weights={config.init_lora_weights!r} makes it"
         return None
 

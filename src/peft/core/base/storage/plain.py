@@ -28,6 +28,7 @@ class Storage:
         linears: ``(package, class)`` of layers that are linear without being ``nn.Linear``.
         slots: the attributes of a module that hold its weight.
         own_classes: a plain ``nn.Parameter`` of a layer of torch's own is never meant, so there is no need to ask.
+        replaceable: a module can be given a parameter of its own in the place of one that others hold as well.
         fresh_output: the library's layers keep nothing of what they give.
     """
 
@@ -39,6 +40,7 @@ class Storage:
     linears: ClassVar[tuple[tuple[str, str], ...]] = ()
     slots: ClassVar[tuple[str, ...]] = ()
     own_classes = False
+    replaceable = True
     fresh_output = False
 
     def matches(self, m: nn.Module, attribute: str) -> bool:
@@ -149,6 +151,10 @@ class Storage:
         """What :meth:`put_back` needs to restore the weight bit for bit."""
         return {slot: getattr(m, slot, None) for slot in self.slots}
 
+    def aside(self, kept: Any) -> Any:
+        """The same for a long time: where no memory of an accelerator is needed, if that can be."""
+        return kept
+
     def put_back(self, m: nn.Module, attribute: str, kept: Any) -> None:
         """Restore what :meth:`keep` gave."""
         for slot, value in kept.items():
@@ -203,11 +209,15 @@ class Plain(Storage):
 
     def put_back(self, m: nn.Module, attribute: str, kept: tuple[nn.Parameter, torch.Tensor]) -> None:
         parameter, data = kept
-        parameter.data = data
+        parameter.data = data.to(getattr(m, attribute))  # where the model is now, and in its dtype
         setattr(m, attribute, parameter)
 
+    def aside(self, kept: tuple[nn.Parameter, torch.Tensor]) -> tuple[nn.Parameter, torch.Tensor]:
+        parameter, data = kept
+        return parameter, data.cpu()
+
     def read_kept(self, m: nn.Module, attribute: str, kept: tuple[nn.Parameter, torch.Tensor]) -> torch.Tensor:
-        return kept[1]
+        return kept[1].to(kept[0].device)
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:

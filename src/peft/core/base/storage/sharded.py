@@ -20,6 +20,8 @@ from peft.core.base.storage.plain import Storage
 class Distributed(Storage):
     """A parameter that is a ``torch.distributed.tensor.DTensor``."""
 
+    replaceable = False
+
     def matches(self, m: nn.Module, attribute: str) -> bool:
         return is_dtensor(m._parameters.get(attribute))
 
@@ -163,6 +165,8 @@ class FSDP1(Storage):
 
 class ZeRO3(Storage):
     """A parameter that DeepSpeed ZeRO-3 has partitioned: empty but for the time in which it is gathered."""
+
+    replaceable = False
 
     def matches(self, m: nn.Module, attribute: str) -> bool:
         return hasattr(m._parameters.get(attribute), "ds_id")
