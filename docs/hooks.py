@@ -48,6 +48,11 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    """Take the roles of docstrings away: ``:class:`` and its like say nothing to a reader."""
+    return re.sub(r":(?:attr|class|data|exc|func|meth|mod):(?=<code)", "", html)
+
+
 def on_post_page(output: str, page: Any, config: Any) -> str:
     """Take the script with which the search works from files from this site, where the theme asks another host."""
     return output.replace(SHIM, "../" * page.url.count("/") + "javascripts/worker.js")

@@ -125,7 +125,7 @@ def estimate_memory(
         ValueError: for an adapted model together with a ``peft_config``, for an unknown option, and for a model for
             which no inputs can be made.
 
-    Example:
+    Examples:
         >>> estimate = estimate_memory(base, LoraConfig(r=4, task_type="CAUSAL_LM"), batch_size=8, sequence_length=32)
         >>> print(estimate)  # doctest: +ELLIPSIS
         weights ...
@@ -425,7 +425,7 @@ def explain_out_of_memory(model: nn.Module) -> Iterator[None]:
 
     The figures are those of the last forward of ``model`` in the context. The errors stay what they are otherwise.
 
-    Example:
+    Examples:
         >>> with explain_out_of_memory(model):
         ...     loss = model(**batch).loss
     """
