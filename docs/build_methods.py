@@ -310,10 +310,8 @@ def _costs_of(entry: Entry, costs: dict[str, Any]) -> list[str]:
 def _example(entry: Entry, costs: dict[str, Any]) -> list[str]:
     """The config as the benchmark has it."""
     fields = costs.get("methods", {}).get(entry.key, {}).get("fields", {})
-    name, options = (
-        entry.config.__name__,
-        ", ".join(f"{field}={value!r}" for field, value in fields.items() if value is not None),
-    )
+    given = {name: repr(value).replace("'", '"') for name, value in fields.items() if value is not None}
+    name, options = entry.config.__name__, ", ".join(f"{field}={value}" for field, value in given.items())
     return ["```python", f"from peft import {name}", "", f"config = {name}({options})", "```", ""]
 
 

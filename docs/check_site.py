@@ -21,6 +21,7 @@ from typing import Any
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,11 +79,13 @@ def searched(driver: webdriver.Chrome, home: Path, shot: Path | None) -> Iterato
     """What the search box does not find."""
     for text, wanted in SEARCHED.items():
         driver.get(home.as_uri())
-        driver.execute_script("document.querySelector('#__search').click()")
+        opener = driver.find_element(By.CSS_SELECTOR, ".md-header label[for=__search]")
         box = driver.find_element(By.CSS_SELECTOR, ".md-search__input")
+        (opener if opener.is_displayed() else box).click()
+        time.sleep(0.5)
         titles: list[str] = []
         for _ in range(50):  # the index is read and built first
-            box.clear()
+            box.send_keys(Keys.CONTROL, "a")
             box.send_keys(text)
             time.sleep(0.2)
             found = driver.find_elements(By.CSS_SELECTOR, ".md-search-result__item h1, .md-search-result__item h2")

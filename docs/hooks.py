@@ -13,6 +13,7 @@ from mkdocs.structure.files import File, Files
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
+SHIM = "https://unpkg.com/iframe-worker/shim"
 
 
 def has_command_line() -> bool:
@@ -45,6 +46,21 @@ def on_files(files: Files, config: Any) -> Files:
     if has_command_line():
         files.append(File.generated(config, "cli.md", content=command_line()))
     return files
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    """Take the roles of docstrings away: ``:class:`` and its like say nothing to a reader."""
+    return re.sub(r":(?:attr|class|data|exc|func|meth|mod):(?=<code)", "", html)
+
+
+def on_post_page(output: str, page: Any, config: Any) -> str:
+    """Take the script with which the search works from files from this site, where the theme asks another host."""
+    return output.replace(SHIM, "../" * page.url.count("/") + "javascripts/worker.js")
+
+
+def on_post_template(output_content: str, template_name: str, config: Any) -> str:
+    """The same of pages that have no source."""
+    return output_content.replace(SHIM, "/javascripts/worker.js")
 
 
 def command_line() -> str:

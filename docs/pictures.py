@@ -129,7 +129,7 @@ def draw() -> dict[str, bytes]:
         "loss_curves": (runs, {}),
         "update_map": (norms, {}),
         "spectra": (values, {}),
-        "memory_bars": (memory(), {"limit": 24e9}),
+        "memory_bars": (memory(), {"limit": 8e9}),
         "comparison": (table(), {"quality": "accuracy (%)"}),
     }
     found = {}

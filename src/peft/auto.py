@@ -89,7 +89,7 @@ class _BaseAutoPeftModel:
             ValueError: if the config belongs to another task, names no base model or no class for it, or a class that
                 is not on the list; and what loading the base model or the adapter raises.
 
-        Example:
+        Examples:
             >>> base.save_pretrained("base")
             >>> base = AutoModelForCausalLM.from_pretrained("base")
             >>> get_peft_model(base, LoraConfig(task_type="CAUSAL_LM")).save_pretrained("adapter")

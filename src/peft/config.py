@@ -456,7 +456,7 @@ class PeftConfigMixin(Options):
             ConfigError: the file holds an unknown method or a value that is not valid.
             NotSupportedYetError: the file needs a method or variant that does not exist here yet.
 
-        Example:
+        Examples:
             >>> model.save_pretrained("adapter")
             >>> PeftConfig.from_pretrained("adapter").peft_type.value
             'LORA'

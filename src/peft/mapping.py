@@ -38,7 +38,7 @@ def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
         TypeError: if it is no dict.
         ValueError: if ``"peft_type"`` is missing or unknown, or a field has a bad value.
 
-    Example:
+    Examples:
         >>> get_peft_config({"peft_type": "IA3", "target_modules": ["v_proj"]}).target_modules
         {'v_proj'}
     """
@@ -111,10 +111,8 @@ def inject_adapter_in_model(
         ValueError: if the config does not fit the model, or belongs to a method that cannot be injected; the model
             is then unchanged, but that ``model.peft_config``, if there is one, has the config.
 
-    Example:
+    Examples:
         >>> net = inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"]), nn.Sequential(nn.Linear(4, 4)))
-        >>> net[0].lora_A["default"].weight.shape
-        torch.Size([2, 4])
     """
     check_config(peft_config)
     if peft_config.is_prompt_learning:

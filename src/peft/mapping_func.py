@@ -41,7 +41,7 @@ def get_peft_model(
         TypeError: if ``peft_config`` is no config.
         ValueError: if the config does not fit the model, which is then unchanged, or names an unknown task.
 
-    Example:
+    Examples:
         >>> config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
         >>> model = get_peft_model(base, config)
         >>> model.print_trainable_parameters()

@@ -336,7 +336,7 @@ class PeftModel(ModelCompat, PushToHubMixin, nn.Module):
             ValueError: if the name is taken, the method is another one than the model's, or the config does not fit;
                 the model is then unchanged.
 
-        Example:
+        Examples:
             >>> model.add_adapter("other", LoraConfig(r=2, task_type="CAUSAL_LM"))
             >>> model.set_adapter("other")
         """
@@ -383,7 +383,7 @@ class PeftModel(ModelCompat, PushToHubMixin, nn.Module):
     def disable_adapter(self) -> Iterator[None]:
         """A context in which the model is its base.
 
-        Example:
+        Examples:
             >>> with model.disable_adapter():
             ...     logits = model(**batch).logits  # the base model's
         """
@@ -418,7 +418,7 @@ class PeftModel(ModelCompat, PushToHubMixin, nn.Module):
         Raises:
             ValueError: if ``save_directory`` is a file, or an adapter is unknown.
 
-        Example:
+        Examples:
             >>> model.save_pretrained("adapter")
             >>> sorted(os.listdir("adapter"))
             ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
@@ -495,7 +495,7 @@ class PeftModel(ModelCompat, PushToHubMixin, nn.Module):
             ValueError, FileNotFoundError: if the files are missing or damaged, or do not fit the model, which is
                 then unchanged.
 
-        Example:
+        Examples:
             >>> model.save_pretrained("adapter")
             >>> base = model.unload()
             >>> model = PeftModel.from_pretrained(base, "adapter", is_trainable=True)
@@ -550,7 +550,7 @@ class PeftModel(ModelCompat, PushToHubMixin, nn.Module):
         Raises:
             ValueError, FileNotFoundError: if the files are missing or damaged, or do not fit; the model is unchanged.
 
-        Example:
+        Examples:
             >>> model.save_pretrained("adapter")
             >>> result = model.load_adapter("adapter", adapter_name="again")
             >>> model.set_adapter("again")

@@ -136,7 +136,7 @@ def create_lorafa_optimizer(
     Raises:
         ValueError: if the model has no LoRA adapter that trains, or ``use_rslora`` contradicts it.
 
-    Example:
+    Examples:
         >>> optimizer = create_lorafa_optimizer(model, r=16, lora_alpha=32, lr=7e-5)
         >>> Trainer(model, args, train_dataset=data, optimizers=(optimizer, None))
     """

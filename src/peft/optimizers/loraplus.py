@@ -27,7 +27,7 @@ def create_loraplus_optimizer(
         kwargs: ``loraplus_lr_embedding`` (1e-6), ``loraplus_weight_decay`` (by default ``weight_decay``, else 0), and
             arguments of ``optimizer_cls``.
 
-    Example:
+    Examples:
         >>> optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-4, loraplus_lr_ratio=16)
         >>> Trainer(model, args, train_dataset=data, optimizers=(optimizer, None))
     """

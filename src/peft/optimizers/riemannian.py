@@ -44,7 +44,7 @@ def create_riemannian_optimizer(
     Raises:
         ValueError: if no pair trains, or ``reg`` is below 0.
 
-    Example:
+    Examples:
         >>> optimizer = create_riemannian_optimizer(model, torch.optim.AdamW, lr=1e-4, weight_decay=0.01)
         >>> Trainer(model, args, train_dataset=data, optimizers=(optimizer, None))
     """

@@ -62,7 +62,7 @@ def check_training(
     Raises:
         ValueError: for a batch whose output has no loss.
 
-    Example:
+    Examples:
         >>> for finding in check_training(model, batch, learning_rate=2e-5):
         ...     print(finding.code)
         low_learning_rate

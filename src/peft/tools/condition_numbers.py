@@ -37,7 +37,7 @@ class KappaTuneSelector:
             transformers' mixtures of experts.
         show_progress: show a progress bar.
 
-    Example:
+    Examples:
         >>> selector = KappaTuneSelector(model)
         >>> config = LoraConfig(target_modules=selector.get_best_targets(top_p=0.2))
     """
@@ -122,7 +122,7 @@ def find_kappa_target_modules(
     Returns:
         ``{"target_modules": names, "target_parameters": names or None}``; see :class:`KappaTuneSelector`.
 
-    Example:
+    Examples:
         >>> config = LoraConfig(**find_kappa_target_modules(model, top_p=0.2))
     """
     selector = KappaTuneSelector(model, max_dim_size_to_analyze, moe_param_suffixes, show_progress)

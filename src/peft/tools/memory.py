@@ -125,38 +125,39 @@ def estimate_memory(
         ValueError: for an adapted model together with a ``peft_config``, for an unknown option, and for a model for
             which no inputs can be made.
 
-    Example:
-        >>> estimate = estimate_memory(base, LoraConfig(r=4, task_type="CAUSAL_LM"), batch_size=8, sequence_length=32)
-        >>> print(estimate)  # doctest: +ELLIPSIS
-        weights ...
-        >>> estimate.trained
+    Examples:
+        >>> estimate_memory(base, LoraConfig(r=4, task_type="CAUSAL_LM"), batch_size=8, sequence_length=32).trained
         512
     """
     _check_options(optimizer, bits)
     task = getattr(peft_config, "task_type", None)
-    real = model_or_config if isinstance(model_or_config, nn.Module) else _built(model_or_config, task, dtype)
-    if peft_config is not None and hasattr(real, "peft_config"):
-        raise ValueError("the model has adapters already: leave peft_config out, or give the base model.")
+    real = _unadapted(model_or_config, peft_config, task, dtype)
     model, stored = meta_copy(real), _stored(real) - sum(_saving(site, real, bits) for site in walk(real))
     if peft_config is not None:
         before, model = _stored(model), _adapted(model, peft_config)
         stored += _stored(model) - before
-    if gradient_checkpointing is None:
-        gradient_checkpointing = is_switched_on(real)
+    checkpointing = is_switched_on(real) if gradient_checkpointing is None else gradient_checkpointing
     given = _on_meta(inputs) if inputs is not None else _inputs(model, task, batch_size, sequence_length)
-    kept = _count(model, (), given, gradient_checkpointing, device or _device_of(real))
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = sum(p.nbytes for p in trained)
     return MemoryEstimate(
         weights=stored,
         gradients=gradients,
         optimizer=int(OPTIMIZERS[optimizer] * gradients),
-        activations=kept,
+        activations=_count(model, (), given, checkpointing, device or _device_of(real)),
         trained=sum(p.numel() for p in trained),
         parameters=count_parameters(model)[1],
         **({} if inputs else {"batch_size": batch_size, "sequence_length": sequence_length}),
-        gradient_checkpointing=gradient_checkpointing,
+        gradient_checkpointing=checkpointing,
     )
+
+
+def _unadapted(model_or_config: Any, peft_config: Any, task: str | None, dtype: torch.dtype | None) -> nn.Module:
+    """The model that is meant, which has no adapters if a config of one is given."""
+    model = model_or_config if isinstance(model_or_config, nn.Module) else _built(model_or_config, task, dtype)
+    if peft_config is not None and hasattr(model, "peft_config"):
+        raise ValueError("the model has adapters already: leave peft_config out, or give the base model.")
+    return model
 
 
 def _check_options(optimizer: str, bits: int | None) -> None:
@@ -425,7 +426,7 @@ def explain_out_of_memory(model: nn.Module) -> Iterator[None]:
 
     The figures are those of the last forward of ``model`` in the context. The errors stay what they are otherwise.
 
-    Example:
+    Examples:
         >>> with explain_out_of_memory(model):
         ...     loss = model(**batch).loss
     """

@@ -97,7 +97,7 @@ def loss_curves(
         ImportError: without matplotlib.
         ValueError: if no run has a loss.
 
-    Example:
+    Examples:
         >>> figure = loss_curves({"rank 8": [2.3, 1.1, 0.7, 0.6], "rank 2": [2.3, 1.4, 1.0, 0.9]})
     """
     curves = {name: (_points(history, "loss"), _points(history, "eval_loss")) for name, history in runs.items()}
@@ -137,7 +137,7 @@ def update_map(
         ImportError: without matplotlib.
         ValueError: if there are no updates.
 
-    Example:
+    Examples:
         >>> figure = update_map({"layers.0.attn.q": 0.02, "layers.0.attn.v": 0.05, "layers.1.attn.q": 0.03})
     """
     if not updates:
@@ -186,7 +186,7 @@ def spectra(
         ImportError: without matplotlib.
         ValueError: if no value is above zero.
 
-    Example:
+    Examples:
         >>> figure = spectra({"layers.0.q_proj": [1.2, 0.4, 0.05], "layers.1.q_proj": [0.9, 0.8, 0.3]})
     """
     sorted_values = {name: sorted((float(v) for v in each if v > 0), reverse=True) for name, each in values.items()}
@@ -228,7 +228,7 @@ def memory_bars(
         ImportError: without matplotlib.
         ValueError: if there are no settings.
 
-    Example:
+    Examples:
         >>> parts = {"weights": 14e9, "gradients": 1e7, "optimizer": 2e7, "activations": 5e9}
         >>> figure = memory_bars({"LoRA": parts, "QLoRA": {**parts, "weights": 4e9}}, limit=16e9)
     """
@@ -237,10 +237,11 @@ def memory_bars(
     totals = {name: sum(parts.values()) for name, parts in settings.items()}
     unit = _unit([*totals.values(), limit or 0])
     names = list(settings)
+    kinds = list(dict.fromkeys(part for parts in settings.values() for part in parts))
     with _drawing(dark, files, (7, 1.6 + 0.5 * len(names))) as (figure, colours):
         axes = figure.subplots()
         left = dict.fromkeys(names, 0.0)
-        for place, part in enumerate(dict.fromkeys(part for parts in settings.values() for part in parts)):
+        for place, part in enumerate(kinds):
             widths = [settings[name].get(part, 0) / _BYTES[unit] for name in names]
             look = {"color": _style(place, colours)[0], "hatch": _HATCHES[place % len(_HATCHES)]}
             axes.barh(names, widths, left=list(left.values()), height=0.62, label=part, linewidth=0, **look)
@@ -256,7 +257,7 @@ def memory_bars(
         axes.margins(x=0.14)
         axes.grid(False, axis="y")
         axes.set(xlabel=f"memory ({unit})")
-        figure.legend(loc="outside upper center", ncols=5)
+        figure.legend(loc="outside upper center", ncols=_columns(figure, [*kinds, "limit, 24.0 GB"]))
     return figure
 
 
@@ -275,7 +276,7 @@ def comparison(
         ImportError: without matplotlib.
         ValueError: if no run has a quality and one of the three costs.
 
-    Example:
+    Examples:
         >>> lora = {"name": "LoRA", "quality": 88.2, "parameters": 460_800, "seconds": 124, "bytes": 2.2e9}
         >>> ia3 = {"name": "IA3", "quality": 87.5, "parameters": 57_600, "seconds": 71, "bytes": 2.1e9}
         >>> figure = comparison([lora, ia3])
@@ -300,7 +301,7 @@ def comparison(
                 panel.set_xscale("log")
         axes[0].set(ylabel=quality)
         handles = {text: handle for each in axes for handle, text in zip(*each.get_legend_handles_labels())}
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(6, len(handles)))
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=_columns(figure, handles))
     return figure
 
 
@@ -354,6 +355,12 @@ def _depth(count: int, colours: Mapping[str, Any]) -> Any:
     low, high = colours["depth"]
     part = [colormaps["viridis"](low + (high - low) * i / 255) for i in range(256)]
     return ScalarMappable(Normalize(0, max(1, count - 1)), ListedColormap(part))
+
+
+def _columns(figure: Figure, names: Iterable[str]) -> int:
+    """How many entries of a legend stand beside each other, by the length of the longest."""
+    longest = max(map(len, names))
+    return max(1, int(figure.get_figwidth() / (0.7 + 0.08 * longest)))
 
 
 def _unit(sizes: Iterable[float]) -> str:

@@ -98,7 +98,7 @@ def prepare_model_for_kbit_training(
     Raises:
         TypeError: if checkpointing is asked for and the model has no method to switch it on.
 
-    Example:
+    Examples:
         >>> base = prepare_model_for_kbit_training(base)  # loaded with BitsAndBytesConfig(load_in_4bit=True)
         >>> model = get_peft_model(base, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
     """
@@ -125,7 +125,7 @@ def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
     For training in mixed precision, where gradients are scaled and their parameters must be float32. Quantised
     parameters, which are of no floating dtype, are left alone.
 
-    Example:
+    Examples:
         >>> cast_mixed_precision_params(model, torch.bfloat16)
         >>> {p.dtype for p in model.parameters() if not p.requires_grad}
         {torch.bfloat16}

@@ -107,7 +107,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     Raises:
         NoAdaptedLayersError: if it holds no adapters; a ValueError and a TypeError.
 
-    Example:
+    Examples:
         >>> first = get_layer_status(model)[0]
         >>> first.name, first.module_type, first.active_adapters
         ('model.model.layers.0.self_attn.q_proj', 'lora.Linear', ['default'])
@@ -123,7 +123,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     Raises:
         NoAdaptedLayersError: if the model holds no adapters; a ValueError and a TypeError.
 
-    Example:
+    Examples:
         >>> status = get_model_status(model)
         >>> status.enabled, status.peft_types, status.num_adapter_layers
         (True, {'default': 'LORA'}, 4)

@@ -74,7 +74,7 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     Returns:
         name -> detached tensor; it shares the model's memory unless adapters are merged.
 
-    Example:
+    Examples:
         >>> sorted(get_base_model_state_dict(model))[0]
         'lm_head.weight'
     """
@@ -97,7 +97,7 @@ def set_base_model_state_dict(
     Raises:
         RuntimeError: if names (with ``strict``) or shapes do not agree; the model is then unchanged.
 
-    Example:
+    Examples:
         >>> state = get_base_model_state_dict(model)
         >>> set_base_model_state_dict(model, state)
         IncompatibleKeys(missing_keys=[], unexpected_keys=[])

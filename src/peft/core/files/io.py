@@ -146,7 +146,7 @@ def load_peft_weights(
         FileNotFoundError: if there is no file of weights.
         ValueError: if the file is damaged, or a key of ``key_mapping`` is no regular expression.
 
-    Example:
+    Examples:
         >>> model.save_pretrained("adapter")
         >>> tensors = load_peft_weights("adapter")
         >>> list(tensors)[0]

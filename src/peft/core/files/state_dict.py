@@ -57,7 +57,7 @@ def get_peft_model_state_dict(
     Raises:
         ValueError: if the model has no such adapter, or the given state dict lacks one of its tensors.
 
-    Example:
+    Examples:
         >>> tensors = get_peft_model_state_dict(model)
         >>> tensors = get_peft_model_state_dict(model, model.state_dict())  # or what FSDP gathered
     """
@@ -189,7 +189,7 @@ def set_peft_model_state_dict(
         parameters of the base model that it holds (norms trained along, say) become the adapter's own: they act while
         it is active.
 
-    Example:
+    Examples:
         >>> state = get_peft_model_state_dict(model)
         >>> found = set_peft_model_state_dict(model, state)
         >>> found.unexpected_keys

@@ -330,7 +330,7 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
         Raises:
             ValueError: if an adapter cannot be merged, with the reason.
 
-        Example:
+        Examples:
             >>> plain = model.merge_and_unload()
             >>> type(plain).__name__
             'LlamaForCausalLM'

@@ -76,7 +76,7 @@ def convert_to_lora(
         ValueError: for a rank that has no meaning, an unknown adapter, one that no weight equals, several that each
             train whole modules, and biases that a LoRA cannot have.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(base, IA3Config(target_modules=["v_proj"], feedforward_modules=[]))
         >>> config, tensors = convert_to_lora(model, rank=16)
         >>> config.peft_type.value, config.target_modules
@@ -151,7 +151,7 @@ def save_as_lora(
     Raises:
         ValueError: as :func:`convert_to_lora`; if ``path`` is a file. Nothing is written then.
 
-    Example:
+    Examples:
         >>> save_as_lora("as_lora", model, rank=4)
         >>> PeftModel.from_pretrained(model.unload(), "as_lora").peft_config["default"].r
         4

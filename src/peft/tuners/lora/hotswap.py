@@ -99,7 +99,7 @@ def hotswap_adapter(
     Raises:
         ValueError: as :func:`hotswap_adapter_from_state_dict`.
 
-    Example:
+    Examples:
         >>> model.save_pretrained("adapter")
         >>> hotswap_adapter(model, "adapter", adapter_name="default")
     """

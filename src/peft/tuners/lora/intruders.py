@@ -58,7 +58,7 @@ def reduce_intruder_dimension(
     Raises:
         ValueError: if the adapter is unknown, merged or no plain LoRA, or the new name is taken.
 
-    Example:
+    Examples:
         >>> reduce_intruder_dimension(model, mitigation_lambda=0.5)
         >>> model.save_pretrained("milder")
     """

@@ -140,7 +140,7 @@ class LoraTuner(LoraCompat, BaseTuner):
             ValueError: for unknown adapters or ways, another number of weights, a name that is taken, or adapters
                 that cannot be combined. The model is then unchanged.
 
-        Example:
+        Examples:
             >>> model.add_adapter("other", LoraConfig(r=8, task_type="CAUSAL_LM"))
             >>> model.add_weighted_adapter(["default", "other"], [0.7, 0.3], "both", combination_type="linear")
             >>> model.set_adapter("both")

@@ -15,7 +15,7 @@ class DoraCaching:
     The norm takes a product of W and A, most of what DoRA costs beyond LoRA in a short step, and one number for each
     output feature. It is computed anew after any of its tensors has changed, and never kept in training.
 
-    Example:
+    Examples:
         >>> with DoraCaching():
         ...     model.generate(**inputs)
         >>> caching = DoraCaching()
