@@ -122,8 +122,8 @@ def test_extraction_and_resizing_hold_one_layer_at_a_time(tmp_path: Path) -> Non
             for layer in model:
                 layer.weight += torch.randn(192, 2) @ torch.randn(2, 192) * 0.1
     with Peak() as peak:
-        extract_adapter(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", rank=2, model=model)
-    assert peak.most / (192 * 192 * 4) < 4.5  # two matrices, their difference, and a sketch
+        extract_adapter(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", rank=2, model=model.to("meta"))
+    assert peak.most / (192 * 192 * 4) < 2.5  # the two matrices, the second of which becomes the difference
     with Peak() as peak:
         resize_adapter(tmp_path / "out", tmp_path / "small", rank=1)
     assert peak.most / (192 * 192 * 4) < 1  # the products are never formed
@@ -134,7 +134,9 @@ def test_resizing_gives_the_best_product_of_a_rank(tmp_path: Path) -> None:
     found = resize_adapter(tmp_path / "lora", tmp_path / "small", rank=2)
     back, names = loaded(base, tmp_path / "small"), [n for n in found.ranks]
     for name in names:
-        old, new = (m.base_model.model.get_submodule(name).adapters["default"] for m in (model, back))
+        old, new = (
+            m.requires_grad_(False).base_model.model.get_submodule(name).adapters["default"] for m in (model, back)
+        )
         u, s, vh = torch.linalg.svd(old.delta_weight())
         torch.testing.assert_close(new.delta_weight(), (u[:, :2] * s[:2]) @ vh[:2], atol=1e-5, rtol=1e-4)
         assert found.errors[name] == pytest.approx(float(s[2:].norm() / s.norm()), abs=1e-5)

@@ -100,9 +100,7 @@ def _bottleneck(source: Source, config: dict[str, Any], name: str, job: Job) -> 
 
 def _prefix(source: Source, config: dict[str, Any], name: str, job: Job) -> Held:
     if not config.get("flat"):
-        raise ConfigError(
-            "the prefix is made by a network (flat=False); call model.eject_prefix_tuning in adapters first."
-        )
+        raise ConfigError("the prefix is made by a network (flat=False); eject it first (eject_prefix_tuning).")
     base = job.need_base("a prefix is cut by the layers and heads")
     found = {key: value for key, value in source.tensors.items() if key.startswith("model.prefix_tuning.") or
              ".pool." in key}  # fmt: skip
@@ -132,9 +130,7 @@ def _turned(table: torch.Tensor, by: int, length: int, layers: int, heads: int, 
     """
     rope = base.config.get("rope_parameters") or base.config
     if "rope_theta" not in rope or rope.get("rope_type", "default") != "default":
-        raise ConfigError(
-            "a prefix moves the positions of tokens here and not there, which only plain rotary ones bear."
-        )
+        raise ConfigError("a prefix moves the positions of tokens here and not there: only plain rotary ones bear it.")
     parts = table.reshape(length, layers, 2, heads, -1)  # keys and values of each layer
     keys = rotated(parts[:, :, :1], by, rope["rope_theta"])
     return torch.cat([keys, parts[:, :, 1:]], 2).reshape(table.shape)

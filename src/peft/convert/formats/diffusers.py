@@ -1,7 +1,7 @@
-"""diffusers, with current and old names, and ComfyUI's: ``unet.....lora_A.weight``, ``....processor.to_q_lora.down.weight``.
+"""diffusers, with current and old names, and ComfyUI's.
 
-The component stands in front; a file without any is of a UNet. ``alpha`` tensors, or the configs in the header, say the
-scale; without them it is 1.
+``unet.....lora_A.weight``, ``....attn1.processor.to_q_lora.down.weight``. The component stands in front; a file without
+any is of a UNet. ``alpha`` tensors, or the configs in the header, say the scale; without them it is 1.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """kohya-ss and LyCORIS: ``lora_unet_down_blocks_0_....lora_down.weight`` with an ``alpha`` for each module.
 
-Names have no dots, components a prefix. LoCon's Tucker core (``lora_mid``) is folded into A; LoHa and LoKr keep theirs.
+Names have no dots, components a prefix. LoCon's Tucker core (``lora_mid``) is folded into A; LoHa and LoKr keep
+theirs.
 """
 
 from __future__ import annotations
