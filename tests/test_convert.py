@@ -105,7 +105,9 @@ class Peak(TorchDispatchMode):
         flat = [*args, *(result if isinstance(result, tuple | list) else [result])]
         self.seen += [weakref.ref(t) for t in flat if isinstance(t, torch.Tensor)]
         alive = {
-            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for r in self.seen if (t := r()) is not None
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+            for r in self.seen
+            if (t := r()) is not None and not t.is_meta
         }
         self.most = max(self.most, sum(alive.values()))
         return result
@@ -132,7 +134,7 @@ def test_extraction_and_resizing_hold_one_layer_at_a_time(tmp_path: Path) -> Non
 def test_resizing_gives_the_best_product_of_a_rank(tmp_path: Path) -> None:
     base, model = lora(tmp_path / "lora", r=4, rank_pattern={"k_proj": 2}, use_rslora=True)
     found = resize_adapter(tmp_path / "lora", tmp_path / "small", rank=2)
-    back, names = loaded(base, tmp_path / "small"), [n for n in found.ranks]
+    back, names = loaded(base, tmp_path / "small"), [*found.ranks]
     for name in names:
         old, new = (
             m.requires_grad_(False).base_model.model.get_submodule(name).adapters["default"] for m in (model, back)
@@ -231,7 +233,9 @@ def test_save_as_lora_shares_ranks_and_says_the_errors(tmp_path: Path) -> None:
     model = get_peft_model(Mlp(), LoHaConfig(r=2, target_modules=["lin0", "lin1"], init_weights=False))
     with torch.no_grad():
         model.base_model.model.lin1.hada_w1_a["default"].mul_(0.1)
-    changes = {n: model.get_submodule(f"base_model.model.{n}").get_delta_weight("default") for n in ("lin0", "lin1")}
+    changes = {
+        n: model.get_submodule(f"base_model.model.{n}").get_delta_weight("default").detach() for n in ("lin0", "lin1")
+    }
     errors = save_as_lora(tmp_path, model, 0.9, across_layers=True)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     total, left = sum(float(change.square().sum()) for change in changes.values()), 0.0

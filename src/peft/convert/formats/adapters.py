@@ -1,4 +1,4 @@
-"""The library ``adapters``: ``adapter_config.json`` and ``pytorch_adapter.bin``, of LoRA, IA3, bottlenecks and prefixes."""
+"""The library ``adapters``: LoRA, IA3, bottlenecks and prefixes as ``pytorch_adapter.bin`` with a config."""
 
 from __future__ import annotations
 
@@ -149,7 +149,8 @@ def _write(bundle: Bundle, job: Job) -> Files:
         raise ConfigError(f"of {kind} no file of adapters can be written; there are {', '.join(writers)}.")
     config, tensors = writers[kind](held, job)
     said = {
-        "config": config, "hidden_size": base.number("hidden_size", "n_embd"), "model_class": type(base.model).__name__,
+        "config": config, "hidden_size": base.number("hidden_size", "n_embd"),
+        "model_class": type(base.model).__name__,
         "model_name": base.config.get("_name_or_path", ""), "model_type": base.config.get("model_type"),
         "name": _NAME, "version": "adapters.1.3.0",
     }  # fmt: skip
