@@ -174,7 +174,12 @@ class _Extractor:
             kind = kind_of(module)
             if kind is not None and name == kind.weight and not kind.opaque and kind.refusal(module) is None:
                 self.dtypes.add(after.dtype)
-                self._decompose(path, kind, module, before, after)
+                change = after.to(torch.promote_types(after.dtype, torch.float32))
+                del after
+                change -= before
+                del before
+                self._decompose(path, kind, module, change)
+                del change
             elif kind is not None and name == kind.bias:
                 self.biases.append(key)
             else:
@@ -214,9 +219,7 @@ class _Extractor:
 
         return key
 
-    def _decompose(self, path: str, kind: Any, module: nn.Module, before: torch.Tensor, after: torch.Tensor) -> None:
-        wide = torch.promote_types(after.dtype, torch.float32)
-        change = after.to(wide, copy=True).sub_(before)
+    def _decompose(self, path: str, kind: Any, module: nn.Module, change: torch.Tensor) -> None:
         matrix = kind.orient(change, module).flatten(1)
         if getattr(module, "groups", 1) > 1:
             self.saved[path] = module  # the LoRA of a grouped convolution is made of blocks
@@ -265,7 +268,8 @@ class _Extractor:
         return config, tensors, report
 
     def _file_name(self, name: str) -> str:
-        key = self._renaming()(name.removeprefix("base_model.model."))
+        words = name.removeprefix("base_model.model.").split(".")
+        key = self._renaming()(".".join(word for word in words if word != "base_layer"))
         if key is None:
             raise ValueError(f"the fine-tuned model's files have no tensor for {name}.")
         return key
@@ -276,12 +280,13 @@ class _Extractor:
         first, last = embeddings_of(self.model)
         tied = first is not None and getattr(first, "weight", 0) is getattr(last, "weight", 1)
         adapted = any(self.model.get_submodule(path) is first for path in ranks)
+        targets = exact_targets(self.model, set(ranks))
         return LoraConfig(
             r=common,
             lora_alpha=common,
             rank_pattern=others,
             alpha_pattern=dict(others),
-            target_modules=exact_targets(self.model, set(ranks)),
+            target_modules=list(targets) if isinstance(targets, set) else targets,
             modules_to_save=sorted(self.saved) or None,
             bias="all" if self.biases else "none",
             ensure_weight_tying=tied and adapted,

@@ -153,8 +153,8 @@ def _products(held: Held) -> Iterator[tuple[str, tuple[str, str]]]:
     kind = str(getattr(held.config.peft_type, "value", held.config.peft_type))
     if kind not in PRODUCTS:
         raise ValueError(
-            f"the tensors of {kind} are no product B A of a rank to change; peft.save_as_lora writes a LoRA of any rank "
-            f"instead. Products are {', '.join(PRODUCTS)}."
+            f"the tensors of {kind} are no product B A of a rank to change; peft.save_as_lora writes a LoRA of any "
+            f"rank instead. Products are {', '.join(PRODUCTS)}."
         )
     if getattr(held.config, "target_parameters", None):
         raise ValueError("target_parameters are stacks of experts' matrices, whose ranks cannot be changed in a file.")

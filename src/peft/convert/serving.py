@@ -190,8 +190,8 @@ def _index(module: str) -> str | None:
     return next((word for word in module.split(".") if word.isdigit()), None)
 
 
-# Sources: vLLM, "LoRA Adapters" and its check of adapter configs (version 0.11); SGLang, "LoRA Serving" and its table of
-# target modules; TGI, "LoRA" and its loader of adapters; LoRAX, "Adapters > LoRA > Target Modules"; llama.cpp,
+# Sources: vLLM, "LoRA Adapters" and its check of adapter configs (version 0.11); SGLang, "LoRA Serving" and its table
+# of target modules; TGI, "LoRA" and its loader of adapters; LoRAX, "Adapters > LoRA > Target Modules"; llama.cpp,
 # convert_lora_to_gguf, which knows A and B alone, and scales by alpha over each pair's own rank.
 RULES: dict[str, tuple[Callable[[_Facts], None], ...]] = {
     "vllm": (_no_dora, _no_modules, _no_others, _one_scale, _vllm_rank, _vllm_modules),

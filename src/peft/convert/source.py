@@ -20,7 +20,8 @@ from peft.utils.error import ConfigError
 
 # The weights that a folder is looked through for, the best known names first.
 _NAMES = ("adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors", "adapter.safetensors",
-          "pytorch_adapter.bin", "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", "adapter_model.pt")  # fmt: skip
+          "pytorch_adapter.bin", "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin",
+          "adapter_model.pt")  # fmt: skip
 _CONFIGS = ("adapter_config.json",)
 Bundle = dict[str, Held]  # by component of a pipeline: "unet", "text_encoder", ...; "" where there is one model
 Files = dict[str, Callable[[str], None]]  # name of a file -> what writes it to a path
@@ -53,8 +54,8 @@ class Source:
         for name in _CONFIGS:
             if (file := path.with_name(name)).is_file():
                 config = json.loads(file.read_text(encoding="utf-8"))
-        with open(path, "rb") as file:
-            if file.read(4) == b"GGUF":
+        with open(path, "rb") as start:
+            if start.read(4) == b"GGUF":
                 return cls(path, {}, {}, config, gguf=True)
         metadata: dict[str, str] = {}
         if path.suffix == ".safetensors":
@@ -91,8 +92,8 @@ class Base:
     def of(cls, base: nn.Module | str | os.PathLike) -> Base:
         """From a model, or from a folder with a ``config.json``; no weights are read."""
         if isinstance(base, nn.Module):
-            config = getattr(base, "config", None)
-            return cls(base, config.to_dict() if hasattr(config, "to_dict") else dict(config or {}))
+            config: Any = getattr(base, "config", None) or {}
+            return cls(base, config.to_dict() if hasattr(config, "to_dict") else dict(config))
         made = skeleton(base, None)
         return cls(made, made.config.to_dict())
 
@@ -118,8 +119,8 @@ class Job:
     """What a conversion knows and notes on its way.
 
     Attributes:
-        base: the base model, where given. lost: what the target cannot hold, with the reason. notes: what else is to be
-            known of the result.
+        base: the base model, where given. lost: what the target cannot hold, with the reason. notes: what else is to
+            be known of the result.
     """
 
     base: Base | None = None

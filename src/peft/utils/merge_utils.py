@@ -1,8 +1,10 @@
 """Merging task tensors: the differences that fine-tuning on several tasks made to one tensor.
 
 Task arithmetic (arXiv 2212.04089), TIES (arXiv 2306.01708), DARE (arXiv 2311.03099), DELLA (arXiv 2406.11617), model
-breadcrumbs (arXiv 2312.06795) and KnOTS (arXiv 2410.19735). Every function leaves its arguments as they are. ``task_tensors`` have one shape and one weight each; the result has their shape and the dtype
-that tensors and weights promote to.
+breadcrumbs (arXiv 2312.06795), KnOTS (arXiv 2410.19735), greedy soups (arXiv 2203.05482).
+
+Every function leaves its arguments as they are. ``task_tensors`` have one shape and one weight each; the result has
+their shape and the dtype that tensors and weights promote to.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""diffusers, with current and old names, and ComfyUI's: ``unet.....lora_A.weight``, ``....processor.to_q_lora.down.weight``.
+"""diffusers, with current and old names, and ComfyUI's.
 
-The component stands in front; a file without any is of a UNet. ``alpha`` tensors, or the configs in the header, say the
-scale; without them it is 1.
+``unet.....lora_A.weight``, ``....attn1.processor.to_q_lora.down.weight``. The component stands in front; a file
+without any is of a UNet. ``alpha`` tensors, or the configs in the header, say the scale; without them it is 1.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from peft.config import resolve_pattern
 from peft.convert.formats.kohya import saver
 from peft.convert.held import Held, Pair, Pairs, held_of, pairs_of, patterned, whole
 from peft.convert.source import Bundle, Files, Format, Job, Source
@@ -90,8 +91,6 @@ def _pairs(modules: dict[str, dict[str, torch.Tensor]], config: dict[str, Any], 
         rank = len(parts["down"])
         alpha = float(parts.pop("alpha", torch.tensor(0.0))) or rank
         if known is not None:
-            from peft.config import resolve_pattern
-
             alpha = resolve_pattern(known.alpha_pattern, module, known.lora_alpha)
         if (scale := parts.get("magnitude")) is not None:
             shape = (-1,) if parts["down"].dim() == 2 else (1, -1, *[1] * (parts["down"].dim() - 2))

@@ -15,7 +15,7 @@ from peft.convert.source import Base, Bundle, Files, Format, Job, Source, one
 from peft.utils.error import ConfigError
 
 
-# transformers' model types -> llama.cpp's architecture, of those whose matrices are kept as they are but for ROTARY's q, k.
+# transformers' model types -> llama.cpp's architecture, where matrices are kept as they are, but for q, k of ROTARY.
 ARCHITECTURES = {
     "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma": "gemma", "gemma2": "gemma2",
     "gemma3_text": "gemma3", "phi3": "phi3", "starcoder2": "starcoder2", "gpt2": "gpt2",

@@ -1,6 +1,7 @@
 """kohya-ss and LyCORIS: ``lora_unet_down_blocks_0_....lora_down.weight`` with an ``alpha`` for each module.
 
-Names have no dots, components a prefix. LoCon's Tucker core (``lora_mid``) is folded into A; LoHa and LoKr keep theirs.
+Names have no dots, components a prefix. LoCon's Tucker core (``lora_mid``) is folded into A; LoHa and LoKr keep
+theirs.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from typing import Any
 
 import torch
 
+from peft.config import resolve_pattern
 from peft.convert.held import PREFIX, Held, Pair, Pairs, held_of, pairs_of, patterned, whole
 from peft.convert.names import dotted, flat
 from peft.convert.source import Bundle, Files, Format, Job, Source
+from peft.core.files.io import separate
 from peft.tuners.loha import LoHaConfig
 from peft.tuners.lokr import LoKrConfig, factorization
 from peft.utils.error import ConfigError
@@ -198,7 +201,7 @@ def _renamed(modules: dict[str, Parts], names: tuple[str, ...], job: Job) -> dic
 def _write(bundle: Bundle, job: Job) -> Files:
     tensors: dict[str, torch.Tensor] = {}
     for component, held in bundle.items():
-        prefix = _prefix(component.partition("-")[0], held, job)
+        prefix = _prefix(component.partition("-")[0], "text_encoder_2" in bundle)
         tensors.update(_flattened(held, prefix, job))
     return {"lora.safetensors": saver(tensors, {"format": "pt"})}
 
@@ -207,16 +210,14 @@ def saver(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> Callabl
     """What writes tensors as safetensors to a path."""
     from safetensors.torch import save_file
 
-    from peft.core.files.io import separate
-
     return lambda path: save_file(separate(tensors), path, metadata=metadata)
 
 
-def _prefix(component: str, held: Held, job: Job) -> str:
+def _prefix(component: str, two_encoders: bool) -> str:
     if component == "transformer":
         return "lora_unet_"
     if component == "text_encoder":
-        return "lora_te1_" if "text_encoder_2" in component else "lora_te_"
+        return "lora_te1_" if two_encoders else "lora_te_"
     found = next((prefix for prefix, name in PREFIXES.items() if name == component), None)
     if found is None:
         raise ConfigError(f"kohya's files have no component {component!r}.")
@@ -244,8 +245,6 @@ def _flattened(held: Held, prefix: str, job: Job) -> dict[str, torch.Tensor]:
 
 def _effective_alpha(held: Held, module: str) -> float:
     """alpha that gives the scale with the rank that LyCORIS reads from the shapes."""
-    from peft.config import resolve_pattern
-
     config = held.config
     alpha = resolve_pattern(config.alpha_pattern, module, config.alpha)
     rank = resolve_pattern(config.rank_pattern, module, config.r)

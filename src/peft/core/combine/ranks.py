@@ -63,7 +63,7 @@ def leading_svd(
     The sketch grows until it has them.
     """
     limit = min(*matrix.shape, most or max(matrix.shape))
-    energy, rank = float(matrix.double().square().sum()) * share, 16
+    energy, rank = float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2 * share, 16
     while True:
         u, s, vh = randomized_svd(matrix, min(rank, limit), generator=generator)
         if rank >= limit or float(s.double().square().sum()) >= energy:
