@@ -375,6 +375,8 @@ def peak(call: Any) -> int:
 class TestOtherCommands:
     def test_inspect_tells_sizes_updates_and_broken_tensors(self, peft_, adapters, tmp_path):
         status, found = peft_("inspect", "one", "--base=base", f"--plot={tmp_path}")
+        assert found["servers"]["vllm"]["problems"] == []
+        assert not peft_("inspect", "ia3")[1]["servers"]["vllm"]["loads"]
         assert status == 0 and found["fits"] and found["method"] == "LORA" and found["settings"]["r"] == 3
         model = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained("base"), "one")
         layer = model.get_submodule("base_model.model.model.layers.1.mlp.down_proj")
@@ -466,6 +468,17 @@ class TestOtherCommands:
         assert found["runs"][0] == first["runs"][0], "the first was trained again"
         assert found["runs"][1]["trainable"] < found["runs"][0]["trainable"]
         assert {"comparison.json", "comparison.png", "loss.svg"} <= set(found["files"])
+
+    def test_convert_extract_and_resize(self, peft_, adapters, tmp_path):
+        assert peft_("merge", "base", "one", "-o", tmp_path / "tuned")[0] == 0
+        status, found = peft_("extract", "base", tmp_path / "tuned", "--rank=3", "-o", tmp_path / "lora")
+        assert status == 0 and found["kept"] == pytest.approx(1, abs=1e-4)
+        status, found = peft_("resize", tmp_path / "lora", "--rank=1", "-o", tmp_path / "small")
+        assert status == 0 and set(found["ranks"].values()) == {1} and found["kept"] < 0.99
+        status, found = peft_("convert", tmp_path / "small", "--to=mlx", "-o", tmp_path / "mlx")
+        assert status == 0 and found["source_format"] == "peft" and any((tmp_path / "mlx").iterdir())
+        status, found = peft_("convert", tmp_path / "small", "--to=mlxx", "-o", tmp_path / "mlxx")
+        assert status == 1 and "'mlx'" in found["error"]
 
     def test_methods_lists_all_and_tells_all_of_one(self, peft_):
         from peft.tools.catalogue import methods
