@@ -520,7 +520,7 @@ class TestUse:
             (["merge", "base"], "required: adapters"),
             (["methods", "lorra"], "Did you mean 'lora'"),
         ],
-        ids=" ".join,
+        ids=lambda value: " ".join(value) if isinstance(value, list) else "",
     )
     def test_used_wrongly(self, home, monkeypatch, capsys, words, told):
         """Exit status 2, the nearest name, no traceback."""
@@ -540,7 +540,7 @@ class TestUse:
             (["inspect", "nowhere"], "nowhere"),
             (["generate", "--base=base"], "--prompt"),
         ],
-        ids=" ".join,
+        ids=lambda value: " ".join(value) if isinstance(value, list) else "",
     )
     def test_what_is_asked_about_is_wrong(self, peft_, capsys, tmp_path, words, told):
         """Exit status 1, the thing named."""
