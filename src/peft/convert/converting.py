@@ -98,16 +98,18 @@ def _detected(source: Source) -> Format:
 
 
 def _write(target: Format, files: Files, output: Path) -> str:
-    """Write the files, all or none."""
+    """Write the files; those of one folder all or none."""
     if target.single is not None and output.suffix == target.single:
         files, output = {output.name: next(iter(files.values()))}, output.parent
         output.mkdir(parents=True, exist_ok=True)
         where = output / next(iter(files))
     else:
         where = output
-    with replacing(output) as path:
-        for name, write in files.items():
-            target_path = path(name)
-            os.makedirs(os.path.dirname(target_path), exist_ok=True)
-            write(target_path)
+    folders: dict[Path, Files] = {}
+    for name, write in files.items():
+        folders.setdefault((output / name).parent, {})[os.path.basename(name)] = write
+    for folder, inside in folders.items():
+        with replacing(folder) as path:
+            for name, write in inside.items():
+                write(path(name))
     return os.fspath(where)

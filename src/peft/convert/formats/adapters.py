@@ -11,7 +11,7 @@ import torch
 from peft.convert.formats.mlx import as_json
 from peft.convert.held import PREFIX, Held, Pair, Pairs, held_of, pairs_of
 from peft.convert.rotary import rotated
-from peft.convert.source import Bundle, Files, Format, Job, Source, one
+from peft.convert.source import Base, Bundle, Files, Format, Job, Source, one
 from peft.tuners.bottleneck import BottleneckConfig
 from peft.tuners.ia3 import IA3Config
 from peft.tuners.prefix_tuning import PrefixTuningConfig
@@ -46,7 +46,9 @@ def _read(source: Source, job: Job) -> Bundle:
         "lora": _lora, "ia3": _ia3, "bottleneck": _bottleneck, "prefix_tuning": _prefix}  # fmt: skip
     kind = _kind(config)
     if kind not in readers:
-        raise ConfigError(f"adapters of the architecture {kind!r} have no counterpart; there are {', '.join(readers)}.")
+        raise ConfigError(
+            f"adapters of the architecture {kind!r} have no counterpart; there are {', '.join(readers)}."
+        )
     for field in ("use_gating", "vera_d", "phm_layer", "inv_adapter", "cross_adapter"):
         if config.get(field) and not (kind == "bottleneck" and field in _OWN):
             job.lost[field] = f"{kind} here has no such thing ({config[field]!r})"
@@ -98,29 +100,44 @@ def _bottleneck(source: Source, config: dict[str, Any], name: str, job: Job) -> 
 
 def _prefix(source: Source, config: dict[str, Any], name: str, job: Job) -> Held:
     if not config.get("flat"):
-        raise ConfigError("the prefix is made by a network (flat=False); call model.eject_prefix_tuning in adapters first.")
+        raise ConfigError(
+            "the prefix is made by a network (flat=False); call model.eject_prefix_tuning in adapters first."
+        )
     base = job.need_base("a prefix is cut by the layers and heads")
     found = {key: value for key, value in source.tensors.items() if key.startswith("model.prefix_tuning.") or
              ".pool." in key}  # fmt: skip
     values = {tuple(value.shape): value for value in found.values()}
     if len(found) != len(source.tensors) or len(values) != 1:
-        raise ConfigError(f"{source.path} holds several prefixes (cross attention, an encoder), and one is known here.")
+        raise ConfigError(
+            f"{source.path} holds several prefixes (cross attention, an encoder), and one is known here."
+        )
     layers, length = base.number("num_hidden_layers", "n_layer"), config["prefix_length"]
     table = next(iter(values.values())).reshape(length, -1)
     heads = base.number("num_key_value_heads", "num_attention_heads", "n_head")
-    rope = base.config.get("rope_parameters") or base.config
-    if "rope_theta" not in rope or rope.get("rope_type", "default") != "default":
-        raise ConfigError("a prefix moves the positions of tokens here and not there, which only plain rotary ones bear.")
-    parts = table.reshape(length, layers, 2, heads, -1)  # keys and values of each layer
-    keys = rotated(parts[:, :, :1], length, rope["rope_theta"])
+    table = _turned(table, length, length, layers, heads, base)
     job.notes.append(f"the prefix's keys are turned by {length} positions, as tokens stand that much later here")
-    table = torch.cat([keys, parts[:, :, 1:]], 2).reshape(table.shape)
     fields = {
         "num_virtual_tokens": length, "num_layers": layers, "num_attention_heads": heads,
         "token_dim": table.shape[1] // (2 * layers), "num_transformer_submodules": 1, "inference_mode": True,
         "task_type": "CAUSAL_LM",
     }  # fmt: skip
     return Held(PrefixTuningConfig(**fields), {"prompt_embeddings": table})
+
+
+def _turned(table: torch.Tensor, by: int, length: int, layers: int, heads: int, base: Base) -> torch.Tensor:
+    """A prefix ``[tokens, layers * 2 * width]`` with its keys turned by some positions.
+
+    Raises:
+        ConfigError: the base model's positions are not plain rotary ones.
+    """
+    rope = base.config.get("rope_parameters") or base.config
+    if "rope_theta" not in rope or rope.get("rope_type", "default") != "default":
+        raise ConfigError(
+            "a prefix moves the positions of tokens here and not there, which only plain rotary ones bear."
+        )
+    parts = table.reshape(length, layers, 2, heads, -1)  # keys and values of each layer
+    keys = rotated(parts[:, :, :1], by, rope["rope_theta"])
+    return torch.cat([keys, parts[:, :, 1:]], 2).reshape(table.shape)
 
 
 # --- writing ------------------------------------------------------------------------------------------------------
@@ -130,7 +147,8 @@ def _write(bundle: Bundle, job: Job) -> Files:
     held, base = one(bundle, "an adapter of adapters"), job.need_base("adapters names the model's class in its config")
     kind = str(getattr(held.config.peft_type, "value", held.config.peft_type))
     writers: dict[str, Callable[[Held, Job], tuple[dict[str, Any], dict[str, torch.Tensor]]]] = {
-        "LORA": _write_lora, "IA3": _write_ia3, "BOTTLENECK": _write_bottleneck}  # fmt: skip
+        "LORA": _write_lora, "IA3": _write_ia3, "BOTTLENECK": _write_bottleneck,
+        "PREFIX_TUNING": _write_prefix}  # fmt: skip
     if kind not in writers:
         raise ConfigError(f"of {kind} no file of adapters can be written; there are {', '.join(writers)}.")
     config, tensors = writers[kind](held, job)
@@ -154,8 +172,12 @@ def _write_lora(held: Held, job: Job) -> tuple[dict[str, Any], dict[str, torch.T
     ranks = {pair.rank for pair in found.pairs.values()}
     scales = {found.scale(module) for module in found.pairs}
     if len(ranks) > 1 or len(scales) > 1:
-        raise ConfigError("adapters has one rank and one alpha for all layers; resize_adapter(rank=...) can make them.")
+        raise ConfigError(
+            "adapters has one rank and one alpha for all layers; resize_adapter(rank=...) can make them."
+        )
     for module, pair in found.pairs.items():
+        if pair.table or pair.down.dim() > 2:
+            job.lost[module] = "LoRAs of adapters are on matrices"
         for part in ("magnitude", "bias"):
             if getattr(pair, part) is not None:
                 job.lost[f"{module}.{part}"] = "LoRAs of adapters are A and B alone in these files"
@@ -163,7 +185,13 @@ def _write_lora(held: Held, job: Job) -> tuple[dict[str, Any], dict[str, torch.T
             tensors[f"{module}.loras.{_NAME}.{part}"] = tensor
     job.lost.update(dict.fromkeys(found.others, "adapters keeps heads and embeddings in other files"))
     rank = ranks.pop()
-    return {**_LORA, **_sites(found.pairs), "composition_mode": "add", "r": rank, "alpha": scales.pop() * rank}, tensors
+    return {
+        **_LORA,
+        **_sites(found.pairs),
+        "composition_mode": "add",
+        "r": rank,
+        "alpha": scales.pop() * rank,
+    }, tensors
 
 
 def _sites(modules: Any) -> dict[str, Any]:
@@ -201,6 +229,21 @@ def _write_bottleneck(held: Held, job: Job) -> tuple[dict[str, Any], dict[str, t
     factor = config["reduction_factor"]
     config["reduction_factor"] = factor["default"] if len(factor) == 1 else factor
     return {**config, "phm_layer": False, "inv_adapter": None}, tensors
+
+
+def _write_prefix(held: Held, job: Job) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    config, table = held.config, held.tensors["prompt_embeddings"]
+    if config.prefix_projection or config.num_transformer_submodules != 1:
+        raise ConfigError("only a flat prefix of a decoder can be written.")
+    base, length = job.need_base("a prefix is cut by the layers and heads"), config.num_virtual_tokens
+    table = _turned(table, -length, length, config.num_layers, config.num_attention_heads, base)
+    own = [name for name, _ in base.model.named_modules() if name.rpartition(".")[2] in ("self_attn", "attention")]
+    holders = [*(f"{name}.prefix_tuning.pool" for name in own), "model.prefix_tuning"]
+    tensors = {f"{holder}.prefix_tunings.{_NAME}.self_prefix.control_trans": table.flatten() for holder in holders}
+    said = {"architecture": "prefix_tuning", "flat": True, "prefix_length": length, "bottleneck_size": 512,
+            "cross_prefix": True, "encoder_prefix": True, "dropout": 0.0, "leave_out": [], "non_linearity": "tanh",
+            "shared_gating": True, "use_gating": False, "init_weights_seed": None}  # fmt: skip
+    return said, tensors
 
 
 ADAPTERS = Format("adapters", _matches, _read, _write)

@@ -1,0 +1,316 @@
+"""Extraction from full models, other ranks, negation, serving checks, LoRAs by energy, merging of many."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_convert_formats import IDS, loaded, lora
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from toys import Mlp, tiny_llama
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from peft import HiraConfig, LoHaConfig, LoraConfig, PeftModel, get_peft_model, save_as_lora
+from peft.convert import check_serving, extract_adapter, negate_adapter, rebase_adapter, resize_adapter
+from peft.core.combine.ranks import leading_svd, randomized_svd, shared_ranks
+from peft.utils import merge_utils
+
+
+def tuned_by_lora(tmp_path: Path, r: int = 3) -> tuple[nn.Module, nn.Module]:
+    """A base model and one fine-tuned by a LoRA of rank r, and in a norm; both are saved, the base in shards."""
+    base, model = lora(tmp_path / "lora", r=r, target_modules=["q_proj", "down_proj", "embed_tokens"])
+    full = model.merge_and_unload()
+    with torch.no_grad():
+        full.model.norm.weight.mul_(1.5)
+    base.save_pretrained(tmp_path / "base", max_shard_size="4KB")
+    full.save_pretrained(tmp_path / "tuned")
+    assert len([*(tmp_path / "base").glob("*.safetensors")]) > 2
+    return base, full
+
+
+def test_extraction_gives_back_the_update_of_a_lora(tmp_path: Path) -> None:
+    base, full = tuned_by_lora(tmp_path)
+    found = extract_adapter(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", rank=3)
+    assert found.saved == ["model.norm"] and len(found.ranks) == 5 and not found.biases
+    assert max(found.errors.values()) < 1e-5 and found.kept == pytest.approx(1)
+    back = loaded(base, tmp_path / "out")
+    for name in found.ranks:
+        layer = back.base_model.model.get_submodule(name)
+        change = full.get_submodule(name).weight - base.get_submodule(name).weight
+        change = change.T if isinstance(layer.get_base_layer(), nn.Embedding) else change
+        made = layer.adapters["default"].delta_weight()
+        assert (made - change).norm() < 1e-5 * max(1.0, change.norm())
+    torch.testing.assert_close(back(IDS).logits, full(IDS).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_extraction_keeps_the_energy_that_it_is_asked_for(tmp_path: Path) -> None:
+    base, full = tuned_by_lora(tmp_path)
+    found = extract_adapter(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", energy=0.9)
+    changes = {n: full.get_submodule(n).weight - base.get_submodule(n).weight for n in found.ranks}
+    values = {name: torch.linalg.svdvals(change.detach().double()) for name, change in changes.items()}
+    left = sum(float(values[name][:r].square().sum()) for name, r in found.ranks.items())
+    total = sum(float(value.square().sum()) for value in values.values())
+    assert left / total >= 0.9 and left / total == pytest.approx(found.kept, abs=1e-5)
+    for name, error in found.errors.items():
+        rest = values[name][found.ranks[name] :].norm() / values[name].norm()
+        assert error == pytest.approx(float(rest), abs=1e-5)
+
+
+def test_extraction_of_transposed_weights_and_biases(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=2)).eval()
+    full = copy.deepcopy(base)
+    with torch.no_grad():
+        full.transformer.h[0].attn.c_attn.weight += torch.outer(torch.randn(8), torch.randn(24))
+        full.transformer.h[0].attn.c_attn.bias += torch.randn(24)
+        full.transformer.h[0].mlp.c_proj.bias += torch.randn(8)
+        full.transformer.wte.weight += torch.outer(torch.randn(20), torch.randn(8))  # tied: the head changes, too
+    base.save_pretrained(tmp_path / "base")
+    full.save_pretrained(tmp_path / "tuned")
+    found = extract_adapter(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", rank=1)
+    assert found.biases and set(found.ranks) == {"transformer.h.0.attn.c_attn", "transformer.wte"}
+    torch.testing.assert_close(loaded(base, tmp_path / "out")(IDS).logits, full(IDS).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_what_cannot_be_extracted(tmp_path: Path) -> None:
+    base = tiny_llama()
+    base.save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match="equal"):
+        extract_adapter(tmp_path / "base", tmp_path / "base", tmp_path / "out", rank=1)
+    with pytest.raises(ValueError, match="rank=16, or energy"):
+        extract_adapter(tmp_path / "base", tmp_path / "base", tmp_path / "out")
+    base.resize_token_embeddings(40)
+    base.save_pretrained(tmp_path / "larger")
+    with pytest.raises(ValueError, match=r"embed_tokens.weight is \[30, 16\] .* resize"):
+        extract_adapter(tmp_path / "base", tmp_path / "larger", tmp_path / "out", rank=1)
+    assert not (tmp_path / "out").exists()
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that tensors seen by operations held at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[weakref.ref] = []
+        self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        flat = [*args, *(result if isinstance(result, tuple | list) else [result])]
+        self.seen += [weakref.ref(t) for t in flat if isinstance(t, torch.Tensor)]
+        alive = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for r in self.seen if (t := r()) is not None
+        }
+        self.most = max(self.most, sum(alive.values()))
+        return result
+
+
+def test_extraction_and_resizing_hold_one_layer_at_a_time(tmp_path: Path) -> None:
+    """Eight layers; the peak is counted in matrices of one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(192, 192, bias=False) for _ in range(8)))
+    for name in ("base", "tuned"):
+        (tmp_path / name).mkdir()
+        save_file(dict(model.state_dict()), tmp_path / name / "model.safetensors")
+        with torch.no_grad():
+            for layer in model:
+                layer.weight += torch.randn(192, 2) @ torch.randn(2, 192) * 0.1
+    with Peak() as peak:
+        extract_adapter(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", rank=2, model=model)
+    assert peak.most / (192 * 192 * 4) < 4.5  # two matrices, their difference, and a sketch
+    with Peak() as peak:
+        resize_adapter(tmp_path / "out", tmp_path / "small", rank=1)
+    assert peak.most / (192 * 192 * 4) < 1  # the products are never formed
+
+
+def test_resizing_gives_the_best_product_of_a_rank(tmp_path: Path) -> None:
+    base, model = lora(tmp_path / "lora", r=4, rank_pattern={"k_proj": 2}, use_rslora=True)
+    found = resize_adapter(tmp_path / "lora", tmp_path / "small", rank=2)
+    back, names = loaded(base, tmp_path / "small"), [n for n in found.ranks]
+    for name in names:
+        old, new = (m.base_model.model.get_submodule(name).adapters["default"] for m in (model, back))
+        u, s, vh = torch.linalg.svd(old.delta_weight())
+        torch.testing.assert_close(new.delta_weight(), (u[:, :2] * s[:2]) @ vh[:2], atol=1e-5, rtol=1e-4)
+        assert found.errors[name] == pytest.approx(float(s[2:].norm() / s.norm()), abs=1e-5)
+        if "k_proj" in name:  # it fits already
+            assert torch.equal(new.lora_A.weight, old.lora_A.weight) and found.errors[name] == 0
+    few = resize_adapter(tmp_path / "lora", tmp_path / "few", energy=0.7)
+    assert few.kept >= 0.7 and sum(few.ranks.values()) < sum(found.ranks.values()) + 4
+    with pytest.raises(ValueError, match=r"in \(0, 1\]"):
+        resize_adapter(tmp_path / "lora", tmp_path / "x", energy=2.0)
+
+
+def test_resizing_other_products_and_what_is_none(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    for name, config in (("hira", HiraConfig), ("loha", LoHaConfig)):
+        torch.manual_seed(0)
+        model = get_peft_model(Mlp(), config(r=3, target_modules=["lin0"], init_weights=False))
+        model.save_pretrained(tmp_path / name)
+        if name == "hira":
+            product = model.base_model.model.lin0.adapters["default"].product()
+    resize_adapter(tmp_path / "hira", tmp_path / "small", rank=1)
+    tensors = load_file(tmp_path / "small" / "adapter_model.safetensors")
+    a, b = (tensors[f"base_model.model.lin0.hira_{part}"] for part in "AB")
+    u, s, vh = torch.linalg.svd(product)
+    torch.testing.assert_close(b @ a, s[0] * torch.outer(u[:, 0], vh[0]), atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="LOHA are no product.*save_as_lora"):
+        resize_adapter(tmp_path / "loha", tmp_path / "x", rank=1)
+
+
+def test_negation_and_rebasing(tmp_path: Path) -> None:
+    base, model = lora(tmp_path / "one")
+    negate_adapter(tmp_path / "one", tmp_path / "minus")
+    torch.manual_seed(9)
+    other = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    other.save_pretrained(tmp_path / "two", save_embedding_layers=False)
+    baked = copy.deepcopy(loaded(base, tmp_path / "one").merge_and_unload())
+    gone = loaded(baked, tmp_path / "minus")
+    torch.testing.assert_close(gone(IDS).logits, base(IDS).logits, atol=1e-5, rtol=1e-4)
+    rebase_adapter(tmp_path / "two", tmp_path / "one", tmp_path / "rebased")
+    wanted = loaded(base, tmp_path / "two")(IDS).logits
+    torch.testing.assert_close(loaded(baked, tmp_path / "rebased")(IDS).logits, wanted, atol=1e-5, rtol=1e-4)
+    lora(tmp_path / "dora", use_dora=True)
+    with pytest.raises(ValueError, match="DoRA"):
+        negate_adapter(tmp_path / "dora", tmp_path / "x")
+
+
+SERVED = [
+    ({"r": 8, "lora_alpha": 16}, {"vllm", "sglang", "tgi", "lorax", "llama.cpp"}, ""),
+    ({"r": 8, "use_dora": True}, set(), "DoRA"),
+    ({"r": 8, "modules_to_save": ["lm_head"]}, set(), "modules_to_save"),
+    ({"r": 8, "rank_pattern": {"q_proj": 4}}, {"llama.cpp"}, "scales every layer"),
+    ({"r": 8, "bias": "all"}, set(), "biases"),
+    ({"r": 8, "layers_to_transform": [1]}, {"vllm", "sglang", "llama.cpp"}, "not every layer"),
+    ({"r": 600}, {"sglang", "tgi", "lorax", "llama.cpp"}, "largest rank is 512"),
+]
+
+
+@pytest.mark.parametrize(("fields", "serve", "why"), SERVED, ids=[str(fields) for fields, *_ in SERVED])
+def test_who_serves_an_adapter(fields: dict, serve: set[str], why: str, tmp_path: Path) -> None:
+    lora(tmp_path, **{"lora_alpha": 8, **fields})
+    found = check_serving(tmp_path)
+    assert {name for name, one in found.items() if one.loads} == serve
+    assert all(why in " ".join(one.problems) for one in found.values() if not one.loads)
+
+
+def test_serving_needs_and_other_methods(tmp_path: Path) -> None:
+    lora(tmp_path / "wide", r=40)
+    assert "--max-lora-rank 64" in " ".join(check_serving(tmp_path / "wide")["vllm"].needs)
+    get_peft_model(Mlp(), LoHaConfig(target_modules=["lin0"])).save_pretrained(tmp_path / "loha")
+    found = check_serving(tmp_path / "loha")
+    assert not any(one.loads for one in found.values()) and "save_as_lora" in found["tgi"].problems[0]
+
+
+def test_ranks_are_shared_out_by_the_largest_singular_values() -> None:
+    values = {"a": torch.tensor([5.0, 4.0, 0.1]), "b": torch.tensor([3.0, 0.2]), "c": torch.tensor([0.1])}
+    assert shared_ranks(values, 0.8) == {"a": 2, "b": 1, "c": 1}
+    assert shared_ranks(values, 1.0) == {"a": 3, "b": 2, "c": 1}
+
+
+def test_randomised_decompositions_are_those_of_the_matrix() -> None:
+    torch.manual_seed(0)
+    matrix = torch.randn(90, 5) @ torch.randn(5, 120)
+    u, s, vh = randomized_svd(matrix, 5)
+    torch.testing.assert_close((u * s) @ vh, matrix, atol=1e-3, rtol=1e-4)
+    matrix = torch.randn(90, 120)
+    u, s, vh = leading_svd(matrix, 0.9)
+    assert s.square().sum() >= 0.9 * matrix.square().sum()
+    torch.testing.assert_close(u.T @ u, torch.eye(len(s)), atol=1e-4, rtol=0)
+
+
+def test_save_as_lora_shares_ranks_and_says_the_errors(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(Mlp(), LoHaConfig(r=2, target_modules=["lin0", "lin1"], init_weights=False))
+    with torch.no_grad():
+        model.base_model.model.lin1.hada_w1_a["default"].mul_(0.1)
+    changes = {n: model.get_submodule(f"base_model.model.{n}").get_delta_weight("default") for n in ("lin0", "lin1")}
+    errors = save_as_lora(tmp_path, model, 0.9, across_layers=True)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    total, left = sum(float(change.square().sum()) for change in changes.values()), 0.0
+    for name, change in changes.items():
+        a, b = (tensors[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+        left += float((change - b @ a).square().sum())
+        assert errors[name] == pytest.approx(float((change - b @ a).norm() / change.norm()), abs=1e-5)
+    assert left <= 0.1 * total and len(tensors["base_model.model.lin1.lora_A.weight"]) == 1
+
+
+def test_a_product_is_converted_exactly(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(Mlp(), LoraConfig(r=2, lora_alpha=4, target_modules=["lin0"], init_lora_weights=False))
+    with pytest.warns(UserWarning, match="LoRA already"):
+        errors = save_as_lora(tmp_path, model, 1.0)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    own = model.base_model.model.lin0
+    assert torch.equal(tensors["base_model.model.lin0.lora_A.weight"], own.lora_A["default"].weight)
+    assert torch.equal(tensors["base_model.model.lin0.lora_B.weight"], 2 * own.lora_B["default"].weight)
+    assert errors == {"lin0": 0.0}
+    assert isinstance(PeftModel.from_pretrained(Mlp(), tmp_path).peft_config["default"], LoraConfig)
+
+
+# ---- Merging, beside an independent computation in numpy -----------------------------------------------------------
+
+
+def updates(count: int = 2) -> list[torch.Tensor]:
+    """Matrices of several tasks."""
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(6, 10, generator=generator, dtype=torch.float64) for _ in range(count)]
+
+
+def test_breadcrumbs_leave_out_both_ends() -> None:
+    first, second = updates()
+    wanted = 0.0
+    for weight, update in ((0.5, first), (2.0, second)):
+        flat = update.numpy().ravel()
+        order = np.argsort(-np.abs(flat))
+        kept = np.zeros_like(flat)
+        kept[order[6:36]] = flat[order[6:36]]  # of 60: the 10 % largest out, 50 % in
+        wanted = wanted + weight * kept.reshape(6, 10)
+    merged = merge_utils.breadcrumbs([first, second], torch.tensor([0.5, 2.0], dtype=torch.float64), 0.5, 0.1)
+    np.testing.assert_allclose(merged.numpy(), wanted, rtol=1e-12)
+
+
+def test_della_drops_small_entries_more_often_and_keeps_the_mean() -> None:
+    row = torch.tensor([[0.1, -0.2, 0.3, -0.4]]).double()
+    torch.manual_seed(0)
+    draws = torch.stack([merge_utils.magnitude_sampled_pruning(row, 0.6, 0.4) for _ in range(4000)])
+    kept = (draws != 0).double().mean(0)[0]
+    # p_i = 0.4 + 0.2 - i 0.1 is the probability to be dropped
+    torch.testing.assert_close(kept, torch.tensor([0.4, 0.5, 0.6, 0.7]).double(), atol=0.03, rtol=0)
+    torch.testing.assert_close(draws.mean(0), row, atol=0.02, rtol=0.05)
+    with pytest.raises(ValueError, match="window"):
+        merge_utils.magnitude_sampled_pruning(row, 0.9, 0.5)
+
+
+def test_knots_merges_in_the_common_basis() -> None:
+    tasks = updates(3)
+    weights = np.array([1.0, 0.5, 2.0])
+    u, s, vh = np.linalg.svd(np.concatenate([t.numpy() for t in tasks], 1), full_matrices=False)
+    parts = np.split(vh, 3, axis=1)
+    trimmed = []
+    for part in parts:
+        cut = np.sort(np.abs(part).ravel())[-int(0.4 * part.size)]
+        trimmed.append(np.where(np.abs(part) >= cut, part, 0))
+    sign = np.where(sum(trimmed) >= 0, 1, -1)
+    agree = [np.sign(part) == sign for part in trimmed]
+    total = sum(np.where(ok, w * part, 0) for ok, w, part in zip(agree, weights, trimmed))
+    wanted = (u * s) @ (total / np.maximum(sum(ok.astype(int) for ok in agree), 1))
+    merged = merge_utils.knots(tasks, torch.from_numpy(weights), 0.4)
+    np.testing.assert_allclose(merged.numpy(), wanted, atol=1e-10)
+
+
+def test_greedy_soup_keeps_what_helps() -> None:
+    points = {"a": 1.0, "b": 3.0, "c": -4.0}
+    tried: list[list[str]] = []
+
+    def metric(names: list[str]) -> float:
+        tried.append(list(names))
+        return -abs(sum(points[name] for name in names) / len(names) - 2.2)
+
+    assert merge_utils.greedy_soup(["a", "b", "c"], metric) == ["b", "a"]
+    assert tried[3:] == [["b", "a"], ["b", "a", "c"]]

@@ -1,0 +1,284 @@
+"""Files of other tools: their outputs, the way back bit for bit, and what cannot be carried over."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from toys import tiny_llama
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.convert import convert_adapter, format_of
+from peft.utils.error import ConfigError
+
+
+GOLDEN = Path(__file__).parent / "golden" / "convert"
+IDS = torch.tensor([[1, 5, 2, 9, 3, 7]])
+
+
+class Net(nn.Module):
+    """The layers of LyCORIS' cases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj_in = nn.Linear(12, 16)
+        self.conv = nn.Conv2d(4, 8, 3, padding=1)
+        self.conv1 = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [batch, 4, 3, 3] -> [batch, 16]."""
+        return self.proj_in(self.conv1(self.conv(x)).flatten(1)[:, :12])
+
+
+def golden(name: str) -> dict[str, dict[str, torch.Tensor]]:
+    """The tensors of a golden file by what stands before the bar."""
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in load_file(GOLDEN / f"{name}.safetensors").items():
+        case, _, rest = key.partition("|")
+        found.setdefault(case, {})[rest] = tensor
+    return found
+
+
+def llama(tensors: dict[str, torch.Tensor], **sizes: int) -> LlamaForCausalLM:
+    """The base model of a golden case."""
+    config = LlamaConfig(vocab_size=30, hidden_size=16, intermediate_size=24, num_key_value_heads=2, **sizes)
+    config.rms_norm_eps = 1e-5 if sizes["num_hidden_layers"] == 1 else config.rms_norm_eps
+    model = LlamaForCausalLM(config).eval()
+    model.load_state_dict(tensors)
+    return model
+
+
+def loaded(base: nn.Module, folder: Path) -> nn.Module:
+    """A copy of the base with the adapter of a folder."""
+    return PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
+
+
+def lora(folder: Path, **fields) -> tuple[nn.Module, nn.Module]:
+    """(base, with a LoRA of random numbers that is saved in the folder)."""
+    torch.manual_seed(0)
+    base = tiny_llama().eval()
+    fields = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "k_proj", "down_proj"], **fields}
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(init_lora_weights=False, **fields)).eval()
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return base, model
+
+
+def same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    """The same names and the same bits."""
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+# LyCORIS gives a LoKr of two whole factors no scale; here alpha says so.
+ALPHA_ONLY = {"lokr", "lokr_full", "lokr_t"}
+
+
+@pytest.mark.parametrize("case", ["lora", "locon", "dora", "loha", "loha_t", "lokr", "lokr_full", "lokr_t"])
+def test_lycoris(case: str, tmp_path: Path) -> None:
+    files = load_file(GOLDEN / "lycoris.safetensors")
+    base = Net()
+    base.load_state_dict({key.removeprefix("base."): value for key, value in files.items() if key.startswith("base.")})
+    given = golden("lycoris")[case]
+    wanted = given.pop("output")
+    save_file(given, tmp_path / "lycoris.safetensors")
+    found = convert_adapter(tmp_path / "lycoris.safetensors", "peft", tmp_path / "peft", base=base)
+    assert (found.source_format, found.lost) == ("kohya", {})
+    torch.testing.assert_close(loaded(base, tmp_path / "peft")(files["x"]), wanted, atol=2e-6, rtol=1e-5)
+    convert_adapter(tmp_path / "peft", "kohya", tmp_path / "back.safetensors")
+    back = load_file(tmp_path / "back.safetensors")
+    if case == "locon":  # the core is multiplied into A
+        assert found.notes and "core" in found.notes[0]
+        del given["lycoris_conv.lora_mid.weight"], given["lycoris_conv.lora_down.weight"]
+        del back["lycoris_conv.lora_down.weight"]
+    if case in ALPHA_ONLY:
+        given, back = ({k: v for k, v in part.items() if not k.endswith("alpha")} for part in (given, back))
+    same_tensors(given, back)
+
+
+def test_a_lokr_that_is_cut_otherwise_is_refused(tmp_path: Path) -> None:
+    given = golden("lycoris")["lokr_both"]
+    del given["output"]
+    save_file(given, tmp_path / "lycoris.safetensors")
+    with pytest.raises(ConfigError, match="factors by different rules"):
+        convert_adapter(tmp_path / "lycoris.safetensors", "peft", tmp_path / "peft", base=Net())
+    assert not (tmp_path / "peft").exists()
+
+
+@pytest.mark.parametrize("case", ["lora", "dora"])
+def test_torchtune(case: str, tmp_path: Path) -> None:
+    cases = golden("torchtune")
+    base = llama(cases[f"base.{case}"], num_hidden_layers=1, num_attention_heads=4)
+    wanted = cases[case].pop("output")
+    torch.save(cases[case], tmp_path / "adapter_model.pt")
+    config = {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj"], "peft_type": "LORA"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert format_of(tmp_path) == "torchtune"
+    convert_adapter(tmp_path, "peft", tmp_path / "peft", base=base)
+    torch.testing.assert_close(loaded(base, tmp_path / "peft")(IDS).logits, wanted, atol=2e-6, rtol=1e-5)
+    convert_adapter(tmp_path / "peft", "torchtune", tmp_path / "back", base=base)
+    same_tensors(cases[case], torch.load(tmp_path / "back" / "adapter_model.pt"))
+
+
+@pytest.mark.parametrize("case", ["lora", "ia3", "bottleneck", "houlsby", "prefix"])
+def test_adapters(case: str, tmp_path: Path) -> None:
+    cases = golden("adapters")
+    base = llama(cases["base"], num_hidden_layers=2, num_attention_heads=2)
+    wanted = cases[case].pop("output")
+    torch.save(cases[case], tmp_path / "pytorch_adapter.bin")
+    with safe_open(GOLDEN / "adapters.safetensors", "pt") as file:
+        (tmp_path / "adapter_config.json").write_text(file.metadata()[case])
+    assert format_of(tmp_path) == "adapters"
+    convert_adapter(tmp_path, "peft", tmp_path / "peft", base=base)
+    torch.testing.assert_close(loaded(base, tmp_path / "peft")(IDS).logits, wanted, atol=2e-6, rtol=1e-5)
+    convert_adapter(tmp_path / "peft", "adapters", tmp_path / "back", base=base)
+    back = torch.load(tmp_path / "back" / "pytorch_adapter.bin")
+    if case != "prefix":  # its keys are turned there and back
+        return same_tensors(cases[case], back)
+    for name, tensor in cases[case].items():
+        torch.testing.assert_close(back[name], tensor, atol=1e-6, rtol=1e-5)
+
+
+def test_diffusers_and_kohya_names(tmp_path: Path) -> None:
+    source = GOLDEN / "diffusers.safetensors"
+    given = load_file(source)
+    assert format_of(source) == "diffusers"
+    convert_adapter(source, "peft", tmp_path / "peft")
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["alpha_pattern"]) == (2, 3, {})
+    convert_adapter(source, "kohya", tmp_path / "kohya.safetensors")
+    flat = load_file(tmp_path / "kohya.safetensors")
+    attention = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0"
+    key = "lora_unet_" + attention.replace(".", "_")
+    assert torch.equal(flat[f"{key}.lora_down.weight"], given[f"unet.{attention}.lora_A.weight"])
+    assert float(flat[f"{key}.alpha"]) == 3
+    for file in (tmp_path / "peft", tmp_path / "kohya.safetensors"):  # without a base, by the parts of names
+        convert_adapter(file, "diffusers", tmp_path / "back.safetensors")
+        same_tensors(given, load_file(tmp_path / "back.safetensors"))
+
+
+def test_old_names_of_diffusers(tmp_path: Path) -> None:
+    """As attention processors had them, and text encoders."""
+    block, text = (
+        "down_blocks.0.attentions.0.transformer_blocks.0.attn1",
+        "text_model.encoder.layers.0.self_attn.q_proj",
+    )
+    given = {
+        f"unet.{block}.processor.to_out_lora.down.weight": torch.randn(2, 8),
+        f"unet.{block}.processor.to_out_lora.up.weight": torch.randn(8, 2),
+        f"text_encoder.{text}.lora_linear_layer.down.weight": torch.randn(4, 8),
+        f"text_encoder.{text}.lora_linear_layer.up.weight": torch.randn(8, 4),
+    }
+    save_file(given, tmp_path / "old.safetensors")
+    found = convert_adapter(tmp_path / "old.safetensors", "peft", tmp_path / "peft")
+    assert found.components == ["unet", "text_encoder"]
+    unet = load_file(tmp_path / "peft" / "unet" / "adapter_model.safetensors")
+    assert torch.equal(unet[f"base_model.model.{block}.to_out.0.lora_B.weight"], [*given.values()][1])
+    config = json.loads((tmp_path / "peft" / "text_encoder" / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == 4  # without alpha the scale is 1
+
+
+def test_mlx_by_its_formula(tmp_path: Path) -> None:
+    """y = W x + scale * (x a) b, a ``[in, r]``, b ``[r, out]``."""
+    torch.manual_seed(0)
+    base = tiny_llama().eval()
+    layer = "model.layers.1.self_attn.q_proj"
+    a, b = torch.randn(16, 4), torch.randn(4, 16)
+    save_file({f"{layer}.lora_a": a, f"{layer}.lora_b": b}, tmp_path / "adapters.safetensors")
+    config = {"fine_tune_type": "lora", "num_layers": -1, "lora_parameters": {"rank": 4, "scale": 2.5, "dropout": 0.0}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert format_of(tmp_path) == "mlx"
+    convert_adapter(tmp_path, "peft", tmp_path / "peft")
+    by_hand = copy.deepcopy(base)
+    with torch.no_grad():
+        by_hand.get_submodule(layer).weight += 2.5 * (a @ b).T
+    torch.testing.assert_close(loaded(base, tmp_path / "peft")(IDS).logits, by_hand(IDS).logits, atol=1e-5, rtol=1e-4)
+    convert_adapter(tmp_path / "peft", "mlx", tmp_path / "back")
+    same_tensors({f"{layer}.lora_a": a, f"{layer}.lora_b": b}, load_file(tmp_path / "back" / "adapters.safetensors"))
+    written = json.loads((tmp_path / "back" / "adapter_config.json").read_text())["lora_parameters"]
+    assert (written["rank"], written["scale"], written["keys"]) == (4, 2.5, ["self_attn.q_proj"])
+
+
+def _pairs(rows, heads):
+    """LLaMA's rows as llama.cpp keeps them; numpy."""
+    return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def test_gguf_by_plain_arithmetic(tmp_path: Path) -> None:
+    """Read with gguf alone, on weights that were quantised by gguf: the logits are those of the adapted model."""
+    gguf = pytest.importorskip("gguf")
+    base, _ = lora(tmp_path / "lora", rank_pattern={"k_proj": 2})
+    convert_adapter(tmp_path / "lora", "gguf", tmp_path / "lora.gguf", base=base)
+    reader = gguf.GGUFReader(tmp_path / "lora.gguf")
+    alpha = reader.fields["adapter.lora.alpha"].contents()
+    read = {tensor.name: tensor.data for tensor in reader.tensors}
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    dense, adapted = copy.deepcopy(base), copy.deepcopy(base)
+    heads = {"q_proj": base.config.num_attention_heads, "k_proj": base.config.num_key_value_heads}
+    for name, module in base.named_modules():
+        if isinstance(module, nn.Linear) and "layers" in name:
+            head, rows = heads.get(name.rpartition(".")[2]), module.weight.detach().numpy()
+            rows = rows if head is None else _pairs(rows, head)
+            kind = gguf.GGMLQuantizationType.F16
+            rows = gguf.quants.dequantize(gguf.quants.quantize(rows, kind), kind)
+            plus, key = rows, f"{table.get_name(name)}.weight"
+            if f"{key}.lora_a" in read:
+                a, b = read[f"{key}.lora_a"], read[f"{key}.lora_b"]
+                plus = rows + alpha / len(a) * (b @ a)
+            for model, weight in ((dense, rows), (adapted, plus)):
+                back = weight if head is None else weight.reshape(head, -1, 2, weight.shape[1]).swapaxes(1, 2)
+                model.get_submodule(name).weight.data = torch.from_numpy(back.reshape(weight.shape).copy())
+    assert sum("lora_a" in name for name in read) == 6
+    wanted = loaded(dense, tmp_path / "lora")(IDS).logits
+    torch.testing.assert_close(adapted(IDS).logits, wanted, atol=1e-5, rtol=1e-4)
+    assert (dense(IDS).logits - wanted).abs().max() > 1e-2
+
+
+FIELDS = [{}, {"use_rslora": True, "r": 4}, {"alpha_pattern": {"k_proj": 7}}, {"target_modules": ["embed_tokens"]}]
+
+
+@pytest.mark.parametrize("fields", FIELDS, ids=str)
+@pytest.mark.parametrize("target", ["gguf", "mlx", "kohya", "diffusers", "torchtune", "adapters"])
+def test_there_and_back(target: str, fields: dict, tmp_path: Path) -> None:
+    """The same function; the same bits and the same scale where the format has one for each layer."""
+    if target == "gguf":
+        pytest.importorskip("gguf")
+    base, model = lora(tmp_path / "lora", **fields)
+    uneven, table = "alpha_pattern" in fields, "embed_tokens" in fields.get("target_modules", ())
+    if (uneven and target in ("torchtune", "adapters")) or (table and target not in ("gguf", "mlx")):
+        with pytest.raises(ConfigError):
+            convert_adapter(tmp_path / "lora", target, tmp_path / "other", base=base)
+        assert not (tmp_path / "other").exists()
+        return
+    convert_adapter(tmp_path / "lora", target, tmp_path / "other", base=base)
+    assert format_of(tmp_path / "other") == target
+    convert_adapter(tmp_path / "other", "peft", tmp_path / "back", base=base)
+    torch.testing.assert_close(
+        loaded(base, tmp_path / "back")(input_ids=IDS).logits, model(input_ids=IDS).logits, atol=1e-6, rtol=1e-5
+    )
+    if not (uneven and target in ("gguf", "mlx")):
+        there, back = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("lora", "back"))
+        same_tensors({k: v for k, v in there.items() if "lora_" in k}, back)
+
+
+def test_what_a_format_cannot_hold_is_named(tmp_path: Path) -> None:
+    base, _ = lora(tmp_path / "lora", use_dora=True, modules_to_save=["lm_head"])
+    with pytest.raises(ConfigError, match="magnitude.*DoRA|lm_head.*LoRAs alone"):
+        convert_adapter(tmp_path / "lora", "mlx", tmp_path / "other", base=base)
+    assert not (tmp_path / "other").exists()
+    found = convert_adapter(tmp_path / "lora", "mlx", tmp_path / "other", base=base, lossy=True)
+    assert [name for name in found.lost if "lm_head" in name] == [*found.lost]
+    with pytest.raises(ConfigError, match=r"unknown format 'mlxx'.*mlx"):
+        convert_adapter(tmp_path / "lora", "mlxx", tmp_path / "x")
+    save_file({"nothing": torch.zeros(1)}, tmp_path / "odd.safetensors")
+    with pytest.raises(ConfigError, match="no adapter of a format"):
+        format_of(tmp_path / "odd.safetensors")
+    save_file({"lora_unet_some_thing.lora_down.weight": torch.zeros(1, 2)}, tmp_path / "odd.safetensors")
+    with pytest.raises(ConfigError, match="give the base model"):
+        convert_adapter(tmp_path / "odd.safetensors", "peft", tmp_path / "x")
