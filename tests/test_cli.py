@@ -191,7 +191,8 @@ class TestTrain:
         remarks = json.loads(done.stdout[done.stdout.index("{") :])["remarks"]
         assert any("trainer.shard does nothing on CPUs" in remark for remark in remarks)
         one = ["train", *recipe, "--set", "trainer.batch_size=8", f"--output={tmp_path / 'one'}"]
-        assert peft_(*one)[0] == 0
+        status, found = peft_(*one)
+        assert status == 0, found
         assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
 
     def test_what_is_wrong_is_said_before_the_first_step(self, peft_, tmp_path):
