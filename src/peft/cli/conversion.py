@@ -74,8 +74,8 @@ def _show_conversion(found: dict[str, Any], output: Output) -> None:
 def _extract(options: ExtractOptions, output: Output) -> dict[str, Any]:
     from peft.convert import extract_adapter
 
-    ways = {"rank": options.rank, "energy": options.energy}
-    report = extract_adapter(options.base, options.tuned, _output(options), **ways)
+    target = _output(options)
+    report = extract_adapter(options.base, options.tuned, target, rank=options.rank, energy=options.energy)
     return {"ok": True, **dataclasses.asdict(report)}
 
 
