@@ -191,7 +191,8 @@ class TestTrain:
         remarks = json.loads(done.stdout[done.stdout.index("{") :])["remarks"]
         assert any("trainer.shard does nothing on CPUs" in remark for remark in remarks)
         one = ["train", *recipe, "--set", "trainer.batch_size=8", f"--output={tmp_path / 'one'}"]
-        assert peft_(*one)[0] == 0
+        status, found = peft_(*one)
+        assert status == 0, found
         assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
 
     def test_what_is_wrong_is_said_before_the_first_step(self, peft_, tmp_path):
@@ -375,6 +376,8 @@ def peak(call: Any) -> int:
 class TestOtherCommands:
     def test_inspect_tells_sizes_updates_and_broken_tensors(self, peft_, adapters, tmp_path):
         status, found = peft_("inspect", "one", "--base=base", f"--plot={tmp_path}")
+        assert found["servers"]["vllm"]["problems"] == []
+        assert not peft_("inspect", "ia3")[1]["servers"]["vllm"]["loads"]
         assert status == 0 and found["fits"] and found["method"] == "LORA" and found["settings"]["r"] == 3
         model = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained("base"), "one")
         layer = model.get_submodule("base_model.model.model.layers.1.mlp.down_proj")
@@ -467,6 +470,17 @@ class TestOtherCommands:
         assert found["runs"][1]["trainable"] < found["runs"][0]["trainable"]
         assert {"comparison.json", "comparison.png", "loss.svg"} <= set(found["files"])
 
+    def test_convert_extract_and_resize(self, peft_, adapters, tmp_path):
+        assert peft_("merge", "base", "one", "-o", tmp_path / "tuned")[0] == 0
+        status, found = peft_("extract", "base", tmp_path / "tuned", "--rank=3", "-o", tmp_path / "lora")
+        assert status == 0 and found["kept"] == pytest.approx(1, abs=1e-4)
+        status, found = peft_("resize", tmp_path / "lora", "--rank=1", "-o", tmp_path / "small")
+        assert status == 0 and set(found["ranks"].values()) == {1} and found["kept"] < 0.99
+        status, found = peft_("convert", tmp_path / "small", "--to=mlx", "-o", tmp_path / "mlx")
+        assert status == 0 and found["source_format"] == "peft" and any((tmp_path / "mlx").iterdir())
+        status, found = peft_("convert", tmp_path / "small", "--to=mlxx", "-o", tmp_path / "mlxx")
+        assert status == 1 and "'mlx'" in found["error"]
+
     def test_methods_lists_all_and_tells_all_of_one(self, peft_):
         from peft.tools.catalogue import methods
 
@@ -507,7 +521,7 @@ class TestUse:
             (["merge", "base"], "required: adapters"),
             (["methods", "lorra"], "Did you mean 'lora'"),
         ],
-        ids=" ".join,
+        ids=lambda value: " ".join(value) if isinstance(value, list) else "",
     )
     def test_used_wrongly(self, home, monkeypatch, capsys, words, told):
         """Exit status 2, the nearest name, no traceback."""
@@ -527,7 +541,7 @@ class TestUse:
             (["inspect", "nowhere"], "nowhere"),
             (["generate", "--base=base"], "--prompt"),
         ],
-        ids=" ".join,
+        ids=lambda value: " ".join(value) if isinstance(value, list) else "",
     )
     def test_what_is_asked_about_is_wrong(self, peft_, capsys, tmp_path, words, told):
         """Exit status 1, the thing named."""

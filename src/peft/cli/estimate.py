@@ -48,13 +48,15 @@ def act(options: EstimateOptions, output: Output) -> dict[str, Any]:
     limit = None if options.memory is None else size_of(options.memory)
     config = load_config(ModelOptions(name=options.model))
     values = [v if isinstance(v := getattr(options, name), list) else [v] for name in SETTINGS]
-    rows = []
+    rows, largest = [], {}
     for each in itertools.product(*values):
         setting = dict(zip(SETTINGS, each))
         found = _estimate(config, options, setting)
         row = {**setting, **{part: getattr(found, part) for part in (*PARTS, "total", "trained", "parameters")}}
         if limit is not None:
-            row["largest_batch"] = _largest(config, options, setting, limit)
+            if each[:-1] not in largest:  # the batch comes last
+                largest[each[:-1]] = _largest(config, options, setting, limit)
+            row["largest_batch"] = largest[each[:-1]]
         rows.append(row)
     found = {"ok": limit is None or any(row["largest_batch"] for row in rows), "model": options.model,
              "limit": limit, "settings": rows}  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -23,13 +24,15 @@ class InspectOptions(Options):
 
 def act(options: InspectOptions, output: Output) -> dict[str, Any]:
     """Look at it; NaN and a base that it does not fit are wrong."""
+    from peft.convert import check_serving
     from peft.tools.inspection import inspect_adapter
 
     report = inspect_adapter(options.adapter, options.base)
     if options.base is None and report.base is not None and os.path.isdir(report.base):
         report = inspect_adapter(options.adapter, report.base)
+    servers = {name: dataclasses.asdict(found) for name, found in check_serving(options.adapter).items()}
     found = {"ok": not report.broken and report.fits is not False, "adapter": options.adapter, "all": options.all,
-             **report.to_dict(), "files": []}  # fmt: skip
+             **report.to_dict(), "servers": servers, "files": []}  # fmt: skip
     if options.plot is not None:
         from peft.cli.train import draw
 
@@ -70,6 +73,10 @@ def show(found: dict[str, Any], output: Output) -> None:
     reasons = {layer["reason"] for layer in found["layers"] if layer["reason"]}
     for reason in sorted(reasons):
         output.print(f"no change of a weight: {reason}")
+    rows = [
+        [name, s["loads"], "; ".join([*s["problems"], *s["needs"]]) or "-"] for name, s in found["servers"].items()
+    ]
+    output.table("servers", ["server", "loads it", "why not, or what it needs"], rows)
     for remark in found.get("remarks", ()):
         output.print(remark)
 

@@ -24,14 +24,19 @@ COMMANDS = {
     "generate": "Answer a prompt, or a file of prompts of which each names its adapter.",
     "inspect": "What an adapter is, and what it does to each layer.",
     "merge": "Merge adapters into the files of a model, shard by shard.",
+    "convert": "Write an adapter of one tool as that of another.",
+    "extract": "The LoRA that turns a base model into a fine-tuned one.",
+    "resize": "Give an adapter another rank.",
     "estimate": "The memory that a training takes, from the config of a model alone.",
     "compare": "Train several methods on the same data, one table and one picture.",
     "methods": "The methods, or all about one of them.",
     "doctor": "What is wrong with an environment, a recipe, or a run whose loss does not fall.",
 }
-"""Command -> what it does, in a line. Each is in a module of its name; that of ``eval`` is ``evaluate``."""
+"""Command -> what it does, in a line. Each is in a module of its name, or in that of :data:`_MODULES`."""
 
-_MODULES = {"eval": "evaluate", "inspect": "inspection"}
+_MODULES = {"eval": "evaluate", "inspect": "inspection"} | dict.fromkeys(
+    ("convert", "extract", "resize"), "conversion"
+)
 _SHORT = {"--model": "--model.name", "--data": "--data.train"}  # of recipes
 
 
@@ -43,7 +48,8 @@ def command(name: str) -> Command:
     """
     if name not in COMMANDS:
         raise UsageError(f"there is no command {name!r}.{nearest(name, COMMANDS)} There are {', '.join(COMMANDS)}.")
-    return importlib.import_module(f"peft.cli.{_MODULES.get(name, name)}").COMMAND
+    module = importlib.import_module(f"peft.cli.{_MODULES.get(name, name)}")
+    return module.COMMANDS[name] if hasattr(module, "COMMANDS") else module.COMMAND
 
 
 def run(argv: list[str]) -> int:

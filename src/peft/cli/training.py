@@ -65,8 +65,8 @@ def prepare(recipe: Recipe, output: Output) -> Training:
     transformers.set_seed(recipe.trainer.seed)
     model = get_peft_model(base, recipe.adapter_config())
     memory, remarks = _of_memory(model, recipe)
-    if recipe.trainer.shard and models.device_of(recipe.trainer.device).type == "cpu":
-        remarks.append("trainer.shard does nothing on CPUs: accelerate shards on accelerators only.")
+    if recipe.trainer.shard and not _shards(recipe):
+        remarks.append("trainer.shard does nothing on CPUs and in a single process: each keeps the whole base.")
     trainer = make_trainer(model, tokenizer, data, recipe)
     remarks += _of_lost(len(data.train), len(trainer.train_dataset), recipe)
     return Training(trainer, recipe, remarks + _of_training(trainer, recipe), memory)
@@ -171,9 +171,15 @@ def _arguments(recipe: Recipe, samples: int, evaluates: bool) -> dict[str, Any]:
         "report_to": "none",
         "disable_tqdm": True,
     }
-    if t.shard:
+    if _shards(recipe):
         arguments.update(fsdp=True, fsdp_config={"fsdp_version": 2, "state_dict_type": "FULL_STATE_DICT"})
     return arguments
+
+
+def _shards(recipe: Recipe) -> bool:
+    """Whether the base is shared out among processes; accelerate does so on accelerators only."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return recipe.trainer.shard and several and models.device_of(recipe.trainer.device).type != "cpu"
 
 
 # --- before the first step -----------------------------------------------------------------------------------------
