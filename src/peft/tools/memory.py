@@ -185,10 +185,9 @@ def estimate_memory(
     given = _on_meta(inputs) if inputs is not None else _inputs(model, task, batch_size, sequence_length)
     kept = _count(model, (), given, gradient_checkpointing, device or _device_of(real))
     trained = [p for p in model.parameters() if p.requires_grad]
-    gradients = sum(p.nbytes for p in trained)
     return MemoryEstimate(
         weights=stored,
-        gradients=gradients,
+        gradients=(gradients := sum(p.nbytes for p in trained)),
         optimizer=int(OPTIMIZERS[optimizer] * gradients),
         activations=kept,
         trained=sum(p.numel() for p in trained),
