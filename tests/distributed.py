@@ -1,4 +1,4 @@
-"""Processes that train a small model on one engine of torch's or DeepSpeed's, and what a single process makes of it."""
+"""Processes that train a small model on an engine of torch's or DeepSpeed's, and what one process makes of it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from peft.core.model.walk import bare
 
 
 STEPS = 3
-WEIGHTS = dict(target_modules=["q_proj", "o_proj", "down_proj"], task_type="CAUSAL_LM")
+WEIGHTS: dict[str, Any] = {"target_modules": ["q_proj", "o_proj", "down_proj"], "task_type": "CAUSAL_LM"}
 METHODS: dict[str, Callable[[], Any]] = {
     "lora": lambda: peft.LoraConfig(r=3, init_lora_weights=False, **WEIGHTS),
     "dora": lambda: peft.LoraConfig(r=3, use_dora=True, init_lora_weights=False, **WEIGHTS),
@@ -157,9 +157,7 @@ class QFSDP2(FSDP2):
     def load(folder: str) -> nn.Module:  # type: ignore[override]
         from transformers import BitsAndBytesConfig
 
-        four = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_quant_storage=torch.float32
-        )
+        four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_quant_storage=torch.float32)
         return AutoModelForCausalLM.from_pretrained(folder, quantization_config=four, device_map={"": "cpu"})
 
 
@@ -370,6 +368,31 @@ def files(folder: str, engine: str, where: str) -> None:
     torch.distributed.barrier()
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), where)
     same(get_peft_model_state_dict(loaded), get_peft_model_state_dict(alone))
+
+
+def bytes_of_each(folder: str) -> None:
+    """What a process holds under FSDP is what the estimate says, spread."""
+    model = adapted(folder, "lora")
+    estimate = peft.estimate_memory(model, batch_size=2, sequence_length=6).spread(torch.distributed.get_world_size())
+    wrapped = ENGINES["fsdp2"].wrap(model)
+    optimizer = optimizer_for(wrapped)
+    loss = wrapped(**{name: value[:2] for name, value in batch(0).items()}).loss
+    loss.backward()
+    trained = [p for p in wrapped.parameters() if p.requires_grad]
+    gradients = sum(p.grad.to_local().nbytes for p in trained)
+    optimizer.step()
+    states = [t.to_local() for state in optimizer.state.values() for t in state.values() if t.dim()]
+    for module in wrapped.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
+    weights = sum(p.to_local().nbytes for p in wrapped.parameters()) + sum(b.nbytes for b in wrapped.buffers())
+    # rows of a tensor are not split: ranks of three make unequal parts
+    for found, said in (
+        (weights, estimate.weights),
+        (gradients, estimate.gradients),
+        (sum(t.nbytes for t in states), estimate.optimizer),
+    ):
+        assert abs(found - said) <= 0.34 * min(estimate.gradients, said) + 0.02 * said, (found, said)
 
 
 # --- processes -------------------------------------------------------------------------------------------------

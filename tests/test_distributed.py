@@ -67,3 +67,7 @@ def test_processes_start_from_one_adapter(crew: distributed.Crew, folder: str) -
 @pytest.mark.parametrize("engine", ["fsdp2", "tp"])
 def test_files_know_no_number_of_processes(crew: distributed.Crew, folder: str, tmp_path, engine: str) -> None:
     crew.run("files", folder, engine, str(tmp_path))
+
+
+def test_memory_is_what_the_estimate_says(crew: distributed.Crew, folder: str) -> None:
+    crew.run("bytes_of_each", folder)

@@ -66,7 +66,9 @@ def test_memory_is_that_of_the_adapters_in_use(folders):
     own = sum(p.nbytes for p in pool.base.parameters())
     for i in range(100):
         pool.register(f"{i}", folders["user0"])
-    each = sum(t.nbytes for t in get_peft_model_state_dict(PeftModel.from_pretrained(net(), folders["user0"])).values())
+    each = sum(
+        t.nbytes for t in get_peft_model_state_dict(PeftModel.from_pretrained(net(), folders["user0"])).values()
+    )
     assert len(pool) == 100
     pool.load(["0"])
     assert sum(p.nbytes for p in pool.model.parameters()) == own + each

@@ -67,8 +67,8 @@ class MultiAdapterTrainer(Trainer):
 
     Args:
         model: a :class:`PeftModel` with the adapters.
-        args: of the run; ``per_device_train_batch_size`` is that of each adapter, and ``num_train_epochs`` goes through
-            each data set.
+        args: of the run; ``per_device_train_batch_size`` is that of each adapter, and ``num_train_epochs`` goes
+            through each data set.
         train_datasets: adapter -> samples, of which there can be any number (``len`` and ``[i]``).
         eval_datasets: adapter -> samples; its metrics are called ``eval_NAME_loss`` and so on.
         learning_rates: adapter -> its rate; ``args.learning_rate`` for those that are not named.
@@ -89,6 +89,9 @@ class MultiAdapterTrainer(Trainer):
         model.save_pretrained("adapters")  # adapters/de, adapters/fr
     """
 
+    optimizer: Any
+    lr_scheduler: Any
+
     def __init__(
         self,
         model: Any,
@@ -105,7 +108,8 @@ class MultiAdapterTrainer(Trainer):
         model.set_requires_grad(names, True)
         args.remove_unused_columns = False  # a collator may need what the model's forward does not name
         self.rates = {name: (learning_rates or {}).get(name, args.learning_rate) for name in names}
-        self.patience, self.best, self.waited = early_stopping_patience, {}, dict.fromkeys(names, 0)
+        self.patience, self.waited = early_stopping_patience, dict.fromkeys(names, 0)
+        self.best: dict[str, float] = {}
         self.last_losses: dict[str, float] = {}
         self._own = {
             name: [e.tensor for e in entries(model, name) if e.tensor.requires_grad and e.tensor.is_leaf]
@@ -128,8 +132,8 @@ class MultiAdapterTrainer(Trainer):
         unknown = sorted({name for given in named for name in given} - set(known))
         if unknown or not named[0]:
             raise ValueError(
-                f"MultiAdapterTrainer needs data for adapters of the model. It has {known}; unknown: {unknown}. Add an "
-                "adapter with model.add_adapter(name, config)."
+                f"MultiAdapterTrainer needs data for adapters of the model. It has {known}; unknown: {unknown}. Add "
+                "one with model.add_adapter(name, config)."
             )
         if extra := sorted({name for given in named[1:] for name in given} - set(named[0])):
             raise ValueError(f"these adapters have no train_datasets: {extra}.")

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,6 +52,9 @@ class MemoryEstimate:
         trained, parameters: how many parameters train, and how many there are.
         batch_size, sequence_length: of the batch; None where example inputs were given.
         gradient_checkpointing: whether blocks keep their inputs alone and are computed again.
+        unit: of the weights, those of the largest transformer layer, or of what is outside of all.
+        gathered: weights that a process has whole for the time of a layer, beside its own parts (:meth:`spread`).
+        host: what the CPU holds instead of the device.
     """
 
     weights: int
@@ -63,20 +66,63 @@ class MemoryEstimate:
     batch_size: int | None = None
     sequence_length: int | None = None
     gradient_checkpointing: bool = False
+    unit: int = 0
+    gathered: int = 0
+    host: int = 0
 
     @property
     def total(self) -> int:
-        """The sum. Not in it: the library's own context, fragments, and buffers of single operations."""
-        return self.weights + self.gradients + self.optimizer + self.activations
+        """The sum on the device. Not in it: the library's context, fragments, and buffers of single operations."""
+        return self.weights + self.gathered + self.gradients + self.optimizer + self.activations
+
+    def spread(
+        self, shards: int = 1, *, stage: int = 3, tensor_parallel: int = 1, units: int = 2, offload: bool = False
+    ) -> MemoryEstimate:
+        """What each process needs if several share the work; ``self`` is for one of them with its own batch.
+
+        Args:
+            shards: processes among which FSDP, or ZeRO, splits. stage: what it splits: 1 the optimizer's states, 2 the
+                gradients too, 3 the weights too, as FSDP does.
+            tensor_parallel: processes that compute a layer together. All base weights are taken to be split;
+                adapters, and activations, are whole in each.
+            units: layers that are whole at once: the one that computes, and the next one, which is fetched.
+            offload: the CPU holds what is split of weights and optimizer states.
+
+        Raises:
+            ValueError: for a number below 1, or an unknown stage.
+
+        Example::
+
+            print(peft.estimate_memory(config, lora, bits=4).spread(8))
+        """
+        if min(shards, tensor_parallel) < 1 or stage not in (1, 2, 3):
+            raise ValueError(
+                f"shards and tensor_parallel are at least 1, stage is 1, 2 or 3; got "
+                f"{shards}, {tensor_parallel}, {stage}."
+            )
+        weights = -(-self.weights // (tensor_parallel * (shards if stage == 3 else 1)))
+        optimizer, gradients = -(-self.optimizer // shards), self.gradients // (shards if stage >= 2 else 1)
+        gathered = units * self.unit // tensor_parallel if stage == 3 and (shards > 1 or offload) else 0
+        held = (weights if stage == 3 else 0) + optimizer if offload else 0
+        return replace(
+            self,
+            weights=0 if offload and stage == 3 else weights,
+            gathered=gathered,
+            gradients=gradients,
+            optimizer=0 if offload else optimizer,
+            host=held,
+        )
 
     def __str__(self) -> str:
         batch = f"batch of {self.batch_size} x {self.sequence_length}" if self.batch_size else "the inputs given"
         rows = {
             "weights": (self.weights, f"{self.parameters:,} parameters"),
+            **({"gathered": (self.gathered, "for the time of a layer")} if self.gathered else {}),
             "gradients": (self.gradients, f"{self.trained:,} trained"),
             "optimizer": (self.optimizer, ""),
             "activations": (self.activations, batch + ", checkpointed" * self.gradient_checkpointing),
             "total": (self.total, ""),
+            **({"on the CPU": (self.host, "")} if self.host else {}),
         }
         return "\n".join(f"{name:<12}{readable(n):>10}  {note}".rstrip() for name, (n, note) in rows.items())
 
@@ -139,16 +185,16 @@ def estimate_memory(
     checkpointing = is_switched_on(real) if gradient_checkpointing is None else gradient_checkpointing
     given = _on_meta(inputs) if inputs is not None else _inputs(model, task, batch_size, sequence_length)
     trained = [p for p in model.parameters() if p.requires_grad]
-    gradients = sum(p.nbytes for p in trained)
     return MemoryEstimate(
         weights=stored,
-        gradients=gradients,
+        gradients=(gradients := sum(p.nbytes for p in trained)),
         optimizer=int(OPTIMIZERS[optimizer] * gradients),
         activations=_count(model, (), given, checkpointing, device or _device_of(real)),
         trained=sum(p.numel() for p in trained),
         parameters=count_parameters(model)[1],
         **({} if inputs else {"batch_size": batch_size, "sequence_length": sequence_length}),
         gradient_checkpointing=checkpointing,
+        unit=_unit(model, stored),
     )
 
 
@@ -158,6 +204,13 @@ def _unadapted(model_or_config: Any, peft_config: Any, task: str | None, dtype: 
     if peft_config is not None and hasattr(model, "peft_config"):
         raise ValueError("the model has adapters already: leave peft_config out, or give the base model.")
     return model
+
+
+def _unit(model: nn.Module, stored: int) -> int:
+    """Bytes of the largest block, or of what is outside of all, in the share in which the whole is stored."""
+    blocks = [sum(p.nbytes for p in block.parameters()) for block in _blocks(model)]
+    dense = sum(p.nbytes for p in model.parameters())
+    return int(max([dense - sum(blocks), *blocks]) * min(1.0, stored / max(dense, 1)))
 
 
 def _check_options(optimizer: str, bits: int | None) -> None:

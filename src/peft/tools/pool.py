@@ -52,9 +52,9 @@ class AdapterPool:
     """A base model, and adapters by name, which come into the model when a batch names them.
 
     The model has ``capacity`` places. An adapter that a batch needs takes a free one, or that of the adapter that has
-    not been used for the longest time; where both have the same config, only values are copied. What is registered and
-    not in the model costs a file name, or its tensors where they were given. Batches that name the same adapters in the
-    same order use the stacked factors of the one before.
+    not been used for the longest time; where both have the same config, only values are copied. What is registered
+    and not in the model costs a file name, or its tensors where they were given. Batches that name the same adapters
+    in the same order use the stacked factors of the one before.
 
     Args:
         model: the base model, which is changed in place when the first adapter comes.
@@ -73,9 +73,11 @@ class AdapterPool:
 
     def __init__(self, model: nn.Module, capacity: int = 64) -> None:
         if capacity < 1:
-            raise ValueError(f"capacity is the number of adapters that the model may hold, at least 1; got {capacity}.")
-        self.base, self.capacity, self.model = model, capacity, None  # type: ignore[assignment]
-        self.model: Any
+            raise ValueError(
+                f"capacity is the number of adapters that the model may hold, at least 1; got {capacity}."
+            )
+        self.base, self.capacity = model, capacity
+        self.model: Any = None
         self._known: dict[str, _Registered] = {}
         self._places: OrderedDict[str, str] = OrderedDict()  # adapter -> place, the least recently used first
         self._tensors: dict[str, dict[str, torch.Tensor] | None] = {}

@@ -237,9 +237,9 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
 
     FSDP flattens the parameters of a unit into one tensor, which is trained whole or not at all
     (``use_orig_params=False``). So besides the transformer layers, every leaf module that is frozen beside adapters is
-    a unit of its own, which leaves the adapters, and nothing else, in the unit of their transformer layer: they are read
-    and not called, and FSDP gathers a unit of its own only when it is called. Other leaf modules with a trainable
-    weight are units.
+    a unit of its own, which leaves the adapters, and nothing else, in the unit of their transformer layer: they are
+    read and not called, and FSDP gathers a unit only when it is called. Other leaf modules with a trainable weight
+    are units.
 
     Args:
         model: the model with its adapters. The classes of transformer layers are the ``_no_split_modules`` of the

@@ -386,7 +386,11 @@ def _write(model: nn.Module, entry: Entry, value: torch.Tensor, assign: bool) ->
     elif not entry.memory:  # a view of another layer's tensor, or a weight of the base model
         if entry.tensor.device.type != "meta":
             fill(entry.tensor, value)
-    elif (assign and not is_dtensor(entry.tensor)) or entry.tensor.device.type == "meta" or entry.tensor.shape != value.shape:
+    elif (
+        (assign and not is_dtensor(entry.tensor))
+        or entry.tensor.device.type == "meta"
+        or entry.tensor.shape != value.shape
+    ):
         path, _, name = entry.memory.rpartition(".")
         holder = model if hasattr(model, "base_model") or not entry.memory.startswith("base_model.") else None
         parent = (holder or model).get_submodule(path if holder else path.removeprefix("base_model."))

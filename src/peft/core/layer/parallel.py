@@ -1,4 +1,4 @@
-"""Linear layers of which each process computes a part (tensor parallelism), and adapters, which each process has whole.
+"""Linear layers of which each process computes a part (tensor parallelism), and adapters, which each has whole.
 
 Which part is told by the widths: a layer that takes less than its input has the input's columns cut, one that gives
 less than its output has the output's rows cut. What an adapter holds is the same on all processes, and so are its

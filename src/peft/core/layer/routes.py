@@ -51,7 +51,7 @@ class StandIn(Route):
 
 
 class Parallel(Route):
-    """A layer of which this process computes a part: low-rank updates of that part, or the others' way on the whole."""
+    """A layer of which this process computes a part: low-rank updates of the part, or other ways on the whole."""
 
     def output(self, layer: BaseTunerLayer, adapters: Sequence[Adapter], args: tuple, kwargs: dict[str, Any]) -> Any:
         team = parallel.team_of(layer, args[0]) if args else None

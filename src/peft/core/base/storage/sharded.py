@@ -151,8 +151,8 @@ class FSDP1(Storage):
 
     def unwritable(self, m: nn.Module, attribute: str) -> str | None:
         return (
-            "the layer is a unit of FSDP, and nothing can be merged into its parts. Save the adapter, load the base model "
-            "without FSDP, and merge there."
+            "the layer is a unit of FSDP, and nothing can be merged into its parts. Save the adapter, load the base "
+            "model without FSDP, and merge there."
         )
 
     def output_may_be_overwritten(self, m: nn.Module, attribute: str) -> bool:
