@@ -45,16 +45,16 @@ class TunerCompat:
 
     def _replaced(self, *names: str) -> bool:
         """Whether one of these methods is not the one below."""
-        mine = (getattr(getattr(type(self), name), "__func__", getattr(type(self), name)) for name in names)
-        ours = (getattr(getattr(TunerCompat, name), "__func__", getattr(TunerCompat, name)) for name in names)
-        return any(one is not other for one, other in zip(mine, ours))
+        return any(_function(type(self), name) is not _function(TunerCompat, name) for name in names)
 
     def make_elsewhere(self, peft_config: Any, adapter_name: str, target: Any, holders: Any) -> Any:
         """The layer around a target as somebody else makes it, with the adapter in it; None where nobody does."""
         registered = getattr(peft_config, "_custom_modules", None) or {}
         layer_cls = next((own for cls, own in registered.items() if isinstance(target.module, cls)), None)
+        if layer_cls is None and not self._replaced("_create_new_module"):
+            return None
         site = locate(self.model, target.key)
-        if site.wrappers or (layer_cls is None and not self._replaced("_create_new_module")):
+        if site.wrappers:
             return None
         if layer_cls is not None:
             layer: Any = layer_cls(target.module, adapter_name, config=peft_config, **options(peft_config, target.key))
@@ -121,6 +121,12 @@ class TunerCompat:
         """Freeze the base; the active adapters train."""
         model.requires_grad_(False)
         operations.set_requires_grad(model, operations.active_of(model), True)
+
+
+def _function(cls: type, name: str) -> Any:
+    """What a class has under a name, without the class that class methods are bound to."""
+    found = getattr(cls, name)
+    return getattr(found, "__func__", found)
 
 
 def options(peft_config: Any, key: str) -> dict[str, Any]:

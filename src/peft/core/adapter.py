@@ -47,7 +47,7 @@ class part:
     ) -> None:
         self.container, self.table, self.remade, self.bare = container, table, remade, bare
         held = {nn.ModuleDict: "_modules", BufferDict: "_buffers"}
-        self._slot = held.get(container, "_parameters")
+        self.slot = held.get(container, "_parameters")
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
@@ -74,10 +74,8 @@ class part:
         layer, name = adapter.layer, adapter.name
         attribute = self.name if self.table is None else self.attribute(layer)
         own = layer._modules[attribute].__dict__
-        try:
-            return own[self._slot][name]
-        except KeyError:  # FSDP and functional calls put plain tensors in the place of parameters
-            return own.get(name)
+        value = own[self.slot].get(name)  # FSDP and functional calls put plain tensors in the place of parameters
+        return own.get(name) if value is None else value
 
     def __set__(self, adapter: Any, value: Any) -> None:
         adapter.layer.put(adapter.name, **{self.attribute(adapter.layer): value})

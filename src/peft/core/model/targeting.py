@@ -214,7 +214,8 @@ def find_targets(
         NoMatchingPeftModuleError: if nothing matches.
         ValueError: if a module that matches cannot be adapted.
     """
-    sites, names = list(walk(model)), names_of_modules(model)
+    sites = list(walk(model))
+    names = names_of_modules(model, sites)
     found: list[Target] = []
     companions: set[str] = set()
     whole: tuple[str, ...] = ()  # the modules left out

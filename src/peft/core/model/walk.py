@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -35,6 +35,7 @@ class AuxiliaryWrapper(nn.Module):
     inner = "original_module"
 
 
+_WRAPPERS = (BaseTunerLayer, AuxiliaryWrapper)
 _PASSED = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
 
 
@@ -90,30 +91,37 @@ def walk(model: nn.Module, repeated: bool = False) -> Iterator[Site]:
     """
     seen: set[int] = set()
     stack: list[tuple[str, str, nn.Module, list, list]] = [("", "", model, [], [])]
-    while stack:
+    while stack:  # the names are joined here, not by calls: every operation walks
         path, key, module, wrappers, above = stack.pop()
-        if not repeated and id(module) in seen:
-            continue
-        seen.add(id(module))
-        if (passed := passed_through(module)) is not None:
-            stack.append((join(path, passed), key, module._modules[passed], wrappers, above))
-            continue
-        inner = inner_name(module)
+        if not repeated:
+            if id(module) in seen:
+                continue
+            seen.add(id(module))
+        children = module._modules
+        inner = inner_name(module) if isinstance(module, _WRAPPERS) else None
         if inner is not None:
-            inside = module._modules[inner] if inner in module._modules else module.get_submodule(inner)
+            inside = children[inner] if inner in children else module.get_submodule(inner)
             stack.append((join(path, inner), key, inside, [*wrappers, (path, module)], above))
             continue
+        if len(children) == 1 and (passed := passed_through(module)) is not None:
+            stack.append((join(path, passed), key, children[passed], wrappers, above))
+            continue
         yield Site(path, key, module, wrappers, above)
-        if module._modules:
+        if children:
             around = [*above, *wrappers] if wrappers else above
-            for name, child in reversed(module._modules.items()):
+            path, key = path and path + ".", key and key + "."
+            for name, child in reversed(children.items()):
                 if child is not None:
-                    stack.append((join(path, name), join(key, name), child, [], around))
+                    stack.append((path + name, key + name, child, [], around))
 
 
-def names_of_modules(model: nn.Module) -> dict[int, list[str]]:
-    """The names of each module that has several in the unadapted model: id -> names, the first one first."""
-    if not holders_of(model):
+def names_of_modules(model: nn.Module, sites: Iterable[Site] | None = None) -> dict[int, list[str]]:
+    """The names of each module that has several in the unadapted model: id -> names, the first one first.
+
+    Args:
+        sites: what a walk through the model has found, if there was one.
+    """
+    if not _holders_in(walk(model) if sites is None else sites):
         return {}
     found: dict[int, list[str]] = {}
     for site in walk(model, repeated=True):
@@ -131,8 +139,12 @@ Holders = dict[int, list[tuple[nn.Module, str]]]
 
 def holders_of(model: nn.Module) -> Holders:
     """Where each module that stands in several places stands: id -> (the module that holds it, its name there)."""
+    return _holders_in(walk(model))
+
+
+def _holders_in(sites: Iterable[Site]) -> Holders:
     found: Holders = {}
-    for site in walk(model):
+    for site in sites:
         for name, child in site.module._modules.items():
             if child is not None:
                 found.setdefault(id(child), []).append((site.module, name))
