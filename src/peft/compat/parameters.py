@@ -1,4 +1,4 @@
-"""A change of a parameter as a parametrisation, by a name that others import, and whose forward they replace (axolotl)."""
+"""A change of a parameter as a parametrisation, by a name that others import (axolotl)."""
 
 from __future__ import annotations
 
