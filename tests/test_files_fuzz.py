@@ -170,14 +170,16 @@ def files(tmp_path_factory):
 
 
 def names_entry(message, folder, config, tensors):
-    """Whether an error says which entry of the config, or which tensor, it is about; or that a file is no such file."""
+    """Whether an error says which entry of the config, or which tensor, it is about, or that a file is damaged."""
     if "damaged" in message and "cannot be made an adapter" not in message:
         return True
     written = json.loads((folder / "adapter_config.json").read_text())
     held = load_file(folder / "adapter_model.safetensors")
     names = {name for name in (*config, *written, *tensors, *held) if len(name) > 2}
     words = re.findall(r"[\w.]+", message)  # a short name such as "r" is said with its value
-    return any(word.strip(".") in names for word in words) or bool(re.search(r"\b\w{1,2}=", message))
+    return any(name.startswith(word.strip(".")) for word in words if len(word) > 3 for name in names) or bool(
+        re.search(r"\b\w{1,2}=", message)
+    )
 
 
 def attempt(draw, folder, base, config, tensors, before):
