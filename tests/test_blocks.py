@@ -14,8 +14,8 @@ from torch import nn
 from toys import Mlp
 
 from peft import AdaptionPromptConfig, BottleneckConfig, LoraConfig, PeftModel, ShadowConfig, get_peft_model
-from peft.core.blocks.blocks import ATTENTION, CROSS, FEEDFORWARD, find_blocks
 from peft.compat.shadow import DetachedShadowModel
+from peft.core.blocks.blocks import ATTENTION, CROSS, FEEDFORWARD, find_blocks
 from peft.core.model.walk import layers_of
 
 

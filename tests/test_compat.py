@@ -483,6 +483,8 @@ def test_reads_on_the_model():
     model = get_peft_model(tiny_llama(), LoraConfig(task_type="CAUSAL_LM"))
     base = model.get_base_model()
     assert model.base_model_prepare_inputs_for_generation == base.prepare_inputs_for_generation
+    model.base_model_prepare_inputs_for_generation = len  # as subclasses of others do
+    assert model.base_model_prepare_inputs_for_generation is len
     assert model._is_prompt_learning is False
 
 

@@ -284,7 +284,7 @@ def test_an_adapter_is_copied_with_its_layer() -> None:
     assert adapter.lora_A is other.lora_A["default"] is not layer.lora_A["default"]
 
 
-# --- what a layer says of its tensors ---------------------------------------------------------------------------------
+# --- what a layer says of its tensors -----------------------------------------------------------------------------
 
 
 @over([c for c in CELLS if c.place.name == "Linear"])
@@ -294,7 +294,7 @@ def test_layers_name_what_trains_and_what_does_not(cell: Cell) -> None:
         held: dict[bool, set[int]] = {True: set(), False: set()}
         for names, trains in ((layer.adapter_layer_names, True), (layer.other_param_names, False)):
             for value in (getattr(layer, name) for name in names):
-                inside = value.get("one") if not isinstance(value, nn.Module) else value["one"] if "one" in value else 0
+                inside = value["one"] if "one" in value else None
                 tensors = inside.parameters() if isinstance(inside, nn.Module) else [inside]
                 held[trains] |= {id(t) for t in tensors if isinstance(t, torch.Tensor)}
         assert held[True] == {id(p) for p in layer.adapter_parameters("one")}

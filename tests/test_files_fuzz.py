@@ -9,6 +9,7 @@ import copy
 import json
 import os
 import random
+import re
 import warnings
 
 import pytest
@@ -168,6 +169,19 @@ def files(tmp_path_factory):
     return found
 
 
+def names_entry(message, folder, config, tensors):
+    """Whether an error says which entry of the config, or which tensor, it is about, or that a file is damaged."""
+    if "damaged" in message and "cannot be made an adapter" not in message:
+        return True
+    written = json.loads((folder / "adapter_config.json").read_text())
+    held = load_file(folder / "adapter_model.safetensors")
+    names = {name for name in (*config, *written, *tensors, *held) if len(name) > 2}
+    words = re.findall(r"[\w.]+", message)  # a short name such as "r" is said with its value
+    return any(name.startswith(word.strip(".")) for word in words if len(word) > 3 for name in names) or bool(
+        re.search(r"\b\w{1,2}=", message)
+    )
+
+
 def attempt(draw, folder, base, config, tensors, before):
     """Load altered files; gives what is wrong with what happened, or None, and the error."""
     alter(draw, folder, config, tensors)
@@ -178,6 +192,8 @@ def attempt(draw, folder, base, config, tensors, before):
             return f"{type(error).__name__}: {error}", error
         if str(folder) not in str(error):
             return f"names no file: {type(error).__name__}: {error}", error
+        if not names_entry(str(error).replace(str(folder), ""), folder, config, tensors):
+            return f"names no entry: {type(error).__name__}: {error}", error
         return (None if same(before, picture(base)) else f"changed the base: {error}"), error
     back = loaded.unload() if hasattr(loaded, "unload") else loaded.get_base_model()
     assert isinstance(back, nn.Module)

@@ -343,7 +343,7 @@ class PeftConfigMixin(Options):
         super().__post_init__()
         if self.task_type is not None and self.task_type not in list(TaskType):
             raise ConfigError(
-                f"{type(self).__name__}: invalid task type {_plain(self.task_type)!r}."
+                f"{type(self).__name__}: task_type: invalid task type {_plain(self.task_type)!r}."
                 f"{nearest(self.task_type, TaskType.__members__, cutoff=0.3)} "
                 f"Allowed: {', '.join(TaskType.__members__)}."
             )

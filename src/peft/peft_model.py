@@ -506,10 +506,10 @@ class PeftModel(ModelCompat, PushToHubMixin, nn.Module):
         weights = load_peft_weights(model_id, key_mapping=key_mapping, **hub)
         frozen = [p for p in model.parameters() if not p.requires_grad]
         placing = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
-        with _naming(model_id, CONFIG_NAME), filled_later() as filling:
+        with _naming(model_id, CONFIG_NAME, config), filled_later() as filling:
             peft_model = cls._class_for(config)(model, config, adapter_name, **placing)
         try:
-            with _naming(model_id, "the weights"):
+            with _naming(model_id, "adapter_model", config):
                 peft_model._load(adapter_name, weights, config.peft_version, kwargs, filling.skipped, **placing)
         except Exception:
             peft_model._tuner.unload().requires_grad_(True)
@@ -561,13 +561,13 @@ class PeftModel(ModelCompat, PushToHubMixin, nn.Module):
         weights = load_peft_weights(model_id, torch_device, key_mapping, **hub)
         fresh = adapter_name not in self.peft_config
         placing = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
-        with _naming(model_id, CONFIG_NAME), filled_later() as filling:
+        with _naming(model_id, CONFIG_NAME, config), filled_later() as filling:
             if fresh:
                 self.add_adapter(adapter_name, config, **placing)
             else:
                 self._check_method(config)
         try:
-            with _naming(model_id, "the weights"):
+            with _naming(model_id, "adapter_model", config):
                 result = self._load(adapter_name, weights, config.peft_version, kwargs, filling.skipped, **placing)
         except Exception:
             if fresh:
@@ -631,7 +631,7 @@ class PeftModel(ModelCompat, PushToHubMixin, nn.Module):
 
 
 @contextmanager
-def _naming(where: str | os.PathLike, part: str) -> Iterator[None]:
+def _naming(where: str | os.PathLike, part: str, config: PeftConfig) -> Iterator[None]:
     """A context in which errors name the files that they are about; those that no check foresaw are of our kind."""
     try:
         yield
@@ -642,9 +642,12 @@ def _naming(where: str | os.PathLike, part: str) -> Iterator[None]:
             error.args = (f"{where} ({part}): {error}",)
         raise
     except (TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, re.error) as error:
+        numbers = {name: value for name, value in vars(config).items() if type(value) is int}
+        largest = max(numbers, key=lambda name: numbers[name], default=None)
         raise CheckpointError(
             f"{where} ({part}): what it says cannot be made an adapter of this model "
-            f"({type(error).__name__}: {error}). The files are damaged, or belong to another model."
+            f"({type(error).__name__}: {error}). The files are damaged, or belong to another model"
+            + (f". The largest size in the config is {largest}={numbers[largest]}." if largest else ".")
         ) from error
 
 

@@ -77,7 +77,7 @@ class LayerCompat:
         return adapter_name in self.adapters and not self.adapters[adapter_name].unmergeable()
 
     def _check_forward_args(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        """Raise ValueError for ``adapter_names`` that do not fit. Layers derived from LoraLayer call it."""
+        """Raise ValueError for ``adapter_names`` that do not fit. Forwards that unsloth and others put in call it."""
         names = kwargs.get("adapter_names")
         if names is None:
             return

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from peft.compat.asked import Asked
+
 
 class ModelCompat:
     """A mixin of ``PeftModel``."""
 
     get_base_model: Any
 
-    @property
-    def base_model_prepare_inputs_for_generation(self) -> Callable[..., Any]:
-        """The base model's own preparation of a step of generation."""
-        return self.get_base_model().prepare_inputs_for_generation
+    @Asked
+    def base_model_prepare_inputs_for_generation(self) -> Callable[..., Any] | None:
+        """The base model's own preparation of a step of generation. Subclasses of others set it, and call it."""
+        return None if isinstance(self, type) else self.get_base_model().prepare_inputs_for_generation
 
     @property
     def _is_prompt_learning(self) -> bool:

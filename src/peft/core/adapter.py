@@ -112,10 +112,7 @@ class setting:
 class shared:
     """Declares tensors that all layers of a model have in common, by adapter: ``vera_A = shared(frozen=True)``.
 
-    They are made by :meth:`Adapter.share` and saved once. Read from an adapter, they are that adapter's.
-
-    Args:
-        frozen: they do not train.
+    They are made by :meth:`Adapter.share` and saved once; if ``frozen``, they do not train.
     """
 
     def __init__(self, frozen: bool = False) -> None:

@@ -84,8 +84,8 @@ def get_peft_model_state_dict(
             found.update(_embeddings(root, prefix, adapter_name, every))
             if save_embedding_layers is True and not any(_embedding_sites(root)):
                 warnings.warn(
-                    f"save_embedding_layers=True does nothing: {type(root).__name__} does not say which its embeddings "
-                    "are (get_input_embeddings). Name them in modules_to_save."
+                    f"save_embedding_layers=True does nothing: {type(root).__name__} does not say which its "
+                    "embeddings are (get_input_embeddings). Name them in modules_to_save."
                 )
         return separate(found)
 

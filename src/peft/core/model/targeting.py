@@ -372,4 +372,5 @@ def _nothing_matches(config: Any, sites: list[Site]) -> str:
         message
         + f"Layers that can be adapted: {', '.join(kinds) or 'none'}"
         + (f", called {', '.join(names[:20])}." if any(names) else ".")
+        + f" Change {'target_modules' if config.target_modules else 'target_parameters'}."
     )

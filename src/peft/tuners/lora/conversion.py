@@ -186,7 +186,9 @@ def _configs(model: nn.Module) -> dict[str, Any]:
 def _beside(model: nn.Module, root: nn.Module, name: str) -> dict[str, Any]:
     """What an adapter trains beside its layers: as its config says, or as is seen in a model that keeps no configs."""
     if config := _configs(model).get(name):
-        return {field: getattr(config, field, None) for field in ("modules_to_save", "trainable_token_indices", "bias")}
+        return {
+            field: getattr(config, field, None) for field in ("modules_to_save", "trainable_token_indices", "bias")
+        }
     around = [(site.key, wrapper) for site in walk(root) for _, wrapper in site.wrappers if name in wrapper]
     tokens = {key: w.adapters[name].token_indices for key, w in around if isinstance(w, TrainableTokensWrapper)}
     biases, every = biases_of(root), [*bias_sites(root, "all", name)]
