@@ -161,8 +161,7 @@ class BaseTunerLayer(ReadThrough):
     def add_adapter(self, name: str, config: Any, key: str = "") -> None:
         """Allocate an adapter and put it on the device, and into the dtype, of the base weight."""
         cls = self._class_of(name, config)
-        if cls is not self.adapter_cls:
-            make_more_room(self, cls)
+        make_more_room(self, cls)
         adapter = self.adapters[name] = cls(self, name)
         try:
             adapter.create(config, key)

@@ -45,6 +45,8 @@ def make_room(layer: BaseTunerLayer, cls: type[Adapter]) -> None:
 
 def make_more_room(layer: BaseTunerLayer, cls: type[Adapter]) -> None:
     """The same for a variant; what it brings is named on the layer beside what the layer's class names."""
+    if cls is layer.adapter_cls:
+        return
     make_room(layer, cls)
     for attribute, names in zip(("adapter_layer_names", "other_param_names"), names_held(cls)):
         layer.__dict__[attribute] = tuple(dict.fromkeys((*getattr(layer, attribute), *names)))

@@ -279,7 +279,8 @@ def _pair(
         if rank != lora.r:
             raise ConfigError(
                 f"Hot swapping the adapter did not succeed: the factors of {key!r}, of rank {lora.r}, cannot be "
-                f"filled up with zeros to, or from, rank {rank}. Load the new adapter beside the old one with load_adapter."
+                f"filled up with zeros to, or from, rank {rank}. Load the new adapter beside the old one with "
+                "load_adapter."
             )
     for place, new, shape in zip(places, (down, up), shapes):
         if new.shape != shape:
