@@ -129,7 +129,6 @@ COMBINED = (
     *("mica+rslora", "alora+rslora", "dora+gaussian", "dora+orthogonal", "kasa+gaussian", "kasa+orthogonal"),
     *("velora+gaussian", "velora+orthogonal", "monteclora+gaussian", "monteclora+orthogonal", "qalora+gaussian"),
     *("alora+gaussian", "alora+orthogonal", "alora+bias", "alora+dora+mica"),
-    *("rslora+pissa", "dora+pissa", "velora+pissa", "monteclora+pissa", "dora+olora"),
 )
 """The variants of LoRA that mean something together: each is a row, and meets one kind of layer."""
 

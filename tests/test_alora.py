@@ -304,7 +304,7 @@ def test_a_head_tied_to_its_embedding_waits_too() -> None:
 
 
 def test_a_head_cannot_follow_what_is_more_than_a_pair() -> None:
-    tied = LlamaForCausalLM(LlamaConfig(vocab_size=32, tie_word_embeddings=True, hidden_size=16, num_hidden_layers=0))
+    tied = LlamaForCausalLM(LlamaConfig(vocab_size=32, tie_word_embeddings=True, hidden_size=64, num_hidden_layers=0))
     fields = {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True, "use_dora": True}
     with pytest.raises(ValueError, match="by one pair A and B, and Dora is more than that"):
         adapted(tied, **fields)

@@ -811,6 +811,26 @@ def test_variants_that_mean_nothing_together_are_refused(combination: str) -> No
     assert type(model[0]) is nn.Linear
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+@pytest.mark.parametrize("variant", ["rslora", "dora", "velora", "monteclora"])
+def test_a_start_that_rewrites_the_base_leaves_the_output_of_a_variant(variant: str, start: str) -> None:
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Linear(8, 12)), torch.randn(5, 8)
+    fields = fields_of(variant) | {"init_lora_weights": start}
+    with torch.no_grad():
+        wanted, weight = base(x), base[0].weight.clone()
+        model = get_peft_model(base, LoraConfig(target_modules=["0"], r=4, **fields)).eval()
+        torch.testing.assert_close(model(x), wanted)
+        layer = model.base_model.model[0]
+        assert not torch.allclose(layer.base_layer.weight, weight)
+        perturb(model, "default", 3)
+        changed = model(x)
+        assert not torch.allclose(changed, wanted, atol=0.1)
+        model.merge_adapter()
+        torch.testing.assert_close(model(x), changed)
+        torch.testing.assert_close(model.unload()[0].weight, weight, rtol=0, atol=0)
+
+
 def test_any_two_variants_are_combined_or_refused() -> None:
     names = ("dora", "alora", "mica", "bdlora", "kasa", "monteclora", "velora", "qalora", "arrow", "rslora")
     known = {frozenset(x.removesuffix("-a") for x in pair.split("+")) for pair in (*COMBINED, *APART)}

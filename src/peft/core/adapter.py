@@ -136,7 +136,6 @@ class Adapter:
         requires_dense_base: the forward computes with the dense base weight.
         more_kinds: kinds of layers that it can adapt besides those of :mod:`peft.core.base.kinds`.
         any_module: it takes modules whole and needs to know no kind.
-        reads_tokens: its update depends on the token ids of the call, see :class:`peft.core.model.context.Context`.
         follows_ties: modules tied to a targeted embedding get the same adapter.
         untrained: parts that a variant holds constant, though its method trains them: saved as ever, never trained.
     """
@@ -157,7 +156,6 @@ class Adapter:
     requires_dense_base: ClassVar[bool] = False
     more_kinds: ClassVar[tuple[Kind, ...]] = ()
     any_module: ClassVar[bool] = False
-    reads_tokens: ClassVar[bool] = False
     follows_ties: ClassVar[bool] = False
     untrained: ClassVar[frozenset[str]] = frozenset()
     changes_input: ClassVar[bool] = False

@@ -24,6 +24,12 @@ from peft.core.model.context import Context
 from peft.kernels.grouped import forget
 
 
+_UNREADABLE = (
+    "the forward of {layer} needs the dense weight, and weights kept by {storage} cannot be read. Use a method that "
+    "adds to the output, or load the base model unquantised or quantised by bitsandbytes."
+)
+
+
 class BaseTunerLayer(ReadThrough):
     """Wraps ``base_layer`` and holds the adapters of one method around it.
 
@@ -97,11 +103,7 @@ class BaseTunerLayer(ReadThrough):
         make_room(self, cls)
         if not kind.whole:
             if not self.storage.can_read and (kind.opaque or cls.requires_dense_base):
-                raise ValueError(
-                    f"the forward of {type(self).__name__} needs the dense weight, and weights kept by "
-                    f"{self.storage.name} cannot be read. Use a method that adds to the output, or load "
-                    "the base model unquantised or quantised by bitsandbytes."
-                )
+                raise ValueError(_UNREADABLE.format(layer=type(self).__name__, storage=self.storage.name))
             self.__dict__["in_features"], self.__dict__["out_features"] = kind.sizes(base)
         elif not cls.any_module:
             raise ValueError(f"{type(base).__name__} is no kind of layer that {type(self).__name__} can adapt.")
@@ -160,7 +162,6 @@ class BaseTunerLayer(ReadThrough):
         cls = self._class_of(name, config)
         if cls is not self.adapter_cls:
             make_more_room(self, cls)
-        self.context.reads_tokens |= cls.reads_tokens
         adapter = self.adapters[name] = cls(self, name)
         try:
             adapter.create(config, key)
