@@ -44,8 +44,7 @@ class BaseTunerLayer(ReadThrough):
         adapters: by name. key: the name of the module in the unadapted model.
         kind: how the base layer uses its weight. read_by_parent: another module reads it instead of calling the layer.
         merged_adapters: names of the adapters in the weight now. originals: what unmerging puts back.
-        rewritten: adapter -> the weight before its start has rewritten it, see :mod:`rewritten`.
-        merge_error: ``|rounded - W'| / |W'|`` of the last merge, where the storage rounds.
+        rewritten: adapter -> the weight before its start. merge_error: ``|rounded - W'| / |W'|`` of the last merge.
         tied_to: adapter -> the layer whose adapter it follows. shares_weight: another module holds the same parameter.
     """
 
@@ -230,8 +229,7 @@ class BaseTunerLayer(ReadThrough):
         if not args and not (self.kind.whole or self.kind.opaque):
             args, kwargs = routes.input_first(self, kwargs)
         if self._disable_adapters:
-            if self.merged_adapters:
-                self.unmerge()
+            self.unmerge()
             return self.base_layer(*args, **kwargs)
         if rows is not None and self.context.current is None:
             return mixed(self, tuple(rows), args, kwargs)
@@ -258,11 +256,10 @@ class BaseTunerLayer(ReadThrough):
         return self._live()
 
     def may_bypass_base(self, x: torch.Tensor) -> bool:
-        """Whether the layer's output may be computed without calling the base layer.
+        """Whether the layer's output may be computed without calling the base layer; its bias may train.
 
         Not where calling it does more than its class says (hooks, a replaced ``forward``, such as accelerate's for
         offloaded weights), nor where its tensors are no ordinary ones at hand: sharded, quantised, on the meta device.
-        The weight is frozen; a bias may train beside the adapter.
         """
         base: Any = self._modules["base_layer"]
         if not self.kind.is_own(base) or self.merged_adapters:
@@ -302,8 +299,7 @@ class BaseTunerLayer(ReadThrough):
         """Put adapters (default: the active ones) into the base weight, so that the forward costs nothing extra.
 
         Args:
-            safe_merge: refuse a result that is not finite.
-            adapter_names: which adapters; those merged already are passed over.
+            safe_merge: refuse a result that is not finite. adapter_names: those merged already are passed over.
 
         Raises:
             ValueError: if one cannot be merged, or its merged weight is not finite; the layer is unchanged.
