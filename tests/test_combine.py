@@ -1,6 +1,7 @@
 """Weighted combinations of adapters: what they add up to, where they sit, and what is refused."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -154,7 +155,8 @@ def test_pruning_ways_follow_their_definition(way):
     define |= {"ties": merge_utils.ties, "dare_ties": merge_utils.dare_ties, "della": merge_utils.della}
     define |= {"breadcrumbs": merge_utils.breadcrumbs, "knots": merge_utils.knots}
     function = define[way.removesuffix("_svd")]
-    vote = {"majority_sign_method": "frequency"} if "ties" in way else {}
+    votes = "majority_sign_method" in inspect.signature(function).parameters
+    vote = {"majority_sign_method": "frequency"} if votes else {}
     torch.manual_seed(3)
     for layer in layers(model).values():
         scales = [layer.scaling[n] for n in ("x0", "x1")]

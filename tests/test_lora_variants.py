@@ -347,7 +347,7 @@ def test_hot_swapping_gives_what_the_other_adapter_gives(variant: str) -> None:
 @pytest.mark.parametrize("variant", ["kasa", "bdlora", "monteclora"])
 def test_zeros_cannot_fill_up_what_is_as_large_as_the_rank(variant: str) -> None:
     model, small = adapted(variant), adapted(variant, r=2)
-    with pytest.raises(ValueError, match="those of rank 2 cannot take their place"):
+    with pytest.raises(ValueError, match="of rank 4, cannot be filled up with zeros to, or from, rank 2"):
         hotswap_adapter_from_state_dict(
             model, get_peft_model_state_dict(small), "default", small.peft_config["default"]
         )
