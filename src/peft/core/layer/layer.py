@@ -229,7 +229,8 @@ class BaseTunerLayer(ReadThrough):
         if not args and not (self.kind.whole or self.kind.opaque):
             args, kwargs = routes.input_first(self, kwargs)
         if self._disable_adapters:
-            self.unmerge()
+            if self.merged_adapters:
+                self.unmerge()
             return self.base_layer(*args, **kwargs)
         if rows is not None and self.context.current is None:
             return mixed(self, tuple(rows), args, kwargs)

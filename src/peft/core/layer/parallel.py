@@ -21,9 +21,15 @@ if TYPE_CHECKING:
     from peft.core.layer.layer import BaseTunerLayer
 
 
+def several_processes() -> bool:
+    """Whether this process has others beside it, that it may exchange tensors with."""
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return there and torch.distributed.get_world_size() > 1
+
+
 def team_of(layer: BaseTunerLayer, x: Any) -> Team | None:
     """The processes that compute the layer together; None where this one has all of it, or DTensors are passed on."""
-    if not layer.kind.matrix or layer.kind.opaque or is_dtensor(x):
+    if not several_processes() or not layer.kind.matrix or layer.kind.opaque or is_dtensor(x):
         return None
     mesh = layer.storage.mesh(layer.get_base_layer(), layer.kind.weight)
     return None if mesh is None else Team(mesh)

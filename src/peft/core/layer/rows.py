@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd import Function
 
-from peft.core.layer.parallel import team_of
+from peft.core.layer.parallel import several_processes, team_of
 from peft.core.layer.routes import adapted, all_factors
 from peft.core.model.context import Groups
 from peft.kernels.grouped import can_group, grouped_linear
@@ -27,16 +27,11 @@ def mixed(layer: BaseTunerLayer, names: tuple[str, ...], args: tuple, kwargs: di
     theirs, and would wait for this one.
     """
     y = _mixed(layer, names, args, kwargs)
-    if not (isinstance(y, torch.Tensor) and torch.is_grad_enabled() and _several_processes()):
+    if not (isinstance(y, torch.Tensor) and torch.is_grad_enabled() and several_processes()):
         return y
     absent = [adapter for name, adapter in layer.adapters.items() if name not in names]
     waiting = [p for adapter in absent for p in adapter.parameters() if p.requires_grad]
     return _Touched.apply(y, *waiting) if waiting else y
-
-
-def _several_processes() -> bool:
-    there = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return there and torch.distributed.get_world_size() > 1
 
 
 class _Touched(Function):
