@@ -294,7 +294,7 @@ def test_layers_name_what_trains_and_what_does_not(cell: Cell) -> None:
         held: dict[bool, set[int]] = {True: set(), False: set()}
         for names, trains in ((layer.adapter_layer_names, True), (layer.other_param_names, False)):
             for value in (getattr(layer, name) for name in names):
-                inside = value["one"] if "one" in value else None
+                inside = value["one"] if "one" in value else None  # noqa: SIM401 - a ModuleDict has no get
                 tensors = inside.state_dict(keep_vars=True).values() if isinstance(inside, nn.Module) else [inside]
                 held[trains] |= {id(t) for t in tensors if isinstance(t, torch.Tensor)}
         assert held[True] >= {id(p) for p in layer.adapter_parameters("one")}
