@@ -713,15 +713,10 @@ class PeftModelForFeatureExtraction(PeftModel):
 class _Generates:
     """What models that generate have beside ``generate``."""
 
-    get_base_model: Callable[[], Any]
+    base_model_prepare_inputs_for_generation: Any
 
     def prepare_inputs_for_generation(self, *args: Any, task_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
         return self.base_model_prepare_inputs_for_generation(*args, **kwargs)
-
-    @property
-    def base_model_prepare_inputs_for_generation(self) -> Callable:
-        """The base model's own."""
-        return self.get_base_model().prepare_inputs_for_generation
 
 
 class PeftModelForCausalLM(_Generates, PeftModel):
