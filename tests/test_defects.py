@@ -1027,14 +1027,6 @@ class TestFrozenSingularDirections:
             OSFConfig(target_svd_config={"0": 3})
 
 
-class TestFieldsThatWouldDoNothing:
-    """`use_qalora` on other layers than those of GPTQ used to train plain LoRA without a word."""
-
-    def test_it_is_refused(self) -> None:
-        with pytest.raises(ValueError, match="use_qalora"):
-            get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], use_qalora=True))
-
-
 class TestTensorsGivenForOneCall:
     """`torch.func.functional_call` takes its tensors away before the backward pass, which remakes large weights."""
 

@@ -75,6 +75,8 @@ class Dora(Lora):
         if cls.output is not Dora.output or len(adapters) > 1 or (DoraCaching.active and not layer.training):
             return None
         (adapter,) = adapters
+        if layer.training and adapter.random_in_training:
+            return None  # the norm is that of the pair that is held, not of one that this forward draws
         weight, factors = kernel_weight(layer, x), adapter.product()
         if weight is None or factors is None:
             return None
