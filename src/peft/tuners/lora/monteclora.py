@@ -46,8 +46,8 @@ def deviation(z: torch.Tensor, weights: torch.Tensor, var: torch.Tensor, scale: 
 def divergence(std: torch.Tensor, logits: torch.Tensor, var: torch.Tensor, prior: float) -> torch.Tensor:
     """What the loss pays for leaving the priors: KL of the Wishart, of the N Gaussians, and of the Dirichlet.
 
-    The priors are Wishart(I, r), N(0, I), and Dirichlet with all concentrations ``prior``. The last of the three is the
-    divergence itself; the reference computes another term there, which can be below zero, so its loss differs.
+    The priors are Wishart(I, r), N(0, I), and Dirichlet with all concentrations ``prior``. The last of the three is
+    the divergence itself; the reference computes another term there, which can be below zero, so its loss differs.
 
     Args:
         std: ``[r]``. logits: ``[N]``. var: ``[r]``, as drawn.
