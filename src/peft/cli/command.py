@@ -107,7 +107,7 @@ def add_fields(parser: ArgumentParser, cls: type, prefix: str = "", skip: Iterab
         if default is not dataclasses.MISSING and default is not None and not isinstance(default, type):
             text += f" (default: {getattr(default, 'value', default)})"
         flags = [f"--{prefix}{field.name}", *(["-o"] if field.name == "output" else [])]
-        metavar = {} if kind is bool else {"metavar": "VALUE"}
+        metavar: Any = {} if kind is bool else {"metavar": "VALUE"}
         parser.add_argument(*flags, type=kind, help=text, default=argparse.SUPPRESS, **metavar)
 
 

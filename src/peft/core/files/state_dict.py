@@ -213,7 +213,8 @@ def set_peft_model_state_dict(
         for _, layer in layers_of(root):
             if adapter_name in layer:
                 layer.adapters[adapter_name].loaded()
-    if empty := [entry.key for entry in entries(model, adapter_name) if entry.tensor.is_meta]:
+    had_none = any(entry.tensor.is_meta for entry in found.own)
+    if had_none and (empty := [entry.key for entry in entries(model, adapter_name) if entry.tensor.is_meta]):
         warnings.warn(f"these tensors of adapter {adapter_name!r} have no values yet: {', '.join(empty[:8])}.")
     return LoadResult([entry.key for entry in found.missing], found.unexpected)
 
