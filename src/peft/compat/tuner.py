@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, ClassVar
 
@@ -37,11 +38,12 @@ class TunerCompat:
         """An adapted layer around ``target``. Others replace it, such as ipex-llm, for layers of their own."""
         return new_layer(cls.layer_cls, target, adapter_name, peft_config, kwargs.get("current_key", ""))
 
-    def made_elsewhere(self, peft_config: Any, target: nn.Module) -> bool:
-        """Whether somebody else may make the layer around ``target``: by a class registered in the config
+    def made_elsewhere(self, peft_config: Any) -> Callable[[nn.Module], bool]:
+        """Says of a module whether somebody else may make the layer around it: by a class registered in the config
         (``_register_custom_module``), by a replaced :meth:`_create_new_module` or :meth:`_create_and_replace`."""
         registered = tuple(getattr(peft_config, "_custom_modules", None) or ())
-        return isinstance(target, registered) or self._replaced("_create_new_module", "_create_and_replace")
+        replaced = self._replaced("_create_new_module", "_create_and_replace")
+        return lambda target: replaced or isinstance(target, registered)
 
     def _replaced(self, *names: str) -> bool:
         """Whether one of these methods is not the one below."""

@@ -26,7 +26,7 @@ def names_held(cls: type[Adapter]) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 def held_constant(adapter: Adapter) -> Iterator[torch.Tensor]:
     """The tensors of an adapter's ``untrained`` parts."""
-    for attribute, _, value in adapter.held():
+    for attribute, _, value in adapter.held() if adapter.untrained else ():
         if attribute in adapter.untrained:
             yield from value.parameters() if isinstance(value, nn.Module) else (value,)
 

@@ -6,7 +6,6 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -145,7 +144,11 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
             config.fan_in_fan_out = any(target.kind and target.kind.fan_in_fan_out for target in targets)
         with torch.device("meta") if low_cpu_mem_usage else nullcontext():
             holders = holders_of(model)
-            made = [(target, self.make_elsewhere(config, name, target, holders)) for target in targets]
+            elsewhere = self.made_elsewhere(config)
+            made = [
+                (target, self.make_elsewhere(config, name, target, holders) if elsewhere(target.module) else None)
+                for target in targets
+            ]
             layers = [(target, layer or self._layer_for(model, target, holders)) for target, layer in made]
             self._share(name, config, [layer for _, layer in layers])
             self._fill(model, name, config, layers)
@@ -183,7 +186,7 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
     def targets_of(self, config: Any, model: nn.Module) -> list[Target]:
         """The modules to adapt."""
         beside = getattr(config, "modules_to_save", None)
-        found = find_targets(config, model, self.layer_cls, beside, partial(self.made_elsewhere, config))
+        found = find_targets(config, model, self.layer_cls, beside, self.made_elsewhere(config))
         return self.redirected(config, model, found)
 
     def _layer_for(self, model: nn.Module, target: Target, holders: Holders) -> BaseTunerLayer:
