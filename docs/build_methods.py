@@ -21,7 +21,11 @@ import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from peft.tools.catalogue import Method
 
 
 DOCS = Path(__file__).resolve().parent
@@ -201,55 +205,26 @@ def _prompts(outcomes: dict[str, dict[str, bool]]) -> dict[str, dict[str, list[s
 # --- the page -------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """A registered method."""
-
-    key: str
-    config: type
-    tuner: type
-
-    @property
-    def words(self) -> list[str]:
-        """Name, formula and paper: the first paragraph of the method's module, without the name."""
-        module = sys.modules[self.tuner.__module__]
-        package = sys.modules.get(module.__name__.rpartition(".")[0])
-        inner = package is not None and package.__name__.count(".") > 1
-        text = inspect.cleandoc((package if inner else module).__doc__ or "")
-        name, _, formula = text.partition(": ")
-        return [name, formula]
-
-    @property
-    def group(self) -> str:
-        """Which part of the page it belongs to."""
-        from peft.config import PromptLearningConfig
-        from peft.core.blocks.blocks import BlockLayer
-
-        if issubclass(self.config, PromptLearningConfig):
-            return "Prompts and prefixes"
-        if self.key == "xlora":
-            return "Mixtures of adapters"
-        return "Blocks" if issubclass(self.tuner.layer_cls, BlockLayer) else "Weights"  # type: ignore[attr-defined]
-
-
 GROUPS = ("Weights", "Blocks", "Prompts and prefixes", "Mixtures of adapters")
 
 
-def entries() -> list[Entry]:
-    """All registered methods by name, the most used one first."""
-    import peft.tuners  # noqa: F401
-    from peft.utils.peft_types import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+def group_of(entry: Method) -> str:
+    """Which part of the page a method belongs to."""
+    from peft.config import PromptLearningConfig
+    from peft.core.blocks.blocks import BlockLayer
 
-    found = [
-        Entry(str(getattr(key, "value", key)).lower(), config, PEFT_TYPE_TO_TUNER_MAPPING[key])
-        for key, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()
-    ]
-    return sorted(found, key=lambda entry: (entry.key != "lora", entry.words[0].lower().strip("(")))
+    if issubclass(entry.config, PromptLearningConfig):
+        return "Prompts and prefixes"
+    if entry.key == "xlora":
+        return "Mixtures of adapters"
+    return "Blocks" if issubclass(entry.tuner.layer_cls, BlockLayer) else "Weights"  # type: ignore[attr-defined]
 
 
 def pages(laws: dict[str, Any], costs: dict[str, Any]) -> dict[str, str]:
     """Path below `docs` -> a page in Markdown."""
-    methods = entries()
+    from peft.tools import catalogue
+
+    methods = catalogue.methods()
     parts = [INTRODUCTION, _contents(methods), _support(methods, laws), _costs(methods, costs), _shared()]
     found = {"methods.md": "\n".join(parts)}
     for entry in methods:
@@ -257,23 +232,23 @@ def pages(laws: dict[str, Any], costs: dict[str, Any]) -> dict[str, str]:
     return found
 
 
-def _contents(methods: list[Entry]) -> str:
+def _contents(methods: list[Method]) -> str:
     lines = []
     for group in GROUPS:
         lines += [f"## {group}", "", "| method | config | what it computes |", "|---|---|---|"]
-        for entry in (e for e in methods if e.group == group):
+        for entry in (e for e in methods if group_of(e) == group):
             formula = _cell_text(entry.words[1].rstrip("."))
             lines.append(f"| [{entry.words[0]}](methods/{entry.key}.md) | `{entry.config.__name__}` | {formula} |")
         lines.append("")
     return "\n".join(lines)
 
 
-def _method(entry: Entry, laws: dict[str, Any], costs: dict[str, Any]) -> str:
+def _method(entry: Method, laws: dict[str, Any], costs: dict[str, Any]) -> str:
     """The page of one method."""
     config = inspect.cleandoc(entry.config.__doc__ or "")
     first, _, rest = config.partition("\n\n")
     first = re.sub(r"^Config of [^:.]*[:.] *", "", first.replace("\n", " "))
-    own, shared = _fields(entry.config)
+    own, shared = entry.fields()
     lines = [f"# {entry.words[0]}", "", _sentence(entry.words[1].replace("*", r"\*")), ""]
     lines += [_sentence(first), ""] if first else []
     lines += [rest.replace("``", "`"), ""] if rest else []
@@ -288,7 +263,7 @@ def _method(entry: Entry, laws: dict[str, Any], costs: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _supported(entry: Entry, laws: dict[str, Any]) -> list[str]:
+def _supported(entry: Method, laws: dict[str, Any]) -> list[str]:
     """What the law tests of one weight method passed on, and what was refused."""
     if entry.key not in laws["layers"]:
         return []
@@ -301,13 +276,13 @@ def _supported(entry: Entry, laws: dict[str, Any]) -> list[str]:
     return [*lines, "", *notes.lines(), *([""] if notes.texts else []), *([told, ""] if told else [])]
 
 
-def _costs_of(entry: Entry, costs: dict[str, Any]) -> list[str]:
+def _costs_of(entry: Method, costs: dict[str, Any]) -> list[str]:
     """What training steps of one method cost."""
     rows = _cost_rows({entry.key: entry.words[0]}, costs)
     return ["## What a training step costs", "", _cost_words(costs), "", *COST_HEAD, *rows, ""] if rows else []
 
 
-def _example(entry: Entry, costs: dict[str, Any]) -> list[str]:
+def _example(entry: Method, costs: dict[str, Any]) -> list[str]:
     """The config as the benchmark has it."""
     fields = costs.get("methods", {}).get(entry.key, {}).get("fields", {})
     given = {name: repr(value).replace("'", '"') for name, value in fields.items() if value is not None}
@@ -325,24 +300,11 @@ def _cell_text(text: str) -> str:
     return text.replace("*", r"\*").replace("|", r"\|").replace("\n", " ")
 
 
-def _fields(config: type) -> tuple[list[Any], list[Any]]:
-    """A config's own fields, and those it has from the classes that configs are composed of."""
-    common = {name for cls in config.__mro__ if cls.__module__ == "peft.config" for name in _declared(cls)}
-    fields = dataclasses.fields(config)
-    return [f for f in fields if f.name not in common], [f for f in fields if f.name in common]
-
-
-def _declared(cls: type) -> dict[str, Any]:
-    return {name: value for name, value in inspect.get_annotations(cls).items() if "ClassVar" not in str(value)}
-
-
 def _row(field: Any) -> str:
-    if field.default is not dataclasses.MISSING:
-        default = getattr(field.default, "value", field.default)
-    else:
-        default = field.default_factory() if field.default_factory is not dataclasses.MISSING else ""
+    from peft.tools.catalogue import default_of
+
     text = field.metadata["help"].replace("|", r"\|").replace("\n", " ")
-    return f"| `{field.name}` | `{default!r}` | {text} |"
+    return f"| `{field.name}` | `{default_of(field)!r}` | {text} |"
 
 
 def _shared() -> str:
@@ -379,7 +341,7 @@ class Notes:
         return [f"{i}. {text}" for i, text in enumerate(self.texts, 1)]
 
 
-def _support(methods: list[Entry], laws: dict[str, Any]) -> str:
+def _support(methods: list[Method], laws: dict[str, Any]) -> str:
     notes, weights = Notes(), [entry for entry in methods if entry.key in laws["layers"]]
     lines = [
         "## What is supported",
@@ -404,7 +366,7 @@ def _support(methods: list[Entry], laws: dict[str, Any]) -> str:
     return "\n".join([*lines, "", *_prompt_table(laws["prompts"])])
 
 
-def _places(entry: Entry, laws: dict[str, Any]) -> dict[str, Any]:
+def _places(entry: Method, laws: dict[str, Any]) -> dict[str, Any]:
     """Layer -> outcomes of the operations on it."""
     return {place: group["operations"] for group in laws["layers"][entry.key] for place in group["places"]}
 
@@ -454,7 +416,7 @@ def _prompt_table(prompts: dict[str, dict[str, list[str]]]) -> list[str]:
 COST_HEAD = ["| | trained parameters | step / floor | bytes / floor |", "|---|---:|---:|---:|"]
 
 
-def _costs(methods: list[Entry], costs: dict[str, Any]) -> str:
+def _costs(methods: list[Method], costs: dict[str, Any]) -> str:
     rows = _cost_rows({entry.key: entry.words[0] for entry in methods}, costs)
     return "\n".join(["## What a training step costs", "", _cost_words(costs), "", *COST_HEAD, *rows]) + "\n"
 

@@ -20,6 +20,7 @@ from peft.core.combine.ranks import leading_svd, randomized_svd, shared_ranks
 from peft.core.files.io import write_adapter
 from peft.core.model.targeting import exact_targets
 from peft.core.model.walk import embeddings_of, join
+from peft.tools.architecture import build
 from peft.tools.memory import meta_copy
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.conversion import lora_tensors
@@ -133,8 +134,6 @@ def skeleton(base: str | os.PathLike, model: nn.Module | None) -> nn.Module:
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(base)
-    cls = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
-    build = cls.from_config if hasattr(cls, "from_config") else cls._from_config
     with torch.device("meta"):
         made = build(config)
     made.tie_weights()

@@ -23,6 +23,7 @@ from peft.core.base.kinds import kind_of
 from peft.core.base.storage import hooks_of, storage_of, tensors_in, without_hooks
 from peft.core.model.gradient_checkpointing import is_switched_on
 from peft.core.model.walk import Site, embeddings_of, walk
+from peft.tools.architecture import build
 from peft.tools.status import count_parameters
 from peft.utils.error import nearest
 
@@ -255,10 +256,8 @@ def _built(config: Any, task: Any, dtype: torch.dtype | None) -> nn.Module:
         raise ValueError(f"estimate_memory needs a model or a config of transformers, got {type(config).__name__}.")
     config = copy.deepcopy(config)
     name = _AUTO_CLASSES.get(str(getattr(task, "value", task)))
-    cls = getattr(transformers, name or (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
-    build = cls.from_config if hasattr(cls, "from_config") else cls._from_config
     with torch.device("meta"):
-        return build(config, dtype=dtype or getattr(config, "dtype", None) or torch.float32)
+        return build(config, name, dtype=dtype or getattr(config, "dtype", None) or torch.float32)
 
 
 def _adapted(model: nn.Module, peft_config: Any) -> nn.Module:

@@ -24,6 +24,7 @@ from peft.core.layer.weight import effective
 from peft.core.model.auxiliary import AuxiliaryTrainingWrapper, biases_of
 from peft.core.model.declared import new_biases
 from peft.core.model.walk import embeddings_of, join, walk
+from peft.tools.architecture import build, class_of
 from peft.utils.error import ConfigError, NoEqualWeightError
 
 
@@ -148,7 +149,7 @@ def open_base(base: str | os.PathLike) -> nn.Module:
         model = _without_memory(config, entries, None)
         if isinstance(model, nn.Module):
             return model
-    return _class_of(config).from_pretrained(folder, dtype="auto")
+    return class_of(config).from_pretrained(folder, dtype="auto")
 
 
 # --- the base, in files --------------------------------------------------------------------------------------------
@@ -187,12 +188,6 @@ def _entries(folder: str) -> dict[str, Entry]:
     return found
 
 
-def _class_of(config: Any) -> Any:
-    import transformers
-
-    return getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
-
-
 def _only_in_memory(config: Any, entries: dict[str, Entry]) -> str | None:
     if getattr(config, "quantization_config", None):
         return "the base model is quantised"
@@ -205,8 +200,6 @@ def _without_memory(config: Any, entries: dict[str, Entry], dtype: torch.dtype |
     from accelerate.hooks import attach_align_device_hook
     from accelerate.utils import OffloadedWeightsLoader
 
-    cls = _class_of(config)
-    build = cls.from_config if hasattr(cls, "from_config") else cls._from_config
     with init_empty_weights():
         model = build(config)
     model.tie_weights()
@@ -425,7 +418,7 @@ def _copy_rest(job: _Job, target: str) -> None:
 
 def _in_memory(job: _Job, reason: str) -> MergeReport:
     """The same with the whole model in memory."""
-    base = _class_of(job.config).from_pretrained(job.folder, dtype=job.dtype or "auto")
+    base = class_of(job.config).from_pretrained(job.folder, dtype=job.dtype or "auto")
     if getattr(job.config, "quantization_config", None) and not job.quantized:
         base = base.dequantize()
     adapted, names = _adapted(base, job)
