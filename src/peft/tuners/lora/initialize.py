@@ -20,6 +20,7 @@ from peft.core.filling import skip_values
 from peft.core.layer.rewritten import original_weight, rewrite
 from peft.core.layer.weight import base_weight
 from peft.tuners.lora.config import LoraConfig, LoraGAConfig
+from peft.tuners.lora.loftq import loftq_init
 from peft.tuners.lora.pairs import join_pair, pair_blocks
 from peft.tuners.lora.starts import PISSA, Pair, lora_ga, olora, pissa
 from peft.utils.warning import PeftWarning
@@ -192,8 +193,6 @@ def _zero_up(a: torch.Tensor, b: torch.Tensor, std: float | None) -> None:
 
 def _loftq(lora: Lora, a: torch.Tensor, b: torch.Tensor, config: LoraConfig) -> None:
     """W becomes what is left of it in few bits, and s B A fits the rest (LoftQ)."""
-    from peft.utils.loftq_utils import loftq_init
-
     options: Any = config.loftq_config
     bits, turns = (options.get("loftq_bits", 4), options.get("loftq_iter", 1)) if isinstance(options, dict) else (
         options.loftq_bits, options.loftq_iter
