@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from peft.convert.resize import check_size
 from peft.core.base.kinds import kind_of
 from peft.core.combine.ranks import leading_svd, randomized_svd, shared_ranks
 from peft.core.files.io import write_adapter
+from peft.core.files.shards import Shards
 from peft.core.model.targeting import exact_targets
 from peft.core.model.walk import embeddings_of, join
 from peft.tools.architecture import build
@@ -45,39 +45,6 @@ class Extraction:
     saved: list[str] = field(default_factory=list)
     biases: bool = False
     unchanged: int = 0
-
-
-class Shards:
-    """The tensors of a model's safetensors files, read one at a time.
-
-    Args:
-        source: a folder with ``model.safetensors`` or shards and their index, or one file.
-    """
-
-    def __init__(self, source: str | os.PathLike) -> None:
-        folder = Path(source)
-        index = next(iter(sorted(folder.glob("*.safetensors.index.json"))), None) if folder.is_dir() else None
-        if index is not None:
-            places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            self.places = {name: folder / file for name, file in places.items()}
-            return
-        files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else [folder]
-        if not files or not all(file.is_file() for file in files):
-            raise ValueError(f"{source} has no safetensors files: give a folder with a model's weights, or a file.")
-        self.places = {}
-        for file in files:
-            with _opened(file) as tensors:
-                self.places.update(dict.fromkeys(tensors.keys(), file))
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        with _opened(self.places[name]) as tensors:
-            return tensors.get_tensor(name)
-
-
-def _opened(file: Path) -> Any:
-    from safetensors import safe_open
-
-    return safe_open(file, "pt")
 
 
 def extract_adapter(

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from peft.core.files.io import replacing
+from peft.core.files.shards import INDEX, Entry, Shards, has_weights
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.weight import effective
 from peft.core.model.auxiliary import AuxiliaryTrainingWrapper, biases_of
@@ -28,7 +29,6 @@ from peft.tools.architecture import build, class_of
 from peft.utils.error import ConfigError, NoEqualWeightError
 
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".safetensors.index.json",
             ".bin.index.json")  # fmt: skip
 _TOKENIZER = ("tokenizer", "special_tokens_map", "vocab", "merges", "added_tokens", "chat_template", "spiece")
@@ -65,15 +65,6 @@ class _Job:
     dtype: torch.dtype | None
     safe_merge: bool
     quantized: bool
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A tensor of the base's files: where it is, its dtype there, its shape."""
-
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
 
 
 def merge_files(
@@ -117,7 +108,7 @@ def merge_files(
         raise ConfigError(f"the output {os.fspath(output)!r} is the folder of the base model: name another one.")
     config = transformers.AutoConfig.from_pretrained(folder)
     job = _Job(folder, config, adapters, output, weights, combination, ways, dtype, safe_merge, quantized)
-    entries = _entries(folder)
+    entries = Shards(folder).entries() if has_weights(folder) else {}
     reason = _only_in_memory(config, entries)
     if reason is not None:
         return _in_memory(job, reason)
@@ -144,7 +135,7 @@ def open_base(base: str | os.PathLike) -> nn.Module:
 
     folder = _folder_of(base)
     config = transformers.AutoConfig.from_pretrained(folder)
-    entries = _entries(folder)
+    entries = Shards(folder).entries() if has_weights(folder) else {}
     if _only_in_memory(config, entries) is None:
         model = _without_memory(config, entries, None)
         if isinstance(model, nn.Module):
@@ -165,27 +156,6 @@ def _folder_of(base: str | os.PathLike) -> str:
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"the base model {os.fspath(base)!r} is no folder here, nor on the hub: {reason}") from error
-
-
-def _entries(folder: str) -> dict[str, Entry]:
-    """The tensors of a model's safetensors files, in the order of the files; empty where it has none."""
-    from safetensors import safe_open
-
-    index = Path(folder, INDEX)
-    if index.is_file():
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        files = [SINGLE] if Path(folder, SINGLE).is_file() else []
-    found = {}
-    for file in files:
-        path = os.path.join(folder, file)
-        if not os.path.isfile(path):
-            raise ConfigError(f"{folder} lacks {file}, which its {INDEX} names: fetch the model again.")
-        with safe_open(path, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  (no dict)
-                part = tensors.get_slice(name)
-                found[name] = Entry(path, part.get_dtype(), tuple(part.get_shape()))
-    return found
 
 
 def _only_in_memory(config: Any, entries: dict[str, Entry]) -> str | None:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers.utils import cached_file
 
 from peft.core.base.storage.quantized import Quantized
+from peft.core.files.shards import SINGLE, Shards
 from peft.core.layer.weight import unmerged_weight
 from peft.core.model.walk import layers_of
 from peft.tuners.lora.layer import LoraLayer
@@ -52,19 +52,19 @@ def replace_lora_weights_loftq(
             "dense one."
         )
     prefix = getattr(tuner.model, "base_model_prefix", "")
-    with _Weights(model_path or tuner.model.config._name_or_path) as weights:
-        for name, layer in layers:
-            full = weights.get(f"{name}.weight", prefix).to(layer.lora_A[adapter_name].weight.device).float()
-            lora: Any = layer.adapters[adapter_name]
-            pair = lora.held_pair()
-            before = [t.detach().clone() for t in pair]
-            fitted = low_rank(full - unmerged_weight(layer).float(), layer.r[adapter_name])
-            for old, new, factor in zip(pair, fitted, (1.0, 1 / layer.scaling[adapter_name])):
-                old.copy_(new * factor)
-            if callback is not None and not callback(peft_model, name):
-                for tensor, value in zip(pair, before):
-                    tensor.copy_(value)
-                logging.getLogger(__name__).info("LoftQ: the callback kept %s as it was", name)
+    shards = _shards(model_path or tuner.model.config._name_or_path)
+    for name, layer in layers:
+        full = _dense(shards, f"{name}.weight", prefix).to(layer.lora_A[adapter_name].weight.device).float()
+        lora: Any = layer.adapters[adapter_name]
+        pair = lora.held_pair()
+        before = [t.detach().clone() for t in pair]
+        fitted = low_rank(full - unmerged_weight(layer).float(), layer.r[adapter_name])
+        for old, new, factor in zip(pair, fitted, (1.0, 1 / layer.scaling[adapter_name])):
+            old.copy_(new * factor)
+        if callback is not None and not callback(peft_model, name):
+            for tensor, value in zip(pair, before):
+                tensor.copy_(value)
+            logging.getLogger(__name__).info("LoftQ: the callback kept %s as it was", name)
 
 
 def _has_lost(layer: Any) -> bool:
@@ -73,39 +73,17 @@ def _has_lost(layer: Any) -> bool:
     return matrix and isinstance(layer.storage, Quantized) and layer.storage.can_read
 
 
-class _Weights:
-    """Tensors of a model's safetensors files by name, each read when it is asked for."""
-
-    def __init__(self, source: str) -> None:
-        self.paths = _files(source)
-        self._open: list[Any] = []
-
-    def __enter__(self) -> _Weights:
-        self._open = [safe_open(path, framework="pt") for path in self.paths]
-        self._of = {key: file for file in self._open for key in file.keys()}  # noqa: SIM118
-        return self
-
-    def __exit__(self, *args: object) -> None:
-        self._of, self._open = {}, []
-
-    def get(self, name: str, prefix: str) -> torch.Tensor:
-        for key in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
-            if key in self._of:
-                return self._of[key].get_tensor(key)
-        raise KeyError(f"{name} is not among the tensors of {', '.join(map(str, self.paths))}")
+def _shards(source: str) -> Shards:
+    """The model's files in a folder, or on the hub."""
+    if not Path(source).exists():
+        source = cached_file(source, SINGLE, _raise_exceptions_for_missing_entries=False) or source
+    return Shards(source)
 
 
-def _files(source: str) -> list[Path]:
-    path = Path(source)
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        found = sorted(path.glob("*.safetensors"))
-    else:
-        one = cached_file(source, "model.safetensors", _raise_exceptions_for_missing_entries=False)
-        found = [Path(one)] if one else []
-    if not found:
-        raise FileNotFoundError(
-            f"no safetensors of the unquantised model in {source!r}; give its file or folder as model_path."
-        )
-    return found
+def _dense(shards: Shards, name: str, prefix: str) -> torch.Tensor:
+    """A weight by its name in the model, with or without the prefix of its inner model."""
+    for key in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
+        if key in shards:
+            return shards[key]
+    files = ", ".join(map(str, dict.fromkeys(shards.places.values())))
+    raise KeyError(f"{name} is not among the tensors of {files}")
