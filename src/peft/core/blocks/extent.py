@@ -45,12 +45,14 @@ def ends_of(bounds: Bounds, before: int, tokens: int, first: int, last: int) -> 
 
     Args:
         before: how many tokens stand in the cache. tokens: how many are the call's own.
-        first, last: how many; where a prompt has fewer than both, its last ones are what the first ones leave.
+        first, last: how many; where a prompt has fewer than both, its first ones are what the last ones leave.
     """
     device = bounds.first.device
     head = bounds.first[:, None] + torch.arange(first, device=device)
-    tail = bounds.prompt[:, None] - last + torch.arange(last, device=device)
-    valid = torch.cat([head < bounds.last[:, None], tail >= bounds.first[:, None] + first], 1)
+    end = bounds.prompt[:, None]
+    tail = end - last + torch.arange(last, device=device)
+    free = (head < end - last) | (head >= end)
+    valid = torch.cat([free & (head < bounds.last[:, None]), tail >= bounds.first[:, None]], 1)
     index = torch.cat([head, tail], 1) - before
     valid &= (index >= 0) & (index < tokens)
     return Positions(index.clamp(0, tokens - 1), valid)
