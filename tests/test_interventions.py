@@ -414,6 +414,8 @@ def test_it_acts_together_with_other_methods():
         for name in order[1:]:
             model.add_adapter(name, configs[name])
         for seed, name in enumerate(configs):
+            for parameter in (p for _, layer in layers_of(model) for p in layer.adapter_parameters(name)):
+                parameter.data.zero_()
             stir(model, name, seed=seed, size=0.3)
         model.set_adapter(order)
         found.append(logits(model, given))
