@@ -39,8 +39,9 @@ DTYPES = ("float32", "float16", "bfloat16", "float64")
 class ReftConfig(ModulesToSave):
     """Config of LoReFT, NoReFT and DiReFT: hidden states are edited at a few positions, after each block.
 
-    The smallest of adapters, for instructions and classification: its cost does not grow with the text, and what a
-    decoder writes costs nothing extra. It cannot be merged. LoReFT is the paper's; DiReFT trains a little faster.
+    A small adapter for instructions and classification: its cost does not grow with the text, and what a decoder
+    writes costs nothing extra. It cannot be merged. LoReFT is the paper's; DiReFT trains a little faster. Texts that
+    are packed into one row count as one.
     """
 
     METHOD: ClassVar[str] = "REFT"
