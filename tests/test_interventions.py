@@ -27,6 +27,7 @@ from peft import (
     PromptTuningConfig,
     ReftConfig,
     ShadowConfig,
+    estimate_memory,
     get_peft_model,
 )
 from peft.core.model.walk import layers_of
@@ -296,7 +297,7 @@ def test_generation_edits_the_prompt_and_no_new_token(name):
     assert torch.equal(whole[:, 6:-1].argmax(-1), found[:, 7:])
     calls = spied(model, lambda: new_tokens(model, PROMPTS))
     steps = [(h, edited) for _, h, edited in calls if h.shape[1] == 1]
-    assert len(steps) == 6 and all(torch.equal(h, edited) for h, edited in steps)
+    assert len(steps) == 6 and all(h is edited for h, edited in steps)  # nothing is computed at all
 
 
 def test_beams_and_a_conversation_that_goes_on():
@@ -490,6 +491,19 @@ def test_what_has_no_meaning_is_refused(fields, message):
     assert [name for name, _ in plain.named_modules()] == before and not plain.model._forward_pre_hooks
 
 
+def test_transformers_loads_it_and_other_methods_are_told_apart(tmp_path):
+    """The name of a method that the reference does not have is asked for its ``value`` like one that it has."""
+    model, given = adapted("llama"), batch("llama")
+    wanted = logits(model, given)
+    with pytest.raises(ValueError, match="this model has REFT adapters, so no LORA adapter can be added"):
+        model.add_adapter("other", LoraConfig())
+    model.save_pretrained(str(tmp_path))
+    plain = base("llama")
+    plain.load_adapter(str(tmp_path))
+    gives(logits(plain, given), wanted)
+    assert estimate_memory(base("llama"), ReftConfig(), batch_size=2, sequence_length=8).total > 0
+
+
 def test_a_mask_that_tells_no_padding_is_refused_and_edits_are_not_merged():
     model, ids = adapted("llama"), PROMPTS["input_ids"]
     with pytest.raises(ValueError, match=r"attention_mask \[3, 9\] does not tell which of 7 tokens are padding"):
@@ -537,6 +551,7 @@ def test_a_skipped_block_is_one_without_an_adapter(method, tmp_path):
             logits(model, given, adapter_names=["default", "__base__", "default"]),
             part.index_copy(0, torch.tensor([1]), plain[1:2]),
         )
+        assert torch.equal(new_tokens(model, PROMPTS), new_tokens(less, PROMPTS))
         with model.skip_layers([0, 1]):
             gives(logits(model, given), plain)
         gives(logits(model, given), part)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from peft.kernels.autocast import is_autocast
 from peft.tuners.activations import activation
 
 
@@ -34,7 +36,8 @@ def orthonormal(p: torch.Tensor) -> torch.Tensor:
     Args:
         p: ``[r, width]`` of full rank, ``r <= width``.
     """
-    with torch.autocast(p.device.type, enabled=False):
+    kind = p.device.type
+    with torch.autocast(kind, enabled=False) if is_autocast(kind) else nullcontext():
         p = p if p.dtype == torch.float64 else p.float()
         return torch.linalg.solve_triangular(torch.linalg.cholesky(p @ p.T), p, upper=False)
 

@@ -102,9 +102,10 @@ class Extent:
         if key not in self.found:
             if h.dim() != 3:
                 raise ValueError(
-                    f"hidden states {list(h.shape)} have no axis of tokens: they are not [batch, tokens, width]."
+                    f"hidden states {list(h.shape)} are not [batch, tokens, width]: no axis is of tokens."
                 )
-            self.found[key] = ends_of(self._bounds(h), self.before, h.shape[1], first, last)
+            found = ends_of(self._bounds(h), self.before, h.shape[1], first, last)
+            self.found[key] = found if not self.before or bool(found.valid.any()) else None
         return self.found[key]
 
     def _bounds(self, h: torch.Tensor) -> Bounds:
