@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -60,6 +61,8 @@ def _torchao(config: Callable[[Any], Any]) -> nn.Module:
 
 def _quanto(weights: str) -> nn.Module:
     quanto = pytest.importorskip("optimum.quanto")
+    if weights == "qint4" and os.environ.get("LAWS") != "all":
+        pytest.skip("quanto compiles an extension for four bits, which takes a minute; run with LAWS=all")
     model = plain()
     quanto.quantize(model, weights=getattr(quanto, weights))
     quanto.freeze(model)

@@ -9,7 +9,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from laws import Cell, cells, layers, methods, perturb
+from laws import Cell, cells, layers, methods, over, perturb
 from torch import nn
 
 from peft import LoraConfig, get_peft_model
@@ -22,11 +22,6 @@ from peft.tuners.lora.layer import Lora
 
 ONE = ("float32",)
 CELLS = cells(precisions=ONE, each_layer=False)
-
-
-def over(found: list[Cell]) -> Any:
-    """A test for each of these cells."""
-    return pytest.mark.parametrize("cell", found, ids=lambda cell: cell.id)
 
 
 # --- 9: hooks on the base layer -----------------------------------------------------------------------------------

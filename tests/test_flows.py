@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-import sys
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -554,48 +552,6 @@ def _mlp() -> PeftModel:
 def _batch() -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     return torch.randn(8, 6, generator=generator), torch.randn(8, 4, generator=generator)
-
-
-def _ddp_worker(rank: int, folder: str) -> None:
-    """One of two processes: half a batch each, two steps."""
-    if sys.platform == "linux":
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # whatever the name of this machine resolves to
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
-    inner = _mlp()
-    model = nn.parallel.DistributedDataParallel(inner)
-    x, y = (t.chunk(2)[rank] for t in _batch())
-    optimizer = torch.optim.SGD(trained(inner).values(), lr=0.1)
-    for _ in range(2):
-        optimizer.zero_grad()
-        (model(x) - y).square().mean().backward()
-        optimizer.step()
-    values = {name: p.detach() for name, p in trained(inner).items()}
-    torch.save((values, {name: p.grad for name, p in trained(inner).items()}), f"{folder}/{rank}.pt")
-    if rank == 0:
-        inner.save_pretrained(f"{folder}/saved", is_main_process=True)
-    else:
-        inner.save_pretrained(f"{folder}/never", is_main_process=False)
-    torch.distributed.destroy_process_group()
-
-
-def test_two_processes_train_as_one(tmp_path):
-    torch.multiprocessing.spawn(_ddp_worker, args=(str(tmp_path),), nprocs=2)
-    model, (x, y) = _mlp(), _batch()
-    optimizer = torch.optim.SGD(trained(model).values(), lr=0.1)
-    for _ in range(2):
-        optimizer.zero_grad()
-        (model(x) - y).square().mean().backward()
-        optimizer.step()
-    (first, first_grads), (second, second_grads) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    equal(first, second, rtol=0, atol=0)
-    equal(first_grads, second_grads, rtol=0, atol=0)
-    equal(first_grads, {name: p.grad for name, p in trained(model).items()}, rtol=1e-4, atol=1e-6)
-    equal(first, {name: p.detach() for name, p in trained(model).items()}, rtol=1e-4, atol=1e-6)
-    assert not (tmp_path / "never").exists()
-    equal(peft.load_peft_weights(tmp_path / "saved"), get_peft_model_state_dict(model), rtol=1e-4, atol=1e-6)
 
 
 COMPILED = {

@@ -9,7 +9,6 @@ import copy
 import inspect
 import io
 import itertools
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from laws import (
     gradient,
     layers,
     methods,
+    over,
     parameters_of,
     perturb,
     state,
@@ -59,11 +59,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 ONE = ("float32",)
 TWO = ("float32", "bfloat16")
 ALL = ("float32", "bfloat16", "bfloat16-uncast")
-
-
-def over(found: Iterable[Cell]) -> Any:
-    """Parametrise a test over cells."""
-    return pytest.mark.parametrize("cell", [pytest.param(cell, id=cell.id) for cell in found])
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from quantised import BASES, plain
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Trainer
 from transformers import TrainingArguments as Arguments
@@ -24,7 +25,7 @@ from peft import (
 from peft.core.base import storage as storages
 from peft.core.layer.weight import base_weight, folded_weight
 from peft.tuners import lora
-from peft.utils.loftq_utils import loftq_init, round_to_bits
+from peft.tuners.lora.loftq import loftq_init, round_to_bits
 
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -223,6 +224,19 @@ def test_loftq_fits_a_model_that_is_quantised_already(folder):
     assert torch.equal(logits(model), fitted)
     with pytest.raises(ValueError, match="load_in_4bit"):
         replace_lora_weights_loftq(get_peft_model(load(folder), LoraConfig(target_modules=TARGETS)))
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_loftq_fits_every_storage(base, tmp_path):
+    full = plain()
+    save_file(full.state_dict(), tmp_path / "model.safetensors")
+    model = get_peft_model(BASES[base](), LoraConfig(r=16, lora_alpha=8, target_modules=["0", "2"]))
+    layers = [model.base_model.model[i] for i in (0, 2)]
+    lost = [(full[i].weight - base_weight(layer).float()).norm() for i, layer in zip((0, 2), layers)]
+    replace_lora_weights_loftq(model, str(tmp_path))
+    for i, layer, before in zip((0, 2), layers, lost):
+        folded = base_weight(layer).float() + layer.get_delta_weight("default").float()
+        assert (full[i].weight - folded).norm() < 0.9 * before
 
 
 # --- errors -----------------------------------------------------------------------------------------------------

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import Any
 
 import pytest
 import torch
-from laws import Method, layers, methods, perturb
+from laws import Method, layers, methods, perturb, sampled
 from quantised import BASES, IN, MAIN, NOISE, pack
 from torch import nn
 
@@ -29,7 +30,15 @@ MERGED = FULL + [(m, base) for m in WEIGHT_METHODS if "[" not in m.name for base
 
 
 def over(cases: list[tuple[Method, str]]):
-    return pytest.mark.parametrize(("method", "base"), [pytest.param(m, b, id=f"{m.name}-{b}") for m, b in cases])
+    """Parametrise a law over methods on storages."""
+
+    def decorate(law: Any) -> Any:
+        met = sampled(law, cases, lambda case: (case[0], f"{case[0].name}-{case[1]}"))
+        return pytest.mark.parametrize(("method", "base"), [pytest.param(m, b, id=f"{m.name}-{b}") for m, b in met])(
+            law
+        )
+
+    return decorate
 
 
 def adapted(method: Method, model: nn.Module) -> PeftModel:

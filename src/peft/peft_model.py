@@ -43,6 +43,7 @@ from peft.tools.status import (
 )
 from peft.tuners.lora.experts import convert_config_for, convert_peft_adapter_state_dict_for_transformers
 from peft.utils.error import CheckpointError, ConfigError, ConfigFileError, PeftError
+from peft.utils.warning import PeftWarning
 
 
 class PeftModel(ModelCompat, PushToHubMixin, nn.Module):
@@ -461,6 +462,9 @@ class PeftModel(ModelCompat, PushToHubMixin, nn.Module):
         to_write = {name: (tensors[name], self._config_to_save(name)) for name in names}
         if (start := path_initial_model_for_weight_conversion) is not None:
             to_write = {name: self._without_start(name, *held, start) for name, held in to_write.items()}
+        elif isinstance(self.base_model, BaseTuner):
+            for message in filter(None, map(self.base_model.lost_in_a_file, to_write)):
+                warnings.warn(message, PeftWarning)
         for name, (held, config) in to_write.items():
             folder = os.path.join(save_directory, name) if name != "default" else save_directory
             write_adapter(folder, held, config, safe_serialization)

@@ -12,6 +12,7 @@ from torch import nn
 
 from peft.core.base.stack import Stack
 from peft.core.layer.layer import BaseTunerLayer
+from peft.core.layer.rewritten import combine_starts
 from peft.core.model import operations
 from peft.core.model.auxiliary import AuxiliaryTrainingWrapper, biases_of
 from peft.core.model.manager import check_adapter_name
@@ -140,6 +141,7 @@ def _exact_names(tuner: BaseTuner, adapters: Sequence[str]) -> set[str] | str:
 def add_combined(
     tuner: BaseTuner,
     adapters: Sequence[str],
+    weights: Sequence[float],
     adapter_name: str,
     config: Any,
     fill: Callable[[BaseTunerLayer], None],
@@ -166,6 +168,7 @@ def add_combined(
             for _, layer in tuner_layers(tuner):
                 if adapter_name in layer and adapter_name not in layer.tied_to:
                     fill(layer)
+                    combine_starts(layer, adapter_name, list(zip(adapters, weights)))
             _copy_auxiliary(tuner.model, adapters, adapter_name)
     except BaseException:
         tuner._take_back(tuner.model, adapter_name)

@@ -57,7 +57,7 @@ def add_sum(tuner: BaseTuner, adapters: Sequence[str], weights: Sequence[float],
         else:
             _sum(given, sum(numbers), new)
 
-    add_combined(tuner, adapters, adapter_name, config, fill)
+    add_combined(tuner, adapters, numbers, adapter_name, config, fill)
 
 
 def _another_way(tuner: BaseTuner, adapters: Sequence[str]) -> str:

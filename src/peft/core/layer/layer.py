@@ -17,7 +17,7 @@ from peft.core.layer import weight as weights
 from peft.core.layer.buffers import BufferDict
 from peft.core.layer.placement import settle
 from peft.core.layer.read import ReadThrough
-from peft.core.layer.rewritten import give_back, give_back_unmerged
+from peft.core.layer.rewritten import Rewritten, follow, for_a_start, give_back, give_back_unmerged, include
 from peft.core.layer.room import held_constant, make_more_room, make_room, names_held
 from peft.core.layer.rows import mixed
 from peft.core.model.context import Context
@@ -44,7 +44,7 @@ class BaseTunerLayer(ReadThrough):
         adapters: by name. key: the name of the module in the unadapted model.
         kind: how the base layer uses its weight. read_by_parent: another module reads it instead of calling the layer.
         merged_adapters: names of the adapters in the weight now. originals: what unmerging puts back.
-        rewritten: adapter -> the weight before its start. merge_error: ``|rounded - W'| / |W'|`` of the last merge.
+        rewritten: the weights that starts have made. merge_error: ``|rounded - W'| / |W'|`` of the last merge.
         tied_to: adapter -> the layer whose adapter it follows. shares_weight: another module holds the same parameter.
     """
 
@@ -57,7 +57,7 @@ class BaseTunerLayer(ReadThrough):
     read_by_parent: bool
     merged_adapters: list[str]
     originals: dict[str, Any]
-    rewritten: dict[str, tuple[nn.Module, Storage, Any]]
+    rewritten: Rewritten | None
     cast_input_dtype_enabled: bool
     tied_to: dict[str, BaseTunerLayer]
     shares_weight: bool
@@ -82,8 +82,7 @@ class BaseTunerLayer(ReadThrough):
         if "_modules" not in self.__dict__:
             nn.Module.__init__(self)
         self._modules["base_layer"] = base_layer
-        base = self.get_base_layer()
-        cls = self.adapter_cls
+        base, cls = self.get_base_layer(), self.adapter_cls
         kind = kind or (None if cls.any_module else kind_of(base) or foreign_kind(type(self), base)) or WHOLE
         self.__dict__.update(  # not one by one: a module looks into each value that is set
             training=base_layer.training,
@@ -92,7 +91,7 @@ class BaseTunerLayer(ReadThrough):
             adapters={},
             merged_adapters=[],
             originals={},
-            rewritten={},
+            rewritten=None,
             cast_input_dtype_enabled=True,
             tied_to={},
             shares_weight=False,
@@ -162,11 +161,12 @@ class BaseTunerLayer(ReadThrough):
         cls = self._class_of(name, config)
         make_more_room(self, cls)
         adapter = self.adapters[name] = cls(self, name)
-        try:
-            adapter.create(config, key)
-        except BaseException:
-            self._drop(name)
-            raise
+        with for_a_start(self):
+            try:
+                adapter.create(config, key)
+            except BaseException:
+                self._drop(name)
+                raise
         settle(self, adapter)
 
     def _class_of(self, name: str, config: Any) -> type[Adapter]:
@@ -309,11 +309,16 @@ class BaseTunerLayer(ReadThrough):
         if isinstance(inner, BaseTunerLayer) and inner.to_merge(adapter_names):
             inner.merge(safe_merge, adapter_names)
         if new := check_adapters_to_merge(self, adapter_names):
+            include(self, new)
             weights.merge(self, [self.adapters[name] for name in new], safe_merge)
 
     def unmerge(self) -> None:
         """Take all merged adapters out of the base weight."""
         weights.unmerge(self)
+        follow(self)
+
+    def switched(self) -> None:
+        follow(self)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """What the adapter adds to the base weight, in the layout in which the layer stores it.

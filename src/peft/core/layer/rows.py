@@ -9,6 +9,7 @@ import torch
 from torch.autograd import Function
 
 from peft.core.layer.parallel import several_processes, team_of
+from peft.core.layer.rewritten import refuse_several_bases
 from peft.core.layer.routes import adapted, all_factors
 from peft.core.model.context import Groups
 from peft.kernels.grouped import can_group, grouped_linear
@@ -49,6 +50,7 @@ class _Touched(Function):
 
 def _mixed(layer: BaseTunerLayer, names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> Any:
     require_unmerged(layer)
+    refuse_several_bases(layer, names)
     kind, base = layer.kind, layer.get_base_layer()
     first = args[0] if args else next(iter(kwargs.values()))
     axis = kind.batch_axis(base)

@@ -74,6 +74,7 @@ class Switch:
                 self._paused = [p for p in parameters if p.requires_grad]
             for p in self._paused:
                 p.requires_grad_(enabled)
+            self.switched()
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make these adapters the active ones and, outside ``inference_mode``, the only ones that train."""
@@ -85,6 +86,10 @@ class Switch:
         for name in names:
             self.set_requires_grad(name, not inference_mode)
         self._active_adapter = names
+        self.switched()
+
+    def switched(self) -> None:
+        """Called when other adapters act than before."""
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Choose whether these adapters train, active or not."""

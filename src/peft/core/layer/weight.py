@@ -258,7 +258,7 @@ def merge(layer: BaseTunerLayer, new: Adapters, safe_merge: bool) -> None:
     if any(adapter.stand_in() is not None for adapter in new):
         _swap(layer, adapters, safe_merge)
         return
-    layer.unmerge()
+    unmerge(layer)
     check_writable(layer)
     stored, bias = base_weight(layer), base_bias(layer)
     dtype, weight, base = stored.dtype, wide(stored), unmerged_weight(layer)

@@ -275,6 +275,10 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
             "Leave it out: the adapter belongs to the base as it is."
         )
 
+    def lost_in_a_file(self, adapter_name: str) -> str | None:
+        """What of an adapter its file will not bring back, and the way out; None where it holds everything."""
+        return None
+
     @property
     def targeted_module_names(self) -> list[str]:
         """Names of the modules that adapters adapt, as the plain model has them."""

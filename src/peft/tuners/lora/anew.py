@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from peft.core.layer.placement import settle
+from peft.core.layer.rewritten import for_a_start
 from peft.core.model.targeting import exact_targets
 from peft.core.model.walk import holders_of, replace_module
 from peft.tuners.lora.config import EvaConfig, LoraConfig
@@ -60,7 +61,8 @@ def _pattern(values: dict[str, Any], default: Any) -> dict[str, Any]:
 def remake(layer: Any, adapter: Any, config: LoraConfig) -> None:
     """Make an adapter anew, of the rank that the config has for it, where it is and as it trains."""
     before = next(adapter.parameters())
-    adapter.create(config, layer.key)
+    with for_a_start(layer):
+        adapter.create(config, layer.key)
     settle(layer, adapter)
     for p in adapter.parameters():
         p.data = p.data.to(before.dtype)

@@ -17,9 +17,10 @@ from torch import nn
 from peft.core.base.kinds import Kind
 from peft.core.base.storage import storage_of
 from peft.core.filling import skip_values
-from peft.core.layer.rewritten import rewrite
-from peft.core.layer.weight import base_weight, unmerged_weight
+from peft.core.layer.rewritten import original_weight, rewrite
+from peft.core.layer.weight import base_weight
 from peft.tuners.lora.config import LoraConfig, LoraGAConfig
+from peft.tuners.lora.loftq import loftq_init
 from peft.tuners.lora.pairs import join_pair, pair_blocks
 from peft.tuners.lora.starts import PISSA, Pair, lora_ga, olora, pissa
 from peft.utils.warning import PeftWarning
@@ -32,6 +33,11 @@ if TYPE_CHECKING:
 def rewrites(init: Any) -> bool:
     """Whether a start changes the base weight."""
     return init in ("olora", "corda", "lora_ga", "loftq") or (isinstance(init, str) and bool(PISSA.fullmatch(init)))
+
+
+def is_repeatable(init: Any) -> bool:
+    """Whether a start gives the same again on the same base, without data and without chance."""
+    return init in ("pissa", "olora", "loftq")
 
 
 def is_drawn(config: LoraConfig) -> bool:
@@ -104,7 +110,7 @@ def _rewriting(lora: Lora, config: LoraConfig) -> None:
         )
     if init == "loftq":
         return _loftq(lora, a, b, config)
-    weight = unmerged_weight(lora.layer).detach() if lora.layer.merged else stored
+    weight = original_weight(lora.layer).detach()
     with weight.device:  # the pair may be on the meta device, to be loaded later; the weight is not
         blocks = pair_blocks(lora)[0]
         wide = weight.flatten(1).float().unflatten(0, (blocks, -1))
@@ -187,13 +193,11 @@ def _zero_up(a: torch.Tensor, b: torch.Tensor, std: float | None) -> None:
 
 def _loftq(lora: Lora, a: torch.Tensor, b: torch.Tensor, config: LoraConfig) -> None:
     """W becomes what is left of it in few bits, and s B A fits the rest (LoftQ)."""
-    from peft.utils.loftq_utils import loftq_init
-
     options: Any = config.loftq_config
     bits, turns = (options.get("loftq_bits", 4), options.get("loftq_iter", 1)) if isinstance(options, dict) else (
         options.loftq_bits, options.loftq_iter
     )  # fmt: skip
-    weight = base_weight(lora.layer)
+    weight = original_weight(lora.layer)
     with weight.device:  # the pair may be on the meta device, to be loaded later; the weight is not
         rounded, down, up = loftq_init(weight, bits, lora.r, turns)
     rewrite(lora.layer, lora.name, rounded)

@@ -17,7 +17,7 @@ from peft.core.base.kinds import Kind
 from peft.core.base.stack import Stack
 from peft.core.families import Scaled, input_dropout
 from peft.core.filling import skip_values
-from peft.core.layer.rewritten import give_back
+from peft.core.layer.rewritten import for_a_start, give_back
 from peft.core.layer.scaled import ScaledLayer
 from peft.kernels import Factors, active_rate, is_bare_linear
 from peft.tuners.lora.config import LoraConfig
@@ -355,4 +355,5 @@ class LoraLayer(LoraLayerCompat, ScaledLayer):
         if not isinstance(adapter, variant := Lora.of(config)):
             raise ValueError(f"adapter {adapter_name!r} is no {variant.__name__}; it has to be made as one.")
         give_back(self, adapter_name)
-        adapter.start(config)
+        with for_a_start(self):
+            adapter.start(config)

@@ -26,7 +26,7 @@ from peft.core.model.manager import check_adapter_name
 from peft.core.model.registry import define_tuner
 from peft.core.model.tuner import BaseTuner
 from peft.tuners.lora.config import LoraConfig
-from peft.tuners.lora.initialize import rewrites
+from peft.tuners.lora.initialize import is_repeatable, rewrites
 from peft.tuners.lora.kasa import Kasa
 from peft.tuners.lora.layer import Lora, LoraLayer
 from peft.tuners.lora.megatron import use_library
@@ -159,7 +159,7 @@ class LoraTuner(LoraCompat, BaseTuner):
             here = [(layer.adapters[name], weight) for name, weight in zip(adapters, weights) if name in layer]
             mixer.fill(layer.adapters[adapter_name], here)
 
-        add_combined(self, adapters, adapter_name, config, fill)
+        add_combined(self, adapters, weights, adapter_name, config, fill)
 
     def starts_slowly(self, config: Any) -> bool:
         return rewrites(config.init_lora_weights)
@@ -171,6 +171,12 @@ class LoraTuner(LoraCompat, BaseTuner):
 
         s stays: alpha doubles with the rank, or with rsLoRA becomes sqrt(2) times as much, in patterns too.
         """
+        here = [layer.adapters[adapter_name] for _, layer in tuner_layers(self) if adapter_name in layer]
+        if bound := [type(adapter).__name__ for adapter in here if adapter.fixed_rank]:
+            raise ValueError(
+                f"adapter {adapter_name!r} is {bound[0]}, which has tensors of its own that follow the rank: there is "
+                "none of twice the rank that does the same. Merge it into the base instead (merge_and_unload)."
+            )
         own = os.path.join(path, adapter_name)
         start = load_peft_weights(own if os.path.isdir(own) else path, device="cpu")
         tensors = beside_start(self, adapter_name, tensors, start)
@@ -179,6 +185,21 @@ class LoraTuner(LoraCompat, BaseTuner):
         config.rank_pattern = {key: 2 * r for key, r in (config.rank_pattern or {}).items()}
         config.alpha_pattern = {key: factor * alpha for key, alpha in (config.alpha_pattern or {}).items()}
         return tensors, config
+
+    def lost_in_a_file(self, adapter_name: str) -> str | None:
+        start, records = self.peft_config[adapter_name].init_lora_weights, [w.rewritten for _, w in tuner_layers(self)]
+        here = [record for record in records if record is not None and adapter_name in record.own]
+        if any(adapter_name in record.sums for record in here):
+            source = "a sum of adapters, some of which have"
+        elif here and rewrites(start) and not is_repeatable(start):
+            source = f"init_lora_weights={start!r}, which has"
+        else:
+            return None
+        return (
+            f"adapter {adapter_name!r} comes from {source} changed the base weights as loading cannot repeat it: its "
+            "file alone, on the original base, is another model. Save it with "
+            "path_initial_model_for_weight_conversion, or merge it into the base."
+        )
 
     def _check_combination(
         self, adapters: list[str], way: str, svd_rank: int | None, svd_clamp: float | None, density: float | None
