@@ -19,6 +19,7 @@ from peft.tuners.lora.eva import (
     prepare_layer_inputs_fn_language_modeling,
     prepare_model_inputs_fn_language_modeling,
 )
+from peft.utils.warning import PeftWarning
 
 
 RECORDED = Path(__file__).parent / "starts"
@@ -134,6 +135,17 @@ def test_masks_of_padding_and_labels():
     assert prepare_layer_inputs_fn_language_modeling(x, mask, "l").tolist() == [[2.0, 3.0]]
     with pytest.raises(ValueError, match="dict"):
         prepare_model_inputs_fn_language_modeling(x, config)
+
+
+def test_layers_without_inputs_are_named():
+    model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 4))
+    config = LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights="eva")
+    peft_model = get_peft_model(model, config)
+    table = peft_model.base_model.model[0].lora_embedding_A["default"].detach().clone()
+    tokens = [torch.randint(20, (30,), generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    with pytest.warns(PeftWarning, match=r"model\.0 \(1 in all\) have none"):
+        initialize_lora_eva_weights(peft_model, tokens, **PLAIN)
+    assert torch.equal(peft_model.base_model.model[0].lora_embedding_A["default"], table)
 
 
 def test_what_is_missing_is_named():

@@ -14,13 +14,17 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from transformers import TrainingArguments as Arguments
 
 from peft import (
+    ArrowConfig,
     HiraConfig,
     LoftQConfig,
     LoraConfig,
     PeftModel,
+    create_arrow_model,
     get_peft_model,
+    get_peft_model_state_dict,
     prepare_model_for_kbit_training,
     replace_lora_weights_loftq,
+    set_peft_model_state_dict,
 )
 from peft.core.base import storage as storages
 from peft.core.layer.weight import base_weight, folded_weight
@@ -237,6 +241,43 @@ def test_loftq_fits_every_storage(base, tmp_path):
     for i, layer, before in zip((0, 2), layers, lost):
         folded = base_weight(layer).float() + layer.get_delta_weight("default").float()
         assert (full[i].weight - folded).norm() < 0.9 * before
+
+
+# --- adapters that choose their tokens ------------------------------------------------------------------------------
+
+
+def dense_twin(folder: Path) -> LlamaForCausalLM:
+    """The model whose weights are those that the four bits stand for."""
+    codes, dense = load(folder, FOUR), load(folder)
+    for name, module in dense.named_modules():
+        held = codes.get_submodule(name)
+        if isinstance(held, bnb.nn.Linear4bit):
+            module.weight.data = storages.storage_of(held, "weight").read(held, "weight").to(module.weight)
+    return dense
+
+
+def test_an_adapter_that_waits_for_its_tokens(folder):
+    dense, quantised = (tuned(base, alora_invocation_tokens=[5]) for base in (dense_twin(folder), load(folder, FOUR)))
+    set_peft_model_state_dict(quantised, get_peft_model_state_dict(dense))
+    found, wanted = logits(quantised), logits(dense)
+    with quantised.disable_adapter():
+        plain = logits(quantised)
+    start = IDS[0].tolist().index(5)
+    assert torch.equal(found[0, :start], plain[0, :start]) and not torch.equal(found[0, start:], plain[0, start:])
+    assert distance(found, wanted) < 0.02
+
+
+def test_arrow_over_experts(folder, tmp_path):
+    for seed in range(3):
+        torch.manual_seed(seed)
+        tuned(load(folder)).save_pretrained(tmp_path / str(seed))
+    paths = [str(tmp_path / str(seed)) for seed in range(3)]
+    models = [
+        create_arrow_model(base, paths, ArrowConfig(top_k=2)) for base in (dense_twin(folder), load(folder, FOUR))
+    ]
+    dense, quantised = (logits(model.eval()) for model in models)
+    assert distance(quantised, dense) < 0.02
+    assert distance(dense, logits(dense_twin(folder))) > 0.1
 
 
 # --- errors -----------------------------------------------------------------------------------------------------

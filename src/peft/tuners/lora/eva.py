@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from peft.tuners.lora.components import Watched, gathered
 from peft.tuners.lora.config import EvaConfig, LoraConfig
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.preparing import rows, targets_of
+from peft.utils.warning import PeftWarning
 
 
 def forward_fn_dict(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
@@ -171,7 +173,14 @@ def base_of(module: nn.Module) -> nn.Module:
 def _layers(model: nn.Module, config: LoraConfig, name: str) -> tuple[dict[str, nn.Module], dict, dict[str, int]]:
     """The layers to look at by module name, their kinds, and their ranks now."""
     adapted = {path: layer for path, layer in layers_of(model) if isinstance(layer, LoraLayer) and name in layer}
-    adapted = {path: layer for path, layer in adapted.items() if not layer.kind.lookup and not layer.kind.opaque}
+    unseen = {path for path, layer in adapted.items() if layer.kind.lookup or layer.kind.opaque}
+    if adapted and unseen:
+        warnings.warn(
+            f"EVA looks at the inputs of linear and convolution layers; {', '.join(sorted(unseen)[:5])} "
+            f"({len(unseen)} in all) have none that it could take, and keep the default start and rank.",
+            PeftWarning,
+        )
+    adapted = {path: layer for path, layer in adapted.items() if path not in unseen}
     if adapted:
         ranks = {path: layer.r[name] for path, layer in adapted.items()}
         return dict(adapted), {path: layer.kind for path, layer in adapted.items()}, ranks
