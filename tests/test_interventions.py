@@ -306,6 +306,9 @@ def test_beams_and_a_conversation_that_goes_on():
     assert torch.equal(*beams)
     ids = PROMPTS["input_ids"][2:]
     plain = adapted("llama", suffix_positions=0, prefix_positions=5)
+    short = [new_tokens(plain, {"input_ids": ids[:, :2]}, use_cache=cached) for cached in (True, False)]
+    assert torch.equal(*short)
+    gives(logits(plain, {"input_ids": short[0]})[:, 1:-1].argmax(-1).float(), short[0][:, 2:].float())
     cache = tf.DynamicCache(config=plain.config)
     with torch.no_grad():  # the first positions are the same ones if a text comes in pieces
         parts = [plain(piece, past_key_values=cache).logits for piece in ids.split([3, 4], 1)]
