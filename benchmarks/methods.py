@@ -92,6 +92,7 @@ ELSEWHERE: dict[str, dict[str, Any]] = {
     "adaption_prompt": {"adapter_len": 10, "adapter_layers": 6, **WHOLE},
     "beft": {"target_modules": ["v_proj"]},
     "bottleneck": WHOLE,
+    "reft": {"r": 4, "prefix_positions": 5, "suffix_positions": 5, **WHOLE},
     "shadow": WHOLE,
     "xlora": {"hidden_size": 576, **WHOLE},
 }

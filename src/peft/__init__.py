@@ -105,6 +105,7 @@ _TABLE = {
     "peft.tuners.psoft": ("PsoftConfig", "PsoftModel"),
     "peft.tuners.pvera": ("PveraConfig", "PveraModel"),
     "peft.tuners.randlora": ("RandLoraConfig", "RandLoraModel"),
+    "peft.tuners.reft": ("ReftConfig", "ReftModel"),
     "peft.tuners.road": ("RoadConfig", "RoadModel"),
     "peft.tuners.shadow": ("ShadowConfig", "ShadowModel"),
     "peft.tuners.shira": ("ShiraConfig", "ShiraModel"),

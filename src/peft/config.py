@@ -33,7 +33,7 @@ from typing import Any, ClassVar
 from peft._version import __version__
 from peft.core.files.io import CONFIG_NAME, hub_options, locate, replacing
 from peft.utils.error import ConfigError, ConfigFileError, ConfigTypeError, NotSupportedYetError, nearest
-from peft.utils.peft_types import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType, TaskType, parse_peft_type
+from peft.utils.peft_types import PEFT_TYPE_TO_CONFIG_MAPPING, OwnMethod, PeftType, TaskType, parse_peft_type
 from peft.utils.usage import note
 from peft.utils.warning import PeftWarning
 
@@ -354,7 +354,7 @@ class PeftConfigMixin(Options):
     def _set_peft_type(self) -> None:
         given = self.peft_type
         if self.METHOD is not None:
-            self.peft_type = self.METHOD
+            self.peft_type = self.METHOD if isinstance(self.METHOD, PeftType) else OwnMethod(self.METHOD)
             if given is not None and str(_plain(given)).upper() != _plain(self.METHOD):
                 warnings.warn(
                     f"{type(self).__name__} configures {_plain(self.METHOD)}, so peft_type={_plain(given)!r} is left "

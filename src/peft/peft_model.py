@@ -7,7 +7,7 @@ import inspect
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -17,6 +17,7 @@ from transformers.utils import PushToHubMixin
 
 from peft.compat.model import ModelCompat
 from peft.config import PeftConfig
+from peft.core.blocks.skipping import blocks_skipped
 from peft.core.files.card import create_or_update_model_card
 from peft.core.files.entries import entries
 from peft.core.files.io import CONFIG_NAME, hub_options, load_peft_weights, write_adapter
@@ -389,6 +390,25 @@ class PeftModel(ModelCompat, PushToHubMixin, nn.Module):
             ...     logits = model(**batch).logits  # the base model's
         """
         with self._tuner.switched_off():
+            yield
+
+    @contextmanager
+    def skip_layers(self, layers: Iterable[int]) -> Iterator[None]:
+        """A context in which the adapters of some transformer blocks do nothing (AdapterDrop, arXiv 2010.11918).
+
+        A step of training belongs into it as a whole: checkpointed blocks run again in the backward pass.
+
+        Args:
+            layers: numbers of the blocks, counted from 0; an encoder's come before its decoder's.
+
+        Raises:
+            ValueError: if the model has no such block, or adapters that are no part of blocks (prompts).
+
+        Examples:
+            >>> with model.skip_layers([0]):  # the first block is the base model's
+            ...     logits = model(**batch).logits
+        """
+        with blocks_skipped(self.get_base_model(), layers):
             yield
 
     # --- files ------------------------------------------------------------------------------------------------

@@ -56,6 +56,7 @@ LEARNING_RATES = {
     "psoft": Rate(5e-4, "rotations in a subspace: not searched for here"),
     "pvera": Rate(4e-3, "as VeRA"),
     "randlora": Rate(1e-3, "scales of random bases: not searched for here"),
+    "reft": Rate(9e-4, "arXiv 2404.03592, appendix (commonsense reasoning): not searched for here"),
     "road": Rate(3e-3, "rotations of pairs of outputs: few numbers, not searched for here"),
     "shadow": Rate(2e-4, "small networks beside the model: not searched for here"),
     "shira": Rate(1e-3, "single entries of the weight, each taking its own step: not searched for here"),

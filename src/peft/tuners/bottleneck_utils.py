@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peft.utils.error import ConfigError, nearest
+from peft.tuners.activations import activation
 
 
 def bottleneck(
@@ -33,14 +33,10 @@ class Bottleneck(nn.Module):
 
     def __init__(self, config: Any, width: int, index: int) -> None:
         super().__init__()
-        from transformers.activations import ACT2FN
-
-        if config.non_linearity not in ACT2FN:
-            hint = nearest(config.non_linearity, ACT2FN)
-            raise ConfigError(f"BottleneckConfig: unknown non_linearity {config.non_linearity!r}.{hint}")
         factor = config.reduction_factor.get(str(index), config.reduction_factor["default"])
         self.config, inner = config, max(1, int(width // factor))
-        self.down, self.act, self.up = nn.Linear(width, inner), ACT2FN[config.non_linearity], nn.Linear(inner, width)
+        self.act = activation(config.non_linearity, "BottleneckConfig: non_linearity")
+        self.down, self.up = nn.Linear(width, inner), nn.Linear(inner, width)
         if isinstance(config.scaling, str):
             self.scale = nn.Parameter(torch.ones(width if config.scaling == "channel" else 1))
         self.gate = nn.Linear(width, 1) if config.use_gating else None

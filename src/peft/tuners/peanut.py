@@ -16,7 +16,7 @@ from peft.config import ExcludeModules, LayerSelection, ModulesToSave, TargetMod
 from peft.core.adapter import part, setting
 from peft.core.families import LowRank, Scaled
 from peft.core.model.registry import define_tuner
-from peft.utils.error import ConfigError
+from peft.tuners.activations import activation
 from peft.utils.peft_types import PeftType
 
 
@@ -38,20 +38,7 @@ class PeanutConfig(TargetModules, ExcludeModules, ModulesToSave, LayerSelection)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        activation(self.act_fn)
-
-
-def activation(name: str) -> nn.Module:
-    """A non-linearity of transformers.
-
-    Raises:
-        ConfigError: there is none of that name.
-    """
-    from transformers.activations import ACT2FN
-
-    if name not in ACT2FN:
-        raise ConfigError(f"PeanutConfig: act_fn={name!r} is none of {', '.join(sorted(ACT2FN))}.")
-    return ACT2FN[name]
+        activation(self.act_fn, "PeanutConfig: act_fn")
 
 
 def peanut(
@@ -91,7 +78,11 @@ class Peanut(LowRank, Scaled):
 
     def create(self, config: PeanutConfig, key: str) -> None:
         r, rows = config.r, self.shape[0]
-        self.configured, self.scaling, self.act_fn = config.scaling, config.scaling, activation(config.act_fn)
+        self.configured, self.scaling, self.act_fn = (
+            config.scaling,
+            config.scaling,
+            activation(config.act_fn, "PeanutConfig: act_fn"),
+        )
         self.peanut_A, self.peanut_B = nn.Linear(rows, r, bias=False), nn.Linear(r, rows, bias=False)
         if config.depth:
             self.peanut_encoders, self.peanut_decoders = (

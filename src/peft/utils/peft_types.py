@@ -62,6 +62,16 @@ class PeftType(str, enum.Enum):
     DEFT = "DEFT"
 
 
+class OwnMethod(str):
+    """The name of a method that :class:`PeftType` does not have, with what its members have and others ask for."""
+
+    @property
+    def value(self) -> str:
+        return str(self)
+
+    name = value
+
+
 class TaskType(str, enum.Enum):
     """What the adapted model is for; it chooses the `PeftModelFor...` class."""
 
@@ -85,7 +95,7 @@ PEFT_TYPE_TO_PREFIX_MAPPING: dict[str, str] = {}
 RENAMED_METHODS: dict[str, tuple[str, str, str]] = {"BONE": ("MISS", "bone_", "miss_")}
 
 
-def parse_peft_type(name: str | PeftType) -> PeftType | str:
+def parse_peft_type(name: str | PeftType) -> PeftType | OwnMethod:
     """The enum member called `name`, or `name` itself where a third party registered it.
 
     Raises:
@@ -97,7 +107,7 @@ def parse_peft_type(name: str | PeftType) -> PeftType | str:
     if name in PeftType.__members__:
         return PeftType[name]
     if name in PEFT_TYPE_TO_CONFIG_MAPPING:
-        return str(name)
+        return OwnMethod(name)
     known = [*PeftType.__members__, *(str(k) for k in PEFT_TYPE_TO_CONFIG_MAPPING if not isinstance(k, PeftType))]
     hint = nearest(name, known, cutoff=0.0)
     raise ValueError(f"Unknown peft_type {name!r}.{hint} Known: {', '.join(sorted(known))}.")

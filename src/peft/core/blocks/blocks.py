@@ -159,9 +159,13 @@ class BlockLayer(BaseTunerLayer):
 
     A method overrides :meth:`forward`, or acts from inside the module (:class:`InsertLayer`). A mixed batch is never
     torn apart: the module runs once, and each adapter acts on its own rows (:meth:`acting`, :meth:`added`).
+
+    Attributes:
+        skipped: its adapters do nothing just now, while what they share with other blocks goes on.
     """
 
     block: Block
+    skipped = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.base_layer(*args, **kwargs)
@@ -172,9 +176,9 @@ class BlockLayer(BaseTunerLayer):
         Args:
             held: adapter name -> what stands for it; by default the adapters of this layer.
         """
-        held = self.adapters if held is None else held
-        if self._disable_adapters:
+        if self._disable_adapters or (self.skipped and held is None):
             return []
+        held = self.adapters if held is None else held
         if not self.context.is_mixed:
             names = self._active_adapter if self.context.current is None else self.context.current
             return [(held[name], None) for name in names if name in held]

@@ -39,6 +39,7 @@ class Context:
         task_ids: one task number for each row, ``[batch]``, or None.
         scalings: weights of routed adapters, ``[batch, tokens, layers, adapters]``; None: they give nothing.
         mask: the model's ``attention_mask``, ``[batch, tokens]``, 0 where padded, or None.
+        labels: the call's labels, ``[batch, tokens]``, where it has one for each token of its text, or None.
         current: while a group of rows is computed, the adapters of that group; else None.
         rows: while rows of a mixed batch are computed, which they are, and how many there are in all; else None.
         held: a call that carries such facts is under way.
@@ -53,6 +54,7 @@ class Context:
         self.task_ids: torch.Tensor | None = None
         self.scalings: torch.Tensor | None = None
         self.mask: torch.Tensor | None = None
+        self.labels: torch.Tensor | None = None
         self.current: list[str] | None = None
         self.rows: tuple[torch.Tensor, int] | None = None
         self.held = False
@@ -93,9 +95,11 @@ class Context:
     def forget(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         """Hook of the model: a call that says nothing of adapters or tasks does not use those of an earlier one."""
         self.rows = None
-        mask, two_lengths = kwargs.get("attention_mask"), getattr(module, "config", None)
-        known = isinstance(mask, torch.Tensor) and mask.dim() == 2
-        self.mask = mask if known and not getattr(two_lengths, "is_encoder_decoder", False) else None
+        two_lengths = getattr(getattr(module, "config", None), "is_encoder_decoder", False)
+        by_token = (kwargs.get(name) for name in ("attention_mask", "labels"))
+        self.mask, self.labels = (
+            x if isinstance(x, torch.Tensor) and x.dim() == 2 and not two_lengths else None for x in by_token
+        )
         if self.reads_tokens:
             self.tokens = tokens_of(args, kwargs, self.prompt)
             self.worked_out.clear()

@@ -16,6 +16,7 @@ class Record:
     """Attributes, each None (or empty) while there is none:
 
     context: what the current call says to all adapted layers, by hooks of the model.
+    extents: list of blocks -> what its calls tell of where texts begin and end in it, by such hooks too.
     shared: the tensors that all layers of a method have in common.
     biases: the biases of the base model that adapters train in place.
     replication: what the model was before its layers were replicated.
@@ -25,6 +26,7 @@ class Record:
     def __init__(self) -> None:
         self.context: Context | None = None
         self.hooks: tuple[Any, ...] = ()
+        self.extents: dict[str, Any] = {}
         self.shared = SharedParts()
         self.biases: Any = None
         self.replication: Any = None
@@ -92,13 +94,13 @@ def context_of(model: nn.Module) -> Context:
 
 
 def drop_record(model: nn.Module) -> None:
-    """Take the record and its hook away from a model that has no adapters any more."""
+    """Take the record and its hooks away from a model that has no adapters any more."""
     record = known_record(model)
     if record is None:
         return
     for hook in record.hooks:
         hook.remove()
-    record.context, record.hooks = None, ()
+    record.context, record.hooks, record.extents = None, (), {}
     drop_if_empty(model)
 
 

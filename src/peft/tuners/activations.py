@@ -1,0 +1,25 @@
+"""The activations that a config can name: those of transformers."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from peft.utils.error import ConfigError, nearest
+
+
+def activation(name: str | None, field: str) -> nn.Module:
+    """A non-linearity by its name in transformers; the identity for None.
+
+    Args:
+        field: what the error calls it, such as ``"PeanutConfig: act_fn"``.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    from transformers.activations import ACT2FN
+
+    if name is None:
+        return nn.Identity()
+    if name not in ACT2FN:
+        raise ConfigError(f"{field}={name!r} is no activation of transformers.{nearest(name, ACT2FN)}")
+    return ACT2FN[name]
