@@ -60,6 +60,7 @@ _TABLE = {
         "initialize_kv_prefix_from_text",
         "prompt_embeddings_from_past_key_values",
     ),
+    "peft.tuners.compacter": ("CompacterConfig", "CompacterModel"),
     "peft.tuners.cpt": ("CPTConfig", "CPTEmbedding"),
     "peft.tuners.deft": ("DeftConfig", "DeftModel"),
     "peft.tuners.delora": ("DeloraConfig", "DeloraModel"),
