@@ -1,4 +1,4 @@
-"""What the configs of bottleneck adapters and Compacter say alike: where the networks stand and how they are joined."""
+"""What configs of bottleneck adapters and Compacter say alike: where the networks stand, and how they are joined."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compacter: bottleneck adapters of which W_down and W_up are sums of Kronecker products, W^T = sum_i R_i (x) (L_i Q_i).
+"""Compacter: bottleneck adapters whose W_down and W_up are W^T = sum_i R_i (x) (L_i Q_i), sums of Kronecker products.
 
 The R_i, the rule, are small and the same in the whole model; L_i and Q_i, of rank 1 or little more, are of each matrix
 (Mahabadi, Henderson and Ruder 2021, arXiv 2106.04647).
@@ -49,7 +49,9 @@ class CompacterConfig(NetworkFields):
         choices=PRESETS,
     )
     phm_dim: int = option(
-        4, "n, the number of Kronecker products in a matrix. It divides the width and that of the bottleneck.", minimum=1
+        4,
+        "n, the number of Kronecker products in a matrix. It divides the width and that of the bottleneck.",
+        minimum=1,
     )
     phm_rank: int = option(1, "Rank k of the second factors L_i Q_i.", minimum=1)
     factorized_phm_W: bool = option(True, "Train L_i and Q_i; otherwise the second factors whole.")
@@ -101,8 +103,8 @@ class Phm(nn.Module):
         n, k = config.phm_dim, config.phm_rank
         if inner % n or outer % n:
             raise ConfigError(
-                f"CompacterConfig: phm_dim={n} does not divide both {inner} and {outer}, the widths of the hidden states "
-                "and of the bottleneck. Choose another reduction_factor, or a divisor of both."
+                f"CompacterConfig: phm_dim={n} does not divide both {inner} and {outer}, the widths of the hidden "
+                "states and of the bottleneck. Choose another reduction_factor, or a divisor of both."
             )
         sizes = {"W": (n, inner // n, outer // n)}
         if config.factorized_phm_W:
