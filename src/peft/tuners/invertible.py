@@ -169,7 +169,7 @@ class InvertibleTuner(BlockTuner):
         blocks = find_blocks(model)
         if not blocks:
             raise NoMatchingPeftModuleError(
-                f"InvertibleConfig needs transformer blocks; {type(model).__name__} has none."
+                f"InvertibleConfig changes what transformer blocks read; {type(model).__name__} has 0 transformer blocks."
             )
         firsts: dict[tuple[str, ...], Target] = {}
         for block in blocks:
