@@ -93,7 +93,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "randlora[sparse]": {"sparse": True, "randlora_alpha": 8},
     "randlora[drawn]": {"very_sparse": True, "save_projection": False, "projection_prng_key": 5, "randlora_alpha": 8},
     "poly[splits]": {"n_splits": 2},
-    "mtl_lora[linear]": {"task_specific_matrix_type": "linear", "init_weights": False},
+    "mtl_lora[linear]": {"task_specific_matrix_type": "linear"},
     "lily[shared]": {"stride_A": 2, "num_B": 3, "scaling": 0.7},
     "lily[token]": {"routing": "token"},
     "unilora[indices]": {"save_indices": True, "proj_seed": 5},

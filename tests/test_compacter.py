@@ -364,6 +364,31 @@ def test_several_active_ones_follow_each_other_and_are_undone_in_reverse():
     gives(logits(model, "llama"), logits(base, "llama"))
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_trained_copy_of_the_head_reads_what_the_inverse_gives(first, tmp_path):
+    fields: dict[str, Any] = {"modules_to_save": ["lm_head"]}
+    if first:
+        model = adapted("llama", "invertible", **fields)
+    else:  # the copy is there before, of an adapter that is not active
+        model = get_peft_model(build("llama"), LoraConfig(r=2, **fields), adapter_name="other", mixed=True)
+        model.add_adapter("default", InvertibleConfig(**fields))
+        model.set_adapter("default")
+        stir(model)
+    base = build("llama")
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("modules_to_save.default.weight"):
+                p.add_(0.1)
+                base.lm_head.weight.copy_(p)
+    coupling = next(x for _, x in layers_of(model) if "default" in x).invertible_coupling["default"]
+    base.model.layers[0].register_forward_pre_hook(lambda module, args: (coupling(args[0], False), *args[1:]))
+    base.lm_head.register_forward_pre_hook(lambda module, args: (coupling(args[0], True),))
+    gives(logits(model, "llama"), logits(base, "llama"))
+    if first:
+        model.save_pretrained(str(tmp_path))
+        gives(logits(PeftModel.from_pretrained(build("llama"), str(tmp_path)), "llama"), logits(base, "llama"))
+
+
 @pytest.mark.parametrize("order", [("invertible", "bottleneck", "lora"), ("bottleneck", "lora", "invertible")])
 def test_with_a_bottleneck_it_is_a_language_adapter(order):
     """MAD-X: both are active, and a LoRA beside them; whichever comes first."""

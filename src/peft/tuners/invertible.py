@@ -119,7 +119,7 @@ class Coupling(nn.Module):
         return (uncoupled if undo else coupled)(x, self.first, self.second)
 
 
-class InvertibleLayer(BlockLayer, nn.Module):
+class CouplingLayer(BlockLayer, nn.Module):
     """Wraps the first block of a stack, or the head of a language model: what it is given is changed.
 
     Several active adapters follow each other; before the head the last one is undone first.
@@ -143,7 +143,7 @@ class InvertibleLayer(BlockLayer, nn.Module):
 class Invertible(BlockAdapter):
     """g and its inverse; the places of one width have one coupling."""
 
-    layer_base: ClassVar[Any] = InvertibleLayer
+    layer_base: ClassVar[Any] = CouplingLayer
     invertible_coupling = part(nn.ModuleDict)
     undoes = setting()
 
@@ -169,7 +169,7 @@ class InvertibleTuner(BlockTuner):
         blocks = find_blocks(model)
         if not blocks:
             raise NoMatchingPeftModuleError(
-                f"InvertibleConfig changes what transformer blocks read; {type(model).__name__} has 0 transformer blocks."
+                f"InvertibleConfig changes what blocks read, and {type(model).__name__} has 0 transformer blocks."
             )
         firsts: dict[tuple[str, ...], Target] = {}
         for block in blocks:
