@@ -43,6 +43,7 @@ _SOUND = {
     "num_conv_pos_embedding_groups": 2,
     "classifier_proj_size": 8,
     "mask_time_prob": 0.0,
+    "layerdrop": 0.0,
 }
 _ENCODER_DECODER = {
     "d_model": 16,
