@@ -35,8 +35,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 class CompacterConfig(NetworkFields):
     """Config of Compacter. Fields left out have the values of the preset.
 
-    For the smallest adapters with a non-linear update, on encoders and translation models: some tens of numbers for
-    each matrix beside its bias, a hundredth of a bottleneck adapter's parameters. It cannot be merged.
+    For small adapters with a non-linear update, on encoders and translation models: a matrix takes as many numbers as
+    it has rows and columns together, so BERT's adapters have a thirtieth of Houlsby's parameters. It cannot be merged.
     """
 
     METHOD: ClassVar[str] = "COMPACTER"

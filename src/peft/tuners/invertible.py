@@ -1,4 +1,4 @@
-"""Invertible adapters: y = g(x) at the embeddings' output, and its inverse before a language model's head.
+"""Invertible adapters: g(x) at the embeddings' output, and the inverse of g before a language model's head.
 
 g couples the halves of the features, so it has an exact inverse whatever its networks are: additive as in NICE (Dinh
 et al. 2015, arXiv 1410.8516), or affine as in Glow (Kingma and Dhariwal 2018, arXiv 1807.03039). Adapters of languages
@@ -36,8 +36,8 @@ from peft.utils.error import ConfigError, NoMatchingPeftModuleError, nearest
 class InvertibleConfig(ModulesToSave):
     """Config of invertible adapters.
 
-    For a language or a domain whose tokens the base model's embeddings serve badly; beside a
-    :class:`BottleneckConfig` in a mixed model it makes MAD-X's language adapter. It cannot be merged.
+    For a language or a domain whose tokens the base model's embeddings serve badly; in a mixed model with an adapter of
+    ``BottleneckConfig`` it is MAD-X's language adapter. It cannot be merged.
     """
 
     METHOD: ClassVar[str] = "INVERTIBLE"
