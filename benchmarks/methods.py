@@ -54,6 +54,7 @@ HYPERPARAMETERS: dict[str, dict[str, Any]] = {
     "loha": {"r": 8, "alpha": 16},
     "lokr": {"r": 8, "alpha": 16},
     "miss": {"r": 64},
+    "mtl_lora": {"r": 8, "alpha": 16, "n_tasks": 4, "n_up_projection": 3},
     "oft": {"oft_block_size": 32},
     "osf": {},
     "peanut": {"r": 32, "depth": 0},
@@ -93,6 +94,8 @@ ELSEWHERE: dict[str, dict[str, Any]] = {
     "beft": {"target_modules": ["v_proj"]},
     "bottleneck": WHOLE,
     "reft": {"r": 4, "prefix_positions": 5, "suffix_positions": 5, **WHOLE},
+    "compacter": {"reduction_factor": 24, **WHOLE},
+    "invertible": WHOLE,
     "shadow": WHOLE,
     "xlora": {"hidden_size": 576, **WHOLE},
 }
@@ -152,7 +155,7 @@ def answer(method: str, fields: dict[str, Any]) -> tuple[dict[str, Any], Callabl
     ids = tokens()
     try:
         model = adapted(method, fields)
-        extra = {"task_ids": torch.zeros(len(ids), dtype=torch.long)} if method == "poly" else {}
+        extra = {"task_ids": torch.zeros(len(ids), dtype=torch.long)} if "n_tasks" in fields else {}
         step = training_step(model, ids, **extra)
         step()
     except Exception as error:

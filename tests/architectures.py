@@ -33,6 +33,18 @@ _ENCODER: dict[str, Any] = {
 }
 _SMALL: dict[str, Any] = {"vocab_size": 40, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _GPT = {**_SMALL, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2}
+_SOUND = {
+    "conv_dim": (8, 8),
+    "conv_stride": (4, 2),
+    "conv_kernel": (8, 3),
+    "num_feat_extract_layers": 2,
+    "feat_extract_norm": "layer",
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+    "classifier_proj_size": 8,
+    "mask_time_prob": 0.0,
+    "layerdrop": 0.0,
+}
 _ENCODER_DECODER = {
     "d_model": 16,
     "encoder_layers": 2,
@@ -82,6 +94,7 @@ ENCODERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "bert": (tf.BertForSequenceClassification, tf.BertConfig, _ENCODER),
     "roberta": (tf.RobertaForSequenceClassification, tf.RobertaConfig, _ENCODER),
     "vit": (tf.ViTForImageClassification, tf.ViTConfig, {**_ENCODER, "image_size": 8, "patch_size": 4}),
+    "wav2vec2": (tf.Wav2Vec2ForSequenceClassification, tf.Wav2Vec2Config, {**_ENCODER, **_SOUND}),
 }
 
 ENCODER_DECODERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
@@ -124,4 +137,6 @@ def inputs(name: str, batch: int = 4) -> dict[str, torch.Tensor]:
     ids = torch.randint(3, 40, (batch, 6), generator=draw)
     if name == "vit":
         return {"pixel_values": torch.randn(batch, 3, 8, 8, generator=draw), "labels": torch.arange(batch) % 2}
+    if name == "wav2vec2":
+        return {"input_values": torch.randn(batch, 96, generator=draw), "labels": torch.arange(batch) % 2}
     return {"input_ids": ids, "labels": torch.arange(batch) % 2 if name in ENCODERS else ids}

@@ -14,7 +14,7 @@ from torch import nn
 from toys import tiny_llama
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model
 from peft.convert import convert_adapter, format_of
 from peft.utils.error import ConfigError
 
@@ -126,11 +126,15 @@ def test_torchtune(case: str, tmp_path: Path) -> None:
     same_tensors(cases[case], torch.load(tmp_path / "back" / "adapter_model.pt"))
 
 
-@pytest.mark.parametrize("case", ["lora", "ia3", "bottleneck", "houlsby", "prefix"])
+ADAPTERS = ("lora", "ia3", "bottleneck", "houlsby", "prefix", "compacter", "compacter++", "compacter_own", "nice")
+
+
+@pytest.mark.parametrize("case", ADAPTERS)
 def test_adapters(case: str, tmp_path: Path) -> None:
     cases = golden("adapters")
     base = llama(cases["base"], num_hidden_layers=2, num_attention_heads=2)
     wanted = cases[case].pop("output")
+    cases[case].pop("inverted", None)
     torch.save(cases[case], tmp_path / "pytorch_adapter.bin")
     with safe_open(GOLDEN / "adapters.safetensors", "pt") as file:
         (tmp_path / "adapter_config.json").write_text(file.metadata()[case])
@@ -143,6 +147,36 @@ def test_adapters(case: str, tmp_path: Path) -> None:
         return same_tensors(cases[case], back)
     for name, tensor in cases[case].items():
         torch.testing.assert_close(back[name], tensor, atol=1e-6, rtol=1e-5)
+
+
+def test_adapters_with_an_inverse_before_a_head_of_its_own(tmp_path: Path) -> None:
+    cases = golden("adapters")
+    base = llama(cases["base"], num_hidden_layers=2, num_attention_heads=2)
+    wanted, forward = cases["nice"].pop("inverted"), cases["nice"].pop("output")
+    assert (wanted - forward).abs().max() > 0.05
+    torch.save(cases["nice"], tmp_path / "pytorch_adapter.bin")
+    with safe_open(GOLDEN / "adapters.safetensors", "pt") as file:
+        said = {**json.loads(file.metadata()["nice"]), "model_class": "LlamaAdapterModel"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(said))
+    convert_adapter(tmp_path, "peft", tmp_path / "peft", base=base)
+    torch.testing.assert_close(loaded(base, tmp_path / "peft")(IDS).logits, wanted, atol=2e-6, rtol=1e-5)
+    with pytest.raises(ConfigError, match="before heads of its own alone"):
+        convert_adapter(tmp_path / "peft", "adapters", tmp_path / "back", base=base)
+
+
+def test_adapters_with_an_invertible_one_beside_bottlenecks_are_two(tmp_path: Path) -> None:
+    cases = golden("adapters")
+    base = llama(cases["base"], num_hidden_layers=2, num_attention_heads=2)
+    wanted = cases["seq_bn_inv"].pop("output")
+    torch.save(cases["seq_bn_inv"], tmp_path / "pytorch_adapter.bin")
+    with safe_open(GOLDEN / "adapters.safetensors", "pt") as file:
+        (tmp_path / "adapter_config.json").write_text(file.metadata()["seq_bn_inv"])
+    names = convert_adapter(tmp_path, "peft", tmp_path / "peft", base=base).components
+    assert names == ["bottleneck", "invertible"]
+    model = PeftMixedModel.from_pretrained(base, tmp_path / "peft" / names[0], names[0])
+    model.load_adapter(tmp_path / "peft" / names[1], names[1])
+    model.set_adapter(names)
+    torch.testing.assert_close(model.eval()(IDS).logits, wanted, atol=2e-6, rtol=1e-5)
 
 
 def test_diffusers_and_kohya_names(tmp_path: Path) -> None:

@@ -45,24 +45,11 @@ class PolyRouter(nn.Module):
 
     def __init__(self, tasks: int, splits: int, skills: int) -> None:
         super().__init__()
-        self.splits, self.tasks = splits, tasks
+        self.splits = splits
         self.module_logits = nn.Parameter(torch.empty(tasks, splits * skills).uniform_(-1e-3, 1e-3))
 
-    def forward(self, tasks: torch.Tensor | None, batch: int) -> torch.Tensor:
-        """Weights ``[batch, splits, skills]`` that add up to 1; relaxed Bernoulli draws in training.
-
-        Raises:
-            ValueError: if the tasks are not given, or are not among those of the config.
-        """
-        if tasks is None:
-            if self.tasks > 1:
-                raise ValueError(
-                    f"the adapter mixes skills for {self.tasks} tasks, so a call needs task_ids: one number in "
-                    f"0..{self.tasks - 1} for each sample, model(..., task_ids=torch.tensor([...]))."
-                )
-            tasks = self.module_logits.new_zeros(batch, dtype=torch.long)
-        elif bool(((tasks < 0) | (tasks >= self.tasks)).any()):
-            raise ValueError(f"task_ids={tasks.tolist()} names a task outside 0..{self.tasks - 1} (n_tasks).")
+    def forward(self, tasks: torch.Tensor) -> torch.Tensor:
+        """Weights ``[batch, splits, skills]`` that add up to 1; relaxed Bernoulli draws in training."""
         logits = self.module_logits[tasks].unflatten(-1, (self.splits, -1))
         if self.training:
             weights = RelaxedBernoulli(logits.new_tensor(1.0), logits=logits).rsample()
@@ -121,7 +108,7 @@ class Poly(Sample):
     def update(self, x: torch.Tensor) -> torch.Tensor:
         router, a, b = self.poly_router, self.poly_lora_A, self.poly_lora_B
         router.train(self.training)
-        weights = router(self.context.tasks(len(x), x.device), len(x))
+        weights = router(self.context.tasks_of(self.n_tasks, len(x), x.device))
         if self.kind.lookup or len(self.shape) > 2:
             return self.each_up(self.mixed_after(x, a, weights), poly_up(weights, b) / self.r)
         down, up = poly_matrices(weights, a, b)

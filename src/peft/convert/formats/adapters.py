@@ -1,4 +1,8 @@
-"""The library ``adapters``: LoRA, IA3, bottlenecks and prefixes as ``pytorch_adapter.bin`` with a config."""
+"""The library ``adapters``: ``pytorch_adapter.bin`` with a config, of LoRA, IA3, prefixes and what is in blocks.
+
+In blocks are bottlenecks, Compacter and invertible adapters. A file that has one of the latter beside the others is
+read as two adapters, ``bottleneck`` (or ``compacter``) and ``invertible``, to be active together in a mixed model.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,11 @@ from peft.convert.formats.mlx import as_json
 from peft.convert.held import PREFIX, Held, Pair, Pairs, held_of, pairs_of
 from peft.convert.rotary import rotated
 from peft.convert.source import Base, Bundle, Files, Format, Job, Source, one
+from peft.core.blocks.blocks import find_blocks
 from peft.tuners.bottleneck import BottleneckConfig
+from peft.tuners.compacter import CompacterConfig
 from peft.tuners.ia3 import IA3Config
+from peft.tuners.invertible import InvertibleConfig
 from peft.tuners.prefix_tuning import PrefixTuningConfig
 from peft.utils.error import ConfigError
 
@@ -23,7 +30,18 @@ _PARTS = {"lora_A": "down", "lora_B": "up"}
 _PLACES = {"attention_adapters": "attention", "output_adapters": "feedforward", "cross_adapters": "cross"}
 _PIECES = {"adapter_down.0": "down", "adapter_up": "up", "gate": "gate", "adapter_norm_before": "norm_before",
            "adapter_norm_after": "norm_after"}  # fmt: skip
-_OWN = {field.name for field in dataclasses.fields(BottleneckConfig)} - {"preset", "modules_to_save"}
+_RULES = {"phm_rule": "rule", "phm_rule_left": "left", "phm_rule_right": "right"}  # of Compacter, there -> here
+_TAILS = {
+    "b": "bias",
+    **{there: f"rule.{here}" for there, here in _RULES.items()},
+}  # of what Compacter has in a matrix
+_NETWORKS = {"F": "first", "G": "second"}  # of NICE, there -> here
+_GLOW = {"s2": "first", "s1": "second"}
+_CONFIGS: dict[str, Any] = {"bottleneck": BottleneckConfig, "compacter": CompacterConfig}
+_OWN = {
+    kind: {field.name for field in dataclasses.fields(config)} - {"preset", "modules_to_save"}
+    for kind, config in _CONFIGS.items()
+}
 _NAME = "adapter"  # what a written adapter is called
 
 
@@ -34,7 +52,9 @@ def _matches(source: Source) -> bool:
 def _kind(config: dict[str, Any]) -> str:
     kind = config.get("architecture")
     if kind is None and "reduction_factor" in config:
-        return "bottleneck"
+        if not any(config.get(place) for place in ("mh_adapter", "output_adapter", "cross_adapter")):
+            return "invertible"
+        return "compacter" if config.get("phm_layer") else "bottleneck"
     if kind == "lora":
         return "ia3" if config.get("composition_mode") == "scale" else "lora"
     return str(kind)
@@ -43,16 +63,23 @@ def _kind(config: dict[str, Any]) -> str:
 def _read(source: Source, job: Job) -> Bundle:
     config, name = source.config["config"], source.config["name"]
     readers: dict[str, Callable[[Source, dict[str, Any], str, Job], Held]] = {
-        "lora": _lora, "ia3": _ia3, "bottleneck": _bottleneck, "prefix_tuning": _prefix}  # fmt: skip
+        "lora": _lora, "ia3": _ia3, "bottleneck": _network, "compacter": _network, "invertible": _invertible,
+        "prefix_tuning": _prefix}  # fmt: skip
     kind = _kind(config)
     if kind not in readers:
         raise ConfigError(
             f"adapters of the architecture {kind!r} have no counterpart; there are {', '.join(readers)}."
         )
-    for field in ("use_gating", "vera_d", "phm_layer", "inv_adapter", "cross_adapter"):
-        if config.get(field) and not (kind == "bottleneck" and field in _OWN):
+    for field in ("use_gating", "vera_d", "cross_adapter", "shared_W_phm"):
+        if config.get(field) and field not in _OWN.get(kind, ()):
             job.lost[field] = f"{kind} here has no such thing ({config[field]!r})"
-    return {"": readers[kind](source, config, name, job)}
+    if kind not in _CONFIGS or not config.get("inv_adapter"):
+        return {"": readers[kind](source, config, name, job)}
+    bundle = {}
+    for each, inverse in ((kind, False), ("invertible", True)):
+        own = {k: t for k, t in source.tensors.items() if (f".invertible_adapters.{name}." in k) == inverse}
+        bundle[each] = readers[each](dataclasses.replace(source, tensors=own), config, name, job)
+    return bundle
 
 
 def _split(key: str, holder: str, name: str) -> tuple[str, str] | None:
@@ -84,18 +111,45 @@ def _ia3(source: Source, config: dict[str, Any], name: str, job: Job) -> Held:
     return Held(IA3Config(target_modules=sorted(modules), feedforward_modules=[], inference_mode=True), tensors)
 
 
-def _bottleneck(source: Source, config: dict[str, Any], name: str, job: Job) -> Held:
-    fields = {key: value for key, value in config.items() if key in _OWN and value is not None}
+def _network(source: Source, config: dict[str, Any], name: str, job: Job) -> Held:
+    """A bottleneck adapter or Compacter."""
+    kind = "compacter" if config.get("phm_layer") else "bottleneck"
+    fields = {key: value for key, value in config.items() if key in _OWN[kind] and value is not None}
     tensors = {}
     for key, tensor in source.tensors.items():
+        _, common, rule = key.partition(f".shared_parameters.{name}.")
+        if common and kind == "compacter" and rule in _RULES:
+            tensors[f"base_model.compacter_rule.{_RULES[rule]}"] = tensor
+            continue
         block, _, rest = key.partition(f".adapters.{name}.")
         block, _, place = block.rpartition(".")
         piece, _, tail = rest.rpartition(".")
         if place not in _PLACES or piece not in _PIECES:
-            job.lost[key] = "it is no part of a bottleneck that is known here"
+            job.lost[key] = f"it is no part of a {kind} that is known here"
             continue
-        tensors[f"{PREFIX}{block}.bottleneck_{_PLACES[place]}.{_PIECES[piece]}.{tail}"] = tensor
-    return Held(BottleneckConfig(**fields, inference_mode=True), tensors)
+        tail = _TAILS.get(tail, tail) if kind == "compacter" else tail
+        tensors[f"{PREFIX}{block}.{kind}_{_PLACES[place]}.{_PIECES[piece]}.{tail}"] = tensor
+    return Held(_CONFIGS[kind](**fields, inference_mode=True), tensors)
+
+
+def _invertible(source: Source, config: dict[str, Any], name: str, job: Job) -> Held:
+    base = job.need_base("an invertible adapter stands at the first block, whose name the file does not say")
+    if base.config.get("is_encoder_decoder"):
+        raise ConfigError("in adapters an invertible adapter changes an encoder alone, and here a decoder as well.")
+    place = f"{PREFIX}{find_blocks(base.model)[0].key}.invertible_coupling"
+    networks, tensors = _GLOW if config["inv_adapter"] == "glow" else _NETWORKS, {}
+    for key, tensor in source.tensors.items():
+        network, _, rest = key.partition(f".invertible_adapters.{name}.")[2].partition(".")
+        if network not in networks:
+            job.lost[key] = "it is no part of an invertible adapter that is known here"
+            continue
+        tensors[f"{place}.{networks[network]}.{rest}"] = tensor
+    inverts = source.config["model_class"].endswith("AdapterModel")
+    if not inverts:
+        job.notes.append("the inverse is left out before the head, as adapters has it in heads of its own alone")
+    fields = {"coupling": config["inv_adapter"], "reduction_factor": config["inv_adapter_reduction_factor"],
+              "non_linearity": config["non_linearity"], "invert_output": inverts}  # fmt: skip
+    return Held(InvertibleConfig(**fields, inference_mode=True), tensors)
 
 
 def _prefix(source: Source, config: dict[str, Any], name: str, job: Job) -> Held:
@@ -143,8 +197,8 @@ def _write(bundle: Bundle, job: Job) -> Files:
     held, base = one(bundle, "an adapter of adapters"), job.need_base("adapters names the model's class in its config")
     kind = str(getattr(held.config.peft_type, "value", held.config.peft_type))
     writers: dict[str, Callable[[Held, Job], tuple[dict[str, Any], dict[str, torch.Tensor]]]] = {
-        "LORA": _write_lora, "IA3": _write_ia3, "BOTTLENECK": _write_bottleneck,
-        "PREFIX_TUNING": _write_prefix}  # fmt: skip
+        "LORA": _write_lora, "IA3": _write_ia3, "BOTTLENECK": _write_network, "COMPACTER": _write_network,
+        "INVERTIBLE": _write_invertible, "PREFIX_TUNING": _write_prefix}  # fmt: skip
     if kind not in writers:
         raise ConfigError(f"of {kind} no file of adapters can be written; there are {', '.join(writers)}.")
     config, tensors = writers[kind](held, job)
@@ -210,22 +264,43 @@ def _write_ia3(held: Held, job: Job) -> tuple[dict[str, Any], dict[str, torch.Te
     return {**_LORA, **_sites(modules), "composition_mode": "scale", "r": 1, "alpha": 1}, tensors
 
 
-def _write_bottleneck(held: Held, job: Job) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    places = {here: there for there, here in _PLACES.items()}
-    pieces = {here: there for there, here in _PIECES.items()}
+def _write_network(held: Held, job: Job) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    kind = "compacter" if isinstance(held.config, CompacterConfig) else "bottleneck"
+    places, pieces, tails = ({here: there for there, here in table.items()} for table in (_PLACES, _PIECES, _TAILS))
     tensors = {}
     for name, tensor in held.tensors.items():
-        words = name.removeprefix(PREFIX).split(".")
-        block, (place, piece, tail) = ".".join(words[:-3]), (*words[-3:],)
-        role = place.removeprefix("bottleneck_")
-        if role not in places or piece not in pieces:
-            job.lost[name] = "it is no part of a bottleneck"
+        if name.startswith("base_model.compacter_rule."):
+            base = job.need_base("adapters keeps what layers share in the base model").model.base_model_prefix
+            rule = tails[f"rule.{name.rpartition('.')[2]}"]
+            tensors[f"{base}.shared_parameters.{_NAME}.{rule}"] = tensor
             continue
+        block, found, rest = name.removeprefix(PREFIX).partition(f".{kind}_")
+        role, _, rest = rest.partition(".")
+        piece, _, tail = rest.partition(".")
+        if not found or role not in places or piece not in pieces:
+            job.lost[name] = f"it is no part of a {kind}"
+            continue
+        tail = tails.get(tail, tail) if kind == "compacter" else tail
         tensors[f"{block}.{places[role]}.adapters.{_NAME}.{pieces[piece]}.{tail}"] = tensor
-    config = {key: value for key, value in held.config.to_dict().items() if key in _OWN}
+    config = {key: value for key, value in held.config.to_dict().items() if key in _OWN[kind]}
     factor = config["reduction_factor"]
     config["reduction_factor"] = factor["default"] if len(factor) == 1 else factor
-    return {**config, "phm_layer": False, "inv_adapter": None}, tensors
+    return {**config, "phm_layer": kind == "compacter", "inv_adapter": None}, tensors
+
+
+def _write_invertible(held: Held, job: Job) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    base = job.need_base("adapters keeps an invertible adapter in the base model").model.base_model_prefix
+    config, tensors = held.config, {}
+    networks = {here: there for there, here in (_GLOW if config.coupling == "glow" else _NETWORKS).items()}
+    for name, tensor in held.tensors.items():
+        network, _, rest = name.partition(".invertible_coupling.")[2].partition(".")
+        tensors[f"{base}.invertible_adapters.{_NAME}.{networks[network]}.{rest}"] = tensor
+    if config.invert_output:
+        job.lost["invert_output"] = "adapters applies the inverse before heads of its own alone"
+    said = BottleneckConfig(mh_adapter=False, output_adapter=False, non_linearity=config.non_linearity).to_dict()
+    fields = {key: value for key, value in said.items() if key in _OWN["bottleneck"]}
+    return {**fields, "reduction_factor": 16, "phm_layer": False, "inv_adapter": config.coupling,
+            "inv_adapter_reduction_factor": config.reduction_factor}, tensors  # fmt: skip
 
 
 def _write_prefix(held: Held, job: Job) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

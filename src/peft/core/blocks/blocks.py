@@ -213,7 +213,20 @@ class BlockAdapter(Adapter):
 
 def first_input(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
     """The tensor that a call hands over first, by position or by name."""
-    return args[0] if args else kwargs[next(iter(inspect.signature(unwrapped(module).forward).parameters))]
+    return args[0] if args else kwargs[_first_name(module)]
+
+
+def with_first_input(
+    module: nn.Module, args: tuple, kwargs: dict[str, Any], new: torch.Tensor
+) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of a call with another tensor in the place of :func:`first_input`."""
+    if args:
+        return (new, *args[1:]), kwargs
+    return args, {**kwargs, _first_name(module): new}
+
+
+def _first_name(module: nn.Module) -> str:
+    return next(iter(inspect.signature(unwrapped(module).forward).parameters))
 
 
 def first_output(output: Any) -> torch.Tensor:

@@ -160,7 +160,7 @@ def _embeddings(root: nn.Module, prefix: str, adapter: str, always: bool) -> dic
     found = {}
     for site, weight in _embedding_sites(root):
         around = [w for _, w in site.wrappers if isinstance(w, BaseTunerLayer) and adapter in w]
-        adapted = any(not w.adapter_cls.follows_ties for w in around)
+        adapted = any(not (w.adapter_cls.follows_ties or w.adapter_cls.any_module) for w in around)
         copied = any(isinstance(w, ModulesToSaveWrapper) and adapter in w for _, w in site.wrappers)
         if adapted or (always and not copied):
             path = file_path(join(site.path, "weight"), adapter, [*site.above, *site.wrappers])

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from peft.core.base.storage import untrainable
+from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.auxiliary import (
     AuxiliaryTrainingWrapper,
     ModulesToSaveWrapper,
@@ -139,12 +140,13 @@ def _has_copy(site: Site, name: str) -> bool:
 
 
 def wrapper_of(model: nn.Module, key: str, cls: type[AuxiliaryTrainingWrapper], holders: Holders) -> Any:
-    """The auxiliary wrapper of a module: the one that is there, or a new one around everything else."""
+    """The auxiliary wrapper of a module: the one that is there, or a new one around all that acts on its weight."""
     site = locate(model, key)
     for _, wrapper in site.wrappers:
         if isinstance(wrapper, cls):
             return wrapper
-    path, module = site.wrappers[0] if site.wrappers else (site.path, site.module)
+    inside = (at for at in site.wrappers if not (isinstance(at[1], BaseTunerLayer) and at[1].kind.whole))
+    path, module = next(inside, (site.path, site.module))
     wrapper = cls(module)
     wrapper.context = context_of(model)
     wrapper.train(module.training)

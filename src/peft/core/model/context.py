@@ -124,6 +124,24 @@ class Context:
         """
         return None if self.task_ids is None else self.of_rows("task_ids", self.task_ids, batch, device)
 
+    def tasks_of(self, count: int, batch: int, device: torch.device) -> torch.Tensor:
+        """The same for an adapter that knows ``count`` tasks; where it knows one, a call need not name it.
+
+        Raises:
+            ValueError: also if the call names no tasks, or one that the adapter does not know.
+        """
+        tasks = self.tasks(batch, device)
+        if tasks is None:
+            if count > 1:
+                raise ValueError(
+                    f"the adapter knows {count} tasks, so a call needs task_ids: one number in 0..{count - 1} for "
+                    "each sample, model(..., task_ids=torch.tensor([...]))."
+                )
+            return torch.zeros(batch, dtype=torch.long, device=device)
+        if bool(((tasks < 0) | (tasks >= count)).any()):
+            raise ValueError(f"task_ids={tasks.tolist()} names a task outside 0..{count - 1} (n_tasks).")
+        return tasks
+
     def padding(self, batch: int, tokens: int, device: torch.device) -> torch.Tensor | None:
         """1 for the tokens of the rows, 0 for their padding, ``[batch, tokens]``; None where it is not known."""
         if self.mask is None or self.mask.shape[1] != tokens:

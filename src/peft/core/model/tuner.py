@@ -197,7 +197,9 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
             same_weight = target.kind is None or wrapper.kind.whole or wrapper.kind.weight == target.kind.weight
             if isinstance(wrapper, self.layer_cls) and same_weight:
                 return wrapper
-        path = around[0][0] if around else site.path
+        # What acts on a whole module is outside of all that acts on, or takes the place of, its weight.
+        around = [(p, w) for p, w in around if not w.kind.whole]
+        path = next((p for p, _ in (around if target.kind else site.wrappers)), site.path)
         if isinstance(target.kind, Stack):  # wrappers of several parameters nest in the order of registration
             order = weight_names(site.module)
             inside = [p for p, w in around if order.index(w.kind.weight) < order.index(target.kind.weight)]
