@@ -36,8 +36,8 @@ from peft.utils.error import ConfigError, NoMatchingPeftModuleError, nearest
 class InvertibleConfig(ModulesToSave):
     """Config of invertible adapters.
 
-    For a language or a domain whose tokens the base model's embeddings serve badly; in a mixed model with an adapter of
-    ``BottleneckConfig`` it is MAD-X's language adapter. It cannot be merged.
+    For a language or a domain whose tokens the base model's embeddings serve badly; in a mixed model with an adapter
+    of ``BottleneckConfig`` it is MAD-X's language adapter. It cannot be merged.
     """
 
     METHOD: ClassVar[str] = "INVERTIBLE"
