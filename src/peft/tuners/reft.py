@@ -54,8 +54,8 @@ class ReftConfig(ModulesToSave):
     layers: str | list[int] = option("all", "Numbers of the blocks after which hidden states are edited, or 'all'.")
     prefix_positions: int = option(
         3,
-        "How many positions at the beginning of each text are edited; padding does not count. Shorter prompts have the "
-        "rest among the first new tokens, as in training.",
+        "How many positions at the beginning of each text are edited; padding does not count. Shorter prompts have "
+        "the rest among the first new tokens, as in training.",
         minimum=0,
     )
     suffix_positions: int = option(
