@@ -150,7 +150,7 @@ class _Extractor:
                 self.biases.append(key)
             else:
                 self.saved[path] = module
-        if new := self.tuned.places.keys() - seen - self.base.places.keys():
+        if new := self.tuned.entries.keys() - seen - self.base.entries.keys():
             raise ValueError(
                 f"the fine-tuned model has tensors that the base lacks: {named(new)}. A LoRA cannot add them."
             )
@@ -172,7 +172,7 @@ class _Extractor:
 
     def _renaming(self) -> Any:
         """What a parameter is called in the files, where a part of the model may have been saved alone."""
-        names = self.base.places.keys() & self.tuned.places.keys()
+        names = self.base.entries.keys() & self.tuned.entries.keys()
         own = [name for name, _ in self.model.named_parameters()]
         prefix = f"{getattr(self.model, 'base_model_prefix', '')}."
         if not any(name in names for name in own):

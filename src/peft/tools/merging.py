@@ -108,7 +108,7 @@ def merge_files(
         raise ConfigError(f"the output {os.fspath(output)!r} is the folder of the base model: name another one.")
     config = transformers.AutoConfig.from_pretrained(folder)
     job = _Job(folder, config, adapters, output, weights, combination, ways, dtype, safe_merge, quantized)
-    entries = Shards(folder).entries() if has_weights(folder) else {}
+    entries = Shards(folder).entries if has_weights(folder) else {}
     reason = _only_in_memory(config, entries)
     if reason is not None:
         return _in_memory(job, reason)
@@ -135,7 +135,7 @@ def open_base(base: str | os.PathLike) -> nn.Module:
 
     folder = _folder_of(base)
     config = transformers.AutoConfig.from_pretrained(folder)
-    entries = Shards(folder).entries() if has_weights(folder) else {}
+    entries = Shards(folder).entries if has_weights(folder) else {}
     if _only_in_memory(config, entries) is None:
         model = _without_memory(config, entries, None)
         if isinstance(model, nn.Module):

@@ -32,43 +32,28 @@ class Shards:
             one file.
 
     Attributes:
-        places: name -> file, in the order of the files.
+        entries: what the tensors are and where, by name, in the order of the files.
 
     Raises:
         MissingFileError: if there is no such file, or a shard that the index names is missing.
     """
 
     def __init__(self, source: str | os.PathLike) -> None:
-        folder = Path(source)
-        files = _files(folder)
-        if not files or not all(file.is_file() for file in files):
-            lacks = next((file.name for file in files if not file.is_file()), None)
+        files = _files(Path(source))
+        if not files:
             raise MissingFileError(
                 f"{source} has no safetensors files: give a folder with a model's weights, or a file."
-                if lacks is None or not folder.is_dir()
-                else f"{folder} lacks {lacks}, which its index names: fetch the model again."
             )
-        self.places: dict[str, Path] = {}
+        self.entries: dict[str, Entry] = {}
         for file in files:
             with safe_open(file, "pt") as tensors:
-                self.places.update(dict.fromkeys(tensors.keys(), file))
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        with safe_open(self.places[name], "pt") as tensors:
-            return tensors.get_tensor(name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.places
-
-    def entries(self) -> dict[str, Entry]:
-        """What the tensors are, by name; none is read."""
-        found = {}
-        for path in dict.fromkeys(self.places.values()):
-            with safe_open(path, "pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118  (no dict)
                     part = tensors.get_slice(name)
-                    found[name] = Entry(os.fspath(path), part.get_dtype(), tuple(part.get_shape()))
-        return found
+                    self.entries[name] = Entry(os.fspath(file), part.get_dtype(), tuple(part.get_shape()))
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        with safe_open(self.entries[name].file, "pt") as tensors:
+            return tensors.get_tensor(name)
 
 
 def has_weights(folder: str | os.PathLike) -> bool:
@@ -78,10 +63,13 @@ def has_weights(folder: str | os.PathLike) -> bool:
 
 def _files(source: Path) -> list[Path]:
     if not source.is_dir():
-        return [source]
+        return [source] if source.is_file() else []
     index = next(iter(sorted(source.glob("*.safetensors.index.json"))), None)
-    if index is not None:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return [source / name for name in sorted(set(names))]
-    single = source / SINGLE
-    return [single] if single.is_file() else sorted(source.glob("*.safetensors"))
+    if index is None:
+        single = source / SINGLE
+        return [single] if single.is_file() else sorted(source.glob("*.safetensors"))
+    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    files = [source / name for name in sorted(set(names))]
+    if lacks := [file.name for file in files if not file.is_file()]:
+        raise MissingFileError(f"{source} lacks {lacks[0]}, which its {index.name} names: fetch the model again.")
+    return files

@@ -83,7 +83,7 @@ def _shards(source: str) -> Shards:
 def _dense(shards: Shards, name: str, prefix: str) -> torch.Tensor:
     """A weight by its name in the model, with or without the prefix of its inner model."""
     for key in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
-        if key in shards:
+        if key in shards.entries:
             return shards[key]
-    files = ", ".join(map(str, dict.fromkeys(shards.places.values())))
+    files = ", ".join(dict.fromkeys(entry.file for entry in shards.entries.values()))
     raise KeyError(f"{name} is not among the tensors of {files}")
