@@ -137,8 +137,9 @@ def give_back(layer: BaseTunerLayer, name: str) -> None:
 
 def give_back_unmerged(layer: BaseTunerLayer) -> None:
     """The same for all adapters but those that are in the weight to stay."""
-    for name in list(layer.rewritten.own) if layer.rewritten is not None else ():
-        if name not in layer.merged_adapters:
+    if layer.rewritten is not None:
+        _change(layer, layer.merged_adapters)
+        for name in [name for name in layer.rewritten.own if name not in layer.merged_adapters]:
             give_back(layer, name)
 
 
@@ -149,9 +150,10 @@ def _known(layer: BaseTunerLayer, names: Sequence[str]) -> tuple[str, ...]:
 
 def _change(layer: BaseTunerLayer, names: Sequence[str]) -> None:
     """Have the starts of exactly these adapters in the weight, whatever is merged into it."""
-    if layer.rewritten is not None and layer.rewritten.inside != _known(layer, names):
+    wanted = _known(layer, names)
+    if layer.rewritten is not None and layer.rewritten.inside != wanted:
         with _without_merged(layer):
-            _place(layer, _known(layer, names))
+            _place(layer, wanted)
 
 
 @torch.no_grad()

@@ -18,7 +18,6 @@ from peft.core.base.kinds import Kind
 from peft.core.base.storage import storage_of
 from peft.core.filling import skip_values
 from peft.core.layer.rewritten import original_weight, rewrite
-from peft.core.layer.weight import base_weight
 from peft.tuners.lora.config import LoraConfig, LoraGAConfig
 from peft.tuners.lora.loftq import loftq_init
 from peft.tuners.lora.pairs import join_pair, pair_blocks
@@ -101,16 +100,15 @@ def _rewriting(lora: Lora, config: LoraConfig) -> None:
     if init in PREPARED and PREPARED[init][0] not in lora.base.__dict__:
         _unprepared(lora, init)
         return _zero_up(a, b, None)
-    stored = base_weight(lora.layer)
-    if stored.is_meta:
+    weight = original_weight(lora.layer).detach()
+    if weight.is_meta:
         raise ValueError(
             f"init_lora_weights={init!r} decomposes the base weight, and that of {lora.layer.key or 'this layer'!r} "
             "has no values yet (it is on the meta device). Load the base model's weights first, or start with "
             "init_lora_weights=True and call peft.initialize later."
         )
     if init == "loftq":
-        return _loftq(lora, a, b, config)
-    weight = original_weight(lora.layer).detach()
+        return _loftq(lora, weight, config)
     with weight.device:  # the pair may be on the meta device, to be loaded later; the weight is not
         blocks = pair_blocks(lora)[0]
         wide = weight.flatten(1).float().unflatten(0, (blocks, -1))
@@ -121,7 +119,7 @@ def _rewriting(lora: Lora, config: LoraConfig) -> None:
             down, up = (nn.functional.pad(t, pad) for t, pad in ((down, (0, 0, 0, lora.r - down.shape[1])),
                                                                 (up, (0, lora.r - up.shape[2]))))  # fmt: skip
         rest = (wide - lora.scaling * (up @ down)).flatten(0, 1).view_as(weight)
-    rewrite(lora.layer, lora.name, rest.to(stored.dtype))
+    rewrite(lora.layer, lora.name, rest.to(weight.dtype))
     for tensor, value in zip((a, b), join_pair(lora, down, up)):
         tensor.copy_(value)
 
@@ -191,16 +189,16 @@ def _zero_up(a: torch.Tensor, b: torch.Tensor, std: float | None) -> None:
     b.zero_()
 
 
-def _loftq(lora: Lora, a: torch.Tensor, b: torch.Tensor, config: LoraConfig) -> None:
+def _loftq(lora: Lora, weight: torch.Tensor, config: LoraConfig) -> None:
     """W becomes what is left of it in few bits, and s B A fits the rest (LoftQ)."""
     options: Any = config.loftq_config
     bits, turns = (options.get("loftq_bits", 4), options.get("loftq_iter", 1)) if isinstance(options, dict) else (
         options.loftq_bits, options.loftq_iter
     )  # fmt: skip
-    weight = original_weight(lora.layer)
     with weight.device:  # the pair may be on the meta device, to be loaded later; the weight is not
         rounded, down, up = loftq_init(weight, bits, lora.r, turns)
     rewrite(lora.layer, lora.name, rounded)
+    a, b = lora.held_pair()
     a.copy_(down)
     b.copy_(up / lora.scaling)
 
