@@ -7,8 +7,8 @@ from torch import nn
 from peft.utils.error import ConfigError, nearest
 
 
-def activation(name: str | None, field: str) -> nn.Module:
-    """A non-linearity by its name in transformers; the identity for None.
+def activation(name: str, field: str) -> nn.Module:
+    """A non-linearity by its name in transformers.
 
     Args:
         field: what the error calls it, such as ``"PeanutConfig: act_fn"``.
@@ -18,8 +18,6 @@ def activation(name: str | None, field: str) -> nn.Module:
     """
     from transformers.activations import ACT2FN
 
-    if name is None:
-        return nn.Identity()
     if name not in ACT2FN:
         raise ConfigError(f"{field}={name!r} is no activation of transformers.{nearest(name, ACT2FN)}")
     return ACT2FN[name]

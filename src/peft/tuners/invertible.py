@@ -29,7 +29,8 @@ from peft.core.blocks.blocks import (
 from peft.core.model.registry import define_tuner
 from peft.core.model.targeting import Target
 from peft.core.model.walk import embeddings_of, locate, walk
-from peft.utils.error import ConfigError, NoMatchingPeftModuleError, nearest
+from peft.tuners.activations import activation
+from peft.utils.error import ConfigError, NoMatchingPeftModuleError
 
 
 @dataclass
@@ -97,16 +98,11 @@ class Coupling(nn.Module):
 
     def __init__(self, config: InvertibleConfig, width: int) -> None:
         super().__init__()
-        from transformers.activations import ACT2FN
-
-        if config.non_linearity not in ACT2FN:
-            hint = nearest(config.non_linearity, ACT2FN)
-            raise ConfigError(f"InvertibleConfig: unknown non_linearity {config.non_linearity!r}.{hint}")
         halves, outputs = (width // 2, width - width // 2), 2 if config.coupling == "glow" else 1
 
         def network(inner: int, outer: int) -> nn.Sequential:
             between = max(1, int(inner // config.reduction_factor))
-            act = ACT2FN[config.non_linearity]
+            act = activation(config.non_linearity, "InvertibleConfig: non_linearity")
             return nn.Sequential(nn.Linear(inner, between), act, nn.Linear(between, outer * outputs))
 
         self.first, self.second = network(halves[1], halves[0]), network(*halves)

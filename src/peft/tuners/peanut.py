@@ -78,11 +78,8 @@ class Peanut(LowRank, Scaled):
 
     def create(self, config: PeanutConfig, key: str) -> None:
         r, rows = config.r, self.shape[0]
-        self.configured, self.scaling, self.act_fn = (
-            config.scaling,
-            config.scaling,
-            activation(config.act_fn, "PeanutConfig: act_fn"),
-        )
+        self.configured = self.scaling = config.scaling
+        self.act_fn = activation(config.act_fn, "PeanutConfig: act_fn")
         self.peanut_A, self.peanut_B = nn.Linear(rows, r, bias=False), nn.Linear(r, rows, bias=False)
         if config.depth:
             self.peanut_encoders, self.peanut_decoders = (

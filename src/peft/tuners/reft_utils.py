@@ -47,7 +47,8 @@ class Intervention(nn.Module):
 
     def __init__(self, config: Any, width: int) -> None:
         super().__init__()
-        self.config, self.act = config, activation(config.non_linearity, "ReftConfig: non_linearity")
+        self.config, f = config, config.non_linearity
+        self.act = nn.Identity() if f is None else activation(f, "ReftConfig: non_linearity")
         self.learned_source = nn.Linear(width, config.r)
         self.projection = nn.Linear(width, config.r, bias=False)
         if config.variant == "loreft":

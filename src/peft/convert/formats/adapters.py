@@ -31,10 +31,7 @@ _PLACES = {"attention_adapters": "attention", "output_adapters": "feedforward", 
 _PIECES = {"adapter_down.0": "down", "adapter_up": "up", "gate": "gate", "adapter_norm_before": "norm_before",
            "adapter_norm_after": "norm_after"}  # fmt: skip
 _RULES = {"phm_rule": "rule", "phm_rule_left": "left", "phm_rule_right": "right"}  # of Compacter, there -> here
-_TAILS = {
-    "b": "bias",
-    **{there: f"rule.{here}" for there, here in _RULES.items()},
-}  # of what Compacter has in a matrix
+_TAILS = {"b": "bias", **{there: f"rule.{here}" for there, here in _RULES.items()}}  # of a matrix of Compacter
 _NETWORKS = {"F": "first", "G": "second"}  # of NICE, there -> here
 _GLOW = {"s2": "first", "s1": "second"}
 _CONFIGS: dict[str, Any] = {"bottleneck": BottleneckConfig, "compacter": CompacterConfig}
