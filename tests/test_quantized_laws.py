@@ -34,9 +34,8 @@ def over(cases: list[tuple[Method, str]]):
 
     def decorate(law: Any) -> Any:
         met = sampled(law, cases, lambda case: (case[0], f"{case[0].name}-{case[1]}"))
-        return pytest.mark.parametrize(("method", "base"), [pytest.param(m, b, id=f"{m.name}-{b}") for m, b in met])(
-            law
-        )
+        cases_met = [pytest.param(m, b, id=f"{m.name}-{b}") for m, b in met]
+        return pytest.mark.parametrize(("method", "base"), cases_met)(law)
 
     return decorate
 
