@@ -33,7 +33,7 @@ def over(cases: list[tuple[Method, str]]):
     """Parametrise a law over methods on storages."""
 
     def decorate(law: Any) -> Any:
-        met = sampled(law, cases, lambda case: (case[0], f"{case[0].name}-{case[1]}"))
+        met = sampled(law.__name__, cases, lambda case: (case[0], f"{case[0].name}-{case[1]}"))
         cases_met = [pytest.param(m, b, id=f"{m.name}-{b}") for m, b in met]
         return pytest.mark.parametrize(("method", "base"), cases_met)(law)
 
