@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from laws import Method, layers, methods, perturb, sampled
+from laws import methods, sampled
 from quantised import BASES, IN, MAIN, NOISE, pack
 from torch import nn
 
 from peft import PeftModel, get_peft_model
 from peft.core.families import Copy, Rows
 from peft.core.layer.weight import base_weight, folded_bias, folded_weight
+from peft.testing.cells import Method, layers, perturb
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")
