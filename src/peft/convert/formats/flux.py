@@ -157,12 +157,13 @@ def _fused(module: str, parts: dict[int, Pair]) -> Pair:
         up[ends[i] : ends[i + 1], columns] = pair.up if same else pair.up * (pair.alpha / pair.rank)
         left += pair.rank
     down = one.down if same else torch.cat([pair.down for _, pair in sorted(parts.items())])
-    joined = []
-    for field in ("magnitude", "bias"):
+
+    def joined(field: str) -> torch.Tensor | None:
         given = {i: getattr(pair, field) for i, pair in parts.items() if getattr(pair, field) is not None}
         whole = one.up.new_zeros(ends[-1])
         for i, value in given.items():  # a bias of B is scaled as its product is
             scale = 1 if same or field == "magnitude" else parts[i].alpha / parts[i].rank
             whole[ends[i] : ends[i + 1]] = value * scale
-        joined.append(whole if given else None)
-    return Pair(down, up, one.alpha if same else rank, *joined)
+        return whole if given else None
+
+    return Pair(down, up, one.alpha if same else rank, joined("magnitude"), joined("bias"))
