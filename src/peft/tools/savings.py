@@ -15,7 +15,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from peft.core.model.gradient_checkpointing import with_switch
+from peft.core.model.gradient_checkpointing import FUNCTION, with_switch
 from peft.core.model.record import drop_if_empty, known_record, record_of
 from peft.kernels.loss import chunked_loss, is_chunked, require_usual_loss
 from peft.kernels.remake import recomputed
@@ -119,10 +119,10 @@ class _Switched:
         self.asks = model if savings.chunked_loss and isinstance(model, PeftModelForCausalLM) else None
         self.changed: list[tuple[Any, list[str], dict[str, Any]]] = []  # module, attributes, those that it had
         for module in switches:
-            function = getattr(module, "_gradient_checkpointing_func", None) if module.gradient_checkpointing else None
+            function = getattr(module, FUNCTION, None) if module.gradient_checkpointing else None
             function = function or partial(checkpoint, use_reentrant=False)
             function = _OnHost(function, device) if savings.offload else function
-            self._set(module, gradient_checkpointing=True, _gradient_checkpointing_func=function)
+            self._set(module, **{"gradient_checkpointing": True, FUNCTION: function})
         if self.asks is not None:
             self._set(self.asks, chunked_loss=True)
         self.handles = (
