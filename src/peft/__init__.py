@@ -22,6 +22,7 @@ _TABLE = {
     "peft.config": ("PeftConfig", "PromptLearningConfig"),
     "peft.tools.memory": ("MemoryEstimate", "estimate_memory"),
     "peft.tools.out_of_memory": ("explain_out_of_memory",),
+    "peft.tools.savings": ("MemorySavings", "disable_memory_savings", "enable_memory_savings"),
     "peft.tools.check_training": ("Finding", "check_training"),
     "peft.tools.many": ("MultiAdapterTrainer",),
     "peft.tools.pool": ("AdapterPool",),
