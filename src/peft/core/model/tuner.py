@@ -38,7 +38,7 @@ from peft.core.model.walk import (
     names_in,
     names_of_modules,
     parent_of,
-    replace_module,
+    replace_at,
     walk,
 )
 from peft.utils.usage import recording
@@ -206,14 +206,14 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
             path = inside[0] if inside else site.path
         cls = class_for(self.layer_cls, target.kind or WHOLE, site.module)
         parent, name = parent_of(model, path)
-        inside = getattr(parent, name)
-        layer = cls(inside, kind=target.kind, context=context_of(model))
+        module: Any = parent._modules[name]
+        layer = cls(module, kind=target.kind, context=context_of(model))
         layer.__dict__["key"] = target.key
-        places = holders.get(id(inside), [(parent, name)])
+        places = holders.get(id(module), [(parent, name)])
         kind = target.kind
         if any(not isinstance(p, BaseTunerLayer) and reads_weight_of(p, n, kind) for p, n in places):
             layer.read_by_parent = True
-        replace_module(model, path, layer, holders)
+        replace_at((parent, name), layer, holders)
         return layer
 
     def _share(self, name: str, config: Any, layers: list[BaseTunerLayer]) -> None:
