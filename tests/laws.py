@@ -207,7 +207,9 @@ def methods() -> tuple[Method, ...]:
     """All registered methods that adapt single layers, not whole blocks nor by other adapters, and the variants."""
     rows: dict[str, tuple[Any, dict[str, Any]]] = {}
     for key, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items():
-        if issubclass(tuner, BaseTuner) and not issubclass(tuner.layer_cls, BlockLayer) and key != "XLORA":
+        if not issubclass(tuner, BaseTuner) or tuner.mixes or issubclass(tuner.layer_cls, BlockLayer):
+            continue
+        if key != "XLORA":
             rows[getattr(key, "value", key).lower()] = (key, {})
     for name, fields in VARIANTS.items():
         rows[name] = (rows[name.partition("[")[0]][0], fields)

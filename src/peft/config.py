@@ -479,14 +479,26 @@ class PeftConfigMixin(Options):
                     f"it names no peft_type, so it is no config of an adapter.{_told_by(values)} If it is one, add "
                     f"its peft_type: one of {known}."
                 )
-            config_cls = cls._class_of(values["peft_type"], written_by)
-            values = _of_files(config_cls, values)
-            extra = {f.name: kwargs[f.name] for f in dataclasses.fields(config_cls) if f.name in kwargs}
-            config = config_cls.from_peft_type(**{**extra, **values})
+            config = cls.of_file(values, **kwargs)
         except ConfigError as error:
             raise type(error)(f"{path}: {error}") from error
         config.peft_version = written_by
         return config
+
+    @classmethod
+    def of_file(cls, values: dict[str, Any], **kwargs: Any):
+        """The config that the content of a file describes, of the class that its ``peft_type`` names.
+
+        Args:
+            kwargs: fields to use where the file has none; others are ignored.
+
+        Raises:
+            ConfigError: it holds an unknown method or a value that is not valid.
+        """
+        config_cls = cls._class_of(values["peft_type"], values.get("peft_version"))
+        values = _of_files(config_cls, values)
+        extra = {f.name: kwargs[f.name] for f in dataclasses.fields(config_cls) if f.name in kwargs}
+        return config_cls.from_peft_type(**{**extra, **values})
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict:
@@ -541,6 +553,11 @@ class PeftConfigMixin(Options):
             login = token if isinstance(token, str) else None
             metadata_update(repo_id, {"tags": tags}, token=login, revision=revision, create_pr=create_pr)
         return commit
+
+    @property
+    def members(self) -> list[Any]:
+        """One config for each method that the adapter is of: this one, unless it stands for several."""
+        return [self]
 
     @property
     def is_prompt_learning(self) -> bool:
