@@ -60,6 +60,7 @@ def option(
     names: type | None = None,
     nested: type | None = None,
     transient: bool = False,
+    own: bool = False,
 ) -> Any:
     """Declare a config field: its default, what it is for, and which values it may take.
 
@@ -77,6 +78,7 @@ def option(
             `dict`, if it has values by name, or by regular expression, whose bounds are then those of the field.
         nested: dataclass of a field that holds further options; a dict given for it becomes an instance.
         transient: the field belongs to the process and not to the adapter: it is not saved.
+        own: the field is this library's alone: a file has it only where it is not the default, so that others read it.
     """
     rules = {
         "choices": None if choices is None else tuple(choices),
@@ -90,6 +92,7 @@ def option(
         "names": names,
         "nested": nested,
         "transient": transient,
+        "own": own,
     }
     metadata = {"help": help, **{k: v for k, v in rules.items() if v is not None and v is not False}}
     if callable(default):
@@ -441,6 +444,9 @@ class PeftConfigMixin(Options):
             ConfigError: a field holds what json cannot; it is named.
         """
         values = {**self.to_dict(), "peft_version": __version__}
+        for field in dataclasses.fields(self):
+            if field.metadata.get("own") and values[field.name] == field.default:
+                del values[field.name]
         if kwargs.get("auto_mapping_dict"):
             values["auto_mapping"] = kwargs["auto_mapping_dict"]
         for name, value in values.items():
@@ -525,14 +531,26 @@ class PeftConfigMixin(Options):
                     f"it names no peft_type, so it is no config of an adapter.{_told_by(values)} If it is one, add "
                     f"its peft_type: one of {known}."
                 )
-            config_cls = cls._class_of(values["peft_type"], written_by)
-            values = _of_files(config_cls, values)
-            extra = {f.name: kwargs[f.name] for f in dataclasses.fields(config_cls) if f.name in kwargs}
-            config = config_cls.from_peft_type(**{**extra, **values})
+            config = cls.of_file(values, **kwargs)
         except ConfigError as error:
             raise type(error)(f"{path}: {error}") from error
         config.peft_version = written_by
         return config
+
+    @classmethod
+    def of_file(cls, values: dict[str, Any], **kwargs: Any):
+        """The config that the content of a file describes, of the class that its ``peft_type`` names.
+
+        Args:
+            kwargs: fields to use where the file has none; others are ignored.
+
+        Raises:
+            ConfigError: it holds an unknown method or a value that is not valid.
+        """
+        config_cls = cls._class_of(values["peft_type"], values.get("peft_version"))
+        values = _of_files(config_cls, values)
+        extra = {f.name: kwargs[f.name] for f in dataclasses.fields(config_cls) if f.name in kwargs}
+        return config_cls.from_peft_type(**{**extra, **values})
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict:
@@ -587,6 +605,11 @@ class PeftConfigMixin(Options):
             login = token if isinstance(token, str) else None
             metadata_update(repo_id, {"tags": tags}, token=login, revision=revision, create_pr=create_pr)
         return commit
+
+    @property
+    def members(self) -> list[Any]:
+        """One config for each method that the adapter is of: this one, unless it stands for several."""
+        return [self]
 
     @property
     def is_prompt_learning(self) -> bool:

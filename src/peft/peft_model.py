@@ -19,7 +19,7 @@ from peft.compat.model import ModelCompat
 from peft.config import PeftConfig
 from peft.core.blocks.skipping import blocks_skipped
 from peft.core.files.card import create_or_update_model_card
-from peft.core.files.entries import entries
+from peft.core.files.entries import entries, prompts_of
 from peft.core.files.io import CONFIG_NAME, hub_options, load_peft_weights, write_adapter
 from peft.core.files.state_dict import LoadResult, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.core.filling import filled_later, no_collection
@@ -102,6 +102,7 @@ class PeftModel(ModelCompat, PushToHubMixin, nn.Module):
             self.prompt_encoder, self.prompt_tokens = tuner.prompts.encoders, tuner.prompts.tokens
         else:
             self.base_model = self._tuner_class(peft_config)(model, configs, adapter_name, **options)
+            self.base_model.take_task(self._task)
         if hasattr(model, "config"):
             self.config = model.config
 
@@ -188,8 +189,8 @@ class PeftModel(ModelCompat, PushToHubMixin, nn.Module):
     @property
     def has_active_enabled_adapter(self) -> bool:
         """Whether some active adapter acts, or none since all are switched off."""
-        if "_prompts" in self.__dict__:
-            return bool(self.active_adapters) and not self._tuner.prompts.disabled
+        if (prompts := prompts_of(self)) and prompts.active_adapters and not prompts.disable_adapters:
+            return True
         wrappers = [w for _, w in wrappers_of(self.get_base_model())]
         return any(not w.disable_adapters and any(n in w for n in w.active_adapters) for w in wrappers)
 
@@ -239,19 +240,19 @@ class PeftModel(ModelCompat, PushToHubMixin, nn.Module):
         Raises:
             ValueError: if the model's method trains no prompt.
         """
-        self._require_prompt()
-        return self._tuner.prompts.prompt(batch_size, task_ids, max_cache_len)
+        return self._require_prompt().prompts.prompt(batch_size, task_ids, max_cache_len)
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> torch.Tensor:
         """What the file of an adapter has as ``prompt_embeddings``, ``[tokens, width]``, on the CPU."""
-        self._require_prompt()
-        operations.require_adapters(self, [adapter_name], self.peft_config)
-        state = {saved: tensor for saved, _, tensor in self._tuner.adapter_state(adapter_name)}
+        prompts = self._require_prompt()
+        operations.require_adapters(self, [adapter_name], prompts.adapter_names)
+        state = {saved: tensor for saved, _, tensor in prompts.adapter_state(adapter_name)}
         return state["prompt_embeddings"].detach().cpu()
 
-    def _require_prompt(self) -> None:
-        if "_prompts" not in self.__dict__:
+    def _require_prompt(self) -> PromptTuner:
+        if (prompts := prompts_of(self)) is None:
             raise ValueError(f"{self.peft_type.value} adapters change weights, and have no prompt.")
+        return prompts
 
     # --- calls ------------------------------------------------------------------------------------------------
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -355,7 +356,7 @@ class PeftModel(ModelCompat, PushToHubMixin, nn.Module):
 
     def _check_method(self, peft_config: PeftConfig) -> None:
         given: Any = peft_config.peft_type
-        if given != self.peft_type:
+        if given != self.peft_type and not self._tuner.mixes:
             raise ValueError(
                 f"this model has {self.peft_type.value} adapters, so no {given.value} adapter can be "
                 "added. For different methods in one model use get_peft_model(..., mixed=True)."
@@ -526,7 +527,7 @@ class PeftModel(ModelCompat, PushToHubMixin, nn.Module):
         """
         hub = hub_options(kwargs)
         config = _read_config(model_id, config, is_trainable, hub)
-        config.inference_mode |= config.is_prompt_learning  # the file says how a prompt starts, not the config
+        _start_from_file(config)
         weights = load_peft_weights(model_id, key_mapping=key_mapping, **hub)
         frozen = [p for p in model.parameters() if not p.requires_grad]
         placing = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
@@ -581,7 +582,7 @@ class PeftModel(ModelCompat, PushToHubMixin, nn.Module):
         """
         hub = hub_options(kwargs)
         config = _read_config(model_id, kwargs.pop("peft_config", None), is_trainable, hub)
-        config.inference_mode |= config.is_prompt_learning
+        _start_from_file(config)
         weights = load_peft_weights(model_id, torch_device, key_mapping, **hub)
         fresh = adapter_name not in self.peft_config
         placing = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
@@ -690,6 +691,12 @@ def _read_config(model_id: str | os.PathLike, config: PeftConfig | None, is_trai
         raise ConfigError(f"{model_id} {what}; this version has {', '.join(known)}.")
     config.inference_mode = not is_trainable
     return config
+
+
+def _start_from_file(config: PeftConfig) -> None:
+    """Have virtual tokens start as the file says, not the config."""
+    for member in config.members:
+        member.inference_mode |= member.is_prompt_learning
 
 
 _COMMON = ("output_attentions", "output_hidden_states", "return_dict", "task_ids")

@@ -189,7 +189,9 @@ class BlockLayer(BaseTunerLayer):
         """y ``[batch, ...]`` and, for each adapter, ``update(adapter, *given)`` of its own rows, added to them."""
         for adapter, rows in self.acting(y):
             own = given if rows is None else [x.index_select(0, rows) for x in given]
+            self.context.rows = None if rows is None else (rows, len(y))
             new = update(adapter, *(adapter.cast(x) for x in own))
+            self.context.rows = None
             if new is not None:
                 y = y + new.to(y.dtype) if rows is None else y.index_add(0, rows, new.to(y.dtype))
         return y

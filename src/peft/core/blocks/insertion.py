@@ -19,6 +19,7 @@ and one that reads N(x + h) (Pfeiffer's) waits for the hook of ``norm`` in BERT,
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -325,11 +326,14 @@ def _observe(block: nn.Module, shape: Block, args: tuple, kwargs: dict[str, Any]
         handles.append(norm.register_forward_hook(partial(note, name)))
     try:
         with _resting(block), torch.no_grad():
-            try:  # without masks, which may be made for a longer cache
-                output = block(*(_bare(a) for a in args), **{k: _bare(v, k) for k, v in kwargs.items()})
-            except Exception:
-                events.clear()
-                output = block(*(_bare(a) for a in args), **{k: _bare(v) for k, v in kwargs.items()})
+            for seen in (_bare, _without_cache, _beside_cache):
+                try:
+                    output = block(*map(seen, args), **{k: seen(v, k) for k, v in kwargs.items()})
+                    break
+                except Exception:
+                    events.clear()
+                    if seen is _beside_cache:
+                        raise
     finally:
         for handle in handles:
             handle.remove()
@@ -337,10 +341,23 @@ def _observe(block: nn.Module, shape: Block, args: tuple, kwargs: dict[str, Any]
 
 
 def _bare(value: Any, name: str = "") -> Any:
-    """An argument of a block without what it keeps for later calls, and without masks."""
-    if name.endswith("mask"):
-        return None
+    """An argument of a block without what it keeps for later calls, and without masks, which may be made for those."""
+    return None if name.endswith("mask") else _without_cache(value)
+
+
+def _without_cache(value: Any, name: str = "") -> Any:
     return None if hasattr(value, "get_seq_length") else value
+
+
+def _beside_cache(value: Any, name: str = "") -> Any:
+    """An argument of a block, a cache as a copy: positions and masks may be made for all that it holds."""
+    if not hasattr(value, "get_seq_length"):
+        return value
+    twin = copy.copy(value)
+    for key, held in vars(twin).items():
+        copied = list(map(copy.copy, held)) if key == "layers" else dict(held) if isinstance(held, dict) else held
+        vars(twin)[key] = _beside_cache(copied)
+    return twin
 
 
 @contextmanager

@@ -73,12 +73,17 @@ def original_weight(layer: BaseTunerLayer) -> torch.Tensor:
 @contextmanager
 def for_a_start(layer: BaseTunerLayer) -> Iterator[None]:
     """A context for making an adapter: the base weight has only what merged adapters' starts have made of it."""
-    if layer.rewritten is not None:
-        _change(layer, [name for name in layer.rewritten.inside if name in layer.merged_adapters])
+    keep_merged(layer)
     try:
         yield
     finally:
         follow(layer)
+
+
+def keep_merged(layer: BaseTunerLayer) -> None:
+    """Have the starts of merged adapters alone in the weight."""
+    if layer.rewritten is not None:
+        _change(layer, [name for name in layer.rewritten.inside if name in layer.merged_adapters])
 
 
 def follow(layer: BaseTunerLayer) -> None:

@@ -85,7 +85,7 @@ class Switch:
                 self.set_requires_grad(name, False)
         for name in names:
             self.set_requires_grad(name, not inference_mode)
-        self._active_adapter = names
+        self.__dict__["_active_adapter"] = names  # a module looks into each value that is set
         self.switched()
 
     def switched(self) -> None:
