@@ -4,6 +4,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 import peft
+import peft.core.composition.config  # noqa: F401  files of adapters that are made of others
 from peft._lazy import lazy_module
 
 

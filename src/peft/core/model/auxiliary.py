@@ -40,7 +40,7 @@ class AuxiliaryTrainingWrapper(Switch, AuxiliaryWrapper):
     @property
     def active_adapters(self) -> list[str]:
         """The active adapters that have a version of the module."""
-        return [name for name in self._active_adapter if name in self]
+        return self.present(self._active_adapter)
 
     def update(self, adapter_name: str, **kwargs: Any) -> None:
         """Allocate the adapter's version."""
@@ -107,9 +107,8 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     def _module(self) -> nn.Module:
         """The module that acts now."""
         if not self._disable_adapters:
-            for name in self._active_adapter:
-                if name in self.modules_to_save:
-                    return self.modules_to_save[name]
+            for name in self.active_adapters:
+                return self.modules_to_save[name]
         return self.original_module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -120,7 +119,8 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         groups, order, _ = self.context.groups(tuple(rows), x.shape[0], x.device)
         parts = []
         for name, index in groups:
-            module = self.modules_to_save[name] if name in self else self.original_module
+            own = self.present([name])
+            module = self.modules_to_save[own[0]] if own else self.original_module
             part, rest = kind.take_rows(self, args, kwargs, index)
             parts.append(module(*part, **rest))
             if not isinstance(parts[-1], torch.Tensor):
@@ -162,8 +162,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         return read(self._module())
 
     def unload(self, merge: bool, adapter_names: list[str] | None = None) -> nn.Module:
-        names = self._active_adapter if adapter_names is None else adapter_names
-        chosen = [name for name in names if name in self.modules_to_save]
+        chosen = self.present(self._active_adapter if adapter_names is None else adapter_names)
         return self.modules_to_save[chosen[0]] if merge and chosen else self.original_module
 
 

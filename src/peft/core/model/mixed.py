@@ -10,6 +10,7 @@ from torch import nn
 
 from peft.core.combine.combined import checked_weights
 from peft.core.layer.layer import BaseTunerLayer
+from peft.core.model.record import behind
 from peft.core.model.tuner import BaseTuner
 from peft.utils.error import CONVERSION
 from peft.utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING
@@ -70,12 +71,14 @@ class MixedModel(BaseTuner):
 
     def forget(self, adapter_name: str) -> None:
         """Drop what the adapter's method keeps for it."""
-        self._part(self.peft_config[adapter_name]).forget(adapter_name)
+        if (config := self.peft_config[adapter_name]).peft_type in PEFT_TYPE_TO_TUNER_MAPPING:
+            self._part(config).forget(adapter_name)
 
     def _acting(self) -> Iterator[BaseTuner]:
         """The tuners of the methods of active adapters."""
+        acting = behind(self.model, self.active_adapters)
         for method, part in self.__dict__.get("_parts", {}).items():
-            part.active_adapter = [n for n in self.active_adapters if self.peft_config[n].peft_type == method]
+            part.active_adapter = [n for n in acting if self.peft_config[n].peft_type == method]
             if part.active_adapter:
                 yield part
 
