@@ -29,6 +29,7 @@ MODULES = (
     "peft_model",
     "tools.check_training",
     "tools.memory",
+    "tools.out_of_memory",
     "tools.plots",
     "tools.preparation",
     "tools.status",

@@ -37,7 +37,7 @@ from peft.core.model.walk import layers_of, wrappers_of
 from peft.core.prompts import PromptTuner, Task, backbone_of
 from peft.kernels import chunked_loss
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tools.memory import add_way_out
+from peft.tools.out_of_memory import add_way_out
 from peft.tools.status import (
     TunerLayerStatus,
     TunerModelStatus,

@@ -137,7 +137,7 @@ def _of_rate(recipe: Recipe) -> list[str]:
 
 def show(found: dict[str, Any], output: Output) -> None:
     """The environment, the libraries, the findings."""
-    from peft.tools.memory import readable
+    from peft.tools.footprint import readable
 
     facts = dict(found["environment"])
     facts["free memory"] = None if facts["free memory"] is None else readable(facts["free memory"])

@@ -126,7 +126,7 @@ def _name(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
 
 def show(found: dict[str, Any], output: Output) -> None:
     """A table, a row for each setting."""
-    from peft.tools.memory import readable
+    from peft.tools.footprint import readable
 
     rows = found["settings"]
     keys = [key for key in SETTINGS if len({str(row[key]) for row in rows}) > 1] or ["method"]

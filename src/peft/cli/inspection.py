@@ -46,7 +46,7 @@ def act(options: InspectOptions, output: Output) -> dict[str, Any]:
 
 def show(found: dict[str, Any], output: Output) -> None:
     """The facts, then the layers."""
-    from peft.tools.memory import readable
+    from peft.tools.footprint import readable
 
     facts = {
         "method": found["method"], "base": found["base"], "task": found["task"],

@@ -22,7 +22,7 @@ ADAPTER = "adapter"
 
 def act(recipe: Recipe, output: Output) -> dict[str, Any]:
     """Train, or go on training; what is found is written to ``metrics.json``, too."""
-    from peft.tools.memory import explain_out_of_memory
+    from peft.tools.out_of_memory import explain_out_of_memory
     from peft.tools.status import count_parameters
 
     recipe.require("model.name", "data.train")

@@ -187,7 +187,8 @@ def _shards(recipe: Recipe) -> bool:
 
 def _of_memory(model: Any, recipe: Recipe) -> tuple[int | None, list[str]]:
     """What the training takes by estimate, and what would take less where there is not enough."""
-    from peft.tools.memory import estimate_memory, readable
+    from peft.tools.footprint import readable
+    from peft.tools.memory import estimate_memory
 
     t = recipe.trainer
     try:

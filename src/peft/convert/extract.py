@@ -21,7 +21,7 @@ from peft.core.files.shards import Shards
 from peft.core.model.targeting import exact_targets
 from peft.core.model.walk import embeddings_of, join
 from peft.tools.architecture import build
-from peft.tools.memory import meta_copy
+from peft.tools.footprint import meta_copy
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.conversion import lora_tensors
 from peft.utils.error import nearest
