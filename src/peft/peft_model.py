@@ -391,6 +391,7 @@ class PeftModel(ModelCompat, Compositions, PushToHubMixin, nn.Module):
             ValueError: if there is no such adapter, or the expression has no meaning for these adapters.
 
         Examples:
+            >>> from peft import Stack
             >>> model.add_adapter("other", LoraConfig(r=2, task_type="CAUSAL_LM"))
             >>> model.set_adapter(Stack("default", "other"))
         """

@@ -4,10 +4,10 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 import peft
-import peft.core.composition.config  # noqa: F401  files of adapters that are made of others
 from peft._lazy import lazy_module
 
 
+import_module("peft.core.composition.config")  # whose files hold adapters that are made of others
 for _file in iter_modules(__path__):
     import_module(f"{__name__}.{_file.name}")
 

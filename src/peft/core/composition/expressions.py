@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -207,6 +207,10 @@ class Average(Composition):
         if self.weights:
             _check_numbers(self, "weights", whole=False)
 
+    def __repr__(self) -> str:
+        as_they_are = self.weights and abs(sum(self.weights) - 1) > 1e-6
+        return f"{super().__repr__()[:-1]}, normalize_weights=False)" if as_they_are else super().__repr__()
+
     @property
     def shares(self) -> tuple[float, ...]:
         """The weight of each member."""
@@ -344,7 +348,23 @@ def rows_of(expression: str | Composition, batch: int) -> list[str | Composition
             )
         pairs = zip(expression.members, expression.batch_sizes)
         return [row for member, size in pairs for row in rows_of(member, size)]
-    apart = next(m for m in expression.members if isinstance(m, Composition) and m.splits_rows)
-    place = expression.members.index(apart)
-    before, after = expression.members[:place], expression.members[place + 1 :]
-    return [expression.with_members((*before, row, *after)) for row in rows_of(apart, batch)]
+    dividing, stacked = _divided_stack(expression)
+    return [stacked(row) for row in rows_of(dividing, batch)]
+
+
+def alternatives(expression: str | Composition) -> list[str | Composition]:
+    """What may act on a row, none of which splits rows."""
+    if isinstance(expression, str) or not expression.splits_rows:
+        return [expression]
+    if expression.by_row:
+        return [row for member in expression.members for row in alternatives(member)]
+    dividing, stacked = _divided_stack(expression)
+    return [stacked(row) for row in alternatives(dividing)]
+
+
+def _divided_stack(stack: Composition) -> tuple[Composition, Callable[[Any], Composition]]:
+    """The member of a stack that splits rows, and what makes the stack with another one in its place."""
+    dividing = next(m for m in stack.members if isinstance(m, Composition) and m.splits_rows)
+    place = stack.members.index(dividing)
+    before, after = stack.members[:place], stack.members[place + 1 :]
+    return dividing, lambda row: stack.with_members((*before, row, *after))

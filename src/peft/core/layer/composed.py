@@ -53,7 +53,7 @@ def made_of(layer: BaseTunerLayer, name: str | Composition) -> Adapter | None:
         return layer.adapters.get(name)
     if not any(member in layer.adapters for member in name.names()):
         return None
-    return CLASSES[type(name)](layer, name)  # type: ignore[arg-type]
+    return _class_for(name)(layer, name)  # type: ignore[arg-type]
 
 
 def in_order(adapters: Sequence[Adapter]) -> list[Adapter]:
@@ -112,6 +112,7 @@ class Composed(Adapter):
         def step(adapter: Adapter, state: torch.Tensor) -> Change:
             if _acts_by_weight(adapter):
                 update = weights.multiplied(self.layer, x, lambda: _difference(adapter, x), leaves_of([adapter]))
+                update = update + _difference_of_biases(adapter)
             else:
                 update = adapter.output(adapter.cast(x), state, base_y) - state
             return Change(update, state, state)
@@ -144,6 +145,15 @@ def _difference(adapter: Adapter, x: torch.Tensor) -> torch.Tensor:
     """What an adapter adds to the weight."""
     base = weights.unmerged_weight(adapter.layer)
     return (adapter.fold(base, base) - base).to(x.dtype if x.is_floating_point() else base.dtype)
+
+
+def _difference_of_biases(adapter: Adapter) -> torch.Tensor | float:
+    """What an adapter adds to the bias, shaped like an output."""
+    bias = adapter.base_bias()
+    new = adapter.fold_bias(bias)
+    if new is None or new is bias:
+        return 0.0
+    return adapter.along_channels(new if bias is None else new - bias)
 
 
 class Chain(Composed):
@@ -195,8 +205,11 @@ class Beside(Composed):
     """Members that act on the same state, each on its own."""
 
     def refusal_here(self) -> str | None:
+        kind = type(self.expression).__name__
+        if not getattr(self.layer, "composes", True):
+            methods = ", ".join(sorted({type(leaf).__name__ for leaf in leaves_of([self])}))
+            return f"{methods} adapters can be stacked, and used row by row, but what they change has no {kind}"
         if any(leaf.stand_in() is not None for leaf in leaves_of([self])):
-            kind = type(self.expression).__name__
             return f"its members have copies of the whole module, of which one can act at a time, not all in {kind}"
         return super().refusal_here()
 
@@ -331,6 +344,8 @@ CLASSES: dict[type[Composition], type[Composed]] = {Stack: Chain, Average: Mean,
 def composed_class(layer: BaseTunerLayer, name: str) -> type[Composed] | None:
     """The class of the adapters of this name, None where it is no composition."""
     expression = layer.context.compositions.get(name)
-    if expression is None:
-        return None
+    return None if expression is None else _class_for(expression)
+
+
+def _class_for(expression: Composition) -> type[Composed]:
     return ByRow if expression.splits_rows else CLASSES[type(expression)]

@@ -171,7 +171,6 @@ class BaseTunerLayer(ReadThrough):
         settle(self, adapter)
 
     def _class_of(self, name: str, config: Any) -> type[Adapter]:
-        """The class of a new adapter."""
         return self.adapter_cls.of(config)
 
     def put(self, name: str, **values: Any) -> None:
@@ -240,8 +239,8 @@ class BaseTunerLayer(ReadThrough):
 
     def _live(self) -> list[Adapter]:
         """Adapters that act in the forward: active, present here, and not in the weight already."""
-        merged, here = self.merged_adapters, self.adapters
-        live = [here[name] for name in self._active_adapter if name in here and name not in merged]
+        here = self.adapters
+        live = [here[n] for n in self._active_adapter if n in here and n not in self.merged_adapters]
         return in_order(live) if self.context.compositions else live
 
     def current(self) -> list[Adapter]:

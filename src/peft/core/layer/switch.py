@@ -57,6 +57,11 @@ class Switch:
             found.update(dict.fromkeys(own))
         return list(found)
 
+    def check_active_rows(self, names: Sequence[Any]) -> None:
+        """The same as :meth:`check_active` for all that act on one row of a batch, here or not."""
+        for row in self.context.together(names):
+            self.check_active(self.present(row))
+
     def check_active(self, names: list[str]) -> None:
         """Raise ValueError where these adapters cannot be active together."""
 

@@ -12,6 +12,7 @@ from torch import nn
 from peft.core.adapter import part
 from peft.core.base.kinds import WHOLE, Kind, kind_of
 from peft.core.base.storage import copied
+from peft.core.composition.expressions import Composition, Stack
 from peft.core.families import Rows
 from peft.core.layer.classes import class_for, layer_class
 from peft.core.layer.layer import BaseTunerLayer
@@ -97,11 +98,22 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
             del self.modules_to_save[adapter_name]
         self._forget(adapter_name)
 
+    def present(self, names: Sequence[Any]) -> list[str]:
+        """Those of these adapters that have a copy; of a stack, whose later members replace it again, the last."""
+        found: dict[str, None] = {}
+        for name in names:
+            expression = name if isinstance(name, Composition) else self.context.compositions.get(name)
+            members = [self.present([member]) for member in (expression.members if expression else ())]
+            held = [one for one in members if one][-1 if isinstance(expression, Stack) else 0 :]
+            found.update(dict.fromkeys([name] if name in self.modules_to_save else sum(held, [])))
+        return list(found)
+
     def check_active(self, names: list[str]) -> None:
         if len(names) > 1:
             raise ValueError(
                 f"adapters {names} each have their own copy of the same module (modules_to_save), so only one of them "
-                "can be active."
+                "can be active. A composition of them can have a copy of its own: add_composition(..., "
+                "modules_to_save=[...])."
             )
 
     def _module(self) -> nn.Module:

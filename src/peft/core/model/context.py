@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from peft.core.composition.expressions import Composition, Fuse
+from peft.core.composition.expressions import Composition, Fuse, alternatives
 from peft.core.model.sequence import Tokens, note_in_cache, tokens_of
 
 
@@ -105,6 +105,13 @@ class Context:
             if made_of is not None and not (training and isinstance(made_of, Fuse)):
                 found.update(dict.fromkeys(self.behind(made_of.members, training)))
         return list(found)
+
+    def together(self, names: Sequence[Any]) -> list[Sequence[Any]]:
+        """The sets of adapters that act on a row each: one, unless a composition divides the rows of calls."""
+        dividing = [
+            known for name in names if (known := self.compositions.get(name)) is not None and known.splits_rows
+        ]
+        return [[row] for row in alternatives(dividing[0])] if dividing else [names]
 
     def set_adapter_names(self, names: Sequence[str] | None) -> None:
         self.adapter_names = None if names is None else tuple(names)

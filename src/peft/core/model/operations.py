@@ -75,7 +75,7 @@ def set_adapter(
     if wrappers:
         require_adapters(model, names, [*held, *known])
     for wrapper in wrappers:
-        wrapper.check_active(wrapper.present(names))
+        wrapper.check_active_rows(names)
     bias = record.choose(behind(model, names)) if record else None
     if any(isinstance(w, BaseTunerLayer) and w.merged for w in wrappers):
         warnings.warn("adapters are merged into the base model; they are unmerged before others are activated.")
@@ -294,7 +294,7 @@ def _check_together(model: nn.Module, adapter_names: list[str] | None) -> None:
     merged = [name for w in wrappers if isinstance(w, BaseTunerLayer) for name in w.merged_adapters]
     names = dict.fromkeys([*merged, *(active_of(model) if adapter_names is None else adapter_names)])
     for wrapper in wrappers:
-        wrapper.check_active(wrapper.present(list(names)))
+        wrapper.check_active_rows(list(names))
     if record := biases_of(model):
         record.choose(behind(model, names))
 
