@@ -77,6 +77,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lora[qalora]": {"use_qalora": True, "qalora_group_size": 4},
     "lora[velora]": {"velora_config": {"num_groups": 3, "init_type": "random"}},
     "lora[monteclora]": {"monteclora_config": {"num_samples": 3}},
+    "lora[gated]": {"use_gating": True},
     "ia3[feedforward]": {"feedforward_modules": r".*"},
     "oft[blocks]": {"r": 2, "oft_block_size": 0},
     "oft[exact]": {"use_cayley_neumann": False},
@@ -133,6 +134,7 @@ COMBINED = (
     *("dora+rslora", "kasa+rslora", "velora+rslora", "monteclora+rslora", "bdlora+rslora", "qalora+rslora"),
     *("mica+rslora", "alora+rslora", "dora+gaussian", "dora+orthogonal", "kasa+gaussian", "kasa+orthogonal"),
     *("velora+gaussian", "velora+orthogonal", "monteclora+gaussian", "monteclora+orthogonal", "qalora+gaussian"),
+    *("gated+kasa", "gated+velora", "gated+qalora", "gated+mica", "gated+rslora"),
     *("alora+gaussian", "alora+orthogonal", "alora+bias", "alora+dora+mica"),
 )
 """The variants of LoRA that mean something together: each is a row, and meets one kind of layer."""
@@ -147,6 +149,9 @@ APART = {
     "monteclora+bdlora-a": "fill the zeros between the blocks",
     "monteclora+qalora": "one for each group",
     "bdlora+qalora": "cut the same axis in two ways",
+    "dora+gated": "each sample has another one",
+    "alora+gated": "a mean over all tokens of a row",
+    "arrow+gated": "no update of its own",
     "mica+bdlora": "singular vectors of the whole weight|a start of its own",
     "bdlora+gaussian": "a start of its own",
     "qalora+orthogonal": "A is smaller",
@@ -225,6 +230,11 @@ class Method:
     def waits(self) -> bool:
         """Whether it acts from an invocation token on only."""
         return "alora_invocation_tokens" in self.given
+
+    @property
+    def by_sample(self) -> bool:
+        """Whether what it does depends on the sample."""
+        return self.is_a(Sample) or bool(self.given.get("use_gating"))
 
     @property
     def shifts(self) -> bool:
@@ -650,7 +660,7 @@ REFUSED = [
         "adapt",
         "target_parameters does not work with",
         "what has no input or output of its own, or no single weight, has no place for these variants",
-        lambda m, p: m.name in OF_LAYERS and p.parameters,
+        lambda m, p: (m.name in OF_LAYERS or "gated" in m.name) and p.parameters,
     ),
     Refusal(
         "adapt",
@@ -686,7 +696,13 @@ REFUSED = [
         "adapt",
         "its weight is read by another computation",
         "the update depends on the sample, so there is no weight to give to a computation that reads one",
-        lambda m, p: m.is_a(Sample) and (p.kind == "MultiheadAttention" or p.name == "Linear[out_proj]"),
+        lambda m, p: m.by_sample and (p.kind == "MultiheadAttention" or p.name == "Linear[out_proj]"),
+    ),
+    Refusal(
+        "adapt",
+        "reads features",
+        "a gate is a function of features, and a table's input is indices",
+        lambda m, p: "gated" in m.name and p.kind == "Embedding",
     ),
     Refusal(
         "adapt",
@@ -698,7 +714,7 @@ REFUSED = [
         "merge",
         "no one weight equals it",
         "the update depends on the sample",
-        lambda m, p: m.is_a(Sample) or m.waits,
+        lambda m, p: m.by_sample or m.waits,
     ),
     Refusal(
         "merge",
@@ -740,13 +756,13 @@ REFUSED = [
         "combine",
         "depends on the sample, so no sum",
         "what the adapters do is no tensor, so there is nothing to sum",
-        lambda m, p: m.is_a(Sample),
+        lambda m, p: m.by_sample,
     ),
     Refusal(
         "combine",
         "not linear in their tensors",
         "a product, a rotation or another curve of tensors: the sum of such has another form",
-        lambda m, p: not m.sums and not m.is_a(Sample),
+        lambda m, p: not m.sums and not m.by_sample,
     ),
     Refusal(
         "combine",

@@ -66,6 +66,7 @@ def option(
     instead: str | None = None,
     nested: type | None = None,
     transient: bool = False,
+    own: bool = False,
 ) -> Any:
     """Declare a config field: its default, what it is for, and which values it may take.
 
@@ -80,6 +81,7 @@ def option(
         instead: for a field that never does anything: what does. A value given for it is told in a warning.
         nested: dataclass of a field that holds further options; a dict given for it becomes an instance.
         transient: the field belongs to the process and not to the adapter: it is not saved.
+        own: the field is this library's alone: a file has it only where it is not the default, so that others read it.
     """
     rules = {
         "choices": None if choices is None else tuple(choices),
@@ -92,6 +94,7 @@ def option(
         "instead": instead,
         "nested": nested,
         "transient": transient,
+        "own": own,
     }
     metadata = {"help": help, **{k: v for k, v in rules.items() if v is not None and v is not False}}
     if callable(default):
@@ -396,6 +399,9 @@ class PeftConfigMixin(Options):
             ConfigError: a field holds what json cannot; it is named.
         """
         values = {**self.to_dict(), "peft_version": __version__}
+        for field in dataclasses.fields(self):
+            if field.metadata.get("own") and values[field.name] == field.default:
+                del values[field.name]
         if kwargs.get("auto_mapping_dict"):
             values["auto_mapping"] = kwargs["auto_mapping_dict"]
         for name, value in values.items():

@@ -17,6 +17,7 @@ from peft.tuners.lora.config import LoraConfig
 
 
 PREFIX = "base_model.model."
+GATED = "the adapter has gates (use_gating), which depend on the sample, so no pair of matrices does what it does"
 _PARTS = {
     ("lora_A", "weight"): "down",
     ("lora_B", "weight"): "up",
@@ -100,6 +101,8 @@ def pairs_of(held: Held) -> Pairs:
     kind = getattr(config.peft_type, "value", config.peft_type)
     if not isinstance(config, LoraConfig) or kind != "LORA":
         raise ValueError(f"the adapter is of the method {kind}, not LORA; peft.save_as_lora makes a LoRA of it first.")
+    if config.use_gating:
+        raise ValueError(GATED)
     found: dict[str, dict[str, torch.Tensor]] = {}
     others, tables = {}, set()
     for name, tensor in held.tensors.items():

@@ -1,6 +1,7 @@
 """What one forward call carries to the adapted layers: one small object, shared by all layers of a model.
 
-The facts stay until the next call replaces them: gradient checkpointing reads them again when it recomputes.
+The facts stay until the next call replaces them, for what recomputes by means of its own; the blocks that a model of
+transformers recomputes get those of the call that they repeat, see :meth:`Context.as_noted`.
 """
 
 from __future__ import annotations
@@ -67,6 +68,21 @@ class Context:
         self.worked_out: dict[tuple, Any] = {}
         self._groups: dict[tuple, Groups] = {}
 
+    def noted(self) -> dict[str, Any] | None:
+        """All facts of this moment for :meth:`as_noted`, None where the call says nothing that layers ask for."""
+        told = (self.adapter_names, self.task_ids, self.scalings, self.mask, self.labels, self.tokens)
+        return None if all(fact is None for fact in told) else dict(self.__dict__)
+
+    @contextmanager
+    def as_noted(self, facts: dict[str, Any]) -> Iterator[None]:
+        """While a part of an earlier call is computed again."""
+        now = dict(self.__dict__)
+        self.__dict__.update(facts)
+        try:
+            yield
+        finally:
+            self.__dict__.update(now)
+
     @property
     def is_mixed(self) -> bool:
         """Whether the call names adapters for its rows, and no group of rows is computed on its own just now."""
@@ -125,9 +141,13 @@ class Context:
         self.mask, self.labels = (
             x if isinstance(x, torch.Tensor) and x.dim() == 2 and not two_lengths else None for x in by_token
         )
+        texts = (*args[:1], *(kwargs.get(name) for name in ("input_ids", "inputs_embeds")))
+        text = next((x for x in texts if isinstance(x, torch.Tensor) and x.dim() > 1), None)
+        if self.mask is not None and text is not None:
+            self.mask = self.mask[:, -text.shape[1] :]  # the columns before are those of tokens in the cache
         if self.reads_tokens:
             self.tokens = tokens_of(args, kwargs, self.prompt)
-            self.worked_out.clear()
+            self.worked_out = {}  # what was worked out for earlier calls may be needed to recompute them
         if self.held:
             return
         self.task_ids = None

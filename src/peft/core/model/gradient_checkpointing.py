@@ -1,15 +1,50 @@
-"""Gradient checkpointing: its reentrant form needs inputs that require grad, which a frozen embedding never gives."""
+"""Gradient checkpointing: its reentrant form needs inputs that require grad, which a frozen embedding never gives.
+
+And what a block recomputes belongs to the call that it was a part of, though the model may have been called again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+from peft.core.model.context import Context
 from peft.core.model.record import drop_if_empty, known_record, record_of
 from peft.core.model.walk import embeddings_of
+
+
+FUNCTION = "_gradient_checkpointing_func"
+"""The attribute of a block that holds what recomputes it: ``function(block's forward, *arguments)``."""
+
+
+class Repeated:
+    """A checkpointing function whose recomputation reads the facts of the call that it repeats.
+
+    Two calls may come before one backward pass (a chosen and a rejected answer); each block then recomputes with the
+    tokens, adapters and tasks of its own call.
+    """
+
+    def __init__(self, function: Callable[..., Any], context: Context) -> None:
+        self.function, self.context = function, context
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """As a partial function has them: ``use_reentrant`` and its like."""
+        return getattr(self.function, "keywords", {})
+
+    def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        facts = None if torch.compiler.is_compiling() else self.context.noted()
+        if facts is None:
+            return self.function(run, *args, **kwargs)
+
+        def again(*args: Any, **kwargs: Any) -> Any:
+            with self.context.as_noted(facts):
+                return run(*args, **kwargs)
+
+        return self.function(again, *args, **kwargs)
 
 
 class InputGrads:
@@ -28,7 +63,7 @@ class InputGrads:
             return False
         for module in self.switches:
             if module.gradient_checkpointing and module.training:
-                function = getattr(module, "_gradient_checkpointing_func", None)
+                function = getattr(module, FUNCTION, None)
                 return getattr(function, "keywords", {}).get("use_reentrant", True)
         return False
 
@@ -43,6 +78,16 @@ class InputGrads:
         if isinstance(embeds, torch.Tensor) and not embeds.requires_grad and self.needed():
             kwargs = {**kwargs, "inputs_embeds": embeds.detach().requires_grad_()}
         return args, kwargs
+
+    def repeat(self, module: nn.Module, args: tuple) -> None:
+        """Hook of the model: have what is recomputed of this call read its facts."""
+        context = record_of(module).context
+        if context is None or not torch.is_grad_enabled():
+            return
+        for block in self.switches:
+            function = block.__dict__.get(FUNCTION)
+            if function is not None and not isinstance(function, Repeated):
+                setattr(block, FUNCTION, Repeated(function, context))
 
 
 def _with_switch(model: nn.Module) -> Iterator[Any]:
@@ -75,6 +120,7 @@ def watch_checkpointing(model: nn.Module) -> None:
     hooks = (
         embedding.register_forward_hook(watch),
         model.register_forward_pre_hook(watch.from_embeddings, with_kwargs=True),
+        model.register_forward_pre_hook(watch.repeat),
     )
     record_of(model).checkpointing = watch, hooks
 
@@ -85,5 +131,8 @@ def stop_watching(model: nn.Module) -> None:
     if record is not None and record.checkpointing is not None:
         for hook in record.checkpointing[1]:
             hook.remove()
+        for block in record.checkpointing[0].switches:
+            if isinstance(function := block.__dict__.get(FUNCTION), Repeated):
+                setattr(block, FUNCTION, function.function)
         record.checkpointing = None
         drop_if_empty(model)

@@ -10,14 +10,17 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from peft.core.blocks.blocks import width_of
+from peft.core.gates import Gate
 from peft.core.model import operations
 from peft.core.model.beside import add_auxiliary
 from peft.core.model.manager import Manager, check_adapter_name
 from peft.core.prompts.calls import PLAIN, Calls, Task
+from peft.core.prompts.gating import attentions
 from peft.core.prompts.generation import Generation
 from peft.core.prompts.rows import Prompts
 from peft.core.prompts.sizes import settle_sizes
-from peft.core.prompts.tokens import ENCODER
+from peft.core.prompts.tokens import ENCODER, VirtualTokens
 from peft.utils.error import MeaninglessError
 from peft.utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING
 
@@ -84,18 +87,26 @@ class PromptTuner(Manager):
         """
         config = self.peft_config[adapter_name]
         check_adapter_name(adapter_name, self.adapter_names)
-        cls, word_embeddings = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type], self.word_embeddings
+        cls = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
         settle_sizes(config, model, cls.as_prefix)
         cls.prepare_config(config)
         try:
             with torch.device("meta") if low_cpu_mem_usage else nullcontext():
-                encoder = cls(config, word_embeddings)
+                encoder = self._made(cls, config)
                 add_auxiliary(model, adapter_name, config)
         except Exception:
             operations.remove(model, adapter_name)
             raise
         self.prompts.add(adapter_name, encoder, autocast_adapter_dtype)
         operations.settle(model, adapter_name, autocast_adapter_dtype=False)
+
+    def _made(self, cls: type[VirtualTokens], config: Any) -> VirtualTokens:
+        """The virtual tokens that a config asks for, with their gates."""
+        encoder = cls(config, self.word_embeddings)
+        if encoder.gates_each:
+            each = encoder.gates_each
+            encoder.prefix_gates = nn.ModuleList(Gate(width_of(module), each) for module in attentions(self.model))
+        return encoder
 
     @property
     def word_embeddings(self) -> nn.Module:
@@ -203,5 +214,5 @@ class PromptTuner(Manager):
         config.inference_mode = not whole
         old = next(encoder.parameters())
         with torch.device(old.device):
-            fresh = type(encoder)(config, self.prompts.word_embeddings)
+            fresh = self._made(type(encoder), config)
         self.prompts.encoders[name] = fresh.to(old.dtype).train(encoder.training).train_on(old.requires_grad)

@@ -14,6 +14,7 @@ from peft.core.model.record import context_of
 from peft.core.model.walk import embeddings_of
 from peft.core.prompts import caches
 from peft.core.prompts.feed import Feed
+from peft.core.prompts.gating import GatedPrefix, let_attentions_gate
 from peft.core.prompts.sizes import key_sizes
 from peft.core.prompts.tokens import VirtualTokens
 from peft.utils.error import ConfigError
@@ -39,6 +40,7 @@ class Prompts:
         self.tokens: dict[str, torch.Tensor] = {}
         self.active: str | list[str] = []
         self.disabled = False
+        self._gated = False
 
     def add(self, name: str, encoder: VirtualTokens, in_float32: bool = True) -> None:
         """Take a prompt in, frozen, on the device of the embedding; its dtype too unless ``in_float32``."""
@@ -46,6 +48,9 @@ class Prompts:
         dtype = weight.dtype if weight.is_floating_point() and not in_float32 else None
         if weight.device.type != "meta" and not any(p.is_meta for p in encoder.parameters()):
             encoder.to(weight.device, dtype)
+        if encoder.gates is not None and not self._gated:
+            let_attentions_gate(self.model)
+            self._gated = True
         self.encoders[name] = encoder.train_on(False).train(self.model.training)
         self.tokens[name] = torch.arange(encoder.count(self.configs[name]))
 
@@ -75,6 +80,36 @@ class Prompts:
         """The prompt of all rows; None where they differ, or have none."""
         mixed, names = context_of(self.model).adapter_names is not None, self.in_use
         return self.encoders[names[0]] if names and not mixed else None
+
+    def enter(self, cache: Any, feed: Feed) -> Any:
+        """An empty cache with the prefix of each row in it."""
+        states = self.prefix(feed.values)
+        if any(name != BASE and self.encoders[name].gates is not None for name in self.in_use):
+            cache._peft_prefix = GatedPrefix(self, states)
+        return caches.fill(cache, states)
+
+    def gates(self, layer: int, h: torch.Tensor) -> torch.Tensor:
+        """What the keys and the values of each row's prefix are multiplied by in one layer, ``[batch, 2]``.
+
+        Args:
+            h: what its attention reads, ``[batch, tokens, width]``.
+        """
+        context = context_of(self.model)
+        if context.adapter_names is None:
+            return self._gates_of((self.in_use or [BASE])[0], layer, h)
+        found, groups = h.new_ones(len(h), 2), context.groups(context.adapter_names, len(h), h.device)
+        for name, rows in groups.parts:
+            context.rows = rows, len(h)
+            found = found.index_copy(0, rows, self._gates_of(name, layer, h[rows]).to(found.dtype))
+        context.rows = None
+        return found
+
+    def _gates_of(self, name: str, layer: int, h: torch.Tensor) -> torch.Tensor:
+        gates = None if name == BASE else self.encoders[name].gates
+        if gates is None:
+            return h.new_ones(len(h), 2)
+        gate: Any = gates[layer]
+        return gate.of(h.to(gate.weight.dtype), context_of(self.model)).expand(-1, 2)
 
     @property
     def as_prefix(self) -> bool:
@@ -144,9 +179,7 @@ class Prompts:
     def prompt(self, batch: int, tasks: torch.Tensor | None = None, max_cache_len: int | None = None) -> Any:
         """The active prompt: embeddings ``[batch, tokens, width]``, or a cache that holds its keys and values."""
         values = self.encode(operations.names_of(self.active)[0], batch, tasks)
-        if not self.as_prefix:
-            return values
-        return caches.fill(caches.new_cache(self.model, max_cache_len), self.prefix(values))
+        return self.enter(caches.new_cache(self.model, max_cache_len), Feed(values)) if self.as_prefix else values
 
     @cached_property
     def _sizes(self) -> list[tuple[int, int]]:

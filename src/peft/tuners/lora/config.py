@@ -157,7 +157,7 @@ _PISSA_STEPS = r"pissa_niter_\d+"
 _OF_LAYERS = (
     *("lora_dropout", "use_dora", "lora_bias", "kasa_config"),
     *("use_bdlora", "use_qalora", "monteclora_config", "velora_config"),
-    *("alora_invocation_tokens", "arrow_config"),
+    *("alora_invocation_tokens", "arrow_config", "use_gating"),
 )
 
 
@@ -287,6 +287,12 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
     )
     ensure_weight_tying: bool = option(
         False, "Whether adapters and trained copies of tied weights (embedding and head) stay tied."
+    )
+    use_gating: bool = option(
+        False,
+        "Multiply the update of each layer by a gate g in the place of lora_alpha / r: for each sample the mean over "
+        "its tokens of sigmoid(w x + b) (UniPELT, arXiv 2110.07577). It cannot be merged.",
+        own=True,
     )
 
     def _register_custom_module(self, mapping: dict[type, type]) -> None:
