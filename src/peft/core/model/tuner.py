@@ -18,6 +18,7 @@ from peft.core.base.readers import reads_weight_of
 from peft.core.base.stack import Stack
 from peft.core.base.storage import weight_names
 from peft.core.combine.sums import add_sum
+from peft.core.composition.penalty import with_penalty
 from peft.core.filling import no_collection
 from peft.core.layer.classes import class_for
 from peft.core.layer.layer import BaseTunerLayer
@@ -38,7 +39,7 @@ from peft.core.model.walk import (
     names_in,
     names_of_modules,
     parent_of,
-    replace_module,
+    replace_at,
     walk,
 )
 from peft.utils.usage import recording
@@ -94,7 +95,7 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
             return getattr(self.model, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.finish(self.model(*args, **kwargs))
+        return self.finish(with_penalty(self.model, self.active_adapters, self.model(*args, **kwargs)))
 
     def finish(self, outputs: Any) -> Any:
         """What the method makes of the model's outputs: one with a term of its own in the loss adds it here."""
@@ -220,14 +221,14 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
             path = inside[0] if inside else site.path
         cls = class_for(self.layer_cls, target.kind or WHOLE, site.module)
         parent, name = parent_of(model, path)
-        inside = getattr(parent, name)
-        layer = cls(inside, kind=target.kind, context=context_of(model))
+        module: Any = parent._modules[name]
+        layer = cls(module, kind=target.kind, context=context_of(model))
         layer.__dict__["key"] = target.key
-        places = holders.get(id(inside), [(parent, name)])
+        places = holders.get(id(module), [(parent, name)])
         kind = target.kind
         if any(not isinstance(p, BaseTunerLayer) and reads_weight_of(p, n, kind) for p, n in places):
             layer.read_by_parent = True
-        replace_module(model, path, layer, holders)
+        replace_at((parent, name), layer, holders)
         return layer
 
     def _share(self, name: str, config: Any, layers: list[BaseTunerLayer]) -> None:
