@@ -11,7 +11,7 @@ import pytest
 import torch
 from architectures import build, inputs
 from in_blocks import gives, logits, refused, stir
-from laws import BATCH, Cell, cells, gradient, layers, over, parameters_of
+from laws import cells, over
 from torch import nn
 
 from peft import (
@@ -27,6 +27,8 @@ from peft import (
 )
 from peft.core.composition.expressions import from_dict
 from peft.core.layer.composed import Fused
+from peft.testing.cells import Cell, gradient, layers, parameters_of
+from peft.testing.places import BATCH
 from peft.utils.error import ConfigError
 
 
