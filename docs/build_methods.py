@@ -275,7 +275,7 @@ def _example(entry: Method, costs: dict[str, Any]) -> list[str]:
     if entry.key == "union":
         parts = "[LoraConfig(), BottleneckConfig(), PrefixTuningConfig(num_virtual_tokens=10)]"
         names = "BottleneckConfig, LoraConfig, PrefixTuningConfig, UnionConfig"
-        return ["```python", f"from peft import {names}", "", f"config = UnionConfig({parts})", "```", ""]
+        return [f"from peft import {names}", "", f"config = UnionConfig({parts})"]
     fields = costs.get("methods", {}).get(entry.key, {}).get("fields", {})
     given = {name: repr(value).replace("'", '"') for name, value in fields.items() if value is not None}
     name, options = entry.config.__name__, ", ".join(f"{field}={value}" for field, value in given.items())
