@@ -34,6 +34,7 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.core.blocks.blocks import first_output
 from peft.core.model.walk import layers_of
 
 
@@ -386,3 +387,38 @@ def test_copies_act_on_their_own(name, tmp_path):
         stir(twin, seed=5)
         differs(logits(twin, name), wanted)
         gives(logits(model, name), wanted)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("front", ["prefix", "prompt"])
+def test_interventions_count_from_the_text_not_from_virtual_tokens(name, front):
+    """The first and last positions of padded texts are edited, each once, whatever stands before them."""
+    model = adapted(name, UnionConfig([PARTS[front](), ReftConfig(r=2, prefix_positions=1, suffix_positions=1)]))
+    first = name == "bert"  # padded behind, or in front
+    mask = torch.ones(4, 6, dtype=torch.long)
+    mask[1, slice(4, 6) if first else slice(2)] = 0
+    given = {key: value for key, value in inputs(name).items() if key != "labels"}
+    if name == "t5":
+        given["decoder_input_ids"] = given["input_ids"].flip(1)
+    edited: dict[str, Any] = {}
+    for path, layer in layers_of(model):
+
+        def note(module: nn.Module, args: Any, kwargs: Any, output: Any, path: str = path) -> None:
+            inner, outer = edited.pop(path), first_output(output)
+            edited[path] = (inner - outer).abs().amax(-1) > 1e-6
+
+        layer.base_layer.register_forward_hook(lambda m, a, out, path=path: edited.update({path: first_output(out)}))
+        layer.register_forward_hook(note, with_kwargs=True)
+    with torch.no_grad():
+        model.eval()(**given, attention_mask=mask)
+    assert len(edited) == sum(1 for _ in layers_of(model)) > 0
+    for path, found in edited.items():
+        decoder = "decoder" in path
+        virtual = 2 if front == "prompt" and not decoder else 0
+        text = torch.ones(4, 6, dtype=torch.long) if decoder else mask
+        assert found.shape[1] == 6 + virtual
+        for row in range(4):
+            at = found[row].nonzero().flatten().tolist()
+            columns = (text[row].nonzero().flatten() + virtual).tolist()
+            wanted = [columns[0]] if decoder else [columns[0], columns[-1]]
+            assert at == wanted, (path, row)
