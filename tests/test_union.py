@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+import os
 from typing import Any
+from zlib import crc32
 
 import pytest
 import torch
 from architectures import ENCODER_DECODERS, build, inputs
 from in_blocks import differs, gives, logits, refused, unadapted
+from laws import methods
 from safetensors.torch import load_file
 from torch import nn
 
@@ -36,6 +40,7 @@ from peft import (
 )
 from peft.core.blocks.blocks import first_output
 from peft.core.model.walk import layers_of
+from peft.utils.peft_types import PEFT_TYPE_TO_MIXED_MODEL_MAPPING
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -422,3 +427,38 @@ def test_interventions_count_from_the_text_not_from_virtual_tokens(name, front):
             columns = (text[row].nonzero().flatten() + virtual).tolist()
             wanted = [columns[0]] if decoder else [columns[0], columns[-1]]
             assert at == wanted, (path, row)
+
+
+def mixable() -> list[Any]:
+    """Methods of weights that can be beside others: a third of them, or all with LAWS=all in the environment."""
+    found = [m for m in methods() if "[" not in m.name and m.config_cls.METHOD in PEFT_TYPE_TO_MIXED_MODEL_MAPPING]
+    some = [m for m in found if os.environ.get("LAWS") == "all" or not crc32(m.name.encode()) % 3]
+    return [pytest.param(method, id=method.name) for method in some if method.has("target_modules")]
+
+
+@pytest.mark.parametrize("method", mixable())
+def test_a_union_is_its_parts_active_together(method, tmp_path):
+    """Law: under one name or two, with the same tensors, which files name alike; merged, saved and loaded."""
+    targets = ["embed_tokens"] if method.name == "trainable_tokens" else ["q_proj", "v_proj"]
+
+    def own() -> Any:
+        return method.config_cls(**copy.deepcopy(method.given), target_modules=targets)
+
+    torch.manual_seed(0)
+    model = get_peft_model(build("llama"), UnionConfig([own(), PARTS["bottleneck"]()]))
+    stir(model, size=0.2)
+    held, wanted = get_peft_model_state_dict(model), logits(model, "llama")
+    differs(wanted, unadapted("llama"))
+    torch.manual_seed(0)
+    apart = get_peft_model(build("llama"), own(), "one", mixed=True)
+    apart.add_adapter("two", PARTS["bottleneck"]())
+    for name in ("one", "two"):
+        mine = get_peft_model_state_dict(apart, adapter_name=name).keys()
+        set_peft_model_state_dict(apart, {key: held[key] for key in mine}, name)
+    apart.set_adapter(["one", "two"])
+    gives(logits(apart, "llama"), wanted)
+    model.save_pretrained(tmp_path)
+    gives(logits(PeftModel.from_pretrained(build("llama"), tmp_path), "llama"), wanted)
+    with contextlib.suppress(ValueError):  # what no weight equals, which the laws of the methods look at
+        model.merge_adapter()
+    gives(logits(model, "llama"), wanted)
