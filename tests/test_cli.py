@@ -37,6 +37,7 @@ pytest.importorskip("trl")
 from peft.cli import main  # noqa: E402
 from peft.cli.run import COMMANDS, command  # noqa: E402
 from peft.tools.merging import merge_files  # noqa: E402
+from peft.utils import merge_utils  # noqa: E402
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -316,6 +317,21 @@ class TestMerge:
             logits(LlamaForCausalLM.from_pretrained(tmp_path).eval()), wanted, atol=1e-4, rtol=1e-4
         )
 
+    @pytest.mark.parametrize("way", ["linear", "ties", "knots_svd"])
+    def test_adapters_that_are_no_lora_are_combined_by_their_weights(self, peft_, adapters, tmp_path, way):
+        density = [] if way == "linear" else ["--density=0.6"]
+        status, found = peft_("merge", "base", "ia3", "again=ia3", "--weights=[0.7,-0.4]", f"--combination={way}",
+                              *density, "-o", tmp_path)  # fmt: skip
+        assert status == 0 and found["in_memory"] is None, found
+        base, merged = LlamaForCausalLM.from_pretrained("base"), LlamaForCausalLM.from_pretrained(tmp_path)
+        whole = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained("base"), "ia3").merge_and_unload()
+        define = getattr(merge_utils, {"linear": "task_arithmetic"}.get(way, way.removesuffix("_svd")))
+        for (name, plain), changed, found in zip(base.named_parameters(), whole.parameters(), merged.parameters()):
+            update = [changed.data - plain.data] * 2
+            arguments = {} if way == "linear" else {"density": 0.6}
+            wanted = plain.data + define(update, torch.tensor([0.7, -0.4]), **arguments) if update[0].any() else plain
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5, msg=name)
+
     def test_the_dtype_asked_for(self, peft_, adapters, tmp_path):
         assert peft_("merge", "base", "one", "-o", tmp_path, "--dtype=bfloat16")[0] == 0
         merged = LlamaForCausalLM.from_pretrained(tmp_path, dtype="auto")
@@ -445,7 +461,7 @@ class TestOtherCommands:
         assert found["results"]["base"]["loss"] != found["results"]["two"]["loss"]
 
     def test_estimate_gives_settings_side_by_side_and_the_largest_batch(self, peft_, home, tmp_path):
-        words = ["estimate", "base", "--method=[lora,dora]", "--batch=[1,4]", "--length=32", "--memory=2MB"]
+        words = ["estimate", "base", "--method=lora,dora", "--batch=1,4", "--length=32", "--memory=2MB"]
         status, found = peft_(*words, "--adapter={r: 2, target_modules: all-linear}", f"--plot={tmp_path / 'm.png'}")
         rows = found["settings"]
         assert status == 0 and len(rows) == 4 and (tmp_path / "m.png").is_file()
@@ -464,7 +480,7 @@ class TestOtherCommands:
         words = ["compare", *QUICK, "--data=pairs.jsonl", "--data.held_out=4", f"--output={tmp_path}"]
         status, first = peft_(*words, "--methods=[lora]")
         assert status == 0
-        status, found = peft_(*words, "--methods=[lora,ia3]")
+        status, found = peft_(*words, "--methods", "lora,ia3")
         assert status == 0 and [run["name"] for run in found["runs"]] == ["lora", "ia3"]
         assert found["runs"][0] == first["runs"][0], "the first was trained again"
         assert found["runs"][1]["trainable"] < found["runs"][0]["trainable"]

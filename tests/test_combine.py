@@ -19,7 +19,7 @@ from peft import (
     get_peft_model,
 )
 from peft.core.combine.combined import factorize, factorize_product
-from peft.tuners.lora.model import WAYS
+from peft.core.combine.ways import WAYS
 from peft.tuners.lora.pairs import split_pair
 from peft.utils import merge_utils
 

@@ -13,11 +13,15 @@ from peft import (
     LNTuningConfig,
     LoHaConfig,
     LoraConfig,
+    OFTConfig,
     PeftModel,
     convert_to_lora,
     get_peft_model,
     save_as_lora,
 )
+from peft.core.combine.ways import WAYS
+from peft.core.layer.weight import weight_change
+from peft.utils import merge_utils
 
 
 def adapted(config=None):
@@ -117,6 +121,33 @@ def test_adapters_of_different_methods_become_one(tmp_path: Path) -> None:
             scale = layer.adapters["two"].scale_out()
             wanted.get_submodule(name).bias += 0.5 * (scale - 1) * layer.get_base_layer().bias
     torch.testing.assert_close(lora(x), wanted(x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if WAYS[way].pruning])
+def test_updates_of_any_methods_are_combined_by_each_way(way: str) -> None:
+    """Held against the functions of tensors, on the dense updates of a LoHa and of a rotation."""
+    torch.manual_seed(0)
+    model = get_peft_model(Mlp(), LoHaConfig(r=2, target_modules=["lin0"], init_weights=False), "one", mixed=True)
+    model.add_adapter("two", OFTConfig(oft_block_size=2, target_modules=["lin0"], init_weights=False))
+    define = getattr(merge_utils, way.removesuffix("_svd"))
+    outer = model.base_model.model.lin0
+    updates = [weight_change(layer, layer.adapters[n]) for n, layer in (("one", outer.base_layer), ("two", outer))]
+    torch.manual_seed(3)
+    wanted = define([u.detach() for u in updates], torch.tensor([0.7, -1.2]), density=0.6)
+    torch.manual_seed(3)
+    options = {"weights": [0.7, -1.2], "combination_type": way, "density": 0.6}
+    for across in (False, True):  # ranks are shared out after the same random draw
+        torch.manual_seed(3)
+        _, found = convert_to_lora(model, 1.0, ["one", "two"], across_layers=across, **options)
+        a, b = (found[f"base_model.model.lin0.lora_{part}.weight"] for part in "AB")
+        torch.testing.assert_close(b @ a, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_ways_without_meaning() -> None:
+    with pytest.raises(ValueError, match="Did you mean 'ties'"):
+        convert_to_lora(adapted(), 2, combination_type="tie")
+    with pytest.raises(ValueError, match="needs density"):
+        convert_to_lora(adapted(), 2, combination_type="della_svd")
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toys import Mlp, tiny_llama
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from peft import HiraConfig, LoHaConfig, LoraConfig, PeftModel, get_peft_model, save_as_lora
+from peft import (
+    AdaLoraConfig,
+    GraloraConfig,
+    HiraConfig,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    save_as_lora,
+)
 from peft.convert import check_serving, extract_adapter, negate_adapter, rebase_adapter, resize_adapter
 from peft.core.combine.ranks import leading_svd, randomized_svd, shared_ranks
+from peft.tuners.lora.config import KasaConfig
 from peft.utils import merge_utils
 
 
@@ -165,6 +176,66 @@ def test_resizing_other_products_and_what_is_none(tmp_path: Path) -> None:
     torch.testing.assert_close(b @ a, s[0] * torch.outer(u[:, 0], vh[0]), atol=1e-5, rtol=1e-4)
     with pytest.raises(ValueError, match="LOHA are no product.*save_as_lora"):
         resize_adapter(tmp_path / "loha", tmp_path / "x", rank=1)
+
+
+PRODUCTS = {
+    "adalora": AdaLoraConfig(init_r=5, target_r=4, lora_alpha=3, inference_mode=True, init_lora_weights=False),
+    "gralora": GraloraConfig(r=6, gralora_k=2, alpha=3, init_weights=False),
+    "gralora_hybrid": GraloraConfig(r=6, gralora_k=2, hybrid_r=2, alpha=3, init_weights=False),
+    "lokr": LoKrConfig(r=3, alpha=5, decompose_factor=2, init_weights=False),
+    "lora_variants": LoraConfig(r=5, use_rslora=True, rank_pattern={"second": 4}, init_lora_weights=False),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_resizing_by_method(name: str, tmp_path: Path) -> None:
+    """What is loaded is the best of the new rank: of the matrix, of each block, of W2 in a Kronecker product."""
+    config, base = (
+        copy.deepcopy(PRODUCTS[name]),
+        nn.ModuleDict({"first": nn.Linear(16, 14), "second": nn.Linear(20, 18)}),
+    )
+    config.target_modules = {"first", "second"}
+    torch.manual_seed(2)
+    model = get_peft_model(copy.deepcopy(base), config).requires_grad_(False)
+    model.save_pretrained(tmp_path / "whole")
+    found = resize_adapter(tmp_path / "whole", tmp_path / "small", rank=2)
+    back = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "small")
+    assert set(found.ranks.values()) == {2}
+    for module in ("first", "second"):
+        old, new = (m.base_model.model[module].adapters["default"] for m in (model, back))
+        whole, cut = old.delta_weight(), new.delta_weight()
+        if name == "lokr":
+            second, other = old.second(), new.second() * float(new.scaling / old.scaling)
+            u, s, vh = torch.linalg.svd(second, full_matrices=False)
+            torch.testing.assert_close(other, (u[:, :2] * s[:2]) @ vh[:2], atol=1e-5, rtol=1e-4)
+        elif "gralora" in name:
+            if old.gralora_A_general is not None:
+                extra = [a.gralora_B_general.weight @ a.gralora_A_general.weight * a.scaling for a in (old, new)]
+                torch.testing.assert_close(*extra)
+                whole, cut = whole - extra[0], cut - extra[1]
+            for rows, others in zip(whole.chunk(2), cut.chunk(2)):
+                for block, other in zip(rows.chunk(2, 1), others.chunk(2, 1)):
+                    u, s, vh = torch.linalg.svd(block)
+                    torch.testing.assert_close(other, s[0] * torch.outer(u[:, 0], vh[0]), atol=1e-5, rtol=1e-4)
+        else:
+            u, s, vh = torch.linalg.svd(whole)
+            torch.testing.assert_close(cut, (u[:, :2] * s[:2]) @ vh[:2], atol=1e-5, rtol=1e-4)
+        error = float((whole - cut).norm() / whole.norm())
+        assert found.errors[module] == pytest.approx(error, abs=1e-5)
+    few = resize_adapter(tmp_path / "whole", tmp_path / "few", energy=0.6)
+    kept = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "few")
+    if name != "gralora_hybrid":
+        pairs = [[m.base_model.model[n].adapters["default"].delta_weight() for m in (model, kept)] for n in base]
+        lost, all_ = (sum(float(t.square().sum()) for t in ts) for ts in zip(*[(a - b, a) for a, b in pairs]))
+        assert 1 - lost / all_ == pytest.approx(few.kept, abs=1e-4)
+    assert few.kept >= 0.6 and max(few.ranks.values()) < max(PRODUCTS[name].r or 0, 5)
+
+
+def test_variants_of_a_fixed_rank_are_not_resized(tmp_path: Path) -> None:
+    config = LoraConfig(r=4, target_modules=["lin0"], kasa_config=KasaConfig())
+    get_peft_model(Mlp(), config).save_pretrained(tmp_path / "kasa")
+    with pytest.raises(ValueError, match="the adapter is Kasa"):
+        resize_adapter(tmp_path / "kasa", tmp_path / "x", rank=2)
 
 
 def test_negation_and_rebasing(tmp_path: Path) -> None:

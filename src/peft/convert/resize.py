@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from peft.config import resolve_pattern
-from peft.convert.held import PREFIX, Held, Pair, Pairs, held_of, named, pairs_of, patterned, whole
-from peft.core.combine.ranks import product_svd, shared_ranks
-
-
-# Methods whose trained tensors are a product B A, by the tails of the names of A and B.
-PRODUCTS = {
-    "LORA": (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")),
-    "HIRA": (("hira_A", "hira_B"), ("hira_embedding_A", "hira_embedding_B")),
-}
+from peft.convert.held import Held, Pair, Pairs, held_of, named, pairs_of
+from peft.convert.products import pairs_in, products_of
+from peft.core.combine.ranks import shared_ranks
 
 
 @dataclass(frozen=True)
@@ -49,37 +38,43 @@ def resize_adapter(
 
     The base model is not needed: A and B are decomposed by way of a matrix ``[r, r]``, a layer at a time. Where the
     rank already fits, the tensors stay as they are; a larger one is not made of a smaller one, as it would be zeros.
-    Scales, DoRA's magnitudes, biases and whole modules stay. For HiRA the product is that of its B A, before W.
+    Scales, DoRA's magnitudes, biases and whole modules stay. The methods are LoRA; AdaLoRA; HiRA, whose product is
+    that of its B A, before W; LoKr with a low-rank W2; GraLoRA, each of whose k x k blocks is one.
 
     Args:
         source: folder of the adapter, or its name on the hub. output: folder to write to.
-        rank: the most that a layer has. energy: the share of the squared singular values of the whole model to keep,
-            in (0, 1]: ranks are shared out among layers by their singular values. Give one, or both: then no layer
-            gets more than ``rank``.
+        rank: the most that a layer has; of GraLoRA, that of a row of blocks together, as ``r`` in its config.
+        energy: the share of the squared singular values of the whole model to keep, in (0, 1]: ranks are shared out
+            among layers by their singular values (GraLoRA has one for all: the largest). Give one, or both: then no
+            layer gets more than ``rank``.
 
     Example::
 
         resize_adapter("runs/style", "runs/style-small", energy=0.95)
 
     Raises:
-        ValueError: neither is given, or has no meaning; the method is no product; a layer's update consists of
-            blocks (grouped convolutions, stacks of experts). Nothing is written then.
+        ValueError: neither is given, or has no meaning; the method, or the variant of LoRA, is no product of a rank
+            to change; a layer is a grouped convolution or a stack of experts. Nothing is written then.
     """
     check_size(rank, energy)
     held = Held.read(source)
-    products = dict(_products(held))
-    ranks = {module: len(held.tensors[down]) for module, (down, _) in products.items()}
-    values = {module: _values(held, module, names) for module, names in products.items()}
-    wanted = ranks if energy is None else shared_ranks(values, energy)
-    new = {module: min(ranks[module], wanted[module], rank or ranks[module]) for module in products}
-    errors = {}
-    for module, names in products.items():
-        errors[module] = _cut(held, names, new[module], ranks[module])
+    method, products = products_of(held)
+    before = {p.module: p.rank * p.side for p in products}
+    values = {(p.module, block): found for p in products for block, found in enumerate(p.values())}
+    shared = {} if energy is None else shared_ranks(values, energy)
+    new = {}
+    for p in products:
+        most = [p.rank, *([] if rank is None else [-(-rank // p.side)])]
+        new[p.module] = min(*most, max((r for (module, _), r in shared.items() if module == p.module), default=p.rank))
+    if method.uniform:
+        new = dict.fromkeys(new, max(new.values()))
+    errors = {p.module: p.cut(new[p.module]) for p in products}
     total = sum(float(value.double().square().sum()) for value in values.values())
-    left = sum(float(value[: new[module]].double().square().sum()) for module, value in values.items())
-    _set_ranks(held, ranks, new)
+    left = sum(float(value[: new[module]].double().square().sum()) for (module, _), value in values.items())
+    ranks = {p.module: new[p.module] * p.side for p in products}
+    method.say(held, before, ranks)
     held.write(output)
-    return Resized(os.fspath(output), new, errors, left / total if total else 1.0)
+    return Resized(os.fspath(output), ranks, errors, left / total if total else 1.0)
 
 
 def check_size(rank: int | None, energy: float | None) -> None:
@@ -106,9 +101,9 @@ def negate_adapter(source: str | os.PathLike, output: str | os.PathLike) -> None
     held = Held.read(source)
     if getattr(held.config, "use_dora", False):
         raise ValueError("the adapter is a DoRA, which scales whole rows of the weight: no DoRA is its negative.")
-    products = [*dict(_products(held)).values()]
-    turned = {up for _, up in products} | {name for name in held.tensors if name.endswith(".lora_B.bias")}
-    if rest := held.tensors.keys() - turned - {down for down, _ in products}:
+    pairs = pairs_in(held)
+    turned = {up for _, _, up in pairs} | {name for name in held.tensors if name.endswith(".lora_B.bias")}
+    if rest := held.tensors.keys() - turned - {down for _, down, _ in pairs}:
         raise ValueError(
             f"these tensors replace those of the base model, and have no negative: {named(rest)}. Take them out "
             "(modules_to_save, trainable_token_indices, bias) before negating."
@@ -143,74 +138,3 @@ def rebase_adapter(source: str | os.PathLike, onto: str | os.PathLike, output: s
         up = torch.cat([pair.up * scale for pair, scale in parts], 1)
         made[module] = Pair(down, up, alpha=len(down), table=parts[0][0].table)
     held_of(Pairs(made, extra={"base_model_name_or_path": None})).write(output)
-
-
-# --- products in files --------------------------------------------------------------------------------------------
-
-
-def _products(held: Held) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Module -> the names of A and B in the file."""
-    kind = str(getattr(held.config.peft_type, "value", held.config.peft_type))
-    if kind not in PRODUCTS:
-        raise ValueError(
-            f"the tensors of {kind} are no product B A of a rank to change; peft.save_as_lora writes a LoRA of any "
-            f"rank instead. Products are {', '.join(PRODUCTS)}."
-        )
-    if getattr(held.config, "target_parameters", None):
-        raise ValueError("target_parameters are stacks of experts' matrices, whose ranks cannot be changed in a file.")
-    for down, up in PRODUCTS[kind]:
-        for name in held.tensors:
-            module = name.removesuffix("." + down)
-            if module != name:
-                other = f"{module}.{up}"
-                if other not in held.tensors:
-                    raise ValueError(f"the adapter has {name} and no {other}: its file is incomplete.")
-                if held.tensors[other].shape[1] != len(held.tensors[name]):
-                    raise ValueError(f"{module} is a grouped convolution, whose pair is no single product.")
-                yield module.removeprefix(PREFIX), (name, other)
-
-
-def _matrices(held: Held, down: str, up: str) -> tuple[torch.Tensor, torch.Tensor]:
-    wide = [t if t.dtype == torch.float64 else t.float() for t in (held.tensors[down], held.tensors[up])]
-    return wide[0].flatten(1), wide[1].flatten(1)
-
-
-def _scale(config: Any, module: str, rank: int) -> float:
-    """What the product of a module is multiplied by, at a rank."""
-    if not hasattr(config, "lora_alpha"):
-        return 1.0
-    alpha = resolve_pattern(config.alpha_pattern, module, config.lora_alpha)
-    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
-
-
-def _values(held: Held, module: str, names: tuple[str, str]) -> torch.Tensor:
-    return product_svd(*_matrices(held, *names))[1] * _scale(held.config, module, len(held.tensors[names[0]]))
-
-
-def _cut(held: Held, names: tuple[str, str], rank: int, old: int) -> float:
-    """Replace a pair by the best one of a lower rank; the relative error."""
-    if rank >= old:
-        return 0.0
-    u, s, vh = product_svd(*_matrices(held, *names))
-    root = s[:rank].sqrt()
-    parts = root[:, None] * vh[:rank], u[:, :rank] * root
-    for name, part in zip(names, parts):
-        like = held.tensors[name]
-        shape = (rank, *like.shape[1:]) if name == names[0] else (like.shape[0], rank, *like.shape[2:])
-        held.tensors[name] = part.reshape(shape).to(like.dtype)
-    norm = float(s.double().norm())
-    return float(s[rank:].double().norm()) / norm if norm else 0.0
-
-
-def _set_ranks(held: Held, old: dict[str, int], new: dict[str, int]) -> None:
-    """Say the new ranks in the config, and the alphas with which the scales stay."""
-    config = held.config
-    fields = dict(zip(("r", "rank_pattern"), patterned(new)))
-    if hasattr(config, "lora_alpha"):
-        alphas = {}
-        for module, rank in new.items():
-            alpha = resolve_pattern(config.alpha_pattern, module, config.lora_alpha)
-            ratio = rank / old[module]
-            alphas[module] = whole(alpha * (math.sqrt(ratio) if config.use_rslora else ratio))
-        fields.update(zip(("lora_alpha", "alpha_pattern"), patterned(alphas)))
-    held.config = dataclasses.replace(config, **fields)

@@ -13,15 +13,17 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from peft.core.combine.combined import checked_weights
+from peft.core.combine.ways import Combination
 from peft.core.files.io import replacing
 from peft.core.files.shards import INDEX, Entry, Shards, has_weights
 from peft.core.layer.layer import BaseTunerLayer
-from peft.core.layer.weight import effective
+from peft.core.layer.weight import base_bias, effective, unmerged_weight
 from peft.core.model.auxiliary import AuxiliaryTrainingWrapper, biases_of
 from peft.core.model.declared import new_biases
 from peft.core.model.walk import embeddings_of, join, walk
@@ -86,12 +88,13 @@ def merge_files(
         base: folder of the base model, or its name on the hub.
         adapters: name -> folder. Several become their weighted sum first.
         weights: of the adapters, 1 for each by default.
-        combination: how LoRAs are combined (``add_weighted_adapter``); by default "cat", the exact sum.
+        combination: how they are combined (``add_weighted_adapter``): LoRAs by their factors or updates, adapters of
+            any other method that a weight equals by what they add to the weights. By default the exact sum.
         dtype: of the result; by default that of each tensor in the base's files. A wider one is merged in, too.
         safe_merge: refuse merged weights that are not finite.
         quantized: write a quantised base quantised again; by default it comes out dense, rounded to nothing.
         tell: called with (tensors written, tensors in all).
-        ways: further arguments of ``add_weighted_adapter``: ``density``, ``svd_rank``, ...
+        ways: further arguments of ``add_weighted_adapter``: ``density``, and for LoRAs ``svd_rank``, ...
 
     Example::
 
@@ -115,10 +118,10 @@ def merge_files(
     model = _without_memory(config, entries, dtype)
     if isinstance(model, str):
         return _in_memory(job, model)
-    adapted, names = _adapted(model, job)
+    adapted, names, mixture = _adapted(model, job)
     if (reason := _needs_more(adapted.get_base_model(), names)) is not None:
         return _in_memory(job, reason)
-    changed = _changed(adapted.get_base_model())
+    changed = _changed(adapted.get_base_model(), mixture)
     with replacing(output) as path:
         files = _write_shards(entries, changed, path, job, tell)
         _copy_rest(job, path(""))
@@ -195,8 +198,15 @@ def _without_memory(config: Any, entries: dict[str, Entry], dtype: torch.dtype |
 # --- the adapters ------------------------------------------------------------------------------------------------
 
 
-def _adapted(base: nn.Module, job: _Job) -> tuple[Any, list[str]]:
-    """The model with the adapters, the one to merge active, and its name."""
+class _Mixture(NamedTuple):
+    """Adapters that are combined where they are merged: name -> weight, and how."""
+
+    weights: dict[str, float]
+    combination: Combination
+
+
+def _adapted(base: nn.Module, job: _Job) -> tuple[Any, list[str], _Mixture | None]:
+    """The model with the adapters, those to merge active, their names; how they are combined, if they are no LoRAs."""
     from peft.peft_model import PeftModel
 
     if not job.adapters:
@@ -218,12 +228,22 @@ def _adapted(base: nn.Module, job: _Job) -> tuple[Any, list[str]]:
         numbers = [1.0] * len(names) if job.weights is None else list(job.weights)
         pairs = method == "LORA"
         if job.combination is not None and not pairs:
-            raise ConfigError(f"only LoRAs have a way to combine, such as {job.combination!r}: leave it out.")
+            return model, names, _mixture(model, names, numbers, job)
         kind = {"combination_type": job.combination or "cat", **job.ways} if pairs else {}
         model.add_weighted_adapter(names, numbers, _MERGED, **kind)
         names = [_MERGED]
     model.set_adapter(names[0])
-    return model, names
+    return model, names, None
+
+
+def _mixture(model: Any, names: list[str], numbers: list[float], job: _Job) -> _Mixture:
+    """Adapters whose changes of each weight are combined, as they are no pairs; all are active then."""
+    density, rank = job.ways.get("density"), job.ways.get("svd_rank")
+    if rank is not None:
+        raise ConfigError("svd_rank is the rank of a LoRA, and these adapters are none: leave it out.")
+    numbers = checked_weights(model.base_model, names, numbers)
+    model.base_model.set_adapter(names)
+    return _Mixture(dict(zip(names, numbers)), Combination(str(job.combination), density))
 
 
 def _needs_more(model: nn.Module, names: list[str]) -> str | None:
@@ -239,8 +259,8 @@ def _needs_more(model: nn.Module, names: list[str]) -> str | None:
     return None
 
 
-def _changed(model: nn.Module) -> dict[str, Callable[[], dict[str, torch.Tensor]]]:
-    """Name of a tensor -> what gives it, with others of its module, as it is with the active adapters.
+def _changed(model: nn.Module, mixture: _Mixture | None) -> dict[str, Callable[[], dict[str, torch.Tensor]]]:
+    """Name of a tensor -> what gives it, with others of its module, as the active adapters make it, or mixed.
 
     Raises:
         NoEqualWeightError: an adapter is no weight; its layer and the reason are named.
@@ -256,7 +276,7 @@ def _changed(model: nn.Module) -> dict[str, Callable[[], dict[str, torch.Tensor]
                 if reason := adapter.unmergeable():
                     raise NoEqualWeightError(f"{site.key}: adapter {adapter.name!r} cannot be merged: {reason}")
             stands = next((m for a in layer.current() if (m := a.stand_in()) is not None), None)
-            give = _of_layer(layer) if stands is None else _of_module(stands)
+            give = _of_layer(layer, mixture) if stands is None else _of_module(stands)
         else:
             give = _of_module(wrapper.unload(True))
         for name in _names(site.module):
@@ -268,8 +288,21 @@ def _names(module: nn.Module) -> list[str]:
     return [name for name, _ in module.named_parameters()]
 
 
-def _of_layer(layer: BaseTunerLayer) -> Callable[[], dict[str, torch.Tensor]]:
-    return lambda: effective(layer, layer.current())
+def _of_layer(layer: BaseTunerLayer, mixture: _Mixture | None) -> Callable[[], dict[str, torch.Tensor]]:
+    if mixture is None:
+        return lambda: effective(layer, layer.current())
+    return lambda: _mixed(layer, mixture)
+
+
+def _mixed(layer: BaseTunerLayer, mixture: _Mixture) -> dict[str, torch.Tensor]:
+    """The tensors of a layer with the combination of what its active adapters add to them."""
+    parts, kind = [(adapter, mixture.weights[adapter.name]) for adapter in layer.current()], layer.kind
+    weight = unmerged_weight(layer)
+    found = {kind.weight: kind.restore(weight + mixture.combination.of_weight(parts), layer.get_base_layer())}
+    if (shift := mixture.combination.of_bias(parts)) is not None:
+        bias = base_bias(layer)
+        found[str(kind.bias)] = shift if bias is None else bias + shift
+    return found
 
 
 def _of_module(module: nn.Module) -> Callable[[], dict[str, torch.Tensor]]:
@@ -391,7 +424,12 @@ def _in_memory(job: _Job, reason: str) -> MergeReport:
     base = class_of(job.config).from_pretrained(job.folder, dtype=job.dtype or "auto")
     if getattr(job.config, "quantization_config", None) and not job.quantized:
         base = base.dequantize()
-    adapted, names = _adapted(base, job)
+    adapted, names, mixture = _adapted(base, job)
+    if mixture is not None:
+        raise ConfigError(
+            f"adapters that are no LoRAs are combined by {job.combination!r} in the files of the base alone, and "
+            f"{reason}. peft.save_as_lora(..., combination_type={job.combination!r}) writes a LoRA to merge."
+        )
     changed = [name for site in walk(adapted.get_base_model()) if site.wrappers for name in _names(site.module)]
     merged = adapted.merge_and_unload(safe_merge=job.safe_merge, adapter_names=names)
     with replacing(job.output) as path:

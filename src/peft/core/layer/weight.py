@@ -188,6 +188,21 @@ def weight_change(layer: BaseTunerLayer, adapter: Adapter) -> torch.Tensor:
     return adapter.fold(base, base) - base
 
 
+def bias_change(adapter: Adapter) -> torch.Tensor | None:
+    """What an adapter adds to the base bias ``[out]``, or None.
+
+    Raises:
+        ValueError: if the adapter changes biases and is merged.
+    """
+    bias = base_bias(adapter.layer)
+    changed = adapter.fold_bias(bias)
+    if changed is None or changed is bias:
+        return None
+    if adapter.layer.merged:
+        raise ValueError("the adapter changes biases, and is merged; call unmerge_adapter() before converting it.")
+    return changed if bias is None else changed - bias
+
+
 def multiplied(
     layer: BaseTunerLayer, x: torch.Tensor, make: Callable[[], torch.Tensor], adapters: Adapters
 ) -> torch.Tensor:

@@ -18,11 +18,11 @@ from peft.core.adapter import Adapter
 from peft.core.base.stack import Stack
 from peft.core.combine.combined import factorize, resized
 from peft.core.combine.ranks import product_svd, shared_ranks
+from peft.core.combine.ways import Combination, CombinationType, Part, Vote
 from peft.core.files.entries import anatomy
 from peft.core.files.io import write_adapter
 from peft.core.files.state_dict import get_peft_model_state_dict
 from peft.core.layer.layer import BaseTunerLayer
-from peft.core.layer.weight import base_bias, weight_change
 from peft.core.model import operations
 from peft.core.model.auxiliary import ModulesToSaveWrapper, TrainableTokensWrapper, bias_sites, biases_of
 from peft.core.model.targeting import exact_targets
@@ -41,7 +41,6 @@ _KEPT = (
     *("task_type", "base_model_name_or_path", "revision"),
 )
 Place = tuple[str, str]  # the name of a module in the plain model, and of the weight in it
-Part = tuple[Adapter, float]  # an adapter in a layer, and its weight
 
 
 def convert_to_lora(
@@ -52,6 +51,9 @@ def convert_to_lora(
     compile_kwargs: dict[str, Any] | None = None,
     weights: Sequence[float] | None = None,
     across_layers: bool = False,
+    combination_type: CombinationType = "svd",
+    density: float | None = None,
+    majority_sign_method: Vote = "total",
 ) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     """A LoRA that does what an adapter of another method does, as nearly as its rank allows. The model is unchanged.
 
@@ -68,13 +70,18 @@ def convert_to_lora(
         weights: what the update of each of several adapters is multiplied by; by default 1.
         across_layers: a rank that is a float is a share of the energy of the whole model: ranks are shared out among
             the layers by their singular values, so that their sum is the lowest.
+        combination_type: how the updates of several become one; by default their weighted sum ("svd", "linear" and
+            "cat" are all the sum here). The ways that prune ("ties_svd", "dare_ties_svd", "della_svd",
+            "breadcrumbs_svd", "knots_svd", ...) act on the weight's changes, with or without "_svd" at the end; see
+            LoRA's ``add_weighted_adapter``.
+        density: fraction of entries to keep, for the ways that prune. majority_sign_method: TIES' vote.
 
     Returns:
         The config, and the tensors under the names that they have in files.
 
     Raises:
-        ValueError: for a rank that has no meaning, an unknown adapter, one that no weight equals, several that each
-            train whole modules, and biases that a LoRA cannot have.
+        ValueError: for a rank that has no meaning, an unknown adapter or way, one that no weight equals, several that
+            each train whole modules, and biases that a LoRA cannot have.
 
     Examples:
         >>> model = get_peft_model(base, IA3Config(target_modules=["v_proj"], feedforward_modules=[]))
@@ -82,7 +89,8 @@ def convert_to_lora(
         >>> config.peft_type.value, config.target_modules
         ('LORA', {'v_proj'})
     """
-    found = _converted(model, rank, adapter_name, progressbar, compile_kwargs, weights, across_layers)
+    combination = Combination(combination_type, density, majority_sign_method)
+    found = _converted(model, rank, adapter_name, progressbar, compile_kwargs, weights, across_layers, combination)
     return found.config, found.tensors
 
 
@@ -106,6 +114,7 @@ def _converted(
     compile_kwargs: dict[str, Any] | None,
     weights: Sequence[float] | None,
     across_layers: bool,
+    combination: Combination,
 ) -> Conversion:
     root = anatomy(model)[0]
     names = operations.names_of(adapter_name)
@@ -119,11 +128,14 @@ def _converted(
     decompose = factorize if compile_kwargs is None else torch.compile(factorize, **compile_kwargs)
     pairs, shifts, errors = {}, {}, {}
     with torch.no_grad():
-        wanted = _shared(places, rank) if across_layers and isinstance(rank, float) else {}
+        wanted = {}
+        if across_layers and isinstance(rank, float):
+            with torch.random.fork_rng(devices=[]):  # what is pruned at random is pruned alike below
+                wanted = _shared(places, combination, rank)
         for place, parts in tqdm(places.items(), disable=not progressbar, desc="Converting to LoRA"):
             name = ".".join(filter(None, (place[0], "" if place[1] == "weight" else place[1])))
-            pairs[place], errors[name] = _pair(parts, wanted.get(place, rank), decompose, bool(wanted))
-            shifts[place] = _shift(parts)
+            pairs[place], errors[name] = _pair(parts, combination, wanted.get(place, rank), decompose, bool(wanted))
+            shifts[place] = combination.of_bias(parts)
     _check_fixed(rank, pairs)
     ranks = {
         place: down.shape[0] * down.shape[1] // _experts(places[place][0][0]) for place, (down, _) in pairs.items()
@@ -142,6 +154,9 @@ def save_as_lora(
     compile_kwargs: dict[str, Any] | None = None,
     weights: Sequence[float] | None = None,
     across_layers: bool = False,
+    combination_type: CombinationType = "svd",
+    density: float | None = None,
+    majority_sign_method: Vote = "total",
 ) -> dict[str, float]:
     """Write what :func:`convert_to_lora` gives into a folder, to be loaded as any LoRA.
 
@@ -160,7 +175,8 @@ def save_as_lora(
     """
     if os.path.isfile(path):
         raise ValueError(f"{path} is a file; save_as_lora needs a folder.")
-    found = _converted(model, rank, adapter_name, progressbar, compile_kwargs, weights, across_layers)
+    combination = Combination(combination_type, density, majority_sign_method)
+    found = _converted(model, rank, adapter_name, progressbar, compile_kwargs, weights, across_layers, combination)
     found.config.inference_mode = True
     write_adapter(path, found.tensors, found.config)
     return found.errors
@@ -275,16 +291,20 @@ def _experts(adapter: Adapter) -> int:
 
 
 def _pair(
-    parts: list[Part], rank: float, decompose: Callable[..., tuple[torch.Tensor, torch.Tensor]], inner_rank: bool
+    parts: list[Part],
+    combination: Combination,
+    rank: float,
+    decompose: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    inner_rank: bool,
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], float]:
     """(down ``[blocks, r, in]``, up ``[blocks, out, r]``) of the update of a layer, r for each block; the error.
 
     Args:
         inner_rank: the rank is that of each block.
     """
-    one, product = parts[0][0], _product(parts)
+    one, product = parts[0][0], _product(parts, combination)
     if product is None:
-        blocks = _change(parts)
+        blocks = _change(parts, combination)
     else:
         blocks = product[1] @ product[0]
     groups = 1 if inner_rank or _experts(one) > 1 else len(blocks)
@@ -301,31 +321,31 @@ def _pair(
     return (resized(down, inner, 1), resized(up, inner, 2)), error
 
 
-def _change(parts: list[Part]) -> torch.Tensor:
+def _change(parts: list[Part], combination: Combination) -> torch.Tensor:
     """dW of a layer as matrices ``[blocks, out, in]``."""
-    change: Any = sum(weight * weight_change(adapter.layer, adapter) for adapter, weight in parts)
+    change = combination.of_weight(parts)
     return _blocks(parts[0][0], change.to(torch.promote_types(change.dtype, torch.float32)))
 
 
-def _product(parts: list[Part]) -> tuple[torch.Tensor, torch.Tensor] | None:
+def _product(parts: list[Part], combination: Combination) -> tuple[torch.Tensor, torch.Tensor] | None:
     """The update as (down ``[1, r, in]``, up ``[1, out, r]``), where it is the product of a matrix with few rows."""
     adapter, weight = parts[0]
-    factors = adapter.factors() if len(parts) == 1 and adapter.kind.matrix else None
+    factors = adapter.factors() if len(parts) == 1 and combination.adds and adapter.kind.matrix else None
     if factors is None or len(factors.down) >= min(factors.down.shape[1], len(factors.up)):
         return None
     wide = torch.promote_types(torch.promote_types(factors.down.dtype, factors.up.dtype), torch.float32)
     return factors.down.detach().to(wide)[None], (factors.up.detach().to(wide) * (factors.scale * weight))[None]
 
 
-def _shared(places: dict[Place, list[Part]], share: float) -> dict[Place, int]:
+def _shared(places: dict[Place, list[Part]], combination: Combination, share: float) -> dict[Place, int]:
     """The ranks, for each block of a layer, that keep a share of the energy of the whole model."""
     values = {}
     for place, parts in places.items():
-        product = _product(parts)
+        product = _product(parts, combination)
         if product is not None:
             values[place, 0] = product_svd(product[0][0], product[1][0])[1]
             continue
-        for block, found in enumerate(torch.linalg.svdvals(_change(parts))):
+        for block, found in enumerate(torch.linalg.svdvals(_change(parts, combination))):
             values[place, block] = found
     ranks: dict[Place, int] = {}
     for (place, _), rank in shared_ranks(values, share).items():
@@ -352,22 +372,6 @@ def _explaining(values: torch.Tensor, share: float) -> int:
     energy = values.double().square().cumsum(-1)
     reached = energy >= share * energy[:, -1:]
     return int((~reached).sum(-1).max()) + 1
-
-
-def _shift(parts: list[Part]) -> torch.Tensor | None:
-    """What the adapters add to the bias, or None."""
-    found = [(weight, change) for adapter, weight in parts if (change := _bias_change(adapter)) is not None]
-    return sum(weight * change for weight, change in found) if found else None  # type: ignore[return-value]
-
-
-def _bias_change(adapter: Adapter) -> torch.Tensor | None:
-    bias = base_bias(adapter.layer)
-    changed = adapter.fold_bias(bias)
-    if changed is None or changed is bias:
-        return None
-    if adapter.layer.merged:
-        raise ValueError("the adapter changes biases, and is merged; call unmerge_adapter() before converting it.")
-    return changed if bias is None else changed - bias
 
 
 # --- what it becomes ------------------------------------------------------------------------------------------

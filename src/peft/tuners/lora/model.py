@@ -6,7 +6,7 @@ import copy
 import math
 import os
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from peft.core.combine.combined import (
     resized,
     tuner_layers,
 )
+from peft.core.combine.ways import Combination, CombinationType, Vote
 from peft.core.files.io import load_peft_weights
 from peft.core.model.manager import check_adapter_name
 from peft.core.model.registry import define_tuner
@@ -32,60 +33,6 @@ from peft.tuners.lora.layer import Lora, LoraLayer
 from peft.tuners.lora.megatron import use_library
 from peft.tuners.lora.monteclora import MonteCLora
 from peft.tuners.lora.pairs import join_pair, pair_blocks, pair_rank, split_pair
-from peft.utils.error import nearest
-from peft.utils.merge_utils import PruningMethod, aligned, prune, task_arithmetic, ties
-
-
-class Way(NamedTuple):
-    """One way of combining.
-
-    Attributes:
-        dense: of the updates dW, factored again by SVD; else of A and B, each for itself.
-        pruning: what is set to zero before: small entries, or random ones with the others rescaled, or see ``prune``.
-        election: entries against the majority's sign are left out of the mean (TIES).
-        align: the updates are brought into one basis before (KnOTS).
-    """
-
-    dense: bool = False
-    pruning: PruningMethod | None = None
-    election: bool = False
-    align: bool = False
-
-
-WAYS = {
-    "cat": Way(),
-    "linear": Way(),
-    "svd": Way(dense=True),
-    "magnitude_prune": Way(pruning="magnitude"),
-    "magnitude_prune_svd": Way(True, "magnitude"),
-    "ties": Way(False, "magnitude", True),
-    "ties_svd": Way(True, "magnitude", True),
-    "dare_linear": Way(False, "random"),
-    "dare_linear_svd": Way(True, "random"),
-    "dare_ties": Way(False, "random", True),
-    "dare_ties_svd": Way(True, "random", True),
-    "della_svd": Way(True, "sampled", True),
-    "breadcrumbs_svd": Way(True, "breadcrumbs"),
-    "knots_svd": Way(True, "magnitude", True, align=True),
-}
-
-
-CombinationType = Literal[
-    "svd",
-    "linear",
-    "cat",
-    "ties",
-    "ties_svd",
-    "dare_ties",
-    "dare_linear",
-    "dare_ties_svd",
-    "dare_linear_svd",
-    "magnitude_prune",
-    "magnitude_prune_svd",
-    "della_svd",
-    "breadcrumbs_svd",
-    "knots_svd",
-]
 
 
 PLAIN: dict[str, Any] = {
@@ -114,7 +61,7 @@ class LoraTuner(LoraCompat, BaseTuner):
         svd_full_matrices: bool = True,
         svd_driver: str | None = None,
         density: float | None = None,
-        majority_sign_method: Literal["total", "frequency"] = "total",
+        majority_sign_method: Vote = "total",
     ) -> None:
         """Add an adapter that combines others, inactive and frozen, with scale 1.
 
@@ -147,13 +94,13 @@ class LoraTuner(LoraCompat, BaseTuner):
         """
         weights = checked_weights(self, adapters, weights)
         check_adapter_name(adapter_name, [*self.peft_config])
-        self._check_combination(adapters, combination_type, svd_rank, svd_clamp, density)
-        rank = self._combined_rank(adapters, combination_type, svd_rank)
+        combination = Combination(combination_type, density, majority_sign_method)
+        self._check_combination(adapters, svd_rank, svd_clamp)
+        rank = self._combined_rank(adapters, combination, svd_rank)
         bias = any(self.peft_config[name].lora_bias for name in adapters)
         changes = {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}, **PLAIN}
         config = combined_config(self, adapters, lora_bias=bias, **changes)
-        way = WAYS[combination_type]
-        mixer = Mixer(way, combination_type == "cat", density, majority_sign_method, svd_clamp, svd_driver)
+        mixer = Mixer(combination, svd_clamp, svd_driver)
 
         def fill(layer: Any) -> None:
             here = [(layer.adapters[name], weight) for name, weight in zip(adapters, weights) if name in layer]
@@ -201,13 +148,7 @@ class LoraTuner(LoraCompat, BaseTuner):
             "path_initial_model_for_weight_conversion, or merge it into the base."
         )
 
-    def _check_combination(
-        self, adapters: list[str], way: str, svd_rank: int | None, svd_clamp: float | None, density: float | None
-    ) -> None:
-        if way not in WAYS:
-            raise ValueError(f"unknown combination_type {way!r}.{nearest(way, WAYS)} There are {', '.join(WAYS)}.")
-        if WAYS[way].pruning and density is None:
-            raise ValueError(f"combination_type {way!r} needs density, the fraction of entries to keep, such as 0.5.")
+    def _check_combination(self, adapters: list[str], svd_rank: int | None, svd_clamp: float | None) -> None:
         if svd_rank is not None and svd_rank < 1:
             raise ValueError(f"svd_rank is the rank of the new adapter and has to be at least 1, got {svd_rank}.")
         if svd_clamp is not None and not 0 < svd_clamp <= 1:
@@ -220,22 +161,27 @@ class LoraTuner(LoraCompat, BaseTuner):
             )
         if routers := [name for name in adapters if self.peft_config[name].arrow_config is not None]:
             raise ValueError(f"{routers} are Arrow routers, which have no update of their own. Combine their experts.")
+        if gated := [name for name in adapters if self.peft_config[name].use_gating]:
+            raise ValueError(
+                f"{gated} have gates (use_gating), so what they do depends on the sample, so no sum of tensors is "
+                "their sum. Combine adapters without gates."
+            )
         if len({tuple(self.peft_config[name].alora_invocation_tokens or ()) for name in adapters}) > 1:
             raise ValueError(
                 f"the adapters {adapters} begin to act at different tokens (alora_invocation_tokens), and their sum "
                 "would be none that begins at one. Combine adapters with the same invocation tokens."
             )
 
-    def _combined_rank(self, adapters: list[str], way: str, svd_rank: int | None) -> int:
+    def _combined_rank(self, adapters: list[str], combination: Combination, svd_rank: int | None) -> int:
         """The rank of the result, the same in all layers."""
         ranks, groups = [], 1
         for _, layer in tuner_layers(self):
             here: list[Any] = [layer.adapters[name] for name in adapters if name in layer]
             if here:
                 held = [pair_rank(lora) for lora in here]
-                ranks.append(sum(held) if way == "cat" else max(held))
+                ranks.append(sum(held) if combination.name == "cat" else max(held))
                 groups = math.lcm(groups, pair_blocks(here[0])[1])
-        rank = svd_rank if WAYS[way].dense and svd_rank is not None else max(ranks)
+        rank = svd_rank if combination.way.dense and svd_rank is not None else max(ranks)
         return math.ceil(rank / groups) * groups
 
     def _get_kasa_loss(self, adapter_names: str | Sequence[str] | None = None) -> torch.Tensor | float:
@@ -264,12 +210,10 @@ class LoraTuner(LoraCompat, BaseTuner):
 
 
 class Mixer:
-    """Combines the pairs of one layer; ``cat``: side by side instead of summed."""
+    """Combines the pairs of one layer."""
 
-    def __init__(
-        self, way: Way, cat: bool, density: float | None, vote: Any, clamp: float | None, driver: str | None
-    ) -> None:
-        self.way, self.cat, self.density, self.vote = way, cat, density, vote
+    def __init__(self, combination: Combination, clamp: float | None, driver: str | None) -> None:
+        self.combination, self.cat = combination, combination.name == "cat"
         self.clamp, self.driver = clamp, driver
 
     def fill(self, new: Lora, parts: list[tuple[Lora, float]]) -> None:
@@ -285,52 +229,37 @@ class Mixer:
         weights = [weight for _, weight in parts]
         pairs = [tuple(map(_wide, lora.pair())) for lora, _ in parts]
         rank = split_pair(new, a, b)[0].shape[1]
-        combine = self._from_updates if self.way.dense or self.cat else self._from_factors
+        combine = self._from_updates if self.combination.way.dense or self.cat else self._from_factors
         down, up = combine(new, pairs, weights, scales, rank)
         for tensor, value in zip((a, b), join_pair(new, resized(down, rank, 1), resized(up, rank, 2))):
             tensor.copy_(value)
         biased = [(lora, w, s) for (lora, w), s in zip(parts, scales) if lora.lora_bias]
         if biased:
-            shifts = [self._pruned(_wide(lora.lora_B.bias) * scale) for lora, _, scale in biased]
-            bias.copy_(self._summed(shifts, [weight for _, weight, _ in biased]))
+            shifts = [self.combination.pruned(_wide(lora.lora_B.bias) * scale) for lora, _, scale in biased]
+            bias.copy_(self.combination.summed(shifts, [weight for _, weight, _ in biased]))
 
     def _from_factors(
         self, new: Lora, pairs: list, weights: list[float], scales: list[float], rank: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """A = sum_i sign(w_i s_i) sqrt|w_i s_i| A_i and B = sum_i sqrt|w_i s_i| B_i, after pruning."""
         factors = [weight * scale for weight, scale in zip(weights, scales)]
-        downs, ups = [self._pruned(a) for a, _ in pairs], [self._pruned(b) for _, b in pairs]
+        downs, ups = [self.combination.pruned(a) for a, _ in pairs], [self.combination.pruned(b) for _, b in pairs]
         split_pairs = [split_pair(new, a, b) for a, b in zip(downs, ups)]
         roots = [math.sqrt(abs(f)) for f in factors]
         signed = [math.copysign(root, f) for root, f in zip(roots, factors)]
-        down = self._summed([resized(a, rank, 1) for a, _ in split_pairs], signed)
-        return down, self._summed([resized(b, rank, 2) for _, b in split_pairs], roots)
+        down = self.combination.summed([resized(a, rank, 1) for a, _ in split_pairs], signed)
+        return down, self.combination.summed([resized(b, rank, 2) for _, b in split_pairs], roots)
 
     def _from_updates(
         self, new: Lora, pairs: list, weights: list[float], scales: list[float], rank: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         split_pairs = [split_pair(new, a, b) for a, b in pairs]
-        if self.way.pruning is None:
+        if self.combination.adds:
             down = torch.cat([w * s * a for (a, _), w, s in zip(split_pairs, weights, scales)], 1)
             up = torch.cat([b for _, b in split_pairs], 2)
             return (down, up) if self.cat else factorize_product(down, up, rank, self.clamp, self.driver)
         updates = [s * (b @ a) for (a, b), s in zip(split_pairs, scales)]
-        basis = None
-        if self.way.align:
-            basis, updates = aligned(updates)
-        merged = self._summed([self._pruned(update) for update in updates], weights)
-        return factorize(merged if basis is None else basis @ merged, rank, self.clamp, self.driver)
-
-    def _pruned(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self.way.pruning is None or self.density is None:
-            return tensor
-        return prune(tensor, self.density, self.way.pruning, rescale=self.way.pruning == "random")
-
-    def _summed(self, tensors: list[torch.Tensor], weights: list[float]) -> torch.Tensor:
-        factors = torch.tensor(weights, dtype=tensors[0].dtype, device=tensors[0].device)
-        if self.way.election:
-            return ties(tensors, factors, density=1, majority_sign_method=self.vote)
-        return task_arithmetic(tensors, factors)
+        return factorize(self.combination.merged(updates, weights), rank, self.clamp, self.driver)
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,282 @@
+"""The low-rank products in an adapter's file, by method: how they are read, and written again at another rank."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from peft.config import resolve_pattern
+from peft.convert.held import PREFIX, Held, patterned, whole
+from peft.core.combine.ranks import product_svd
+from peft.tuners.lora.layer import Lora
+
+
+Svd = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # u [out, r], s [r], vh [r, in]
+
+
+@dataclass
+class Product:
+    """B A of one module, or of each block of one.
+
+    Attributes:
+        module: its name in the base model. blocks: (A ``[r, in]``, B ``[out, r]``), all of one r. scale: what the
+            product is multiplied by. put: writes the blocks, as decompositions of one rank, into the file's tensors.
+        side: how many blocks there are in a row, whose ranks the config counts together.
+    """
+
+    module: str
+    blocks: list[tuple[torch.Tensor, torch.Tensor]]
+    scale: float
+    put: Callable[[Sequence[Svd]], None]
+    side: int = 1
+
+    @property
+    def rank(self) -> int:
+        """Of each block."""
+        return len(self.blocks[0][0])
+
+    def values(self) -> list[torch.Tensor]:
+        """The singular values of each block."""
+        return [product_svd(*block)[1] * abs(self.scale) for block in self.blocks]
+
+    def cut(self, rank: int) -> float:
+        """Make each block the best product of a lower rank; the error relative to them all."""
+        if rank >= self.rank:
+            return 0.0
+        found = [product_svd(*block) for block in self.blocks]
+        self.put([(u[:, :rank], s[:rank], vh[:rank]) for u, s, vh in found])
+        whole_norm, lost = (math.sqrt(sum(float(s[cut:].double().square().sum()) for _, s, _ in found))
+                            for cut in (0, rank))  # fmt: skip
+        return lost / whole_norm if whole_norm else 0.0
+
+
+class Method(NamedTuple):
+    """How a method keeps products.
+
+    Attributes:
+        read: the products of a file. say: writes ranks by module, before and after, into the config. uniform: the
+            config has one rank for all modules.
+    """
+
+    read: Callable[[Held], Iterator[Product]]
+    say: Callable[[Held, dict[str, int], dict[str, int]], None]
+    uniform: bool = False
+
+
+def products_of(held: Held) -> tuple[Method, list[Product]]:
+    """How an adapter's method keeps products, and those of its file.
+
+    Raises:
+        ValueError: the method's tensors are no product of a rank to change, or these are not.
+    """
+    kind = str(getattr(held.config.peft_type, "value", held.config.peft_type))
+    if kind not in METHODS:
+        raise ValueError(
+            f"the tensors of {kind} are no product B A of a rank to change; peft.save_as_lora writes a LoRA of any "
+            f"rank instead. Products are {', '.join(METHODS)}."
+        )
+    if getattr(held.config, "target_parameters", None):
+        raise ValueError("target_parameters are stacks of experts' matrices, whose ranks cannot be changed in a file.")
+    return METHODS[kind], [*METHODS[kind].read(held)]
+
+
+def pairs_by_name(held: Held, names: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str, str]]:
+    """(module, name of A, name of B) of each pair in a file.
+
+    Args:
+        names: tails of the names of A and B.
+
+    Raises:
+        ValueError: a pair lacks its half.
+    """
+    for down, up in names:
+        for name in held.tensors:
+            module = name.removesuffix("." + down)
+            if module != name:
+                if (other := f"{module}.{up}") not in held.tensors:
+                    raise ValueError(f"the adapter has {name} and no {other}: its file is incomplete.")
+                yield module.removeprefix(PREFIX), name, other
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _halves(svd: Svd) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B of equal norms."""
+    u, s, vh = svd
+    return s.sqrt()[:, None] * vh, u * s.sqrt()
+
+
+# --- LoRA, HiRA --------------------------------------------------------------------------------------------------
+
+_NAMES = {
+    "LORA": (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")),
+    "HIRA": (("hira_A", "hira_B"), ("hira_embedding_A", "hira_embedding_B")),
+}
+
+
+def pairs_in(held: Held) -> list[tuple[str, str, str]]:
+    """The pairs of a LoRA or HiRA: (module, name of A, name of B).
+
+    Raises:
+        ValueError: the adapter is of another method, or of grouped convolutions.
+    """
+    kind = str(getattr(held.config.peft_type, "value", held.config.peft_type))
+    if kind not in _NAMES:
+        raise ValueError(f"the adapter is {kind}, whose file is no list of pairs A and B.")
+    found = [*pairs_by_name(held, _NAMES[kind])]
+    for module, down, up in found:
+        if held.tensors[up].shape[1] != len(held.tensors[down]):
+            raise ValueError(f"{module} is a grouped convolution, whose pair is no single product.")
+    return found
+
+
+def _read_pairs(held: Held) -> Iterator[Product]:
+    if (variant := _fixed(held.config)) is not None:
+        raise ValueError(f"the adapter is {variant}, which has tensors of its own that follow the rank.")
+    for module, down, up in pairs_in(held):
+        a, b = held.tensors[down], held.tensors[up]
+
+        def put(found: Sequence[Svd], down: str = down, up: str = up) -> None:
+            for name, axis, new in zip((down, up), (0, 1), _halves(found[0])):
+                like = held.tensors[name]
+                shape = [*like.shape]
+                shape[axis] = new.shape[axis]
+                held.tensors[name] = new.reshape(shape).to(like.dtype)
+
+        yield Product(
+            module, [(_wide(a).flatten(1), _wide(b).flatten(1))], _lora_scale(held.config, module, len(a)), put
+        )
+
+
+def _fixed(config: Any) -> str | None:
+    """The variant of LoRA whose rank is bound to other tensors, or None."""
+    if not hasattr(config, "lora_alpha"):
+        return None
+    cls = Lora.of(config)
+    return cls.__name__ if cls.fixed_rank else None
+
+
+def _lora_scale(config: Any, module: str, rank: int) -> float:
+    if not hasattr(config, "lora_alpha"):
+        return 1.0
+    alpha = resolve_pattern(config.alpha_pattern, module, config.lora_alpha)
+    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
+
+
+def _say_patterns(held: Held, old: dict[str, int], new: dict[str, int]) -> None:
+    """Say the new ranks, and the alphas with which the scales stay."""
+    config = held.config
+    fields = dict(zip(("r", "rank_pattern"), patterned(new)))
+    field = next((name for name in ("lora_alpha", "alpha") if hasattr(config, name)), None)
+    if field is not None:
+        alphas = {}
+        for module, rank in new.items():
+            alpha = resolve_pattern(config.alpha_pattern, module, getattr(config, field))
+            ratio = rank / old[module]
+            alphas[module] = whole(alpha * (math.sqrt(ratio) if getattr(config, "use_rslora", False) else ratio))
+        fields.update(zip((field, "alpha_pattern"), patterned(alphas)))
+    held.config = dataclasses.replace(config, **fields)
+
+
+# --- AdaLoRA ------------------------------------------------------------------------------------------------------
+
+
+def _read_adalora(held: Held) -> Iterator[Product]:
+    """B diag(E) A; the decomposition is what the method's own form is."""
+    config = held.config
+    for module, down, up in pairs_by_name(held, [("lora_A", "lora_B")]):
+        middle = f"{PREFIX}{module}.lora_E"
+        a, e, b = (_wide(held.tensors[name]) for name in (down, middle, up))
+        alpha = resolve_pattern(config.alpha_pattern, module, config.lora_alpha)
+        scale = (alpha if alpha > 0 else config.init_r) / (config.init_r + 1e-5)
+
+        def put(found: Sequence[Svd], names: tuple[str, str, str] = (down, middle, up)) -> None:
+            u, s, vh = found[0]
+            for name, new in zip(names, (vh, s[:, None], u)):
+                held.tensors[name] = new.to(held.tensors[name].dtype)
+
+        yield Product(module, [(a * e, b)], scale, put)
+
+
+def _say_masks(held: Held, old: dict[str, int], new: dict[str, int]) -> None:
+    """AdaLoRA's ``rank_pattern``: a mask for each module, of the ranks that it started with."""
+    size = held.config.init_r
+    masks = {f"{module}.lora_E": [i < rank for i in range(size)] for module, rank in new.items()}
+    held.config = dataclasses.replace(held.config, rank_pattern=masks)
+
+
+# --- LoKr ---------------------------------------------------------------------------------------------------------
+
+
+def _read_lokr(held: Held) -> Iterator[Product]:
+    """W1 (x) W2 with a low-rank W2: the singular values of the product are those of W2 times those of W1."""
+    tensors = held.tensors
+    if cores := [name for name in tensors if name.rpartition(".")[2] in ("lokr_t2", "lokr_w1_a")]:
+        raise ValueError(
+            f"{cores[0]} shares its rank with another factor of LoKr, which are no single product; peft.save_as_lora "
+            "writes a LoRA of any rank instead."
+        )
+    for module, up, down in pairs_by_name(held, [("lokr_w2_a", "lokr_w2_b")]):
+        alpha = resolve_pattern(held.config.alpha_pattern, module, held.config.alpha)
+        scale = alpha / len(tensors[down]) * float(tensors[f"{PREFIX}{module}.lokr_w1"].double().norm())
+
+        def put(found: Sequence[Svd], names: tuple[str, str] = (down, up)) -> None:
+            for name, new in zip(names, _halves(found[0])):
+                tensors[name] = new.to(tensors[name].dtype)
+
+        yield Product(module, [(_wide(tensors[down]), _wide(tensors[up]))], scale, put)
+
+
+def _say_lokr(held: Held, old: dict[str, int], new: dict[str, int]) -> None:
+    """The same; a module with a whole W2 stays as it is, whose rank says no more than its scale."""
+    config = held.config
+    kept = {name.removeprefix(PREFIX).removesuffix(".lokr_w2") for name in held.tensors if name.endswith(".lokr_w2")}
+    same = {module: resolve_pattern(config.rank_pattern, module, config.r) for module in kept}
+    _say_patterns(held, {**old, **same}, {**new, **same})
+
+
+# --- GraLoRA ------------------------------------------------------------------------------------------------------
+
+
+def _read_gralora(held: Held) -> Iterator[Product]:
+    """k x k blocks: columns n, j of A ``[k, in / k, r]`` and rows n of B_j ``[k, r, out / k]``, of rank r / k each."""
+    config = held.config
+    for module, down, up in pairs_by_name(held, [("gralora_A", "gralora_B")]):
+        a, b = _wide(held.tensors[down]), _wide(held.tensors[up])
+        k = len(a)
+        pieces_a, pieces_b = a.unflatten(2, (k, -1)), b.unflatten(1, (k, -1))  # [n, in, j, r / k], [j, n, r / k, out]
+        blocks = [(pieces_a[n, :, j].mT, pieces_b[j, n].mT) for n in range(k) for j in range(k)]
+
+        def put(found: Sequence[Svd], names: tuple[str, str] = (down, up), k: int = k) -> None:
+            pairs = [_halves(svd) for svd in found]
+            a = torch.stack([down.mT for down, _ in pairs]).unflatten(0, (k, k))  # [n, j, in, r / k]
+            b = torch.stack([up.mT for _, up in pairs]).unflatten(0, (k, k))  # [n, j, r / k, out]
+            ratio = (k * a.shape[-1] + config.hybrid_r) / (config.r + config.hybrid_r)  # alpha, an int, stays
+            for name, new in zip(names, (a.transpose(1, 2).flatten(2), b.transpose(0, 1).flatten(1, 2) * ratio)):
+                held.tensors[name] = new.to(held.tensors[name].dtype)
+            if config.hybrid_r:
+                name = f"{PREFIX}{names[0].removeprefix(PREFIX).removesuffix('gralora_A')}gralora_B_general.weight"
+                held.tensors[name] = held.tensors[name] * ratio
+
+        yield Product(module, blocks, config.alpha / (config.r + config.hybrid_r), put, k)
+
+
+def _say_gralora(held: Held, old: dict[str, int], new: dict[str, int]) -> None:
+    held.config = dataclasses.replace(held.config, r=next(iter(new.values())))
+
+
+METHODS = {
+    "LORA": Method(_read_pairs, _say_patterns),
+    "HIRA": Method(_read_pairs, _say_patterns),
+    "ADALORA": Method(_read_adalora, _say_masks),
+    "LOKR": Method(_read_lokr, _say_lokr),
+    "GRALORA": Method(_read_gralora, _say_gralora, uniform=True),
+}
+"""Method -> how it keeps products."""
