@@ -426,8 +426,9 @@ def test_old_names_of_the_starts():
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_on_quantised_bases(storage, init):
     """What is left is quantised again, or the start is refused with the reason; the codes come back bit for bit."""
-    model = BASES[storage]()
+    model = BASES[storage]().requires_grad_(False)  # kernels of trained and of frozen layers may differ
     x = torch.randn(4, model[0].in_features)
+    model(x)  # bitsandbytes repacks its codes in the first call
     y, before = model(x), [storage_of(model[i], "weight").read(model[i], "weight").clone() for i in (0, 2)]
     config = LoraConfig(r=8, lora_alpha=8, target_modules=["0", "2"], init_lora_weights=init)
     kept = storage_of(model[0], "weight")
