@@ -62,6 +62,8 @@ _TABLE = {
         "initialize_kv_prefix_from_text",
         "prompt_embeddings_from_past_key_values",
     ),
+    "peft.core.composition.config": ("CompositionConfig",),
+    "peft.core.composition.expressions": ("Average", "BatchSplit", "Fuse", "Parallel", "Stack"),
     "peft.tuners.compacter": ("CompacterConfig", "CompacterModel"),
     "peft.tuners.cpt": ("CPTConfig", "CPTEmbedding"),
     "peft.tuners.deft": ("DeftConfig", "DeftModel"),

@@ -40,7 +40,14 @@ from peft.utils.error import (
     NotSupportedYetError,
     nearest,
 )
-from peft.utils.peft_types import PEFT_TYPE_TO_CONFIG_MAPPING, OwnMethod, PeftType, TaskType, parse_peft_type
+from peft.utils.peft_types import (
+    CONFIGS_OF_NO_METHOD,
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    OwnMethod,
+    PeftType,
+    TaskType,
+    parse_peft_type,
+)
 from peft.utils.usage import note
 from peft.utils.warning import PeftWarning
 
@@ -503,6 +510,8 @@ class PeftConfigMixin(Options):
             key = _known_type(peft_type)
         except ValueError as error:
             raise ConfigError(f"{error}{version}") from None
+        if key in CONFIGS_OF_NO_METHOD:
+            return CONFIGS_OF_NO_METHOD[key]
         if key not in PEFT_TYPE_TO_CONFIG_MAPPING:
             available = ", ".join(sorted(_plain(k) for k in PEFT_TYPE_TO_CONFIG_MAPPING))
             raise NotSupportedYetError(

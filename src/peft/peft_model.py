@@ -18,6 +18,10 @@ from transformers.utils import PushToHubMixin
 from peft.compat.model import ModelCompat
 from peft.config import PeftConfig
 from peft.core.blocks.skipping import blocks_skipped
+from peft.core.composition.config import CompositionConfig
+from peft.core.composition.dividing import divided
+from peft.core.composition.expressions import Composition
+from peft.core.composition.model import Compositions
 from peft.core.files.card import create_or_update_model_card
 from peft.core.files.entries import entries, prompts_of
 from peft.core.files.io import CONFIG_NAME, hub_options, load_peft_weights, write_adapter
@@ -46,7 +50,7 @@ from peft.utils.error import CheckpointError, ConfigError, ConfigFileError, Peft
 from peft.utils.warning import PeftWarning
 
 
-class PeftModel(ModelCompat, PushToHubMixin, nn.Module):
+class PeftModel(ModelCompat, Compositions, PushToHubMixin, nn.Module):
     """A base model with adapters of one method around it.
 
     Args:
@@ -279,13 +283,17 @@ class PeftModel(ModelCompat, PushToHubMixin, nn.Module):
 
     def _call(self, function: Callable, args: tuple, kwargs: dict, keep: bool) -> Any:
         """Tell the layers each row's adapter and task; kept for a backward, which may run the forward again."""
-        names, tasks = kwargs.pop("adapter_names", None), kwargs.pop("task_ids", None)
+        names = kwargs.pop("adapter_names", None)
+        if names is not None:
+            self._check_rows(names, args, kwargs)
+        elif (dividing := self._dividing()) is not None:
+            args, kwargs, names = divided(dividing, self._batch(args, kwargs) or 0, args, kwargs)
+            self._check_unmerged()
+        tasks = kwargs.pop("task_ids", None)
         context = context_of(self.get_base_model())
         before, tasks_before, held = context.adapter_names, context.task_ids, context.held
         if names is None and tasks is None and before is None and tasks_before is None:
             return function(*args, **kwargs)
-        if names is not None:
-            self._check_rows(names, args, kwargs)
         if tasks is not None:
             tasks = torch.as_tensor(tasks).reshape(-1)
             if len(tasks) != 1:  # one stands for the batch
@@ -310,14 +318,22 @@ class PeftModel(ModelCompat, PushToHubMixin, nn.Module):
         if unknown:
             raise ValueError(f"adapter_names has unknown adapters: {unknown}. There are {known}.")
         self._check_length("adapter_names", len(names), args, kwargs)
+        self._check_unmerged()
+
+    def _check_unmerged(self) -> None:
         for _, layer in layers_of(self.get_base_model()):
             require_unmerged(layer)
 
     def _check_length(self, what: str, count: int, args: tuple, kwargs: dict) -> None:
+        batch = self._batch(args, kwargs)
+        if batch is not None and count != batch:
+            raise ValueError(f"{what} has {count} entries, but the batch has {batch} samples; give as many.")
+
+    def _batch(self, args: tuple, kwargs: dict) -> int | None:
+        """How many samples a call has, None where no tensor tells."""
         main = (kwargs.get(name) for name in (getattr(self.get_base_model(), "main_input_name", ""), "inputs_embeds"))
         given = (v for v in (*args[:1], *main, *kwargs.values()) if isinstance(v, torch.Tensor) and v.dim() > 0)
-        if (first := next(given, None)) is not None and count != len(first):
-            raise ValueError(f"{what} has {count} entries, but the batch has {len(first)} samples; give as many.")
+        return next((len(value) for value in given), None)
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
         """Make the model's embedding give outputs that require grad. Adapted models do so by themselves."""
@@ -344,6 +360,9 @@ class PeftModel(ModelCompat, PushToHubMixin, nn.Module):
             >>> model.set_adapter("other")
         """
         check_adapter_name(adapter_name, list(self.peft_config))
+        if isinstance(peft_config, CompositionConfig):
+            self._add_composition(adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage)
+            return
         self._check_method(peft_config)
         self._add_heads(peft_config)
         convert_config_for(self.get_base_model(), peft_config)
@@ -362,13 +381,23 @@ class PeftModel(ModelCompat, PushToHubMixin, nn.Module):
                 "added. For different methods in one model use get_peft_model(..., mixed=True)."
             )
 
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+    def set_adapter(self, adapter_name: str | list[str] | Composition, inference_mode: bool = False) -> None:
         """Make one adapter (or several) active, and the only ones that train (none in ``inference_mode``).
 
+        Args:
+            adapter_name: one name, a list, or an expression, such as ``Stack("language", "task")``. Of an expression
+                all adapters train but those in a ``Fuse``; :meth:`set_requires_grad` chooses others.
+
         Raises:
-            ValueError: if there is no such adapter.
+            ValueError: if there is no such adapter, or the expression has no meaning for these adapters.
+
+        Examples:
+            >>> from peft import Stack
+            >>> model.add_adapter("other", LoraConfig(r=2, task_type="CAUSAL_LM"))
+            >>> model.set_adapter(Stack("default", "other"))
         """
-        self._tuner.set_adapter(adapter_name, inference_mode)
+        with self._composing(adapter_name) as names:
+            self._tuner.set_adapter(names, inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Choose whether these adapters train, active or not."""
@@ -378,9 +407,11 @@ class PeftModel(ModelCompat, PushToHubMixin, nn.Module):
         """Remove an adapter; if it was active, another becomes active.
 
         Raises:
-            ValueError: if there is no such adapter.
+            ValueError: if there is no such adapter, or a composition is made of it.
         """
+        self._part_with(adapter_name)
         self._tuner.delete_adapter(adapter_name)
+        self._forget_composition(adapter_name)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -464,7 +495,8 @@ class PeftModel(ModelCompat, PushToHubMixin, nn.Module):
         if (start := path_initial_model_for_weight_conversion) is not None:
             to_write = {name: self._without_start(name, *held, start) for name, held in to_write.items()}
         elif isinstance(self.base_model, BaseTuner):
-            for message in filter(None, map(self.base_model.lost_in_a_file, to_write)):
+            own = [name for name in to_write if not isinstance(self.peft_config[name], CompositionConfig)]
+            for message in filter(None, map(self.base_model.lost_in_a_file, own)):
                 warnings.warn(message, PeftWarning)
         for name, (held, config) in to_write.items():
             folder = os.path.join(save_directory, name) if name != "default" else save_directory
@@ -706,7 +738,7 @@ def _read_config(model_id: str | os.PathLike, config: PeftConfig | None, is_trai
         config = PeftConfig.from_pretrained(str(model_id), **hub)
     elif not isinstance(config, PeftConfig):
         raise ValueError(f"config should be a PeftConfig, got {type(config).__name__}.")
-    if config.peft_type not in PEFT_TYPE_TO_TUNER_MAPPING:
+    if config.peft_type not in PEFT_TYPE_TO_TUNER_MAPPING and not isinstance(config, CompositionConfig):
         known = sorted(str(getattr(t, "value", t)) for t in PEFT_TYPE_TO_TUNER_MAPPING)
         what = f"is a {config.peft_type} adapter" if config.peft_type else "has a config that names no peft_type"
         raise ConfigError(f"{model_id} {what}; this version has {', '.join(known)}.")

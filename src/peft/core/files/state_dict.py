@@ -21,6 +21,7 @@ from peft.core.model import operations
 from peft.core.model.auxiliary import ModulesToSaveWrapper, TrainedBiases
 from peft.core.model.record import record_of
 from peft.core.model.walk import Site, bare, embeddings_of, file_path, join, layers_of, plain, walk
+from peft.core.prompts import PromptTuner
 from peft.utils.error import CheckpointError
 from peft.utils.peft_types import RENAMED_METHODS
 
@@ -209,14 +210,8 @@ def set_peft_model_state_dict(
     with torch.no_grad():
         for entry, value in sorted(found.fits, key=lambda item: item[0].put is None):  # exact ones after rounded ones
             _write(model, entry, value, low_cpu_mem_usage)
-        active = (
-            operations.active_of(root)
-            if prompts is None
-            else []
-            if prompts.prompts.disabled
-            else prompts.active_adapters
-        )
-        _train_along(root, adapter_name, found.base, active)
+        if found.base:
+            _train_along(root, adapter_name, found.base, _acting(root, prompts))
         for _, layer in layers_of(root):
             if adapter_name in layer:
                 layer.adapters[adapter_name].loaded()
@@ -224,6 +219,14 @@ def set_peft_model_state_dict(
     if had_none and (empty := [entry.key for entry in entries(model, adapter_name) if entry.tensor.is_meta]):
         warnings.warn(f"these tensors of adapter {adapter_name!r} have no values yet: {', '.join(empty[:8])}.")
     return LoadResult([entry.key for entry in found.missing], found.unexpected)
+
+
+def _acting(root: nn.Module, prompts: PromptTuner | None) -> list[str]:
+    """The adapters that are active and not switched off."""
+    if prompts is not None:
+        return [] if prompts.prompts.disabled else prompts.active_adapters
+    off = any(wrapper.disable_adapters for site in walk(root) for _, wrapper in site.wrappers)
+    return [] if off else operations.active_of(root)
 
 
 @dataclass
@@ -335,17 +338,13 @@ def _train_along(
     root: nn.Module, adapter: str, given: list[tuple[tuple[nn.Module, str], torch.Tensor]], names: list[str]
 ) -> None:
     """Keep tensors of the base model that a file brings as the adapter's own: they act while it is active."""
-    if not given:
-        return
     noted = record_of(root)
     record = noted.biases = noted.biases or TrainedBiases()
     record.add(adapter, [place for place, _ in given])
     held = record.tensors(adapter)
     for (module, attribute), value in given:
         held[id(module), attribute].copy_(value)
-    active = record.choose([name for name in names if name in record])
-    if not any(wrapper.disable_adapters for site in walk(root) for _, wrapper in site.wrappers):
-        record.apply(active, requires_grad=False)
+    record.apply(record.choose(names), requires_grad=False)
 
 
 def joined(state_dict: dict[str, torch.Tensor], own: list[Entry], prefix: str) -> dict[str, torch.Tensor]:

@@ -18,6 +18,7 @@ from peft.core.base.readers import reads_weight_of
 from peft.core.base.stack import Stack
 from peft.core.base.storage import weight_names
 from peft.core.combine.sums import add_sum
+from peft.core.composition.penalty import with_penalty
 from peft.core.filling import no_collection
 from peft.core.layer.classes import class_for
 from peft.core.layer.layer import BaseTunerLayer
@@ -94,7 +95,11 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
             return getattr(self.model, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.finish(self.model(*args, **kwargs))
+        return self.finished(self.model(*args, **kwargs))
+
+    def finished(self, outputs: Any) -> Any:
+        """The model's outputs with what is made of them: by the method, and by fusions."""
+        return self.finish(with_penalty(self.model, self.active_adapters, outputs))
 
     def finish(self, outputs: Any) -> Any:
         """What the method makes of the model's outputs: one with a term of its own in the loss adds it here."""
