@@ -375,10 +375,24 @@ def test_a_config_is_read_as_it_was_written(tmp_path):
         config.save_pretrained(tmp_path)
         again = PeftConfig.from_pretrained(tmp_path)
         assert type(again) is UnionConfig and again.parts == config.parts
-    content = json.loads((tmp_path / "adapter_config.json").read_text())
-    content["parts"][2]["r"] = "many"
-    (tmp_path / "adapter_config.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="LoraConfig: r='many'"):
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([{"peft_type": "LORA", "r": "many"}], "LoraConfig: r='many'"),
+        ([{"peft_type": "LORA", "name": 5}], "is no part"),
+        ([{"r": 5}], "is no part: its peft_type"),
+        ([{"peft_type": "UNION", "parts": []}], "is no part"),
+        ([{"peft_type": "LORAX"}], "LORAX"),
+        ([5], "should be a config, and is a int"),
+        ("LORA", "a list of configs"),
+        ({"a": {"peft_type": "LORA"}}, "should be a config"),
+    ],
+)
+def test_a_damaged_config_is_refused(parts, message, tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "UNION", "cls": 1, "parts": parts}))
+    with pytest.raises(ValueError, match=message):
         PeftConfig.from_pretrained(tmp_path)
 
 
