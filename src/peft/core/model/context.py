@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from peft.core.layer.together import Readers
 from peft.core.model.sequence import Tokens, note_in_cache, tokens_of
 
 
@@ -59,6 +60,7 @@ class Context:
         self.current: list[str] | None = None
         self.rows: tuple[torch.Tensor, int] | None = None
         self.held = False
+        self.readers = Readers()
         self.reads_tokens = False
         self.tokens: Tokens | None = None
         self.prompt: torch.Tensor | None = None
