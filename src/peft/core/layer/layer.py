@@ -15,6 +15,7 @@ from peft.core.base.storage import Storage, storage_key, storage_of
 from peft.core.filling import make_module
 from peft.core.layer import routes
 from peft.core.layer import weight as weights
+from peft.core.layer.composed import composed_class, in_order, leaves_of, made_of
 from peft.core.layer.placement import settle
 from peft.core.layer.read import ReadThrough
 from peft.core.layer.rewritten import Rewritten, follow, give_back, give_back_unmerged, include, keep_merged
@@ -151,7 +152,7 @@ class BaseTunerLayer(ReadThrough):
 
     def add_adapter(self, name: str, config: Any, key: str = "") -> None:
         """Allocate an adapter and put it on the device, and into the dtype, of the base weight."""
-        cls = self._class_of(name, config)
+        cls = composed_class(self, name) or self._class_of(name, config)
         make_more_room(self, cls)
         adapter = self.adapters[name] = cls(self, name)
         keep_merged(self)  # for_a_start as it is written out: a context costs more than a layer can spend here
@@ -165,7 +166,6 @@ class BaseTunerLayer(ReadThrough):
         settle(self, adapter)
 
     def _class_of(self, name: str, config: Any) -> type[Adapter]:
-        """The class of a new adapter."""
         return self.adapter_cls.of(config)
 
     def put(self, name: str, **values: Any) -> None:
@@ -218,7 +218,7 @@ class BaseTunerLayer(ReadThrough):
     def check_active(self, names: list[str]) -> None:
         here = [self.adapters[name] for name in names if name in self.adapters]
         for place, adapter in enumerate(here):
-            if reason := adapter.clash(here[:place]):
+            if reason := adapter.clash(leaves_of(here[:place])):
                 raise ValueError(reason)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -237,8 +237,9 @@ class BaseTunerLayer(ReadThrough):
 
     def _live(self) -> list[Adapter]:
         """Adapters that act in the forward: active, present here, and not in the weight already."""
-        merged, here = self.merged_adapters, self.adapters
-        return [here[name] for name in self._active_adapter if name in here and name not in merged]
+        here = self.adapters
+        live = [here[n] for n in self._active_adapter if n in here and n not in self.merged_adapters]
+        return in_order(live) if self.context.compositions else live
 
     def current(self) -> list[Adapter]:
         """Adapters that act on a weight which another module reads."""
@@ -246,7 +247,7 @@ class BaseTunerLayer(ReadThrough):
             self.unmerge()
             return []
         if self.context.current is not None:
-            return [self.adapters[name] for name in self.context.current if name in self.adapters]
+            return in_order([a for name in self.context.current if (a := made_of(self, name)) is not None])
         if self.context.adapter_names is not None:
             raise ValueError(
                 "adapter_names cannot be used here: another module computes with the weight of an adapted layer, for "

@@ -121,7 +121,7 @@ def refuse_several_bases(layer: BaseTunerLayer, names: Sequence[str]) -> None:
     record = layer.rewritten
     if record is None or all(_known(layer, [name]) == record.inside for name in set(names)):
         return
-    name = next(name for name in record.own if name in names or name in record.inside)
+    name = next(name for name in record.own if name in layer.context.behind(names) or name in record.inside)
     raise ValueError(
         f"adapter {name!r} was started from a part of the base weight, so it stands on another weight than the other "
         "rows of this batch. Give it a batch of its own, as the active adapter; or save it with "
@@ -150,7 +150,8 @@ def give_back_unmerged(layer: BaseTunerLayer) -> None:
 
 def _known(layer: BaseTunerLayer, names: Sequence[str]) -> tuple[str, ...]:
     """Those of these adapters that have a weight of their own, always in the same order."""
-    return tuple(name for name in layer.rewritten.own if name in names) if layer.rewritten is not None else ()
+    acting = layer.context.behind(names)
+    return tuple(name for name in layer.rewritten.own if name in acting) if layer.rewritten is not None else ()
 
 
 def _change(layer: BaseTunerLayer, names: Sequence[str]) -> None:

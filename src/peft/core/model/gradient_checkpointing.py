@@ -56,7 +56,7 @@ class InputGrads:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.switches = list(_with_switch(model))
+        self.switches = list(with_switch(model))
 
     def needed(self) -> bool:
         """Whether some block recomputes its forward in the reentrant way."""
@@ -91,7 +91,7 @@ class InputGrads:
                 setattr(block, FUNCTION, Repeated(function, context))
 
 
-def _with_switch(model: nn.Module) -> Iterator[Any]:
+def with_switch(model: nn.Module) -> Iterator[Any]:
     """The modules that have a switch for gradient checkpointing."""
     name, seen, classes, stack = "gradient_checkpointing", set(), {}, [model]
     while stack:
@@ -112,7 +112,7 @@ def _with_switch(model: nn.Module) -> Iterator[Any]:
 
 def is_switched_on(model: nn.Module) -> bool:
     """Whether gradient checkpointing is switched on in some block."""
-    return any(module.gradient_checkpointing for module in _with_switch(model))
+    return any(module.gradient_checkpointing for module in with_switch(model))
 
 
 def watch_checkpointing(model: nn.Module) -> None:

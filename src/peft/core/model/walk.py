@@ -173,18 +173,22 @@ def layers_of(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
             yield join(path, wrapper.inner.rpartition(".")[0]), layer
 
 
-def file_path(path: str, adapter: str, around: list[tuple[str, nn.Module]]) -> str:
+def file_path(path: str, adapter: str, around: list[tuple[str, nn.Module]], wrapper: nn.Module | None = None) -> str:
     """The path that a module would have if ``adapter`` were the only adapter of the model.
 
-    ``around`` holds the wrappers above the module, outermost first; those of other adapters leave no trace.
+    Args:
+        around: the wrappers above the module, outermost first; those of other adapters leave no trace.
+        wrapper: the module itself, if it is a tuner layer: those of other methods leave none either.
     """
+    method = getattr(type(wrapper), "adapter_cls", None)
     if not around:
         return path
     parts = path.split(".")
-    for outer, wrapper in reversed(around):
-        if not isinstance(wrapper, BaseTunerLayer) or adapter not in wrapper:
+    for outer, other in reversed(around):
+        held = isinstance(other, BaseTunerLayer) and adapter in other
+        if not held or method not in (None, type(other).adapter_cls):  # type: ignore[attr-defined]
             start = len(outer.split(".")) if outer else 0
-            del parts[start : start + len(str(inner_name(wrapper)).split("."))]
+            del parts[start : start + len(str(inner_name(other)).split("."))]
     return ".".join(parts)
 
 
