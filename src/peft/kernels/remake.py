@@ -83,12 +83,12 @@ def recipe_of(x: torch.Tensor) -> Recipe | None:
     if x.grad_fn is None or x._is_view():
         return None
     try:
-        return None if _is_recomputed() else _of_node(x.grad_fn, DEPTH)
+        return None if is_recomputed() else _of_node(x.grad_fn, DEPTH)
     except (AttributeError, RuntimeError):  # an older torch that shows less of its graph, or a graph already freed
         return None
 
 
-def _is_recomputed() -> bool:
+def is_recomputed() -> bool:
     """Whether gradient checkpointing is at work: it keeps nothing, and counts what is kept."""
     hooks = _hooks()
     return hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
@@ -106,7 +106,7 @@ def recomputed() -> Iterator[None]:
     The output of an activation between two products is one: autograd keeps its input too. Hooks of a context around
     this one see what is kept. Within gradient checkpointing, which keeps nothing, it does nothing.
     """
-    if _is_recomputed() or not torch._C._autograd._saved_tensors_hooks_is_enabled():
+    if is_recomputed() or not torch._C._autograd._saved_tensors_hooks_is_enabled():
         yield
         return
     with saved_tensors_hooks(partial(_Saved, _hooks()), _Saved.unpack):

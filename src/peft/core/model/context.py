@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from peft.core.composition.expressions import Composition, Fuse, alternatives
+from peft.core.layer.together import Readers
 from peft.core.model.sequence import Tokens, note_in_cache, tokens_of
 
 
@@ -46,6 +47,7 @@ class Context:
         current: while a group of rows is computed, the adapters of that group; else None.
         rows: while rows of a mixed batch are computed, which they are, and how many there are in all; else None.
         held: a call that carries such facts is under way.
+        readers: which layers read one input, see :mod:`peft.core.layer.together`.
         reads_tokens: some adapter reads the tokens of calls; without one they are not looked at.
         tokens: those of the call, None where it has no ids.
         prompt: while ``generate`` runs, the ids that it was given, else None.
@@ -64,6 +66,7 @@ class Context:
         self.current: list[Any] | None = None
         self.rows: tuple[torch.Tensor, int] | None = None
         self.held = False
+        self.readers = Readers()
         self.reads_tokens = False
         self.tokens: Tokens | None = None
         self.prompt: torch.Tensor | None = None
