@@ -74,6 +74,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lora[qalora]": {"use_qalora": True, "qalora_group_size": 4},
     "lora[velora]": {"velora_config": {"num_groups": 3, "init_type": "random"}},
     "lora[monteclora]": {"monteclora_config": {"num_samples": 3}},
+    "lora[gated]": {"use_gating": True},
     "ia3[feedforward]": {"feedforward_modules": r".*"},
     "oft[blocks]": {"r": 2, "oft_block_size": 0},
     "oft[exact]": {"use_cayley_neumann": False},
@@ -133,6 +134,7 @@ COMBINED = (
     *("dora+rslora", "kasa+rslora", "velora+rslora", "monteclora+rslora", "bdlora+rslora", "qalora+rslora"),
     *("mica+rslora", "alora+rslora", "dora+gaussian", "dora+orthogonal", "kasa+gaussian", "kasa+orthogonal"),
     *("velora+gaussian", "velora+orthogonal", "monteclora+gaussian", "monteclora+orthogonal", "qalora+gaussian"),
+    *("gated+kasa", "gated+velora", "gated+qalora", "gated+mica", "gated+rslora"),
     *("alora+gaussian", "alora+orthogonal", "alora+bias", "alora+dora+mica"),
 )
 """The variants of LoRA that mean something together: each is a row, and meets one kind of layer."""
@@ -147,6 +149,9 @@ APART = {
     "monteclora+bdlora-a": "fill the zeros between the blocks",
     "monteclora+qalora": "one for each group",
     "bdlora+qalora": "cut the same axis in two ways",
+    "dora+gated": "each sample has another one",
+    "alora+gated": "a mean over all tokens of a row",
+    "arrow+gated": "no update of its own",
     "mica+bdlora": "singular vectors of the whole weight|a start of its own",
     "bdlora+gaussian": "a start of its own",
     "qalora+orthogonal": "A is smaller",
@@ -209,7 +214,9 @@ def methods() -> tuple[Method, ...]:
     """All registered methods that adapt single layers, not whole blocks nor by other adapters, and the variants."""
     rows: dict[str, tuple[Any, dict[str, Any]]] = {}
     for key, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items():
-        if issubclass(tuner, BaseTuner) and not issubclass(tuner.layer_cls, BlockLayer) and key != "XLORA":
+        if not issubclass(tuner, BaseTuner) or tuner.mixes or issubclass(tuner.layer_cls, BlockLayer):
+            continue
+        if key != "XLORA":
             rows[getattr(key, "value", key).lower()] = (key, {})
     for name, fields in VARIANTS.items():
         rows[name] = (rows[name.partition("[")[0]][0], fields)
@@ -281,7 +288,7 @@ REFUSED = (
         "adapt",
         "target_parameters does not work with",
         "what has no input or output of its own, or no single weight, has no place for these variants",
-        lambda m, p: m.name in OF_LAYERS and p.parameters,
+        lambda m, p: (m.name in OF_LAYERS or "gated" in m.name) and p.parameters,
     ),
     Refusal(
         "adapt",
@@ -312,6 +319,12 @@ REFUSED = (
         "no grouped kernel equals it",
         "DoRA needs the norm of the adapted weight, and a pair on a grouped convolution has no weight",
         lambda m, p: bool(m.given.get("use_dora")) and _grouped_pair(m, p),
+    ),
+    Refusal(
+        "adapt",
+        "reads features",
+        "a gate is a function of features, and a table's input is indices",
+        lambda m, p: "gated" in m.name and p.kind == "Embedding",
     ),
     Refusal(
         "adapt",

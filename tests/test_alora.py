@@ -56,9 +56,15 @@ def by_hand(model: PeftModel, *call: Any, starts: tuple[int, ...] = STARTS, **kw
 
 
 def test_the_last_occurrence_is_found() -> None:
-    assert last_occurrence(IDS, [5, 6]).tolist() == [5, -1, 0]
-    assert last_occurrence(IDS, [9]).tolist() == [7, 4, 3] and last_occurrence(IDS, [9, 10]).tolist() == [-1, 4, 3]
-    assert last_occurrence(IDS[:, :1], [5, 6]).tolist() == [-1, -1, -1]
+    for ids, sequence, wanted in (
+        (IDS, [5, 6], [5, -1, 0]),
+        (IDS, [9], [7, 4, 3]),
+        (IDS, [9, 10], [-1, 4, 3]),
+        (IDS[:, :1], [5, 6], [-1, -1, -1]),
+    ):
+        assert last_occurrence(ids, sequence)[:, 0].tolist() == wanted
+    texts = torch.tensor([[0, 0, 0, 0, 0, 0, 1, 1]] * 3)  # the second [5, 6] of the first row is cut in two
+    assert last_occurrence(IDS, [5, 6], texts).tolist() == [[1] * 6 + [-1] * 2, [-1] * 8, [0] * 6 + [-1] * 2]
 
 
 def test_it_acts_from_the_last_invocation_on_and_trains_there_alone() -> None:
@@ -104,6 +110,49 @@ def test_recomputation_knows_the_same_tokens(reentrant: bool) -> None:
         grads.append([p.grad for p in model.parameters() if p.requires_grad])
     assert all(g is not None for g in grads[0])
     torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_two_calls_before_one_backward_pass_are_recomputed_each_with_its_own_tokens(reentrant: bool) -> None:
+    grads = []
+    for checkpointed in (False, True):
+        model = adapted()
+        model.train()
+        model.add_adapter("plain", config(alora_invocation_tokens=None))
+        model.set_requires_grad(["default", "plain"])
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        block = model.base_model.model.model.layers[0]
+        before = block._gradient_checkpointing_func if checkpointed else None
+        parts = [
+            model(input_ids=ids, labels=ids, use_cache=False, adapter_names=names).loss
+            for ids, names in ((IDS, ["default", "default", "plain"]), (IDS.flip(1), ["plain", "default", "default"]))
+        ]
+        (parts[0] - parts[1]).backward()
+        grads.append([p.grad for p in model.parameters() if p.requires_grad])
+        copied = copy.deepcopy(model)
+        copied(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+        model.unload()
+        assert not checkpointed or block._gradient_checkpointing_func is before
+    torch.testing.assert_close(*grads)
+
+
+def test_texts_packed_into_a_row_wait_each_for_its_own_invocation() -> None:
+    """As the model keeps texts apart whose positions begin anew, where it is given no mask."""
+    model = adapted()
+    texts = [IDS[0], IDS[1, :5], IDS[2], IDS[0, :6]]  # the last ends within its second invocation: [.. 8, 5]
+    packed, positions = torch.cat(texts)[None], torch.cat([torch.arange(len(text)) for text in texts])[None]
+    with torch.no_grad():
+        packing = {"position_ids": positions, "use_cache": False}
+        found = model(packed, **packing).logits[0]
+        torch.testing.assert_close(found, torch.cat([model(text[None]).logits[0] for text in texts]))
+        plain = torch.cat([base()(text[None]).logits[0] for text in texts])
+        acts = [t >= first for text, first in zip(texts, (5, 99, 0, 1)) for t in range(len(text))]
+        assert ((found - plain).abs().amax(-1) > 1e-5).tolist() == acts
+        last = model(packed, logits_to_keep=7, **packing).logits[0]
+        torch.testing.assert_close(last, found[-7:])
+        shifted = model(IDS, position_ids=torch.arange(8)[None] + 3).logits
+        torch.testing.assert_close(shifted, model(IDS).logits)
 
 
 def test_a_batch_in_which_no_row_has_the_invocation_can_be_trained_on() -> None:

@@ -65,3 +65,20 @@ def test_options_that_cannot_be(run: Any, name: str, capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit):
         importlib.import_module(name).parse_arguments(["--steps", "0", "--output-dir", str(tmp_path)])
     assert "--steps must be at least 1, not 0" in capsys.readouterr().err
+
+
+def test_the_benchmark_of_starts(run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Rows with something to prepare, another optimizer or another loss; what the file has is not run again."""
+    monkeypatch.syspath_prepend(EXAMPLES.parent / "benchmarks")
+    starts = importlib.import_module("starts")
+    rows = ["plain", "EVA", "CorDA", "LoRA-GA", "LoRA-FA", "KaSA"]
+    options = ["--tiny", "--steps", "2", "--held-out", "8", "--output", str(tmp_path / "starts.json")]
+    for chosen in (rows[:1], rows):
+        starts.main([*options, "--rows", ",".join(chosen)])
+    results = json.loads((tmp_path / "starts.json").read_text(encoding="utf-8"))
+    assert list(results["rows"]) == rows
+    for found in results["rows"].values():
+        assert found["base_is_as_it_was"] and len(found["runs"]) == len(starts.RATES)
+        assert len(starts.best_of(found)[1]["two_words"]) == 8
+    text = starts.page(results)
+    assert all(f"| {name} | " in text for name in rows) and "beat plain LoRA here" in text

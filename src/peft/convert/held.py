@@ -17,6 +17,7 @@ from peft.tuners.lora.config import LoraConfig
 
 
 PREFIX = "base_model.model."
+GATED = "the adapter has gates (use_gating), which depend on the sample, so no pair of matrices does what it does"
 _PARTS = {
     ("lora_A", "weight"): "down",
     ("lora_B", "weight"): "up",
@@ -90,6 +91,12 @@ class Pairs:
         return pair.alpha / (math.sqrt(pair.rank) if self.rslora else pair.rank)
 
 
+def is_lora(held: Held) -> bool:
+    """Whether an adapter is a LoRA."""
+    kind = getattr(held.config.peft_type, "value", held.config.peft_type)
+    return isinstance(held.config, LoraConfig) and kind == "LORA"
+
+
 def pairs_of(held: Held) -> Pairs:
     """A LoRA's file as pairs.
 
@@ -97,9 +104,11 @@ def pairs_of(held: Held) -> Pairs:
         ValueError: the adapter is no LoRA, or a pair lacks its half.
     """
     config = held.config
-    kind = getattr(config.peft_type, "value", config.peft_type)
-    if not isinstance(config, LoraConfig) or kind != "LORA":
+    if not is_lora(held):
+        kind = getattr(config.peft_type, "value", config.peft_type)
         raise ValueError(f"the adapter is of the method {kind}, not LORA; peft.save_as_lora makes a LoRA of it first.")
+    if config.use_gating:
+        raise ValueError(GATED)
     found: dict[str, dict[str, torch.Tensor]] = {}
     others, tables = {}, set()
     for name, tensor in held.tensors.items():

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft.convert.held import Held, Pairs, named, pairs_of
+from peft.convert.held import GATED, Held, Pairs, named, pairs_of
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,8 @@ def check_serving(adapter: str | os.PathLike) -> dict[str, Serving]:
     if kind != "LORA":
         why = f"it serves LoRAs, and this is {kind}; peft.save_as_lora makes a LoRA of what a weight equals"
         return {server: Serving(server, False, (why,)) for server in RULES}
+    if held.config.use_gating:
+        return {server: Serving(server, False, (GATED,)) for server in RULES}
     result = {}
     for server, rules in RULES.items():
         facts = _Facts(held.config, pairs_of(held))

@@ -96,6 +96,11 @@ class Method:
         return name in {f.name for f in dataclasses.fields(self.config_cls)}
 
     @property
+    def by_sample(self) -> bool:
+        """Whether what it does depends on the sample: by its family, or by a gate."""
+        return self.is_a(Sample) or bool(self.given.get("use_gating"))
+
+    @property
     def sums(self) -> bool:
         """Whether adapters that differ in all their numbers have a weighted sum."""
         possible = self.layer_cls.adapter_cls.adds.possible
@@ -135,13 +140,13 @@ HOLES = [
         "adapt",
         "its weight is read by another computation",
         "the update depends on the sample, so there is no weight to give to a computation that reads one",
-        lambda m, p: m.is_a(Sample) and (p.kind == "MultiheadAttention" or p.name == "Linear[out_proj]"),
+        lambda m, p: m.by_sample and (p.kind == "MultiheadAttention" or p.name == "Linear[out_proj]"),
     ),
     Refusal(
         "merge",
         "no one weight equals it",
         "the update depends on the sample",
-        lambda m, p: m.is_a(Sample) or m.waits,
+        lambda m, p: m.by_sample or m.waits,
     ),
     Refusal(
         "delta",
@@ -171,13 +176,13 @@ HOLES = [
         "combine",
         "depends on the sample, so no sum",
         "what the adapters do is no tensor, so there is nothing to sum",
-        lambda m, p: m.is_a(Sample),
+        lambda m, p: m.by_sample,
     ),
     Refusal(
         "combine",
         "not linear in their tensors",
         "a product, a rotation or another curve of tensors: the sum of such has another form",
-        lambda m, p: not m.sums and not m.is_a(Sample),
+        lambda m, p: not m.sums and not m.by_sample,
     ),
 ]
 """Where the family of a method, or a layer, leaves no meaning: the error gives this reason."""

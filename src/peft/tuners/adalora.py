@@ -24,7 +24,7 @@ from peft.utils.peft_types import PeftType
 
 _FIXED = "AdaLoRA has one update, in the form of a singular value decomposition. Leave it out, or use LoraConfig."
 _OFF = (
-    *("use_dora", "use_rslora", "lora_bias"),
+    *("use_dora", "use_rslora", "lora_bias", "use_gating"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "alora_invocation_tokens"),
     *("use_qalora", "monteclora_config", "use_bdlora", "arrow_config", "kasa_config", "megatron_config"),
 )

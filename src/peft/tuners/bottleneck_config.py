@@ -39,7 +39,7 @@ class NetworkFields(ModulesToSave):
         None, "Factor s: a number, 'learned' for one trained number, or 'channel' for one a feature; trained from 1."
     )
     use_gating: bool = option(
-        False, "Multiply by a gate for each sample, the mean over tokens of sigmoid(w h + b): of those of the call."
+        False, "Multiply by a gate for each sample, the mean over its tokens of sigmoid(w h + b)."
     )
     dropout: float = option(0.0, "Dropout on the adapter's output.", minimum=0, below=1)
     stochastic_depth: float = option(

@@ -12,6 +12,8 @@ from torch import nn
 from peft.core.adapter import setting
 from peft.core.blocks.blocks import width_of
 from peft.core.blocks.insertion import Insert, Joint
+from peft.core.gates import Gate
+from peft.core.model.context import Context
 from peft.tuners.activations import activation
 from peft.tuners.bottleneck_config import NetworkFields
 
@@ -42,7 +44,7 @@ class Bottleneck(nn.Module):
         self.down, self.up = self.projection(width, inner), self.projection(inner, width)
         if isinstance(config.scaling, str):
             self.scale = nn.Parameter(torch.ones(width if config.scaling == "channel" else 1))
-        self.gate = nn.Linear(width, 1) if config.use_gating else None
+        self.gate = Gate(width) if config.use_gating else None
         self.norm_before, self.norm_after = (
             nn.LayerNorm(width) if wanted else None for wanted in (config.ln_before, config.ln_after)
         )
@@ -53,9 +55,9 @@ class Bottleneck(nn.Module):
         return nn.Linear(inner, outer)
 
     def start(self) -> None:
-        """Give the matrices and the gate their initial values."""
+        """Give the matrices their initial values."""
         kind = getattr(self.config, "init_weights", None)
-        for layer in filter(lambda layer: isinstance(layer, nn.Linear), (self.down, self.up, self.gate)):
+        for layer in filter(lambda layer: isinstance(layer, nn.Linear), (self.down, self.up)):
             nn.init.zeros_(layer.bias)
             if kind == "houlsby":
                 nn.init.trunc_normal_(layer.weight, std=0.01, a=-0.02, b=0.02)
@@ -69,14 +71,16 @@ class Bottleneck(nn.Module):
         """The matrix and the bias that a projection stands for; ``shared``: what the networks have in common."""
         return projection.weight, projection.bias
 
-    def forward(self, h: torch.Tensor, residual: torch.Tensor, *shared: Any) -> torch.Tensor:
-        """u(h), which is to be added to ``residual``."""
+    def forward(
+        self, h: torch.Tensor, residual: torch.Tensor, *shared: Any, context: Context | None = None
+    ) -> torch.Tensor:
+        """u(h), which is to be added to ``residual``; ``context``: the call under way."""
         config = self.config
         read, scale = h if self.norm_before is None else self.norm_before(h), config.scaling
         down, up = (self.pair(projection, *shared) for projection in (self.down, self.up))
         u = bottleneck(read, down, up, self.act, self.scale if isinstance(scale, str) else scale)
         if self.gate is not None:
-            u = u * torch.sigmoid(self.gate(h)).flatten(1).mean(1).view(-1, *[1] * (h.dim() - 1))
+            u = self.gate.apply_to(u, h, context)
         u = F.dropout(u, config.dropout, self.training)
         if self.training and config.stochastic_depth:
             kept = torch.rand(len(u), *[1] * (u.dim() - 1), device=u.device) >= config.stochastic_depth
@@ -111,7 +115,7 @@ class Networks(Insert):
     def change(self, role: str, h: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         network = self.at(role)
         assert network is not None  # or else it has no joint
-        return network(h, residual, *self.in_common())
+        return network(h, residual, *self.in_common(), context=self.context)
 
     def in_common(self) -> tuple[Any, ...]:
         """What the networks of all layers have in common."""

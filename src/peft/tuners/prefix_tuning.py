@@ -30,6 +30,13 @@ class PrefixTuningConfig(PromptLearningConfig):
     prefix_projection: bool = option(
         False, "Make the prefix by a network from token embeddings, instead of training it directly."
     )
+    use_gating: bool = option(
+        False,
+        "Multiply the prefix in each layer by a gate for each sample: the mean over its tokens of sigmoid(w h + b), h "
+        "what the attention reads (UniPELT, arXiv 2110.07577).",
+        own=True,
+    )
+    shared_gating: bool = option(True, "With use_gating: one gate for keys and values, not one for each.", own=True)
 
 
 class PrefixEncoder(VirtualTokens):
@@ -42,6 +49,7 @@ class PrefixEncoder(VirtualTokens):
         super().__init__()
         out = 2 * int(config.num_layers or 0) * config.token_dim
         self.prefix_projection = config.prefix_projection and not config.inference_mode
+        self.gates_each = (1 if config.shared_gating else 2) if config.use_gating else 0
         if self.prefix_projection:
             self.embedding = nn.Embedding(config.num_virtual_tokens, config.token_dim)
             self.transform = nn.Sequential(

@@ -99,6 +99,9 @@ PEFT_TYPE_TO_TUNER_MAPPING: dict[Any, Any] = {}
 PEFT_TYPE_TO_MIXED_MODEL_MAPPING: dict[str, Any] = {}
 PEFT_TYPE_TO_PREFIX_MAPPING: dict[str, str] = {}
 
+# Configs of adapters that are no method's, by the `peft_type` of their files: those that are made of other adapters.
+CONFIGS_OF_NO_METHOD: dict[str, Any] = {}
+
 
 # Methods that had another name in older files -> the one of today, and how tensors began then and begin now.
 RENAMED_METHODS: dict[str, tuple[str, str, str]] = {"BONE": ("MISS", "bone_", "miss_")}
@@ -115,9 +118,9 @@ def parse_peft_type(name: str | PeftType) -> PeftType | OwnMethod:
     name = RENAMED_METHODS.get(name, (name,))[0]
     if name in PeftType.__members__:
         return PeftType[name]
-    if name not in PEFT_TYPE_TO_CONFIG_MAPPING:
+    if name not in PEFT_TYPE_TO_CONFIG_MAPPING and name not in CONFIGS_OF_NO_METHOD:
         load_outside(name)
-    if name in PEFT_TYPE_TO_CONFIG_MAPPING:
+    if name in PEFT_TYPE_TO_CONFIG_MAPPING or name in CONFIGS_OF_NO_METHOD:
         return OwnMethod(name)
     known = [*PeftType.__members__, *(str(k) for k in PEFT_TYPE_TO_CONFIG_MAPPING if not isinstance(k, PeftType))]
     known += [point.name.upper() for point in entry_points(group=OUTSIDE) if (point.name, point.value) not in _tried]

@@ -1,15 +1,51 @@
-"""Gradient checkpointing: its reentrant form needs inputs that require grad, which a frozen embedding never gives."""
+"""Gradient checkpointing: its reentrant form needs inputs that require grad, which a frozen embedding never gives.
+
+And what a block recomputes belongs to the call that it was a part of, though the model may have been called again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+from peft.core.layer.layer import BaseTunerLayer
+from peft.core.model.context import Context
 from peft.core.model.record import drop_if_empty, known_record, record_of
 from peft.core.model.walk import embeddings_of
+
+
+FUNCTION = "_gradient_checkpointing_func"
+"""The attribute of a block that holds what recomputes it: ``function(block's forward, *arguments)``."""
+
+
+class Repeated:
+    """A checkpointing function whose recomputation reads the facts of the call that it repeats.
+
+    Two calls may come before one backward pass (a chosen and a rejected answer); each block then recomputes with the
+    tokens, adapters and tasks of its own call.
+    """
+
+    def __init__(self, function: Callable[..., Any], context: Context) -> None:
+        self.function, self.context = function, context
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """As a partial function has them: ``use_reentrant`` and its like."""
+        return getattr(self.function, "keywords", {})
+
+    def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        facts = None if torch.compiler.is_compiling() else self.context.noted()
+        if facts is None:
+            return self.function(run, *args, **kwargs)
+
+        def again(*args: Any, **kwargs: Any) -> Any:
+            with self.context.as_noted(facts):
+                return run(*args, **kwargs)
+
+        return self.function(again, *args, **kwargs)
 
 
 class InputGrads:
@@ -20,7 +56,7 @@ class InputGrads:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.switches = list(_with_switch(model))
+        self.switches = list(with_switch(model))
 
     def needed(self) -> bool:
         """Whether some block recomputes its forward in the reentrant way."""
@@ -28,7 +64,7 @@ class InputGrads:
             return False
         for module in self.switches:
             if module.gradient_checkpointing and module.training:
-                function = getattr(module, "_gradient_checkpointing_func", None)
+                function = getattr(module, FUNCTION, None)
                 return getattr(function, "keywords", {}).get("use_reentrant", True)
         return False
 
@@ -44,8 +80,18 @@ class InputGrads:
             kwargs = {**kwargs, "inputs_embeds": embeds.detach().requires_grad_()}
         return args, kwargs
 
+    def repeat(self, module: nn.Module, args: tuple) -> None:
+        """Hook of the model: have what is recomputed of this call read its facts."""
+        context = record_of(module).context
+        if context is None or not torch.is_grad_enabled():
+            return
+        for block in self.switches:
+            function = block.__dict__.get(FUNCTION)
+            if function is not None and not isinstance(function, Repeated):
+                setattr(block, FUNCTION, Repeated(function, context))
 
-def _with_switch(model: nn.Module) -> Iterator[Any]:
+
+def with_switch(model: nn.Module) -> Iterator[Any]:
     """The modules that have a switch for gradient checkpointing."""
     name, seen, classes, stack = "gradient_checkpointing", set(), {}, [model]
     while stack:
@@ -58,12 +104,15 @@ def _with_switch(model: nn.Module) -> Iterator[Any]:
             classes[cls] = hasattr(cls, name)
         if classes[cls] or name in module.__dict__:
             yield module
-        stack += [child for child in module._modules.values() if child is not None]
+        if isinstance(module, BaseTunerLayer) and not module.adapter_cls.any_module:  # pairs and vectors have none
+            stack.append(module.base_layer)
+        elif module._modules:
+            stack += [child for child in module._modules.values() if child is not None]
 
 
 def is_switched_on(model: nn.Module) -> bool:
     """Whether gradient checkpointing is switched on in some block."""
-    return any(module.gradient_checkpointing for module in _with_switch(model))
+    return any(module.gradient_checkpointing for module in with_switch(model))
 
 
 def watch_checkpointing(model: nn.Module) -> None:
@@ -75,6 +124,7 @@ def watch_checkpointing(model: nn.Module) -> None:
     hooks = (
         embedding.register_forward_hook(watch),
         model.register_forward_pre_hook(watch.from_embeddings, with_kwargs=True),
+        model.register_forward_pre_hook(watch.repeat),
     )
     record_of(model).checkpointing = watch, hooks
 
@@ -85,5 +135,8 @@ def stop_watching(model: nn.Module) -> None:
     if record is not None and record.checkpointing is not None:
         for hook in record.checkpointing[1]:
             hook.remove()
+        for block in record.checkpointing[0].switches:
+            if isinstance(function := block.__dict__.get(FUNCTION), Repeated):
+                setattr(block, FUNCTION, function.function)
         record.checkpointing = None
         drop_if_empty(model)

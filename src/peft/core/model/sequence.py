@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 
 ARGUMENTS = ("cache", "past_key_values", "past_key_value")
@@ -25,11 +26,13 @@ class Tokens(NamedTuple):
         ids: what is known of the text so far, ``[batch, known]``, :data:`UNKNOWN` where it is not.
         before: how many tokens of it stand in the cache already; the call's own are the next.
         own: how many are the call's own.
+        segments: which of the texts in its row each token is of, ``[batch, own]``; None where a row is one text.
     """
 
     ids: torch.Tensor
     before: int
     own: int
+    segments: torch.Tensor | None = None
 
 
 def tokens_of(args: tuple, kwargs: dict[str, Any], prompt: torch.Tensor | None) -> Tokens | None:
@@ -58,7 +61,23 @@ def tokens_of(args: tuple, kwargs: dict[str, Any], prompt: torch.Tensor | None) 
             )
         known = known.repeat_interleave(len(own) // len(known), 0)
     unseen = own.new_full((len(own), before - known.shape[1]), UNKNOWN)
-    return Tokens(torch.cat([known, unseen, own], 1), before, own.shape[1])
+    segments = None if before else segments_of(own, kwargs)
+    return Tokens(torch.cat([known, unseen, own], 1), before, own.shape[1], segments)
+
+
+def segments_of(ids: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """The texts packed into each row, numbered, ``[batch, tokens]``; None where no row has several.
+
+    A text begins where ``position_ids`` do not go on by one. Models keep such texts apart only where they are given no
+    ``attention_mask``; with one, a jump is that of padding.
+    """
+    positions = kwargs.get("position_ids")
+    if not isinstance(positions, torch.Tensor) or positions.dim() != 2 or kwargs.get("attention_mask") is not None:
+        return None
+    if positions.shape[1] != ids.shape[1]:
+        return None
+    begins = F.pad(positions.diff(dim=1) != 1, (1, 0))
+    return begins.cumsum(1).expand_as(ids).to(ids.device) if bool(begins.any()) else None
 
 
 def cache_of(kwargs: dict[str, Any]) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft.core.model.sequence import length_of
+from peft.core.model.sequence import ARGUMENTS, length_of
 from peft.core.prompts import caches
 from peft.core.prompts.feed import Feed
 from peft.core.prompts.rows import Prompts
@@ -195,7 +195,8 @@ class Calls:
     # --- prefixes ---------------------------------------------------------------------------------------------
     def _forward_with_prefix(self, inputs: dict[str, Any]) -> Any:
         receiver, name = caches.receiver_of(self.model), caches.name_of(self.model)
-        cache = inputs.pop(name, None)
+        given = [inputs.pop(other) for other in ARGUMENTS if other in inputs]  # an older name will do
+        cache = next((one for one in given if one is not None), None)
         before = "decoder_" if self.prompts.has_encoder else ""
         text = self._text(inputs, before)
         feed = None if text is None else self.prompts.feed(len(text))
@@ -205,7 +206,7 @@ class Calls:
         if length_of(cache):  # the prefix is in it already
             return self._calling(receiver, inputs, **{name: cache})
         cache = caches.new_cache(self.model) if cache is None else cache
-        caches.fill(cache, self.prompts.prefix(feed.values))
+        self.prompts.enter(cache, feed)
         if not caches.is_checkpointing(self.model):
             return self._calling(receiver, inputs, **{name: cache})
         with caches.kept_by_checkpoints(self.model):

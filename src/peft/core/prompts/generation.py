@@ -84,7 +84,7 @@ class Generation:
             kwargs["next_sequence_length"] += feed.size  # a conversation goes on: the cache holds the prompt too
         if as_prefix and not begun:
             cache = caches.new_cache(self.model) if cache is None else cache
-            kwargs[caches.name_of(self.model)] = caches.fill(cache, self.prompts.prefix(feed.values))
+            kwargs[caches.name_of(self.model)] = self.prompts.enter(cache, feed)
         enter, before = not as_prefix and not begun, "decoder_" if decoder else ""
         self.calls.accompany(feed, kwargs, input_ids, before=before, enter=enter, counted=True)
         if not enter:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +16,7 @@ from peft.core.model.record import context_of
 from peft.core.model.walk import embeddings_of
 from peft.core.prompts import caches
 from peft.core.prompts.feed import Feed
+from peft.core.prompts.gating import GatedPrefix, let_attentions_gate
 from peft.core.prompts.sizes import key_sizes
 from peft.core.prompts.tokens import VirtualTokens
 from peft.utils.error import ConfigError
@@ -39,6 +42,7 @@ class Prompts:
         self.tokens: dict[str, torch.Tensor] = {}
         self.active: str | list[str] = []
         self.disabled = False
+        self._gated = False
 
     def add(self, name: str, encoder: VirtualTokens, in_float32: bool = True) -> None:
         """Take a prompt in, frozen, on the device of the embedding; its dtype too unless ``in_float32``."""
@@ -46,6 +50,9 @@ class Prompts:
         dtype = weight.dtype if weight.is_floating_point() and not in_float32 else None
         if weight.device.type != "meta" and not any(p.is_meta for p in encoder.parameters()):
             encoder.to(weight.device, dtype)
+        if encoder.gates is not None and not self._gated:
+            let_attentions_gate(self.model)
+            self._gated = True
         self.encoders[name] = encoder.train_on(False).train(self.model.training)
         self.tokens[name] = torch.arange(encoder.count(self.configs[name]))
 
@@ -64,11 +71,28 @@ class Prompts:
             )
         return module
 
+    @contextmanager
+    def switched_off(self) -> Iterator[None]:
+        """A context in which no row gets a prompt."""
+        before, self.disabled = self.disabled, True
+        try:
+            yield
+        finally:
+            self.disabled = before
+
     @property
     def in_use(self) -> list[str]:
         """The prompts that the rows of the call get; :data:`BASE` for rows without one."""
         names = context_of(self.model).adapter_names
-        return [] if self.disabled else operations.names_of(self.active if names is None else names)
+        if self.disabled:
+            return []
+        if names is None:
+            return operations.names_of(self.active)
+        return [name if name in self.encoders else BASE for name in names]
+
+    @property
+    def _used(self) -> dict[str, VirtualTokens]:
+        return {name: self.encoders[name] for name in self.in_use if name != BASE}
 
     @property
     def one(self) -> VirtualTokens | None:
@@ -76,16 +100,57 @@ class Prompts:
         mixed, names = context_of(self.model).adapter_names is not None, self.in_use
         return self.encoders[names[0]] if names and not mixed else None
 
+    def enter(self, cache: Any, feed: Feed) -> Any:
+        """An empty cache with the prefix of each row in it."""
+        states = self.prefix(feed.values)
+        if any(encoder.gates is not None for encoder in self._used.values()):
+            cache._peft_prefix = GatedPrefix(self, states)
+        return caches.fill(cache, states)
+
+    def gates(self, layer: int, h: torch.Tensor) -> torch.Tensor:
+        """What the keys and the values of each row's prefix are multiplied by in one layer, ``[batch, 2]``.
+
+        Args:
+            h: what its attention reads, ``[batch, tokens, width]``.
+        """
+        context = context_of(self.model)
+        if context.adapter_names is None:
+            return self._gates_of((self.in_use or [BASE])[0], layer, h)
+        found, groups = h.new_ones(len(h), 2), context.groups(context.adapter_names, len(h), h.device)
+        for name, rows in groups.parts:
+            context.rows = rows, len(h)
+            found = found.index_copy(0, rows, self._gates_of(name, layer, h[rows]).to(found.dtype))
+        context.rows = None
+        return found
+
+    def _gates_of(self, name: str, layer: int, h: torch.Tensor) -> torch.Tensor:
+        gates = self.encoders[name].gates if name in self.encoders else None
+        if gates is None:
+            return h.new_ones(len(h), 2)
+        gate: Any = gates[layer]
+        return gate.of(h.to(gate.weight.dtype), context_of(self.model)).expand(-1, 2)
+
     @property
     def as_prefix(self) -> bool:
-        return any(encoder.as_prefix for encoder in self.encoders.values())
+        """Whether the rows of the call get keys and values, and no virtual tokens before their texts.
+
+        Raises:
+            ValueError: if some get the one and some the other.
+        """
+        kinds = {encoder.as_prefix for encoder in self._used.values()}
+        if len(kinds) > 1:
+            raise ValueError(
+                f"rows of one batch use prefixes and virtual tokens before the text ({', '.join(self._used)}), which "
+                "enter a model in different ways. Give them in batches of their own."
+            )
+        return kinds == {True}
 
     @property
     def in_decoder(self) -> bool:
         """Whether the decoder of an encoder-decoder gets virtual tokens of its own."""
         return self.has_encoder and any(
             encoder.in_decoder and self.configs[name].num_transformer_submodules > 1
-            for name, encoder in self.encoders.items()
+            for name, encoder in self._used.items()
         )
 
     @property
@@ -121,7 +186,7 @@ class Prompts:
         feeds = {
             name: self._feed_of(name, len(rows), None if tasks is None else tasks[rows], stack)
             for name, rows in groups
-            if name != BASE
+            if name in self.encoders
         }
         size = max((feed.size for feed in feeds.values()), default=0)
         if size == 0:
@@ -133,7 +198,7 @@ class Prompts:
     def _feed_of(self, name: str, batch: int, tasks: torch.Tensor | None, stack: int) -> Feed:
         """What ``batch`` rows with one prompt get."""
         encoder, values = self.encoders[name], self.encode(name, batch, tasks)
-        if not self.as_prefix:
+        if not encoder.as_prefix:
             n = self.configs[name].num_virtual_tokens
             values = values[:, n * stack : n * (stack + 1)]
         values = values.to(self.word_embeddings.weight.device)
@@ -143,10 +208,11 @@ class Prompts:
 
     def prompt(self, batch: int, tasks: torch.Tensor | None = None, max_cache_len: int | None = None) -> Any:
         """The active prompt: embeddings ``[batch, tokens, width]``, or a cache that holds its keys and values."""
-        values = self.encode(operations.names_of(self.active)[0], batch, tasks)
-        if not self.as_prefix:
+        name = operations.names_of(self.active)[0]
+        values = self.encode(name, batch, tasks)
+        if not self.encoders[name].as_prefix:
             return values
-        return caches.fill(caches.new_cache(self.model, max_cache_len), self.prefix(values))
+        return self.enter(caches.new_cache(self.model, max_cache_len), Feed(values))
 
     @cached_property
     def _sizes(self) -> list[tuple[int, int]]:
@@ -161,7 +227,7 @@ class Prompts:
         For an encoder-decoder the file format steps through the table by four and starts again at its end, as if keys
         and values of cross attention stood between those of self attention.
         """
-        config = next(iter(self.configs.values()))
+        config = next(self.configs[name] for name, encoder in self.encoders.items() if encoder.as_prefix)
         layers, most = config.num_layers, config.num_attention_heads
         weight = self.word_embeddings.weight
         table = values.to(weight.dtype) if weight.is_floating_point() else values

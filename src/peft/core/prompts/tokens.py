@@ -33,6 +33,7 @@ class VirtualTokens(nn.Module):
         inputs: names of inputs that are the method's, not the base model's.
         attended: 1 for virtual tokens that the text may see, 0 for others, ``[tokens]``; None: it sees all.
         own_labels: labels of the virtual tokens, ``[tokens]``; None: none of them is predicted.
+        gates_each: how many gates a prefix has in each layer: 0, 1 for keys and values, or one for each.
     """
 
     as_prefix: ClassVar[bool] = False
@@ -43,6 +44,7 @@ class VirtualTokens(nn.Module):
     inputs: ClassVar[tuple[str, ...]] = ()
     attended: torch.Tensor | None = None
     own_labels: torch.Tensor | None = None
+    gates_each: int = 0
     embedding: Any
 
     def forward(self, indices: torch.Tensor, task_ids: torch.Tensor | None = None) -> torch.Tensor:
@@ -61,6 +63,11 @@ class VirtualTokens(nn.Module):
     @property
     def has_network(self) -> bool:
         return any(hasattr(self, name) for name in self.network)
+
+    @property
+    def gates(self) -> Any:
+        """The gates of a prefix, by layer; None where it has none."""
+        return self._modules.get("prefix_gates")
 
     def train_on(self, requires_grad: bool) -> VirtualTokens:
         """Let it train, or not."""
@@ -101,8 +108,9 @@ class VirtualTokens(nn.Module):
 
     def adapter_state(self) -> Iterator[tuple[str, str, torch.Tensor]]:
         """(name in the file, name in memory, tensor); a tensor that is computed has no name in memory."""
+        made = ("embedding", *self.network) if self.has_network else ()
         for name, tensor in self.state_dict(keep_vars=True).items():
-            if self.has_network:
+            if name.partition(".")[0] in made:
                 yield ENCODER + name, name, tensor
             elif name != "embedding.weight":
                 yield name, name, tensor

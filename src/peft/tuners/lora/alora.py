@@ -30,17 +30,25 @@ class Span(NamedTuple):
     mask: torch.Tensor | None
 
 
-def last_occurrence(ids: torch.Tensor, sequence: Sequence[int]) -> torch.Tensor:
-    """Where a sequence of token ids begins for the last time in each row, ``[batch]``; -1 where it does not occur.
+def last_occurrence(ids: torch.Tensor, sequence: Sequence[int], segments: torch.Tensor | None = None) -> torch.Tensor:
+    """Where a sequence of token ids begins for the last time in each row, ``[batch, 1]``; -1 where it does not occur.
 
     Args:
         ids: ``[batch, tokens]``.
+        segments: where a row holds several texts, which of them each token is of, ``[batch, tokens]``; then the answer
+            is one for each token, ``[batch, tokens]``, about the text that it is of.
     """
     n = len(sequence)
     if ids.shape[1] < n:
-        return ids.new_full((len(ids),), -1)
+        return ids.new_full((len(ids), 1), -1)
     here = (ids.unfold(1, n, 1) == ids.new_tensor(sequence)).all(-1)  # [batch, tokens - n + 1]
-    return torch.where(here, torch.arange(here.shape[1], device=ids.device), -1).amax(1)
+    place = torch.arange(here.shape[1], device=ids.device)
+    if segments is None:
+        return torch.where(here, place, -1).amax(1, keepdim=True)
+    first, last = segments[:, : here.shape[1]], segments[:, n - 1 :]
+    place = torch.where(here & (first == last), place, -1)
+    of_text = place.new_full((len(ids), int(segments.max()) + 1), -1).scatter_reduce(1, first, place, "amax")
+    return of_text.gather(1, segments)
 
 
 class ALora(Lora):
@@ -103,12 +111,12 @@ class ALora(Lora):
         return found[key]
 
     def _span(self, tokens: Tokens, shape: tuple[int, ...], device: torch.device) -> Span:
-        start = last_occurrence(tokens.ids, self.alora_invocation_tokens)
+        start = last_occurrence(tokens.ids, self.alora_invocation_tokens, tokens.segments)
         count, never = tokens.own, tokens.before + tokens.own
         start = torch.where(start < 0, never, start) - tokens.before  # among the call's own tokens
         rows = self.context.rows
         if len(shape) == 1:  # tokens laid out as rows
-            acts = torch.arange(count, device=start.device) >= start[:, None]
+            acts = torch.arange(count, device=start.device) >= start
             total = shape[0] if rows is None else rows[1]
             if total != acts.numel():
                 raise ValueError(
@@ -120,9 +128,11 @@ class ALora(Lora):
         batch, length = shape
         skipped = count - length  # by layers that see the last tokens only
         start = self.context.of_rows("input_ids", start, batch, device) - skipped
-        first = min(max(int(start.min()), 0), length) if batch else 0
-        acts = torch.arange(first, length, device=device) >= start[:, None]
-        return Span(first, None if bool((start <= first).all()) else acts)
+        acts = torch.arange(length, device=device) >= (start if start.shape[1] == 1 else start[:, skipped:])
+        somewhere = acts.any(0)
+        first = int(somewhere.int().argmax()) if bool(somewhere.any()) else length
+        acts = acts[:, first:]
+        return Span(first, None if bool(acts.all()) else acts)
 
     def unmergeable(self) -> str | None:
         return "aLoRA acts on some tokens only, so no one weight equals it. Keep the adapter unmerged."

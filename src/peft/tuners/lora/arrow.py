@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -77,6 +78,10 @@ def mixed_by_token(
         x: ``[tokens, in]``. chosen, weights: ``[tokens, k]``. pairs: A_e ``[r, in]``, B_e ``[out, r]``. scales: s_e.
     """
     tokens, k = chosen.shape
+    if tokens == 1:  # as when text is generated: there is nothing to sort
+        each = zip(chosen[0].tolist(), weights[0].to(x.dtype).split(1))
+        parts = [F.linear(c * scales[e] * F.linear(x, pairs[e][0]), pairs[e][1]) for e, c in each]
+        return functools.reduce(torch.add, parts)
     order = chosen.flatten().argsort(stable=True)  # all of the first expert, then all of the second, ...
     counts = torch.bincount(chosen.flatten(), minlength=len(pairs)).tolist()
     token, weight = order // k, weights.flatten()[order].to(x.dtype).unsqueeze(-1)

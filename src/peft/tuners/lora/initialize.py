@@ -16,7 +16,7 @@ from torch import nn
 
 from peft.core.base.kinds import Kind
 from peft.core.base.storage import storage_of
-from peft.core.filling import skip_values
+from peft.core.filling import draw_like_linear, skip_values
 from peft.core.layer.rewritten import original_weight, rewrite
 from peft.tuners.lora.config import LoraConfig, LoraGAConfig
 from peft.tuners.lora.loftq import loftq_init
@@ -175,14 +175,19 @@ def _as_torch_does(lora: Lora) -> None:
     if lora.kind.lookup:
         for table in lora.held_pair():
             table.normal_()
-    else:
-        lora.lora_A.reset_parameters()
-        lora.lora_B.reset_parameters()
+        return
+    for linear in (lora.lora_A, lora.lora_B):
+        if type(linear) is nn.Linear and linear.bias is None:
+            draw_like_linear(linear.weight)
+        else:
+            linear.reset_parameters()
 
 
 def _zero_up(a: torch.Tensor, b: torch.Tensor, std: float | None) -> None:
     """A normal with this standard deviation, by default uniform in +-1/sqrt(fan_in); B zero."""
-    if std is None:
+    if std is None and a.dim() == 2:
+        draw_like_linear(a)
+    elif std is None:
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))
     else:
         nn.init.normal_(a, std=std)

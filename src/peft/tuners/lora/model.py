@@ -161,6 +161,11 @@ class LoraTuner(LoraCompat, BaseTuner):
             )
         if routers := [name for name in adapters if self.peft_config[name].arrow_config is not None]:
             raise ValueError(f"{routers} are Arrow routers, which have no update of their own. Combine their experts.")
+        if gated := [name for name in adapters if self.peft_config[name].use_gating]:
+            raise ValueError(
+                f"{gated} have gates (use_gating), so what they do depends on the sample, so no sum of tensors is "
+                "their sum. Combine adapters without gates."
+            )
         if len({tuple(self.peft_config[name].alora_invocation_tokens or ()) for name in adapters}) > 1:
             raise ValueError(
                 f"the adapters {adapters} begin to act at different tokens (alora_invocation_tokens), and their sum "

@@ -7,6 +7,7 @@ from peft.tuners.lora.alora import ALora
 from peft.tuners.lora.arrow import Arrow
 from peft.tuners.lora.bdlora import BdLora
 from peft.tuners.lora.dora import Dora
+from peft.tuners.lora.gated import Gated
 from peft.tuners.lora.kasa import Kasa
 from peft.tuners.lora.layer import Lora, LoraLayer
 from peft.tuners.lora.mica import Mica
@@ -18,6 +19,7 @@ from peft.tuners.lora.velora import VeLora
 VARIANTS: tuple[type[Lora], ...] = (
     ALora,
     Dora,
+    Gated,
     Arrow,
     Kasa,
     VeLora,
