@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from peft.testing.cells import perturb
 from peft.tuners.abba import khatri_rao
 from peft.tuners.lora.surgery import factored_svd, gates
 from peft.tuners.routing import imbalance, top_weights
+from peft.utils.warning import PeftWarning
 
 
 def adapted(config: Any, seed: int = 3, **fields: Any) -> tuple[PeftModel, Any, torch.Tensor]:
@@ -191,6 +193,24 @@ def test_the_loss_of_a_training_call_has_the_balance_and_trains_the_router() -> 
     assert all(layer.mix_router["default"].grad.any() for layer in layers)
     model.eval()
     torch.testing.assert_close(model(**given).loss, copy.deepcopy(model).unload()(**given).loss)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_the_balance_under_gradient_checkpointing(reentrant: bool) -> None:
+    """The same gradients as without; reentrant checkpoints cannot give them, which is said."""
+    model, *_, given = router_loss()
+    model.peft_config["default"].balance = 0.5
+    gradients = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        model.zero_grad()
+        with pytest.warns(PeftWarning, match="not balanced") if reentrant and checkpointed else nullcontext():
+            model(**given).loss.backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if "router" in n})
+    same = [torch.allclose(gradients[0][name], gradients[1][name], rtol=1e-4, atol=1e-6) for name in gradients[0]]
+    assert all(same) != reentrant
 
 
 def test_padding_is_no_load() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ from peft.core.model.registry import define_tuner
 from peft.core.model.tuner import BaseTuner
 from peft.core.model.walk import layers_of
 from peft.tuners.routing import imbalance, top_weights
+from peft.utils.warning import PeftWarning
 
 
 @dataclass
@@ -105,6 +107,12 @@ class MixLoraTuner(BaseTuner):
         """The model's outputs; a loss among them gets :meth:`balance`, which is then used up."""
         loss, term = getattr(outputs, "loss", None), self.balance() if self.training else None
         if isinstance(loss, torch.Tensor) and term is not None:
+            if loss.requires_grad and not term.requires_grad:
+                warnings.warn(
+                    "the routers of MixLoRA are not balanced: what they give has no gradient, as under reentrant "
+                    'gradient checkpointing. Use gradient_checkpointing_kwargs={"use_reentrant": False}.',
+                    PeftWarning,
+                )
             outputs.loss = loss + term.to(loss)
             for _, layer in layers_of(self.model):
                 if isinstance(layer, self.layer_cls):
