@@ -55,8 +55,6 @@ def add(
     context.compositions[name] = expression
     try:
         layers = [layer for layer in _layers(model) if layer.present([expression])]
-        held = {held for layer in layers for held in layer.present([expression])}
-        _check_layers(expression, held)
         with torch.device("meta") if low_cpu_mem_usage else nullcontext():
             for layer in layers:
                 layer.add_adapter(name, config, layer.key)
@@ -83,16 +81,6 @@ def _check_members(name: str, expression: Composition, known: list[str]) -> None
                 f"composition {name!r} is made of {member!r}, which is no adapter of the model."
                 f"{nearest(member, known)} Adapters: {', '.join(map(repr, known)) or 'none'}. Add or load it first."
             )
-
-
-def _check_layers(expression: Composition, held: set[str]) -> None:
-    lacking = [member for member in expression.names() if member != BASE and member not in held]
-    if lacking:
-        raise ValueError(
-            f"{', '.join(map(repr, lacking))} in {expression!r}: an adapter without a layer in the model, such as a "
-            "prompt, cannot be put together with others. Rows of a batch can have one each: model(..., "
-            "adapter_names=[...])."
-        )
 
 
 def check_unused(model: nn.Module, name: str) -> None:

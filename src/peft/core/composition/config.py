@@ -36,7 +36,7 @@ class CompositionConfig(ModulesToSave):
 
     @property
     def members(self) -> list[Any]:
-        """None: it is of no method, and the adapters that it is made of have configs of their own."""
+        """None: it is of no method itself."""
         return []
 
     def to_dict(self) -> dict[str, Any]:

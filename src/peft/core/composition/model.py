@@ -62,12 +62,22 @@ class Compositions:
         try:
             known = context_of(model).compositions
             config.expression = adding.with_names(config.expression, self._name_of, known)
+            self._check_no_prompts(config.expression)
             adding.add(model, name, config, list(self.peft_config), *options)
         except Exception:
             for other in [other for other in self.peft_config if other not in before]:
                 self.delete_adapter(other)
             raise
         self.peft_config[name] = config
+
+    def _check_no_prompts(self, expression: Composition) -> None:
+        for name in context_of(self.get_base_model()).behind([expression]):
+            members = self.peft_config[name].members if name in self.peft_config else ()
+            if any(member.is_prompt_learning for member in members):
+                raise ValueError(
+                    f"{name!r} in {expression!r} has virtual tokens, which are no part of a layer, so they cannot be "
+                    "put together with others. Rows of a batch can have one each: model(..., adapter_names=[...])."
+                )
 
     def _name_of(self, expression: Composition) -> str:
         """The composition that is this expression: the one that the model has, or a new one."""

@@ -86,7 +86,7 @@ class MixedModel(BaseTuner):
     # --- calls ------------------------------------------------------------------------------------------------
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         run = self.model if self.prompts is None else self.prompts.forward
-        return self.finish(run(*args, **kwargs))
+        return self.finished(run(*args, **kwargs))
 
     @property
     def generate(self) -> Any:

@@ -95,7 +95,11 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
             return getattr(self.model, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.finish(with_penalty(self.model, self.active_adapters, self.model(*args, **kwargs)))
+        return self.finished(self.model(*args, **kwargs))
+
+    def finished(self, outputs: Any) -> Any:
+        """The model's outputs with what is made of them: by the method, and by fusions."""
+        return self.finish(with_penalty(self.model, self.active_adapters, outputs))
 
     def finish(self, outputs: Any) -> Any:
         """What the method makes of the model's outputs: one with a term of its own in the loss adds it here."""
