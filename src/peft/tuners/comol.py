@@ -43,8 +43,8 @@ def mixed_cores(h: torch.Tensor, cores: torch.Tensor, router: torch.Tensor, top_
         top_k: how many of the p_e are kept.
     """
     weights = top_weights((h @ router.T).softmax(-1), top_k)
-    each = (h @ cores.flatten(0, 1).T).unflatten(-1, (len(cores), -1))  # C_e h, which is less than a core a token
-    return (weights.unsqueeze(-2) @ each).squeeze(-2)
+    each = torch.einsum("eij,...j->...ei", cores, h)  # which is less than a core for each token
+    return torch.einsum("...e,...ei->...i", weights, each)
 
 
 class Comol(Sample):
