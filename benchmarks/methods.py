@@ -110,7 +110,7 @@ def rows() -> dict[str, tuple[str, dict[str, Any]]]:
 
     found = {}
     for key, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items():
-        if isinstance(tuner, type) and issubclass(tuner, BaseTuner):
+        if isinstance(tuner, type) and issubclass(tuner, BaseTuner) and not tuner.mixes:
             name = str(getattr(key, "value", key)).lower()
             found[name] = name, {**HYPERPARAMETERS.get(name, {}), **ELSEWHERE.get(name, {})}
     return {**found, **METHODS}

@@ -461,7 +461,7 @@ class TestOtherCommands:
         assert found["results"]["base"]["loss"] != found["results"]["two"]["loss"]
 
     def test_estimate_gives_settings_side_by_side_and_the_largest_batch(self, peft_, home, tmp_path):
-        words = ["estimate", "base", "--method=[lora,dora]", "--batch=[1,4]", "--length=32", "--memory=2MB"]
+        words = ["estimate", "base", "--method=lora,dora", "--batch=1,4", "--length=32", "--memory=2MB"]
         status, found = peft_(*words, "--adapter={r: 2, target_modules: all-linear}", f"--plot={tmp_path / 'm.png'}")
         rows = found["settings"]
         assert status == 0 and len(rows) == 4 and (tmp_path / "m.png").is_file()
@@ -480,7 +480,7 @@ class TestOtherCommands:
         words = ["compare", *QUICK, "--data=pairs.jsonl", "--data.held_out=4", f"--output={tmp_path}"]
         status, first = peft_(*words, "--methods=[lora]")
         assert status == 0
-        status, found = peft_(*words, "--methods=[lora,ia3]")
+        status, found = peft_(*words, "--methods", "lora,ia3")
         assert status == 0 and [run["name"] for run in found["runs"]] == ["lora", "ia3"]
         assert found["runs"][0] == first["runs"][0], "the first was trained again"
         assert found["runs"][1]["trainable"] < found["runs"][0]["trainable"]

@@ -11,7 +11,6 @@ import laws
 import pytest
 import quantised
 import torch
-from laws import Cell
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
@@ -19,6 +18,7 @@ from peft import IA3Config, LNTuningConfig, LoraConfig, get_peft_model
 from peft.core.base.kinds import Whole
 from peft.core.base.readers import NoWeight, reads_weight_of
 from peft.core.base.storage import storage_of
+from peft.testing.cells import Cell, equal_states, layers, perturb, state
 
 
 def _old(make: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.Module]:
@@ -90,14 +90,14 @@ def test_merging_where_the_parametrization_can_be_inverted(method: str, name: st
 
 def _merges(cell: Cell, make: Callable[[nn.Module], nn.Module]) -> None:
     model = cell.fresh("default", base=_wrapped(cell, make))
-    laws.perturb(model, "default", 10, laws.STRONGER.get(cell.method.name, 1))
-    before, wanted = laws.state(model), cell.run(model)
+    perturb(model, "default", 10, cell.method.times)
+    before, wanted = state(model), cell.run(model)
     with model.disable_adapter():
         cell.apart(wanted, cell.run(model))
     model.merge_adapter()
     cell.near(cell.run(model), wanted, "merged")
     model.unmerge_adapter()
-    laws.equal_states(_computed(laws.state(model)), _computed(before))
+    equal_states(_computed(state(model)), _computed(before))
     cell.near(cell.run(model.merge_and_unload()), wanted, "merged and unloaded")
 
 
@@ -107,13 +107,13 @@ def test_merging_is_refused_by_name_where_the_weight_is_constrained(method: str,
     """The error names the parametrization and the way out, and the model is as it was."""
     cell = next(c for c in ROWS if c.method.name == method)
     model = cell.fresh("default", base=_wrapped(cell, CONSTRAINED[name]))
-    laws.perturb(model, "default", 10)
-    before, wanted = laws.state(model), cell.run(model)
+    perturb(model, "default", 10)
+    before, wanted = state(model), cell.run(model)
     with pytest.raises(ValueError, match=f"{name.rpartition(' ')[2]}.*Keep the adapter unmerged"):
         model.merge_adapter()
-    laws.equal_states(_computed(laws.state(model)), _computed(before))
+    equal_states(_computed(state(model)), _computed(before))
     cell.near(cell.run(model), wanted)  # of the other layer, merging and unmerging has rounded the plain weight
-    assert not any(layer.merged for _, layer in laws.layers(model))
+    assert not any(layer.merged for _, layer in layers(model))
 
 
 @pytest.mark.parametrize("name", [*WRITABLE, *CONSTRAINED])

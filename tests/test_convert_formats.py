@@ -14,7 +14,7 @@ from torch import nn
 from toys import tiny_llama
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model
+from peft import BottleneckConfig, LoraConfig, PeftMixedModel, PeftModel, get_peft_model
 from peft.convert import convert_adapter, format_of
 from peft.utils.error import ConfigError
 
@@ -102,6 +102,55 @@ def test_lycoris(case: str, tmp_path: Path) -> None:
     same_tensors(given, back)
 
 
+@pytest.mark.parametrize("case", ["full", "glora", "oft", "oft_constraint", "boft", "ia3"])
+def test_lycoris_by_what_it_does_to_the_weight(case: str, tmp_path: Path) -> None:
+    """Algorithms that no method has in their form: what they do is carried over, by the base weight if need be."""
+    files = load_file(GOLDEN / "lycoris.safetensors")
+    base = Net()
+    base.load_state_dict({key.removeprefix("base."): value for key, value in files.items() if key.startswith("base.")})
+    if case == "ia3":
+        base.conv1.bias = None  # whose outputs are scaled
+    given = golden("lycoris_more")[case]
+    wanted = given.pop("output")
+    save_file(given, tmp_path / "lycoris.safetensors")
+    reads = case in ("glora", "oft", "oft_constraint", "boft")
+    if reads:
+        with pytest.raises(ConfigError, match="a factor of its weight"):
+            convert_adapter(tmp_path / "lycoris.safetensors", "peft", tmp_path / "peft")
+    found = convert_adapter(tmp_path / "lycoris.safetensors", "peft", tmp_path / "peft", base=base)
+    assert found.lost == {} and len(found.notes) == (3 if reads else 0)
+    torch.testing.assert_close(loaded(base, tmp_path / "peft")(files["x"]), wanted, atol=2e-6, rtol=1e-5)
+    convert_adapter(tmp_path / "peft", "kohya", tmp_path / "back.safetensors")
+    back = load_file(tmp_path / "back.safetensors")
+    if case == "full":
+        same_tensors(given, back)
+    if case == "ia3":  # 1 + w - 1
+        assert given.keys() == back.keys()
+        for name, tensor in back.items():
+            torch.testing.assert_close(tensor.to(given[name].dtype), given[name], rtol=0, atol=1e-6)
+
+
+def test_lycoris_ia3_of_outputs_with_a_bias_is_named(tmp_path: Path) -> None:
+    given = golden("lycoris_more")["ia3"]
+    del given["output"]
+    save_file(given, tmp_path / "lycoris.safetensors")
+    with pytest.raises(ConfigError, match="conv1.bias: LyCORIS' IA3 leaves the bias"):
+        convert_adapter(tmp_path / "lycoris.safetensors", "peft", tmp_path / "peft", base=Net())
+
+
+def test_weights_are_read_from_the_base_s_files(tmp_path: Path) -> None:
+    base = tiny_llama()
+    base.save_pretrained(tmp_path / "base")
+    weight = base.model.layers[0].self_attn.q_proj.weight.detach()
+    blocks = torch.randn(len(weight) // 2, 2, 2)
+    save_file({"lycoris_model_layers_0_self_attn_q_proj.oft_blocks": blocks}, tmp_path / "oft.safetensors")
+    convert_adapter(tmp_path / "oft.safetensors", "peft", tmp_path / "peft", base=tmp_path / "base")
+    q = blocks - blocks.mT
+    turned = torch.linalg.solve(torch.eye(2) - q, torch.eye(2) + q, left=False).mT @ weight.unflatten(0, (-1, 2))
+    merged = loaded(base, tmp_path / "peft").merge_and_unload().model.layers[0].self_attn.q_proj.weight
+    torch.testing.assert_close(merged, turned.flatten(0, 1), atol=1e-5, rtol=1e-4)
+
+
 def test_a_lokr_that_is_cut_otherwise_is_refused(tmp_path: Path) -> None:
     given = golden("lycoris")["lokr_both"]
     del given["output"]
@@ -147,6 +196,13 @@ def test_adapters(case: str, tmp_path: Path) -> None:
         return same_tensors(cases[case], back)
     for name, tensor in cases[case].items():
         torch.testing.assert_close(back[name], tensor, atol=1e-6, rtol=1e-5)
+
+
+def test_parallel_adapters_of_adapters_read_something_else_where_blocks_normalise_first(tmp_path: Path) -> None:
+    base = llama(golden("adapters")["base"], num_hidden_layers=2, num_attention_heads=2)
+    get_peft_model(base, BottleneckConfig(preset="parallel")).save_pretrained(tmp_path / "peft")
+    with pytest.raises(ConfigError, match="read the stream before that"):
+        convert_adapter(tmp_path / "peft", "adapters", tmp_path / "out", base=base)
 
 
 def test_adapters_with_an_inverse_before_a_head_of_its_own(tmp_path: Path) -> None:
@@ -316,3 +372,75 @@ def test_what_a_format_cannot_hold_is_named(tmp_path: Path) -> None:
     save_file({"lora_unet_some_thing.lora_down.weight": torch.zeros(1, 2)}, tmp_path / "odd.safetensors")
     with pytest.raises(ConfigError, match="give the base model"):
         convert_adapter(tmp_path / "odd.safetensors", "peft", tmp_path / "x")
+
+
+# --- Flux ---------------------------------------------------------------------------------------------------------
+
+
+def flux_file(width: int = 6) -> dict[str, torch.Tensor]:
+    """A LoRA of kohya's on Flux's authors' modules: fused and single ones, and the one whose halves change places."""
+    modules = {
+        "double_blocks_0_img_attn_qkv": (3 * width, width),
+        "double_blocks_0_txt_attn_proj": (width, width),
+        "double_blocks_1_txt_mlp_0": (4 * width, width),
+        "single_blocks_0_linear1": (7 * width, width),
+        "single_blocks_0_linear2": (width, 5 * width),
+        "single_blocks_0_modulation_lin": (3 * width, width),
+    }
+    torch.manual_seed(0)
+    tensors = {}
+    for name, (out, inner) in modules.items():
+        tensors[f"lora_unet_{name}.lora_down.weight"] = torch.randn(2, inner)
+        tensors[f"lora_unet_{name}.lora_up.weight"] = torch.randn(out, 2)
+        tensors[f"lora_unet_{name}.alpha"] = torch.tensor(1.0)
+    return tensors
+
+
+def updates_of(tensors: dict[str, torch.Tensor], a: str, b: str) -> dict[str, torch.Tensor]:
+    """B A by module."""
+    return {n.removesuffix(a): tensors[n.removesuffix(a) + b] @ t for n, t in tensors.items() if n.endswith(a)}
+
+
+def test_flux_by_its_authors_names_and_by_those_of_diffusers(tmp_path: Path) -> None:
+    """What diffusers' own reader makes of the file is what is written for it; back, the tensors are the same bits."""
+    diffusers = pytest.importorskip("diffusers")
+    given = flux_file(3072)  # the only width that this reader takes
+    save_file(given, tmp_path / "kohya.safetensors")
+    convert_adapter(tmp_path / "kohya.safetensors", "diffusers", tmp_path / "diffusers")
+    wanted = diffusers.FluxPipeline.lora_state_dict({k: t.clone() for k, t in given.items()})
+    found = load_file(tmp_path / "diffusers" / "pytorch_lora_weights.safetensors")
+    names = (".lora_A.weight", ".lora_B.weight")
+    assert wanted.keys() == found.keys() and len(found) == 2 * (3 + 1 + 1 + 4 + 1 + 1)
+    for name, tensor in found.items():  # alpha / r is in the header, and in their A
+        assert torch.equal(tensor * 0.5 if name.endswith(names[0]) else tensor, wanted[name]), name
+    found = convert_adapter(tmp_path / "diffusers", "kohya", tmp_path / "back.safetensors")
+    assert "authors" in found.notes[0]
+    same_tensors(given, load_file(tmp_path / "back.safetensors"))
+
+
+def test_flux_parts_of_their_own_stand_side_by_side(tmp_path: Path) -> None:
+    """Query and value alone, of unequal ranks, become rows of one matrix; the key's are zero."""
+    torch.manual_seed(0)
+    module, pairs = "single_transformer_blocks.0.attn", {"to_q": (2, 1.0), "to_v": (3, 6.0)}
+    tensors = {}
+    for name, (rank, alpha) in pairs.items():
+        tensors[f"transformer.{module}.{name}.lora_A.weight"] = torch.randn(rank, 4)
+        tensors[f"transformer.{module}.{name}.lora_B.weight"] = torch.randn(4, rank)
+        tensors[f"transformer.{module}.{name}.alpha"] = torch.tensor(alpha)
+    save_file(tensors, tmp_path / "two.safetensors")
+    convert_adapter(tmp_path / "two.safetensors", "kohya", tmp_path / "kohya.safetensors")
+    found = load_file(tmp_path / "kohya.safetensors")
+    key = "lora_unet_single_blocks_0_linear1"
+    update = found[f"{key}.lora_up.weight"] @ found[f"{key}.lora_down.weight"] * found[f"{key}.alpha"] / 5
+    q, v = (a * b for a, b in zip(updates_of(tensors, ".lora_A.weight", ".lora_B.weight").values(), (0.5, 2)))
+    zero = torch.zeros(4, 4)
+    torch.testing.assert_close(update, torch.cat([q, zero, v, torch.zeros(16, 4)]))
+
+
+def test_a_flux_adapter_follows_the_names_of_the_base(tmp_path: Path) -> None:
+    save_file(flux_file(), tmp_path / "kohya.safetensors")
+    base = nn.ModuleDict({"single_transformer_blocks": nn.ModuleList([nn.ModuleDict({"proj_out": nn.Linear(30, 6)})])})
+    convert_adapter(tmp_path / "kohya.safetensors", "peft", tmp_path / "peft", base=base)
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert "single_transformer_blocks.0.proj_mlp" in config["target_modules"]
+    assert "transformer_blocks.0.attn.to_k" in config["target_modules"]

@@ -9,7 +9,6 @@ import warnings
 import laws
 import pytest
 import torch
-from laws import Chain, base_weights, perturb
 from torch import nn
 from toys import Mlp, tiny_llama
 
@@ -33,6 +32,8 @@ from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.operations import adapters_of
 from peft.core.model.walk import layers_of
 from peft.helpers import rescale_adapter_scale
+from peft.testing.cells import Method, base_weights, perturb
+from peft.testing.places import Chain
 from peft.utils.other import ModulesToSaveWrapper
 from peft.utils.peft_types import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.save_and_load import get_peft_model_state_dict
@@ -51,7 +52,7 @@ def base() -> Chain:
     return Chain(nn.Linear(8, 8), nn.Linear(8, 8)).eval()
 
 
-def config_of(method: laws.Method, **fields) -> PeftConfig:
+def config_of(method: Method, **fields) -> PeftConfig:
     return method.config_cls(**{"target_modules": ["layer"], **method.given, **fields})
 
 

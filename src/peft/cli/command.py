@@ -111,6 +111,34 @@ def add_fields(parser: ArgumentParser, cls: type, prefix: str = "", skip: Iterab
         parser.add_argument(*flags, type=kind, help=text, default=argparse.SUPPRESS, **metavar)
 
 
+def bracketed(cls: type, argv: list[str]) -> list[str]:
+    """Arguments whose lists are in brackets: ``--methods lora,ia3`` as ``--methods [lora,ia3]``."""
+    flags, words = {*_lists(cls)}, []
+    for place, word in enumerate(argv):
+        flag, is_pair, value = word.partition("=")
+        if is_pair and flag in flags and _bare_list(value):
+            word = f"{flag}=[{value}]"
+        elif place and argv[place - 1] in flags and _bare_list(word):
+            word = f"[{word}]"
+        words.append(word)
+    return words
+
+
+def _bare_list(value: str) -> bool:
+    return "," in value and not value.startswith(("[", "{", "-"))
+
+
+def _lists(cls: type, prefix: str = "") -> Iterable[str]:
+    """Flags of the fields of a dataclass that take lists."""
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        inner = field.metadata.get("nested")
+        if inner is not None and issubclass(inner, Options) and not prefix:
+            yield from _lists(inner, f"{field.name}.")
+        elif any(typing.get_origin(hint) is list for hint in (hints[field.name], *typing.get_args(hints[field.name]))):
+            yield f"--{prefix}{field.name}"
+
+
 def make(cls: type, values: dict[str, Any]) -> Any:
     """An instance of a dataclass of options from the values of a parser, nested ones included."""
     known = {field.name: field for field in dataclasses.fields(cls)}

@@ -22,7 +22,7 @@ from peft.utils.error import ConfigError, PeftError
 class CompareOptions(Recipe):
     """A recipe, and what varies."""
 
-    methods: list[str] = option(lambda: ["lora"], "Methods, as in [lora,dora,ia3].")
+    methods: list[str] = option(lambda: ["lora"], "Methods, as in lora,dora,ia3.")
     rates: list[float | str] = option(lambda: ["auto"], "Learning rates for each, as in [auto,1e-3].")
 
 
@@ -30,7 +30,7 @@ def act(options: CompareOptions, output: Output) -> dict[str, Any]:
     """Train all of them, each in a folder of its own; what is finished is not trained again."""
     options.require("model.name", "data.train")
     if not options.methods:
-        raise ConfigError("no methods to compare: say --methods [lora,ia3].")
+        raise ConfigError("no methods to compare: say --methods lora,ia3.")
     for name in options.methods:
         config_class(name)  # a name that is wrong is told before anything is trained
     rows = []
@@ -118,7 +118,7 @@ def show(found: dict[str, Any], output: Output) -> None:
 COMMAND = Command(
     "compare",
     "Train several methods on the same data for the same steps: one table, one picture. Goes on if interrupted.",
-    "  peft compare recipes/sentiment.yaml --methods [lora,dora,ia3] --set trainer.steps=30 --output runs/compared",
+    "  peft compare recipes/sentiment.yaml --methods lora,dora,ia3 --set trainer.steps=30 --output runs/compared",
     CompareOptions,
     act,
     show,

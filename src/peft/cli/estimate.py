@@ -26,7 +26,7 @@ class EstimateOptions(Options):
     """What is estimated. Lists give a row for each combination."""
 
     model: str = argument("Model: a folder with its config.json, or a name on the hub. No weights are read.")
-    method: list[str] | str = option("lora", "Methods, one or a list, as in [lora,ia3].")
+    method: list[str] | str = option("lora", "Methods, one or a list, as in lora,ia3.")
     adapter: dict = option(dict, "Fields of the methods' configs, as in {r: 16}; each takes those it has.")
     batch: list[int] | int = option(1, "Batch sizes, one or a list.")
     length: list[int] | int = option(512, "Tokens of a sample, one or a list.")
@@ -146,7 +146,7 @@ def show(found: dict[str, Any], output: Output) -> None:
 COMMAND = Command(
     "estimate",
     "The memory of a training step, by part, from the config of a model alone.",
-    "  peft estimate HuggingFaceTB/SmolLM2-1.7B --method [lora,dora] --adapter '{r: 16}' --batch [1,8] --memory 24GB",
+    "  peft estimate HuggingFaceTB/SmolLM2-1.7B --method lora,dora --adapter '{r: 16}' --batch 1,8 --memory 24GB",
     EstimateOptions,
     act,
     show,

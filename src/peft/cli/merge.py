@@ -24,7 +24,7 @@ class MergeOptions(Options):
     base: str = argument("Base model: a folder, or a name on the hub.")
     adapters: list[str] = argument("Adapters: folders, each with a name before it if need be (one=runs/one).", "+")
     output: str | None = option(None, "Folder of the merged model.")
-    weights: list[float] | None = option(None, "Weights of the adapters, as in [0.7,0.3]; 1 each if left out.")
+    weights: list[float] | None = option(None, "Weights of the adapters, as in 0.7,0.3; 1 each if left out.")
     combination: str | None = option(None, "How several are combined; the exact sum, if left out.",
                                      choices=COMBINATIONS)  # fmt: skip
     density: float | None = option(None, "Share of entries to keep, for the ways that prune.", above=0, maximum=1)
@@ -76,7 +76,7 @@ COMMAND = Command(
     "merge",
     "Merge adapters into the files of a model, shard by shard: a layer is in memory at a time, not the model.",
     "  peft merge HuggingFaceTB/SmolLM2-135M-Instruct runs/sentiment/adapter -o merged\n"
-    "  peft merge base runs/a/adapter runs/b/adapter --weights [0.7,0.3] --combination ties --density 0.5 -o mixed",
+    "  peft merge base runs/a/adapter runs/b/adapter --weights 0.7,0.3 --combination ties --density 0.5 -o mixed",
     MergeOptions,
     act,
     show,

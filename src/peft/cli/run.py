@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from peft._version import __version__
-from peft.cli.command import Command, UsageError, add_fields, make, parser_of
+from peft.cli.command import Command, UsageError, add_fields, bracketed, make, parser_of
 from peft.cli.output import Output
 from peft.cli.recipe import NOT_IN_A_RECIPE, config_class
 from peft.utils.error import ConfigError, nearest
@@ -118,7 +118,7 @@ def parse(chosen: Command, argv: list[str]) -> Any:
             raise UsageError(str(error)) from error
         add_fields(parser, cls, "adapter.", NOT_IN_A_RECIPE)
     try:
-        given = parser.parse_args(argv).clone(with_meta=False).as_dict()
+        given = parser.parse_args(bracketed(chosen.options, argv)).clone(with_meta=False).as_dict()
     except argparse.ArgumentError as error:
         raise UsageError(_with_hint(str(error.message).strip(), parser)) from error
     except SystemExit as end:

@@ -9,6 +9,8 @@ from pathlib import Path
 from torch import nn
 
 from peft.convert.formats import FORMATS
+from peft.convert.formats.flux import is_diffusers, is_original, to_diffusers, to_original
+from peft.convert.held import Held, is_lora, pairs_of
 from peft.convert.source import Base, Files, Format, Job, Source
 from peft.core.files.io import replacing
 from peft.utils.error import ConfigError, nearest
@@ -76,7 +78,7 @@ def convert_adapter(
     found = Source.open(source)
     origin = _detected(found)
     job = Job(None if base is None else Base.of(base))
-    bundle = origin.read(found, job)
+    bundle = {component: _fitted(held, job) for component, held in origin.read(found, job).items()}
     files = target.write(bundle, job)
     if job.lost and not lossy:
         listed = "; ".join(f"{name}: {why}" for name, why in list(job.lost.items())[:8])
@@ -87,6 +89,16 @@ def convert_adapter(
     where = _write(target, files, Path(output))
     count = sum(len(held.tensors) for held in bundle.values())
     return Conversion(origin.name, target.name, where, list(bundle), count, job.lost, job.notes)
+
+
+def _fitted(held: Held, job: Job) -> Held:
+    """The adapter on the modules that the base has, where tools know a model by different ones."""
+    if job.base is None or not is_lora(held):
+        return held
+    here, there = pairs_of(held).pairs, job.base.names
+    if is_original(here) and is_diffusers(there):
+        return to_diffusers(held)
+    return to_original(held) if is_diffusers(here) and is_original(there) else held
 
 
 def _detected(source: Source) -> Format:

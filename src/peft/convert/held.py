@@ -91,6 +91,12 @@ class Pairs:
         return pair.alpha / (math.sqrt(pair.rank) if self.rslora else pair.rank)
 
 
+def is_lora(held: Held) -> bool:
+    """Whether an adapter is a LoRA."""
+    kind = getattr(held.config.peft_type, "value", held.config.peft_type)
+    return isinstance(held.config, LoraConfig) and kind == "LORA"
+
+
 def pairs_of(held: Held) -> Pairs:
     """A LoRA's file as pairs.
 
@@ -98,8 +104,8 @@ def pairs_of(held: Held) -> Pairs:
         ValueError: the adapter is no LoRA, or a pair lacks its half.
     """
     config = held.config
-    kind = getattr(config.peft_type, "value", config.peft_type)
-    if not isinstance(config, LoraConfig) or kind != "LORA":
+    if not is_lora(held):
+        kind = getattr(config.peft_type, "value", config.peft_type)
         raise ValueError(f"the adapter is of the method {kind}, not LORA; peft.save_as_lora makes a LoRA of it first.")
     if config.use_gating:
         raise ValueError(GATED)

@@ -15,6 +15,7 @@ from torch import nn
 from peft.convert.extract import skeleton
 from peft.convert.held import Held
 from peft.core.files.io import read_tensors
+from peft.core.files.shards import Shards, has_weights
 from peft.utils.error import ConfigError
 
 
@@ -83,24 +84,48 @@ def _weights_in(path: Path) -> Path:
 
 @dataclass
 class Base:
-    """A base model's module names and config."""
+    """A base model's module names, config and, if it is asked for them, weights.
+
+    Attributes:
+        model: with or without memory. folder: where its weights are, if it has none.
+    """
 
     model: nn.Module
     config: dict[str, Any]
+    folder: str | None = None
 
     @classmethod
     def of(cls, base: nn.Module | str | os.PathLike) -> Base:
-        """From a model, or from a folder with a ``config.json``; no weights are read."""
+        """From a model, or from a folder with a ``config.json``; no weights are read yet."""
         if isinstance(base, nn.Module):
             config: Any = getattr(base, "config", None) or {}
             return cls(base, config.to_dict() if hasattr(config, "to_dict") else dict(config))
         made = skeleton(base, None)
-        return cls(made, made.config.to_dict())
+        return cls(made, made.config.to_dict(), os.fspath(base))
 
     @property
     def names(self) -> list[str]:
         """Names of all modules that have a weight."""
         return [name for name, module in self.model.named_modules() if "weight" in module._parameters]
+
+    def weight(self, module: str) -> torch.Tensor:
+        """The weight of a module.
+
+        Raises:
+            ConfigError: neither the model nor its folder has it.
+        """
+        found = self.model.get_submodule(module)._parameters.get("weight")
+        if found is not None and not found.is_meta:
+            return found.detach()
+        name = f"{module}.weight"
+        shards = Shards(self.folder) if self.folder is not None and has_weights(self.folder) else None
+        if shards is None or name not in shards.entries:
+            raise ConfigError(f"the weight of {module} is needed, and base={self.folder or 'the model'} has none.")
+        return shards[name]
+
+    def has_bias(self, module: str) -> bool:
+        """Whether a module has a bias."""
+        return self.model.get_submodule(module)._parameters.get("bias") is not None
 
     def number(self, *keys: str) -> int:
         """The first of some entries of the config.

@@ -15,7 +15,6 @@ from peft.config import (
     ModulesToSave,
     TargetModules,
     TrainedBias,
-    check_pattern,
     option,
     resolve_pattern,
 )
@@ -24,7 +23,6 @@ from peft.core.addition import LinearIn
 from peft.core.base.kinds import fan
 from peft.core.families import Delta, padded
 from peft.core.model.registry import define_tuner
-from peft.utils.error import ConfigError
 from peft.utils.peft_types import PeftType
 
 
@@ -45,8 +43,11 @@ class C3AConfig(TargetModules, TrainedBias, ModulesToSave, LayerSelection):
         "them with zeros.",
         minimum=1,
     )
-    block_size_pattern: dict | None = option(
-        dict, "Block sizes of particular modules: a module name, an end of one, or a regular expression -> size."
+    block_size_pattern: dict[str, int] | None = option(
+        dict,
+        "Block sizes of particular modules: a module name, an end of one, or a regular expression -> size.",
+        names=dict,
+        minimum=1,
     )
     init_weights: bool | str | None = option(
         "xavier_uniform",
@@ -54,13 +55,6 @@ class C3AConfig(TargetModules, TrainedBias, ModulesToSave, LayerSelection):
         "'kaiming_uniform' and 'gaussian' are random numbers, so that the fresh adapter is not the identity.",
         choices=(True, False, "gaussian", "kaiming_uniform", "xavier_uniform"),
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.block_size_pattern = check_pattern(self, "block_size_pattern")
-        for key, size in self.block_size_pattern.items():
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise ConfigError(f"C3AConfig: block_size_pattern[{key!r}]={size!r} must be a whole number above 0.")
 
 
 def c3a_weight(kernel: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:

@@ -46,7 +46,7 @@ class LilyConfig(TargetModules, ExcludeModules, ModulesToSave, LayerSelection):
     )
 
     @classmethod
-    def check_kwargs(cls, **kwargs: Any) -> dict:
+    def check_kwargs(cls, /, **kwargs: Any) -> dict:
         """Files without ``routing`` come from an implementation that averages over the batch."""
         return {"routing": "batch", **kwargs} if "peft_version" in kwargs else kwargs
 

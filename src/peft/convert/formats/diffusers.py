@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from peft.config import resolve_pattern
+from peft.convert.formats.flux import is_original, to_diffusers
 from peft.convert.formats.kohya import saver
-from peft.convert.held import Held, Pair, Pairs, held_of, pairs_of, patterned, whole
+from peft.convert.held import Held, Pair, Pairs, held_of, is_lora, pairs_of, patterned, whole
 from peft.convert.source import Bundle, Files, Format, Job, Source
 from peft.tuners.lora.config import LoraConfig
 from peft.utils.error import ConfigError
@@ -106,6 +107,8 @@ def _write(bundle: Bundle, job: Job) -> Files:
     tensors: dict[str, torch.Tensor] = {}
     said: dict[str, Any] = {}
     for component, held in bundle.items():
+        if is_lora(held) and is_original(pairs_of(held).pairs):
+            component, held = "transformer", to_diffusers(held)
         if component.partition("-")[0] not in COMPONENTS and component:
             raise ConfigError(f"diffusers has no component {component!r}.")
         found, name = pairs_of(held), component or _only_component(held, job)

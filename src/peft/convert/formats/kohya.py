@@ -1,7 +1,7 @@
 """kohya-ss and LyCORIS: ``lora_unet_down_blocks_0_....lora_down.weight`` with an ``alpha`` for each module.
 
 Names have no dots, components a prefix. LoCon's Tucker core (``lora_mid``) is folded into A; LoHa and LoKr keep
-theirs.
+theirs. What else LyCORIS has is read by what it does to a weight, see :mod:`peft.convert.formats.lycoris`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from peft.config import resolve_pattern
-from peft.convert.held import PREFIX, Held, Pair, Pairs, held_of, pairs_of, patterned, whole
+from peft.convert.formats.flux import is_diffusers, is_original, to_original
+from peft.convert.formats.lycoris import CHANGES, change_of, ia3_held, ia3_parts, whole_of, whole_pair
+from peft.convert.held import PREFIX, Held, Pair, Pairs, held_of, is_lora, pairs_of, patterned, whole
 from peft.convert.names import dotted, flat
 from peft.convert.source import Bundle, Files, Format, Job, Source
 from peft.core.files.io import separate
@@ -33,14 +35,12 @@ PREFIXES = {
 }
 _LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 _LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
-_LORA = ("lora_down.weight", "lora_up.weight", "lora_mid.weight", "dora_scale")
+_LORA = ("lora_down.weight", "lora_up.weight", "lora_mid.weight", "dora_scale", "diff_b", *CHANGES)
+_IA3 = ("weight", "on_input")
 _WHY = {
-    "diff": "a whole change of a weight; merge it into the base model",
-    "diff_b": "a change of a bias; merge it into the base model",
     "w_norm": "a change of a norm; merge it into the base model",
     "b_norm": "a change of a norm; merge it into the base model",
-    "oft_blocks": "LyCORIS' OFT normalises its rotation otherwise than OFT here",
-    "oft_diag": "LyCORIS' diagonal OFT has no counterpart here",
+    "oft_diag": "a diagonal OFT has no counterpart here",
 }
 Parts = dict[str, torch.Tensor]
 
@@ -85,16 +85,17 @@ def _component_of(found: dict[str, Parts], job: Job, known: Iterable[str] | None
     """The adapters of one model, by method."""
     groups: dict[str, dict[str, Parts]] = {}
     for name, parts in found.items():
-        module = dotted(name, known)
-        for method, names in (("lora", _LORA), ("loha", _LOHA), ("lokr", _LOKR)):
-            if parts.keys() & set(names) - {"dora_scale"}:
+        module = dotted(name, None if is_original([name.replace("_blocks_", "_blocks.")]) else known)
+        for method, names in (("lora", _LORA), ("loha", _LOHA), ("lokr", _LOKR), ("ia3", _IA3)):
+            if parts.keys() & set(names) - {"dora_scale", "diff_b", "rescale"}:
                 groups.setdefault(method, {})[module] = parts
                 left = parts.keys() - {*names, "alpha", "scalar"}
                 break
         else:
             left = parts.keys() - {"alpha"}
         job.lost.update({f"{module}.{part}": _WHY.get(part, "it has no counterpart here") for part in left})
-    makers: dict[str, Callable[[dict[str, Parts], Job], Held]] = {"lora": _lora, "loha": _loha, "lokr": _lokr}
+    makers: dict[str, Callable[[dict[str, Parts], Job], Held]]
+    makers = {"lora": _lora, "loha": _loha, "lokr": _lokr, "ia3": ia3_held}
     return {method: makers[method](modules, job) for method, modules in groups.items()}
 
 
@@ -105,24 +106,42 @@ def _alpha(parts: Parts, rank: int) -> float:
 
 
 def _lora(modules: dict[str, Parts], job: Job) -> Held:
-    pairs = {}
-    for module, parts in modules.items():
-        try:
-            down, up = parts["lora_down.weight"], parts["lora_up.weight"]
-        except KeyError as error:
-            raise ConfigError(f"{module} lacks {error}: the file is incomplete.") from error
-        if (mid := parts.get("lora_mid.weight")) is not None:
-            core = torch.promote_types(mid.dtype, torch.float32)
-            down = torch.einsum("ij...,jn->in...", mid.to(core), down.flatten(1).to(core)).to(down.dtype)
-            job.notes.append(f"{module}: its core (lora_mid) is multiplied into A")
-        scale = parts.get("dora_scale")
-        if scale is not None and scale.shape[0] != len(up):
-            job.lost[f"{module}.dora_scale"] = "it scales inputs, and DoRA here scales outputs"
-            scale = None
-        if scale is not None:
-            scale = scale.reshape((-1,) if down.dim() == 2 else (1, -1, *[1] * (down.dim() - 2)))
-        pairs[module] = Pair(down, up, _alpha(parts, len(down)), scale)
+    pairs = {module: _pair(module, parts, job) for module, parts in modules.items()}
+    if any(pair.bias is not None for pair in pairs.values()):  # all modules of a LoRA have one then
+        for pair in pairs.values():
+            pair.bias = pair.up.new_zeros(len(pair.up)) if pair.bias is None else pair.bias
     return held_of(Pairs(pairs))
+
+
+def _pair(module: str, parts: Parts, job: Job) -> Pair:
+    if parts.keys() & set(CHANGES):
+        rank = len(parts["a2.weight"]) if "a2.weight" in parts else 1
+        pair = whole_pair(change_of(module, parts, _alpha(parts, rank) / rank, job))
+        if "diff" not in parts:
+            job.notes.append(f"{module}: what it does to the weight is a LoRA of full rank; resize_adapter cuts it")
+    else:
+        pair = _low_rank(module, parts, job)
+    if "diff_b" in parts:
+        pair.bias = parts["diff_b"] / (pair.alpha / pair.rank)
+    return pair
+
+
+def _low_rank(module: str, parts: Parts, job: Job) -> Pair:
+    try:
+        down, up = parts["lora_down.weight"], parts["lora_up.weight"]
+    except KeyError as error:
+        raise ConfigError(f"{module} lacks {error}: the file is incomplete.") from error
+    if (mid := parts.get("lora_mid.weight")) is not None:
+        core = torch.promote_types(mid.dtype, torch.float32)
+        down = torch.einsum("ij...,jn->in...", mid.to(core), down.flatten(1).to(core)).to(down.dtype)
+        job.notes.append(f"{module}: its core (lora_mid) is multiplied into A")
+    scale = parts.get("dora_scale")
+    if scale is not None and scale.shape[0] != len(up):
+        job.lost[f"{module}.dora_scale"] = "it scales inputs, and DoRA here scales outputs"
+        scale = None
+    if scale is not None:
+        scale = scale.reshape((-1,) if down.dim() == 2 else (1, -1, *[1] * (down.dim() - 2)))
+    return Pair(down, up, _alpha(parts, len(down)), scale)
 
 
 def _loha(modules: dict[str, Parts], job: Job) -> Held:
@@ -202,6 +221,9 @@ def _write(bundle: Bundle, job: Job) -> Files:
     tensors: dict[str, torch.Tensor] = {}
     for component, held in bundle.items():
         prefix = _prefix(component.partition("-")[0], "text_encoder_2" in bundle)
+        if is_lora(held) and is_diffusers(pairs_of(held).pairs):
+            held = to_original(held)
+            job.notes.append("the modules have the names of Flux's authors, whose query, key and value are one matrix")
         tensors.update(_flattened(held, prefix, job))
     return {"lora.safetensors": saver(tensors, {"format": "pt"})}
 
@@ -228,8 +250,12 @@ def _flattened(held: Held, prefix: str, job: Job) -> dict[str, torch.Tensor]:
     kind = str(getattr(held.config.peft_type, "value", held.config.peft_type))
     if kind == "LORA":
         return _flat_lora(pairs_of(held), prefix, job)
+    if kind == "IA3":
+        return _flat_ia3(held, prefix)
     if kind not in ("LOHA", "LOKR"):
-        raise ConfigError(f"kohya's files hold LoRA, LoHa and LoKr, and this adapter is {kind}; use save_as_lora.")
+        raise ConfigError(
+            f"kohya's files hold LoRA, LoHa, LoKr and IA3, and this adapter is {kind}; use save_as_lora."
+        )
     names, result = (_LOHA if kind == "LOHA" else _LOKR), {}
     for name, tensor in held.tensors.items():
         module, _, part = name.removeprefix(PREFIX).rpartition(".")
@@ -264,7 +290,13 @@ def _flat_lora(found: Pairs, prefix: str, job: Job) -> dict[str, torch.Tensor]:
         if pair.table:
             job.lost[module] = "kohya's files have no LoRAs of embeddings"
             continue
-        if pair.bias is not None:
+        change = whole_of(pair, found.scale(module))
+        if change is not None:
+            result[f"{key}.diff"] = change
+            if pair.bias is not None:
+                result[f"{key}.diff_b"] = pair.bias
+            continue
+        if pair.bias is not None and pair.bias.any():
             job.lost[f"{module}.lora_B.bias"] = "kohya's LoRAs have no biases"
         result[f"{key}.lora_down.weight"], result[f"{key}.lora_up.weight"] = pair.down, pair.up
         alpha = pair.alpha if not found.rslora else found.scale(module) * pair.rank
@@ -272,6 +304,15 @@ def _flat_lora(found: Pairs, prefix: str, job: Job) -> dict[str, torch.Tensor]:
         if pair.magnitude is not None:
             result[f"{key}.dora_scale"] = pair.magnitude.reshape(-1, *[1] * (pair.down.dim() - 1))
     job.lost.update(dict.fromkeys(found.others, "kohya's files hold LoRAs alone"))
+    return result
+
+
+def _flat_ia3(held: Held, prefix: str) -> dict[str, torch.Tensor]:
+    result = {}
+    for name, tensor in held.tensors.items():
+        module = name.removeprefix(PREFIX).removesuffix(".ia3_l")
+        for part, value in ia3_parts(held, module, tensor).items():
+            result[f"{prefix}{flat(module)}.{part}"] = value
     return result
 
 

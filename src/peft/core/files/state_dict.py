@@ -135,8 +135,8 @@ def _require_all(model: nn.Module, adapter: str, absent: dict[int, str]) -> None
     lacking = []
     if absent:
         prompts = prompts_of(model)
-        encoder = prompts.prompts.encoders[adapter].parameters() if prompts and adapter in prompts.peft_config else ()
-        held = [*encoder] if prompts else [entry.tensor for entry in entries(model, adapter)]
+        encoder = prompts.adapter_parameters(adapter) if prompts and adapter in prompts.adapter_names else []
+        held = [*encoder, *(entry.tensor for entry in entries(model, adapter) if not encoder or entry.memory)]
         lacking = [absent[id(tensor)] for tensor in held if id(tensor) in absent]
     if lacking:
         raise CheckpointError(
@@ -197,7 +197,7 @@ def set_peft_model_state_dict(
     """
     model = bare(model)
     root, _ = anatomy(model)
-    if (prompts := prompts_of(model)) and adapter_name in prompts.peft_config:
+    if (prompts := prompts_of(model)) and adapter_name in prompts.adapter_names:
         prompts.make_room(adapter_name, peft_model_state_dict)
     found = match(model, adapter_name, peft_model_state_dict)
     if found.wrong and not ignore_mismatched_sizes:

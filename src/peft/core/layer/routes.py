@@ -16,6 +16,7 @@ from torch import nn
 
 from peft.core.layer import parallel
 from peft.core.layer import weight as weights
+from peft.core.layer.composed import leaves_of
 from peft.kernels.linear import Factors, low_rank_linear
 from peft.kernels.strict import is_plain
 
@@ -110,13 +111,14 @@ class Folded(Route):
         x, base = args[0], layer.get_base_layer()
         if layer.may_bypass_base(x):
             bias = weights.folded_bias(layer, adapters)
-            y = weights.multiplied(layer, x, lambda: weights.folded_weight(layer, adapters), adapters)
+            made_of = leaves_of(adapters)
+            y = weights.multiplied(layer, x, lambda: weights.folded_weight(layer, adapters), made_of)
             return y if bias is None else y + layer.kind.along_channels(bias, base)
         if not only:
             return None
         below = weights.adapters_below(layer)
         y = layer.base_layer(*args, **kwargs)
-        made_of = [*adapters, *(adapter for inner in below for adapter in inner)]
+        made_of = leaves_of([*adapters, *(adapter for inner in below for adapter in inner)])
         change = weights.multiplied(layer, x, lambda: self._change(layer, adapters, below, x), made_of)
         return (y + change).to(y.dtype)
 

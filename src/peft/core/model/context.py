@@ -6,12 +6,13 @@ transformers recomputes get those of the call that they repeat, see :meth:`Conte
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 
+from peft.core.composition.expressions import Composition, Fuse, alternatives
 from peft.core.model.sequence import Tokens, note_in_cache, tokens_of
 
 
@@ -27,7 +28,7 @@ class Groups(NamedTuple):
         index: which of the parts each row of the batch belongs to.
     """
 
-    parts: list[tuple[str, torch.Tensor]]
+    parts: list[tuple[Any, torch.Tensor]]
     order: torch.Tensor
     index: torch.Tensor
 
@@ -36,7 +37,8 @@ class Context:
     """Facts of the current forward call.
 
     Attributes:
-        adapter_names: one adapter name for each row of the batch (:data:`BASE` for none), or None.
+        adapter_names: one adapter for each row of the batch (:data:`BASE` for none; or an expression), or None.
+        compositions: the adapters of the model that are made of others: name -> expression.
         task_ids: one task number for each row, ``[batch]``, or None.
         scalings: weights of routed adapters, ``[batch, tokens, layers, adapters]``; None: they give nothing.
         mask: the model's ``attention_mask``, ``[batch, tokens]``, 0 where padded, or None.
@@ -51,12 +53,13 @@ class Context:
     """
 
     def __init__(self) -> None:
-        self.adapter_names: tuple[str, ...] | None = None
+        self.adapter_names: tuple[Any, ...] | None = None
+        self.compositions: dict[str, Composition] = {}
         self.task_ids: torch.Tensor | None = None
         self.scalings: torch.Tensor | None = None
         self.mask: torch.Tensor | None = None
         self.labels: torch.Tensor | None = None
-        self.current: list[str] | None = None
+        self.current: list[Any] | None = None
         self.rows: tuple[torch.Tensor, int] | None = None
         self.held = False
         self.reads_tokens = False
@@ -86,7 +89,7 @@ class Context:
         return self.adapter_names is not None and self.current is None
 
     @contextmanager
-    def only(self, name: str) -> Iterator[None]:
+    def only(self, name: Any) -> Iterator[None]:
         """While the rows of one adapter are computed."""
         outer, self.current = self.current, [name]
         try:
@@ -103,6 +106,28 @@ class Context:
             yield
         finally:
             self.prompt = outer
+
+    def behind(self, names: Iterable[Any], training: bool = False) -> list[str]:
+        """The adapters that act where these do: themselves, and those that they are made of.
+
+        Args:
+            names: adapters, or expressions. training: without those that a fusion reads, as it trains on its own.
+        """
+        found: dict[str, None] = {}
+        for name in names:
+            made_of = name if isinstance(name, Composition) else self.compositions.get(name)
+            if isinstance(name, str):
+                found[name] = None
+            if made_of is not None and not (training and isinstance(made_of, Fuse)):
+                found.update(dict.fromkeys(self.behind(made_of.members, training)))
+        return list(found)
+
+    def together(self, names: Sequence[Any]) -> list[Sequence[Any]]:
+        """The sets of adapters that act on a row each: one, unless a composition divides the rows of calls."""
+        dividing = [
+            known for name in names if (known := self.compositions.get(name)) is not None and known.splits_rows
+        ]
+        return [[row] for row in alternatives(dividing[0])] if dividing else [names]
 
     def set_adapter_names(self, names: Sequence[str] | None) -> None:
         self.adapter_names = None if names is None else tuple(names)
@@ -182,7 +207,7 @@ class Context:
         values = values.to(device).repeat_interleave(total // len(values), 0)
         return values if rows is None else values[rows]
 
-    def groups(self, names: tuple[str, ...], batch: int, device: torch.device) -> Groups:
+    def groups(self, names: tuple[Any, ...], batch: int, device: torch.device) -> Groups:
         """Rows of each adapter in a batch.
 
         A batch with a multiple of ``len(names)`` rows repeats each name: beams, or tokens laid out as rows.
@@ -197,7 +222,7 @@ class Context:
             )
         key = (names, batch, device)
         if key not in self._groups:
-            rows: dict[str, list[int]] = {}
+            rows: dict[Any, list[int]] = {}
             repeat = batch // len(names)
             for i, name in enumerate(names):
                 rows.setdefault(name, []).extend(range(i * repeat, (i + 1) * repeat))

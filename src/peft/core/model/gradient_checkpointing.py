@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.context import Context
 from peft.core.model.record import drop_if_empty, known_record, record_of
 from peft.core.model.walk import embeddings_of
@@ -103,7 +104,10 @@ def with_switch(model: nn.Module) -> Iterator[Any]:
             classes[cls] = hasattr(cls, name)
         if classes[cls] or name in module.__dict__:
             yield module
-        stack += [child for child in module._modules.values() if child is not None]
+        if isinstance(module, BaseTunerLayer) and not module.adapter_cls.any_module:  # pairs and vectors have none
+            stack.append(module.base_layer)
+        elif module._modules:
+            stack += [child for child in module._modules.values() if child is not None]
 
 
 def is_switched_on(model: nn.Module) -> bool:

@@ -20,7 +20,7 @@ from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, biases_of
 from peft.core.model.declared import declare_biases, new_biases, set_declared
 from peft.core.model.dequantize import dequantize
-from peft.core.model.record import record_of
+from peft.core.model.record import behind, record_of
 from peft.core.model.replicate import restore_layers, separate_layers
 from peft.core.model.walk import embeddings_of, holders_of, layers_of, replace_module, walk, wrappers_of
 
@@ -75,8 +75,8 @@ def set_adapter(
     if wrappers:
         require_adapters(model, names, [*held, *known])
     for wrapper in wrappers:
-        wrapper.check_active([name for name in names if name in wrapper])
-    bias = record.choose(names) if record else None
+        wrapper.check_active_rows(names)
+    bias = record.choose(behind(model, names)) if record else None
     if any(isinstance(w, BaseTunerLayer) and w.merged for w in wrappers):
         warnings.warn("adapters are merged into the base model; they are unmerged before others are activated.")
         unmerge(model)
@@ -93,7 +93,7 @@ def enable_adapters(model: nn.Module, enabled: bool) -> None:
         wrapper.enable_adapters(enabled)
         names = names or wrapper._active_adapter
     if record := biases_of(model):
-        record.apply(record.choose(names) if enabled else None)
+        record.apply(record.choose(behind(model, names)) if enabled else None)
 
 
 def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -294,9 +294,9 @@ def _check_together(model: nn.Module, adapter_names: list[str] | None) -> None:
     merged = [name for w in wrappers if isinstance(w, BaseTunerLayer) for name in w.merged_adapters]
     names = dict.fromkeys([*merged, *(active_of(model) if adapter_names is None else adapter_names)])
     for wrapper in wrappers:
-        wrapper.check_active([name for name in names if name in wrapper])
+        wrapper.check_active_rows(list(names))
     if record := biases_of(model):
-        record.choose(list(names))
+        record.choose(behind(model, names))
 
 
 def _tell_rounding(layers: list[tuple[str, BaseTunerLayer]]) -> None:
@@ -375,7 +375,7 @@ def unload(
             if back is not None:
                 back()
             raise
-        bias = record.choose(active if adapter_names is None else adapter_names) if record else None
+        bias = record.choose(behind(model, active if adapter_names is None else adapter_names)) if record else None
     else:
         unmerge(model)
         bias = None

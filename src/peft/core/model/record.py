@@ -95,6 +95,12 @@ def context_of(model: nn.Module) -> Context:
     return record.context
 
 
+def behind(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """The adapters of a model that act where these do: themselves, and those that they are made of."""
+    record = known_record(model)
+    return list(names) if record is None or record.context is None else record.context.behind(names)
+
+
 def drop_record(model: nn.Module) -> None:
     """Take the record and its hooks away from a model that has no adapters any more."""
     record = known_record(model)

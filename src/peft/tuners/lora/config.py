@@ -14,7 +14,6 @@ from peft.config import (
     RankPatterns,
     TargetModules,
     TrainedBias,
-    name_list_of,
     option,
 )
 from peft.utils.error import ConfigError
@@ -269,6 +268,7 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
         None,
         "Parameters (not modules) to adapt, by name or end of a name; 2-D, or 3-D stacks of experts: "
         "'mlp.experts.gate_up_proj'.",
+        names=list,
     )
     use_bdlora: BdLoraConfig | None = option(
         None,
@@ -337,7 +337,6 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
             odd = [r for r in (self.r, *(self.rank_pattern or {}).values()) if r % 2]
             if odd:
                 raise ConfigError(f"{name}: orthogonal initialization requires the rank to be even, got {odd[0]}.")
-        self.target_parameters = name_list_of(self, "target_parameters")
         if self.target_parameters:
             # the update is added to the parameter itself: there is no input to drop and no output to shift or scale
             if field := self.needs_a_layer() or ("fan_in_fan_out" if self.fan_in_fan_out else None):

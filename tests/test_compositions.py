@@ -1,0 +1,351 @@
+"""Compositions of adapters: what each expression means, on layers of every method, with rows, files and training."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from typing import Any
+
+import pytest
+import torch
+from architectures import build, inputs
+from in_blocks import gives, logits, refused, stir
+from laws import cells, over
+from torch import nn
+
+from peft import (
+    Average,
+    BatchSplit,
+    CompositionConfig,
+    Fuse,
+    LoraConfig,
+    Parallel,
+    PeftModel,
+    Stack,
+    get_peft_model,
+)
+from peft.core.composition.expressions import from_dict
+from peft.core.layer.composed import Fused
+from peft.testing.cells import Cell, gradient, layers, parameters_of
+from peft.utils.error import ConfigError
+
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(autouse=True)
+def no_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Model cards take most of the time of a save, and are tested elsewhere."""
+    monkeypatch.setattr(PeftModel, "create_or_update_model_card", lambda self, folder: None)
+
+
+def even(model: nn.Module, name: str) -> None:
+    """Give a fusion uniform attention, and V = I."""
+    with torch.no_grad():
+        for _, layer in layers(model):
+            fused = layer.adapters.get(name)
+            for attention in fused.fusion.values() if isinstance(fused, Fused) else ():
+                attention.query.weight.zero_()
+                attention.query.bias.zero_()
+                if attention.value is not None:
+                    attention.value.weight.copy_(torch.eye(len(attention.value.weight)))
+
+
+# --- laws of weights, over the registry ---------------------------------------------------------------------------
+
+EVERY = 1 if os.environ.get("LAWS") == "all" else 15
+CELLS = cells("several", "mixed", precisions=("float32", "bfloat16"), each_layer=False)
+
+
+def whole(cell: Cell) -> bool:
+    """Whether its adapters take the place of a module, of which one can act."""
+    return cell.method.layer_cls.adapter_cls.any_module
+
+
+@over(CELLS[::EVERY])
+def test_the_laws_of_compositions(cell: Cell) -> None:
+    model = cell.adapted("one", "two")
+    alone = {"one": cell.run(model)}
+    model.set_adapter("two")
+    alone["two"] = cell.run(model)
+    model.set_adapter(["one", "two"])
+    both = cell.run(model)
+    with model.disable_adapter():
+        base = alone["__base__"] = cell.run(model)
+
+    def run(expression: Any) -> torch.Tensor:
+        model.set_adapter(expression)
+        return cell.run(model)
+
+    cell.near(run(Stack()), base, "an empty stack is the base")
+    cell.near(run(Stack("one", "two")), both, "a stack of weights is the list")
+    cell.near(run(Stack("one", Stack("two"))), both, "a stack in a stack")
+    rows = run(BatchSplit("two", Stack("one", "two"), "__base__", batch_sizes=[1, 3, 2]))
+    cell.near(rows[:1], alone["two"][:1], "a row is what it is alone")
+    cell.near(rows[1:4], both[1:4], "a row of a stack", factor=2)
+    cell.near(rows[4:], base[4:], "a row of the base")
+    parts = Parallel("one", Stack("one", "two"), "__base__")
+    for found, wanted in zip(parts.apart(run(parts)), (alone["one"], both, base)):
+        cell.near(found, wanted, "a member of a Parallel", factor=2)
+    if whole(cell):
+        with pytest.raises(ValueError, match="copies of the whole module"):
+            model.set_adapter(Average("one", "two"))
+        return
+    cell.near(run(Average("one")), alone["one"], "an average of one is that one")
+    cell.near(run(Average("one", "two", weights=[1, 0])), alone["one"], "a weight of 1")
+    if cell.place.affine and not cell.place.deep:
+        mean = 0.75 * alone["one"] + 0.25 * alone["two"]
+        cell.near(run(Average("one", "two", weights=[3, 1])), mean, "an average of outputs", factor=2)
+    average = run(Average("one", "two"))
+    if not cell.unmergeable:
+        model.merge_adapter()
+        cell.near(cell.run(model), average, "merged", factor=3)
+        model.unmerge_adapter()
+        cell.near(cell.run(model), average, "unmerged")
+    try:
+        model.add_composition("fused", Fuse("one", "two"), autocast_adapter_dtype=cell.autocast)
+    except ValueError as error:
+        assert "read by another computation" in str(error)
+        return
+    even(model, "fused")
+    cell.near(run("fused"), average, "a fusion with uniform attention is the mean", factor=3)
+    cell.near(run(Parallel("two", "fused"))[len(average) :], average, "in rows", factor=3)
+    model.set_adapter("fused")
+    with pytest.raises(ValueError, match="depends on the sample"):
+        model.merge_adapter()
+
+
+@over([cell for cell in CELLS if cell.precision == "float32" and not whole(cell)][4 % EVERY :: EVERY])
+def test_rows_of_compositions_have_the_gradients_that_they_have_alone(cell: Cell) -> None:
+    model = cell.adapted("one", "two")
+    model.train(not any(type(layer.adapters["one"]).random_in_training for _, layer in layers(model)))
+    mean = Average("one", "two", weights=[3, 1])
+    found = {}
+    for what in (Parallel("two", mean), "two", mean):
+        model.set_adapter(what)
+        model.set_requires_grad(["one", "two"], True)
+        model.zero_grad()
+        cell.loss(model).backward() if not isinstance(what, Parallel) else _twice(cell, model).backward()
+        found[what] = [gradient(p).clone() for name in ("one", "two") for p in parameters_of(model, name)]
+    together, *apart = found.values()
+    for grad, first, second in zip(together, *apart):
+        cell.near(grad, first + second, "gradient", factor=3)
+
+
+def _twice(cell: Cell, model: nn.Module) -> torch.Tensor:
+    """The loss of :meth:`Cell.loss` for each half of the rows."""
+    output = model(*cell.inputs())
+    half = len(output) // 2
+    weight = torch.randn(output[:half].shape, generator=torch.Generator().manual_seed(5))
+    return sum((part.float() * weight).flatten(1).mean(1).sum() for part in (output[:half], output[half:]))
+
+
+# --- of the whole model -------------------------------------------------------------------------------------------
+
+
+def two(name: str = "llama", **fields: Any) -> PeftModel:
+    """A model with two adapters far from their start, on layers of which some have both."""
+    torch.manual_seed(2)
+    model = get_peft_model(build(name), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **fields), "a")
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["v_proj", "up_proj"], **fields))
+    stir(model, "a")
+    stir(model, "b", seed=5)
+    return model
+
+
+def of(model: PeftModel, what: Any, name: str = "llama") -> torch.Tensor:
+    model.set_adapter(what)
+    return logits(model, name)
+
+
+class TestTheModel:
+    def test_an_expression_is_there_while_it_is_active(self):
+        model = two()
+        model.set_adapter(Stack("a", "b"))
+        assert model.active_adapters == ["stack_a_b"] and model.active_composition == Stack("a", "b")
+        assert all(p.requires_grad for name in ("a", "b") for p in parameters_of(model, name))
+        model.set_adapter(Average("a", "b"), inference_mode=True)
+        assert list(model.peft_config) == ["a", "b", "average_a_b"]
+        assert not any(p.requires_grad for p in model.parameters())
+        model.set_adapter("b")
+        assert list(model.peft_config) == ["a", "b"] and model.active_composition is None
+        assert {p.requires_grad for p in parameters_of(model, "a")} == {False}
+        assert model.get_base_model()._peft_record.context.compositions == {}
+
+    def test_a_fusion_trains_and_its_members_do_not(self):
+        model = two()
+        with pytest.warns(UserWarning, match="new, and has to be trained"):
+            model.set_adapter(Stack("a", Fuse("a", "b")))
+        assert list(model.peft_config) == ["a", "b", "fuse_a_b", "stack_a_fuse_a_b"]
+        trained = {name.split(".")[-4] for name, p in model.named_parameters() if p.requires_grad and "fusion" in name}
+        assert trained == {"fuse_a_b"}
+        model.set_adapter("fuse_a_b")
+        assert not any(p.requires_grad for name in ("a", "b") for p in parameters_of(model, name))
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer, losses = torch.optim.Adam(parameters, lr=0.02), []
+        model.train()
+        for _ in range(6):
+            optimizer.zero_grad()
+            loss = model(**inputs("llama")).loss
+            loss.backward()
+            losses.append(loss.item())
+            optimizer.step()
+        assert losses[-1] < losses[0] and all(p.grad is not None for p in parameters)
+        model.set_requires_grad("b", True)
+        model(**inputs("llama")).loss.backward()
+        assert all(p.grad is not None for p in parameters_of(model, "b"))
+
+    def test_the_loss_has_the_term_of_the_fusion(self):
+        model = two()
+        model.add_composition("free", Fuse("a", "b", regularization=0.0))
+        model.add_composition("bound", Fuse("a", "b", regularization=0.5))
+        stir(model, "free", seed=7, size=0.1)
+        for bound, free in zip(parameters_of(model, "bound"), parameters_of(model, "free")):
+            bound.data.copy_(free)
+        losses = {}
+        for name in ("free", "bound"):
+            model.set_adapter(name)
+            losses[name] = model.train()(**inputs("llama")).loss
+        term = 0.0
+        for _, layer in layers(model):
+            for attention in layer.adapters["bound"].fusion.values() if "bound" in layer else ():
+                term += 0.5 * (attention.value.weight - torch.eye(len(attention.value.weight))).square().sum()
+        torch.testing.assert_close(losses["bound"], losses["free"] + term)
+
+    def test_it_is_saved_and_loaded(self, tmp_path):
+        model = two()
+        model.add_composition("fused", Fuse("a", "b", kind="static"))
+        model.add_composition("both", Stack("a", Average("b", "fused", weights=[3, 1])))
+        stir(model, "fused", seed=7)
+        wanted = of(model, "both")
+        model.save_pretrained(str(tmp_path))
+        assert json.loads((tmp_path / "both" / "adapter_config.json").read_text())["peft_type"] == "COMPOSITION"
+        again = PeftModel.from_pretrained(build("llama"), str(tmp_path / "a"), adapter_name="a")
+        with refused(again, "made of 'b', which is no adapter"):
+            again.load_adapter(str(tmp_path / "fused"), adapter_name="fused")
+        for name in ("b", "fused", "both"):
+            result = again.load_adapter(str(tmp_path / name), adapter_name=name)
+            assert result.missing_keys == [] and result.unexpected_keys == []
+        gives(of(again, "both"), wanted)
+
+    def test_what_a_composition_needs_is_not_deleted(self):
+        model = two()
+        model.add_composition("both", Stack("a", "b"))
+        with refused(model, "part of the composition 'both'"):
+            model.delete_adapter("b")
+        model.set_adapter("both")
+        model.delete_adapter("both")
+        assert model.active_adapters == ["a"] and list(model.peft_config) == ["a", "b"]
+        assert not any(p.requires_grad for p in parameters_of(model, "b"))
+        model.delete_adapter("b")
+
+    def test_switched_off_it_is_the_base(self):
+        model, base = two(), logits(build("llama"), "llama")
+        for what in (Stack("a", "b"), Average("a", "b"), Parallel("a", "b")):
+            model.set_adapter(what)
+            with model.disable_adapter():
+                gives(logits(model, "llama"), base)
+            assert logits(model, "llama").shape[0] == (8 if isinstance(what, Parallel) else 4)
+        gives(logits(model.unload(), "llama"), base)
+
+    def test_generation_goes_on_for_each_member(self):
+        model, ids = two(), inputs("llama")["input_ids"]
+        options = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2}
+        alone = []
+        for what in ("a", Stack("a", "b")):
+            model.set_adapter(what)
+            alone.append(model.generate(input_ids=ids, **options))
+        both = Parallel("a", Stack("a", "b"))
+        model.set_adapter(both)
+        for found, wanted in zip(both.apart(model.generate(input_ids=ids, **options)), alone):
+            assert torch.equal(found, wanted)
+
+    def test_parallel_takes_inputs_of_every_form(self):
+        model = two()
+        both = Parallel(BatchSplit("a", "b", batch_sizes=[1, 3]), "b")
+        given = inputs("llama")
+        mask = torch.ones_like(given["input_ids"])
+        alone = [of(model, name) for name in ("a", "b")]
+        model.set_adapter(both)
+        with torch.no_grad():
+            output = model(**given, attention_mask=mask, position_ids=torch.arange(6)[None])
+        gives(output.logits, torch.cat([alone[0][:1], alone[1][1:], alone[1]]))
+        with pytest.raises(ValueError, match=r"batches of 4 rows, and this one has 2"):
+            model(given["input_ids"][:2])
+        with pytest.raises(ValueError, match="Call the PeftModel itself"):
+            model.get_base_model()(given["input_ids"])
+
+    def test_checkpointed_blocks_give_the_same_gradients(self):
+        found = []
+        for checkpointed in (False, True):
+            model = two()
+            model.add_composition("fused", Fuse("a", "b"))
+            model.set_adapter(Parallel("a", Stack("a", "fused")))
+            if checkpointed:
+                model.gradient_checkpointing_enable()
+            model.train()(**inputs("llama")).loss.backward()
+            found.append([gradient(p) for name in ("a", "fused") for p in parameters_of(model, name)])
+        for one, other in zip(*found):
+            gives(one, other)
+
+    def test_heads_of_members(self):
+        model = get_peft_model(build("bert"), LoraConfig(r=2, modules_to_save=["classifier"]), "a")
+        model.add_adapter("b", LoraConfig(r=2, modules_to_save=["classifier"]))
+        model.add_adapter("plain", LoraConfig(r=2))
+        for seed, name in enumerate(("a", "b", "plain")):
+            stir(model, name, seed=seed)
+        for name in ("a", "b"):
+            torch.nn.init.normal_(model.base_model.model.classifier.modules_to_save[name].weight)
+        model.set_adapter(["plain", "a"])
+        gives(of(model, Stack("plain", "a"), "bert"), logits(model, "bert"))
+        both = Parallel("a", Stack("plain", "b"))
+        alone = [of(model, what, "bert") for what in both.members]
+        gives(of(model, both, "bert"), torch.cat(alone))
+        for what in (Average("a", "b"), Parallel("plain", Average("a", "b"))):
+            with refused(model, "copy of the same module"):
+                model.set_adapter(what)
+        model.set_adapter(Stack("b", "a"))
+        head = model.base_model.model.classifier
+        assert head._module() is head.modules_to_save["a"]
+        model.add_composition("fused", Fuse("a", "b"), modules_to_save=["classifier"])
+        model.set_adapter("fused")
+        assert head._module() is head.modules_to_save["fused"] and head._module().weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Average(), "has no member"),
+        (lambda: Average("a", "b", weights=[1]), "2 members, but 1 weights"),
+        (lambda: Average("a", "b", weights=[1, -1]), "normalize_weights=False"),
+        (lambda: Average("a", Parallel("b")), r"outside: Parallel\(Average\('b'"),
+        (lambda: Stack("a", 3), "names of adapters, or expressions"),
+        (lambda: Stack(Parallel("a", "b"), Parallel("c", "d")), "divides the rows of a batch more than once"),
+        (lambda: BatchSplit("a", "b", batch_sizes=[1, 0]), "whole numbers from 1"),
+        (lambda: BatchSplit(Parallel("a"), batch_sizes=[1]).members and BatchSplit(Parallel("a", "b"), batch_sizes=2),
+         "Put Parallel outside"),
+        (lambda: Parallel("a", Parallel("b", "c")), "name all of its members in one"),
+        (lambda: Fuse("a", kind="other"), "'dynamic' or 'static'"),
+        (lambda: CompositionConfig(expression={"type": "Stak", "members": []}), "Did you mean 'Stack'"),
+        (lambda: CompositionConfig(expression={"type": "Stack", "members": ["a"], "x": 1}), "has no 'x'"),
+    ],
+)  # fmt: skip
+def test_expressions_without_meaning_are_refused(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        Stack(),
+        Stack("a", Average("b", Stack("c", "d"), weights=[1, 1], normalize_weights=False)),
+        Fuse("a", "b", kind="static"),
+        Parallel("a", BatchSplit("a", "b", batch_sizes=[1, 2])),
+    ],
+    ids=str,
+)
+def test_an_expression_in_a_file_is_the_same(expression):
+    assert from_dict(json.loads(json.dumps(expression.to_dict()))) == expression
+    assert copy.deepcopy(expression) == expression and eval(repr(expression)) == expression
