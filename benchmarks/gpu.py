@@ -4,10 +4,10 @@
     python benchmarks/gpu.py --dry      # every row once, on the CPU, with tiny shapes: to see that it runs
 
 Layers of the shapes of Llama 3.2 1B and Llama 3.1 8B (as many as `SHAPES` says) with random weights in bfloat16,
-4 x 1,024 tokens, adapters on all linear layers. Times are medians between events of the card, memory is the most that was
-allocated in a step. Each library measures in one process, this one first; rows that begin after ``--seconds`` are left
-out, and say so. ``floor`` is the frozen model's step to its input embeddings; decoding is one token of one row, called
-and as a CUDA graph. With ``--write`` the table goes to ``benchmarks/RESULTS.md``.
+4 x 1,024 tokens, adapters on all linear layers. Times are medians between events of the card, memory is the most that
+was allocated in a step. Each library measures in one process, this one first; rows that begin after ``--seconds`` are
+left out, and say so. ``floor`` is the frozen model's step to its input embeddings; decoding is one token of one row,
+called and as a CUDA graph. With ``--write`` the table goes to ``benchmarks/RESULTS.md``.
 """
 
 from __future__ import annotations
