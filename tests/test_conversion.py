@@ -88,6 +88,13 @@ def test_trained_modules_come_along(tmp_path: Path) -> None:
     assert torch.isfinite(lora(input_ids=ids).logits).all()
 
 
+def test_a_compiled_model_is_converted_as_what_it_wraps() -> None:
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoHaConfig(target_modules=["0"], r=2, init_weights=False))
+    _, wanted = convert_to_lora(model, rank=2)
+    _, got = convert_to_lora(torch.compile(model), rank=2)
+    assert got.keys() == wanted.keys() and all(torch.equal(got[name], t) for name, t in wanted.items())
+
+
 def test_a_merged_adapter_is_converted_from_the_unmerged_weight() -> None:
     model = adapted()
     wanted = convert_to_lora(model, 1.0)[1]

@@ -345,6 +345,24 @@ def test_tensors_of_the_base_beside_a_prompt(tmp_path):
     assert not torch.allclose(model(IDS).logits, before)
 
 
+def test_replicas_have_no_name():
+    """What DataParallel gives, and a state dict of a replicated model, mean the model inside."""
+    model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    wanted, outer = get_peft_model_state_dict(model), nn.DataParallel(model)
+    for got in (get_peft_model_state_dict(outer), get_peft_model_state_dict(model, outer.state_dict())):
+        assert got.keys() == wanted.keys() and all(torch.equal(t, wanted[name]) for name, t in got.items())
+    other = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
+    assert set_peft_model_state_dict(nn.DataParallel(other), wanted).unexpected_keys == []
+    assert torch.equal(other(IDS).logits, model(IDS).logits)
+
+
+def test_a_table_below_trained_tokens_has_the_name_that_others_read():
+    config = LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3])
+    state = get_peft_model_state_dict(get_peft_model(tiny_llama(), config), save_embedding_layers=True)
+    assert "base_model.model.model.embed_tokens.token_adapter.base_layer.weight" in state
+    assert set_peft_model_state_dict(get_peft_model(tiny_llama(), config), state).unexpected_keys == []
+
+
 def test_a_file_for_another_shape_is_refused_by_a_runtime_error():
     model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], r=2))
     before = {name: t.clone() for name, t in model.state_dict().items()}

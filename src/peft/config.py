@@ -71,6 +71,7 @@ def option(
     above: float | None = None,
     needs: str | tuple[str, Any] | None = None,
     instead: str | None = None,
+    stuck: float | None = None,
     names: type | None = None,
     nested: type | None = None,
     transient: bool = False,
@@ -88,6 +89,7 @@ def option(
         needs: another field, or one and its value, without which this one does nothing; a value given in vain is told
             in a warning.
         instead: for a field that never does anything: what does. A value given for it is told in a warning.
+        stuck: a value with which the adapter changes nothing, and never will; it is told in a warning.
         names: for a field of names of modules: `set`, if it takes a list of them, kept as a set, or a string that is
             a regular expression; `list`, if it takes a list alone; `str`, if one name may stand for a list of one;
             `dict`, if it has values by name, or by regular expression, whose bounds are then those of the field.
@@ -104,6 +106,7 @@ def option(
         "above": above,
         "needs": needs,
         "instead": instead,
+        "stuck": stuck,
         "names": names,
         "nested": nested,
         "transient": transient,
@@ -223,15 +226,19 @@ class Options:
 
     def _tell_idle(self, field: dataclasses.Field, value: Any) -> None:
         """Warn of a value that changes nothing."""
-        needs, instead = field.metadata.get("needs"), field.metadata.get("instead")
+        rules = field.metadata
+        needs = rules.get("needs")
         name, wanted = needs if isinstance(needs, tuple) else (needs, True)
-        holds = name is None or (bool(getattr(self, name)) if wanted is True else getattr(self, name) == wanted)
-        if (holds and instead is None) or value == field.default or value == {}:
+        if value == field.default or value == {}:
             return
-        condition = name if wanted is True else f"{name}={_plain(wanted)!r}"
-        reason = instead or f"it counts only with {condition}."
-        told = f"{type(self).__name__}: {field.name}={value!r} does nothing: {reason}"
-        warnings.warn(told, PeftWarning, stacklevel=5)
+        if (reason := rules.get("instead")) is None:
+            if name is not None and not (getattr(self, name) if wanted is True else getattr(self, name) == wanted):
+                reason = f"it counts only with {name if wanted is True else f'{name}={_plain(wanted)!r}'}."
+            elif value == rules.get("stuck"):
+                reason = "with it the adapter changes nothing, and no gradient ever changes that."
+        if reason is not None:
+            told = f"{type(self).__name__}: {field.name}={value!r} does nothing: {reason}"
+            warnings.warn(told, PeftWarning, stacklevel=5)
 
     @classmethod
     def _known_keywords(cls) -> Any:

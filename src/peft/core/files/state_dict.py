@@ -18,9 +18,19 @@ from peft.core.files.renaming import current_name
 from peft.core.files.vocabulary import is_resized
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model import operations
-from peft.core.model.auxiliary import ModulesToSaveWrapper, TrainedBiases
+from peft.core.model.auxiliary import ModulesToSaveWrapper, TrainableTokensWrapper, TrainedBiases
 from peft.core.model.record import record_of
-from peft.core.model.walk import Site, bare, embeddings_of, file_path, join, layers_of, plain, walk
+from peft.core.model.walk import (
+    Site,
+    bare,
+    embeddings_of,
+    file_path,
+    join,
+    layers_of,
+    plain,
+    unreplicated,
+    walk,
+)
 from peft.core.prompts import PromptTuner
 from peft.utils.error import CheckpointError
 from peft.utils.peft_types import RENAMED_METHODS
@@ -62,7 +72,7 @@ def get_peft_model_state_dict(
         >>> tensors = get_peft_model_state_dict(model)
         >>> tensors = get_peft_model_state_dict(model, model.state_dict())  # or what FSDP gathered
     """
-    outer, model = model, bare(model)
+    outer, model = unreplicated(model), bare(model)
     root, prefix = anatomy(model)
     config = (getattr(model, "peft_config", None) or {}).get(adapter_name)
     if config is None:
@@ -99,6 +109,8 @@ def _holding(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> Iterator[
         The tensors that the state dict lacks, by id, with their names.
     """
     given = {plain(name): value for name, value in state_dict.items()}
+    if "module" not in model._modules and given and all(name.startswith("module.") for name in given):  # a replica
+        given = {name.removeprefix("module."): value for name, value in given.items()}
     places: list[tuple[dict[str, Any], str, torch.Tensor]] = []
     values: dict[int, torch.Tensor] = {}
     absent: dict[int, str] = {}
@@ -164,7 +176,9 @@ def _embeddings(root: nn.Module, prefix: str, adapter: str, always: bool) -> dic
         adapted = any(not (w.adapter_cls.follows_ties or w.adapter_cls.any_module) for w in around)
         copied = any(isinstance(w, ModulesToSaveWrapper) and adapter in w for _, w in site.wrappers)
         if adapted or (always and not copied):
-            path = file_path(join(site.path, "weight"), adapter, [*site.above, *site.wrappers])
+            # the file format names the place below trained tokens, not that of the plain table
+            here = [(p, w) for p, w in site.wrappers if not (isinstance(w, TrainableTokensWrapper) and adapter in w)]
+            path = file_path(join(site.path, "weight"), adapter, [*site.above, *here])
             found[prefix + plain(path)] = whole(weight.detach())
     return found
 

@@ -173,7 +173,7 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
     OWN_BIAS: ClassVar[str] = "lora_only"
 
     r: int = option(8, "Rank of the update: the width between A and B.", minimum=1)
-    lora_alpha: int = option(8, "Numerator of the scale s = lora_alpha / r that the update is multiplied by.")
+    lora_alpha: int = option(8, "Numerator of the scale s = lora_alpha / r that the update is multiplied by.", stuck=0)
     lora_dropout: float = option(0.0, "Probability of dropping an input feature of the update.", minimum=0, below=1)
     use_rslora: bool = option(
         False, "Whether s = lora_alpha / sqrt(r), which keeps the update's size at high ranks (arXiv 2312.03732)."
