@@ -621,6 +621,8 @@ class PeftModel(ModelCompat, Compositions, PushToHubMixin, nn.Module):
         with _naming(model_id, CONFIG_NAME, config), filled_later() as filling:
             if fresh:
                 self.add_adapter(adapter_name, config, **placing)
+            elif isinstance(config, CompositionConfig):
+                self._check_expression(adapter_name, config)
             else:
                 self._check_method(config)
         try:

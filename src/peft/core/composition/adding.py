@@ -11,6 +11,7 @@ from torch import nn
 
 from peft.core.composition.config import CompositionConfig
 from peft.core.composition.expressions import Composition, Fuse
+from peft.core.layer.composed import check_members
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model import operations
 from peft.core.model.auxiliary import TrainableTokensWrapper
@@ -55,6 +56,8 @@ def add(
     context.compositions[name] = expression
     try:
         layers = [layer for layer in _layers(model) if layer.present([expression])]
+        for layer in layers:
+            check_members(layer, name)
         with torch.device("meta") if low_cpu_mem_usage else nullcontext():
             for layer in layers:
                 layer.add_adapter(name, config, layer.key)

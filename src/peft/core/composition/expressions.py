@@ -221,13 +221,12 @@ class Average(Composition):
 class Fuse(Composition):
     """AdapterFusion (Pfeiffer et al. 2021, arXiv 2005.00247): attention over what the members make of a state.
 
-    With u_i what member i adds to the state r, and q what it reads,
+    With u_i what member i adds to a state h, and q what it reads,
 
-        p_i = softmax_i((Q q + b) . (K (r + u_i) + c))        h' = sum_i p_i V (r + u_i)            "dynamic"
-        p_i = softmax_i((Q q + b) . (K u_i + c))              h' = r + sum_i p_i u_i                "static"
+        h' = h + sum_i p_i V u_i,      p = softmax_i((Q q + b) . (K u_i + c)),
 
-    Q, K, V, b and c are of each place in the model, and trained: they have a name, and are saved under it. The members
-    do not train along.
+    as the library adapters has it. Q, K, V, b and c are of each place in the model, and trained: they have a name, and
+    are saved under it. The members do not train along.
 
     Args:
         kind: "dynamic", or "static", which has no V.

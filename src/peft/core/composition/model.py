@@ -70,6 +70,13 @@ class Compositions:
             raise
         self.peft_config[name] = config
 
+    def _check_expression(self, name: str, config: CompositionConfig) -> None:
+        """Raise ValueError where values for another composition, or for no one, are given to an adapter."""
+        known = context_of(self.get_base_model()).compositions.get(name)
+        if known != config.expression:
+            what = "an adapter of a method" if known is None else repr(known)
+            raise ValueError(f"{name!r} is {what}, and the file is of {config.expression!r}. Load it by another name.")
+
     def _check_no_prompts(self, expression: Composition) -> None:
         for name in context_of(self.get_base_model()).behind([expression]):
             members = self.peft_config[name].members if name in self.peft_config else ()
