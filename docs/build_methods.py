@@ -214,7 +214,7 @@ def group_of(entry: Method) -> str:
 
     if issubclass(entry.config, PromptLearningConfig):
         return "Prompts and prefixes"
-    if entry.key == "xlora":
+    if entry.key in ("xlora", "union"):
         return "Mixtures of adapters"
     return "Blocks" if issubclass(entry.tuner.layer_cls, BlockLayer) else "Weights"  # type: ignore[attr-defined]
 
@@ -271,7 +271,11 @@ def _costs_of(entry: Method, costs: dict[str, Any]) -> list[str]:
 
 
 def _example(entry: Method, costs: dict[str, Any]) -> list[str]:
-    """The config as the benchmark has it."""
+    """The config as the benchmark has it, or with parts."""
+    if entry.key == "union":
+        parts = "[LoraConfig(), BottleneckConfig(), PrefixTuningConfig(num_virtual_tokens=10)]"
+        names = "BottleneckConfig, LoraConfig, PrefixTuningConfig, UnionConfig"
+        return [f"from peft import {names}", "", f"config = UnionConfig({parts})"]
     fields = costs.get("methods", {}).get(entry.key, {}).get("fields", {})
     given = {name: repr(value).replace("'", '"') for name, value in fields.items() if value is not None}
     name, options = entry.config.__name__, ", ".join(f"{field}={value}" for field, value in given.items())

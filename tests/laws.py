@@ -154,6 +154,7 @@ APART = {
     "bdlora+pissa": "a start of its own",
     "kasa+pissa": "would not come back",
     "arrow+pissa": "could start",
+    "arrow+eva": "could start",
     "alora+loftq": "changes the base weight",
     "alora+pissa": "changes the base weight",
 }

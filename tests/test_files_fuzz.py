@@ -232,7 +232,8 @@ ENTRIES = (
     {"peft_type": ["LORA"]}, {"peft_type": ""}, {"task_type": 3}, {"peft_version": [1]}, {"target_modules": []},
     {"target_modules": [["q_proj"]]}, {"target_modules": ["\ud800"]}, {"layers_to_transform": [-1]},
     {"rank_pattern": {"q_proj": "2"}}, {"layer_replication": [[0, 99]]}, {"layer_replication": [0, 1]},
-    {"trainable_token_indices": [2**70]}, {"eva_config": {"rho": "x"}}, {"megatron_config": {"a": 1}, "megatron_core": "os"},
+    {"trainable_token_indices": [2**70]}, {"eva_config": {"rho": "x"}},
+    {"megatron_config": {"a": 1}, "megatron_core": "os"},
 )  # fmt: skip
 ACCEPTED = ({"use_dora": None, "use_rslora": 1}, {"cls": 1, "self": 2, "kwargs": 3}, {"__class__": "x", "to_dict": 1})
 

@@ -41,6 +41,11 @@ def skip_values() -> bool:
     return filling is not None
 
 
+def is_filled_later() -> bool:
+    """Whether the values of what is made now come from a file; asking leaves nothing out."""
+    return _FILLING.get() is not None
+
+
 @contextmanager
 def no_collection() -> Iterator[None]:
     """A context without garbage collection, for what makes thousands of objects that all stay.

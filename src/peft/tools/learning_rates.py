@@ -66,6 +66,7 @@ LEARNING_RATES = {
     "supertuning": Rate(1e-3, "single entries of the weight: not searched for here"),
     "tinylora": Rate(1e-2, "a handful of numbers: not searched for here"),
     "trainable_tokens": Rate(1e-3, "rows of the embedding: not searched for here"),
+    "union": Rate(5e-4, "one for parts whose own ones differ: a LoRA's or a little more, not searched for here"),
     "unilora": Rate(5e-3, "one vector for all layers: not searched for here"),
     "vblora": Rate(1e-3, "vector bank (arXiv 2405.15179: 1e-3 for the bank, 1e-2 for the logits)"),
     "vera": Rate(4e-3, "arXiv 2310.11454, appendix (instruction tuning)"),

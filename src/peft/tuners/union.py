@@ -1,6 +1,6 @@
 """Unions: one adapter that is of several methods at once, each with the mathematics of its own.
 
-``MAMConfig`` and ``UniPELTConfig`` are ready ones.
+Ready ones are MAMConfig (arXiv 2110.04366) and UniPELTConfig (arXiv 2110.07577).
 """
 
 from __future__ import annotations
@@ -28,19 +28,6 @@ class UnionConfig(ModulesToSave):
     for both. It is merged as far as its parts are weights. Parts are given as a list, or each by a name of its own:
     ``UnionConfig(low_rank=LoraConfig(), prefix=PrefixTuningConfig(num_virtual_tokens=10))``. One of them may train
     virtual tokens; two of one method are one config of that method.
-
-    Args:
-        parts: configs, or name -> config; in a list each has the name of its method. The first is the innermost where
-            several adapt one layer.
-        given: fields, and parts by name.
-
-    Raises:
-        ValueError: if parts exclude each other, or differ in what is the union's, such as ``task_type``.
-
-    Examples:
-        >>> config = UnionConfig([LoraConfig(r=4), BottleneckConfig()], task_type="CAUSAL_LM")
-        >>> list(config.parts)
-        ['lora', 'bottleneck']
     """
 
     METHOD: ClassVar[str] = "UNION"
@@ -48,6 +35,21 @@ class UnionConfig(ModulesToSave):
     parts: Any = option(dict, "The configs of the parts: a list, or a dict of name -> config.")
 
     def __init__(self, parts: Any = (), **given: Any) -> None:
+        """Take the parts, and the fields of the union.
+
+        Args:
+            parts: configs, or name -> config; in a list each has the name of its method. Where several adapt one layer
+                the first is the innermost.
+            given: fields, and parts by name.
+
+        Raises:
+            ValueError: if parts exclude each other, or differ in what is the union's, such as ``task_type``.
+
+        Examples:
+            >>> config = UnionConfig([LoraConfig(r=4), BottleneckConfig()], task_type="CAUSAL_LM")
+            >>> list(config.parts)
+            ['lora', 'bottleneck']
+        """
         fields = {field.name: field for field in dataclasses.fields(self)}
         named = {name: value for name, value in given.items() if name not in fields}
         for name, value in named.items():

@@ -282,7 +282,7 @@ class MixedModel(BaseTuner):
     def without_start(
         self, adapter_name: str, tensors: dict[str, torch.Tensor], config: Any, path: str
     ) -> tuple[dict[str, torch.Tensor], Any]:
-        if len(config.members) > 1:
+        if len(config.members) != 1:
             return super().without_start(adapter_name, tensors, config, path)
         return self._part(config.members[0]).without_start(adapter_name, tensors, config, path)
 
@@ -294,8 +294,9 @@ class MixedModel(BaseTuner):
     # --- the methods' own tuners ------------------------------------------------------------------------------
     def _acting(self) -> Iterator[BaseTuner]:
         """The tuners of the methods of active adapters."""
+        acting = behind(self.model, self.active_adapters)
         for method, part in self.__dict__.get("_parts", {}).items():
-            members = ((name, self.peft_config[name].members) for name in behind(self.model, self.active_adapters))
+            members = ((name, self.peft_config[name].members) for name in acting)
             part.active_adapter = [n for n, each in members if any(member.peft_type == method for member in each)]
             if part.active_adapter:
                 yield part
