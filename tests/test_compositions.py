@@ -36,6 +36,7 @@ from peft import (
     Parallel,
     PeftModel,
     ReftConfig,
+    Split,
     Stack,
     get_peft_model,
 )
@@ -583,3 +584,56 @@ def test_trainer_trains_and_resumes_a_fusion(tmp_path):
     assert again.model.active_adapters == ["fused"]
     for found, wanted in zip(parameters_of(again.model, "fused"), trained):
         torch.testing.assert_close(found, wanted)
+
+
+# --- ranges of tokens ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["lora", "bottleneck", "reft"])
+def test_a_split_gives_each_range_of_tokens_its_member(method):
+    make = {
+        "lora": lambda: LoraConfig(r=2, target_modules=["up_proj", "down_proj"]),
+        "bottleneck": IN_BLOCKS["bottleneck"],
+        "reft": lambda: ReftConfig(r=2, dropout=0.0, prefix_positions=5),
+    }[method]
+    model = get_peft_model(build("llama"), make(), "a")
+    model.add_adapter("b", make())
+    stir(model, "a", size=0.3)
+    stir(model, "b", seed=5, size=0.3)
+    ids = inputs("llama")["input_ids"]
+
+    def run(what: Any, text: torch.Tensor, **more: Any) -> torch.Tensor:
+        model.set_adapter(what)
+        with torch.no_grad():
+            return model.eval()(text, **more).logits
+
+    split = Split("a", Stack("b", "a"), splits=[3])
+    whole = run(split, ids)
+    gives(whole[:, :3], run("a", ids)[:, :3])  # causal: the first tokens see none of the others
+    differs(whole[:, 3:], run("a", ids)[:, 3:])
+    gives(run(Split("a", "b", splits=[6, 1]), ids), run("a", ids))
+    gives(run(Split("a", splits=[2]), ids)[:, :2], whole[:, :2])
+    padded = torch.cat([torch.zeros_like(ids[:, :2]), ids], 1)
+    mask = torch.cat([torch.zeros_like(ids[:, :2]), torch.ones_like(ids)], 1)
+    places = (mask.cumsum(1) - 1).clamp_min(0)
+    both = torch.cat([padded[:1], torch.cat([ids, ids[:, :2]], 1)[1:]])  # a row is what it is alone
+    masks = torch.cat([mask[:1], torch.ones_like(mask)[1:]])
+    found = run(split, both, attention_mask=masks, position_ids=torch.cat([places[:1], torch.arange(8).expand(3, 8)]))
+    gives(found[0, 2:], whole[0])
+    gives(run(Parallel("a", split), ids)[4:], whole)
+    model.set_adapter(split)
+    first = model(ids[:, :4], use_cache=True)
+    gives(model(ids[:, 4:], past_key_values=first.past_key_values).logits.detach(), whole[:, 4:])
+    with pytest.raises(ValueError, match="depends on the token|acts on what a whole module"):
+        model.merge_adapter()
+
+
+def test_a_split_needs_tokens_that_can_be_counted():
+    model = get_peft_model(build("bart"), LoraConfig(r=2, target_modules=["q_proj"]), "a")
+    with refused(model, "reads the tokens of the encoder too"):
+        model.set_adapter(Split("a", splits=[2]))
+    model = get_peft_model(build("llama"), LoraConfig(r=2, target_modules=["lm_head"]), "a")
+    with refused(model, "is in no transformer block"):
+        model.set_adapter(Split("a", splits=[2]))
+    with pytest.raises(ConfigError, match="2 members, but 3 splits"):
+        Split("a", "b", splits=[1, 2, 3])

@@ -63,7 +63,7 @@ _TABLE = {
         "prompt_embeddings_from_past_key_values",
     ),
     "peft.core.composition.config": ("CompositionConfig",),
-    "peft.core.composition.expressions": ("Average", "BatchSplit", "Fuse", "Parallel", "Stack"),
+    "peft.core.composition.expressions": ("Average", "BatchSplit", "Fuse", "Parallel", "Split", "Stack"),
     "peft.tuners.compacter": ("CompacterConfig", "CompacterModel"),
     "peft.tuners.cpt": ("CPTConfig", "CPTEmbedding"),
     "peft.tuners.deft": ("DeftConfig", "DeftModel"),

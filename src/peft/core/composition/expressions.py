@@ -156,15 +156,15 @@ class Stack(Composition):
             )
 
 
-def _check_numbers(owner: Composition, name: str, whole: bool) -> None:
-    """Raise ConfigError where a field does not hold one number for each member."""
+def _check_numbers(owner: Composition, name: str, whole: bool, rest: bool = False) -> None:
+    """Raise ConfigError where a field does not hold one number for each member; ``rest``: the last may have none."""
     values: Any = getattr(owner, name)
     kind, what = type(owner).__name__, "whole numbers from 1" if whole else "numbers"
     allowed = int if whole else int | float
     for value in values:
         if isinstance(value, bool) or not isinstance(value, allowed) or (whole and value < 1):
             raise ConfigError(f"{kind}: {name} should be {what}, not {value!r}.")
-    if len(values) != len(owner.members):
+    if len(values) != len(owner.members) and not (rest and 0 < len(values) == len(owner.members) - 1):
         raise ConfigError(f"{kind} has {len(owner.members)} members, but {len(values)} {name}; give one for each.")
 
 
@@ -256,6 +256,35 @@ class Fuse(Composition):
 
 
 @dataclass(frozen=True, init=False, repr=False)
+class Split(Composition):
+    """Token ranges to the members: the first tokens of each text to the first member, and so on.
+
+    Tokens are counted from where a text begins, after padding on its left; those that ``generate`` writes count on.
+
+    Args:
+        splits: how many tokens each member gets, or one number for all of them. One number less than members: the
+            last one gets the rest. Tokens beyond are the base model's.
+
+    Raises:
+        ConfigError: if their number is neither that of the members, nor one less.
+
+    Examples:
+        >>> Split("question", "answer", splits=[12])
+        Split('question', 'answer', splits=(12,))
+    """
+
+    splits: tuple[int, ...] = ()
+
+    def __init__(self, *members: str | Composition, splits: Sequence[int] | int) -> None:
+        each = [splits] * len(members) if isinstance(splits, int) else splits
+        super().__init__(*members, splits=tuple(each))
+
+    def check(self) -> None:
+        super().check()
+        _check_numbers(self, "splits", whole=True, rest=True)
+
+
+@dataclass(frozen=True, init=False, repr=False)
 class BatchSplit(Composition):
     """Rows of the batch to the members: the first rows to the first member, and so on.
 
@@ -308,7 +337,9 @@ class Parallel(Composition):
         return list(output.chunk(len(self.members)))
 
 
-KINDS: dict[Any, type[Composition]] = {kind.__name__: kind for kind in (Stack, Average, Fuse, BatchSplit, Parallel)}
+KINDS: dict[Any, type[Composition]] = {
+    kind.__name__: kind for kind in (Stack, Average, Fuse, Split, BatchSplit, Parallel)
+}
 
 
 def unused(name: str, taken: Container[str]) -> str:

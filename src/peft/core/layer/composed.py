@@ -8,13 +8,14 @@ together what its members change (:func:`change_of`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
 from peft.core.adapter import Adapter, part
-from peft.core.composition.expressions import Average, Composition, Fuse, Stack
+from peft.core.composition.expressions import Average, Composition, Fuse, Split, Stack
 from peft.core.layer import weight as weights
 
 
@@ -322,6 +323,36 @@ class Fused(Beside):
         return "what a fusion attends to depends on the sample, so no one weight equals it. Keep it unmerged."
 
 
+class Ranges(Beside):
+    """Members at ranges of the tokens of each text, which ``layer.extent`` counts."""
+
+    def refusal_here(self) -> str | None:
+        if self.kind.opaque or self.layer.read_by_parent:
+            return "its weight is read by another computation, for all tokens at once"
+        return super().refusal_here()
+
+    def change(self, state: torch.Tensor, step: Step, place: str = "output") -> Change | None:
+        expression: Any = self.expression
+        layer: Any = self.layer
+        position, start, last, total = layer.extent.positions(state), 0, None, None
+        for member, length in zip_longest(self.members(), expression.splits):
+            change = None if member is None else change_of(member, state, step, place)
+            if change is not None:
+                here = position >= start if length is None else (position >= start) & (position < start + length)
+                part = change.total.masked_fill(~here[..., None], 0)
+                last, total = change, part if total is None else total + part
+            start += length or 0
+        if last is None or total is None:
+            return None
+        return last._replace(update=total, shift=None)
+
+    def fold(self, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        raise ValueError(self.unmergeable())
+
+    def unmergeable(self) -> str | None:
+        return "which member acts depends on the token, so no one weight equals it. Keep it unmerged."
+
+
 class ByRow(Composed):
     """What gives rows of a batch to its members: the model divides each call into rows before a layer sees it."""
 
@@ -341,7 +372,7 @@ class ByRow(Composed):
         )
 
 
-CLASSES: dict[type[Composition], type[Composed]] = {Stack: Chain, Average: Mean, Fuse: Fused}
+CLASSES: dict[type[Composition], type[Composed]] = {Stack: Chain, Average: Mean, Fuse: Fused, Split: Ranges}
 
 
 def composed_class(layer: BaseTunerLayer, name: str) -> type[Composed] | None:
