@@ -9,6 +9,7 @@ import copy
 import functools
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -238,12 +239,33 @@ class TestTheModel:
         model.save_pretrained(str(tmp_path))
         assert json.loads((tmp_path / "both" / "adapter_config.json").read_text())["peft_type"] == "COMPOSITION"
         again = PeftModel.from_pretrained(build("llama"), str(tmp_path / "a"), adapter_name="a")
-        with refused(again, "made of 'b', which is no adapter"):
-            again.load_adapter(str(tmp_path / "fused"), adapter_name="fused")
         for name in ("b", "fused", "both"):
             result = again.load_adapter(str(tmp_path / name), adapter_name=name)
             assert result.missing_keys == [] and result.unexpected_keys == []
         gives(of(again, "both"), wanted)
+        with refused(again, "the file is of Fuse"):
+            again.load_adapter(str(tmp_path / "fused"), adapter_name="both")
+
+    def test_what_it_is_made_of_is_loaded_with_it(self, tmp_path):
+        model = two()
+        model.add_composition("fused", Fuse("a", "b"))
+        model.add_composition("both", Stack("a", "fused"))
+        stir(model, "fused", seed=7)
+        wanted = of(model, "both")
+        model.save_pretrained(str(tmp_path))
+        again = PeftModel.from_pretrained(build("llama"), str(tmp_path / "both"), adapter_name="mine")
+        assert list(again.peft_config) == ["a", "b", "fused", "mine"] and again.active_adapters == ["mine"]
+        gives(logits(again, "llama"), wanted)
+        assert not any(p.requires_grad for p in again.parameters())
+        model = PeftModel.from_pretrained(build("llama"), str(tmp_path), subfolder="fused", is_trainable=True)
+        assert all(p.requires_grad for p in parameters_of(model, "default"))
+        shutil.rmtree(tmp_path / "b")
+        model = PeftModel.from_pretrained(build("llama"), str(tmp_path / "a"), adapter_name="a")
+        with refused(model, "made of 'b', which is no adapter"):
+            model.load_adapter(str(tmp_path / "fused"), adapter_name="fused")
+        shutil.rmtree(tmp_path / "a")
+        with pytest.raises(ValueError, match="has no folder beside it"):
+            PeftModel.from_pretrained(build("llama"), str(tmp_path / "fused"))
 
     def test_what_a_composition_needs_is_not_deleted(self):
         model = two()
