@@ -32,7 +32,14 @@ from typing import Any, ClassVar
 
 from peft._version import __version__
 from peft.core.files.io import CONFIG_NAME, hub_options, locate, replacing
-from peft.utils.error import ConfigError, ConfigFileError, ConfigTypeError, NotSupportedYetError, nearest
+from peft.utils.error import (
+    ConfigChoiceError,
+    ConfigError,
+    ConfigFileError,
+    ConfigTypeError,
+    NotSupportedYetError,
+    nearest,
+)
 from peft.utils.peft_types import (
     CONFIGS_OF_NO_METHOD,
     PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -62,7 +69,7 @@ def option(
     maximum: float | None = None,
     below: float | None = None,
     above: float | None = None,
-    needs: str | None = None,
+    needs: str | tuple[str, Any] | None = None,
     instead: str | None = None,
     names: type | None = None,
     nested: type | None = None,
@@ -78,7 +85,8 @@ def option(
         pattern: a regular expression; strings that match it whole are allowed besides `choices`.
         minimum, maximum, below, above: bounds of a number; the last two are exclusive. A field annotated `int` that
             has a bound takes whole numbers only.
-        needs: another field, without which this one does nothing; a value given in vain is told in a warning.
+        needs: another field, or one and its value, without which this one does nothing; a value given in vain is told
+            in a warning.
         instead: for a field that never does anything: what does. A value given for it is told in a warning.
         names: for a field of names of modules: `set`, if it takes a list of them, kept as a set, or a string that is
             a regular expression; `list`, if it takes a list alone; `str`, if one name may stand for a list of one;
@@ -127,7 +135,7 @@ def _check_choice(where: str, value: Any, rules: Any) -> None:
         return
     allowed = [repr(_plain(c)) for c in choices] + ([f"text of the form {pattern!r}"] if pattern else [])
     hint = nearest(_plain(value), [_plain(c) for c in choices])
-    raise ConfigError(f"{where}={_plain(value)!r} is not valid.{hint} Allowed: {', '.join(allowed)}.")
+    raise ConfigChoiceError(f"{where}={_plain(value)!r} is not valid.{hint} Allowed: {', '.join(allowed)}.")
 
 
 def _check_bounds(where: str, value: Any, rules: Any, whole: bool) -> None:
@@ -216,9 +224,12 @@ class Options:
     def _tell_idle(self, field: dataclasses.Field, value: Any) -> None:
         """Warn of a value that changes nothing."""
         needs, instead = field.metadata.get("needs"), field.metadata.get("instead")
-        if (needs is None or getattr(self, needs)) and instead is None or value == field.default or value == {}:
+        name, wanted = needs if isinstance(needs, tuple) else (needs, True)
+        holds = name is None or (bool(getattr(self, name)) if wanted is True else getattr(self, name) == wanted)
+        if (holds and instead is None) or value == field.default or value == {}:
             return
-        reason = instead or f"it counts only with {needs}."
+        condition = name if wanted is True else f"{name}={_plain(wanted)!r}"
+        reason = instead or f"it counts only with {condition}."
         told = f"{type(self).__name__}: {field.name}={value!r} does nothing: {reason}"
         warnings.warn(told, PeftWarning, stacklevel=5)
 
