@@ -65,7 +65,7 @@ _TABLE = {
     ),
     "peft.tuners.comol": ("ComolConfig", "ComolModel"),
     "peft.core.composition.config": ("CompositionConfig",),
-    "peft.core.composition.expressions": ("Average", "BatchSplit", "Fuse", "Parallel", "Stack"),
+    "peft.core.composition.expressions": ("Average", "BatchSplit", "Fuse", "Parallel", "Split", "Stack"),
     "peft.tuners.compacter": ("CompacterConfig", "CompacterModel"),
     "peft.tuners.cpt": ("CPTConfig", "CPTEmbedding"),
     "peft.tuners.deft": ("DeftConfig", "DeftModel"),

@@ -101,13 +101,24 @@ class Extent:
         """
         key = (first, last, h.shape[:2], h.device)
         if key not in self.found:
-            if h.dim() != 3:
-                raise ValueError(
-                    f"hidden states {list(h.shape)} are not [batch, tokens, width]: no axis is of tokens."
-                )
+            self._check(h)
             found = ends_of(self._bounds(h), self.before, h.shape[1], first, last)
             self.found[key] = found if not self.before or bool(found.valid.any()) else None
         return self.found[key]
+
+    def positions(self, h: torch.Tensor) -> torch.Tensor:
+        """Where each token stands in its row's text, ``[batch, tokens]``, below 0 in the padding before it.
+
+        Args:
+            h: ``[batch, tokens, width]``.
+        """
+        self._check(h)
+        columns = torch.arange(self.before, self.before + h.shape[1], device=h.device)
+        return columns - self._bounds(h).first[:, None]
+
+    def _check(self, h: torch.Tensor) -> None:
+        if h.dim() != 3:
+            raise ValueError(f"hidden states {list(h.shape)} are not [batch, tokens, width]: no axis is of tokens.")
 
     def _bounds(self, h: torch.Tensor) -> Bounds:
         (batch, tokens), before = h.shape[:2], self.before
