@@ -32,7 +32,14 @@ from typing import Any, ClassVar
 
 from peft._version import __version__
 from peft.core.files.io import CONFIG_NAME, hub_options, locate, replacing
-from peft.utils.error import ConfigError, ConfigFileError, ConfigTypeError, NotSupportedYetError, nearest
+from peft.utils.error import (
+    ConfigChoiceError,
+    ConfigError,
+    ConfigFileError,
+    ConfigTypeError,
+    NotSupportedYetError,
+    nearest,
+)
 from peft.utils.peft_types import (
     CONFIGS_OF_NO_METHOD,
     PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -62,8 +69,9 @@ def option(
     maximum: float | None = None,
     below: float | None = None,
     above: float | None = None,
-    needs: str | None = None,
+    needs: str | tuple[str, Any] | None = None,
     instead: str | None = None,
+    stuck: float | None = None,
     names: type | None = None,
     nested: type | None = None,
     transient: bool = False,
@@ -78,8 +86,10 @@ def option(
         pattern: a regular expression; strings that match it whole are allowed besides `choices`.
         minimum, maximum, below, above: bounds of a number; the last two are exclusive. A field annotated `int` that
             has a bound takes whole numbers only.
-        needs: another field, without which this one does nothing; a value given in vain is told in a warning.
+        needs: another field, or one and its value, without which this one does nothing; a value given in vain is told
+            in a warning.
         instead: for a field that never does anything: what does. A value given for it is told in a warning.
+        stuck: a value with which the adapter changes nothing, and never will; it is told in a warning.
         names: for a field of names of modules: `set`, if it takes a list of them, kept as a set, or a string that is
             a regular expression; `list`, if it takes a list alone; `str`, if one name may stand for a list of one;
             `dict`, if it has values by name, or by regular expression, whose bounds are then those of the field.
@@ -96,6 +106,7 @@ def option(
         "above": above,
         "needs": needs,
         "instead": instead,
+        "stuck": stuck,
         "names": names,
         "nested": nested,
         "transient": transient,
@@ -127,7 +138,7 @@ def _check_choice(where: str, value: Any, rules: Any) -> None:
         return
     allowed = [repr(_plain(c)) for c in choices] + ([f"text of the form {pattern!r}"] if pattern else [])
     hint = nearest(_plain(value), [_plain(c) for c in choices])
-    raise ConfigError(f"{where}={_plain(value)!r} is not valid.{hint} Allowed: {', '.join(allowed)}.")
+    raise ConfigChoiceError(f"{where}={_plain(value)!r} is not valid.{hint} Allowed: {', '.join(allowed)}.")
 
 
 def _check_bounds(where: str, value: Any, rules: Any, whole: bool) -> None:
@@ -215,12 +226,19 @@ class Options:
 
     def _tell_idle(self, field: dataclasses.Field, value: Any) -> None:
         """Warn of a value that changes nothing."""
-        needs, instead = field.metadata.get("needs"), field.metadata.get("instead")
-        if (needs is None or getattr(self, needs)) and instead is None or value == field.default or value == {}:
+        rules = field.metadata
+        needs = rules.get("needs")
+        name, wanted = needs if isinstance(needs, tuple) else (needs, True)
+        if value == field.default or value == {}:
             return
-        reason = instead or f"it counts only with {needs}."
-        told = f"{type(self).__name__}: {field.name}={value!r} does nothing: {reason}"
-        warnings.warn(told, PeftWarning, stacklevel=5)
+        if (reason := rules.get("instead")) is None:
+            if name is not None and not (getattr(self, name) if wanted is True else getattr(self, name) == wanted):
+                reason = f"it counts only with {name if wanted is True else f'{name}={_plain(wanted)!r}'}."
+            elif value == rules.get("stuck"):
+                reason = "with it the adapter changes nothing, and no gradient ever changes that."
+        if reason is not None:
+            told = f"{type(self).__name__}: {field.name}={value!r} does nothing: {reason}"
+            warnings.warn(told, PeftWarning, stacklevel=5)
 
     @classmethod
     def _known_keywords(cls) -> Any:

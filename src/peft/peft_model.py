@@ -558,7 +558,11 @@ class PeftModel(ModelCompat, Compositions, PushToHubMixin, nn.Module):
             >>> model = PeftModel.from_pretrained(base, "adapter", is_trainable=True)
         """
         hub = hub_options(kwargs)
+        model = plain_model(model, adapter_name)
         config = _read_config(model_id, config, is_trainable, hub)
+        if isinstance(config, CompositionConfig):
+            placing = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
+            return cls._from_composition(model, model_id, adapter_name, is_trainable, config, {**hub, **placing})
         _start_from_file(config)
         weights = load_peft_weights(model_id, key_mapping=key_mapping, **hub)
         frozen = [p for p in model.parameters() if not p.requires_grad]
@@ -619,8 +623,12 @@ class PeftModel(ModelCompat, Compositions, PushToHubMixin, nn.Module):
         fresh = adapter_name not in self.peft_config
         placing = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
         with _naming(model_id, CONFIG_NAME, config), filled_later() as filling:
+            if fresh and isinstance(config, CompositionConfig):
+                self._load_members(model_id, config, {**hub, **placing})
             if fresh:
                 self.add_adapter(adapter_name, config, **placing)
+            elif isinstance(config, CompositionConfig):
+                self._check_expression(adapter_name, config)
             else:
                 self._check_method(config)
         try:
@@ -685,6 +693,26 @@ class PeftModel(ModelCompat, Compositions, PushToHubMixin, nn.Module):
         self.base_model.inject_adapter(model, name, autocast_adapter_dtype)
         if name in active:
             self.set_adapter(active, self.peft_config[name].inference_mode)
+
+
+def plain_model(model: nn.Module, adapter_name: str) -> nn.Module:
+    """The base model, without what manages its adapters; a warning tells of those in it that stay."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model should be an nn.Module, got {type(model).__name__}.")
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base.model if isinstance(base, BaseTuner) else base
+    adapters = [] if base is None else operations.adapters_of(base)
+    if adapter_name in adapters:  # replaced, which is told where it happens
+        return base
+    if base is not model or adapters:
+        warnings.warn(
+            f"the model is a {type(model).__name__}"
+            + (f" with the adapters {', '.join(adapters)} in it" if adapters else "")
+            + ", and gets a further one. For several adapters in one PeftModel call add_adapter on that; to replace "
+            "the adapters, call unload() on it first.",
+            stacklevel=3,
+        )
+    return base
 
 
 @contextmanager

@@ -83,12 +83,12 @@ def recipe_of(x: torch.Tensor) -> Recipe | None:
     if x.grad_fn is None or x._is_view():
         return None
     try:
-        return None if _is_recomputed() else _of_node(x.grad_fn, DEPTH)
+        return None if is_recomputed() else _of_node(x.grad_fn, DEPTH)
     except (AttributeError, RuntimeError):  # an older torch that shows less of its graph, or a graph already freed
         return None
 
 
-def _is_recomputed() -> bool:
+def is_recomputed() -> bool:
     """Whether gradient checkpointing is at work: it keeps nothing, and counts what is kept."""
     hooks = _hooks()
     return hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
@@ -108,7 +108,7 @@ def recomputed() -> Iterator[None]:
     """
     outer = _hooks()
     itself = outer is not None and getattr(outer[0], "func", None) is _Saved
-    if itself or _is_recomputed() or not torch._C._autograd._saved_tensors_hooks_is_enabled():
+    if itself or is_recomputed() or not torch._C._autograd._saved_tensors_hooks_is_enabled():
         yield
         return
     with saved_tensors_hooks(partial(_Saved, outer), _Saved.unpack):

@@ -34,7 +34,7 @@ class LilyConfig(TargetModules, ExcludeModules, ModulesToSave, LayerSelection):
         1, "How many neighbouring layers, of those with the same name and shape, share an A.", minimum=1
     )
     num_B: int = option(2, "Experts B, shared by all layers with the same name and shape.", minimum=1)
-    scaling: float = option(1.0, "Factor of the update.")
+    scaling: float = option(1.0, "Factor of the update.", stuck=0)
     init_weights: bool = option(True, "Start with B = 0, so that nothing changes; otherwise B is random.")
     routing: str = option(
         "sample",

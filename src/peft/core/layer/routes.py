@@ -96,7 +96,8 @@ class LowRank(Route):
             return None
         weight = layer.bypass_matrix(args[0])
         fresh = weight is None and layer.base_is_fresh()
-        return low_rank_linear(layer._modules["base_layer"], args[0], factors, weight, fresh)
+        share = None if torch.compiler.is_compiling() else layer.context.readers.share(layer, args[0], factors)
+        return low_rank_linear(layer._modules["base_layer"], args[0], factors, weight, fresh, share)
 
 
 class Folded(Route):

@@ -279,8 +279,9 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
 class TrainedBiases:
     """Biases of the base model that adapters train in place (``bias="all"`` or ``"..._only"``).
 
-    The originals are kept, and each adapter's values while it is not active: an inactive or disabled adapter leaves
-    no trace in the base model. A place is the (module, attribute) of a bias, known by the module's identity.
+    Other tensors of it that a file brings along, buffers too, are kept like them. The originals are kept, and each
+    adapter's values while it is not active: an inactive or disabled adapter leaves no trace in the base model. A place
+    is the (module, attribute) of a tensor, known by the module's identity.
     """
 
     def __init__(self) -> None:
@@ -288,6 +289,7 @@ class TrainedBiases:
         self.originals: dict[tuple[int, str], torch.Tensor] = {}
         self.values: dict[str, dict[tuple[int, str], torch.Tensor]] = {}
         self.applied: str | None = None
+        self.paused: str | None = None  # what was applied when the adapters were switched off
 
     def __contains__(self, name: str) -> bool:
         return name in self.values
@@ -301,7 +303,7 @@ class TrainedBiases:
 
         self.places, self.originals = renamed(state["places"]), renamed(state["originals"])
         self.values = {name: renamed(values) for name, values in state["values"].items()}
-        self.applied = state["applied"]
+        self.applied, self.paused = state["applied"], state["paused"]
 
     def add(self, name: str, sites: Iterable[tuple[nn.Module, str]]) -> None:
         """Record an adapter that trains these biases, from the base model's own values; what is applied stays so."""
@@ -338,7 +340,7 @@ class TrainedBiases:
         if self.applied is not None:
             for place, p in self.parameters(self.applied):
                 p.data = self.values[self.applied][place].to(p)
-                p.requires_grad_(requires_grad)
+                p.requires_grad_(requires_grad and isinstance(p, nn.Parameter))
 
     def choose(self, names: Sequence[str]) -> str | None:
         """The one adapter among these that trains biases; ValueError if there are several."""
@@ -377,7 +379,7 @@ def bias_state(model: nn.Module, adapter: str) -> Iterator[tuple[str, str, torch
         return
     tensors = record.tensors(adapter)
     for site in walk(model):
-        for attribute in site.module._parameters:
+        for attribute in (*site.module._parameters, *site.module._buffers):
             if (id(site.module), attribute) in tensors:
                 path = join(site.path, attribute)
                 saved = file_path(path, adapter, [*site.above, *site.wrappers])

@@ -42,7 +42,7 @@ from peft.core.model.walk import (
     replace_at,
     walk,
 )
-from peft.utils.usage import recording
+from peft.utils.usage import recording, remark
 
 
 MANY = 8
@@ -160,7 +160,10 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
         """Wrap the targets and give each its part of the adapter."""
         targets = self.targets_of(config, model)
         if hasattr(config, "fan_in_fan_out"):  # the layers tell; the field is for other readers of the file
+            asked = config.fan_in_fan_out
             config.fan_in_fan_out = any(target.kind and target.kind.fan_in_fan_out for target in targets)
+            if asked and not config.fan_in_fan_out:
+                remark("fan_in_fan_out=True does nothing: no adapted layer keeps its weight as [in, out].")
         with torch.device("meta") if low_cpu_mem_usage else nullcontext():
             holders = holders_of(model)
             elsewhere = self.made_elsewhere(config)

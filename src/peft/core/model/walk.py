@@ -46,8 +46,14 @@ def passed_through(module: nn.Module) -> str | None:
     return name if name in _PASSED else None
 
 
+def unreplicated(module: nn.Module) -> nn.Module:
+    """The module inside ``DataParallel`` and ``DistributedDataParallel``."""
+    return module.module if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel) else module
+
+
 def bare(module: nn.Module) -> nn.Module:
     """The module inside what torch has put around it."""
+    module = unreplicated(module)
     while name := passed_through(module):
         module = module._modules[name]
     return module
