@@ -291,7 +291,7 @@ def test_adapters_keep_no_input_that_its_graph_gives_back():
     """Without any switch: what a method reads of a layer's input is made again, also a view or a spectrum of it."""
     for config in (
         peft.LilyConfig(r=2, stride_A=1, num_B=2),
-        peft.C3AConfig(block_size=2),
+        peft.C3AConfig(block_size=8),
         peft.OFTConfig(oft_block_size=2),
     ):
         config.target_modules = ["q_proj", "k_proj", "down_proj"]

@@ -122,8 +122,8 @@ class _Saved:
 
     def __init__(self, outer: tuple[Callable, Callable] | None, x: torch.Tensor) -> None:
         whole, self.view = x, None
-        if x._is_view() and (base := x._base) is not None and base.is_contiguous() and not base.storage_offset():
-            whole, self.view = base, (x.size(), x.stride(), x.storage_offset())
+        if x._is_view() and _is_plain_view(x, x._base):
+            whole, self.view = x._base, (x.size(), x.stride(), x.storage_offset())
         found = kept(whole) if whole.output_nr == 0 else None
         self.kept = found if found is not None and found.recipe is not None else None
         self.packed, self.unpacks, self.version = None, None if outer is None else outer[1], x._version
@@ -147,6 +147,13 @@ class _Saved:
 
     def _checked(self) -> torch.Tensor:
         return _unchanged(self.packed, self.version)
+
+
+def _is_plain_view(x: torch.Tensor, base: torch.Tensor | None) -> bool:
+    """Whether a view shows the very numbers of a base that lies in memory as it would if made again."""
+    if base is None or x.dtype != base.dtype or x.is_conj() != base.is_conj() or x.is_neg() != base.is_neg():
+        return False
+    return base.is_contiguous() and not base.storage_offset() and x.layout == torch.strided
 
 
 def _unchanged(tensor: torch.Tensor, version: int) -> torch.Tensor:
