@@ -129,9 +129,11 @@ def _layers(outcomes: dict[str, dict[str, bool]], method: Any) -> list[dict[str,
     """Layers with the same outcomes together: ``places``, ``operations``."""
     import laws
 
+    from peft.testing.cells import DTYPES, Cell
+
     groups: list[dict[str, Any]] = []
     for place in laws.PLACES:
-        entry = _on_a_layer(outcomes, [laws.Cell(method, place, each) for each in laws.DTYPES])
+        entry = _on_a_layer(outcomes, [Cell(method, place, each) for each in DTYPES])
         same = next((group for group in groups if group["operations"] == entry), None)
         if same is not None:
             same["places"].append(place.name)

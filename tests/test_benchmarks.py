@@ -38,3 +38,16 @@ def test_trainer(benchmark):
     assert len({round(figures["loss"], 3) for figures in runs.values()}) == 1
     row = trainer.line(trainer.CASES["savings"], [runs["savings"]], [runs["plain"]])
     assert row.count("|") == trainer.HEADER.splitlines()[0].count("|")
+
+
+def test_gpu_dry(benchmark):
+    """Every row of the benchmark for GPUs, tiny and on the CPU."""
+    gpu = benchmark("gpu")
+    here = dict(gpu.work(gpu.Machine(dry=True), True, float("inf")))
+    missing = {name: why for name, why in here.items() if not isinstance(why, dict)}
+    assert all("not installed" in why or "bitsandbytes" in why for why in missing.values()), missing
+    assert len(here) - len(missing) >= 10
+    late = dict(gpu.work(gpu.Machine(dry=True), False, 0.0))
+    assert set(late) < set(here) and set(late.values()) == {"left out: no time left"}
+    lines = gpu.table(here, here)
+    assert len(lines) == len(here) + 2 and "1.00" in lines[-1]

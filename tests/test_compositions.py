@@ -1,27 +1,43 @@
-"""Compositions of adapters: what each expression means, on layers of every method, with rows, files and training."""
+"""Compositions of adapters: what each expression means, on layers of every method, with rows, files and training.
+
+`data/fusion.*` were recorded from adapters 1.3.0 by `data/make_fusion.py`.
+"""
 
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
+import quantised
 import torch
+import transformers as tf
 from architectures import build, inputs
-from in_blocks import gives, logits, refused, stir
+from in_blocks import differs, gives, logits, refused, stir
 from laws import cells, over
+from safetensors.torch import load_file
 from torch import nn
 
 from peft import (
+    AdaptionPromptConfig,
     Average,
     BatchSplit,
+    BottleneckConfig,
+    CompacterConfig,
     CompositionConfig,
     Fuse,
+    IA3Config,
+    InvertibleConfig,
     LoraConfig,
     Parallel,
     PeftModel,
+    ReftConfig,
+    Split,
     Stack,
     get_peft_model,
 )
@@ -146,8 +162,9 @@ def _twice(cell: Cell, model: nn.Module) -> torch.Tensor:
 
 def two(name: str = "llama", **fields: Any) -> PeftModel:
     """A model with two adapters far from their start, on layers of which some have both."""
+    base = build(name)
     torch.manual_seed(2)
-    model = get_peft_model(build(name), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **fields), "a")
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **fields), "a")
     model.add_adapter("b", LoraConfig(r=2, target_modules=["v_proj", "up_proj"], **fields))
     stir(model, "a")
     stir(model, "b", seed=5)
@@ -222,12 +239,33 @@ class TestTheModel:
         model.save_pretrained(str(tmp_path))
         assert json.loads((tmp_path / "both" / "adapter_config.json").read_text())["peft_type"] == "COMPOSITION"
         again = PeftModel.from_pretrained(build("llama"), str(tmp_path / "a"), adapter_name="a")
-        with refused(again, "made of 'b', which is no adapter"):
-            again.load_adapter(str(tmp_path / "fused"), adapter_name="fused")
         for name in ("b", "fused", "both"):
             result = again.load_adapter(str(tmp_path / name), adapter_name=name)
             assert result.missing_keys == [] and result.unexpected_keys == []
         gives(of(again, "both"), wanted)
+        with refused(again, "the file is of Fuse"):
+            again.load_adapter(str(tmp_path / "fused"), adapter_name="both")
+
+    def test_what_it_is_made_of_is_loaded_with_it(self, tmp_path):
+        model = two()
+        model.add_composition("fused", Fuse("a", "b"))
+        model.add_composition("both", Stack("a", "fused"))
+        stir(model, "fused", seed=7)
+        wanted = of(model, "both")
+        model.save_pretrained(str(tmp_path))
+        again = PeftModel.from_pretrained(build("llama"), str(tmp_path / "both"), adapter_name="mine")
+        assert list(again.peft_config) == ["a", "b", "fused", "mine"] and again.active_adapters == ["mine"]
+        gives(logits(again, "llama"), wanted)
+        assert not any(p.requires_grad for p in again.parameters())
+        model = PeftModel.from_pretrained(build("llama"), str(tmp_path), subfolder="fused", is_trainable=True)
+        assert all(p.requires_grad for p in parameters_of(model, "default"))
+        shutil.rmtree(tmp_path / "b")
+        model = PeftModel.from_pretrained(build("llama"), str(tmp_path / "a"), adapter_name="a")
+        with refused(model, "made of 'b', which is no adapter"):
+            model.load_adapter(str(tmp_path / "fused"), adapter_name="fused")
+        shutil.rmtree(tmp_path / "a")
+        with pytest.raises(ValueError, match="has no folder beside it"):
+            PeftModel.from_pretrained(build("llama"), str(tmp_path / "fused"))
 
     def test_what_a_composition_needs_is_not_deleted(self):
         model = two()
@@ -349,3 +387,275 @@ def test_expressions_without_meaning_are_refused(make, message):
 def test_an_expression_in_a_file_is_the_same(expression):
     assert from_dict(json.loads(json.dumps(expression.to_dict()))) == expression
     assert copy.deepcopy(expression) == expression and eval(repr(expression)) == expression
+
+
+# --- what adapters computes ---------------------------------------------------------------------------------------
+
+DATA = Path(__file__).parent / "data"
+RECORDED = json.loads((DATA / "fusion.json").read_text(encoding="utf-8"))
+BERT = {
+    "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
+    "max_position_embeddings": 16,
+}  # fmt: skip
+GPT2 = {"vocab_size": 40, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2}
+SETUPS = {"fuse": Fuse("a", "b", "c"), "stack": Stack("c", "a"), "parallel": Parallel("a", "c")}
+
+
+@functools.cache
+def recorded() -> dict[str, torch.Tensor]:
+    return load_file(DATA / "fusion.safetensors")
+
+
+def as_recorded(case: str) -> PeftModel:
+    """The model of a recorded case, with its tensors; the composition is active."""
+    facts = RECORDED[case]
+    made = tf.BertModel(tf.BertConfig(**BERT)) if facts["model"] == "bert" else tf.GPT2Model(tf.GPT2Config(**GPT2))
+    base = {key.split("|base.")[1]: t for key, t in recorded().items() if key.startswith(f"{facts['model']}|base.")}
+    made.load_state_dict(base)
+    model = get_peft_model(made.eval(), BottleneckConfig(preset=facts["preset"], reduction_factor=4), "a")
+    for name in ("b", "c"):
+        model.add_adapter(name, BottleneckConfig(preset=facts["preset"], reduction_factor=4))
+    setup = SETUPS[facts["setup"]]
+    setup = Fuse(*setup.members, kind=facts["kind"]) if facts["kind"] else setup
+    model.add_composition("composed", setup)
+    own = {key.split("|")[1]: t for key, t in recorded().items() if key.startswith(f"{case}|")}
+    for number, (_, layer) in enumerate(layers(model)):
+        for name in ("a", "b", "c"):
+            for role in ("attention", "feedforward"):
+                if (network := layer.adapters[name].at(role)) is not None:
+                    network.load_state_dict(parts_of(own, f"{name}.{number}.{role}."))
+        if facts["kind"]:
+            for role, attention in layer.adapters["composed"].fusion.items():
+                attention.load_state_dict(parts_of(own, f"fuse.{number}.{role}."))
+    model.set_adapter("composed")
+    return model
+
+
+def parts_of(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+
+
+@pytest.mark.parametrize("case", RECORDED)
+def test_compositions_are_those_of_adapters(case):
+    model, ids = as_recorded(case), recorded()[f"{RECORDED[case]['model']}|ids"]
+    with torch.no_grad():
+        found = model(ids).last_hidden_state
+    torch.testing.assert_close(found, recorded()[f"{case}|out"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_fusion_is_its_formula(kind):
+    """Written out by hand for one linear layer with two LoRA."""
+    torch.manual_seed(0)
+    linear, x = nn.Linear(6, 5), torch.randn(3, 4, 6)
+    y = linear(x).detach()
+    model = get_peft_model(nn.Sequential(linear), LoraConfig(r=2, target_modules=["0"]), "a")
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["0"]))
+    model.add_composition("f", Fuse("a", "b", kind=kind))
+    for seed, name in enumerate("abf"):
+        stir(model, name, seed=seed)
+    layer = model.base_model.model[0]
+    made = layer.adapters["f"].fusion["output"]
+    u = [layer.scaling[n] * x @ layer.lora_A[n].weight.T @ layer.lora_B[n].weight.T for n in "ab"]
+    q = y @ made.query.weight.T + made.query.bias
+    scores = torch.stack([(q * (part @ made.key.weight.T + made.key.bias)).sum(-1) for part in u])
+    p = scores.exp() / scores.exp().sum(0)
+    mixed = p[0, ..., None] * u[0] + p[1, ..., None] * u[1]
+    wanted = y + (mixed if kind == "static" else mixed @ made.value.weight.T)
+    model.set_adapter("f")
+    torch.testing.assert_close(model.eval()(x), wanted, rtol=1e-4, atol=1e-4)
+
+
+# --- methods in blocks, on other storages, by other tools ---------------------------------------------------------
+
+IN_BLOCKS = {
+    "bottleneck": lambda: BottleneckConfig(preset="houlsby", reduction_factor=4),
+    "compacter": lambda: CompacterConfig(preset="compacter++", reduction_factor=4),
+    "reft": lambda: ReftConfig(r=2, dropout=0.0),
+}
+
+
+@pytest.mark.parametrize("method", IN_BLOCKS)
+@pytest.mark.parametrize("name", ["llama", "bert", "t5", "vit", "wav2vec2"])
+def test_the_laws_in_blocks(name, method, tmp_path):
+    model = get_peft_model(build(name), IN_BLOCKS[method](), "a")
+    model.add_adapter("b", IN_BLOCKS[method]())
+    stir(model, "a", size=0.3)
+    stir(model, "b", seed=5, size=0.3)
+    base = logits(build(name), name)
+    a, b, both = of(model, "a", name), of(model, "b", name), of(model, ["a", "b"], name)
+    gives(of(model, Stack(), name), base)
+    gives(of(model, Average("a"), name), a)
+    gives(of(model, Average("a", "b", weights=[1, 1], normalize_weights=False), name), both)
+    stacked, mean = of(model, Stack("a", "b"), name), of(model, Average("a", "b"), name)
+    differs(stacked, both)  # the second reads what the first has made
+    model.add_composition("fused", Fuse("a", "b"))
+    even(model, "fused")
+    gives(of(model, "fused", name), mean)
+    stir(model, "fused", seed=7, size=0.1)
+    fused = of(model, "fused", name)
+    wanted = (a, base, stacked, fused)
+    parts = Parallel("a", "__base__", Stack("a", "b"), "fused")
+    for found, alone in zip(parts.apart(of(model, parts, name)), wanted):
+        gives(found, alone)
+    rows = of(model, BatchSplit("fused", "__base__", Stack("a", "b"), batch_sizes=[1, 1, 2]), name)
+    gives(rows, torch.cat([fused[:1], base[1:2], stacked[2:]]))
+    gives(logits(model, name, adapter_names=["b", "fused", "a", "__base__"])[:2], torch.cat([b[:1], fused[1:2]]))
+    model.set_adapter("fused")
+    model.train()(**inputs(name)).loss.backward()
+    trained = parameters_of(model, "fused")
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trained) and trained
+    model.save_pretrained(str(tmp_path))
+    again = PeftModel.from_pretrained(build(name), str(tmp_path / "a"), adapter_name="a")
+    again.load_adapter(str(tmp_path / "b"), adapter_name="b")
+    again.load_adapter(str(tmp_path / "fused"), adapter_name="fused")
+    gives(of(again, "fused", name), fused)
+
+
+@pytest.mark.parametrize("config", [InvertibleConfig(), AdaptionPromptConfig(adapter_layers=2, adapter_len=3)])
+def test_methods_that_cannot_be_put_together_are_stacked_and_used_by_row(config):
+    model = get_peft_model(build("llama"), copy.deepcopy(config), "a")
+    model.add_adapter("b", copy.deepcopy(config))
+    stir(model, "a", size=0.3)
+    stir(model, "b", seed=5, size=0.3)
+    both = of(model, ["a", "b"])
+    gives(of(model, Stack("a", "b")), both)
+    parts = Parallel("a", Stack("a", "b"))
+    for found, wanted in zip(parts.apart(of(model, parts)), (of(model, "a"), both)):
+        gives(found, wanted)
+    with refused(model, "can be stacked, and used row by row"):
+        model.set_adapter(Fuse("a", "b"))
+    assert list(model.peft_config) == ["a", "b"]
+
+
+@pytest.mark.parametrize("storage", ["plain", "nf4"])
+def test_compositions_on_a_quantised_base(storage):
+    base = quantised.plain() if storage == "plain" else quantised._bnb4(quant_type="nf4")
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["0", "2"]), "a")
+    model.add_adapter("b", LoraConfig(r=4, target_modules=["0", "2"]))
+    stir(model, "a", size=0.1)
+    stir(model, "b", seed=5, size=0.1)
+    x = torch.randn(4, quantised.IN)
+    model.add_composition("fused", Fuse("a", "b"))
+    model.set_adapter("fused")
+    model.train()(x).square().mean().backward()  # before the weights are packed anew, for inference
+    assert all(p.grad is not None for p in parameters_of(model, "fused"))
+
+    def run(what: Any) -> torch.Tensor:
+        model.set_adapter(what)
+        with torch.no_grad():
+            return model.eval()(x)
+
+    both, mean = run(["a", "b"]), run(Average("a", "b"))
+    gives(run(Stack("a", "b")), both)
+    even(model, "fused")
+    gives(run("fused"), mean)
+    parts = Parallel(Average("a", "b"), "fused", "a")
+    for found, wanted in zip(parts.apart(run(parts)), (mean, mean, run("a"))):
+        gives(found, wanted)
+
+
+def test_compositions_of_different_methods():
+    model = get_peft_model(build("llama"), LoraConfig(r=2, target_modules=["q_proj"]), "a", mixed=True)
+    model.add_adapter("b", IA3Config(target_modules=["q_proj", "v_proj"], feedforward_modules=[]))
+    model.add_adapter("c", BottleneckConfig(reduction_factor=4))
+    for seed, name in enumerate("abc"):
+        stir(model, name, seed=seed)
+    three = of(model, ["a", "b", "c"])
+    gives(of(model, Stack("a", "b", "c")), three)
+    parts = Parallel(Stack("a", "c"), "b", Average("a", "c", weights=[1, 1], normalize_weights=False))
+    alone = [of(model, ["a", "c"]), of(model, "b"), of(model, ["a", "c"])]
+    for found, wanted in zip(parts.apart(of(model, parts)), alone):
+        gives(found, wanted)
+    model.add_composition("fused", Fuse("a", "b", "c"))
+    model.set_adapter("fused")
+    model.train()(**inputs("llama")).loss.backward()
+    model.delete_adapter("fused")
+    gives(of(model, ["a", "b", "c"]), three)
+
+
+def test_a_compiled_model_computes_the_same():
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 8), nn.Tanh()), LoraConfig(r=2, target_modules=["0"]), "a")
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["0"]))
+    model.add_composition("fused", Fuse("a", "b"))
+    for seed, name in enumerate(("a", "b", "fused")):
+        stir(model, name, seed=seed)
+    model.set_adapter(Stack("a", Average("b", "fused")))
+    x = torch.randn(3, 5, 6)
+    gives(torch.compile(model, backend="eager")(x), model(x))
+
+
+def test_trainer_trains_and_resumes_a_fusion(tmp_path):
+    rows = [{"input_ids": ids, "labels": ids} for ids in inputs("llama", 8)["input_ids"]]
+
+    def trainer(steps: int) -> tf.Trainer:
+        model = two()
+        model.add_composition("fused", Fuse("a", "b"))
+        model.set_adapter("fused")
+        options: dict[str, Any] = {"save_steps": 2, "report_to": [], "disable_tqdm": True, "use_cpu": True}
+        args = tf.TrainingArguments(str(tmp_path), max_steps=steps, per_device_train_batch_size=4, **options)
+        return tf.Trainer(model, args, train_dataset=rows)
+
+    first = trainer(4)
+    start = [p.clone() for p in parameters_of(first.model, "fused")]
+    first.train()
+    trained = parameters_of(first.model, "fused")
+    assert any((p - old).abs().max() > 0 for p, old in zip(trained, start))
+    again = trainer(4)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert again.model.active_adapters == ["fused"]
+    for found, wanted in zip(parameters_of(again.model, "fused"), trained):
+        torch.testing.assert_close(found, wanted)
+
+
+# --- ranges of tokens ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["lora", "bottleneck", "reft"])
+def test_a_split_gives_each_range_of_tokens_its_member(method):
+    make = {
+        "lora": lambda: LoraConfig(r=2, target_modules=["up_proj", "down_proj"]),
+        "bottleneck": IN_BLOCKS["bottleneck"],
+        "reft": lambda: ReftConfig(r=2, dropout=0.0, prefix_positions=5),
+    }[method]
+    model = get_peft_model(build("llama"), make(), "a")
+    model.add_adapter("b", make())
+    stir(model, "a", size=0.3)
+    stir(model, "b", seed=5, size=0.3)
+    ids = inputs("llama")["input_ids"]
+
+    def run(what: Any, text: torch.Tensor, **more: Any) -> torch.Tensor:
+        model.set_adapter(what)
+        with torch.no_grad():
+            return model.eval()(text, **more).logits
+
+    split = Split("a", Stack("b", "a"), splits=[3])
+    whole = run(split, ids)
+    gives(whole[:, :3], run("a", ids)[:, :3])  # causal: the first tokens see none of the others
+    differs(whole[:, 3:], run("a", ids)[:, 3:])
+    gives(run(Split("a", "b", splits=[6, 1]), ids), run("a", ids))
+    gives(run(Split("a", splits=[2]), ids)[:, :2], whole[:, :2])
+    padded = torch.cat([torch.zeros_like(ids[:, :2]), ids], 1)
+    mask = torch.cat([torch.zeros_like(ids[:, :2]), torch.ones_like(ids)], 1)
+    places = (mask.cumsum(1) - 1).clamp_min(0)
+    both = torch.cat([padded[:1], torch.cat([ids, ids[:, :2]], 1)[1:]])  # a row is what it is alone
+    masks = torch.cat([mask[:1], torch.ones_like(mask)[1:]])
+    found = run(split, both, attention_mask=masks, position_ids=torch.cat([places[:1], torch.arange(8).expand(3, 8)]))
+    gives(found[0, 2:], whole[0])
+    gives(run(Parallel("a", split), ids)[4:], whole)
+    model.set_adapter(split)
+    first = model(ids[:, :4], use_cache=True)
+    gives(model(ids[:, 4:], past_key_values=first.past_key_values).logits.detach(), whole[:, 4:])
+    with pytest.raises(ValueError, match="depends on the token|acts on what a whole module"):
+        model.merge_adapter()
+
+
+def test_a_split_needs_tokens_that_can_be_counted():
+    model = get_peft_model(build("bart"), LoraConfig(r=2, target_modules=["q_proj"]), "a")
+    with refused(model, "reads the tokens of the encoder too"):
+        model.set_adapter(Split("a", splits=[2]))
+    model = get_peft_model(build("llama"), LoraConfig(r=2, target_modules=["lm_head"]), "a")
+    with refused(model, "is in no transformer block"):
+        model.set_adapter(Split("a", splits=[2]))
+    with pytest.raises(ConfigError, match="2 members, but 3 splits"):
+        Split("a", "b", splits=[1, 2, 3])

@@ -285,3 +285,27 @@ def test_trainer(tmp_path):
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert losses[0] == pytest.approx(losses[1], abs=2e-4) and len(losses[0]) == 3
+
+
+def test_adapters_keep_no_input_that_its_graph_gives_back():
+    """Without any switch: what a method reads of a layer's input is made again, also a view or a spectrum of it."""
+    for config in (
+        peft.LilyConfig(r=2, stride_A=1, num_B=2),
+        peft.C3AConfig(block_size=2),
+        peft.OFTConfig(oft_block_size=2),
+    ):
+        config.target_modules = ["q_proj", "k_proj", "down_proj"]
+        torch.manual_seed(1)
+        model = get_peft_model(llama(), config)
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.add_(torch.randn_like(p) * 0.1)
+        got, ours = step(model)
+        few = kept(model)
+        with peft.kernels.plain():
+            wanted, theirs = step(model)
+            many = kept(model)
+        torch.testing.assert_close(got, wanted)
+        torch.testing.assert_close(ours, theirs)
+        assert few < many

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+import os
 from typing import Any
+from zlib import crc32
 
 import pytest
 import torch
 from architectures import ENCODER_DECODERS, build, inputs
 from in_blocks import differs, gives, logits, refused, unadapted
+from laws import methods
 from safetensors.torch import load_file
 from torch import nn
 
@@ -34,7 +38,9 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.core.blocks.blocks import first_output
 from peft.core.model.walk import layers_of
+from peft.utils.peft_types import PEFT_TYPE_TO_MIXED_MODEL_MAPPING
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -369,10 +375,24 @@ def test_a_config_is_read_as_it_was_written(tmp_path):
         config.save_pretrained(tmp_path)
         again = PeftConfig.from_pretrained(tmp_path)
         assert type(again) is UnionConfig and again.parts == config.parts
-    content = json.loads((tmp_path / "adapter_config.json").read_text())
-    content["parts"][2]["r"] = "many"
-    (tmp_path / "adapter_config.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="LoraConfig: r='many'"):
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([{"peft_type": "LORA", "r": "many"}], "LoraConfig: r='many'"),
+        ([{"peft_type": "LORA", "name": 5}], "is no part"),
+        ([{"r": 5}], "is no part: its peft_type"),
+        ([{"peft_type": "UNION", "parts": []}], "is no part"),
+        ([{"peft_type": "LORAX"}], "LORAX"),
+        ([5], "should be a config, and is a int"),
+        ("LORA", "a list of configs"),
+        ({"a": {"peft_type": "LORA"}}, "should be a config"),
+    ],
+)
+def test_a_damaged_config_is_refused(parts, message, tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "UNION", "cls": 1, "parts": parts}))
+    with pytest.raises(ValueError, match=message):
         PeftConfig.from_pretrained(tmp_path)
 
 
@@ -386,3 +406,73 @@ def test_copies_act_on_their_own(name, tmp_path):
         stir(twin, seed=5)
         differs(logits(twin, name), wanted)
         gives(logits(model, name), wanted)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("front", ["prefix", "prompt"])
+def test_interventions_count_from_the_text_not_from_virtual_tokens(name, front):
+    """The first and last positions of padded texts are edited, each once, whatever stands before them."""
+    model = adapted(name, UnionConfig([PARTS[front](), ReftConfig(r=2, prefix_positions=1, suffix_positions=1)]))
+    first = name == "bert"  # padded behind, or in front
+    mask = torch.ones(4, 6, dtype=torch.long)
+    mask[1, slice(4, 6) if first else slice(2)] = 0
+    given = {key: value for key, value in inputs(name).items() if key != "labels"}
+    if name == "t5":
+        given["decoder_input_ids"] = given["input_ids"].flip(1)
+    edited: dict[str, Any] = {}
+    for path, layer in layers_of(model):
+
+        def note(module: nn.Module, args: Any, kwargs: Any, output: Any, path: str = path) -> None:
+            inner, outer = edited.pop(path), first_output(output)
+            edited[path] = (inner - outer).abs().amax(-1) > 1e-6
+
+        layer.base_layer.register_forward_hook(lambda m, a, out, path=path: edited.update({path: first_output(out)}))
+        layer.register_forward_hook(note, with_kwargs=True)
+    with torch.no_grad():
+        model.eval()(**given, attention_mask=mask)
+    assert len(edited) == sum(1 for _ in layers_of(model)) > 0
+    for path, found in edited.items():
+        decoder = "decoder" in path
+        virtual = 2 if front == "prompt" and not decoder else 0
+        text = torch.ones(4, 6, dtype=torch.long) if decoder else mask
+        assert found.shape[1] == 6 + virtual
+        for row in range(4):
+            at = found[row].nonzero().flatten().tolist()
+            columns = (text[row].nonzero().flatten() + virtual).tolist()
+            wanted = [columns[0]] if decoder else [columns[0], columns[-1]]
+            assert at == wanted, (path, row)
+
+
+def mixable() -> list[Any]:
+    """Methods of weights that can be beside others: a third of them, or all with LAWS=all in the environment."""
+    found = [m for m in methods() if "[" not in m.name and m.config_cls.METHOD in PEFT_TYPE_TO_MIXED_MODEL_MAPPING]
+    some = [m for m in found if os.environ.get("LAWS") == "all" or not crc32(m.name.encode()) % 3]
+    return [pytest.param(method, id=method.name) for method in some if method.has("target_modules")]
+
+
+@pytest.mark.parametrize("method", mixable())
+def test_a_union_is_its_parts_active_together(method, tmp_path):
+    """Law: under one name or two, with the same tensors, which files name alike; merged, saved and loaded."""
+    targets = ["embed_tokens"] if method.name == "trainable_tokens" else ["q_proj", "v_proj"]
+
+    def own() -> Any:
+        return method.config_cls(**copy.deepcopy(method.given), target_modules=targets)
+
+    torch.manual_seed(0)
+    model = get_peft_model(build("llama"), UnionConfig([own(), PARTS["bottleneck"]()]))
+    stir(model, size=0.2)
+    held, wanted = get_peft_model_state_dict(model), logits(model, "llama")
+    differs(wanted, unadapted("llama"))
+    torch.manual_seed(0)
+    apart = get_peft_model(build("llama"), own(), "one", mixed=True)
+    apart.add_adapter("two", PARTS["bottleneck"]())
+    for name in ("one", "two"):
+        mine = get_peft_model_state_dict(apart, adapter_name=name).keys()
+        set_peft_model_state_dict(apart, {key: held[key] for key in mine}, name)
+    apart.set_adapter(["one", "two"])
+    gives(logits(apart, "llama"), wanted)
+    model.save_pretrained(tmp_path)
+    gives(logits(PeftModel.from_pretrained(build("llama"), tmp_path), "llama"), wanted)
+    with contextlib.suppress(ValueError):  # what no weight equals, which the laws of the methods look at
+        model.merge_adapter()
+    gives(logits(model, "llama"), wanted)

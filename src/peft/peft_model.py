@@ -560,6 +560,9 @@ class PeftModel(ModelCompat, Compositions, PushToHubMixin, nn.Module):
         hub = hub_options(kwargs)
         model = plain_model(model, adapter_name)
         config = _read_config(model_id, config, is_trainable, hub)
+        if isinstance(config, CompositionConfig):
+            placing = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
+            return cls._from_composition(model, model_id, adapter_name, is_trainable, config, {**hub, **placing})
         _start_from_file(config)
         weights = load_peft_weights(model_id, key_mapping=key_mapping, **hub)
         frozen = [p for p in model.parameters() if not p.requires_grad]
@@ -620,8 +623,12 @@ class PeftModel(ModelCompat, Compositions, PushToHubMixin, nn.Module):
         fresh = adapter_name not in self.peft_config
         placing = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
         with _naming(model_id, CONFIG_NAME, config), filled_later() as filling:
+            if fresh and isinstance(config, CompositionConfig):
+                self._load_members(model_id, config, {**hub, **placing})
             if fresh:
                 self.add_adapter(adapter_name, config, **placing)
+            elif isinstance(config, CompositionConfig):
+                self._check_expression(adapter_name, config)
             else:
                 self._check_method(config)
         try:

@@ -83,12 +83,12 @@ def recipe_of(x: torch.Tensor) -> Recipe | None:
     if x.grad_fn is None or x._is_view():
         return None
     try:
-        return None if _is_recomputed() else _of_node(x.grad_fn, DEPTH)
+        return None if is_recomputed() else _of_node(x.grad_fn, DEPTH)
     except (AttributeError, RuntimeError):  # an older torch that shows less of its graph, or a graph already freed
         return None
 
 
-def _is_recomputed() -> bool:
+def is_recomputed() -> bool:
     """Whether gradient checkpointing is at work: it keeps nothing, and counts what is kept."""
     hooks = _hooks()
     return hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
@@ -104,22 +104,27 @@ def recomputed() -> Iterator[None]:
     """A context in which autograd keeps no tensor that can be made again from others that it keeps.
 
     The output of an activation between two products is one: autograd keeps its input too. Hooks of a context around
-    this one see what is kept. Within gradient checkpointing, which keeps nothing, it does nothing.
+    this one see what is kept. Within gradient checkpointing, which keeps nothing, and within itself it does nothing.
     """
-    if _is_recomputed() or not torch._C._autograd._saved_tensors_hooks_is_enabled():
+    outer = _hooks()
+    itself = outer is not None and getattr(outer[0], "func", None) is _Saved
+    if itself or is_recomputed() or not torch._C._autograd._saved_tensors_hooks_is_enabled():
         yield
         return
-    with saved_tensors_hooks(partial(_Saved, _hooks()), _Saved.unpack):
+    with saved_tensors_hooks(partial(_Saved, outer), _Saved.unpack):
         yield
 
 
 class _Saved:
     """A tensor that a node of autograd keeps: how to make it, or itself as the hooks around give it back."""
 
-    __slots__ = ("kept", "packed", "unpacks", "version")
+    __slots__ = ("kept", "packed", "unpacks", "version", "view")
 
     def __init__(self, outer: tuple[Callable, Callable] | None, x: torch.Tensor) -> None:
-        found = kept(x) if x.output_nr == 0 else None
+        whole, self.view = x, None
+        if x._is_view() and (base := x._base) is not None and base.is_contiguous() and not base.storage_offset():
+            whole, self.view = base, (x.size(), x.stride(), x.storage_offset())
+        found = kept(whole) if whole.output_nr == 0 else None
         self.kept = found if found is not None and found.recipe is not None else None
         self.packed, self.unpacks, self.version = None, None if outer is None else outer[1], x._version
         if self.kept is None:  # a node that kept its own output as it is would never be freed
@@ -128,14 +133,17 @@ class _Saved:
     def unpack(self) -> torch.Tensor:
         """The tensor, for the node."""
         if self.kept is not None:
-            return self.kept.get(None)
+            return self._seen(self.kept.get(None))
         return self._checked() if self.unpacks is None else self.unpacks(self.packed)
 
     def reader(self) -> Recipe | None:
         """How recipes come by the tensor; None where hooks have put something else in its place."""
-        if self.kept is not None:
-            return self.kept.read
+        if (made := self.kept) is not None:
+            return lambda: self._seen(made.read())
         return self._checked if isinstance(self.packed, torch.Tensor) else None
+
+    def _seen(self, whole: torch.Tensor) -> torch.Tensor:
+        return whole if self.view is None else whole.as_strided(*self.view)
 
     def _checked(self) -> torch.Tensor:
         return _unchanged(self.packed, self.version)
@@ -211,6 +219,12 @@ def _activation(function: Callable[..., torch.Tensor], *options: str) -> Callabl
     return maker
 
 
+def _spectrum(node: Any, depth: int) -> Recipe | None:
+    x = _operand(node, "self")
+    options = node._saved_dim, node._saved_normalization, node._saved_onesided
+    return None if x is None else lambda: torch.ops.aten._fft_r2c(x(), *options)
+
+
 def _layer_norm(node: Any, depth: int) -> Recipe | None:
     parts = [_operand(node, name) for name in ("input", "result1", "result2")]
     affine = [_operand(node, name) for name in ("weight", "bias")]
@@ -231,4 +245,5 @@ _MAKERS: dict[str, Callable[[Any, int], Recipe | None]] = {
     "SiluBackward0": _activation(F.silu),
     "GeluBackward0": _activation(F.gelu, "approximate"),
     "NativeLayerNormBackward0": _layer_norm,
+    "FftR2CBackward0": _spectrum,
 }

@@ -76,8 +76,8 @@ def check_method(
 
     Among them: merged equals unmerged, on each kind of layer, in 32 and 16 bits; a row of a mixed batch has the value
     and the gradient of its adapter alone; what is loaded is what was saved; a fresh adapter changes nothing; two
-    active adapters are what their family says; nothing remains after unloading; it works beside LoRA. It takes a
-    minute on one core, and needs neither pytest nor a network.
+    active adapters are what their family says; nothing remains after unloading; it works beside LoRA. It takes
+    some ten seconds, and needs neither pytest nor a network.
 
     Args:
         method: the class of its config, of its tuner or of its adapters, or its name. It has to be registered.

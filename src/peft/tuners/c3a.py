@@ -75,9 +75,9 @@ def c3a_product(x: torch.Tensor, kernel: torch.Tensor, shape: tuple[int, int]) -
     if not x.numel():  # there is no transform of nothing
         return F.linear(x, c3a_weight(kernel, shape).to(x.dtype))
     dtype = torch.promote_types(kernel.dtype, torch.float32)  # there is no transform of 16 bits
-    pieces = padded(x.to(dtype) / columns, kernel.shape[1] * size).reshape(-1, kernel.shape[1], size)
+    pieces = padded(x.to(dtype), kernel.shape[1] * size).reshape(-1, kernel.shape[1], size)
     spectrum = torch.fft.rfft(pieces).permute(2, 0, 1)  # [frequency, row of x, n]
-    mixed = spectrum @ torch.fft.rfft(kernel.to(dtype)).conj().permute(2, 1, 0)  # [frequency, row of x, m]
+    mixed = spectrum @ torch.fft.rfft(kernel.to(dtype) / columns).conj().permute(2, 1, 0)  # [frequency, row of x, m]
     y = torch.fft.irfft(mixed.permute(1, 2, 0), n=size)  # [row of x, m, b]
     return y.flatten(1)[:, :rows].to(x.dtype).reshape(*x.shape[:-1], rows)
 

@@ -152,7 +152,7 @@ class ReftLayer(BlockLayer, nn.Module):
             if (edits := self.edits(leaf, rows, h, state)) is None:
                 return None
             update = torch.zeros_like(state).flatten(0, -2).index_add(0, *edits).view(h.shape)
-            return Change(update, state, state)
+            return Change(update, state)
 
         change = change_of(adapter, h, step)
         return y if change is None else y + change.total.to(y.dtype)

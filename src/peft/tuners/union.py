@@ -111,14 +111,17 @@ class UnionConfig(ModulesToSave):
         return {**own, "parts": parts}
 
     @classmethod
-    def check_kwargs(cls, **kwargs: Any) -> dict:
+    def check_kwargs(cls, /, **kwargs: Any) -> dict:
         shared = {name: kwargs[name] for name in _OF_ALL if name in kwargs}
         parts = kwargs.get("parts")
-        if isinstance(parts, list) and all(isinstance(part, dict) and "peft_type" in part for part in parts):
+        if isinstance(parts, list) and all(isinstance(part, dict) for part in parts):
             made = {}
             for part in parts:
-                held = {name: value for name, value in part.items() if name != "name"}
-                made[part.get("name", held["peft_type"].lower())] = PeftConfig.of_file({**shared, **held})
+                method, name = part.get("peft_type"), part.get("name", part.get("peft_type"))
+                if not isinstance(method, str) or not isinstance(name, str) or method.upper() == cls.METHOD:
+                    raise ConfigError(f"{cls.__name__}: {part!r:.80} is no part: its peft_type names a method.")
+                held = {field: value for field, value in part.items() if field != "name"}
+                made[name.lower() if name == method else name] = PeftConfig.of_file({**shared, **held})
             kwargs["parts"] = made
         return kwargs
 

@@ -147,11 +147,11 @@ class InsertLayer(BlockLayer):
             if joint is None or (place.norm is not None and joint.needs_norm):
                 return None
             if joint.beside:
-                return Change(adapter.change(role, given, h), h, given)
+                return Change(adapter.change(role, given, h), given)
             kept = h if joint.kept == "output" else h + x
             read = h + x if joint.reads_sum else h
             streams = _STREAMS[joint.kept, joint.sums]
-            return Change(adapter.change(role, read, kept), kept, read, streams * x if streams else None)
+            return Change(adapter.change(role, read, kept), read, streams * x if streams else None)
 
         return self.added(h, h, step, place.seen["x"], place.seen["input"], place=role)
 
@@ -166,7 +166,7 @@ class InsertLayer(BlockLayer):
             h = z - x
             kept, read = {"output": h, "sum": z, "normed": y}[joint.kept], y if joint.reads_sum else h
             replaced = h if inside else y
-            return Change(adapter.change(role, read, kept), kept, read, None if kept is replaced else kept - replaced)
+            return Change(adapter.change(role, read, kept), read, None if kept is replaced else kept - replaced)
 
         def inside(adapter: Insert, z: torch.Tensor, y: torch.Tensor, x: torch.Tensor) -> Change | None:
             return change(adapter, z, y, x, True)

@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft.core.blocks.blocks import CROSS, find_blocks
+from peft.core.blocks.extent import extent_of
 from peft.core.composition.config import CompositionConfig
-from peft.core.composition.expressions import Composition, Fuse
+from peft.core.composition.expressions import Composition, Fuse, Split
+from peft.core.layer.composed import check_members
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model import operations
 from peft.core.model.auxiliary import TrainableTokensWrapper
@@ -55,6 +58,10 @@ def add(
     context.compositions[name] = expression
     try:
         layers = [layer for layer in _layers(model) if layer.present([expression])]
+        for layer in layers:
+            check_members(layer, name)
+        if any(isinstance(part, Split) for part in parts_of(expression, context.compositions)):
+            count_tokens(model, layers)
         with torch.device("meta") if low_cpu_mem_usage else nullcontext():
             for layer in layers:
                 layer.add_adapter(name, config, layer.key)
@@ -64,6 +71,36 @@ def add(
         del context.compositions[name]
         raise
     operations.settle(model, name, autocast_adapter_dtype)
+
+
+def parts_of(expression: Composition, known: dict[str, Composition]) -> Iterator[Composition]:
+    """The expressions that an expression is made of, itself included."""
+    yield expression
+    for member in expression.members:
+        part = known.get(member) if isinstance(member, str) else member
+        if part is not None:
+            yield from parts_of(part, known)
+
+
+def count_tokens(model: nn.Module, layers: list[Any]) -> None:
+    """Let layers know where the texts of a call begin.
+
+    Raises:
+        ValueError: for a layer outside of transformer blocks, or one that reads the tokens of an encoder.
+    """
+    blocks = find_blocks(model)
+    for layer in layers:
+        block = next((b for b in blocks if f"{layer.key}.".startswith(f"{b.key}.")), None)
+        crosses = block is not None and any(
+            part.role == CROSS and layer.key.startswith(f"{block.key}.{part.core}.") for part in block.sublayers
+        )
+        if block is None or crosses:
+            what = "reads the tokens of the encoder too" if crosses else "is in no transformer block"
+            raise ValueError(
+                f"Split counts the tokens of a text, and {layer.key!r} {what}. Use adapters that leave that module "
+                "out (exclude_modules)."
+            )
+        layer.__dict__["extent"] = extent_of(model, block.key.rpartition(".")[0])
 
 
 def _layers(model: nn.Module) -> Iterator[Any]:

@@ -156,15 +156,15 @@ class Stack(Composition):
             )
 
 
-def _check_numbers(owner: Composition, name: str, whole: bool) -> None:
-    """Raise ConfigError where a field does not hold one number for each member."""
+def _check_numbers(owner: Composition, name: str, whole: bool, rest: bool = False) -> None:
+    """Raise ConfigError where a field does not hold one number for each member; ``rest``: the last may have none."""
     values: Any = getattr(owner, name)
     kind, what = type(owner).__name__, "whole numbers from 1" if whole else "numbers"
     allowed = int if whole else int | float
     for value in values:
         if isinstance(value, bool) or not isinstance(value, allowed) or (whole and value < 1):
             raise ConfigError(f"{kind}: {name} should be {what}, not {value!r}.")
-    if len(values) != len(owner.members):
+    if len(values) != len(owner.members) and not (rest and 0 < len(values) == len(owner.members) - 1):
         raise ConfigError(f"{kind} has {len(owner.members)} members, but {len(values)} {name}; give one for each.")
 
 
@@ -221,13 +221,12 @@ class Average(Composition):
 class Fuse(Composition):
     """AdapterFusion (Pfeiffer et al. 2021, arXiv 2005.00247): attention over what the members make of a state.
 
-    With u_i what member i adds to the state r, and q what it reads,
+    With u_i what member i adds to a state h, and q what it reads,
 
-        p_i = softmax_i((Q q + b) . (K (r + u_i) + c))        h' = sum_i p_i V (r + u_i)            "dynamic"
-        p_i = softmax_i((Q q + b) . (K u_i + c))              h' = r + sum_i p_i u_i                "static"
+        h' = h + sum_i p_i V u_i,      p = softmax_i((Q q + b) . (K u_i + c)),
 
-    Q, K, V, b and c are of each place in the model, and trained: they have a name, and are saved under it. The members
-    do not train along.
+    as the library adapters has it. Q, K, V, b and c are of each place in the model, and trained: they have a name, and
+    are saved under it. The members do not train along.
 
     Args:
         kind: "dynamic", or "static", which has no V.
@@ -254,6 +253,35 @@ class Fuse(Composition):
             raise ConfigError(f"Fuse: kind should be 'dynamic' or 'static', not {self.kind!r}.")
         if not isinstance(self.regularization, int | float) or self.regularization < 0:
             raise ConfigError(f"Fuse: regularization should be a number from 0, not {self.regularization!r}.")
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class Split(Composition):
+    """Token ranges to the members: the first tokens of each text to the first member, and so on.
+
+    Tokens are counted from where a text begins, after padding on its left; those that ``generate`` writes count on.
+
+    Args:
+        splits: how many tokens each member gets, or one number for all of them. One number less than members: the
+            last one gets the rest. Tokens beyond are the base model's.
+
+    Raises:
+        ConfigError: if their number is neither that of the members, nor one less.
+
+    Examples:
+        >>> Split("question", "answer", splits=[12])
+        Split('question', 'answer', splits=(12,))
+    """
+
+    splits: tuple[int, ...] = ()
+
+    def __init__(self, *members: str | Composition, splits: Sequence[int] | int) -> None:
+        each = [splits] * len(members) if isinstance(splits, int) else splits
+        super().__init__(*members, splits=tuple(each))
+
+    def check(self) -> None:
+        super().check()
+        _check_numbers(self, "splits", whole=True, rest=True)
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -309,7 +337,9 @@ class Parallel(Composition):
         return list(output.chunk(len(self.members)))
 
 
-KINDS: dict[Any, type[Composition]] = {kind.__name__: kind for kind in (Stack, Average, Fuse, BatchSplit, Parallel)}
+KINDS: dict[Any, type[Composition]] = {
+    kind.__name__: kind for kind in (Stack, Average, Fuse, Split, BatchSplit, Parallel)
+}
 
 
 def unused(name: str, taken: Container[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,8 +11,21 @@ from typing import Any
 from peft.core.composition import adding
 from peft.core.composition.config import CompositionConfig
 from peft.core.composition.expressions import Composition, Fuse, unused
+from peft.core.files.io import CONFIG_NAME
 from peft.core.model import operations
+from peft.core.model.context import BASE
 from peft.core.model.record import behind, context_of
+
+
+def beside(model_id: Any, name: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    """Where an adapter was saved together with another one: folder or repository, and options; None if it was not."""
+    if options.get("subfolder"):
+        parent = os.path.dirname(options["subfolder"])
+        folder = parent if name == "default" else os.path.join(parent, name)
+        return model_id, {"subfolder": folder or None}
+    parent = os.path.dirname(os.path.abspath(os.fspath(model_id)))
+    folder = parent if name == "default" else os.path.join(parent, name)
+    return (folder, {}) if os.path.isfile(os.path.join(folder, CONFIG_NAME)) else None
 
 
 class Compositions:
@@ -21,6 +35,7 @@ class Compositions:
     active_adapters: Any
     get_base_model: Any
     add_adapter: Any
+    load_adapter: Any
     delete_adapter: Any
     has_active_enabled_adapter: Any
 
@@ -69,6 +84,42 @@ class Compositions:
                 self.delete_adapter(other)
             raise
         self.peft_config[name] = config
+
+    def _load_members(self, model_id: Any, config: CompositionConfig, options: dict[str, Any]) -> None:
+        """Load the adapters that a saved composition is made of, where they are missing and have folders beside it."""
+        for name in config.expression.names():
+            if name != BASE and name not in self.peft_config and (where := beside(model_id, name, options)):
+                self.load_adapter(where[0], adapter_name=name, **{**options, **where[1]})
+
+    @classmethod
+    def _from_composition(
+        cls,
+        model: Any,
+        model_id: Any,
+        name: str,
+        is_trainable: bool,
+        config: CompositionConfig,
+        options: dict[str, Any],
+    ) -> Any:
+        """The model with a saved composition and what it is made of, as ``from_pretrained`` gives it."""
+        first = next((name for name in config.expression.names() if name != BASE), None)
+        where = beside(model_id, first, options) if first is not None else None
+        if where is None:
+            raise ValueError(
+                f"{model_id} is {config.expression!r}, which is made of other adapters, and {first!r} has no folder "
+                f"beside it. Load one of them with from_pretrained, the others and this with load_adapter."
+            )
+        made = cls.from_pretrained(model, where[0], first, is_trainable, **{**options, **where[1]})  # type: ignore[attr-defined]
+        made.load_adapter(model_id, adapter_name=name, is_trainable=is_trainable, **options)
+        made.set_adapter(name, inference_mode=not is_trainable)
+        return made
+
+    def _check_expression(self, name: str, config: CompositionConfig) -> None:
+        """Raise ValueError where values for another composition, or for no one, are given to an adapter."""
+        known = context_of(self.get_base_model()).compositions.get(name)
+        if known != config.expression:
+            what = "an adapter of a method" if known is None else repr(known)
+            raise ValueError(f"{name!r} is {what}, and the file is of {config.expression!r}. Load it by another name.")
 
     def _check_no_prompts(self, expression: Composition) -> None:
         for name in context_of(self.get_base_model()).behind([expression]):

@@ -85,7 +85,9 @@ def entries(model: nn.Module, adapter: str) -> Iterator[Entry]:
                     entry.split, entry.as_loaded = own.split, partial(own.as_loaded, saved)
                     entry.takes = partial(own.takes, saved)
                 yield entry
-            common = wrapper.adapter_cls.common if isinstance(wrapper, BaseTunerLayer) and adapter in wrapper else ()
+            common = (
+                wrapper.adapters[adapter].common if isinstance(wrapper, BaseTunerLayer) and adapter in wrapper else ()
+            )
             if common:
                 shared.update({attribute: getattr(wrapper, attribute) for attribute in common})
                 labelled = wrapper.adapter_cls.labelled

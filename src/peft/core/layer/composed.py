@@ -8,13 +8,14 @@ together what its members change (:func:`change_of`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
 from peft.core.adapter import Adapter, part
-from peft.core.composition.expressions import Average, Composition, Fuse, Stack
+from peft.core.composition.expressions import Average, Composition, Fuse, Split, Stack
 from peft.core.layer import weight as weights
 
 
@@ -27,13 +28,11 @@ class Change(NamedTuple):
 
     Attributes:
         update: u, what its own mathematics gives.
-        onto: what u is added to by its definition, its residual: h itself, or what ``shift`` makes of h.
         reads: what it reads of the state.
         shift: what it does besides adding u, None for nothing.
     """
 
     update: torch.Tensor
-    onto: torch.Tensor
     reads: torch.Tensor
     shift: torch.Tensor | None = None
 
@@ -54,6 +53,15 @@ def made_of(layer: BaseTunerLayer, name: str | Composition) -> Adapter | None:
     if not any(member in layer.adapters for member in name.names()):
         return None
     return _class_for(name)(layer, name)  # type: ignore[arg-type]
+
+
+def check_members(layer: BaseTunerLayer, name: str) -> None:
+    """Raise ValueError where the members of a composition cannot be put together at a layer, as it says."""
+    cls = composed_class(layer, name)
+    reason = None if cls is None else cls(layer, name).refusal_here()
+    if reason:
+        expression = layer.context.compositions[name]
+        raise ValueError(f"{expression!r} has no meaning at {layer.key or 'the module'}: {reason}.")
 
 
 def in_order(adapters: Sequence[Adapter]) -> list[Adapter]:
@@ -98,9 +106,7 @@ class Composed(Adapter):
         raise NotImplementedError
 
     def create(self, config: Any, key: str) -> None:
-        """Raise ValueError where an adapter cannot be a member at this layer."""
-        if reason := self.refusal_here():
-            raise ValueError(f"{self.expression!r} has no meaning at {key or 'the module'}: {reason}.")
+        """It holds nothing of its own."""
 
     def refusal_here(self) -> str | None:
         """Why the members cannot be put together like this at this layer, or None."""
@@ -115,7 +121,7 @@ class Composed(Adapter):
                 update = update + _difference_of_biases(adapter)
             else:
                 update = adapter.output(adapter.cast(x), state, base_y) - state
-            return Change(update, state, state)
+            return Change(update, state)
 
         change = self.change(y, step)
         return y if change is None else y + change.total
@@ -264,16 +270,15 @@ class Attention(nn.Module):
             with torch.no_grad():
                 self.value.weight.fill_diagonal_(1.0)
 
-    def forward(self, reads: torch.Tensor, updates: torch.Tensor, onto: torch.Tensor) -> torch.Tensor:
-        """h' ``[..., width]``, see :class:`peft.core.composition.expressions.Fuse`.
+    def forward(self, reads: torch.Tensor, updates: torch.Tensor) -> torch.Tensor:
+        """sum_i p_i V u_i ``[..., width]``, see :class:`peft.core.composition.expressions.Fuse`.
 
         Args:
-            reads: q ``[..., width]``. updates: u_i ``[..., members, width]``. onto: r ``[..., width]``.
+            reads: q ``[..., width]``. updates: u_i ``[..., members, width]``.
         """
-        made = updates if self.value is None else updates + onto.unsqueeze(-2)
-        scores = (self.key(made) @ self.query(reads).unsqueeze(-1)).squeeze(-1)
-        mixed = (scores.softmax(-1).unsqueeze(-2) @ made).squeeze(-2)
-        return onto + mixed if self.value is None else self.value(mixed)
+        scores = (self.key(updates) @ self.query(reads).unsqueeze(-1)).squeeze(-1)
+        mixed = (scores.softmax(-1).unsqueeze(-2) @ updates).squeeze(-2)
+        return mixed if self.value is None else self.value(mixed)
 
     def penalty(self) -> torch.Tensor:
         """The sum of (V - I)^2, 0 without V."""
@@ -289,7 +294,6 @@ class Fused(Beside):
     fusion = part(nn.ModuleDict)
 
     def create(self, config: Any, key: str) -> None:
-        super().create(config, key)
         expression: Any = self.expression
         layer: Any = self.layer
         widths = layer.widths(leaves_of([self])) if self.kind.whole else {"output": self.out_features}
@@ -307,16 +311,46 @@ class Fused(Beside):
             return None
         kind, attention = self.kind, self.fusion[place]
         dtype = attention.query.weight.dtype
-        reads, onto = (kind.channels_last(x).to(dtype) for x in (last.reads, last.onto))
-        updates = [torch.zeros_like(onto) if c is None else kind.channels_last(c.update).to(dtype) for c in found]
-        made = attention(reads, torch.stack(updates, -2), onto)
-        return last._replace(update=kind.channels_back(made - onto))
+        reads = kind.channels_last(last.reads).to(dtype)
+        nothing = torch.zeros_like(reads)
+        updates = [nothing if change is None else kind.channels_last(change.update).to(dtype) for change in found]
+        return last._replace(update=kind.channels_back(attention(reads, torch.stack(updates, -2))))
 
     def fold(self, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         raise ValueError(self.unmergeable())
 
     def unmergeable(self) -> str | None:
         return "what a fusion attends to depends on the sample, so no one weight equals it. Keep it unmerged."
+
+
+class Ranges(Beside):
+    """Members at ranges of the tokens of each text, which ``layer.extent`` counts."""
+
+    def refusal_here(self) -> str | None:
+        if self.kind.opaque or self.layer.read_by_parent:
+            return "its weight is read by another computation, for all tokens at once"
+        return super().refusal_here()
+
+    def change(self, state: torch.Tensor, step: Step, place: str = "output") -> Change | None:
+        expression: Any = self.expression
+        layer: Any = self.layer
+        position, start, last, total = layer.extent.positions(state), 0, None, None
+        for member, length in zip_longest(self.members(), expression.splits):
+            change = None if member is None else change_of(member, state, step, place)
+            if change is not None:
+                here = position >= start if length is None else (position >= start) & (position < start + length)
+                part = change.total.masked_fill(~here[..., None], 0)
+                last, total = change, part if total is None else total + part
+            start += length or 0
+        if last is None or total is None:
+            return None
+        return last._replace(update=total, shift=None)
+
+    def fold(self, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        raise ValueError(self.unmergeable())
+
+    def unmergeable(self) -> str | None:
+        return "which member acts depends on the token, so no one weight equals it. Keep it unmerged."
 
 
 class ByRow(Composed):
@@ -338,7 +372,7 @@ class ByRow(Composed):
         )
 
 
-CLASSES: dict[type[Composition], type[Composed]] = {Stack: Chain, Average: Mean, Fuse: Fused}
+CLASSES: dict[type[Composition], type[Composed]] = {Stack: Chain, Average: Mean, Fuse: Fused, Split: Ranges}
 
 
 def composed_class(layer: BaseTunerLayer, name: str) -> type[Composed] | None:

@@ -17,7 +17,8 @@ from torch import nn
 from peft.core.layer import parallel
 from peft.core.layer import weight as weights
 from peft.core.layer.composed import leaves_of
-from peft.kernels.linear import Factors, low_rank_linear
+from peft.kernels.linear import Factors, is_eager, low_rank_linear
+from peft.kernels.remake import recomputed
 from peft.kernels.strict import is_plain
 
 
@@ -95,7 +96,8 @@ class LowRank(Route):
             return None
         weight = layer.bypass_matrix(args[0])
         fresh = weight is None and layer.base_is_fresh()
-        return low_rank_linear(layer._modules["base_layer"], args[0], factors, weight, fresh)
+        share = None if torch.compiler.is_compiling() else layer.context.readers.share(layer, args[0], factors)
+        return low_rank_linear(layer._modules["base_layer"], args[0], factors, weight, fresh, share)
 
 
 class Folded(Route):
@@ -140,6 +142,12 @@ class Updates(Route):
     """The base layer on an input that adapters may change, and what they make of its output, one after another."""
 
     def output(self, layer: BaseTunerLayer, adapters: Sequence[Adapter], args: tuple, kwargs: dict[str, Any]) -> Any:
+        if args[0].requires_grad and torch.is_grad_enabled() and is_eager(args[0]) and not is_plain():
+            with recomputed():  # of an input that its own graph can give back, adapters keep nothing
+                return self._updated(layer, adapters, args, kwargs)
+        return self._updated(layer, adapters, args, kwargs)
+
+    def _updated(self, layer: BaseTunerLayer, adapters: Sequence[Adapter], args: tuple, kwargs: dict[str, Any]) -> Any:
         x, *rest = args
         inner = x
         if any(adapter.changes_input for adapter in adapters):

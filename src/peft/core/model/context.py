@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from peft.core.composition.expressions import Composition, Fuse, alternatives
+from peft.core.layer.together import Readers
 from peft.core.model.sequence import Tokens, note_in_cache, tokens_of
 
 
@@ -46,10 +47,13 @@ class Context:
         current: while a group of rows is computed, the adapters of that group; else None.
         rows: while rows of a mixed batch are computed, which they are, and how many there are in all; else None.
         held: a call that carries such facts is under way.
+        readers: which layers read one input, see :mod:`peft.core.layer.together`.
         reads_tokens: some adapter reads the tokens of calls; without one they are not looked at.
         tokens: those of the call, None where it has no ids.
         prompt: while ``generate`` runs, the ids that it was given, else None.
         worked_out: what adapters have worked out from the facts of this call, for the layers after them.
+        leads: how many virtual tokens stand before the texts of a stack of layers, those in the cache included: at
+            most, and in each row. True: of a decoder beside an encoder, False: of the encoder or the only stack.
     """
 
     def __init__(self) -> None:
@@ -62,15 +66,19 @@ class Context:
         self.current: list[Any] | None = None
         self.rows: tuple[torch.Tensor, int] | None = None
         self.held = False
+        self.readers = Readers()
         self.reads_tokens = False
         self.tokens: Tokens | None = None
         self.prompt: torch.Tensor | None = None
         self.worked_out: dict[tuple, Any] = {}
+        self.leads: dict[bool, tuple[int, torch.Tensor | None]] = {}
+        self._led = False
         self._groups: dict[tuple, Groups] = {}
 
     def noted(self) -> dict[str, Any] | None:
         """All facts of this moment for :meth:`as_noted`, None where the call says nothing that layers ask for."""
-        told = (self.adapter_names, self.task_ids, self.scalings, self.mask, self.labels, self.tokens)
+        facts = (self.adapter_names, self.task_ids, self.scalings, self.mask, self.labels, self.tokens)
+        told = (*facts, self.leads or None)
         return None if all(fact is None for fact in told) else dict(self.__dict__)
 
     @contextmanager
@@ -133,9 +141,21 @@ class Context:
         self.adapter_names = None if names is None else tuple(names)
         self._groups.clear()
 
+    def lead(self, decoder: bool, most: int, each: torch.Tensor | None) -> None:
+        """Note virtual tokens for the next call of the model: ``most``, or of ``each`` row its own, ``[batch]``."""
+        self.leads, self._led = {**(self.leads if self._led else {}), decoder: (most, each)}, True
+
+    def lead_of(self, decoder: bool, batch: int, device: torch.device) -> tuple[int, torch.Tensor]:
+        """How many virtual tokens stand before texts at most, and before that of each row, ``[batch]``."""
+        most, each = self.leads.get(decoder, (0, None))
+        if each is None:
+            return most, torch.full((batch,), most, device=device)
+        return most, self.of_rows("virtual tokens", each, batch, device)
+
     def forget(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         """Hook of the model: a call that says nothing of adapters or tasks does not use those of an earlier one."""
         self.rows = None
+        self.leads, self._led = self.leads if self._led else {}, False
         two_lengths = getattr(getattr(module, "config", None), "is_encoder_decoder", False)
         by_token = (kwargs.get(name) for name in ("attention_mask", "labels"))
         self.mask, self.labels = (

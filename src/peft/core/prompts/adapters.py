@@ -93,12 +93,12 @@ class PromptTuner(Manager):
         """
         config = self.peft_config[adapter_name]
         check_adapter_name(adapter_name, self.adapter_names)
-        cls = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+        cls, word_embeddings = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type], self.word_embeddings
         settle_sizes(config, model, cls.as_prefix)
         cls.prepare_config(config)
         try:
             with torch.device("meta") if low_cpu_mem_usage else nullcontext():
-                encoder = self._made(cls, config)
+                encoder = self._made(cls, config, word_embeddings)
                 add_auxiliary(model, adapter_name, config)
         except Exception:
             operations.remove(model, adapter_name)
@@ -106,9 +106,9 @@ class PromptTuner(Manager):
         self.prompts.add(adapter_name, encoder, autocast_adapter_dtype)
         operations.settle(model, adapter_name, autocast_adapter_dtype=False)
 
-    def _made(self, cls: type[VirtualTokens], config: Any) -> VirtualTokens:
+    def _made(self, cls: type[VirtualTokens], config: Any, word_embeddings: nn.Module) -> VirtualTokens:
         """The virtual tokens that a config asks for, with their gates."""
-        encoder = cls(config, self.word_embeddings)
+        encoder = cls(config, word_embeddings)
         if encoder.gates_each:
             each = encoder.gates_each
             encoder.prefix_gates = nn.ModuleList(Gate(width_of(module), each) for module in attentions(self.model))
@@ -237,5 +237,5 @@ class PromptTuner(Manager):
         config.inference_mode = not whole
         old = next(encoder.parameters())
         with torch.device(old.device):
-            fresh = self._made(type(encoder), config)
+            fresh = self._made(type(encoder), config, self.prompts.word_embeddings)
         self.prompts.encoders[name] = fresh.to(old.dtype).train(encoder.training).train_on(old.requires_grad)
