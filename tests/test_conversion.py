@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 from toys import ConvNet, Mlp, tiny_llama
 
 from peft import (
