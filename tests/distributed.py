@@ -184,6 +184,7 @@ class ZeRO(Engine):
     def wrap(self, model: PeftModel) -> Any:
         import deepspeed
 
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled first, for minutes
         return deepspeed.initialize(
             model=model,
             optimizer=optimizer_for(model),
@@ -191,6 +192,7 @@ class ZeRO(Engine):
                 "train_micro_batch_size_per_gpu": 2,
                 "zero_optimization": {"stage": self.stage, "stage3_param_persistence_threshold": 0},
                 "zero_allow_untested_optimizer": True,
+                "gradient_clipping": 0.0,  # by default it clips
                 "zero_force_ds_cpu_optimizer": False,
             },
         )[0]
