@@ -39,11 +39,14 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 HYPERPARAMETERS: dict[str, dict[str, Any]] = {
     "lora": {"r": 16, "lora_alpha": 32},
+    "abba": {"r1": 8, "r2": 8},
     "adalora": {"init_r": 12, "target_r": 8, "total_step": 1000, "tinit": 0, "tfinal": 0},
     "adamss": {"r": 100, "num_subspaces": 5, "subspace_rank": 1},
     "boft": {"boft_block_size": 4, "boft_n_butterfly_factor": 1},
     "c3a": {"block_size": 96},
+    "comol": {"r": 16, "alpha": 32, "num_experts": 4},
     "delora": {"r": 32},
+    "dylora": {"r": 16, "alpha": 32},
     "fourierft": {"n_frequency": 1000},
     "frod": {},
     "gralora": {"r": 32, "alpha": 64, "gralora_k": 2},
@@ -53,7 +56,9 @@ HYPERPARAMETERS: dict[str, dict[str, Any]] = {
     "lily": {"r": 32, "stride_A": 2, "num_B": 3},
     "loha": {"r": 8, "alpha": 16},
     "lokr": {"r": 8, "alpha": 16},
+    "lora_xs": {"r": 64, "alpha": 64},
     "miss": {"r": 64},
+    "mix_lora": {"r": 8, "alpha": 16, "num_experts": 4},
     "mtl_lora": {"r": 8, "alpha": 16, "n_tasks": 4, "n_up_projection": 3},
     "oft": {"oft_block_size": 32},
     "osf": {},
@@ -110,7 +115,7 @@ def rows() -> dict[str, tuple[str, dict[str, Any]]]:
 
     found = {}
     for key, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items():
-        if isinstance(tuner, type) and issubclass(tuner, BaseTuner):
+        if isinstance(tuner, type) and issubclass(tuner, BaseTuner) and not tuner.mixes:
             name = str(getattr(key, "value", key)).lower()
             found[name] = name, {**HYPERPARAMETERS.get(name, {}), **ELSEWHERE.get(name, {})}
     return {**found, **METHODS}

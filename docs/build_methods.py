@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
-import inspect
 import json
 import os
 import re
@@ -130,9 +129,11 @@ def _layers(outcomes: dict[str, dict[str, bool]], method: Any) -> list[dict[str,
     """Layers with the same outcomes together: ``places``, ``operations``."""
     import laws
 
+    from peft.testing.cells import DTYPES, Cell
+
     groups: list[dict[str, Any]] = []
     for place in laws.PLACES:
-        entry = _on_a_layer(outcomes, [laws.Cell(method, place, each) for each in laws.DTYPES])
+        entry = _on_a_layer(outcomes, [Cell(method, place, each) for each in DTYPES])
         same = next((group for group in groups if group["operations"] == entry), None)
         if same is not None:
             same["places"].append(place.name)
@@ -215,7 +216,7 @@ def group_of(entry: Method) -> str:
 
     if issubclass(entry.config, PromptLearningConfig):
         return "Prompts and prefixes"
-    if entry.key == "xlora":
+    if entry.key in ("xlora", "union"):
         return "Mixtures of adapters"
     return "Blocks" if issubclass(entry.tuner.layer_cls, BlockLayer) else "Weights"  # type: ignore[attr-defined]
 
@@ -245,20 +246,9 @@ def _contents(methods: list[Method]) -> str:
 
 def _method(entry: Method, laws: dict[str, Any], costs: dict[str, Any]) -> str:
     """The page of one method."""
-    config = inspect.cleandoc(entry.config.__doc__ or "")
-    first, _, rest = config.partition("\n\n")
-    first = re.sub(r"^Config of [^:.]*[:.] *", "", first.replace("\n", " "))
-    own, shared = entry.fields()
-    lines = [f"# {entry.words[0]}", "", _sentence(entry.words[1].replace("*", r"\*")), ""]
-    lines += [_sentence(first), ""] if first else []
-    lines += [rest.replace("``", "`"), ""] if rest else []
-    lines += _example(entry, costs)
-    lines += ["## Fields", ""]
-    if own:
-        lines += ["| field | default | |", "|---|---|---|", *map(_row, own), ""]
-    if shared:
-        names = ", ".join(f"`{field.name}`" for field in shared)
-        lines += [f"Also: {names} ([shared fields](../methods.md#shared-fields)).", ""]
+    from peft.tools import catalogue
+
+    lines = catalogue.page(entry, _example(entry, costs), " ([shared fields](../methods.md#shared-fields))")
     lines += [*_supported(entry, laws), *_costs_of(entry, costs)]
     return "\n".join(lines)
 
@@ -283,32 +273,24 @@ def _costs_of(entry: Method, costs: dict[str, Any]) -> list[str]:
 
 
 def _example(entry: Method, costs: dict[str, Any]) -> list[str]:
-    """The config as the benchmark has it."""
+    """The config as the benchmark has it, or with parts."""
+    if entry.key == "union":
+        parts = "[LoraConfig(), BottleneckConfig(), PrefixTuningConfig(num_virtual_tokens=10)]"
+        names = "BottleneckConfig, LoraConfig, PrefixTuningConfig, UnionConfig"
+        return [f"from peft import {names}", "", f"config = UnionConfig({parts})"]
     fields = costs.get("methods", {}).get(entry.key, {}).get("fields", {})
     given = {name: repr(value).replace("'", '"') for name, value in fields.items() if value is not None}
     name, options = entry.config.__name__, ", ".join(f"{field}={value}" for field, value in given.items())
-    return ["```python", f"from peft import {name}", "", f"config = {name}({options})", "```", ""]
-
-
-def _sentence(text: str) -> str:
-    """With a capital letter, where it starts with a word and not with a formula."""
-    word = text.partition(" ")[0]
-    return text[0].upper() + text[1:] if word.isalpha() and word.islower() else text
+    return [f"from peft import {name}", "", f"config = {name}({options})"]
 
 
 def _cell_text(text: str) -> str:
     return text.replace("*", r"\*").replace("|", r"\|").replace("\n", " ")
 
 
-def _row(field: Any) -> str:
-    from peft.tools.catalogue import default_of
-
-    text = field.metadata["help"].replace("|", r"\|").replace("\n", " ")
-    return f"| `{field.name}` | `{default_of(field)!r}` | {text} |"
-
-
 def _shared() -> str:
     import peft.config
+    from peft.tools.catalogue import row
 
     lines = ["## Shared fields", "", "| field | default | |", "|---|---|---|"]
     seen: set[str] = set()
@@ -317,7 +299,7 @@ def _shared() -> str:
             for field in dataclasses.fields(cls):
                 if field.name not in seen and "help" in field.metadata:
                     seen.add(field.name)
-                    lines.append(_row(field))
+                    lines.append(row(field))
     return "\n".join(lines) + "\n"
 
 

@@ -17,12 +17,23 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import peft
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.core.layer import together as reading
 from peft.core.model.walk import bare
 
 
 STEPS = 3
 WEIGHTS: dict[str, Any] = {"target_modules": ["q_proj", "o_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+
+
+def together() -> peft.LoraConfig:
+    """A LoRA whose layers read their inputs together, on however few rows."""
+    reading.ROWS = 1
+    targets = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
+    return peft.LoraConfig(r=3, init_lora_weights=False, **WEIGHTS | {"target_modules": targets})
+
+
 METHODS: dict[str, Callable[[], Any]] = {
+    "together": together,
     "lora": lambda: peft.LoraConfig(r=3, init_lora_weights=False, **WEIGHTS),
     "dora": lambda: peft.LoraConfig(r=3, use_dora=True, init_lora_weights=False, **WEIGHTS),
     "ia3": lambda: peft.IA3Config(feedforward_modules=["down_proj"], **WEIGHTS),

@@ -11,14 +11,14 @@ import laws
 import pytest
 import quantised
 import torch
-from laws import Cell
 from torch import nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from peft import IA3Config, LNTuningConfig, LoraConfig, get_peft_model
 from peft.core.base.kinds import Whole
 from peft.core.base.readers import NoWeight, reads_weight_of
 from peft.core.base.storage import storage_of
+from peft.testing.cells import Cell, equal_states, layers, perturb, state
 
 
 def _old(make: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.Module]:
@@ -56,6 +56,15 @@ CONSTRAINED: dict[str, Callable[[nn.Module], nn.Module]] = {
     "Orthogonal": parametrizations.orthogonal,
     "Doubled": lambda m: parametrize.register_parametrization(m, "weight", Doubled()),
 }
+PRUNED: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "RandomUnstructured": lambda m: prune.random_unstructured(m, "weight", 0.5),
+    "PruningContainer": lambda m: prune.l1_unstructured(prune.random_unstructured(m, "weight", 0.2), "weight", 0.2),
+}
+COMPUTED = WRITABLE | CONSTRAINED | PRUNED
+REFUSED = [
+    *((method, name) for method in ("lora", "ia3", "oft") for name in CONSTRAINED),
+    *((method, name) for method in ("lora", "oft") for name in PRUNED),
+]
 
 
 def _wrapped(cell: Cell, make: Callable[[nn.Module], nn.Module]) -> nn.Module:
@@ -90,37 +99,40 @@ def test_merging_where_the_parametrization_can_be_inverted(method: str, name: st
 
 def _merges(cell: Cell, make: Callable[[nn.Module], nn.Module]) -> None:
     model = cell.fresh("default", base=_wrapped(cell, make))
-    laws.perturb(model, "default", 10, laws.STRONGER.get(cell.method.name, 1))
-    before, wanted = laws.state(model), cell.run(model)
+    perturb(model, "default", 10, cell.method.times)
+    before, wanted = state(model), cell.run(model)
     with model.disable_adapter():
         cell.apart(wanted, cell.run(model))
     model.merge_adapter()
     cell.near(cell.run(model), wanted, "merged")
     model.unmerge_adapter()
-    laws.equal_states(_computed(laws.state(model)), _computed(before))
+    equal_states(_computed(state(model)), _computed(before))
     cell.near(cell.run(model.merge_and_unload()), wanted, "merged and unloaded")
 
 
-@pytest.mark.parametrize("name", CONSTRAINED)
-@pytest.mark.parametrize("method", ["lora", "ia3", "oft"])
+def test_merging_what_keeps_the_zeros_of_a_pruned_weight() -> None:
+    _merges(next(c for c in ROWS if c.method.name == "ia3"), PRUNED["RandomUnstructured"])
+
+
+@pytest.mark.parametrize(("method", "name"), REFUSED)
 def test_merging_is_refused_by_name_where_the_weight_is_constrained(method: str, name: str) -> None:
     """The error names the parametrization and the way out, and the model is as it was."""
     cell = next(c for c in ROWS if c.method.name == method)
-    model = cell.fresh("default", base=_wrapped(cell, CONSTRAINED[name]))
-    laws.perturb(model, "default", 10)
-    before, wanted = laws.state(model), cell.run(model)
+    model = cell.fresh("default", base=_wrapped(cell, COMPUTED[name]))
+    perturb(model, "default", 10)
+    before, wanted = state(model), cell.run(model)
     with pytest.raises(ValueError, match=f"{name.rpartition(' ')[2]}.*Keep the adapter unmerged"):
         model.merge_adapter()
-    laws.equal_states(_computed(laws.state(model)), _computed(before))
+    equal_states(_computed(state(model)), _computed(before))
     cell.near(cell.run(model), wanted)  # of the other layer, merging and unmerging has rounded the plain weight
-    assert not any(layer.merged for _, layer in laws.layers(model))
+    assert not any(layer.merged for _, layer in layers(model))
 
 
-@pytest.mark.parametrize("name", [*WRITABLE, *CONSTRAINED])
+@pytest.mark.parametrize("name", COMPUTED)
 def test_a_call_with_another_weight(name: str) -> None:
     """The storage's call computes with the given tensor, gradients reach it, and the module is as it was."""
     torch.manual_seed(0)
-    m = (WRITABLE | CONSTRAINED)[name](nn.Linear(4, 4)).eval()
+    m = COMPUTED[name](nn.Linear(4, 4)).eval()
     storage, x = storage_of(m, "weight"), torch.randn(2, 4)
     before, state = m(x).detach(), copy.deepcopy(m.state_dict())
     given = torch.randn(4, 4, requires_grad=True)
@@ -134,9 +146,9 @@ def test_a_call_with_another_weight(name: str) -> None:
     assert all(torch.equal(m.state_dict()[k], v) for k, v in state.items()), "reading changed it"
 
 
-@pytest.mark.parametrize("name", [*WRITABLE, *CONSTRAINED])
+@pytest.mark.parametrize("name", COMPUTED)
 def test_target_parameters_sees_computed_weights(name: str) -> None:
-    base = nn.Sequential((WRITABLE | CONSTRAINED)[name](nn.Linear(4, 4))).eval()
+    base = nn.Sequential(COMPUTED[name](nn.Linear(4, 4))).eval()
     x = torch.randn(2, 4)
     before = base(x).detach()
     model = get_peft_model(base, LoraConfig(r=2, target_parameters=["0.weight"]))

@@ -397,7 +397,7 @@ def test_push_to_hub_uploads_the_saved_file(monkeypatch):
         ({"init_lora_weights": 1}, "init_lora_weights=1 "),
         ({"task_type": "CAUSALLM"}, "invalid task type 'CAUSALLM'.*Did you mean 'CAUSAL_LM'"),
         ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\['q_proj'\]=0"),
-        ({"rank_pattern": {"(": 1}}, r"rank_pattern has the bad key '\('"),
+        ({"rank_pattern": {"(": 1}}, r"rank_pattern has '\(', which is no regular expression"),
         ({"alpha_pattern": {"q_proj": "x"}}, r"alpha_pattern\['q_proj'\]='x'"),
         ({"alpha_pattern": 3}, "alpha_pattern must be a dict"),
         ({"target_modules": 3}, "target_modules must be a list"),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from toys import ConvNet, Mlp, tiny_llama
 
 from peft import (
@@ -86,6 +87,13 @@ def test_trained_modules_come_along(tmp_path: Path) -> None:
     assert lora.peft_config["default"].inference_mode and isinstance(lora.peft_config["default"], LoraConfig)
     assert lora.base_model.model.lm_head.modules_to_save["default"].weight.shape == (30, 16)
     assert torch.isfinite(lora(input_ids=ids).logits).all()
+
+
+def test_a_compiled_model_is_converted_as_what_it_wraps() -> None:
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoHaConfig(target_modules=["0"], r=2, init_weights=False))
+    _, wanted = convert_to_lora(model, rank=2)
+    _, got = convert_to_lora(torch.compile(model), rank=2)
+    assert got.keys() == wanted.keys() and all(torch.equal(got[name], t) for name, t in wanted.items())
 
 
 def test_a_merged_adapter_is_converted_from_the_unmerged_weight() -> None:

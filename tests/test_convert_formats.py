@@ -14,7 +14,7 @@ from torch import nn
 from toys import tiny_llama
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model
+from peft import BottleneckConfig, LoraConfig, PeftMixedModel, PeftModel, get_peft_model
 from peft.convert import convert_adapter, format_of
 from peft.utils.error import ConfigError
 
@@ -196,6 +196,13 @@ def test_adapters(case: str, tmp_path: Path) -> None:
         return same_tensors(cases[case], back)
     for name, tensor in cases[case].items():
         torch.testing.assert_close(back[name], tensor, atol=1e-6, rtol=1e-5)
+
+
+def test_parallel_adapters_of_adapters_read_something_else_where_blocks_normalise_first(tmp_path: Path) -> None:
+    base = llama(golden("adapters")["base"], num_hidden_layers=2, num_attention_heads=2)
+    get_peft_model(base, BottleneckConfig(preset="parallel")).save_pretrained(tmp_path / "peft")
+    with pytest.raises(ConfigError, match="read the stream before that"):
+        convert_adapter(tmp_path / "peft", "adapters", tmp_path / "out", base=base)
 
 
 def test_adapters_with_an_inverse_before_a_head_of_its_own(tmp_path: Path) -> None:

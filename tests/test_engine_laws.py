@@ -9,7 +9,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from laws import Cell, cells, layers, methods, over, perturb
+from laws import cells, methods, over
 from torch import nn
 
 from peft import LoraConfig, get_peft_model
@@ -17,6 +17,7 @@ from peft.core.adapter import Adapter, part, setting
 from peft.core.families import Copy, Delta
 from peft.core.layer.classes import layer_class
 from peft.kernels import DenseUpdateError, plain, strict
+from peft.testing.cells import Cell, layers, perturb
 from peft.tuners.lora.layer import Lora
 
 

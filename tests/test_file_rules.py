@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import warnings
@@ -23,6 +24,7 @@ from peft import (
     PeftConfig,
     PeftModel,
     PromptEncoderConfig,
+    PromptTuningConfig,
     get_peft_model,
     get_peft_model_state_dict,
     inject_adapter_in_model,
@@ -299,6 +301,66 @@ def test_tensors_of_the_base_are_the_adapters_own(tmp_path):
     again = PeftModel.from_pretrained(tiny_llama(), tmp_path / "b")
     assert torch.allclose(again(IDS).logits, wanted(IDS).logits, atol=1e-5)
     assert torch.allclose(model.merge_and_unload()(IDS).logits, wanted(IDS).logits, atol=1e-5)
+
+
+def test_buffers_of_the_base_are_too(tmp_path):
+    def base():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).eval()
+
+    x, mean = torch.randn(3, 4), torch.full((4,), 1.5)
+    get_peft_model(base(), LoraConfig(target_modules=["0"])).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({**load_file(file), "base_model.model.1.running_mean": mean}, file)
+    model = PeftModel.from_pretrained(base(), tmp_path)
+    wanted = base()
+    wanted[1].running_mean.copy_(mean)
+    assert torch.allclose(model(x), wanted(x))
+    with model.disable_adapter():
+        assert torch.equal(model(x), base()(x))
+    model.save_pretrained(tmp_path / "again")
+    assert torch.allclose(PeftModel.from_pretrained(base(), tmp_path / "again")(x), wanted(x))
+    save_file({**load_file(file), "base_model.model.1.running_mean": mean[:2]}, file)
+    with pytest.raises(RuntimeError, match=r"size mismatch for base_model.model.1.running_mean"):
+        PeftModel.from_pretrained(base(), tmp_path)
+
+
+def test_tensors_of_the_base_beside_a_prompt(tmp_path):
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    model = get_peft_model(tiny_llama(), config).eval()
+    before = model(IDS).logits
+    model.save_pretrained(tmp_path)
+    file, norm = tmp_path / "adapter_model.safetensors", torch.full_like(model.base_model.model.norm.weight, 1.7)
+    save_file({**load_file(file), "base_model.model.norm.weight": norm}, file)
+    model.base_model.model.norm.weight.data = norm.clone()
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    assert torch.allclose(loaded(IDS).logits, model(IDS).logits)
+    for off in (loaded.disable_adapter, loaded.disable_adapter):
+        with off():
+            assert torch.equal(loaded(IDS).logits, tiny_llama()(IDS).logits)
+        assert torch.allclose(loaded(IDS).logits, model(IDS).logits)
+    loaded.add_adapter("other", copy.deepcopy(config))
+    loaded.set_adapter("other")
+    assert torch.equal(loaded.base_model(IDS).logits, tiny_llama()(IDS).logits)
+    assert not torch.allclose(model(IDS).logits, before)
+
+
+def test_replicas_have_no_name():
+    """What DataParallel gives, and a state dict of a replicated model, mean the model inside."""
+    model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    wanted, outer = get_peft_model_state_dict(model), nn.DataParallel(model)
+    for got in (get_peft_model_state_dict(outer), get_peft_model_state_dict(model, outer.state_dict())):
+        assert got.keys() == wanted.keys() and all(torch.equal(t, wanted[name]) for name, t in got.items())
+    other = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
+    assert set_peft_model_state_dict(nn.DataParallel(other), wanted).unexpected_keys == []
+    assert torch.equal(other(IDS).logits, model(IDS).logits)
+
+
+def test_a_table_below_trained_tokens_has_the_name_that_others_read():
+    config = LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3])
+    state = get_peft_model_state_dict(get_peft_model(tiny_llama(), config), save_embedding_layers=True)
+    assert "base_model.model.model.embed_tokens.token_adapter.base_layer.weight" in state
+    assert set_peft_model_state_dict(get_peft_model(tiny_llama(), config), state).unexpected_keys == []
 
 
 def test_a_file_for_another_shape_is_refused_by_a_runtime_error():

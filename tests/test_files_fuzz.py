@@ -10,6 +10,7 @@ import json
 import os
 import random
 import re
+import struct
 import warnings
 
 import pytest
@@ -178,7 +179,7 @@ def names_entry(message, folder, config, tensors):
     names = {name for name in (*config, *written, *tensors, *held) if len(name) > 2}
     words = re.findall(r"[\w.]+", message)  # a short name such as "r" is said with its value
     return any(name.startswith(word.strip(".")) for word in words if len(word) > 3 for name in names) or bool(
-        re.search(r"\b\w{1,2}=", message)
+        re.search(r"\b\w{1,3}=", message)
     )
 
 
@@ -198,6 +199,77 @@ def attempt(draw, folder, base, config, tensors, before):
     back = loaded.unload() if hasattr(loaded, "unload") else loaded.get_base_model()
     assert isinstance(back, nn.Module)
     return None, None
+
+
+def header(names, data=bytes(4)):
+    """A file of safetensors with this header."""
+    text = names if isinstance(names, bytes) else json.dumps(names).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def loop(path):
+    """A link to itself in a file's place."""
+    path.unlink()
+    path.symlink_to(path)
+
+
+DEEP = b"[" * 100_000 + b"]" * 100_000
+ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+BROKEN_CONFIGS = {
+    "list": b"[]", "null": b"null", "empty": b"", "deep": DEEP, "deep inside": b'{"r":' + DEEP + b"}",
+    "other bytes": b'{"peft_type":"LORA","revision":"\xe9"}', "utf-16": '{"peft_type":"LORA"}'.encode("utf-16"),
+    "pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n",
+}  # fmt: skip
+BROKEN_WEIGHTS = {
+    "empty": b"", "no header": struct.pack("<Q", 2**60) + b"{}", "list": header([]), "deep": header(DEEP),
+    "no json": header(b"{]"), "other bytes": header(b"\xff\xfe"), "dtype": header({"a": {**ONE, "dtype": "F99"}}),
+    "huge": header({"a": {**ONE, "shape": [2**40, 2**40]}}), "negative": header({"a": {**ONE, "shape": [-1]}}),
+    "beyond": header({"a": {**ONE, "data_offsets": [0, 400]}}), "overlap": header({"a": ONE, "b": ONE}),
+    "page": b"<!DOCTYPE html><html></html>",
+}  # fmt: skip
+ENTRIES = (
+    {"r": 10**400}, {"r": -4}, {"r": 2**62}, {"r": "8"}, {"r": float("nan")}, {"lora_alpha": float("inf")},
+    {"peft_type": ["LORA"]}, {"peft_type": ""}, {"task_type": 3}, {"peft_version": [1]}, {"target_modules": []},
+    {"target_modules": [["q_proj"]]}, {"target_modules": ["\ud800"]}, {"layers_to_transform": [-1]},
+    {"rank_pattern": {"q_proj": "2"}}, {"layer_replication": [[0, 99]]}, {"layer_replication": [0, 1]},
+    {"trainable_token_indices": [2**70]}, {"eva_config": {"rho": "x"}},
+    {"megatron_config": {"a": 1}, "megatron_core": "os"},
+)  # fmt: skip
+ACCEPTED = ({"use_dora": None, "use_rslora": 1}, {"cls": 1, "self": 2, "kwargs": 3}, {"__class__": "x", "to_dict": 1})
+
+
+def refusal(base, folder):
+    """The error that a folder is refused by, which names it and leaves the base as it was."""
+    before = picture(base)
+    with warnings.catch_warnings(), pytest.raises((ValueError, OSError, PeftError)) as caught:
+        warnings.simplefilter("ignore")
+        PeftModel.from_pretrained(base, folder)
+    assert str(folder) in str(caught.value) and same(before, picture(base))
+    return str(caught.value)
+
+
+def test_broken_files_are_refused_by_name(files, tmp_path):
+    base, (config, tensors) = tiny_llama(), files[0]
+    weights, said = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    save_file(tensors, weights)
+    for content in BROKEN_CONFIGS.values():
+        said.write_bytes(content)
+        assert said.name in refusal(base, tmp_path)
+    for entry in ENTRIES:
+        said.write_text(json.dumps(config | entry))
+        message = refusal(base, tmp_path)
+        assert said.name in message and any(name in message for name in ("targets", *entry))
+    for entry in ACCEPTED:
+        said.write_text(json.dumps(config | entry))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            PeftModel.from_pretrained(base, tmp_path).unload()
+    for content in BROKEN_WEIGHTS.values():
+        weights.write_bytes(content)
+        assert "adapter_model" in refusal(base, tmp_path)
+    for path in (weights, said):
+        loop(path)
+        assert path.name in refusal(base, tmp_path)
 
 
 def test_altered_files_load_or_are_refused(files, tmp_path):

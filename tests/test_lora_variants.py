@@ -395,7 +395,11 @@ def test_qalora_reads_groups_of_inputs() -> None:
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     assert a.shape == (4, 2)
     pooled = torch.stack([x[..., :4].mean(-1), x[..., 4:].mean(-1)], -1) * 2
-    same(layer(x), layer.base_layer(x) + 2 * pooled @ a.T @ b.T)
+    wanted = layer.base_layer(x) + 2 * pooled @ a.T @ b.T
+    same(layer(x), wanted)
+    for one, other in zip(*(torch.autograd.grad(functional(y), [a, b]) for y in (layer(x), wanted))):
+        same(one, other, 1e-4)
+    assert model.get_nb_trainable_parameters()[0] == sum(4 * (i // 4) + o * 4 for i, o in ((8, 12), (12, 6)))
     delta = layer.get_delta_weight("default").detach()
     same(delta, delta[:, ::4].repeat_interleave(4, 1))
 
@@ -674,3 +678,25 @@ def test_dora_turns_the_variants_too(variant: str) -> None:
     before = model(x)
     model.merge_adapter()
     same(model(x), before, 1e-4)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Conv2d(4, 6, 2), lambda: nn.Conv1d(4, 6, 2)], ids=["Conv2d", "Conv1d"])
+def test_dora_with_dropout_trains_on_inputs_without_a_gradient(make: Any) -> None:
+    """As those of a model's first layer are: m (V + B A) x, x with some entries dropped."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["0"], use_dora=True, lora_dropout=0.5, init_lora_weights=False)
+    model = get_peft_model(nn.Sequential(make()), config)
+    layer = model.base_model.model[0]
+    x = inputs(3, 4, *[5] * (layer.base_layer.weight.dim() - 2))
+    torch.manual_seed(3)
+    found = gradients(model, x)
+    torch.manual_seed(3)
+    kept = F.dropout(torch.ones_like(x), 0.5)
+    base, (a, b) = layer.base_layer.weight, first(model).held_pair()
+    weight = base + layer.scaling["default"] * torch.einsum("or,ri...->oi...", b.flatten(1), a)
+    m = layer.lora_magnitude_vector["default"].weight.view(-1, *[1] * (base.dim() - 1))
+    turned = m / weight.flatten(1).norm(dim=1).detach().view_as(m) * weight
+    convolve = F.conv2d if base.dim() == 4 else F.conv1d
+    y = layer.base_layer(x) + convolve(x * kept, turned - base)
+    for one, other in zip(found, torch.autograd.grad(functional(y), list(trained(model).values())), strict=True):
+        same(one, other, 1e-4)

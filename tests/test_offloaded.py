@@ -11,11 +11,12 @@ from types import MappingProxyType
 import laws
 import pytest
 import torch
-from laws import Cell
 from torch import nn
 
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from peft.core.base.storage import onloaded, storage_of
+from peft.core.families import Copy
+from peft.testing.cells import Cell, parameters_of, perturb
 from peft.tools.memory import estimate_memory
 
 
@@ -83,7 +84,7 @@ def _pair(cell: Cell, way: str, folder: Path) -> tuple[PeftModel, PeftModel]:
     """The same adapter on the plain base and on the offloaded one."""
     base = WAYS[way](cell.base(), folder)
     found = cell.fresh("default", base=base)
-    laws.perturb(found, "default", 10, laws.STRONGER.get(cell.method.name, 1))
+    perturb(found, "default", 10, cell.method.times)
     return cell.adapted("default"), found
 
 
@@ -100,8 +101,8 @@ def test_output_is_that_of_the_plain_base(cell: Cell, tmp_path: Path) -> None:
     cell.near(cell.run(found), cell.run(plain), "output")
     for model in (plain, found):
         cell.loss(model).backward()
-    wanted = laws.parameters_of(plain, "default")
-    for p, q in zip(wanted, laws.parameters_of(found, "default"), strict=True):
+    wanted = parameters_of(plain, "default")
+    for p, q in zip(wanted, parameters_of(found, "default"), strict=True):
         assert (p.grad is None) == (q.grad is None)
         if p.grad is not None:
             cell.near(q.grad, p.grad, "gradient")
@@ -125,7 +126,7 @@ def test_merging_and_unmerging(cell: Cell, way: str, tmp_path: Path) -> None:
         cell.near(cell.run(found), wanted, "merged")
         cell.apart(cell.run(found), base)
         weights = [p for n, p in found.named_parameters() if n.endswith("base_layer.weight")]
-        assert all(p.is_meta for p in weights) or cell.method.is_a(laws.Copy)  # a merged copy is one that trained
+        assert all(p.is_meta for p in weights) or cell.method.is_a(Copy)  # a merged copy is one that trained
         found.unmerge_adapter()
         cell.near(cell.run(found), wanted, "unmerged")
         with found.disable_adapter():

@@ -10,7 +10,12 @@ from torch import nn
 from toys import ConvNet, tiny_llama
 
 from peft import LoraConfig, get_peft_model
-from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
+from peft.optimizers import (
+    create_8bit_optimizer,
+    create_lorafa_optimizer,
+    create_loraplus_optimizer,
+    create_riemannian_optimizer,
+)
 from peft.optimizers.lorafa import LoraFAOptimizer
 
 
@@ -272,3 +277,35 @@ def test_a_sharded_factor_is_refused(maker):
     model.base_model.model.first.lora_A["default"].weight.data = torch.empty(0)
     with pytest.raises(ValueError, match="needs whole factors"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion"])
+def test_states_of_8_bits(name):
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Embedding(600, 8), nn.Linear(8, 600))
+    model = get_peft_model(base, LoraConfig(r=8, target_modules=["1"], modules_to_save=["0"]))
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = create_8bit_optimizer(model, lr=0.01, optimizer=name, weight_decay=0.1)
+    for _ in range(2):
+        model(torch.arange(9)).square().mean().backward()
+        optimizer.step()
+    dtypes = {n: optimizer.state[p]["state1"].dtype for n, p in model.named_parameters() if p.requires_grad}
+    assert set(dtypes) == set(before) and all(
+        not torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before
+    )
+    eight = {n for n, dtype in dtypes.items() if dtype == torch.uint8}
+    assert eight == {n for n in before if "lora_B" in n}  # A is small, and embeddings stay exact
+
+
+def test_8_bits_refused(monkeypatch):
+    model = get_peft_model(Net(), LoraConfig(target_modules=["first"]))
+    with pytest.raises(ValueError, match="'adamw'"):
+        create_8bit_optimizer(model, lr=0.1, optimizer="adanw")
+    monkeypatch.setattr("peft.optimizers.eight_bits.is_bnb_available", lambda: False)
+    with pytest.raises(ImportError, match="pip install bitsandbytes"):
+        create_8bit_optimizer(model, lr=0.1)
+    monkeypatch.undo()
+    pytest.importorskip("bitsandbytes")
+    with pytest.raises(ValueError, match="nothing of this"):
+        create_8bit_optimizer(model.requires_grad_(False), lr=0.1)

@@ -100,7 +100,7 @@ def test_blocks_that_do_not_run_say_why() -> None:
 
 def test_links_of_the_documents_lead_somewhere() -> None:
     """Those between files; `make docs` looks at the headings as well."""
-    made = ("pictures/",)  # by the build of the site
+    made = ("pictures/", "cli.md")  # by the build of the site
     broken = []
     for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]:
         text = re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.DOTALL)

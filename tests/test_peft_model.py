@@ -633,6 +633,14 @@ class TestSecondModel:
         with pytest.warns(UserWarning):
             get_peft_model(model.get_base_model(), lora(), "second")
 
+    def test_a_file_for_an_adapted_model_replaces_what_it_wears(self, tmp_path):
+        """Of the PeftModel itself, as for its base: what a notebook cell does that runs twice."""
+        model = mlp()
+        model.save_pretrained(tmp_path)
+        with pytest.warns(UserWarning, match="which the new one replaces"):
+            again = PeftModel.from_pretrained(model, tmp_path)
+        assert torch.equal(again(X), mlp()(X)) and not isinstance(again.get_base_model(), PeftModel)
+
     def test_an_unloaded_model_can_be_adapted_again(self):
         model = mlp()
         with model.disable_adapter():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from quantised import BASES, plain
 from safetensors.torch import save_file
 from torch import nn
@@ -208,6 +209,43 @@ def test_loftq_starts_closer_to_the_weight_than_rounding(bits):
     assert torch.allclose(base_weight(layer), rounded, atol=1e-5)
     whole = folded_weight(layer, [layer.adapters["default"]])  # the scale of 2 is in the pair
     assert (weight - whole).norm() < 0.95 * plainly
+
+
+NF4 = torch.tensor([
+    -1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0,
+    0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0,
+])  # fmt: skip
+"""The codes of QLoRA (arXiv 2305.14314, appendix E)."""
+
+
+@pytest.mark.parametrize("turns", [1, 3])
+def test_loftq_is_its_algorithm(turns):
+    """Q = nf4(W - B A) and B A = SVD_r(W - Q) in turns (arXiv 2310.08659, algorithm 1); output, gradient, counts."""
+    net, r, x = plain(), 8, torch.randn(5, plain()[0].in_features)
+    weight = net[0].weight.detach().clone()
+    product = torch.zeros_like(weight)
+    for _ in range(turns):
+        blocks = (weight - product).reshape(-1, 64)
+        scale = blocks.abs().amax(1, keepdim=True)
+        rounded = (NF4[(blocks / scale)[..., None].sub(NF4).abs().argmin(-1)] * scale).view_as(weight)
+        u, s, vt = torch.linalg.svd(weight - rounded)
+        product = u[:, :r] * s[:r] @ vt[:r]
+    options = LoftQConfig(loftq_bits=4, loftq_iter=turns)
+    config = LoraConfig(r=r, lora_alpha=16, target_modules=["0"], init_lora_weights="loftq", loftq_config=options)
+    model = get_peft_model(net, config)
+    layer = model.base_model.model[0]
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    torch.testing.assert_close(base_weight(layer), rounded, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(2 * b @ a, product, atol=1e-4, rtol=1e-3)
+    y = F.linear(x, rounded + product, layer.base_layer.bias)
+    torch.testing.assert_close(layer(x), y, atol=1e-4, rtol=1e-3)
+    whole = (rounded + product).requires_grad_()
+    F.linear(x, whole).square().sum().backward()
+    (F.linear(x, layer.base_layer.weight) + (layer(x) - layer.base_layer(x))).square().sum().backward()
+    torch.testing.assert_close(b.grad, 2 * whole.grad @ a.detach().T, atol=1e-2, rtol=1e-2)
+    assert model.get_nb_trainable_parameters()[0] == r * sum(weight.shape)
+    model.merge_adapter()
+    torch.testing.assert_close(base_weight(layer), rounded + product, atol=1e-4, rtol=1e-3)
 
 
 def test_loftq_refuses_what_it_cannot_do():

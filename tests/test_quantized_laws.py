@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from laws import Method, layers, methods, perturb, sampled
+from laws import methods, sampled
 from quantised import BASES, IN, MAIN, NOISE, pack
 from torch import nn
 
 from peft import PeftModel, get_peft_model
 from peft.core.families import Copy, Rows
 from peft.core.layer.weight import base_weight, folded_bias, folded_weight
+from peft.testing.cells import Method, layers, perturb
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -33,7 +34,7 @@ def over(cases: list[tuple[Method, str]]):
     """Parametrise a law over methods on storages."""
 
     def decorate(law: Any) -> Any:
-        met = sampled(law, cases, lambda case: (case[0], f"{case[0].name}-{case[1]}"))
+        met = sampled(law.__name__, cases, lambda case: (case[0], f"{case[0].name}-{case[1]}"))
         cases_met = [pytest.param(m, b, id=f"{m.name}-{b}") for m, b in met]
         return pytest.mark.parametrize(("method", "base"), cases_met)(law)
 

@@ -120,6 +120,7 @@ REWRITING = ["pissa", "olora", "corda", "lora_ga"]
 @pytest.mark.parametrize("init", REWRITING)
 @pytest.mark.parametrize("kind", list(layers()))
 def test_start_is_its_formula_on_each_kind(kind, init):
+    """Output, gradient, tensors, base, counts, and the base with the trained adapter merged."""
     model = layers()[kind]
     plain, x = copy.deepcopy(model.layer), model.x
     y = model().detach()
@@ -148,6 +149,19 @@ def test_start_is_its_formula_on_each_kind(kind, init):
     torch.testing.assert_close(a.grad.flatten(1), S * b.detach().flatten(1).T @ weight.grad, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(b.grad.flatten(1), S * weight.grad @ a.detach().flatten(1).T, atol=1e-3, rtol=1e-3)
     peft_model.zero_grad()
+    assert peft_model.get_nb_trainable_parameters() == (
+        R * sum(dense(plain).shape),
+        a.numel() + b.numel() + sum(p.numel() for p in plain.parameters()),
+    )
+    with torch.no_grad():
+        b.add_(torch.randn(b.shape))
+    trained, y = b.flatten(1).double() @ a.flatten(1).double(), peft_model().detach()
+    peft_model.merge_adapter()
+    torch.testing.assert_close(
+        dense(layer.get_base_layer()), dense(plain) + S * (trained - made), atol=1e-4, rtol=1e-4
+    )
+    torch.testing.assert_close(peft_model(), y, atol=1e-4, rtol=1e-4)
+    peft_model.unmerge_adapter()
     back = peft_model.unload().layer
     assert torch.equal(back.weight, plain.weight) and torch.equal(back.bias, plain.bias)
 
@@ -185,9 +199,10 @@ class Two(nn.Module):
         return self.l2(torch.tanh(self.l1(x)))
 
 
-def two():
-    torch.manual_seed(0)
-    return Two()
+def two(seeded=True):
+    with torch.random.fork_rng(devices=[], enabled=not seeded):
+        torch.manual_seed(0)
+        return Two()
 
 
 DATA = load_file(RECORDED / "data.safetensors")
@@ -273,6 +288,21 @@ def test_loading_a_file_that_says_how_it_started(init, low_cpu_mem_usage, tmp_pa
         peft_model.save_pretrained(tmp_path)
         loaded = PeftModel.from_pretrained(two(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
     torch.testing.assert_close(loaded(X), peft_model(X), atol=1e-5, rtol=1e-5)
+
+
+def test_a_start_with_draws_is_repeated_under_its_seed_and_the_rest_is_said(tmp_path):
+    """As the reference repeats it; there without a word."""
+    config = LoraConfig(r=2, target_modules=["l1"], init_lora_weights="pissa_niter_0")
+    torch.manual_seed(3)
+    peft_model = get_peft_model(two(seeded=False), config)
+    nn.init.normal_(peft_model.base_model.model.l1.lora_B["default"].weight)
+    with pytest.warns(PeftWarning, match="loading cannot repeat it"):
+        peft_model.save_pretrained(tmp_path)
+    for seed, right in ((3, True), (4, False)):
+        torch.manual_seed(seed)
+        with pytest.warns(PeftWarning, match="draws a random projection"):
+            loaded = PeftModel.from_pretrained(two(seeded=False), tmp_path)
+        assert torch.allclose(loaded(X), peft_model(X), atol=1e-5) == right
 
 
 def test_what_was_not_prepared_is_told():
@@ -396,8 +426,9 @@ def test_old_names_of_the_starts():
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_on_quantised_bases(storage, init):
     """What is left is quantised again, or the start is refused with the reason; the codes come back bit for bit."""
-    model = BASES[storage]()
+    model = BASES[storage]().requires_grad_(False)  # kernels of trained and of frozen layers may differ
     x = torch.randn(4, model[0].in_features)
+    model(x)  # bitsandbytes repacks its codes in the first call
     y, before = model(x), [storage_of(model[i], "weight").read(model[i], "weight").clone() for i in (0, 2)]
     config = LoraConfig(r=8, lora_alpha=8, target_modules=["0", "2"], init_lora_weights=init)
     kept = storage_of(model[0], "weight")

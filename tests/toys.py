@@ -7,6 +7,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from peft.testing.places import ScaledEmbedding, Stack
+
 
 class ConvNet(nn.Module):
     """Embedding, Conv1d, LayerNorm, Conv2d and two Linear layers: the `convnet` of the golden cases."""
@@ -73,18 +75,6 @@ class Volume(nn.Module):
         return self.head(torch.tanh(self.conv(x)).mean((2, 3, 4)))
 
 
-class ScaledEmbedding(nn.Embedding):
-    """An embedding which multiplies its output by a constant, as those of Gemma and of BART-like models do."""
-
-    def __init__(self, count: int, width: int, embed_scale: float) -> None:
-        super().__init__(count, width)
-        self.register_buffer("embed_scale", torch.tensor(embed_scale), persistent=False)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """ids [...] -> [..., width]."""
-        return super().forward(ids) * self.embed_scale
-
-
 class Scaled(nn.Module):
     """A scaled embedding with a head."""
 
@@ -109,24 +99,6 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [batch, tokens, 8] -> [batch, tokens, 4]."""
         return self.head(self.attn(x, x, x, need_weights=False)[0])
-
-
-class Stack(nn.Module):
-    """Three experts kept in 3-D parameters [experts, in, out], and a 2-D gate."""
-
-    def __init__(self, is_transposed: bool) -> None:
-        super().__init__()
-        if is_transposed:
-            self.is_transposed = True
-        self.up = nn.Parameter(torch.randn(3, 6, 10) * 0.3)
-        self.down = nn.Parameter(torch.randn(3, 10, 6) * 0.3)
-        self.gate = nn.Parameter(torch.randn(3, 6))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [batch, 6] -> [batch, 6]."""
-        hidden = torch.tanh(torch.einsum("bi,eio->beo", x, self.up))
-        out = torch.einsum("beo,eoi->bei", hidden, self.down)
-        return (out * self.gate).sum(1)
 
 
 class Experts(nn.Module):

@@ -19,27 +19,41 @@ import enum
 import functools
 import inspect
 import json
-import math
 import numbers
 import os
 import re
+import sys
 import types
 import typing
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from peft._version import __version__
 from peft.core.files.io import CONFIG_NAME, hub_options, locate, replacing
-from peft.utils.error import ConfigError, ConfigFileError, ConfigTypeError, NotSupportedYetError, nearest
-from peft.utils.peft_types import PEFT_TYPE_TO_CONFIG_MAPPING, OwnMethod, PeftType, TaskType, parse_peft_type
+from peft.utils.error import (
+    ConfigChoiceError,
+    ConfigError,
+    ConfigFileError,
+    ConfigTypeError,
+    NotSupportedYetError,
+    nearest,
+)
+from peft.utils.peft_types import (
+    CONFIGS_OF_NO_METHOD,
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    OwnMethod,
+    PeftType,
+    TaskType,
+    parse_peft_type,
+)
 from peft.utils.usage import note
 from peft.utils.warning import PeftWarning
 
 
 # Annotations of fields that hold whole numbers, as dataclasses record them.
-_WHOLE = (int, int | None, "int", "int | None", "Optional[int]")
+_WHOLE = (int, int | None, "int", "int | None", "Optional[int]", "dict[str, int] | None")
 
 
 # ---------------------------------------------------------------------------------------------- fields and their rules
@@ -55,8 +69,10 @@ def option(
     maximum: float | None = None,
     below: float | None = None,
     above: float | None = None,
-    needs: str | None = None,
+    needs: str | tuple[str, Any] | None = None,
     instead: str | None = None,
+    stuck: float | None = None,
+    names: type | None = None,
     nested: type | None = None,
     transient: bool = False,
     own: bool = False,
@@ -70,8 +86,13 @@ def option(
         pattern: a regular expression; strings that match it whole are allowed besides `choices`.
         minimum, maximum, below, above: bounds of a number; the last two are exclusive. A field annotated `int` that
             has a bound takes whole numbers only.
-        needs: another field, without which this one does nothing; a value given in vain is told in a warning.
+        needs: another field, or one and its value, without which this one does nothing; a value given in vain is told
+            in a warning.
         instead: for a field that never does anything: what does. A value given for it is told in a warning.
+        stuck: a value with which the adapter changes nothing, and never will; it is told in a warning.
+        names: for a field of names of modules: `set`, if it takes a list of them, kept as a set, or a string that is
+            a regular expression; `list`, if it takes a list alone; `str`, if one name may stand for a list of one;
+            `dict`, if it has values by name, or by regular expression, whose bounds are then those of the field.
         nested: dataclass of a field that holds further options; a dict given for it becomes an instance.
         transient: the field belongs to the process and not to the adapter: it is not saved.
         own: the field is this library's alone: a file has it only where it is not the default, so that others read it.
@@ -85,6 +106,8 @@ def option(
         "above": above,
         "needs": needs,
         "instead": instead,
+        "stuck": stuck,
+        "names": names,
         "nested": nested,
         "transient": transient,
         "own": own,
@@ -93,6 +116,9 @@ def option(
     if callable(default):
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+_BOUNDS = {"minimum", "maximum", "below", "above"}
 
 
 def _plain(value: Any) -> Any:
@@ -112,13 +138,11 @@ def _check_choice(where: str, value: Any, rules: Any) -> None:
         return
     allowed = [repr(_plain(c)) for c in choices] + ([f"text of the form {pattern!r}"] if pattern else [])
     hint = nearest(_plain(value), [_plain(c) for c in choices])
-    raise ConfigError(f"{where}={_plain(value)!r} is not valid.{hint} Allowed: {', '.join(allowed)}.")
+    raise ConfigChoiceError(f"{where}={_plain(value)!r} is not valid.{hint} Allowed: {', '.join(allowed)}.")
 
 
 def _check_bounds(where: str, value: Any, rules: Any, whole: bool) -> None:
     low, high, below, above = (rules.get(rule) for rule in ("minimum", "maximum", "below", "above"))
-    if low is high is below is above is None:
-        return
     kind = numbers.Integral if whole else numbers.Real
     if not isinstance(value, kind) or isinstance(value, bool):
         raise ConfigError(f"{where}={value!r} is not valid: it must be a {'whole number' if whole else 'number'}.")
@@ -128,6 +152,44 @@ def _check_bounds(where: str, value: Any, rules: Any, whole: bool) -> None:
     if not all(holds for _, _, holds in bounds):
         asked = " and ".join(f"{word} {bound}" for bound, word, _ in bounds if bound is not None)
         raise ConfigError(f"{where}={value!r} is not valid: it must be {asked}.")
+
+
+def _named(where: str, value: Any, names: type) -> Any:
+    """A value of a field of names, in the collection that the field keeps them in, each regular expression looked at.
+
+    Raises:
+        ConfigTypeError: it is of another type. ConfigError: a regular expression is none.
+    """
+    if value is None:
+        return None
+    if names is dict:
+        if not isinstance(value, dict):
+            raise ConfigTypeError(f"{where} must be a dict of module name -> value, got {value!r}.")
+        _check_regexes(where, value, _compiled)
+        return value
+    if isinstance(value, str):
+        if names is list:
+            raise ConfigTypeError(f"{where} must be a list of names, got {value!r}. Write [{value!r}].")
+        if names is str:
+            return [value]
+        _check_regexes(where, [value], re.compile)
+        return value
+    if isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(name, str) for name in value):
+        return set(value) if names is set else value if isinstance(value, list) else sorted(value)
+    raise ConfigTypeError(f"{where} must be a list of names, or a string; got {value!r}.")
+
+
+def _check_regexes(where: str, patterns: Iterable[Any], compiled: Callable[[Any], re.Pattern]) -> None:
+    for pattern in patterns:
+        try:
+            compiled(pattern)
+        except (re.error, TypeError) as error:
+            raise ConfigError(f"{where} has {pattern!r}, which is no regular expression ({error}).") from None
+
+
+@functools.lru_cache(maxsize=4096)
+def _compiled(key: str) -> re.Pattern:
+    return re.compile(rf"(.*\.)?({key})")
 
 
 @dataclass
@@ -149,21 +211,34 @@ class Options:
             if nested is not None and isinstance(value, dict) and (value or field.default_factory is not dict):
                 value = nested(**value)
                 setattr(self, field.name, value)
+            where = f"{type(self).__name__}: {field.name}"
+            if (names := field.metadata.get("names")) is not None:
+                value = _named(where, value, names)
+                setattr(self, field.name, {} if value is None and field.default_factory is dict else value)
             if value is None:
                 continue
-            where = f"{type(self).__name__}: {field.name}"
             _check_choice(where, value, field.metadata)
-            _check_bounds(where, value, field.metadata, whole=field.type in _WHOLE)
+            numbers_of = {f"{where}[{key!r}]": value[key] for key in value} if names is dict else {where: value}
+            if names is dict or field.metadata.keys() & _BOUNDS:
+                for entry, number in numbers_of.items():
+                    _check_bounds(entry, number, field.metadata, whole=field.type in _WHOLE)
             self._tell_idle(field, value)
 
     def _tell_idle(self, field: dataclasses.Field, value: Any) -> None:
         """Warn of a value that changes nothing."""
-        needs, instead = field.metadata.get("needs"), field.metadata.get("instead")
-        if (needs is None or getattr(self, needs)) and instead is None or value == field.default or value == {}:
+        rules = field.metadata
+        needs = rules.get("needs")
+        name, wanted = needs if isinstance(needs, tuple) else (needs, True)
+        if value == field.default or value == {}:
             return
-        reason = instead or f"it counts only with {needs}."
-        told = f"{type(self).__name__}: {field.name}={value!r} does nothing: {reason}"
-        warnings.warn(told, PeftWarning, stacklevel=5)
+        if (reason := rules.get("instead")) is None:
+            if name is not None and not (getattr(self, name) if wanted is True else getattr(self, name) == wanted):
+                reason = f"it counts only with {name if wanted is True else f'{name}={_plain(wanted)!r}'}."
+            elif value == rules.get("stuck"):
+                reason = "with it the adapter changes nothing, and no gradient ever changes that."
+        if reason is not None:
+            told = f"{type(self).__name__}: {field.name}={value!r} does nothing: {reason}"
+            warnings.warn(told, PeftWarning, stacklevel=5)
 
     @classmethod
     def _known_keywords(cls) -> Any:
@@ -201,7 +276,7 @@ def _read_json(path: str) -> dict[str, Any]:
             content = json.load(file)
     except OSError as error:
         raise ConfigFileError(f"Cannot read the adapter config {path!r}: {error.strerror or error}.") from error
-    except ValueError as error:  # malformed json, or bytes that are no text
+    except (ValueError, RecursionError) as error:  # malformed json, bytes that are no text, or lists in lists in lists
         raise ConfigFileError(
             f"The adapter config {path!r} is damaged or truncated ({error}). Save the adapter again, or fetch the "
             f"file again."
@@ -280,7 +355,7 @@ def _of_files(cls: type[PeftConfigMixin], values: dict[str, Any]) -> dict[str, A
                 continue
             if value is not None or field.default is not None:
                 check_type(f"{cls.__name__}: {name}", value, hints[name], field.metadata.get("nested"))
-        kept[name] = value
+        kept[name] = bool(value) if hints.get(name) is bool else value
     return kept
 
 
@@ -315,8 +390,10 @@ def _has_type(value: Any, hint: Any) -> bool:
     if origin is dict:
         return isinstance(value, dict) and all(_has_type(item, inner[1]) for item in value.values())
     if hint in (float, int):  # which numbers is the field's own matter; files in use have a fraction as alpha
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if hint in (str, bool, type(None)):
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    if hint is bool:  # as Python takes them
+        return value in (None, 0, 1)
+    if hint in (str, type(None)):
         return isinstance(value, hint)
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return isinstance(value, (str, int))
@@ -407,7 +484,7 @@ class PeftConfigMixin(Options):
             file.write(text)
 
     @classmethod
-    def from_peft_type(cls, **kwargs: Any):
+    def from_peft_type(cls, /, **kwargs: Any):
         """Make the config of the method that the keyword `peft_type` names, from fields as a file has them.
 
         Fields that the config does not know are left out, and named in one warning. Without `peft_type` the config is
@@ -440,6 +517,8 @@ class PeftConfigMixin(Options):
             key = _known_type(peft_type)
         except ValueError as error:
             raise ConfigError(f"{error}{version}") from None
+        if key in CONFIGS_OF_NO_METHOD:
+            return CONFIGS_OF_NO_METHOD[key]
         if key not in PEFT_TYPE_TO_CONFIG_MAPPING:
             available = ", ".join(sorted(_plain(k) for k in PEFT_TYPE_TO_CONFIG_MAPPING))
             raise NotSupportedYetError(
@@ -479,14 +558,26 @@ class PeftConfigMixin(Options):
                     f"it names no peft_type, so it is no config of an adapter.{_told_by(values)} If it is one, add "
                     f"its peft_type: one of {known}."
                 )
-            config_cls = cls._class_of(values["peft_type"], written_by)
-            values = _of_files(config_cls, values)
-            extra = {f.name: kwargs[f.name] for f in dataclasses.fields(config_cls) if f.name in kwargs}
-            config = config_cls.from_peft_type(**{**extra, **values})
+            config = cls.of_file(values, **kwargs)
         except ConfigError as error:
             raise type(error)(f"{path}: {error}") from error
         config.peft_version = written_by
         return config
+
+    @classmethod
+    def of_file(cls, values: dict[str, Any], **kwargs: Any):
+        """The config that the content of a file describes, of the class that its ``peft_type`` names.
+
+        Args:
+            kwargs: fields to use where the file has none; others are ignored.
+
+        Raises:
+            ConfigError: it holds an unknown method or a value that is not valid.
+        """
+        config_cls = cls._class_of(values["peft_type"], values.get("peft_version"))
+        values = _of_files(config_cls, values)
+        extra = {f.name: kwargs[f.name] for f in dataclasses.fields(config_cls) if f.name in kwargs}
+        return config_cls.from_peft_type(**{**extra, **values})
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict:
@@ -499,7 +590,7 @@ class PeftConfigMixin(Options):
         return {name: value for name, value in values.items() if name not in _transient(cls)}
 
     @classmethod
-    def check_kwargs(cls, **kwargs: Any) -> dict:
+    def check_kwargs(cls, /, **kwargs: Any) -> dict:
         """Hook for configs whose fields were spelt differently in older files: returns the fields to use."""
         return kwargs
 
@@ -543,6 +634,11 @@ class PeftConfigMixin(Options):
         return commit
 
     @property
+    def members(self) -> list[Any]:
+        """One config for each method that the adapter is of: this one, unless it stands for several."""
+        return [self]
+
+    @property
     def is_prompt_learning(self) -> bool:
         """Whether the method trains virtual tokens or prefixes instead of weights."""
         return False
@@ -577,12 +673,10 @@ class PromptLearningConfig(PeftConfig):
     num_attention_heads: int | None = option(None, "Attention heads of the base model.", minimum=1)
     num_layers: int | None = option(None, "Transformer layers of the base model.", minimum=1)
     modules_to_save: list[str] | None = option(
-        None, "Modules besides the adapter that are trained and saved whole, e.g. a classification head."
+        None,
+        "Modules besides the adapter that are trained and saved whole, e.g. a classification head.",
+        names=str,
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.modules_to_save = _name_list(self, "modules_to_save")
 
     @property
     def is_prompt_learning(self) -> bool:
@@ -591,45 +685,6 @@ class PromptLearningConfig(PeftConfig):
 
 
 # --------------------------------------------------------------------------------------- fields that methods share
-
-
-def _names(config: PeftConfig, field: str) -> set[str] | str | None:
-    """The value of a field of module names: None and text as they are, any other collection of texts as a set."""
-    value = getattr(config, field)
-    if isinstance(value, str):
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise ConfigError(
-                f"{type(config).__name__}: {field}={value!r} is no regular expression ({error})."
-            ) from None
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(name, str) for name in value):
-        return set(value)
-    raise ConfigTypeError(f"{type(config).__name__}: {field} must be a list of names, or a string; got {value!r}.")
-
-
-def name_list_of(config: PeftConfig, field: str) -> list[str] | None:
-    """The value of a field that takes several names, and not a single string.
-
-    Raises:
-        ConfigTypeError: it is a string, or anything else than a collection of strings.
-    """
-    value = getattr(config, field)
-    if isinstance(value, str):
-        raise ConfigTypeError(
-            f"{type(config).__name__}: {field} must be a list of names, got {value!r}. Write [{value!r}]."
-        )
-    return _name_list(config, field)
-
-
-def _name_list(config: PeftConfig, field: str) -> list[str] | None:
-    value = getattr(config, field)
-    if isinstance(value, list) and _names(config, field) is not None:
-        return value
-    names = _names(config, field)
-    return None if names is None else [names] if isinstance(names, str) else sorted(names)
 
 
 @dataclass
@@ -641,11 +696,8 @@ class TargetModules(PeftConfig):
         "Modules to adapt. A list has names, or ends of names ('q_proj', 'layers.0.mlp.up_proj'); a text is a regular "
         "expression for whole names, or 'all-linear' for every linear layer but the head. Left out, it is looked up "
         "by the type of the model.",
+        names=set,
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.target_modules = _names(self, "target_modules")  # type: ignore[assignment]
 
 
 @dataclass
@@ -653,12 +705,10 @@ class ExcludeModules(PeftConfig):
     """Which of the targeted modules stay as they are."""
 
     exclude_modules: list[str] | str | None = option(
-        None, "Modules to leave out of the targets: a list of names or ends of names, or a regular expression."
+        None,
+        "Modules to leave out of the targets: a list of names or ends of names, or a regular expression.",
+        names=set,
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.exclude_modules = _names(self, "exclude_modules")  # type: ignore[assignment]
 
 
 @dataclass
@@ -679,7 +729,10 @@ class LayerSelection(PeftConfig):
         name = type(self).__name__
         if isinstance(self.layers_to_transform, list) and not self.layers_to_transform:
             self.layers_to_transform = None  # an empty list restricts nothing
-        _check_regexes(name, "layers_pattern", self.layers_pattern)
+        patterns = self.layers_pattern
+        _check_regexes(
+            f"{name}: layers_pattern", [patterns] if isinstance(patterns, str) else patterns or (), re.compile
+        )
         for field in ("layers_to_transform", "layers_pattern"):
             if getattr(self, field) is not None and isinstance(getattr(self, "target_modules", None), str):
                 raise ConfigError(
@@ -698,14 +751,6 @@ class LayerSelection(PeftConfig):
         self.layers_to_transform = layers if isinstance(layers, int) else [int(i) for i in layers]
 
 
-def _check_regexes(cls_name: str, field: str, patterns: list[str] | str | None) -> None:
-    for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
-        try:
-            re.compile(pattern)
-        except (re.error, TypeError) as error:
-            raise ConfigError(f"{cls_name}: {field} has {pattern!r}, no regular expression ({error}).") from None
-
-
 def _are_indices(values: Any) -> bool:
     return isinstance(values, (list, tuple, set, range)) and all(
         isinstance(i, numbers.Integral) and not isinstance(i, bool) and int(i) >= 0 for i in values
@@ -720,11 +765,8 @@ class ModulesToSave(PeftConfig):
         None,
         "Modules besides the adapted ones that are trained whole and saved with the adapter, e.g. a new "
         "classification head.",
+        names=str,
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.modules_to_save = _name_list(self, "modules_to_save")
 
 
 @dataclass
@@ -758,57 +800,22 @@ class TrainedBias(PeftConfig):
 class RankPattern(PeftConfig):
     """Ranks that differ from the config's `r`."""
 
-    rank_pattern: dict | None = option(
+    rank_pattern: dict[str, int] | None = option(
         dict,
         "Ranks of particular modules: a module name, an end of one, or a regular expression -> rank. Names that start "
         "with '^' are matched from the beginning. The first that matches counts.",
+        names=dict,
+        minimum=1,
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.rank_pattern = check_pattern(self, "rank_pattern")
-        for key, rank in self.rank_pattern.items():
-            where = f"{type(self).__name__}: rank_pattern[{key!r}]"
-            _check_bounds(where, rank, {"minimum": 1}, whole=True)
 
 
 @dataclass
 class RankPatterns(RankPattern):
     """Ranks and scales that differ from the config's `r` and alpha."""
 
-    alpha_pattern: dict | None = option(dict, "Alphas of particular modules, with keys like those of `rank_pattern`.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.alpha_pattern = check_pattern(self, "alpha_pattern")
-        for key, alpha in self.alpha_pattern.items():
-            if not isinstance(alpha, numbers.Real) or isinstance(alpha, bool):
-                raise ConfigError(f"{type(self).__name__}: alpha_pattern[{key!r}]={alpha!r} is not a number.")
-
-
-@functools.lru_cache(maxsize=4096)
-def _compiled(key: str) -> re.Pattern:
-    return re.compile(rf"(.*\.)?({key})")
-
-
-def check_pattern(config: PeftConfig, field: str) -> dict[str, Any]:
-    """The value of a pattern field as a dict, empty for None.
-
-    Raises:
-        ConfigError: it is no dict, or one of its keys is not a regular expression; the message names it.
-    """
-    pattern = getattr(config, field)
-    if pattern is None:
-        return {}
-    if not isinstance(pattern, dict):
-        name = type(config).__name__
-        raise ConfigTypeError(f"{name}: {field} must be a dict of module name -> value, got {pattern!r}.")
-    for key in pattern:
-        try:
-            _compiled(key)
-        except (re.error, TypeError) as error:
-            raise ConfigError(f"{type(config).__name__}: {field} has the bad key {key!r} ({error}).") from error
-    return pattern
+    alpha_pattern: dict[str, float] | None = option(
+        dict, "Alphas of particular modules, with keys like those of `rank_pattern`.", names=dict
+    )
 
 
 def match_pattern(keys: Iterable[str], name: str) -> str | None:

@@ -20,6 +20,7 @@ from peft.tools.condition_numbers import KappaTuneSelector as KappaTuneSelector
 from peft.tools.condition_numbers import find_kappa_target_modules as find_kappa_target_modules
 from peft.tuners.lora.model import LoraTuner
 from peft.tuners.lora.norm_cache import DoraCaching as DoraCaching
+from peft.tuners.lora.surgery import spectral_surgery as spectral_surgery
 
 
 @contextmanager

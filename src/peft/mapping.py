@@ -10,6 +10,7 @@ from torch import nn
 
 import peft.tuners  # noqa: F401  registers the methods
 from peft.config import PeftConfig
+from peft.core.model.record import record_of
 from peft.core.model.tuner import BaseTuner
 from peft.tuners.lora.experts import convert_config_for
 from peft.utils.error import NotSupportedYetError
@@ -115,9 +116,9 @@ def inject_adapter_in_model(
         >>> net = inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"]), nn.Sequential(nn.Linear(4, 4)))
     """
     check_config(peft_config)
-    if peft_config.is_prompt_learning:
+    if prompt := next((member for member in peft_config.members if member.is_prompt_learning), None):
         raise ValueError(
-            f"{type(peft_config).__name__} cannot be injected: prompt learning changes what goes into a model, not "
+            f"{type(prompt).__name__} cannot be injected: prompt learning changes what goes into a model, not "
             "its modules. Use get_peft_model."
         )
     if kwargs:
@@ -140,7 +141,7 @@ def inject_adapter_in_model(
         if "peft_config" in model.__dict__:  # what clients such as diffusers look for, and remove, when they clean up
             model.peft_config.setdefault(adapter_name, peft_config)
         raise
-    for attribute in tuner.layer_cls.adapter_cls.common:
+    for attribute in record_of(tuner.model).shared.containers:
         container = tuner._modules.get(attribute)
         if container is not None:  # the tuner is gone after this: what layers share lives in the model
             tuner.model.add_module(attribute, container)

@@ -7,11 +7,9 @@ import warnings
 from torch import nn
 
 from peft.config import PeftConfig
-from peft.core.model.operations import adapters_of
-from peft.core.model.tuner import BaseTuner
 from peft.mapping import check_config
 from peft.mixed_model import PeftMixedModel
-from peft.peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
+from peft.peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel, plain_model
 from peft.utils.error import nearest
 
 
@@ -48,7 +46,7 @@ def get_peft_model(
         trainable params: 512 || all params: 5,904 || trainable%: 8.6721
     """
     check_config(peft_config)
-    model = _plain_model(model, adapter_name)
+    model = plain_model(model, adapter_name)
     cls = PeftMixedModel if mixed else _class_for_task(peft_config)
     _record_origin(model, peft_config, revision)
     return cls(
@@ -58,26 +56,6 @@ def get_peft_model(
         autocast_adapter_dtype=autocast_adapter_dtype,
         low_cpu_mem_usage=low_cpu_mem_usage,
     )
-
-
-def _plain_model(model: nn.Module, adapter_name: str) -> nn.Module:
-    """The base model, without what manages its adapters; a warning tells of those in it that stay."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model should be an nn.Module, got {type(model).__name__}.")
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    base = base.model if isinstance(base, BaseTuner) else base
-    adapters = [] if base is None else adapters_of(base)
-    if adapter_name in adapters:  # replaced, which is told where it happens
-        return base
-    if base is not model or adapters:
-        warnings.warn(
-            f"the model is a {type(model).__name__}"
-            + (f" with the adapters {', '.join(adapters)} in it" if adapters else "")
-            + ", and gets a further one. For several adapters in one PeftModel call add_adapter on that; to replace "
-            "the adapters, call unload() on it first.",
-            stacklevel=3,
-        )
-    return base
 
 
 def _class_for_task(peft_config: PeftConfig) -> type[PeftModel]:

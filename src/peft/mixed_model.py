@@ -11,7 +11,7 @@ from peft.config import PeftConfig
 from peft.core.model.beside import add_auxiliary
 from peft.core.model.mixed import MixedModel
 from peft.core.model.tuner import BaseTuner
-from peft.peft_model import PeftModel
+from peft.peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 from peft.utils.peft_types import PEFT_TYPE_TO_MIXED_MODEL_MAPPING
 
 
@@ -33,6 +33,8 @@ class PeftMixedModel(PeftModel):
         self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: Any
     ) -> None:
         self._check_method(peft_config)
+        task = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(peft_config.task_type or "", PeftModel)
+        self.__dict__["_task"] = task._task
         super().__init__(model, peft_config, adapter_name, **kwargs)
 
     def _tuner_class(self, peft_config: PeftConfig) -> type[BaseTuner]:
@@ -43,7 +45,8 @@ class PeftMixedModel(PeftModel):
             known = sorted(str(getattr(t, "value", t)) for t in PEFT_TYPE_TO_MIXED_MODEL_MAPPING)
             raise ValueError(
                 f"{peft_config.peft_type} adapters cannot be mixed with others: they change how the whole model is "
-                f"called, not single layers of it. These can be mixed: {', '.join(known)}."
+                f"called, not single layers of it. These can be mixed: {', '.join(known)}; a UnionConfig can have "
+                "such a part beside others."
             )
 
     @classmethod

@@ -18,8 +18,12 @@ from transformers.utils import PushToHubMixin
 from peft.compat.model import ModelCompat
 from peft.config import PeftConfig
 from peft.core.blocks.skipping import blocks_skipped
+from peft.core.composition.config import CompositionConfig
+from peft.core.composition.dividing import divided
+from peft.core.composition.expressions import Composition
+from peft.core.composition.model import Compositions
 from peft.core.files.card import create_or_update_model_card
-from peft.core.files.entries import entries
+from peft.core.files.entries import entries, prompts_of
 from peft.core.files.io import CONFIG_NAME, hub_options, load_peft_weights, write_adapter
 from peft.core.files.state_dict import LoadResult, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.core.filling import filled_later, no_collection
@@ -46,7 +50,7 @@ from peft.utils.error import CheckpointError, ConfigError, ConfigFileError, Peft
 from peft.utils.warning import PeftWarning
 
 
-class PeftModel(ModelCompat, PushToHubMixin, nn.Module):
+class PeftModel(ModelCompat, Compositions, PushToHubMixin, nn.Module):
     """A base model with adapters of one method around it.
 
     Args:
@@ -102,6 +106,7 @@ class PeftModel(ModelCompat, PushToHubMixin, nn.Module):
             self.prompt_encoder, self.prompt_tokens = tuner.prompts.encoders, tuner.prompts.tokens
         else:
             self.base_model = self._tuner_class(peft_config)(model, configs, adapter_name, **options)
+            self.base_model.take_task(self._task)
         if hasattr(model, "config"):
             self.config = model.config
 
@@ -188,8 +193,8 @@ class PeftModel(ModelCompat, PushToHubMixin, nn.Module):
     @property
     def has_active_enabled_adapter(self) -> bool:
         """Whether some active adapter acts, or none since all are switched off."""
-        if "_prompts" in self.__dict__:
-            return bool(self.active_adapters) and not self._tuner.prompts.disabled
+        if (prompts := prompts_of(self)) and prompts.active_adapters and not prompts.disable_adapters:
+            return True
         wrappers = [w for _, w in wrappers_of(self.get_base_model())]
         return any(not w.disable_adapters and any(n in w for n in w.active_adapters) for w in wrappers)
 
@@ -239,19 +244,19 @@ class PeftModel(ModelCompat, PushToHubMixin, nn.Module):
         Raises:
             ValueError: if the model's method trains no prompt.
         """
-        self._require_prompt()
-        return self._tuner.prompts.prompt(batch_size, task_ids, max_cache_len)
+        return self._require_prompt().prompts.prompt(batch_size, task_ids, max_cache_len)
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> torch.Tensor:
         """What the file of an adapter has as ``prompt_embeddings``, ``[tokens, width]``, on the CPU."""
-        self._require_prompt()
-        operations.require_adapters(self, [adapter_name], self.peft_config)
-        state = {saved: tensor for saved, _, tensor in self._tuner.adapter_state(adapter_name)}
+        prompts = self._require_prompt()
+        operations.require_adapters(self, [adapter_name], prompts.adapter_names)
+        state = {saved: tensor for saved, _, tensor in prompts.adapter_state(adapter_name)}
         return state["prompt_embeddings"].detach().cpu()
 
-    def _require_prompt(self) -> None:
-        if "_prompts" not in self.__dict__:
+    def _require_prompt(self) -> PromptTuner:
+        if (prompts := prompts_of(self)) is None:
             raise ValueError(f"{self.peft_type.value} adapters change weights, and have no prompt.")
+        return prompts
 
     # --- calls ------------------------------------------------------------------------------------------------
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -278,13 +283,17 @@ class PeftModel(ModelCompat, PushToHubMixin, nn.Module):
 
     def _call(self, function: Callable, args: tuple, kwargs: dict, keep: bool) -> Any:
         """Tell the layers each row's adapter and task; kept for a backward, which may run the forward again."""
-        names, tasks = kwargs.pop("adapter_names", None), kwargs.pop("task_ids", None)
+        names = kwargs.pop("adapter_names", None)
+        if names is not None:
+            self._check_rows(names, args, kwargs)
+        elif (dividing := self._dividing()) is not None:
+            args, kwargs, names = divided(dividing, self._batch(args, kwargs) or 0, args, kwargs)
+            self._check_unmerged()
+        tasks = kwargs.pop("task_ids", None)
         context = context_of(self.get_base_model())
         before, tasks_before, held = context.adapter_names, context.task_ids, context.held
         if names is None and tasks is None and before is None and tasks_before is None:
             return function(*args, **kwargs)
-        if names is not None:
-            self._check_rows(names, args, kwargs)
         if tasks is not None:
             tasks = torch.as_tensor(tasks).reshape(-1)
             if len(tasks) != 1:  # one stands for the batch
@@ -309,14 +318,22 @@ class PeftModel(ModelCompat, PushToHubMixin, nn.Module):
         if unknown:
             raise ValueError(f"adapter_names has unknown adapters: {unknown}. There are {known}.")
         self._check_length("adapter_names", len(names), args, kwargs)
+        self._check_unmerged()
+
+    def _check_unmerged(self) -> None:
         for _, layer in layers_of(self.get_base_model()):
             require_unmerged(layer)
 
     def _check_length(self, what: str, count: int, args: tuple, kwargs: dict) -> None:
+        batch = self._batch(args, kwargs)
+        if batch is not None and count != batch:
+            raise ValueError(f"{what} has {count} entries, but the batch has {batch} samples; give as many.")
+
+    def _batch(self, args: tuple, kwargs: dict) -> int | None:
+        """How many samples a call has, None where no tensor tells."""
         main = (kwargs.get(name) for name in (getattr(self.get_base_model(), "main_input_name", ""), "inputs_embeds"))
         given = (v for v in (*args[:1], *main, *kwargs.values()) if isinstance(v, torch.Tensor) and v.dim() > 0)
-        if (first := next(given, None)) is not None and count != len(first):
-            raise ValueError(f"{what} has {count} entries, but the batch has {len(first)} samples; give as many.")
+        return next((len(value) for value in given), None)
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
         """Make the model's embedding give outputs that require grad. Adapted models do so by themselves."""
@@ -343,6 +360,9 @@ class PeftModel(ModelCompat, PushToHubMixin, nn.Module):
             >>> model.set_adapter("other")
         """
         check_adapter_name(adapter_name, list(self.peft_config))
+        if isinstance(peft_config, CompositionConfig):
+            self._add_composition(adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage)
+            return
         self._check_method(peft_config)
         self._add_heads(peft_config)
         convert_config_for(self.get_base_model(), peft_config)
@@ -355,19 +375,29 @@ class PeftModel(ModelCompat, PushToHubMixin, nn.Module):
 
     def _check_method(self, peft_config: PeftConfig) -> None:
         given: Any = peft_config.peft_type
-        if given != self.peft_type:
+        if given != self.peft_type and not self._tuner.mixes:
             raise ValueError(
                 f"this model has {self.peft_type.value} adapters, so no {given.value} adapter can be "
                 "added. For different methods in one model use get_peft_model(..., mixed=True)."
             )
 
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+    def set_adapter(self, adapter_name: str | list[str] | Composition, inference_mode: bool = False) -> None:
         """Make one adapter (or several) active, and the only ones that train (none in ``inference_mode``).
 
+        Args:
+            adapter_name: one name, a list, or an expression, such as ``Stack("language", "task")``. Of an expression
+                all adapters train but those in a ``Fuse``; :meth:`set_requires_grad` chooses others.
+
         Raises:
-            ValueError: if there is no such adapter.
+            ValueError: if there is no such adapter, or the expression has no meaning for these adapters.
+
+        Examples:
+            >>> from peft import Stack
+            >>> model.add_adapter("other", LoraConfig(r=2, task_type="CAUSAL_LM"))
+            >>> model.set_adapter(Stack("default", "other"))
         """
-        self._tuner.set_adapter(adapter_name, inference_mode)
+        with self._composing(adapter_name) as names:
+            self._tuner.set_adapter(names, inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Choose whether these adapters train, active or not."""
@@ -377,9 +407,11 @@ class PeftModel(ModelCompat, PushToHubMixin, nn.Module):
         """Remove an adapter; if it was active, another becomes active.
 
         Raises:
-            ValueError: if there is no such adapter.
+            ValueError: if there is no such adapter, or a composition is made of it.
         """
+        self._part_with(adapter_name)
         self._tuner.delete_adapter(adapter_name)
+        self._forget_composition(adapter_name)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -463,7 +495,8 @@ class PeftModel(ModelCompat, PushToHubMixin, nn.Module):
         if (start := path_initial_model_for_weight_conversion) is not None:
             to_write = {name: self._without_start(name, *held, start) for name, held in to_write.items()}
         elif isinstance(self.base_model, BaseTuner):
-            for message in filter(None, map(self.base_model.lost_in_a_file, to_write)):
+            own = [name for name in to_write if not isinstance(self.peft_config[name], CompositionConfig)]
+            for message in filter(None, map(self.base_model.lost_in_a_file, own)):
                 warnings.warn(message, PeftWarning)
         for name, (held, config) in to_write.items():
             folder = os.path.join(save_directory, name) if name != "default" else save_directory
@@ -525,8 +558,12 @@ class PeftModel(ModelCompat, PushToHubMixin, nn.Module):
             >>> model = PeftModel.from_pretrained(base, "adapter", is_trainable=True)
         """
         hub = hub_options(kwargs)
+        model = plain_model(model, adapter_name)
         config = _read_config(model_id, config, is_trainable, hub)
-        config.inference_mode |= config.is_prompt_learning  # the file says how a prompt starts, not the config
+        if isinstance(config, CompositionConfig):
+            placing = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
+            return cls._from_composition(model, model_id, adapter_name, is_trainable, config, {**hub, **placing})
+        _start_from_file(config)
         weights = load_peft_weights(model_id, key_mapping=key_mapping, **hub)
         frozen = [p for p in model.parameters() if not p.requires_grad]
         placing = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
@@ -581,13 +618,17 @@ class PeftModel(ModelCompat, PushToHubMixin, nn.Module):
         """
         hub = hub_options(kwargs)
         config = _read_config(model_id, kwargs.pop("peft_config", None), is_trainable, hub)
-        config.inference_mode |= config.is_prompt_learning
+        _start_from_file(config)
         weights = load_peft_weights(model_id, torch_device, key_mapping, **hub)
         fresh = adapter_name not in self.peft_config
         placing = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
         with _naming(model_id, CONFIG_NAME, config), filled_later() as filling:
+            if fresh and isinstance(config, CompositionConfig):
+                self._load_members(model_id, config, {**hub, **placing})
             if fresh:
                 self.add_adapter(adapter_name, config, **placing)
+            elif isinstance(config, CompositionConfig):
+                self._check_expression(adapter_name, config)
             else:
                 self._check_method(config)
         try:
@@ -654,6 +695,26 @@ class PeftModel(ModelCompat, PushToHubMixin, nn.Module):
             self.set_adapter(active, self.peft_config[name].inference_mode)
 
 
+def plain_model(model: nn.Module, adapter_name: str) -> nn.Module:
+    """The base model, without what manages its adapters; a warning tells of those in it that stay."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model should be an nn.Module, got {type(model).__name__}.")
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base.model if isinstance(base, BaseTuner) else base
+    adapters = [] if base is None else operations.adapters_of(base)
+    if adapter_name in adapters:  # replaced, which is told where it happens
+        return base
+    if base is not model or adapters:
+        warnings.warn(
+            f"the model is a {type(model).__name__}"
+            + (f" with the adapters {', '.join(adapters)} in it" if adapters else "")
+            + ", and gets a further one. For several adapters in one PeftModel call add_adapter on that; to replace "
+            "the adapters, call unload() on it first.",
+            stacklevel=3,
+        )
+    return base
+
+
 @contextmanager
 def _naming(where: str | os.PathLike, part: str, config: PeftConfig) -> Iterator[None]:
     """A context in which errors name the files that they are about; those that no check foresaw are of our kind."""
@@ -684,12 +745,18 @@ def _read_config(model_id: str | os.PathLike, config: PeftConfig | None, is_trai
         config = PeftConfig.from_pretrained(str(model_id), **hub)
     elif not isinstance(config, PeftConfig):
         raise ValueError(f"config should be a PeftConfig, got {type(config).__name__}.")
-    if config.peft_type not in PEFT_TYPE_TO_TUNER_MAPPING:
+    if config.peft_type not in PEFT_TYPE_TO_TUNER_MAPPING and not isinstance(config, CompositionConfig):
         known = sorted(str(getattr(t, "value", t)) for t in PEFT_TYPE_TO_TUNER_MAPPING)
         what = f"is a {config.peft_type} adapter" if config.peft_type else "has a config that names no peft_type"
         raise ConfigError(f"{model_id} {what}; this version has {', '.join(known)}.")
     config.inference_mode = not is_trainable
     return config
+
+
+def _start_from_file(config: PeftConfig) -> None:
+    """Have virtual tokens start as the file says, not the config."""
+    for member in config.members:
+        member.inference_mode |= member.is_prompt_learning
 
 
 _COMMON = ("output_attentions", "output_hidden_states", "return_dict", "task_ids")

@@ -12,7 +12,7 @@ from tiny import IDS, TRAINING, fill, llama, logits, lora, losses
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments
 
-from peft import IA3Config, OFTConfig, PeftModel, get_peft_model
+from peft import IA3Config, OFTConfig, PeftModel, UniPELTConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 
@@ -270,3 +270,20 @@ class TestTrainer:
         run = trainer(model, tmp_path, gradient_checkpointing=True, save_strategy="no", eval_strategy="no")
         run.train()
         as_reference(losses=losses(run), tolerance=2e-4)
+
+
+def test_a_union_is_trained_and_resumed(tmp_path):
+    """A LoRA, bottlenecks and a prefix with its network, as one adapter of one checkpoint."""
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        return fill(get_peft_model(llama(), UniPELTConfig(task_type="CAUSAL_LM")), 5, only=".default")
+
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "save_steps": 2}
+    whole = trainer(model(), tmp_path, learning_rate=1e-3, **best)
+    whole.train()
+    resumed = trainer(model(), tmp_path, learning_rate=1e-3, **best)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert losses(resumed) == losses(whole)
+    again = PeftModel.from_pretrained(llama(), whole.state.best_model_checkpoint)
+    torch.testing.assert_close(logits(again), logits(whole.model.eval()))

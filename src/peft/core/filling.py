@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -40,6 +41,11 @@ def skip_values() -> bool:
     return filling is not None
 
 
+def is_filled_later() -> bool:
+    """Whether the values of what is made now come from a file; asking leaves nothing out."""
+    return _FILLING.get() is not None
+
+
 @contextmanager
 def no_collection() -> Iterator[None]:
     """A context without garbage collection, for what makes thousands of objects that all stay.
@@ -62,15 +68,31 @@ def blank(cls: type[nn.Module], *args: Any, **kwargs: Any) -> Any:
     The arguments should be the same each time.
     """
     if cls not in _FIRST:
-        _FIRST[cls] = {k: type(v)() if k == "_parameters" else v for k, v in cls(*args, **kwargs).__dict__.items()}
+        first = {k: type(v)() if k == "_parameters" else v for k, v in cls(*args, **kwargs).__dict__.items()}
+        held = [(key, value) for key, value in first.items() if isinstance(value, dict | set)]
+        _FIRST[cls] = first, [(key, value.copy if value else type(value)) for key, value in held]
     module: nn.Module = object.__new__(cls)
-    own = module.__dict__
-    for key, value in _FIRST[cls].items():
-        own[key] = value.copy() if isinstance(value, dict | set) else value
+    _fill(module, cls)
     return module
 
 
-_FIRST: dict[type[nn.Module], dict[str, Any]] = {}
+def make_module(module: nn.Module) -> None:
+    """What ``nn.Module.__init__`` does."""
+    if nn.Module not in _FIRST:
+        blank(nn.Module)
+    _fill(module, nn.Module)
+
+
+def _fill(module: nn.Module, cls: type[nn.Module]) -> None:
+    first, own_ones = _FIRST[cls]
+    own = module.__dict__
+    own.update(first)
+    for key, make in own_ones:
+        own[key] = make()
+
+
+_FIRST: dict[type[nn.Module], tuple[dict[str, Any], list[tuple[str, Callable[[], Any]]]]] = {}
+"""What a module of each class holds, and what gives it its own dicts and sets."""
 
 
 def unfilled(cls: type[nn.Module], *args: Any, **kwargs: Any) -> Any:
@@ -93,3 +115,16 @@ def unfilled_linear(inner: int, out: int, bias: bool = False) -> nn.Linear:
     module._parameters["weight"] = nn.Parameter(torch.empty(out, inner))
     module._parameters["bias"] = nn.Parameter(torch.empty(out)) if bias else None
     return module
+
+
+def draw_like_linear(weight: torch.Tensor) -> None:
+    """Draw a matrix ``[out, inner]`` as :class:`torch.nn.Linear` does: uniform in +-1/sqrt(inner), number by number.
+
+    The same as ``kaiming_uniform_(weight, a=sqrt(5))``, which takes as long to look at the shape as to draw.
+    """
+    if weight.numel():
+        bound = math.sqrt(3.0) * (_GAIN / math.sqrt(weight.shape[1]))  # rounded as torch rounds it
+        weight.uniform_(-bound, bound)
+
+
+_GAIN = math.sqrt(2 / 6)

@@ -10,7 +10,7 @@ activations: they are rounded for the products, and their gradients come in thei
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -45,12 +45,61 @@ class Factors:
         return self.down.requires_grad or self.up.requires_grad
 
 
+class Joint:
+    """What the backward passes of layers that read one input share: the gradient of it, as far as it is known.
+
+    Attributes:
+        x: the input, a weak reference.
+        gradient: ``[n, in]``, summed in place by the layers in the backward pass with the number ``task``: another
+            one, of a part of the graph, may have left something that nobody took.
+    """
+
+    __slots__ = ("gradient", "task", "x")
+
+    def __init__(self, x: Callable[[], torch.Tensor | None]) -> None:
+        self.x, self.task = x, -1
+        self.gradient: torch.Tensor | None = None
+
+    def known(self) -> torch.Tensor | None:
+        """The gradient of this backward pass so far, to be changed in place."""
+        task = torch._C._current_graph_task_id()
+        if task != self.task:
+            self.task, self.gradient = task, None
+        return self.gradient
+
+    def take(self) -> torch.Tensor | None:
+        """The same for good."""
+        gradient = self.known()
+        self.gradient = None
+        return gradient
+
+
+@dataclass(slots=True)
+class Share:
+    """What a layer gets that reads its input together with others, see :mod:`peft.kernels.joint`.
+
+    Attributes:
+        source: the input, which leads to the node that all of them share.
+        hidden: by the id of A: A ``[r, in]``, and its product with the input, ``[n, r]``.
+    """
+
+    joint: Joint
+    source: torch.Tensor
+    hidden: dict[int, tuple[torch.Tensor, torch.Tensor]]
+
+    def of(self, f: Factors, dtype: torch.dtype) -> torch.Tensor | None:
+        """The product for an update, None where that has to make its own."""
+        down, hidden = self.hidden.get(id(f.down), (None, None))
+        return hidden if down is f.down and not f.dropout and hidden is not None and hidden.dtype == dtype else None
+
+
 def low_rank_linear(
     base: nn.Module,
     x: torch.Tensor,
     factors: Sequence[Factors],
     weight: torch.Tensor | None = None,
     fresh: bool = False,
+    share: Share | None = None,
 ) -> torch.Tensor:
     """The output of ``base`` with low-rank updates, ``[..., out]`` in the dtype that ``base`` gives.
 
@@ -60,14 +109,15 @@ def low_rank_linear(
         factors: the updates.
         weight: W ``[out, in]`` where ``base`` may be passed by: it is ``W x + b`` and nothing else, frozen.
         fresh: nothing else holds or needs what ``base`` gives, so it may be changed in place.
+        share: what other layers that read x have made of it for this one.
     """
     if not is_eager(x):
         return composed(base(x), x, factors)
     if not (torch.is_grad_enabled() and _trains(x, factors)):
         return _infer(base_output(base, x, weight, fresh), x, factors)
     if weight is not None and not is_autocast(x.device.type) and x.dtype == weight.dtype:
-        return _apply(x, None, weight, base.bias, factors)
-    return _apply(x, base_output(base, x, None, fresh), None, None, factors)
+        return _apply(x, None, weight, base.bias, factors, share)
+    return _apply(x, base_output(base, x, None, fresh), None, None, factors, share)
 
 
 def base_output(
@@ -195,12 +245,18 @@ def _apply(
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     factors: Sequence[Factors],
+    share: Share | None = None,
 ) -> torch.Tensor:
     scales = [f.scale / (1 - f.dropout) for f in factors]
     drops = [(f.dropout, draw_seed()) if f.dropout else None for f in factors]
-    pairs = [t for f in factors for t in (f.down, f.up)]
+    dtype, joint = product_dtype(x if y is None else y), None
+    parts = [(f.down, f.up, None) for f in factors]
+    if share is not None:
+        x, joint = share.source, share.joint
+        found = [(f, share.of(f, dtype)) for f in factors]
+        parts = [(f.down if hidden is None else None, f.up, hidden) for f, hidden in found]
     with no_autocast(x):
-        return LowRankLinear.apply(x, y, weight, bias, scales, drops, *pairs)
+        return LowRankLinear.apply(x, y, weight, bias, scales, drops, joint, *(t for part in parts for t in part))
 
 
 class LowRankLinear(Function):
@@ -215,7 +271,8 @@ class LowRankLinear(Function):
         bias: torch.Tensor | None,
         scales: list[float],
         drops: list[tuple[float, int] | None],
-        *pairs: torch.Tensor,
+        joint: Joint | None,
+        *parts: Any,
     ) -> torch.Tensor:
         if y is None:
             result = fresh_linear(x, weight, bias)
@@ -225,14 +282,16 @@ class LowRankLinear(Function):
         out, dtype = result.view(-1, result.shape[-1]), product_dtype(result)
         rows, needed, reads = in_dtype(dtype, x.reshape(-1, x.shape[-1])), [], False
         for i, drop in enumerate(drops):
-            a, b = pairs[2 * i], pairs[2 * i + 1]
-            hidden = torch.mm(rows if drop is None else Dropped(*drop).copy(rows), in_dtype(dtype, a).t())
+            a, b, hidden = parts[3 * i : 3 * i + 3]
+            if hidden is None:
+                hidden = torch.mm(rows if drop is None else Dropped(*drop).copy(rows), in_dtype(dtype, a).t())
+                reads |= a.requires_grad
             accumulate(out, hidden, in_dtype(dtype, b).t(), scales[i])
-            needed.append(hidden if b.requires_grad else None)
-            reads |= a.requires_grad
+            needed += [a, b, hidden if b.requires_grad else None]
         ctx.scales, ctx.drops, ctx.dtype, ctx.shape, ctx.given = scales, drops, dtype, x.shape, y is not None
-        ctx.kept = kept(x) if reads else None
-        ctx.save_for_backward(None if ctx.kept is None else ctx.kept.tensor, weight, *pairs, *needed)
+        ctx.joint = joint
+        ctx.kept = kept(x if joint is None else joint.x()) if reads else None
+        ctx.save_for_backward(None if ctx.kept is None else ctx.kept.tensor, weight, *needed)
         return result
 
     @staticmethod
@@ -251,38 +310,44 @@ def fresh_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
 def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     saved, weight, *rest = ctx.saved_tensors
-    count, dtype = len(ctx.scales), ctx.dtype
+    dtype = ctx.dtype
     twice = torch.is_grad_enabled()  # a gradient of the gradient will be asked for
-    if twice and ctx.kept is None:
+    if twice and ctx.kept is None and any(a is not None for a in rest[::3]):
         raise RuntimeError(
             "second derivatives of a low-rank update with a frozen down-projection need its input, which is not kept. "
             "Compute them within `with peft.kernels.plain():`."
         )
     dy = gradient.reshape(-1, gradient.shape[-1])
-    needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
+    needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[7:]
     inner, grads = None, []
-    if twice or any(needs[::2]):
+    if ctx.kept is not None and (twice or any(needs[::3])):
         inner = in_dtype(dtype, ctx.kept.get(saved).reshape(-1, ctx.shape[-1]))
-    dx = torch.mm(dy, weight) if needs_x and weight is not None else None
+    joint = ctx.joint if needs_x and not twice else None
+    dx = None if joint is None else joint.known()
+    if needs_x and weight is not None:
+        dx = torch.mm(dy, weight) if dx is None else accumulate(dx, dy, weight, 1.0)
     dy = in_dtype(dtype, dy)
     for i, (scale, drawn) in enumerate(zip(ctx.scales, ctx.drops)):
-        a, b, hidden = rest[2 * i], rest[2 * i + 1], rest[2 * count + i]
+        a, b, hidden = rest[3 * i : 3 * i + 3]
         drop = None if drawn is None else Dropped(*drawn)
         dropped = inner if drop is None or inner is None else drop.copy(inner)
-        d_down = d_up = None
-        if needs_x or needs[2 * i]:
+        d_down = d_up = d_hidden = None
+        if (needs_x and a is not None) or needs[3 * i] or needs[3 * i + 2]:
             dh = scaled_mm(dy, in_dtype(dtype, b), scale)
-            if needs[2 * i]:
+            d_hidden = dh if needs[3 * i + 2] else None
+            if needs[3 * i]:
                 d_down = in_dtype(a.dtype, torch.mm(dh.t(), dropped))
-            if needs_x:
-                dx = _into(dx, dh, in_dtype(dtype, a), drop, gradient.dtype)
-        if needs[2 * i + 1]:
-            if twice:
+            if needs_x and a is not None:
+                dx = into_gradient(dx, dh, in_dtype(dtype, a), drop, gradient.dtype)
+        if needs[3 * i + 1]:
+            if twice and a is not None:
                 hidden = torch.mm(dropped, in_dtype(dtype, a).t())
             d_up = in_dtype(b.dtype, scaled_mm(hidden.t(), dy, scale).t())
-        grads += [d_down, d_up]
+        grads += [d_down, d_up, d_hidden]
+    if joint is not None:
+        joint.gradient, dx = dx, None  # the node that all layers of this input share gives it on
     dx = None if dx is None else dx.view(ctx.shape)
-    return dx, (gradient if ctx.given else None), None, None, None, None, *grads
+    return dx, (gradient if ctx.given else None), None, None, None, None, None, *grads
 
 
 def scaled_mm(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
@@ -296,7 +361,7 @@ def scaled_mm(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
 _NOTHING: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
 
 
-def _into(
+def into_gradient(
     dx: torch.Tensor | None, dh: torch.Tensor, a: torch.Tensor, drop: Dropped | None, dtype: torch.dtype
 ) -> torch.Tensor:
     """dx + drop(dh A), in place where there is a dx."""

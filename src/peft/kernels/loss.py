@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from peft.kernels.linear import is_bare_linear, no_autocast
 
 
-CHUNK = 2**22  # logits in memory at a time
+CHUNK = 2**24  # logits in memory at a time; the weight is read once for each chunk
 
 
 def chunked_cross_entropy(
@@ -90,27 +90,23 @@ class ChunkedCrossEntropy(Function):
     ) -> torch.Tensor:
         needs_rows, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         total = torch.zeros((), dtype=torch.float32, device=rows.device)
-        d_rows = torch.empty_like(rows) if needs_rows else None
+        places = _counting(labels, ignore_index)
+        d_rows = torch.zeros_like(rows) if needs_rows else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
-        size = max(1, CHUNK // len(weight))
-        for start in range(0, len(rows), size):
-            part, target = rows[start : start + size], labels[start : start + size]
-            raw = F.linear(part.to(weight.dtype), weight, bias)
-            with torch.enable_grad():
-                leaf = raw.detach().requires_grad_(needs_rows or needs_weight or needs_bias)
-                logits = _transformed(leaf, softcap, scale).float()
-                loss = F.cross_entropy(logits, target, ignore_index=ignore_index, reduction="sum")
-            total += loss.detach()
-            if not leaf.requires_grad:
-                continue
-            (gradient,) = torch.autograd.grad(loss, leaf)
+        size = min(max(1, CHUNK // len(weight)), len(places))
+        room = weight.new_empty(size, len(weight))
+        for place in places.split(size) if size else ():
+            part, target = rows[place].to(weight.dtype), labels[place].unsqueeze(1)
+            raw = torch.mm(part, weight.t(), out=room[: len(place)])
+            if bias is not None:
+                raw.add_(bias)
+            loss, gradient = _loss_and_gradient(raw, target, softcap, scale, any(ctx.needs_input_grad[:3]))
+            total += loss
             if d_rows is not None:
-                torch.mm(gradient, weight, out=d_rows[start : start + size]) if d_rows.dtype == weight.dtype else (
-                    d_rows[start : start + size].copy_(gradient @ weight)
-                )
+                d_rows[place] = torch.mm(gradient, weight).to(rows.dtype)
             if d_weight is not None:
-                d_weight += gradient.t() @ part.to(weight.dtype)
+                d_weight += gradient.t() @ part
             if d_bias is not None:
                 d_bias += gradient.sum(0)
         ctx.save_for_backward(d_rows, d_weight, d_bias)
@@ -125,6 +121,40 @@ class ChunkedCrossEntropy(Function):
         d_weight = None if d_weight is None else (d_weight * gradient).to(ctx.dtypes[0])
         d_bias = None if d_bias is None else (d_bias * gradient).to(ctx.dtypes[1])
         return d_rows, d_weight, d_bias, None, None, None, None
+
+
+def _counting(labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    """The rows with a label that counts: the others cost nothing."""
+    if labels.is_meta:
+        return torch.arange(len(labels), device=labels.device)
+    return (labels != ignore_index).nonzero().squeeze(1)
+
+
+def _loss_and_gradient(
+    raw: torch.Tensor, target: torch.Tensor, softcap: float | None, scale: float, wants_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum of -log softmax(f(raw))[target] and its gradient by ``raw``, which is overwritten if in float32."""
+    logits = raw if raw.dtype == torch.float32 else raw.float()
+    if scale != 1:
+        logits.mul_(scale)
+    capped = None
+    if softcap is not None:
+        logits.div_(softcap).tanh_()
+        capped = logits.clone() if wants_gradient else None
+        logits.mul_(softcap)
+    if logits.device.type == "cpu":  # in place: an entry is read for the last time before it is written
+        torch.log_softmax(logits, -1, out=logits)
+    else:
+        logits = torch.log_softmax(logits, -1)
+    loss = -logits.gather(1, target).sum()
+    if not wants_gradient:
+        return loss, raw
+    gradient = logits.exp_().scatter_add_(1, target, logits.new_full((), -1).expand_as(target))
+    if capped is not None:
+        gradient.mul_(capped.square_().neg_().add_(1))
+    if scale != 1:
+        gradient.mul_(scale)
+    return loss, gradient.to(raw.dtype)
 
 
 def _through_head(
@@ -152,14 +182,7 @@ def chunked_loss(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: if the model has no output head, a loss of its own, or does with its logits what is not known here.
     """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    own = getattr(model, "loss_function", None)
-    if head is None or getattr(own, "__name__", "") != "ForCausalLMLoss":
-        raise ValueError(
-            f"chunked_loss needs a causal LM of transformers with an output head and its usual loss; "
-            f"{type(model).__name__} has {'the loss ' + repr(own) if head is not None else 'no head'}. "
-            "Call the model without chunked_loss."
-        )
+    head, own = require_usual_loss(model), model.loss_function
     seen: list[torch.Tensor] = []
 
     def shorten(module: nn.Module, args: tuple) -> tuple:
@@ -178,6 +201,28 @@ def chunked_loss(model: nn.Module) -> Iterator[None]:
     finally:
         model.loss_function = own
         hook.remove()
+
+
+def is_chunked(model: nn.Module) -> bool:
+    """Whether the model is within :func:`chunked_loss`."""
+    return getattr(getattr(model, "loss_function", None), "__module__", "") == __name__
+
+
+def require_usual_loss(model: nn.Module) -> nn.Module:
+    """The output head of a model of which :func:`chunked_loss` can make the loss.
+
+    Raises:
+        ValueError: if it cannot.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    own = getattr(model, "loss_function", None)
+    if head is None or getattr(own, "__name__", "") != "ForCausalLMLoss":
+        raise ValueError(
+            f"chunked_loss needs a causal LM of transformers with an output head and its usual loss; "
+            f"{type(model).__name__} has {'the loss ' + repr(own) if head is not None else 'no head'}. "
+            "Leave chunked_loss out."
+        )
+    return head
 
 
 def _model_loss(
@@ -233,6 +278,8 @@ def _check_transform(
     scale: float,
 ) -> None:
     """Raise ValueError if the model does something else with the logits; seen on the last token of the first row."""
+    if logits.is_meta:
+        return
     with torch.no_grad():
         ours = _transformed(head(hidden[:1, -1:]), softcap, scale).float()
         if not torch.allclose(ours, logits[:1].float(), rtol=0.02, atol=0.02 * float(ours.abs().max())):

@@ -8,11 +8,14 @@ bit for bit the same for products and activations, instead of a copy of it in me
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.graph import saved_tensors_hooks
 
 
 Recipe = Callable[[], torch.Tensor]
@@ -42,14 +45,20 @@ class Kept:
         """The input, or what ``form`` makes of it; ``saved`` is what the context kept."""
         if self.recipe is None:
             return saved if form is None else form(saved)
-        value = self.made.get(form)
-        if value is None:
-            value = self.recipe() if None not in self.made else self.made[None]
-            value = self.made[form] = value if form is None else form(value)
+        value = self.read(form)
         self.left -= 1
         if self.left <= 0:
             self.made.clear()
             self.left = self.users  # another backward pass may follow, if the graph is retained
+        return value
+
+    def read(self, form: Form = None) -> torch.Tensor:
+        """The same where there is a recipe, for one who is not counted among those that read the input."""
+        value = self.made.get(form)
+        if value is None:
+            assert self.recipe is not None
+            value = self.recipe() if None not in self.made else self.made[None]
+            value = self.made[form] = value if form is None else form(value)
         return value
 
 
@@ -74,15 +83,76 @@ def recipe_of(x: torch.Tensor) -> Recipe | None:
     if x.grad_fn is None or x._is_view():
         return None
     try:
-        return None if _is_recomputed() else _of_node(x.grad_fn, DEPTH)
+        return None if is_recomputed() else _of_node(x.grad_fn, DEPTH)
     except (AttributeError, RuntimeError):  # an older torch that shows less of its graph, or a graph already freed
         return None
 
 
-def _is_recomputed() -> bool:
+def is_recomputed() -> bool:
     """Whether gradient checkpointing is at work: it keeps nothing, and counts what is kept."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    hooks = _hooks()
     return hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
+
+
+def _hooks() -> tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]] | None:
+    """The hooks through which tensors pass now that autograd keeps."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+@contextmanager
+def recomputed() -> Iterator[None]:
+    """A context in which autograd keeps no tensor that can be made again from others that it keeps.
+
+    The output of an activation between two products is one: autograd keeps its input too. Hooks of a context around
+    this one see what is kept. Within gradient checkpointing, which keeps nothing, and within itself it does nothing.
+    """
+    outer = _hooks()
+    itself = outer is not None and getattr(outer[0], "func", None) is _Saved
+    if itself or is_recomputed() or not torch._C._autograd._saved_tensors_hooks_is_enabled():
+        yield
+        return
+    with saved_tensors_hooks(partial(_Saved, outer), _Saved.unpack):
+        yield
+
+
+class _Saved:
+    """A tensor that a node of autograd keeps: how to make it, or itself as the hooks around give it back."""
+
+    __slots__ = ("kept", "packed", "unpacks", "version", "view")
+
+    def __init__(self, outer: tuple[Callable, Callable] | None, x: torch.Tensor) -> None:
+        whole, self.view = x, None
+        if x._is_view() and (base := x._base) is not None and base.is_contiguous() and not base.storage_offset():
+            whole, self.view = base, (x.size(), x.stride(), x.storage_offset())
+        found = kept(whole) if whole.output_nr == 0 else None
+        self.kept = found if found is not None and found.recipe is not None else None
+        self.packed, self.unpacks, self.version = None, None if outer is None else outer[1], x._version
+        if self.kept is None:  # a node that kept its own output as it is would never be freed
+            self.packed = x.detach() if outer is None else outer[0](x)
+
+    def unpack(self) -> torch.Tensor:
+        """The tensor, for the node."""
+        if self.kept is not None:
+            return self._seen(self.kept.get(None))
+        return self._checked() if self.unpacks is None else self.unpacks(self.packed)
+
+    def reader(self) -> Recipe | None:
+        """How recipes come by the tensor; None where hooks have put something else in its place."""
+        if (made := self.kept) is not None:
+            return lambda: self._seen(made.read())
+        return self._checked if isinstance(self.packed, torch.Tensor) else None
+
+    def _seen(self, whole: torch.Tensor) -> torch.Tensor:
+        return whole if self.view is None else whole.as_strided(*self.view)
+
+    def _checked(self) -> torch.Tensor:
+        return _unchanged(self.packed, self.version)
+
+
+def _unchanged(tensor: torch.Tensor, version: int) -> torch.Tensor:
+    if tensor._version != version:
+        raise RuntimeError(_CHANGED.format(now=tensor._version, then=version))
+    return tensor
 
 
 def _of_node(node: Any, depth: int) -> Recipe | None:
@@ -96,6 +166,8 @@ def _operand(node: Any, name: str) -> Recipe | None:
     hooked = getattr(node, raw).unpack_hook is not None
     # hooks may allow to unpack once only, so what they hold is read as it is
     tensor = getattr(node, raw).data if hooked else getattr(node, saved)
+    if isinstance(tensor, _Saved):
+        return tensor.reader()
     if not isinstance(tensor, torch.Tensor):
         return None
     if tensor.numel() and not tensor.untyped_storage().nbytes():
@@ -103,14 +175,7 @@ def _operand(node: Any, name: str) -> Recipe | None:
     if not hooked:
         return lambda: getattr(node, saved)
     version = tensor._version
-
-    def read() -> torch.Tensor:
-        value = getattr(node, raw).data
-        if value._version != version:
-            raise RuntimeError(_CHANGED.format(now=value._version, then=version))
-        return value
-
-    return read
+    return lambda: _unchanged(getattr(node, raw).data, version)
 
 
 def _product(node: Any, depth: int) -> Recipe | None:
@@ -154,6 +219,12 @@ def _activation(function: Callable[..., torch.Tensor], *options: str) -> Callabl
     return maker
 
 
+def _spectrum(node: Any, depth: int) -> Recipe | None:
+    x = _operand(node, "self")
+    options = node._saved_dim, node._saved_normalization, node._saved_onesided
+    return None if x is None else lambda: torch.ops.aten._fft_r2c(x(), *options)
+
+
 def _layer_norm(node: Any, depth: int) -> Recipe | None:
     parts = [_operand(node, name) for name in ("input", "result1", "result2")]
     affine = [_operand(node, name) for name in ("weight", "bias")]
@@ -174,4 +245,5 @@ _MAKERS: dict[str, Callable[[Any, int], Recipe | None]] = {
     "SiluBackward0": _activation(F.silu),
     "GeluBackward0": _activation(F.gelu, "approximate"),
     "NativeLayerNormBackward0": _layer_norm,
+    "FftR2CBackward0": _spectrum,
 }

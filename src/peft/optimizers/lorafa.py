@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from peft.optimizers.adamw import adamw
 from peft.optimizers.pairs import damped_inverses, pairs_of, require_whole
 from peft.utils.warning import PeftWarning
 
@@ -76,7 +77,7 @@ class LoraFAOptimizer(Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self._update(p, projected.get(p, p.grad), group)
+                    adamw(p, projected.get(p, p.grad), self.state[p], group)
         return loss
 
     def _projected(self) -> dict[nn.Parameter, torch.Tensor]:
@@ -92,21 +93,6 @@ class LoraFAOptimizer(Optimizer):
             g = inverse @ g if left else _by_group(g, len(f) // p.shape[1]) @ inverse
             found[p] = (g / scaling**2).reshape(p.shape).to(p.dtype)
         return found
-
-    def _update(self, p: nn.Parameter, gradient: torch.Tensor, group: dict[str, Any]) -> None:
-        """AdamW's step (arXiv 1711.05101), with the decay after the update."""
-        state, (beta1, beta2) = self.state[p], group["betas"]
-        if not state:
-            state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-        state["step"] += 1
-        mean = state["exp_avg"].mul_(beta1).add_(gradient, alpha=1 - beta1)
-        square = state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        size = group["lr"]
-        if group["correct_bias"]:
-            size *= math.sqrt(1 - beta2 ** state["step"]) / (1 - beta1 ** state["step"])
-        p.addcdiv_(mean, square.sqrt().add_(group["eps"]), value=-size)
-        if group["weight_decay"]:
-            p.mul_(1 - group["lr"] * group["weight_decay"])
 
 
 def _by_group(factor: torch.Tensor, groups: int) -> torch.Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from peft.optimizers.eight_bits import keep_embeddings_exact
 from peft.optimizers.pairs import pairs_of
 
 
@@ -48,15 +49,5 @@ def create_loraplus_optimizer(
         for kind, params in members.items()
     ]
     if optimizer_cls.__module__.startswith("bitsandbytes."):
-        _keep_embeddings_exact(model)
+        keep_embeddings_exact(model)
     return optimizer_cls(groups, lr=lr, **kwargs)  # type: ignore[call-arg]
-
-
-def _keep_embeddings_exact(model: nn.Module) -> None:
-    """Have bitsandbytes keep the state of trained embeddings in 32 bits, as it advises: gradients vary widely."""
-    from bitsandbytes.optim import GlobalOptimManager
-
-    manager = GlobalOptimManager.get_instance()
-    for module in model.modules():
-        if isinstance(module, nn.Embedding) and module.weight.requires_grad:
-            manager.register_module_override(module, "weight", {"optim_bits": 32})

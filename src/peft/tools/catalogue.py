@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -35,15 +36,50 @@ class Method:
 
 
 def methods() -> list[Method]:
-    """All registered methods by name, the most used one first."""
+    """All methods by name, those of other packages included, the most used one first."""
     import peft.tuners  # noqa: F401
-    from peft.utils.peft_types import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.utils.peft_types import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, load_outside
 
+    load_outside()
     found = [
         Method(str(getattr(key, "value", key)).lower(), config, PEFT_TYPE_TO_TUNER_MAPPING[key])
         for key, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()
     ]
     return sorted(found, key=lambda entry: (entry.key != "lora", entry.words[0].lower().strip("(")))
+
+
+def page(method: Method, example: list[str] | None = None, shared: str = "") -> list[str]:
+    """A method's page in Markdown, as lines: what it computes, what it is for, an example, its fields.
+
+    Args:
+        example: lines of code. shared: what to say of fields that many methods have, behind their names.
+    """
+    first, _, rest = inspect.cleandoc(method.config.__doc__ or "").partition("\n\n")
+    first = re.sub(r"^Config of [^:.]*[:.] *", "", first.replace("\n", " "))
+    name, formula = method.words
+    lines = [f"# {name}", "", sentence(formula.replace("*", r"\*")), ""]
+    lines += [sentence(first), ""] if first else []
+    lines += [rest.replace("``", "`"), ""] if rest else []
+    lines += ["```python", *example, "```", ""] if example else []
+    own, common = method.fields()
+    lines += ["## Fields", ""]
+    if own:
+        lines += ["| field | default | |", "|---|---|---|", *map(row, own), ""]
+    if common:
+        lines += [f"Also: {', '.join(f'`{field.name}`' for field in common)}{shared}.", ""]
+    return lines
+
+
+def row(field: Any) -> str:
+    """A field of a config as a row of a table."""
+    text = field.metadata.get("help", "").replace("|", r"\|").replace("\n", " ")
+    return f"| `{field.name}` | `{default_of(field)!r}` | {text} |"
+
+
+def sentence(text: str) -> str:
+    """With a capital letter, where it starts with a word and not with a formula."""
+    word = text.partition(" ")[0]
+    return text[0].upper() + text[1:] if word.isalpha() and word.islower() else text
 
 
 def default_of(field: Any) -> Any:

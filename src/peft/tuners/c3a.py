@@ -15,7 +15,6 @@ from peft.config import (
     ModulesToSave,
     TargetModules,
     TrainedBias,
-    check_pattern,
     option,
     resolve_pattern,
 )
@@ -24,7 +23,6 @@ from peft.core.addition import LinearIn
 from peft.core.base.kinds import fan
 from peft.core.families import Delta, padded
 from peft.core.model.registry import define_tuner
-from peft.utils.error import ConfigError
 from peft.utils.peft_types import PeftType
 
 
@@ -45,8 +43,11 @@ class C3AConfig(TargetModules, TrainedBias, ModulesToSave, LayerSelection):
         "them with zeros.",
         minimum=1,
     )
-    block_size_pattern: dict | None = option(
-        dict, "Block sizes of particular modules: a module name, an end of one, or a regular expression -> size."
+    block_size_pattern: dict[str, int] | None = option(
+        dict,
+        "Block sizes of particular modules: a module name, an end of one, or a regular expression -> size.",
+        names=dict,
+        minimum=1,
     )
     init_weights: bool | str | None = option(
         "xavier_uniform",
@@ -54,13 +55,6 @@ class C3AConfig(TargetModules, TrainedBias, ModulesToSave, LayerSelection):
         "'kaiming_uniform' and 'gaussian' are random numbers, so that the fresh adapter is not the identity.",
         choices=(True, False, "gaussian", "kaiming_uniform", "xavier_uniform"),
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.block_size_pattern = check_pattern(self, "block_size_pattern")
-        for key, size in self.block_size_pattern.items():
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise ConfigError(f"C3AConfig: block_size_pattern[{key!r}]={size!r} must be a whole number above 0.")
 
 
 def c3a_weight(kernel: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
@@ -81,9 +75,9 @@ def c3a_product(x: torch.Tensor, kernel: torch.Tensor, shape: tuple[int, int]) -
     if not x.numel():  # there is no transform of nothing
         return F.linear(x, c3a_weight(kernel, shape).to(x.dtype))
     dtype = torch.promote_types(kernel.dtype, torch.float32)  # there is no transform of 16 bits
-    pieces = padded(x.to(dtype) / columns, kernel.shape[1] * size).reshape(-1, kernel.shape[1], size)
+    pieces = padded(x.to(dtype), kernel.shape[1] * size).reshape(-1, kernel.shape[1], size)
     spectrum = torch.fft.rfft(pieces).permute(2, 0, 1)  # [frequency, row of x, n]
-    mixed = spectrum @ torch.fft.rfft(kernel.to(dtype)).conj().permute(2, 1, 0)  # [frequency, row of x, m]
+    mixed = spectrum @ torch.fft.rfft(kernel.to(dtype) / columns).conj().permute(2, 1, 0)  # [frequency, row of x, m]
     y = torch.fft.irfft(mixed.permute(1, 2, 0), n=size)  # [row of x, m, b]
     return y.flatten(1)[:, :rows].to(x.dtype).reshape(*x.shape[:-1], rows)
 

@@ -15,7 +15,6 @@ from peft.config import (
     RankPattern,
     TargetModules,
     TrainedBias,
-    check_pattern,
     option,
     resolve_pattern,
 )
@@ -43,11 +42,9 @@ class DeloraConfig(TargetModules, ExcludeModules, TrainedBias, ModulesToSave, La
     delora_lambda: int = option(15, "What the strength lambda starts at: a bound of the norm of the update.")
     module_dropout: float = option(0.0, "Dropout on the input of the update.", minimum=0, below=1)
     init_weights: bool = option(True, "Start with B = 0, so that nothing changes; otherwise at random numbers.")
-    lambda_pattern: dict | None = option(dict, "Strengths of particular modules, with keys like `rank_pattern`'s.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.lambda_pattern = check_pattern(self, "lambda_pattern")
+    lambda_pattern: dict[str, float] | None = option(
+        dict, "Strengths of particular modules, with keys like `rank_pattern`'s.", names=dict
+    )
 
 
 def delora_pair(

@@ -38,7 +38,7 @@ class FourierFTConfig(SpectrumConfig, FanInFanOut, TrainedBias):
     OWN_BIAS: ClassVar[str] = "fourier_only"
 
     n_frequency: int = option(1000, "How many numbers each layer trains.", minimum=1)
-    scaling: float = option(150.0, "The update is scaled by this.")
+    scaling: float = option(150.0, "The update is scaled by this.", stuck=0)
     random_loc_seed: int = option(
         777, "Seed of the frequencies, which are not in the file: it must stay what it was in training."
     )

@@ -31,7 +31,7 @@ class GraloraConfig(TargetModules, FanInFanOut, TrainedBias, ModulesToSave, Laye
 
     r: int = option(32, "Rank of the blocks together: as many parameters as a LoRA of that rank.", minimum=1)
     hybrid_r: int = option(0, "Rank of a plain LoRA over the whole weight, besides the blocks.", minimum=0)
-    alpha: int = option(64, "The update is scaled by alpha / (r + hybrid_r).")
+    alpha: int = option(64, "The update is scaled by alpha / (r + hybrid_r).", stuck=0)
     gralora_dropout: float = option(0.0, "Dropout on the input of the update.", minimum=0, below=1)
     gralora_k: int = option(2, "Blocks in each direction; it divides r.", minimum=1)
     init_weights: bool = option(True, "Start with B = 0, so that nothing changes; otherwise at random numbers.")

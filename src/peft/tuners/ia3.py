@@ -32,15 +32,12 @@ class IA3Config(TargetModules, ExcludeModules, FanInFanOut, ModulesToSave):
     METHOD: ClassVar[PeftType] = PeftType.IA3
 
     feedforward_modules: list[str] | str | None = option(
-        None, "Which of the target modules scale their input instead of their output; names, or a regex."
+        None, "Which of the target modules scale their input instead of their output; names, or a regex.", names=set
     )
     init_ia3_weights: bool = option(True, "Start at one, so that nothing changes; otherwise at random numbers.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        modules = self.feedforward_modules
-        if isinstance(modules, list | tuple):
-            self.feedforward_modules = set(modules)  # type: ignore[assignment]
         inner: Any = self.feedforward_modules
         targets: Any = self.target_modules
         both = isinstance(inner, set) and isinstance(targets, set)

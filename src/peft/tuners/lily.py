@@ -34,7 +34,7 @@ class LilyConfig(TargetModules, ExcludeModules, ModulesToSave, LayerSelection):
         1, "How many neighbouring layers, of those with the same name and shape, share an A.", minimum=1
     )
     num_B: int = option(2, "Experts B, shared by all layers with the same name and shape.", minimum=1)
-    scaling: float = option(1.0, "Factor of the update.")
+    scaling: float = option(1.0, "Factor of the update.", stuck=0)
     init_weights: bool = option(True, "Start with B = 0, so that nothing changes; otherwise B is random.")
     routing: str = option(
         "sample",
@@ -46,7 +46,7 @@ class LilyConfig(TargetModules, ExcludeModules, ModulesToSave, LayerSelection):
     )
 
     @classmethod
-    def check_kwargs(cls, **kwargs: Any) -> dict:
+    def check_kwargs(cls, /, **kwargs: Any) -> dict:
         """Files without ``routing`` come from an implementation that averages over the batch."""
         return {"routing": "batch", **kwargs} if "peft_version" in kwargs else kwargs
 
@@ -98,15 +98,17 @@ class Lily(Sample):
         h = kind.down(base, x, self.lily_A.weight)
         pieces = kind.channels_last(h).unflatten(-1, (-1, r))  # [batch, ..., groups, r]
         chances = lily_chances(pieces, self.lily_router.weight)
-        experts = self.lily_B.weight * self.scaling
+        experts, scale = self.lily_B.weight, self.scaling  # the chances are scaled, which are few
         if self.routing == "token":  # (sum_e p_e B_e) h with the p_e on h: no matrix for each token
-            each = (chances.unsqueeze(-1) * pieces.unsqueeze(-2)).flatten(-3)  # [batch, ..., groups * num_B * r]
+            each = ((chances * scale).unsqueeze(-1) * pieces.unsqueeze(-2)).flatten(
+                -3
+            )  # [batch, ..., groups * num_B * r]
             return kind.up(base, kind.channels_back(each), experts.T)
         experts = experts.unflatten(0, (-1, r))  # [num_B, r, out]
         if self.routing == "batch":
-            mean = _mean(chances.flatten(0, -2), 0)
+            mean = _mean(chances.flatten(0, -2), 0) * scale
             return kind.up(base, h, lily_experts(mean, experts).T)
-        return self.each_up(h, lily_experts(self.average(chances), experts))
+        return self.each_up(h, lily_experts(self.average(chances) * scale, experts))
 
     def average(self, chances: torch.Tensor) -> torch.Tensor:
         """The mean over the positions of each sample, without padding, ``[batch, num_B]``."""

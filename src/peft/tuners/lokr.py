@@ -31,7 +31,9 @@ class LoKrConfig(LycorisConfig):
     decompose_factor: int = option(
         -1, "Size of W1, in layers it divides, and the most in others; -1: W1 and W2 as equal as can be.", minimum=-1
     )
-    rank_dropout_scale: bool = option(False, "Whether rank_dropout scales up the outputs that it keeps.")
+    rank_dropout_scale: bool = option(
+        False, "Whether rank_dropout scales up the outputs that it keeps.", needs="rank_dropout"
+    )
     init_weights: bool | str = option(
         True,
         "Start with W1 = 0, or with 'lycoris' W2 = 0, so that nothing changes; otherwise at random numbers.",

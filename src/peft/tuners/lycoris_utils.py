@@ -31,7 +31,7 @@ class LycorisConfig(RankPatterns, TargetModules, ExcludeModules, ModulesToSave, 
     """Fields of the methods that come from LyCORIS (arXiv 2309.14859)."""
 
     r: int = option(8, "Rank of the factors.", minimum=1)
-    alpha: int = option(8, "The update is scaled by alpha / r.")
+    alpha: int = option(8, "The update is scaled by alpha / r.", stuck=0)
     rank_dropout: float = option(
         0.0, "Share of the outputs that get no update in a training step.", minimum=0, below=1
     )

@@ -30,7 +30,12 @@ class MissConfig(TargetModules, ExcludeModules, TrainedBias, ModulesToSave, Laye
 
     r: int = option(64, "Size of the blocks, and rank of the update.", minimum=1)
     miss_dropout: float = option(0.0, "Dropout on the input of the update.", minimum=0, below=1)
-    mini_r: int = option(1, "'mini' only: outputs that D has; they are repeated for the others.", minimum=1)
+    mini_r: int = option(
+        1,
+        "'mini' only: outputs that D has; they are repeated for the others.",
+        minimum=1,
+        needs=("init_weights", "mini"),
+    )
     init_weights: bool | str = option(
         True,
         "The form, each starting at zeros, so that nothing changes: True, 'bat' or 'mini'. False is the form of True "

@@ -30,7 +30,7 @@ class MtlLoraConfig(TargetModules, ExcludeModules, ModulesToSave, LayerSelection
     METHOD: ClassVar[str] = "MTL_LORA"
 
     r: int = option(8, "Rank of A and of each B_j.", minimum=1)
-    alpha: float = option(8, "The update is scaled by alpha / r.")
+    alpha: float = option(8, "The update is scaled by alpha / r.", stuck=0)
     dropout: float = option(0.0, "Dropout on the input of the update.", minimum=0, below=1)
     n_tasks: int = option(1, "Number of tasks; with one, task_ids can be left out.", minimum=1)
     n_up_projection: int = option(1, "Number of the B_j.", minimum=1)

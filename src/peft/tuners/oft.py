@@ -43,10 +43,10 @@ class OFTConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Modules
     module_dropout: float = option(0.0, "Share of the blocks that stand still in a training step.", minimum=0, below=1)
     init_weights: bool = option(True, "Start at R = I, so that nothing changes; otherwise at a random rotation.")
     coft: bool = option(False, "Constrained OFT: keep each block near the identity, within eps.")
-    eps: float = option(6e-5, "How far constrained OFT may rotate.", minimum=0)
+    eps: float = option(6e-5, "How far constrained OFT may rotate.", minimum=0, needs="coft")
     block_share: bool = option(False, "All blocks of a layer are the same one.")
     use_cayley_neumann: bool = option(True, "Approximate the Cayley transform by a Neumann series: faster, not exact.")
-    num_cayley_neumann_terms: int = option(5, "Terms of that series.", minimum=1)
+    num_cayley_neumann_terms: int = option(5, "Terms of that series.", minimum=1, needs="use_cayley_neumann")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from peft.config import ModulesToSave, TargetModules, check_pattern, option, resolve_pattern
+from peft.config import ModulesToSave, TargetModules, option, resolve_pattern
 from peft.core.adapter import part, setting
 from peft.core.base.kinds import fan
 from peft.core.families import Fold
@@ -34,8 +34,10 @@ class OSFConfig(TargetModules, ModulesToSave):
         "How many of the largest singular values are frozen with their vectors: a number, or a share of all below 1. "
         "Left out, half of them.",
     )
-    rank_pattern: dict | None = option(
-        None, "effective_rank of particular modules: a module name, an end of one, or a regular expression -> rank."
+    rank_pattern: dict[str, float] | None = option(
+        None,
+        "effective_rank of particular modules: a module name, an end of one, or a regular expression -> rank.",
+        names=dict,
     )
     init_weights: bool | None = option(
         True, "Start with the tail of W, so that nothing changes; otherwise at random numbers."
@@ -48,7 +50,7 @@ class OSFConfig(TargetModules, ModulesToSave):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        ranks = {f"rank_pattern[{key!r}]": value for key, value in check_pattern(self, "rank_pattern").items()}
+        ranks = {f"rank_pattern[{key!r}]": value for key, value in (self.rank_pattern or {}).items()}
         for field, rank in {"effective_rank": self.effective_rank, **ranks}.items():
             if rank is not None and not (type(rank) is int and rank > 0 or type(rank) is float and 0 < rank < 1):
                 raise ConfigError(

@@ -23,6 +23,9 @@ class PromptEncoderReparameterizationType(str, enum.Enum):
     LSTM = "LSTM"
 
 
+LSTM = ("encoder_reparameterization_type", PromptEncoderReparameterizationType.LSTM)
+
+
 @dataclass
 class PromptEncoderConfig(PromptLearningConfig):
     """Config of P-tuning.
@@ -39,8 +42,8 @@ class PromptEncoderConfig(PromptLearningConfig):
         "after it.",
     )
     encoder_hidden_size: int = option(None, "Width of that network; by default the embedding's.", minimum=1)
-    encoder_num_layers: int = option(2, "Layers of the LSTM; an MLP always has three.", minimum=1)
-    encoder_dropout: float = option(0.0, "Dropout between the layers of the LSTM.", minimum=0, below=1)
+    encoder_num_layers: int = option(2, "Layers of the LSTM; an MLP always has three.", minimum=1, needs=LSTM)
+    encoder_dropout: float = option(0.0, "Dropout between the layers of the LSTM.", minimum=0, below=1, needs=LSTM)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -33,7 +33,7 @@ class PeanutConfig(TargetModules, ExcludeModules, ModulesToSave, LayerSelection)
     r: int = option(32, "Width of the network, and rank of the update.", minimum=1)
     depth: int = option(0, "Pairs of an encoder and a decoder layer between the first and the last one.", minimum=0)
     act_fn: str = option("relu", "The non-linearity, by its name in transformers.")
-    scaling: float = option(1.0, "The update is scaled by this.")
+    scaling: float = option(1.0, "The update is scaled by this.", stuck=0)
     init_weights: bool = option(True, "Start with B = 0, so that nothing changes; otherwise at random numbers.")
 
     def __post_init__(self) -> None:

@@ -107,7 +107,7 @@ def psoft_pair(
         a: ``[r, in * kernel]``. b: ``[out, r]``. rotation: R ``[r, r]``. scale: s.
     """
     eye = torch.eye(len(rotation), device=rotation.device, dtype=rotation.dtype)
-    return a, (b * scale) @ (rotation - eye)
+    return a, b @ ((rotation - eye) * scale)
 
 
 class Psoft(LowRank, Scaled):

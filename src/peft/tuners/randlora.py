@@ -40,7 +40,7 @@ class RandLoraConfig(TargetModules, FanInFanOut, TrainedBias, ModulesToSave, Lay
         False, "As sparse, but 0 with the probability 1 - 1/sqrt(d), d the smaller side of the largest layer."
     )
     randlora_dropout: float = option(0.0, "Dropout on the input of the update.", minimum=0, below=1)
-    randlora_alpha: int = option(640, "The update is scaled by randlora_alpha / r; about 20 r is usual.")
+    randlora_alpha: int = option(640, "The update is scaled by randlora_alpha / r; about 20 r is usual.", stuck=0)
     init_weights: bool = option(True, "Start with lambda = 0, so that nothing changes; otherwise lambda is random.")
 
 

@@ -26,6 +26,7 @@ from peft.core.blocks.blocks import (
     with_first,
 )
 from peft.core.blocks.extent import Extent, extent_of
+from peft.core.layer.composed import Change, change_of
 from peft.core.model.registry import define_tuner
 from peft.core.model.walk import locate
 from peft.tuners.reft_utils import Intervention
@@ -115,22 +116,46 @@ class ReftLayer(BlockLayer, nn.Module):
     """Wraps a block, whose output is edited at the positions of each adapter; each reads the block's own output."""
 
     extent: Extent
+    composes: ClassVar[bool] = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = self.base_layer(*args, **kwargs)
         h = first_output(output)
-        flat = y = h.flatten(0, -2)
+        y = h
         for adapter, rows in self.acting(h):
-            if (found := self.extent.ends(h, *adapter.positions)) is None:
-                continue
-            index, valid = found
-            places = index + torch.arange(0, len(y), h.shape[1], device=h.device)[:, None]
-            if rows is not None:
-                places, valid = places[rows], valid[rows]
-            chosen = flat.index_select(0, places.flatten()).view(*places.shape, -1)
-            change = adapter.change(adapter.cast(chosen)).to(y.dtype).masked_fill(~valid[..., None], 0)
-            y = y.index_add(0, places.flatten(), change.flatten(0, 1))
-        return output if y is flat else with_first(output, y.view(h.shape))
+            if not isinstance(adapter, Reft):  # a composition
+                y = self.changed(adapter, rows, h, y)
+            elif (edits := self.edits(adapter, rows, h, h)) is not None:
+                y = y.flatten(0, -2).index_add(0, *edits).view(h.shape)
+        return output if y is h else with_first(output, y)
+
+    def edits(self, adapter: Reft, rows: Any, h: torch.Tensor, of: torch.Tensor) -> Any:
+        """Which tokens of all those in ``h`` an adapter edits, and what is added to them; None where there are none.
+
+        Args:
+            rows: those of the batch that are its own, None for all. of: what it reads, shaped like ``h``.
+        """
+        if (found := self.extent.ends(h, *adapter.positions)) is None:
+            return None
+        index, valid = found
+        places = index + torch.arange(0, len(h) * h.shape[1], h.shape[1], device=h.device)[:, None]
+        if rows is not None:
+            places, valid = places[rows], valid[rows]
+        chosen = of.flatten(0, -2).index_select(0, places.flatten()).view(*places.shape, -1)
+        change = adapter.change(adapter.cast(chosen)).to(h.dtype).masked_fill(~valid[..., None], 0)
+        return places.flatten(), change.flatten(0, 1)
+
+    def changed(self, adapter: Any, rows: Any, h: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """y with what a composition changes of h."""
+
+        def step(leaf: Reft, state: torch.Tensor) -> Change | None:
+            if (edits := self.edits(leaf, rows, h, state)) is None:
+                return None
+            update = torch.zeros_like(state).flatten(0, -2).index_add(0, *edits).view(h.shape)
+            return Change(update, state)
+
+        change = change_of(adapter, h, step)
+        return y if change is None else y + change.total.to(y.dtype)
 
 
 class ReftTuner(BlockTuner):

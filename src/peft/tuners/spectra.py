@@ -11,7 +11,6 @@ from peft.config import (
     LayerSelection,
     ModulesToSave,
     TargetModules,
-    check_pattern,
     option,
     resolve_pattern,
 )
@@ -23,22 +22,20 @@ class SpectrumConfig(TargetModules, ExcludeModules, ModulesToSave, LayerSelectio
     """Fields of the methods that train numbers at random places of a spectrum."""
 
     n_frequency: int = option(1000, "How many numbers each layer trains.", minimum=1)
-    n_frequency_pattern: dict | None = option(
-        dict, "Numbers of particular modules: a module name, an end of one, or a regular expression -> how many."
+    n_frequency_pattern: dict[str, int] | None = option(
+        dict,
+        "Numbers of particular modules: a module name, an end of one, or a regular expression -> how many.",
+        names=dict,
+        minimum=1,
     )
     random_loc_seed: int = option(777, "Seed of the places, which are not in the file.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        name = type(self).__name__
-        self.n_frequency_pattern = check_pattern(self, "n_frequency_pattern")
-        for key, n in self.n_frequency_pattern.items():
-            if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-                raise ConfigError(f"{name}: n_frequency_pattern[{key!r}]={n!r} must be a whole number above 0.")
         if self.random_loc_seed is None:
             raise ConfigError(
-                f"{name}: random_loc_seed=None would lose the places of the trained numbers: the file has none, they "
-                "are drawn from the seed when it is loaded. Give any number."
+                f"{type(self).__name__}: random_loc_seed=None would lose the places of the trained numbers: the "
+                "file has none, they are drawn from the seed when it is loaded. Give any number."
             )
 
     def count_for(self, key: str, shape: tuple[int, int], default: int | None = None) -> int:

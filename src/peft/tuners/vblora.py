@@ -43,7 +43,9 @@ class VBLoRAConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Modu
         False, "Write only the weights of the vectors in use: a smaller file, from which training cannot go on."
     )
     vblora_dropout: float = option(0.0, "Dropout on the input of the update.", minimum=0, below=1)
-    init_vector_bank_bound: float = option(0.02, "The bank starts uniform in +- this bound; above 0.", minimum=0)
+    init_vector_bank_bound: float = option(
+        0.02, "The bank starts uniform in +- this bound; above 0.", minimum=0, stuck=0
+    )
     init_logits_std: float = option(0.1, "Standard deviation of the logits at the start.", minimum=0)
 
     def __post_init__(self) -> None:

@@ -24,7 +24,7 @@ class SharedPairConfig(TargetModules, FanInFanOut, TrainedBias, ModulesToSave, L
     save_projection: bool = option(
         True, "Write A and B into the file. Without, they are drawn again from projection_prng_key when it is loaded."
     )
-    d_initial: float = option(0.1, "What d starts at.")
+    d_initial: float = option(0.1, "What d starts at.", needs="init_weights", stuck=0)
     init_weights: bool = option(True, "Start with b = 0, so that nothing changes; otherwise b = 1 and d is random.")
 
 

@@ -35,7 +35,7 @@ class WaveFTConfig(SpectrumConfig, FanInFanOut, TrainedBias):
     OWN_BIAS: ClassVar[str] = "waveft_only"
 
     n_frequency: int = option(2592, "How many numbers each layer trains.", minimum=1)
-    scaling: float = option(25.0, "The update is scaled by this.")
+    scaling: float = option(25.0, "The update is scaled by this.", stuck=0)
     wavelet_family: str = option("db1", "Discrete wavelet, by its name in PyWavelets; 'db1' is Haar's.")
     use_idwt: bool = option(
         True, "Transform the coefficients; without, they are the entries of the update themselves."

@@ -24,6 +24,10 @@ class ConfigTypeError(ConfigError, TypeError):
     """A field of a config holds something of a type that it does not take."""
 
 
+class ConfigChoiceError(ConfigError, NotImplementedError):
+    """A field of a config holds none of the values that it may have."""
+
+
 class ConfigFileError(ConfigError, OSError):
     """An `adapter_config.json` is missing, unreadable or damaged."""
 
@@ -34,6 +38,16 @@ class NoAdaptedLayersError(PeftError, ValueError, TypeError):
 
 class MissingFileError(ConfigFileError, FileNotFoundError):
     """A file of an adapter is neither in a folder nor on the hub, or could not be fetched."""
+
+
+class UnknownAdapterError(PeftError, ValueError, KeyError):
+    """A model has no adapter of this name."""
+
+    __str__ = BaseException.__str__  # a KeyError shows its message in quotation marks
+
+
+class UnknownTokenError(PeftError, ValueError, IndexError):
+    """An index of a token is outside the table of embeddings."""
 
 
 class NoEqualWeightError(PeftError, ValueError, NotImplementedError):

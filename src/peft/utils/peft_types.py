@@ -1,15 +1,24 @@
 """The names of methods and tasks, and the registry in which each method enters itself.
 
 `register_peft_method` is the one way in; the four mappings below are what the rest of the package reads. They are
-filled by importing `peft.tuners`, and by third parties that register methods of their own.
+filled by importing `peft.tuners`, and by third parties that register methods of their own. A package that has
+
+    [project.entry-points."peft.methods"]
+    my_method = "my_package.my_method"
+
+brings the method `my_method`: importing that module registers it, and nobody has to import it. That happens when a
+file, or a user, names the method, or somebody asks for all that there are; not before.
 """
 
 from __future__ import annotations
 
 import enum
+import warnings
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from peft.utils.error import nearest
+from peft.utils.warning import PeftWarning
 
 
 class PeftType(str, enum.Enum):
@@ -90,13 +99,16 @@ PEFT_TYPE_TO_TUNER_MAPPING: dict[Any, Any] = {}
 PEFT_TYPE_TO_MIXED_MODEL_MAPPING: dict[str, Any] = {}
 PEFT_TYPE_TO_PREFIX_MAPPING: dict[str, str] = {}
 
+# Configs of adapters that are no method's, by the `peft_type` of their files: those that are made of other adapters.
+CONFIGS_OF_NO_METHOD: dict[str, Any] = {}
+
 
 # Methods that had another name in older files -> the one of today, and how tensors began then and begin now.
 RENAMED_METHODS: dict[str, tuple[str, str, str]] = {"BONE": ("MISS", "bone_", "miss_")}
 
 
 def parse_peft_type(name: str | PeftType) -> PeftType | OwnMethod:
-    """The enum member called `name`, or `name` itself where a third party registered it.
+    """The enum member called `name`, or `name` itself where a third party registered it, or has an entry point for it.
 
     Raises:
         ValueError: neither the enum nor the registry knows the name; the message has the nearest one.
@@ -106,11 +118,50 @@ def parse_peft_type(name: str | PeftType) -> PeftType | OwnMethod:
     name = RENAMED_METHODS.get(name, (name,))[0]
     if name in PeftType.__members__:
         return PeftType[name]
-    if name in PEFT_TYPE_TO_CONFIG_MAPPING:
+    if name not in PEFT_TYPE_TO_CONFIG_MAPPING and name not in CONFIGS_OF_NO_METHOD:
+        load_outside(name)
+    if name in PEFT_TYPE_TO_CONFIG_MAPPING or name in CONFIGS_OF_NO_METHOD:
         return OwnMethod(name)
     known = [*PeftType.__members__, *(str(k) for k in PEFT_TYPE_TO_CONFIG_MAPPING if not isinstance(k, PeftType))]
+    known += [point.name.upper() for point in entry_points(group=OUTSIDE) if (point.name, point.value) not in _tried]
     hint = nearest(name, known, cutoff=0.0)
     raise ValueError(f"Unknown peft_type {name!r}.{hint} Known: {', '.join(sorted(known))}.")
+
+
+OUTSIDE = "peft.methods"
+"""The group of entry points by which other packages bring methods."""
+
+_tried: set[tuple[str, str]] = set()
+
+
+def load_outside(name: str | None = None) -> None:
+    """Import the methods of other packages that have an entry point, each once.
+
+    One that cannot be imported, or is no method, is named in a warning; the others are imported all the same.
+
+    Args:
+        name: the method to import, in any case; all of them if None.
+    """
+    for point in entry_points(group=OUTSIDE):
+        wanted = name is None or point.name.upper() == name.upper()
+        if wanted and (point.name, point.value) not in _tried:
+            _tried.add((point.name, point.value))
+            _load(point)
+
+
+def _load(point: EntryPoint) -> None:
+    try:
+        point.load()
+        problem = "" if point.name.upper() in PEFT_TYPE_TO_CONFIG_MAPPING else "it registers no method of that name"
+    except Exception as error:  # whatever the code of somebody else raises
+        problem = f"{type(error).__name__}: {error}"
+    if problem:
+        package = f" of the package {point.dist.name!r}" if point.dist is not None else ""
+        warnings.warn(
+            f"the method {point.name!r}{package} is left out, since its entry point {point.value!r} ({OUTSIDE}) does "
+            f"not work: {problem}. Update that package, or uninstall it.",
+            PeftWarning,
+        )
 
 
 def _check_name(name: str) -> None:

@@ -39,6 +39,8 @@ _OWN = {
     kind: {field.name for field in dataclasses.fields(config)} - {"preset", "modules_to_save"}
     for kind, config in _CONFIGS.items()
 }
+_NORMALISES_LAST = ("albert", "bart", "bert", "bert-generation", "deberta", "deberta-v2", "distilbert", "electra",
+                    "plbart", "roberta", "xlm-roberta")  # fmt: skip
 _NAME = "adapter"  # what a written adapter is called
 
 
@@ -112,6 +114,7 @@ def _network(source: Source, config: dict[str, Any], name: str, job: Job) -> Hel
     """A bottleneck adapter or Compacter."""
     kind = "compacter" if config.get("phm_layer") else "bottleneck"
     fields = {key: value for key, value in config.items() if key in _OWN[kind] and value is not None}
+    _tell_what_is_read(fields, source.config.get("model_type"), job)
     tensors = {}
     for key, tensor in source.tensors.items():
         _, common, rule = key.partition(f".shared_parameters.{name}.")
@@ -127,6 +130,14 @@ def _network(source: Source, config: dict[str, Any], name: str, job: Job) -> Hel
         tail = _TAILS.get(tail, tail) if kind == "compacter" else tail
         tensors[f"{PREFIX}{block}.{kind}_{_PLACES[place]}.{_PIECES[piece]}.{tail}"] = tensor
     return Held(_CONFIGS[kind](**fields, inference_mode=True), tensors)
+
+
+def _tell_what_is_read(fields: dict[str, Any], model_type: str | None, job: Job) -> None:
+    if fields.get("is_parallel") and model_type not in _NORMALISES_LAST:
+        job.lost["is_parallel"] = (
+            "where blocks normalise first, parallel adapters of adapters read the stream before that, and here what "
+            "the feed-forward network reads"
+        )
 
 
 def _invertible(source: Source, config: dict[str, Any], name: str, job: Job) -> Held:
@@ -280,6 +291,7 @@ def _write_network(held: Held, job: Job) -> tuple[dict[str, Any], dict[str, torc
         tail = tails.get(tail, tail) if kind == "compacter" else tail
         tensors[f"{block}.{places[role]}.adapters.{_NAME}.{pieces[piece]}.{tail}"] = tensor
     config = {key: value for key, value in held.config.to_dict().items() if key in _OWN[kind]}
+    _tell_what_is_read(config, job.need_base("adapters names the model").config.get("model_type"), job)
     factor = config["reduction_factor"]
     config["reduction_factor"] = factor["default"] if len(factor) == 1 else factor
     return {**config, "phm_layer": kind == "compacter", "inv_adapter": None}, tensors

@@ -84,6 +84,8 @@ class Kind:
         self, m: nn.Module, x: torch.Tensor, w: torch.Tensor, gradient: torch.Tensor, wanted: tuple[bool, bool]
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Gradients of x and of W from that of :meth:`apply`'s output, those that are wanted."""
+        if not any(wanted):
+            return None, None
         with torch.enable_grad():
             inputs = [t.detach().requires_grad_(want) if want else t for t, want in zip((x, w), wanted)]
             y = self.apply(m, *inputs)

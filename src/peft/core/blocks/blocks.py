@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -13,6 +13,7 @@ from torch import nn
 from peft.core.adapter import Adapter
 from peft.core.addition import Addition, NoSum
 from peft.core.base.kinds import kind_of
+from peft.core.layer.composed import Change, Composed, change_of, made_of
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.roles import find_roles
 from peft.core.model.targeting import Target
@@ -162,10 +163,13 @@ class BlockLayer(BaseTunerLayer):
 
     Attributes:
         skipped: its adapters do nothing just now, while what they share with other blocks goes on.
+        composes: it acts through :func:`change_of`, so its adapters can be averaged, fused and the like. Elsewhere a
+            stack means that its members act as several active adapters do.
     """
 
     block: Block
     skipped = False
+    composes: ClassVar[bool] = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.base_layer(*args, **kwargs)
@@ -178,23 +182,52 @@ class BlockLayer(BaseTunerLayer):
         """
         if self._disable_adapters or (self.skipped and held is None):
             return []
+        context = self.context
+        names = self._active_adapter if context.current is None else context.current
+        parts: list[tuple[Any, torch.Tensor | None]] = [(name, None) for name in names]
+        if context.is_mixed:
+            groups = context.groups(context.adapter_names or (), x.shape[0], x.device).parts
+            parts = [(name, rows if len(groups) > 1 else None) for name, rows in groups]
+        if self.composes and held is None:
+            return [(found, rows) for name, rows in parts if (found := made_of(self, name)) is not None]
         held = self.adapters if held is None else held
-        if not self.context.is_mixed:
-            names = self._active_adapter if self.context.current is None else self.context.current
-            return [(held[name], None) for name in names if name in held]
-        groups = self.context.groups(self.context.adapter_names or (), x.shape[0], x.device).parts
-        return [(held[name], rows if len(groups) > 1 else None) for name, rows in groups if name in held]
+        single = {name: value for name, value in held.items() if not isinstance(value, Composed)}
+        return [(single[one], rows) for name, rows in parts for one in context.behind([name]) if one in single]
 
-    def added(self, y: torch.Tensor, update: Callable[..., torch.Tensor | None], *given: torch.Tensor) -> torch.Tensor:
-        """y ``[batch, ...]`` and, for each adapter, ``update(adapter, *given)`` of its own rows, added to them."""
-        for adapter, rows in self.acting(y):
-            own = given if rows is None else [x.index_select(0, rows) for x in given]
-            self.context.rows = None if rows is None else (rows, len(y))
-            new = update(adapter, *(adapter.cast(x) for x in own))
+    def added(
+        self,
+        onto: torch.Tensor,
+        state: torch.Tensor,
+        step: Callable[..., Change | None],
+        *given: torch.Tensor,
+        place: str = "output",
+        derive: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """``onto`` ``[batch, ...]`` and what each adapter changes of a state, of its own rows.
+
+        Args:
+            step: ``step(adapter, state, *given)`` is what one adapter changes.
+            place: which of the places in the block it is.
+            derive: what the first of ``given`` is for a state that other members of a stack have changed.
+        """
+        for adapter, rows in self.acting(onto):
+            first, *rest = (state, *given) if rows is None else [x.index_select(0, rows) for x in (state, *given)]
+
+            def own(leaf: Any, now: torch.Tensor, first: torch.Tensor = first, rest: Any = rest) -> Change | None:
+                made = rest if derive is None or now is first else [derive(now), *rest[1:]]
+                return step(leaf, *(leaf.cast(x) for x in (now, *made)))
+
+            self.context.rows = None if rows is None else (rows, len(onto))
+            change = change_of(adapter, first, own, place)
             self.context.rows = None
-            if new is not None:
-                y = y + new.to(y.dtype) if rows is None else y.index_add(0, rows, new.to(y.dtype))
-        return y
+            if change is not None:
+                new = change.total.to(onto.dtype)
+                onto = onto + new if rows is None else onto.index_add(0, rows, new)
+        return onto
+
+    def widths(self, adapters: Sequence[Any]) -> dict[str, int]:
+        """The places at which these adapters change something: name -> features there."""
+        return {"output": width_of(self.get_base_layer())}
 
 
 class BlockAdapter(Adapter):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from peft.core.blocks.blocks import find_blocks
+from peft.core.blocks.blocks import CROSS, find_blocks
 from peft.core.model.context import Context
 from peft.core.model.record import context_of, record_of
 from peft.core.model.sequence import ARGUMENTS, cache_of, length_of
@@ -68,10 +68,11 @@ class Extent:
         mask: the ``attention_mask``, ``[batch, tokens]`` with those in the cache, or as a model prepares it,
             ``[batch, 1, tokens, tokens]``; None where nothing is padded.
         before: how many tokens stand in the cache.
+        decodes: the stack is that of a decoder beside an encoder.
     """
 
-    def __init__(self, context: Context, writes: bool, caches: bool) -> None:
-        self.context, self.writes, self.caches = context, writes, caches
+    def __init__(self, context: Context, writes: bool, caches: bool, decodes: bool) -> None:
+        self.context, self.writes, self.caches, self.decodes = context, writes, caches, decodes
         self.mask: torch.Tensor | None = None
         self.before, self.depth = 0, 0
         self.found: dict[tuple, Positions | None] = {}
@@ -100,36 +101,48 @@ class Extent:
         """
         key = (first, last, h.shape[:2], h.device)
         if key not in self.found:
-            if h.dim() != 3:
-                raise ValueError(
-                    f"hidden states {list(h.shape)} are not [batch, tokens, width]: no axis is of tokens."
-                )
+            self._check(h)
             found = ends_of(self._bounds(h), self.before, h.shape[1], first, last)
             self.found[key] = found if not self.before or bool(found.valid.any()) else None
         return self.found[key]
 
+    def positions(self, h: torch.Tensor) -> torch.Tensor:
+        """Where each token stands in its row's text, ``[batch, tokens]``, below 0 in the padding before it.
+
+        Args:
+            h: ``[batch, tokens, width]``.
+        """
+        self._check(h)
+        columns = torch.arange(self.before, self.before + h.shape[1], device=h.device)
+        return columns - self._bounds(h).first[:, None]
+
+    def _check(self, h: torch.Tensor) -> None:
+        if h.dim() != 3:
+            raise ValueError(f"hidden states {list(h.shape)} are not [batch, tokens, width]: no axis is of tokens.")
+
     def _bounds(self, h: torch.Tensor) -> Bounds:
         (batch, tokens), before = h.shape[:2], self.before
         width = before + tokens
-        zeros = torch.zeros(batch, dtype=torch.long, device=h.device)
-        first, last = zeros, zeros + width
+        most, lead = self.context.lead_of(self.decodes, batch, h.device)  # virtual tokens are no part of a text
+        first, last = lead, torch.full_like(lead, width)
         if self.mask is not None:
             mask = self.context.of_rows("attention_mask", _padding(self.mask, before, tokens), batch, h.device)
+            mask = mask & (torch.arange(width, device=h.device) >= lead[:, None])
             first = mask.int().argmax(1)
             last = torch.where(mask.any(1), width - mask.flip(1).int().argmax(1), 0)
-        return Bounds(first, last, self._prompt(first, last, tokens))
+        return Bounds(first, last, self._prompt(first, last, tokens, most))
 
-    def _prompt(self, first: torch.Tensor, last: torch.Tensor, tokens: int) -> torch.Tensor:
+    def _prompt(self, first: torch.Tensor, last: torch.Tensor, tokens: int, lead: int) -> torch.Tensor:
         """The column behind the last of each prompt, ``[batch]``."""
         ids, labels = self.context.prompt, self.context.labels
         if ids is not None and self.caches:
-            return last.clamp(max=ids.shape[1])
-        if self.before:
+            return last.clamp(max=lead + ids.shape[1])
+        if self.before > lead:
             return torch.zeros_like(last)
         if labels is None or not self.writes or labels.shape[1] != tokens:
             return last
         counts = self.context.of_rows("labels", labels, len(last), last.device) != -100
-        start = counts.int().argmax(1)
+        start = self.before + counts.int().argmax(1)
         return torch.where(counts.any(1) & (start > first), start, last)
 
 
@@ -161,7 +174,10 @@ def extent_of(model: nn.Module, stack: str) -> Extent:
     extents = record_of(model).extents
     if stack in extents:
         return extents[stack]
-    others = {block.key.rpartition(".")[0] for block in find_blocks(model)} - {stack}
+    blocks = find_blocks(model)
+    others = {block.key.rpartition(".")[0] for block in blocks} - {stack}
+    own = (part for block in blocks if block.key.rpartition(".")[0] == stack for part in block.sublayers)
+    decodes = any(part.role == CROSS for part in own)
     parts = stack.split(".")
     above = [".".join(parts[:end]) for end in range(len(parts))]
     above = [name for name in above if not any(other.startswith(f"{name}." if name else "") for other in others)]
@@ -170,7 +186,7 @@ def extent_of(model: nn.Module, stack: str) -> Extent:
     signatures = [tuple(inspect.signature(module.forward).parameters) for module in holders]
     generates = getattr(model, "can_generate", None)
     caches = any(name in ARGUMENTS for names in signatures for name in names)
-    extent = extents[stack] = Extent(context_of(model), generates is not None and generates(), caches)
+    extent = extents[stack] = Extent(context_of(model), generates is not None and generates(), caches, decodes)
     record_of(model).hooks += tuple(
         module.register_forward_pre_hook(partial(extent.note, depth, names), with_kwargs=True)
         for depth, (module, names) in enumerate(zip(holders, signatures))

@@ -19,7 +19,8 @@ and one that reads N(x + h) (Pfeiffer's) waits for the hook of ``norm`` in BERT,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,8 +39,10 @@ from peft.core.blocks.blocks import (
     find_blocks,
     first_input,
     first_output,
+    width_of,
     with_first,
 )
+from peft.core.layer.composed import Change
 from peft.core.model.walk import locate, parent_of
 from peft.utils.error import NoMatchingPeftModuleError
 
@@ -119,6 +122,8 @@ class InsertLayer(BlockLayer):
     active adapters, each adds what it changes on its own.
     """
 
+    composes: ClassVar[bool] = True
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._places: list[Place] = []
@@ -137,37 +142,46 @@ class InsertLayer(BlockLayer):
         """A sub-layer's output, before x is added to it."""
         role = place.part.role
 
-        def update(adapter: Insert, h: torch.Tensor, x: torch.Tensor, given: torch.Tensor) -> torch.Tensor | None:
+        def step(adapter: Insert, h: torch.Tensor, x: torch.Tensor, given: torch.Tensor) -> Change | None:
             joint = adapter.joint(role)
             if joint is None or (place.norm is not None and joint.needs_norm):
                 return None
             if joint.beside:
-                return adapter.change(role, given, h)
+                return Change(adapter.change(role, given, h), given)
             kept = h if joint.kept == "output" else h + x
-            u = adapter.change(role, h + x if joint.reads_sum else h, kept)
+            read = h + x if joint.reads_sum else h
             streams = _STREAMS[joint.kept, joint.sums]
-            return u + streams * x if streams else u
+            return Change(adapter.change(role, read, kept), read, streams * x if streams else None)
 
-        return self.added(h, update, h, place.seen["x"], place.seen["input"])
+        return self.added(h, h, step, place.seen["x"], place.seen["input"], place=role)
 
     def _at_norm(self, place: Place, z: torch.Tensor, y: torch.Tensor, norm: nn.Module) -> torch.Tensor:
         """y = N(z), where z = h + x."""
         role = place.part.role
 
-        def update(
-            adapter: Insert, z: torch.Tensor, y: torch.Tensor, x: torch.Tensor, inside: bool
-        ) -> torch.Tensor | None:
+        def change(adapter: Insert, z: torch.Tensor, y: torch.Tensor, x: torch.Tensor, inside: bool) -> Change | None:
             joint = adapter.joint(role)
             if joint is None or not joint.needs_norm or inside != joint.sums:
                 return None
             h = z - x
-            residual = {"output": h, "sum": z, "normed": y}[joint.kept]
-            new = residual + adapter.change(role, y if joint.reads_sum else h, residual)
-            return new - h if inside else new - y
+            kept, read = {"output": h, "sum": z, "normed": y}[joint.kept], y if joint.reads_sum else h
+            replaced = h if inside else y
+            return Change(adapter.change(role, read, kept), read, None if kept is replaced else kept - replaced)
 
-        inner = self.added(z, partial(update, inside=True), z, y, place.seen["x"])
+        def inside(adapter: Insert, z: torch.Tensor, y: torch.Tensor, x: torch.Tensor) -> Change | None:
+            return change(adapter, z, y, x, True)
+
+        def outside(adapter: Insert, y: torch.Tensor, z: torch.Tensor, x: torch.Tensor) -> Change | None:
+            return change(adapter, z, y, x, False)
+
+        inner = self.added(z, z, inside, y, place.seen["x"], place=role, derive=norm.forward)
         outer = y if inner is z else norm.forward(inner)
-        return self.added(outer, partial(update, inside=False), z, y, place.seen["x"])
+        return self.added(outer, y, outside, z, place.seen["x"], place=role)
+
+    def widths(self, adapters: Sequence[Any]) -> dict[str, int]:
+        width = width_of(self.get_base_layer())
+        roles = dict.fromkeys(part.role for part in self.block.sublayers)
+        return {role: width for role in roles if any(adapter.joint(role) is not None for adapter in adapters)}
 
     # --- hooks ------------------------------------------------------------------------------------------------
     def _attach(self) -> None:
@@ -325,11 +339,14 @@ def _observe(block: nn.Module, shape: Block, args: tuple, kwargs: dict[str, Any]
         handles.append(norm.register_forward_hook(partial(note, name)))
     try:
         with _resting(block), torch.no_grad():
-            try:  # without masks, which may be made for a longer cache
-                output = block(*(_bare(a) for a in args), **{k: _bare(v, k) for k, v in kwargs.items()})
-            except Exception:
-                events.clear()
-                output = block(*(_bare(a) for a in args), **{k: _bare(v) for k, v in kwargs.items()})
+            for seen in (_bare, _without_cache, _beside_cache):
+                try:
+                    output = block(*map(seen, args), **{k: seen(v, k) for k, v in kwargs.items()})
+                    break
+                except Exception:
+                    events.clear()
+                    if seen is _beside_cache:
+                        raise
     finally:
         for handle in handles:
             handle.remove()
@@ -337,10 +354,23 @@ def _observe(block: nn.Module, shape: Block, args: tuple, kwargs: dict[str, Any]
 
 
 def _bare(value: Any, name: str = "") -> Any:
-    """An argument of a block without what it keeps for later calls, and without masks."""
-    if name.endswith("mask"):
-        return None
+    """An argument of a block without what it keeps for later calls, and without masks, which may be made for those."""
+    return None if name.endswith("mask") else _without_cache(value)
+
+
+def _without_cache(value: Any, name: str = "") -> Any:
     return None if hasattr(value, "get_seq_length") else value
+
+
+def _beside_cache(value: Any, name: str = "") -> Any:
+    """An argument of a block, a cache as a copy: positions and masks may be made for all that it holds."""
+    if not hasattr(value, "get_seq_length"):
+        return value
+    twin = copy.copy(value)
+    for key, held in vars(twin).items():
+        copied = list(map(copy.copy, held)) if key == "layers" else dict(held) if isinstance(held, dict) else held
+        vars(twin)[key] = _beside_cache(copied)
+    return twin
 
 
 @contextmanager

@@ -117,7 +117,7 @@ def _targets(tuner: BaseTuner, adapters: Sequence[str], configs: list[Any]) -> d
     for field in dataclasses.fields(configs[0]):
         sets = [set(value or ()) for value in values(field.name) if value is None or isinstance(value, set)]
         if len(sets) == len(configs) and not same(field.name) and field.name not in _SELECTION:
-            united[field.name] = set().union(*sets)
+            united[field.name] = {name for names in sets for name in names}
     if not same("target_parameters"):
         united["target_parameters"] = sorted({name for value in values("target_parameters") for name in value or ()})
     if same("target_modules") and all(map(same, _SELECTION)):

@@ -64,6 +64,10 @@ class LowRank(Delta):
         """A ``[r, in * kernel]`` and B ``[out, r]``, in the dtype of the adapter."""
         raise NotImplementedError
 
+    def acting_pair(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B in this forward, which a method may draw anew while it trains; no weight has that in it."""
+        return self.pair()
+
     def dropped(self, x: torch.Tensor) -> torch.Tensor:
         """x after dropout, which indices do not have."""
         return x if self.kind.lookup or not self.dropout else getattr(self, self.dropout)(x)
@@ -71,10 +75,10 @@ class LowRank(Delta):
     def factors(self) -> Factors | None:
         rate = active_rate(getattr(self, self.dropout)) if self.dropout else 0.0
         alone = type(self).output is Delta.output  # or else more than dW x is added
-        return Factors(*self.pair(), 1.0, rate) if alone and rate is not None else None
+        return Factors(*self.acting_pair(), 1.0, rate) if alone and rate is not None else None
 
     def delta(self, x: torch.Tensor) -> torch.Tensor:
-        base, (a, b) = self.base, self.pair()
+        base, (a, b) = self.base, self.acting_pair()
         return self.kind.up(base, self.kind.down(base, self.dropped(x), a), b)
 
     def delta_weight(self) -> torch.Tensor:

@@ -13,6 +13,7 @@ from peft.core.addition import Addition, Replaces
 from peft.core.base.kinds import Kind
 from peft.core.base.storage import copied
 from peft.core.layer.weight import base_bias, base_weight
+from peft.utils.error import UnknownTokenError
 
 
 class Copy(Adapter):
@@ -95,7 +96,10 @@ class Rows(Adapter):
         wrong = [i for i in indices if not 0 <= i < table.shape[0]]
         if wrong or len(set(indices)) < len(indices):
             problem = f"outside the table of {table.shape[0]} tokens: {wrong}" if wrong else "repeated"
-            raise ValueError(f"token indices are {problem}. Resize the embeddings first if these tokens are new.")
+            raise UnknownTokenError(
+                f"the token indices (trainable_token_indices, token_indices) are {problem}. Resize the embeddings "
+                "first if these tokens are new."
+            )
         source: Any = self.tied_to
         if source is not None:
             rows = source.rows

@@ -60,8 +60,9 @@ def anatomy(model: nn.Module) -> tuple[nn.Module, str]:
 
 
 def prompts_of(model: nn.Module) -> PromptTuner | None:
-    """What manages a model's prompts; None where its adapters change weights."""
-    return model.__dict__.get("_prompts")
+    """What manages a model's prompts; None where its adapters change weights alone."""
+    tuner = tuner_of(model)
+    return (model if tuner is None else tuner).__dict__.get("_prompts")
 
 
 def entries(model: nn.Module, adapter: str) -> Iterator[Entry]:
@@ -72,7 +73,8 @@ def entries(model: nn.Module, adapter: str) -> Iterator[Entry]:
     repeated: list[str] = []  # where files may say again what the layers share
     for site in walk(root):
         for depth, (path, wrapper) in enumerate(site.wrappers):
-            place = plain(file_path(path, adapter, [*site.above, *site.wrappers[:depth]])) if path else path
+            around = [*site.above, *site.wrappers[:depth]]
+            place = plain(file_path(path, adapter, around, wrapper)) if path else path
             for saved, memory, tensor in wrapper.adapter_state(adapter):
                 unlabelled = memory.removesuffix(".weight") != memory and not saved.endswith(".weight")
                 aliases = (prefix + join(place, f"{saved}.weight"),) if unlabelled else ()
@@ -83,14 +85,17 @@ def entries(model: nn.Module, adapter: str) -> Iterator[Entry]:
                     entry.split, entry.as_loaded = own.split, partial(own.as_loaded, saved)
                     entry.takes = partial(own.takes, saved)
                 yield entry
-            common = wrapper.adapter_cls.common if isinstance(wrapper, BaseTunerLayer) and adapter in wrapper else ()
+            common = (
+                wrapper.adapters[adapter].common if isinstance(wrapper, BaseTunerLayer) and adapter in wrapper else ()
+            )
             if common:
                 shared.update({attribute: getattr(wrapper, attribute) for attribute in common})
                 labelled = wrapper.adapter_cls.labelled
                 repeated.append(prefix + place)
     prompts: Any = prompts_of(model)
     for saved, memory, tensor in prompts.adapter_state(adapter) if prompts else ():
-        yield Entry(saved, memory, tensor, put=None if memory else partial(prompts.load_prompt, adapter))
+        held = f"base_model.{memory}" if memory and tuner_of(model) else memory
+        yield Entry(saved, held, tensor, put=None if memory else partial(prompts.load_prompt, adapter))
     for saved, memory, tensor in tuner.adapter_state(adapter) if (tuner := tuner_of(model)) else ():
         yield Entry(saved, memory, tensor)
     for saved, memory, tensor in bias_state(root, adapter):

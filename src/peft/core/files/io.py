@@ -171,7 +171,9 @@ def read_tensors(file: str, device: str | None = None) -> dict[str, torch.Tensor
             return load_file(file, device=str(device or "cpu"))
         tensors = torch_load(file, map_location=torch.device(device or "cpu"))
     except Exception as error:
-        raise CheckpointError(f"{file} is damaged or no file of adapter weights ({error}).") from error
+        raise CheckpointError(
+            f"{file} is damaged or no file of adapter weights ({type(error).__name__}: {error})."
+        ) from error
     if not isinstance(tensors, dict):
         raise CheckpointError(f"{file} holds a {type(tensors).__name__}, and not a dict of name -> tensor.")
     for name, tensor in tensors.items():

@@ -18,9 +18,20 @@ from peft.core.files.renaming import current_name
 from peft.core.files.vocabulary import is_resized
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model import operations
-from peft.core.model.auxiliary import ModulesToSaveWrapper, TrainedBiases
+from peft.core.model.auxiliary import ModulesToSaveWrapper, TrainableTokensWrapper, TrainedBiases
 from peft.core.model.record import record_of
-from peft.core.model.walk import Site, bare, embeddings_of, file_path, join, layers_of, plain, walk
+from peft.core.model.walk import (
+    Site,
+    bare,
+    embeddings_of,
+    file_path,
+    join,
+    layers_of,
+    plain,
+    unreplicated,
+    walk,
+)
+from peft.core.prompts import PromptTuner
 from peft.utils.error import CheckpointError
 from peft.utils.peft_types import RENAMED_METHODS
 
@@ -61,7 +72,7 @@ def get_peft_model_state_dict(
         >>> tensors = get_peft_model_state_dict(model)
         >>> tensors = get_peft_model_state_dict(model, model.state_dict())  # or what FSDP gathered
     """
-    outer, model = model, bare(model)
+    outer, model = unreplicated(model), bare(model)
     root, prefix = anatomy(model)
     config = (getattr(model, "peft_config", None) or {}).get(adapter_name)
     if config is None:
@@ -98,6 +109,8 @@ def _holding(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> Iterator[
         The tensors that the state dict lacks, by id, with their names.
     """
     given = {plain(name): value for name, value in state_dict.items()}
+    if "module" not in model._modules and given and all(name.startswith("module.") for name in given):  # a replica
+        given = {name.removeprefix("module."): value for name, value in given.items()}
     places: list[tuple[dict[str, Any], str, torch.Tensor]] = []
     values: dict[int, torch.Tensor] = {}
     absent: dict[int, str] = {}
@@ -135,8 +148,8 @@ def _require_all(model: nn.Module, adapter: str, absent: dict[int, str]) -> None
     lacking = []
     if absent:
         prompts = prompts_of(model)
-        encoder = prompts.prompts.encoders[adapter].parameters() if prompts and adapter in prompts.peft_config else ()
-        held = [*encoder] if prompts else [entry.tensor for entry in entries(model, adapter)]
+        encoder = prompts.adapter_parameters(adapter) if prompts and adapter in prompts.adapter_names else []
+        held = [*encoder, *(entry.tensor for entry in entries(model, adapter) if not encoder or entry.memory)]
         lacking = [absent[id(tensor)] for tensor in held if id(tensor) in absent]
     if lacking:
         raise CheckpointError(
@@ -163,7 +176,9 @@ def _embeddings(root: nn.Module, prefix: str, adapter: str, always: bool) -> dic
         adapted = any(not (w.adapter_cls.follows_ties or w.adapter_cls.any_module) for w in around)
         copied = any(isinstance(w, ModulesToSaveWrapper) and adapter in w for _, w in site.wrappers)
         if adapted or (always and not copied):
-            path = file_path(join(site.path, "weight"), adapter, [*site.above, *site.wrappers])
+            # the file format names the place below trained tokens, not that of the plain table
+            here = [(p, w) for p, w in site.wrappers if not (isinstance(w, TrainableTokensWrapper) and adapter in w)]
+            path = file_path(join(site.path, "weight"), adapter, [*site.above, *here])
             found[prefix + plain(path)] = whole(weight.detach())
     return found
 
@@ -186,7 +201,7 @@ def set_peft_model_state_dict(
 
     Returns:
         Names in the model of what the state dict lacks, and names of the state dict that belong nowhere. Other
-        parameters of the base model that it holds (norms trained along, say) become the adapter's own: they act while
+        tensors of the base model that it holds (norms trained along, say) become the adapter's own: they act while
         it is active.
 
     Examples:
@@ -197,7 +212,7 @@ def set_peft_model_state_dict(
     """
     model = bare(model)
     root, _ = anatomy(model)
-    if (prompts := prompts_of(model)) and adapter_name in prompts.peft_config:
+    if (prompts := prompts_of(model)) and adapter_name in prompts.adapter_names:
         prompts.make_room(adapter_name, peft_model_state_dict)
     found = match(model, adapter_name, peft_model_state_dict)
     if found.wrong and not ignore_mismatched_sizes:
@@ -209,7 +224,8 @@ def set_peft_model_state_dict(
     with torch.no_grad():
         for entry, value in sorted(found.fits, key=lambda item: item[0].put is None):  # exact ones after rounded ones
             _write(model, entry, value, low_cpu_mem_usage)
-        _train_along(root, adapter_name, found.base)
+        if found.base:
+            _train_along(root, adapter_name, found.base, _acting(root, prompts))
         for _, layer in layers_of(root):
             if adapter_name in layer:
                 layer.adapters[adapter_name].loaded()
@@ -219,6 +235,14 @@ def set_peft_model_state_dict(
     return LoadResult([entry.key for entry in found.missing], found.unexpected)
 
 
+def _acting(root: nn.Module, prompts: PromptTuner | None) -> list[str]:
+    """The adapters that are active and not switched off."""
+    if prompts is not None:
+        return [] if prompts.prompts.disabled else prompts.active_adapters
+    off = any(wrapper.disable_adapters for site in walk(root) for _, wrapper in site.wrappers)
+    return [] if off else operations.active_of(root)
+
+
 @dataclass
 class Match:
     """Where the tensors of a state dict belong.
@@ -226,7 +250,7 @@ class Match:
     Attributes:
         own: all tensors of the adapter.
         fits, wrong: places with their new tensors, those of another shape apart.
-        base: other parameters of the base model: (module, attribute) and the new tensor.
+        base: other tensors of the base model: (module, attribute) and the new tensor.
         unexpected: names that belong nowhere.
     """
 
@@ -294,6 +318,8 @@ def _match_rest(found: Match, root: nn.Module, prefix: str, known: dict[str, Ent
             (found.fits if place.fits(value) else found.wrong).append((place, value))
         elif base is not None and getattr(*base).shape == value.shape:
             found.base.append((base, value))
+        elif base is not None:
+            found.wrong.append((Entry(name, "", getattr(*base)), value))
         else:
             found.unexpected.append(name)
 
@@ -309,30 +335,30 @@ def _today(name: str, tails: set[str], current: Callable[[str], Iterator[str]]) 
 
 
 def _base_places(root: nn.Module, prefix: str) -> dict[str, tuple[nn.Module, str]]:
-    """Parameters of the base model that a file may hold, trained along: all that float, but no adapted weight."""
+    """Tensors of the base model that a file may hold, trained along: all that float, but no adapted weight."""
     found = {}
     for site in walk(root):
         adapted = any(isinstance(wrapper, BaseTunerLayer) for _, wrapper in site.wrappers)
-        for attribute, p in site.module._parameters.items():
+        buffers = () if adapted else site.module._buffers.keys() - site.module._non_persistent_buffers_set
+        for attribute in (*site.module._parameters, *buffers):
+            p = getattr(site.module, attribute)
             if p is not None and p.is_floating_point() and not (adapted and attribute == "weight"):
                 place = site.module, attribute
                 found[prefix + join(site.key, attribute)] = found[prefix + plain(join(site.path, attribute))] = place
     return found
 
 
-def _train_along(root: nn.Module, adapter: str, given: list[tuple[tuple[nn.Module, str], torch.Tensor]]) -> None:
+def _train_along(
+    root: nn.Module, adapter: str, given: list[tuple[tuple[nn.Module, str], torch.Tensor]], names: list[str]
+) -> None:
     """Keep tensors of the base model that a file brings as the adapter's own: they act while it is active."""
-    if not given:
-        return
     noted = record_of(root)
     record = noted.biases = noted.biases or TrainedBiases()
     record.add(adapter, [place for place, _ in given])
     held = record.tensors(adapter)
     for (module, attribute), value in given:
         held[id(module), attribute].copy_(value)
-    active = record.choose([name for name in operations.active_of(root) if name in record])
-    if not any(wrapper.disable_adapters for site in walk(root) for _, wrapper in site.wrappers):
-        record.apply(active, requires_grad=False)
+    record.apply(record.choose(names), requires_grad=False)
 
 
 def joined(state_dict: dict[str, torch.Tensor], own: list[Entry], prefix: str) -> dict[str, torch.Tensor]:

@@ -12,13 +12,14 @@ from torch import nn
 from peft.core.adapter import Adapter
 from peft.core.base.kinds import WHOLE, Kind, foreign_kind, kind_of
 from peft.core.base.storage import Storage, storage_key, storage_of
+from peft.core.filling import make_module
 from peft.core.layer import routes
 from peft.core.layer import weight as weights
-from peft.core.layer.buffers import BufferDict
+from peft.core.layer.composed import composed_class, in_order, leaves_of, made_of
 from peft.core.layer.placement import settle
 from peft.core.layer.read import ReadThrough
-from peft.core.layer.rewritten import Rewritten, follow, for_a_start, give_back, give_back_unmerged, include
-from peft.core.layer.room import held_constant, make_more_room, make_room, names_held
+from peft.core.layer.rewritten import Rewritten, follow, give_back, give_back_unmerged, include, keep_merged
+from peft.core.layer.room import held_constant, make_more_room, make_room, names_held, set_mode
 from peft.core.layer.rows import mixed
 from peft.core.model.context import Context
 from peft.kernels.grouped import forget
@@ -80,7 +81,7 @@ class BaseTunerLayer(ReadThrough):
         **kwargs: Any,
     ) -> None:
         if "_modules" not in self.__dict__:
-            nn.Module.__init__(self)
+            make_module(self)
         self._modules["base_layer"] = base_layer
         base, cls = self.get_base_layer(), self.adapter_cls
         kind = kind or (None if cls.any_module else kind_of(base) or foreign_kind(type(self), base)) or WHOLE
@@ -112,14 +113,7 @@ class BaseTunerLayer(ReadThrough):
 
     def train(self, mode: bool = True) -> BaseTunerLayer:
         forget(self)
-        for child in self._modules.values():
-            if isinstance(child, nn.ModuleDict | nn.ParameterDict | BufferDict):  # a container has no mode of its own
-                child.__dict__["training"] = mode
-                for part in child._modules.values():
-                    part.train(mode)
-            elif child is not None:
-                child.train(mode)
-        self.__dict__["training"] = mode
+        set_mode(self, mode)
         return self
 
     def get_base_layer(self) -> nn.Module:
@@ -148,8 +142,8 @@ class BaseTunerLayer(ReadThrough):
         base = self.get_base_layer()
         key = storage_key(base, self.kind.weight)
         if self._storage is None or self._storage[0] != key:
-            self._storage = key, storage_of(base, self.kind.weight)
-        return self._storage[1]
+            self.__dict__["_storage"] = key, storage_of(base, self.kind.weight)
+        return self._storage[1]  # type: ignore[index]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -158,19 +152,20 @@ class BaseTunerLayer(ReadThrough):
 
     def add_adapter(self, name: str, config: Any, key: str = "") -> None:
         """Allocate an adapter and put it on the device, and into the dtype, of the base weight."""
-        cls = self._class_of(name, config)
+        cls = composed_class(self, name) or self._class_of(name, config)
         make_more_room(self, cls)
         adapter = self.adapters[name] = cls(self, name)
-        with for_a_start(self):
-            try:
-                adapter.create(config, key)
-            except BaseException:
-                self._drop(name)
-                raise
+        keep_merged(self)  # for_a_start as it is written out: a context costs more than a layer can spend here
+        try:
+            adapter.create(config, key)
+        except BaseException:
+            self._drop(name)
+            raise
+        finally:
+            follow(self)
         settle(self, adapter)
 
     def _class_of(self, name: str, config: Any) -> type[Adapter]:
-        """The class of a new adapter."""
         return self.adapter_cls.of(config)
 
     def put(self, name: str, **values: Any) -> None:
@@ -185,7 +180,10 @@ class BaseTunerLayer(ReadThrough):
                 continue
             if isinstance(value, nn.Module) and not self.training:
                 value.eval()  # a new module would drop out in a model that does not train
-            container[name] = value
+            if type(container) is nn.ModuleDict:
+                container._modules[name] = value  # the name of an adapter has been checked
+            else:
+                container[name] = value
 
     def _drop(self, name: str) -> None:
         """Forget an adapter and all that it holds; what its start has made of the base weight is undone."""
@@ -220,7 +218,7 @@ class BaseTunerLayer(ReadThrough):
     def check_active(self, names: list[str]) -> None:
         here = [self.adapters[name] for name in names if name in self.adapters]
         for place, adapter in enumerate(here):
-            if reason := adapter.clash(here[:place]):
+            if reason := adapter.clash(leaves_of(here[:place])):
                 raise ValueError(reason)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -239,8 +237,9 @@ class BaseTunerLayer(ReadThrough):
 
     def _live(self) -> list[Adapter]:
         """Adapters that act in the forward: active, present here, and not in the weight already."""
-        merged, here = self.merged_adapters, self.adapters
-        return [here[name] for name in self._active_adapter if name in here and name not in merged]
+        here = self.adapters
+        live = [here[n] for n in self._active_adapter if n in here and n not in self.merged_adapters]
+        return in_order(live) if self.context.compositions else live
 
     def current(self) -> list[Adapter]:
         """Adapters that act on a weight which another module reads."""
@@ -248,7 +247,7 @@ class BaseTunerLayer(ReadThrough):
             self.unmerge()
             return []
         if self.context.current is not None:
-            return [self.adapters[name] for name in self.context.current if name in self.adapters]
+            return in_order([a for name in self.context.current if (a := made_of(self, name)) is not None])
         if self.context.adapter_names is not None:
             raise ValueError(
                 "adapter_names cannot be used here: another module computes with the weight of an adapted layer, for "

@@ -73,12 +73,17 @@ def original_weight(layer: BaseTunerLayer) -> torch.Tensor:
 @contextmanager
 def for_a_start(layer: BaseTunerLayer) -> Iterator[None]:
     """A context for making an adapter: the base weight has only what merged adapters' starts have made of it."""
-    if layer.rewritten is not None:
-        _change(layer, [name for name in layer.rewritten.inside if name in layer.merged_adapters])
+    keep_merged(layer)
     try:
         yield
     finally:
         follow(layer)
+
+
+def keep_merged(layer: BaseTunerLayer) -> None:
+    """Have the starts of merged adapters alone in the weight."""
+    if layer.rewritten is not None:
+        _change(layer, [name for name in layer.rewritten.inside if name in layer.merged_adapters])
 
 
 def follow(layer: BaseTunerLayer) -> None:
@@ -116,7 +121,7 @@ def refuse_several_bases(layer: BaseTunerLayer, names: Sequence[str]) -> None:
     record = layer.rewritten
     if record is None or all(_known(layer, [name]) == record.inside for name in set(names)):
         return
-    name = next(name for name in record.own if name in names or name in record.inside)
+    name = next(name for name in record.own if name in layer.context.behind(names) or name in record.inside)
     raise ValueError(
         f"adapter {name!r} was started from a part of the base weight, so it stands on another weight than the other "
         "rows of this batch. Give it a batch of its own, as the active adapter; or save it with "
@@ -145,7 +150,8 @@ def give_back_unmerged(layer: BaseTunerLayer) -> None:
 
 def _known(layer: BaseTunerLayer, names: Sequence[str]) -> tuple[str, ...]:
     """Those of these adapters that have a weight of their own, always in the same order."""
-    return tuple(name for name in layer.rewritten.own if name in names) if layer.rewritten is not None else ()
+    acting = layer.context.behind(names)
+    return tuple(name for name in layer.rewritten.own if name in acting) if layer.rewritten is not None else ()
 
 
 def _change(layer: BaseTunerLayer, names: Sequence[str]) -> None:

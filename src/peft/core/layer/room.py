@@ -50,3 +50,21 @@ def make_more_room(layer: BaseTunerLayer, cls: type[Adapter]) -> None:
     make_room(layer, cls)
     for attribute, names in zip(("adapter_layer_names", "other_param_names"), names_held(cls)):
         layer.__dict__[attribute] = tuple(dict.fromkeys((*getattr(layer, attribute), *names)))
+
+
+_CONTAINERS = (nn.ModuleDict, nn.ParameterDict, BufferDict)
+
+
+def set_mode(layer: BaseTunerLayer, training: bool) -> None:
+    """Set the mode of a layer and of all that it holds, as ``train`` of a module does; a container has none to ask."""
+    for child in layer._modules.values():
+        if child is None:
+            continue
+        held = child._modules.values() if isinstance(child, _CONTAINERS) else [child]
+        child.__dict__["training"] = training
+        for module in held:
+            if module._modules or type(module).train is not nn.Module.train:
+                module.train(training)
+            else:
+                module.__dict__["training"] = training
+    layer.__dict__["training"] = training

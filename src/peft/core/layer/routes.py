@@ -16,7 +16,9 @@ from torch import nn
 
 from peft.core.layer import parallel
 from peft.core.layer import weight as weights
-from peft.kernels.linear import Factors, low_rank_linear
+from peft.core.layer.composed import leaves_of
+from peft.kernels.linear import Factors, is_eager, low_rank_linear
+from peft.kernels.remake import recomputed
 from peft.kernels.strict import is_plain
 
 
@@ -94,7 +96,8 @@ class LowRank(Route):
             return None
         weight = layer.bypass_matrix(args[0])
         fresh = weight is None and layer.base_is_fresh()
-        return low_rank_linear(layer._modules["base_layer"], args[0], factors, weight, fresh)
+        share = None if torch.compiler.is_compiling() else layer.context.readers.share(layer, args[0], factors)
+        return low_rank_linear(layer._modules["base_layer"], args[0], factors, weight, fresh, share)
 
 
 class Folded(Route):
@@ -110,13 +113,14 @@ class Folded(Route):
         x, base = args[0], layer.get_base_layer()
         if layer.may_bypass_base(x):
             bias = weights.folded_bias(layer, adapters)
-            y = weights.multiplied(layer, x, lambda: weights.folded_weight(layer, adapters), adapters)
+            made_of = leaves_of(adapters)
+            y = weights.multiplied(layer, x, lambda: weights.folded_weight(layer, adapters), made_of)
             return y if bias is None else y + layer.kind.along_channels(bias, base)
         if not only:
             return None
         below = weights.adapters_below(layer)
         y = layer.base_layer(*args, **kwargs)
-        made_of = [*adapters, *(adapter for inner in below for adapter in inner)]
+        made_of = leaves_of([*adapters, *(adapter for inner in below for adapter in inner)])
         change = weights.multiplied(layer, x, lambda: self._change(layer, adapters, below, x), made_of)
         return (y + change).to(y.dtype)
 
@@ -138,6 +142,12 @@ class Updates(Route):
     """The base layer on an input that adapters may change, and what they make of its output, one after another."""
 
     def output(self, layer: BaseTunerLayer, adapters: Sequence[Adapter], args: tuple, kwargs: dict[str, Any]) -> Any:
+        if args[0].requires_grad and torch.is_grad_enabled() and is_eager(args[0]) and not is_plain():
+            with recomputed():  # of an input that its own graph can give back, adapters keep nothing
+                return self._updated(layer, adapters, args, kwargs)
+        return self._updated(layer, adapters, args, kwargs)
+
+    def _updated(self, layer: BaseTunerLayer, adapters: Sequence[Adapter], args: tuple, kwargs: dict[str, Any]) -> Any:
         x, *rest = args
         inner = x
         if any(adapter.changes_input for adapter in adapters):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd import Function
 
+from peft.core.layer.composed import in_order, made_of
 from peft.core.layer.parallel import several_processes, team_of
 from peft.core.layer.rewritten import refuse_several_bases
 from peft.core.layer.routes import adapted, all_factors
@@ -60,7 +61,7 @@ def _mixed(layer: BaseTunerLayer, names: tuple[str, ...], args: tuple, kwargs: d
     groups = layer.context.groups(names, first.shape[axis], first.device)
     if len(groups.parts) == 1:
         return _of_one(layer, groups.parts[0][0], args, kwargs)
-    adapters = [layer.adapters.get(name) for name, _ in groups.parts]
+    adapters = [made_of(layer, name) for name, _ in groups.parts]
     here = [adapter for adapter in adapters if adapter is not None]
     if not here and not kind.companions:
         return layer.base_layer(*args, **kwargs)
@@ -95,8 +96,8 @@ def split(layer: BaseTunerLayer, groups: Groups, args: tuple, kwargs: dict[str, 
 def _of_one(layer: BaseTunerLayer, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
     """The call with one adapter, also in layers whose weight the base layer reads."""
     with layer.context.only(name):
-        if name in layer.adapters:
-            return adapted(layer, [layer.adapters[name]], args, kwargs)
+        if (adapter := made_of(layer, name)) is not None:
+            return adapted(layer, in_order([adapter]), args, kwargs)
         return layer.base_layer(*args, **kwargs)
 
 

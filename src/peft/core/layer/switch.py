@@ -49,6 +49,19 @@ class Switch:
         """Remove an adapter."""
         raise NotImplementedError
 
+    def present(self, names: Sequence[Any]) -> list[str]:
+        """Those of these adapters that are here, or, where a composition itself is not, those that it is made of."""
+        found: dict[str, None] = {}
+        for name in names:
+            own = [name] if name in self else [other for other in self.context.behind([name]) if other in self]
+            found.update(dict.fromkeys(own))
+        return list(found)
+
+    def check_active_rows(self, names: Sequence[Any]) -> None:
+        """The same as :meth:`check_active` for all that act on one row of a batch, here or not."""
+        for row in self.context.together(names):
+            self.check_active(self.present(row))
+
     def check_active(self, names: list[str]) -> None:
         """Raise ValueError where these adapters cannot be active together."""
 
@@ -70,7 +83,8 @@ class Switch:
         if enabled == self._disable_adapters:
             self._disable_adapters = not enabled
             if not enabled:
-                parameters = (p for name in self._active_adapter for p in self.adapter_parameters(name))
+                names = self.context.behind(self._active_adapter)
+                parameters = (p for name in names for p in self.adapter_parameters(name))
                 self._paused = [p for p in parameters if p.requires_grad]
             for p in self._paused:
                 p.requires_grad_(enabled)
@@ -80,12 +94,13 @@ class Switch:
         """Make these adapters the active ones and, outside ``inference_mode``, the only ones that train."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self.check_active([name for name in names if name in self])
-        for name in self.active_adapters:
-            if name not in names:
+        trained = self.context.behind(names, training=True)
+        for name in self.context.behind([*self.active_adapters, *names]):
+            if name not in trained:
                 self.set_requires_grad(name, False)
-        for name in names:
+        for name in trained:
             self.set_requires_grad(name, not inference_mode)
-        self._active_adapter = names
+        self.__dict__["_active_adapter"] = names  # a module looks into each value that is set
         self.switched()
 
     def switched(self) -> None:

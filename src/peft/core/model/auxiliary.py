@@ -12,6 +12,7 @@ from torch import nn
 from peft.core.adapter import part
 from peft.core.base.kinds import WHOLE, Kind, kind_of
 from peft.core.base.storage import copied
+from peft.core.composition.expressions import Composition, Stack
 from peft.core.families import Rows
 from peft.core.layer.classes import class_for, layer_class
 from peft.core.layer.layer import BaseTunerLayer
@@ -40,7 +41,7 @@ class AuxiliaryTrainingWrapper(Switch, AuxiliaryWrapper):
     @property
     def active_adapters(self) -> list[str]:
         """The active adapters that have a version of the module."""
-        return [name for name in self._active_adapter if name in self]
+        return self.present(self._active_adapter)
 
     def update(self, adapter_name: str, **kwargs: Any) -> None:
         """Allocate the adapter's version."""
@@ -97,19 +98,29 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
             del self.modules_to_save[adapter_name]
         self._forget(adapter_name)
 
+    def present(self, names: Sequence[Any]) -> list[str]:
+        """Those of these adapters that have a copy; of a stack, whose later members replace it again, the last."""
+        found: dict[str, None] = {}
+        for name in names:
+            expression = name if isinstance(name, Composition) else self.context.compositions.get(name)
+            members = [self.present([member]) for member in (expression.members if expression else ())]
+            held = [one for one in members if one][-1 if isinstance(expression, Stack) else 0 :]
+            found.update(dict.fromkeys([name] if name in self.modules_to_save else sum(held, [])))
+        return list(found)
+
     def check_active(self, names: list[str]) -> None:
         if len(names) > 1:
             raise ValueError(
                 f"adapters {names} each have their own copy of the same module (modules_to_save), so only one of them "
-                "can be active."
+                "can be active. A composition of them can have a copy of its own: add_composition(..., "
+                "modules_to_save=[...])."
             )
 
     def _module(self) -> nn.Module:
         """The module that acts now."""
         if not self._disable_adapters:
-            for name in self._active_adapter:
-                if name in self.modules_to_save:
-                    return self.modules_to_save[name]
+            for name in self.active_adapters:
+                return self.modules_to_save[name]
         return self.original_module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -120,7 +131,8 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         groups, order, _ = self.context.groups(tuple(rows), x.shape[0], x.device)
         parts = []
         for name, index in groups:
-            module = self.modules_to_save[name] if name in self else self.original_module
+            own = self.present([name])
+            module = self.modules_to_save[own[0]] if own else self.original_module
             part, rest = kind.take_rows(self, args, kwargs, index)
             parts.append(module(*part, **rest))
             if not isinstance(parts[-1], torch.Tensor):
@@ -162,8 +174,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         return read(self._module())
 
     def unload(self, merge: bool, adapter_names: list[str] | None = None) -> nn.Module:
-        names = self._active_adapter if adapter_names is None else adapter_names
-        chosen = [name for name in names if name in self.modules_to_save]
+        chosen = self.present(self._active_adapter if adapter_names is None else adapter_names)
         return self.modules_to_save[chosen[0]] if merge and chosen else self.original_module
 
 
@@ -268,8 +279,9 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
 class TrainedBiases:
     """Biases of the base model that adapters train in place (``bias="all"`` or ``"..._only"``).
 
-    The originals are kept, and each adapter's values while it is not active: an inactive or disabled adapter leaves
-    no trace in the base model. A place is the (module, attribute) of a bias, known by the module's identity.
+    Other tensors of it that a file brings along, buffers too, are kept like them. The originals are kept, and each
+    adapter's values while it is not active: an inactive or disabled adapter leaves no trace in the base model. A place
+    is the (module, attribute) of a tensor, known by the module's identity.
     """
 
     def __init__(self) -> None:
@@ -277,6 +289,7 @@ class TrainedBiases:
         self.originals: dict[tuple[int, str], torch.Tensor] = {}
         self.values: dict[str, dict[tuple[int, str], torch.Tensor]] = {}
         self.applied: str | None = None
+        self.paused: str | None = None  # what was applied when the adapters were switched off
 
     def __contains__(self, name: str) -> bool:
         return name in self.values
@@ -290,7 +303,7 @@ class TrainedBiases:
 
         self.places, self.originals = renamed(state["places"]), renamed(state["originals"])
         self.values = {name: renamed(values) for name, values in state["values"].items()}
-        self.applied = state["applied"]
+        self.applied, self.paused = state["applied"], state["paused"]
 
     def add(self, name: str, sites: Iterable[tuple[nn.Module, str]]) -> None:
         """Record an adapter that trains these biases, from the base model's own values; what is applied stays so."""
@@ -327,7 +340,7 @@ class TrainedBiases:
         if self.applied is not None:
             for place, p in self.parameters(self.applied):
                 p.data = self.values[self.applied][place].to(p)
-                p.requires_grad_(requires_grad)
+                p.requires_grad_(requires_grad and isinstance(p, nn.Parameter))
 
     def choose(self, names: Sequence[str]) -> str | None:
         """The one adapter among these that trains biases; ValueError if there are several."""
@@ -366,7 +379,7 @@ def bias_state(model: nn.Module, adapter: str) -> Iterator[tuple[str, str, torch
         return
     tensors = record.tensors(adapter)
     for site in walk(model):
-        for attribute in site.module._parameters:
+        for attribute in (*site.module._parameters, *site.module._buffers):
             if (id(site.module), attribute) in tensors:
                 path = join(site.path, attribute)
                 saved = file_path(path, adapter, [*site.above, *site.wrappers])

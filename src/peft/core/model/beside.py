@@ -31,7 +31,7 @@ from peft.core.model.walk import (
     replace_module,
     walk,
 )
-from peft.utils.usage import near, recording
+from peft.utils.usage import near, recording, remark
 
 
 # Heads that task classes add to modules_to_save by themselves; that a model lacks some of them is no mistake.
@@ -48,7 +48,10 @@ def add_auxiliary(model: nn.Module, name: str, config: Any) -> None:
     mode = getattr(config, "bias", "none")
     if mode != "none":
         record = record_of(model).biases = biases_of(model) or TrainedBiases()
-        record.add(name, list(bias_sites(model, mode, name)))
+        sites = list(bias_sites(model, mode, name))
+        record.add(name, sites)
+        if not sites:
+            remark(f"bias={mode!r} does nothing: there are no biases.")
 
 
 def _wrap_modules_to_save(model: nn.Module, name: str, modules: list[str], config: Any) -> None:

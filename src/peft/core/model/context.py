@@ -6,12 +6,14 @@ transformers recomputes get those of the call that they repeat, see :meth:`Conte
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 
+from peft.core.composition.expressions import Composition, Fuse, alternatives
+from peft.core.layer.together import Readers
 from peft.core.model.sequence import Tokens, note_in_cache, tokens_of
 
 
@@ -27,7 +29,7 @@ class Groups(NamedTuple):
         index: which of the parts each row of the batch belongs to.
     """
 
-    parts: list[tuple[str, torch.Tensor]]
+    parts: list[tuple[Any, torch.Tensor]]
     order: torch.Tensor
     index: torch.Tensor
 
@@ -36,7 +38,8 @@ class Context:
     """Facts of the current forward call.
 
     Attributes:
-        adapter_names: one adapter name for each row of the batch (:data:`BASE` for none), or None.
+        adapter_names: one adapter for each row of the batch (:data:`BASE` for none; or an expression), or None.
+        compositions: the adapters of the model that are made of others: name -> expression.
         task_ids: one task number for each row, ``[batch]``, or None.
         scalings: weights of routed adapters, ``[batch, tokens, layers, adapters]``; None: they give nothing.
         mask: the model's ``attention_mask``, ``[batch, tokens]``, 0 where padded, or None.
@@ -44,30 +47,38 @@ class Context:
         current: while a group of rows is computed, the adapters of that group; else None.
         rows: while rows of a mixed batch are computed, which they are, and how many there are in all; else None.
         held: a call that carries such facts is under way.
+        readers: which layers read one input, see :mod:`peft.core.layer.together`.
         reads_tokens: some adapter reads the tokens of calls; without one they are not looked at.
         tokens: those of the call, None where it has no ids.
         prompt: while ``generate`` runs, the ids that it was given, else None.
         worked_out: what adapters have worked out from the facts of this call, for the layers after them.
+        leads: how many virtual tokens stand before the texts of a stack of layers, those in the cache included: at
+            most, and in each row. True: of a decoder beside an encoder, False: of the encoder or the only stack.
     """
 
     def __init__(self) -> None:
-        self.adapter_names: tuple[str, ...] | None = None
+        self.adapter_names: tuple[Any, ...] | None = None
+        self.compositions: dict[str, Composition] = {}
         self.task_ids: torch.Tensor | None = None
         self.scalings: torch.Tensor | None = None
         self.mask: torch.Tensor | None = None
         self.labels: torch.Tensor | None = None
-        self.current: list[str] | None = None
+        self.current: list[Any] | None = None
         self.rows: tuple[torch.Tensor, int] | None = None
         self.held = False
+        self.readers = Readers()
         self.reads_tokens = False
         self.tokens: Tokens | None = None
         self.prompt: torch.Tensor | None = None
         self.worked_out: dict[tuple, Any] = {}
+        self.leads: dict[bool, tuple[int, torch.Tensor | None]] = {}
+        self._led = False
         self._groups: dict[tuple, Groups] = {}
 
     def noted(self) -> dict[str, Any] | None:
         """All facts of this moment for :meth:`as_noted`, None where the call says nothing that layers ask for."""
-        told = (self.adapter_names, self.task_ids, self.scalings, self.mask, self.labels, self.tokens)
+        facts = (self.adapter_names, self.task_ids, self.scalings, self.mask, self.labels, self.tokens)
+        told = (*facts, self.leads or None)
         return None if all(fact is None for fact in told) else dict(self.__dict__)
 
     @contextmanager
@@ -86,7 +97,7 @@ class Context:
         return self.adapter_names is not None and self.current is None
 
     @contextmanager
-    def only(self, name: str) -> Iterator[None]:
+    def only(self, name: Any) -> Iterator[None]:
         """While the rows of one adapter are computed."""
         outer, self.current = self.current, [name]
         try:
@@ -104,13 +115,47 @@ class Context:
         finally:
             self.prompt = outer
 
+    def behind(self, names: Iterable[Any], training: bool = False) -> list[str]:
+        """The adapters that act where these do: themselves, and those that they are made of.
+
+        Args:
+            names: adapters, or expressions. training: without those that a fusion reads, as it trains on its own.
+        """
+        found: dict[str, None] = {}
+        for name in names:
+            made_of = name if isinstance(name, Composition) else self.compositions.get(name)
+            if isinstance(name, str):
+                found[name] = None
+            if made_of is not None and not (training and isinstance(made_of, Fuse)):
+                found.update(dict.fromkeys(self.behind(made_of.members, training)))
+        return list(found)
+
+    def together(self, names: Sequence[Any]) -> list[Sequence[Any]]:
+        """The sets of adapters that act on a row each: one, unless a composition divides the rows of calls."""
+        dividing = [
+            known for name in names if (known := self.compositions.get(name)) is not None and known.splits_rows
+        ]
+        return [[row] for row in alternatives(dividing[0])] if dividing else [names]
+
     def set_adapter_names(self, names: Sequence[str] | None) -> None:
         self.adapter_names = None if names is None else tuple(names)
         self._groups.clear()
 
+    def lead(self, decoder: bool, most: int, each: torch.Tensor | None) -> None:
+        """Note virtual tokens for the next call of the model: ``most``, or of ``each`` row its own, ``[batch]``."""
+        self.leads, self._led = {**(self.leads if self._led else {}), decoder: (most, each)}, True
+
+    def lead_of(self, decoder: bool, batch: int, device: torch.device) -> tuple[int, torch.Tensor]:
+        """How many virtual tokens stand before texts at most, and before that of each row, ``[batch]``."""
+        most, each = self.leads.get(decoder, (0, None))
+        if each is None:
+            return most, torch.full((batch,), most, device=device)
+        return most, self.of_rows("virtual tokens", each, batch, device)
+
     def forget(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         """Hook of the model: a call that says nothing of adapters or tasks does not use those of an earlier one."""
         self.rows = None
+        self.leads, self._led = self.leads if self._led else {}, False
         two_lengths = getattr(getattr(module, "config", None), "is_encoder_decoder", False)
         by_token = (kwargs.get(name) for name in ("attention_mask", "labels"))
         self.mask, self.labels = (
@@ -182,7 +227,7 @@ class Context:
         values = values.to(device).repeat_interleave(total // len(values), 0)
         return values if rows is None else values[rows]
 
-    def groups(self, names: tuple[str, ...], batch: int, device: torch.device) -> Groups:
+    def groups(self, names: tuple[Any, ...], batch: int, device: torch.device) -> Groups:
         """Rows of each adapter in a batch.
 
         A batch with a multiple of ``len(names)`` rows repeats each name: beams, or tokens laid out as rows.
@@ -197,7 +242,7 @@ class Context:
             )
         key = (names, batch, device)
         if key not in self._groups:
-            rows: dict[str, list[int]] = {}
+            rows: dict[Any, list[int]] = {}
             repeat = batch // len(names)
             for i, name in enumerate(names):
                 rows.setdefault(name, []).extend(range(i * repeat, (i + 1) * repeat))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.context import Context
 from peft.core.model.record import drop_if_empty, known_record, record_of
 from peft.core.model.walk import embeddings_of
@@ -55,7 +56,7 @@ class InputGrads:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.switches = list(_with_switch(model))
+        self.switches = list(with_switch(model))
 
     def needed(self) -> bool:
         """Whether some block recomputes its forward in the reentrant way."""
@@ -90,7 +91,7 @@ class InputGrads:
                 setattr(block, FUNCTION, Repeated(function, context))
 
 
-def _with_switch(model: nn.Module) -> Iterator[Any]:
+def with_switch(model: nn.Module) -> Iterator[Any]:
     """The modules that have a switch for gradient checkpointing."""
     name, seen, classes, stack = "gradient_checkpointing", set(), {}, [model]
     while stack:
@@ -103,12 +104,15 @@ def _with_switch(model: nn.Module) -> Iterator[Any]:
             classes[cls] = hasattr(cls, name)
         if classes[cls] or name in module.__dict__:
             yield module
-        stack += [child for child in module._modules.values() if child is not None]
+        if isinstance(module, BaseTunerLayer) and not module.adapter_cls.any_module:  # pairs and vectors have none
+            stack.append(module.base_layer)
+        elif module._modules:
+            stack += [child for child in module._modules.values() if child is not None]
 
 
 def is_switched_on(model: nn.Module) -> bool:
     """Whether gradient checkpointing is switched on in some block."""
-    return any(module.gradient_checkpointing for module in _with_switch(model))
+    return any(module.gradient_checkpointing for module in with_switch(model))
 
 
 def watch_checkpointing(model: nn.Module) -> None:

@@ -29,10 +29,12 @@ class Manager:
         model: the base model, with the adapters in it.
         peft_config: adapter name -> config.
         active_adapter: the adapter that acts, or a list where several do or none.
+        mixes: whether its adapters may be of different methods.
         MEANINGLESS: operations that mean nothing for the method -> why, and what to do instead.
     """
 
     MEANINGLESS: ClassVar[dict[str, str]] = {}
+    mixes: ClassVar[bool] = False
 
     model: nn.Module
     peft_config: dict[str, Any]
@@ -45,6 +47,9 @@ class Manager:
         self.set_adapter(adapter_name, inference_mode=configs[adapter_name].inference_mode)
         model.peft_config = configs  # type: ignore[assignment]
         watch_checkpointing(model)
+
+    def take_task(self, task: Any) -> None:
+        """Learn what the model is for; of no account where adapters change nothing of its inputs."""
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *options: Any) -> None:
         """Give the model an adapter, inactive and frozen, from ``self.peft_config[adapter_name]``."""

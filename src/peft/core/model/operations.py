@@ -20,9 +20,10 @@ from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, biases_of
 from peft.core.model.declared import declare_biases, new_biases, set_declared
 from peft.core.model.dequantize import dequantize
-from peft.core.model.record import record_of
+from peft.core.model.record import behind, record_of
 from peft.core.model.replicate import restore_layers, separate_layers
 from peft.core.model.walk import embeddings_of, holders_of, layers_of, replace_module, walk, wrappers_of
+from peft.utils.error import UnknownAdapterError
 
 
 def names_of(adapter_names: str | Sequence[str]) -> list[str]:
@@ -39,11 +40,11 @@ def adapters_of(model: nn.Module) -> list[str]:
 
 
 def require_adapters(model: nn.Module, names: Iterable[str], known: Iterable[str] | None = None) -> None:
-    """Raise ValueError for a name that is no adapter of the model; it lists those there are."""
+    """Raise UnknownAdapterError for a name that is no adapter of the model; it lists those there are."""
     known = list(adapters_of(model) if known is None else known)
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise ValueError(
+        raise UnknownAdapterError(
             f"adapter {', '.join(map(repr, unknown))} not found. Adapters of this model: "
             f"{', '.join(map(repr, known)) or 'none'}. Add one with add_adapter or load_adapter."
         )
@@ -75,8 +76,8 @@ def set_adapter(
     if wrappers:
         require_adapters(model, names, [*held, *known])
     for wrapper in wrappers:
-        wrapper.check_active([name for name in names if name in wrapper])
-    bias = record.choose(names) if record else None
+        wrapper.check_active_rows(names)
+    bias = record.choose(behind(model, names)) if record else None
     if any(isinstance(w, BaseTunerLayer) and w.merged for w in wrappers):
         warnings.warn("adapters are merged into the base model; they are unmerged before others are activated.")
         unmerge(model)
@@ -84,6 +85,7 @@ def set_adapter(
         wrapper.set_adapter(names, inference_mode)
     if record:
         record.apply(bias, not inference_mode)
+        record.paused = bias
 
 
 def enable_adapters(model: nn.Module, enabled: bool) -> None:
@@ -93,7 +95,8 @@ def enable_adapters(model: nn.Module, enabled: bool) -> None:
         wrapper.enable_adapters(enabled)
         names = names or wrapper._active_adapter
     if record := biases_of(model):
-        record.apply(record.choose(names) if enabled else None)
+        record.paused = record.applied or record.paused
+        record.apply((record.choose(behind(model, names)) if names else record.paused) if enabled else None)
 
 
 def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -103,7 +106,7 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requ
     record = biases_of(model)
     if record and record.applied in names_of(adapter_names):
         for _, p in record.parameters(record.applied):
-            p.requires_grad_(requires_grad)
+            p.requires_grad_(requires_grad and isinstance(p, nn.Parameter))
 
 
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -294,9 +297,9 @@ def _check_together(model: nn.Module, adapter_names: list[str] | None) -> None:
     merged = [name for w in wrappers if isinstance(w, BaseTunerLayer) for name in w.merged_adapters]
     names = dict.fromkeys([*merged, *(active_of(model) if adapter_names is None else adapter_names)])
     for wrapper in wrappers:
-        wrapper.check_active([name for name in names if name in wrapper])
+        wrapper.check_active_rows(list(names))
     if record := biases_of(model):
-        record.choose(list(names))
+        record.choose(behind(model, names))
 
 
 def _tell_rounding(layers: list[tuple[str, BaseTunerLayer]]) -> None:
@@ -375,7 +378,7 @@ def unload(
             if back is not None:
                 back()
             raise
-        bias = record.choose(active if adapter_names is None else adapter_names) if record else None
+        bias = record.choose(behind(model, active if adapter_names is None else adapter_names)) if record else None
     else:
         unmerge(model)
         bias = None

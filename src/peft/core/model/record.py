@@ -21,6 +21,7 @@ class Record:
     biases: the biases of the base model that adapters train in place.
     replication: what the model was before its layers were replicated.
     checkpointing: what watches gradient checkpointing, and its hooks.
+    savings: what makes its training steps take less memory (:mod:`peft.tools.savings`).
     """
 
     def __init__(self) -> None:
@@ -31,6 +32,7 @@ class Record:
         self.biases: Any = None
         self.replication: Any = None
         self.checkpointing: Any = None
+        self.savings: Any = None
 
 
 class SharedParts:
@@ -93,6 +95,12 @@ def context_of(model: nn.Module) -> Context:
     return record.context
 
 
+def behind(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """The adapters of a model that act where these do: themselves, and those that they are made of."""
+    record = known_record(model)
+    return list(names) if record is None or record.context is None else record.context.behind(names)
+
+
 def drop_record(model: nn.Module) -> None:
     """Take the record and its hooks away from a model that has no adapters any more."""
     record = known_record(model)
@@ -107,6 +115,8 @@ def drop_record(model: nn.Module) -> None:
 def drop_if_empty(model: nn.Module) -> None:
     """Take the record away once nothing is noted in it."""
     record = known_record(model)
-    noted = (record.context, record.biases, record.replication, record.checkpointing) if record else ()
-    if record is not None and all(value is None for value in noted):
+    if record is None:
+        return
+    noted = (record.context, record.biases, record.replication, record.checkpointing, record.savings)
+    if all(value is None for value in noted):
         del model.__dict__["_peft_record"]

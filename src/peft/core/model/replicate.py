@@ -53,7 +53,7 @@ def replicate_layers(model: nn.Module, layer_map: Sequence[Sequence[int]]) -> bo
             model is unchanged.
     """
     ranges = [list(pair) for pair in layer_map]
-    before = record_of(model).replication
+    before = getattr(known_record(model), "replication", None)
     if before is not None:
         if before.layer_map == ranges:
             return False

@@ -348,7 +348,7 @@ def _top_level(config: Any, model: nn.Module) -> str:
 
 
 def _nothing_matches(config: Any, sites: list[Site]) -> str:
-    targets = config.target_modules or getattr(config, "target_parameters", None) or "nothing"
+    targets = config.target_modules or getattr(config, "target_parameters", None) or []
     asked = targets if isinstance(targets, str) else sorted(targets)
     keys = [site.key for site in sites if kind_of(site.module)]
     kinds = sorted({type(site.module).__name__ for site in sites if kind_of(site.module)})
@@ -358,19 +358,19 @@ def _nothing_matches(config: Any, sites: list[Site]) -> str:
     entries = [asked] if isinstance(asked, str) else asked
     close = dict.fromkeys(name for entry in entries for name in near(entry, pool))
     top = _top_level(config, sites[0].module)
-    message = f"no module of the model matches the targets {asked!r}. {top}"
+    message = f"no module of the model matches the targets {asked!r}. {top}" if asked else "no targets are named. "
     if config.target_modules and any(matches(targets, key) for key in keys if key):
         message += (
             "Modules of that name exist, but exclude_modules, layers_to_transform or modules_to_save rule them out. "
         )
     elif close and not top:
         message += f"Closest names: {', '.join(close)}. "
-    if isinstance(targets, str):
+    if asked and isinstance(targets, str):
         message += "A string is a regular expression that has to match the whole name, such as r'.*\\.q_proj'. "
     names = sorted({key.rpartition(".")[2] for key in keys})
     return (
         message
         + f"Layers that can be adapted: {', '.join(kinds) or 'none'}"
         + (f", called {', '.join(names[:20])}." if any(names) else ".")
-        + f" Change {'target_modules' if config.target_modules else 'target_parameters'}."
+        + f" Change {'target_parameters' if targets and not config.target_modules else 'target_modules'}."
     )

@@ -18,6 +18,7 @@ from peft.core.base.readers import reads_weight_of
 from peft.core.base.stack import Stack
 from peft.core.base.storage import weight_names
 from peft.core.combine.sums import add_sum
+from peft.core.composition.penalty import with_penalty
 from peft.core.filling import no_collection
 from peft.core.layer.classes import class_for
 from peft.core.layer.layer import BaseTunerLayer
@@ -38,10 +39,10 @@ from peft.core.model.walk import (
     names_in,
     names_of_modules,
     parent_of,
-    replace_module,
+    replace_at,
     walk,
 )
-from peft.utils.usage import recording
+from peft.utils.usage import recording, remark
 
 
 MANY = 8
@@ -69,7 +70,6 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
     prefix: ClassVar[str] = ""
     target_module_mapping: ClassVar[dict[str, Any]] = {}
     default_roles: ClassVar[tuple[str, ...]] = ("query", "value")
-    mixes: ClassVar[bool] = False  # whether its adapters may be of different methods
 
     def __init__(
         self,
@@ -95,7 +95,11 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
             return getattr(self.model, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.finish(self.model(*args, **kwargs))
+        return self.finished(self.model(*args, **kwargs))
+
+    def finished(self, outputs: Any) -> Any:
+        """The model's outputs with what is made of them: by the method, and by fusions."""
+        return self.finish(with_penalty(self.model, self.active_adapters, outputs))
 
     def finish(self, outputs: Any) -> Any:
         """What the method makes of the model's outputs: one with a term of its own in the loss adds it here."""
@@ -119,21 +123,36 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
         Raises:
             ValueError: if the config does not fit the model; the model is unchanged.
         """
-        config = self.peft_config[adapter_name]
         check_adapter_name(adapter_name)
+        with operations.replacing(model, adapter_name):
+            self.place(model, adapter_name, low_cpu_mem_usage, state_dict)
+        self.settle(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+
+    def place(
+        self, model: nn.Module, name: str, low_cpu_mem_usage: bool, state_dict: dict[str, torch.Tensor] | None
+    ) -> None:
+        """Put an adapter's parts into the model, where no part of this method has that name.
+
+        Raises:
+            ValueError: if the config does not fit the model, which then has nothing of that name.
+        """
+        config = self.peft_config[name]
         layer_map = getattr(config, "layer_replication", None)
-        with operations.replacing(model, adapter_name), recording(config, lambda: names_in(model), TASK_HEADS):
+        with recording(config, lambda: names_in(model), TASK_HEADS):
             replicated = replicate_layers(model, layer_map) if layer_map else False
             try:
                 keys = None if state_dict is None else keys_of(model, state_dict, self.layer_cls)
                 self.prepare_config(config, model, keys)
-                self._adapt(model, adapter_name, config, low_cpu_mem_usage)
+                self._adapt(model, name, config, low_cpu_mem_usage)
             except Exception:
-                self._take_back(model, adapter_name)
+                self._take_back(model, name)
                 if replicated:
                     restore_layers(model)
                 raise
-        operations.settle(model, adapter_name, autocast_adapter_dtype)
+
+    def settle(self, model: nn.Module, name: str, autocast_adapter_dtype: bool, low_cpu_mem_usage: bool) -> None:
+        """What follows when an adapter has got its parts."""
+        operations.settle(model, name, autocast_adapter_dtype)
         if low_cpu_mem_usage:
             refuse_unfilled(model)
 
@@ -141,7 +160,10 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
         """Wrap the targets and give each its part of the adapter."""
         targets = self.targets_of(config, model)
         if hasattr(config, "fan_in_fan_out"):  # the layers tell; the field is for other readers of the file
+            asked = config.fan_in_fan_out
             config.fan_in_fan_out = any(target.kind and target.kind.fan_in_fan_out for target in targets)
+            if asked and not config.fan_in_fan_out:
+                remark("fan_in_fan_out=True does nothing: no adapted layer keeps its weight as [in, out].")
         with torch.device("meta") if low_cpu_mem_usage else nullcontext():
             holders = holders_of(model)
             elsewhere = self.made_elsewhere(config)
@@ -206,14 +228,14 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
             path = inside[0] if inside else site.path
         cls = class_for(self.layer_cls, target.kind or WHOLE, site.module)
         parent, name = parent_of(model, path)
-        inside = getattr(parent, name)
-        layer = cls(inside, kind=target.kind, context=context_of(model))
+        module: Any = parent._modules[name]
+        layer = cls(module, kind=target.kind, context=context_of(model))
         layer.__dict__["key"] = target.key
-        places = holders.get(id(inside), [(parent, name)])
+        places = holders.get(id(module), [(parent, name)])
         kind = target.kind
         if any(not isinstance(p, BaseTunerLayer) and reads_weight_of(p, n, kind) for p, n in places):
             layer.read_by_parent = True
-        replace_module(model, path, layer, holders)
+        replace_at((parent, name), layer, holders)
         return layer
 
     def _share(self, name: str, config: Any, layers: list[BaseTunerLayer]) -> None:

@@ -6,13 +6,15 @@ labels, caches, generation, rows of a batch with different prompts, files.
 
 from __future__ import annotations
 
-from peft.core.prompts.adapters import PromptTuner
-from peft.core.prompts.calls import Task, backbone_of, weighted_cross_entropy
+from peft.core.prompts.adapters import NOTHING_TO_MERGE, PromptTuner
+from peft.core.prompts.calls import PLAIN, Task, backbone_of, weighted_cross_entropy
 from peft.core.prompts.tokens import ENCODER, VirtualTokens, check_shape, define_prompt, put
 
 
 __all__ = [
     "ENCODER",
+    "NOTHING_TO_MERGE",
+    "PLAIN",
     "PromptTuner",
     "Task",
     "VirtualTokens",

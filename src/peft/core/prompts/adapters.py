@@ -37,6 +37,7 @@ class PromptTuner(Manager):
     Args:
         model: the base model. Only modules that an adapter trains whole are wrapped in it.
         peft_config: adapter name -> config, or the config of ``adapter_name``.
+        adapter_name: the first one, which is made; None makes none, for a manager of adapters that are more than this.
         task: what virtual tokens do to the inputs of the model's task.
 
     Attributes:
@@ -54,17 +55,22 @@ class PromptTuner(Manager):
         self,
         model: nn.Module,
         peft_config: Any,
-        adapter_name: str,
+        adapter_name: str | None,
         low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = True,
         task: Task = PLAIN,
     ) -> None:
-        configs = dict(peft_config) if isinstance(peft_config, dict) else {adapter_name: peft_config}
+        whole = adapter_name is None or isinstance(peft_config, dict)
+        configs: Any = peft_config if whole else {adapter_name: peft_config}
+        self.peft_config = configs
         self.prompts = Prompts(model, configs)
         self.calls = Calls(self.prompts, task)
         self.generation = Generation(self.calls)
         self.forward, self.generate = self.calls.forward, self.generation.generate
-        self.start(model, configs, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        if adapter_name is None:
+            self.model = model
+        else:
+            self.start(model, configs, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
 
     def __getattr__(self, name: str) -> Any:
         if name in self.MEANINGLESS:
@@ -87,12 +93,12 @@ class PromptTuner(Manager):
         """
         config = self.peft_config[adapter_name]
         check_adapter_name(adapter_name, self.adapter_names)
-        cls = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+        cls, word_embeddings = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type], self.word_embeddings
         settle_sizes(config, model, cls.as_prefix)
         cls.prepare_config(config)
         try:
             with torch.device("meta") if low_cpu_mem_usage else nullcontext():
-                encoder = self._made(cls, config)
+                encoder = self._made(cls, config, word_embeddings)
                 add_auxiliary(model, adapter_name, config)
         except Exception:
             operations.remove(model, adapter_name)
@@ -100,9 +106,9 @@ class PromptTuner(Manager):
         self.prompts.add(adapter_name, encoder, autocast_adapter_dtype)
         operations.settle(model, adapter_name, autocast_adapter_dtype=False)
 
-    def _made(self, cls: type[VirtualTokens], config: Any) -> VirtualTokens:
+    def _made(self, cls: type[VirtualTokens], config: Any, word_embeddings: nn.Module) -> VirtualTokens:
         """The virtual tokens that a config asks for, with their gates."""
-        encoder = cls(config, self.word_embeddings)
+        encoder = cls(config, word_embeddings)
         if encoder.gates_each:
             each = encoder.gates_each
             encoder.prefix_gates = nn.ModuleList(Gate(width_of(module), each) for module in attentions(self.model))
@@ -141,24 +147,45 @@ class PromptTuner(Manager):
             ValueError: for an unknown adapter, and for several.
         """
         names = operations.names_of(adapter_name)
-        if len(names) > 1:
-            operations.require_adapters(self.model, names, self.peft_config)
+        operations.require_adapters(self.model, names, self.peft_config)
+        self.check_active(names)
+        super().set_adapter(adapter_name, inference_mode)
+        self.choose(names, inference_mode)
+
+    def check_active(self, names: list[str]) -> None:
+        """Raise ValueError where several of these adapters have virtual tokens."""
+        here = [name for name in names if name in self.prompts.encoders]
+        if len(here) > 1:
             raise ValueError(
-                f"only one prompt can be active at a time, not {names}. For different prompts in the rows of one "
+                f"only one prompt can be active at a time, not {here}. For different prompts in the rows of one "
                 "batch, pass adapter_names to the call."
             )
-        super().set_adapter(adapter_name, inference_mode)
+
+    def choose(self, names: list[str], inference_mode: bool) -> None:
+        """Let the one of these adapters that has virtual tokens act, and train outside ``inference_mode``."""
+        here = [name for name in names if name in self.prompts.encoders]
+        self.prompts.active = here[0] if here else []
         for name, encoder in self.prompts.encoders.items():
-            encoder.train_on(name in names and not inference_mode)
+            encoder.train_on(name in here and not inference_mode)
+
+    def train_on(self, names: list[str], requires_grad: bool) -> None:
+        """Let the virtual tokens of these adapters train, or not."""
+        for name in names:
+            if name in self.prompts.encoders:
+                self.prompts.encoders[name].train_on(requires_grad)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         super().set_requires_grad(adapter_names, requires_grad)
-        for name in operations.names_of(adapter_names):
-            self.prompts.encoders[name].train_on(requires_grad)
+        self.train_on(operations.names_of(adapter_names), requires_grad)
+
+    def drop(self, adapter_name: str) -> None:
+        """Remove an adapter's virtual tokens, if it has some."""
+        if adapter_name in self.prompts.encoders:
+            del self.prompts.encoders[adapter_name], self.prompts.tokens[adapter_name]
 
     def take_out(self, adapter_name: str) -> list[str]:
         operations.remove(self.model, adapter_name)
-        del self.prompts.encoders[adapter_name], self.prompts.tokens[adapter_name]
+        self.drop(adapter_name)
         rest = [name for name in self.peft_config if name != adapter_name]
         if adapter_name not in self.active_adapters or not rest:
             return [name for name in self.active_adapters if name != adapter_name]
@@ -175,12 +202,8 @@ class PromptTuner(Manager):
 
     @contextmanager
     def switched_off(self) -> Iterator[None]:
-        before, self.prompts.disabled = self.prompts.disabled, True
-        try:
-            with super().switched_off():
-                yield
-        finally:
-            self.prompts.disabled = before
+        with self.prompts.switched_off(), super().switched_off():
+            yield
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """False: a prompt is no change of a weight."""
@@ -214,5 +237,5 @@ class PromptTuner(Manager):
         config.inference_mode = not whole
         old = next(encoder.parameters())
         with torch.device(old.device):
-            fresh = self._made(type(encoder), config)
+            fresh = self._made(type(encoder), config, self.prompts.word_embeddings)
         self.prompts.encoders[name] = fresh.to(old.dtype).train(encoder.training).train_on(old.requires_grad)

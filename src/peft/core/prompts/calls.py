@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft.core.model.record import context_of
 from peft.core.model.sequence import ARGUMENTS, length_of
 from peft.core.prompts import caches
 from peft.core.prompts.feed import Feed
@@ -128,6 +129,7 @@ class Calls:
         Raises:
             ValueError: if rows have prompts of different length, and the model would count the padding.
         """
+        context_of(self.model).lead(before != "", feed.size, feed.lengths if left else None)
         mask_name, position_name, type_name = (f"{before}{n}" for n in COMPANIONS)
         mask, positions, types = (inputs.get(name) for name in (mask_name, position_name, type_name))
         if mask is None and feed.needs_mask:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -69,11 +71,28 @@ class Prompts:
             )
         return module
 
+    @contextmanager
+    def switched_off(self) -> Iterator[None]:
+        """A context in which no row gets a prompt."""
+        before, self.disabled = self.disabled, True
+        try:
+            yield
+        finally:
+            self.disabled = before
+
     @property
     def in_use(self) -> list[str]:
         """The prompts that the rows of the call get; :data:`BASE` for rows without one."""
         names = context_of(self.model).adapter_names
-        return [] if self.disabled else operations.names_of(self.active if names is None else names)
+        if self.disabled:
+            return []
+        if names is None:
+            return operations.names_of(self.active)
+        return [name if name in self.encoders else BASE for name in names]
+
+    @property
+    def _used(self) -> dict[str, VirtualTokens]:
+        return {name: self.encoders[name] for name in self.in_use if name != BASE}
 
     @property
     def one(self) -> VirtualTokens | None:
@@ -84,7 +103,7 @@ class Prompts:
     def enter(self, cache: Any, feed: Feed) -> Any:
         """An empty cache with the prefix of each row in it."""
         states = self.prefix(feed.values)
-        if any(name != BASE and self.encoders[name].gates is not None for name in self.in_use):
+        if any(encoder.gates is not None for encoder in self._used.values()):
             cache._peft_prefix = GatedPrefix(self, states)
         return caches.fill(cache, states)
 
@@ -105,7 +124,7 @@ class Prompts:
         return found
 
     def _gates_of(self, name: str, layer: int, h: torch.Tensor) -> torch.Tensor:
-        gates = None if name == BASE else self.encoders[name].gates
+        gates = self.encoders[name].gates if name in self.encoders else None
         if gates is None:
             return h.new_ones(len(h), 2)
         gate: Any = gates[layer]
@@ -113,14 +132,25 @@ class Prompts:
 
     @property
     def as_prefix(self) -> bool:
-        return any(encoder.as_prefix for encoder in self.encoders.values())
+        """Whether the rows of the call get keys and values, and no virtual tokens before their texts.
+
+        Raises:
+            ValueError: if some get the one and some the other.
+        """
+        kinds = {encoder.as_prefix for encoder in self._used.values()}
+        if len(kinds) > 1:
+            raise ValueError(
+                f"rows of one batch use prefixes and virtual tokens before the text ({', '.join(self._used)}), which "
+                "enter a model in different ways. Give them in batches of their own."
+            )
+        return kinds == {True}
 
     @property
     def in_decoder(self) -> bool:
         """Whether the decoder of an encoder-decoder gets virtual tokens of its own."""
         return self.has_encoder and any(
             encoder.in_decoder and self.configs[name].num_transformer_submodules > 1
-            for name, encoder in self.encoders.items()
+            for name, encoder in self._used.items()
         )
 
     @property
@@ -156,7 +186,7 @@ class Prompts:
         feeds = {
             name: self._feed_of(name, len(rows), None if tasks is None else tasks[rows], stack)
             for name, rows in groups
-            if name != BASE
+            if name in self.encoders
         }
         size = max((feed.size for feed in feeds.values()), default=0)
         if size == 0:
@@ -168,7 +198,7 @@ class Prompts:
     def _feed_of(self, name: str, batch: int, tasks: torch.Tensor | None, stack: int) -> Feed:
         """What ``batch`` rows with one prompt get."""
         encoder, values = self.encoders[name], self.encode(name, batch, tasks)
-        if not self.as_prefix:
+        if not encoder.as_prefix:
             n = self.configs[name].num_virtual_tokens
             values = values[:, n * stack : n * (stack + 1)]
         values = values.to(self.word_embeddings.weight.device)
@@ -178,8 +208,11 @@ class Prompts:
 
     def prompt(self, batch: int, tasks: torch.Tensor | None = None, max_cache_len: int | None = None) -> Any:
         """The active prompt: embeddings ``[batch, tokens, width]``, or a cache that holds its keys and values."""
-        values = self.encode(operations.names_of(self.active)[0], batch, tasks)
-        return self.enter(caches.new_cache(self.model, max_cache_len), Feed(values)) if self.as_prefix else values
+        name = operations.names_of(self.active)[0]
+        values = self.encode(name, batch, tasks)
+        if not self.encoders[name].as_prefix:
+            return values
+        return self.enter(caches.new_cache(self.model, max_cache_len), Feed(values))
 
     @cached_property
     def _sizes(self) -> list[tuple[int, int]]:
@@ -194,7 +227,7 @@ class Prompts:
         For an encoder-decoder the file format steps through the table by four and starts again at its end, as if keys
         and values of cross attention stood between those of self attention.
         """
-        config = next(iter(self.configs.values()))
+        config = next(self.configs[name] for name, encoder in self.encoders.items() if encoder.as_prefix)
         layers, most = config.num_layers, config.num_attention_heads
         weight = self.word_embeddings.weight
         table = values.to(weight.dtype) if weight.is_floating_point() else values

@@ -14,7 +14,6 @@ from peft.config import (
     RankPatterns,
     TargetModules,
     TrainedBias,
-    name_list_of,
     option,
 )
 from peft.utils.error import ConfigError
@@ -174,7 +173,7 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
     OWN_BIAS: ClassVar[str] = "lora_only"
 
     r: int = option(8, "Rank of the update: the width between A and B.", minimum=1)
-    lora_alpha: int = option(8, "Numerator of the scale s = lora_alpha / r that the update is multiplied by.")
+    lora_alpha: int = option(8, "Numerator of the scale s = lora_alpha / r that the update is multiplied by.", stuck=0)
     lora_dropout: float = option(0.0, "Probability of dropping an input feature of the update.", minimum=0, below=1)
     use_rslora: bool = option(
         False, "Whether s = lora_alpha / sqrt(r), which keeps the update's size at high ranks (arXiv 2312.03732)."
@@ -213,21 +212,34 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
         "with the settings of the layer that they adapt.",
     )
     megatron_core: str | None = option(
-        "megatron.core", "The package that has the parallel layers, in its module tensor_parallel."
+        "megatron.core",
+        "The package that has the parallel layers, in its module tensor_parallel.",
+        needs="megatron_config",
     )
     trainable_token_indices: list[int] | dict[str, list[int]] | None = option(
         None,
         "Tokens whose embeddings are trained besides: their indices, or a dict of embedding module name -> indices.",
     )
     loftq_config: LoftQConfig | dict = option(
-        dict, "Options of LoftQ, for init_lora_weights='loftq'.", nested=LoftQConfig
+        dict,
+        "Options of LoftQ, for init_lora_weights='loftq'.",
+        nested=LoftQConfig,
+        needs=("init_lora_weights", "loftq"),
     )
-    eva_config: EvaConfig | None = option(None, "Options of EVA, for init_lora_weights='eva'.", nested=EvaConfig)
+    eva_config: EvaConfig | None = option(
+        None, "Options of EVA, for init_lora_weights='eva'.", nested=EvaConfig, needs=("init_lora_weights", "eva")
+    )
     corda_config: CordaConfig | None = option(
-        None, "Options of CorDA, for init_lora_weights='corda'.", nested=CordaConfig
+        None,
+        "Options of CorDA, for init_lora_weights='corda'.",
+        nested=CordaConfig,
+        needs=("init_lora_weights", "corda"),
     )
     lora_ga_config: LoraGAConfig | None = option(
-        None, "Options of LoRA-GA, for init_lora_weights='lora_ga'.", nested=LoraGAConfig
+        None,
+        "Options of LoRA-GA, for init_lora_weights='lora_ga'.",
+        nested=LoraGAConfig,
+        needs=("init_lora_weights", "lora_ga"),
     )
     use_dora: bool = option(
         False,
@@ -249,7 +261,7 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
         "Whether A reads inputs pooled by quantisation group, so that merging moves zero points and rounds nothing "
         "where they are floating point (QA-LoRA, arXiv 2309.14717).",
     )
-    qalora_group_size: int = option(16, "Features of a quantisation group of QA-LoRA.", minimum=1)
+    qalora_group_size: int = option(16, "Features of a quantisation group of QA-LoRA.", minimum=1, needs="use_qalora")
     monteclora_config: MontecloraConfig | None = option(
         None,
         "Options of MonteCLoRA, whose training draws A from a learned mixture (arXiv 2411.04358). Its loss has one "
@@ -269,6 +281,7 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
         None,
         "Parameters (not modules) to adapt, by name or end of a name; 2-D, or 3-D stacks of experts: "
         "'mlp.experts.gate_up_proj'.",
+        names=list,
     )
     use_bdlora: BdLoraConfig | None = option(
         None,
@@ -337,7 +350,6 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
             odd = [r for r in (self.r, *(self.rank_pattern or {}).values()) if r % 2]
             if odd:
                 raise ConfigError(f"{name}: orthogonal initialization requires the rank to be even, got {odd[0]}.")
-        self.target_parameters = name_list_of(self, "target_parameters")
         if self.target_parameters:
             # the update is added to the parameter itself: there is no input to drop and no output to shift or scale
             if field := self.needs_a_layer() or ("fan_in_fan_out" if self.fan_in_fan_out else None):

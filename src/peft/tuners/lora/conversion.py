@@ -26,7 +26,7 @@ from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model import operations
 from peft.core.model.auxiliary import ModulesToSaveWrapper, TrainableTokensWrapper, bias_sites, biases_of
 from peft.core.model.targeting import exact_targets
-from peft.core.model.walk import layers_of, walk
+from peft.core.model.walk import bare, layers_of, walk
 from peft.tools.footprint import meta_copy
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import LoraLayer
@@ -116,6 +116,7 @@ def _converted(
     across_layers: bool,
     combination: Combination,
 ) -> Conversion:
+    model = bare(model)
     root = anatomy(model)[0]
     names = operations.names_of(adapter_name)
     _check_names(model, root, names)
@@ -397,19 +398,19 @@ def _written(
     shifts: dict[Place, torch.Tensor | None],
 ) -> dict[str, torch.Tensor]:
     """The tensors by their names in files: those of a LoRA in a copy of the model that has no memory."""
-    bare = meta_copy(root)
-    for _, layer in layers_of(bare):
+    blank = meta_copy(root)
+    for _, layer in layers_of(blank):
         layer.merged_adapters, layer.originals = [], {}  # of what has no values, none have to be taken out
-    bare = operations.unload(bare, merge_first=False)
-    bare.__dict__.pop("peft_config", None)
-    found = lora_tensors(bare, lora, name, pairs, shifts)
+    blank = operations.unload(blank, merge_first=False)
+    blank.__dict__.pop("peft_config", None)
+    found = lora_tensors(blank, lora, name, pairs, shifts)
     own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers="auto")
     prefix = "" if anatomy(model)[1] else "base_model.model."  # a model that is no PeftModel knows its names without
     return {key: own[key.removeprefix(prefix)] if value.is_meta else value for key, value in found.items()}
 
 
 def lora_tensors(
-    bare: nn.Module,
+    blank: nn.Module,
     lora: LoraConfig,
     name: str,
     pairs: dict[Place, tuple[torch.Tensor, torch.Tensor]],
@@ -418,11 +419,11 @@ def lora_tensors(
     """The tensors of a LoRA by their names in files; what it trains beside its layers stays on the meta device.
 
     Args:
-        bare: the plain model, without memory; it gets the adapter. pairs: by place, (down ``[blocks, r, in]``, up
+        blank: the plain model, without memory; it gets the adapter. pairs: by place, (down ``[blocks, r, in]``, up
             ``[blocks, out, r]``). shifts: what is added to biases.
     """
-    tuner = LoraModel(bare, {name: lora}, name, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
-    for place, layer in _layers(bare, name).items():
+    tuner = LoraModel(blank, {name: lora}, name, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
+    for place, layer in _layers(blank, name).items():
         if isinstance(layer, LoraLayer) and place in pairs:
             _fill(layer.adapters[name], *pairs[place], shifts.get(place))
     return get_peft_model_state_dict(tuner, adapter_name=name, save_embedding_layers=False)

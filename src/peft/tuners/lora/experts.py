@@ -223,8 +223,9 @@ def convert_config_for(model: nn.Module, peft_config: Any) -> None:
     Raises:
         ValueError: if the config means only a part of what was stacked, or what no adapter of the stack can be.
     """
-    update_names(model, peft_config)
-    convert_peft_config_for_transformers(peft_config, model, _conversions_of(model))
+    for config in peft_config.members:
+        update_names(model, config)
+        convert_peft_config_for_transformers(config, model, _conversions_of(model))
 
 
 def convert_peft_config_for_transformers(peft_config: Any, model: nn.Module, conversions: list[Any] | None) -> None:
@@ -522,7 +523,9 @@ def convert_peft_adapter_state_dict_for_transformers(
     root = anatomy(model)[0]
     conversions = _conversions_of(root)
     fused = _fused(root, conversions)
-    if not fused or peft_config.peft_type != PeftType.LORA:
+    configs = getattr(peft_config, "members", [peft_config])
+    peft_config = next((config for config in configs if config.peft_type == PeftType.LORA), None)
+    if not fused or peft_config is None:
         return adapter_state_dict
     place = {
         name: (f.path, i, e)

@@ -16,7 +16,7 @@ from torch import nn
 
 from peft.core.base.kinds import Kind
 from peft.core.base.storage import storage_of
-from peft.core.filling import skip_values
+from peft.core.filling import draw_like_linear, is_filled_later
 from peft.core.layer.rewritten import original_weight, rewrite
 from peft.tuners.lora.config import LoraConfig, LoraGAConfig
 from peft.tuners.lora.loftq import loftq_init
@@ -134,11 +134,11 @@ PREPARED = {
 def _unprepared(lora: Lora, init: str) -> None:
     """Say what it means that nothing was prepared: of a file that is loaded, and of a start."""
     call = PREPARED[init][1]
-    if skip_values():
+    if is_filled_later():
         message = (
             f"the adapter was started by init_lora_weights={init!r}, and its tensors belong to a base that this start "
-            "had rewritten. On another base they mean something else: load that one, or save the adapter again with "
-            "path_initial_model_for_weight_conversion."
+            f"had rewritten. On another base they mean something else: load that one, call {call} with the same data "
+            "before, or save the adapter again with path_initial_model_for_weight_conversion."
         )
     else:
         message = (
@@ -167,6 +167,15 @@ def _decomposed(lora: Lora, config: LoraConfig, weight: torch.Tensor, gradient: 
         root_s = eigens.S_WC.to(weight).sqrt() / root
         return root_s[:, None] * eigens.V_WC.to(weight).T, eigens.U_WC.to(weight) * root_s
     match: Any = PISSA.fullmatch(str(init))
+    if match[1] and is_filled_later():
+        warnings.warn(
+            f"the adapter was started by init_lora_weights={init!r}, which draws a random projection, and its tensors "
+            "belong to a base that this start had rewritten. The start is repeated on this base, and gives the same "
+            "only with the seed that was set right before it then (torch.manual_seed). Save the adapter again with "
+            "path_initial_model_for_weight_conversion, which depends on no draw.",
+            PeftWarning,
+            stacklevel=2,
+        )
     a, b = pissa(weight, lora.r, int(match[1]) if match[1] else None)
     return a / root, b / root
 
@@ -175,14 +184,19 @@ def _as_torch_does(lora: Lora) -> None:
     if lora.kind.lookup:
         for table in lora.held_pair():
             table.normal_()
-    else:
-        lora.lora_A.reset_parameters()
-        lora.lora_B.reset_parameters()
+        return
+    for linear in (lora.lora_A, lora.lora_B):
+        if type(linear) is nn.Linear and linear.bias is None:
+            draw_like_linear(linear.weight)
+        else:
+            linear.reset_parameters()
 
 
 def _zero_up(a: torch.Tensor, b: torch.Tensor, std: float | None) -> None:
     """A normal with this standard deviation, by default uniform in +-1/sqrt(fan_in); B zero."""
-    if std is None:
+    if std is None and a.dim() == 2:
+        draw_like_linear(a)
+    elif std is None:
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))
     else:
         nn.init.normal_(a, std=std)

@@ -62,38 +62,63 @@ def reduce_intruder_dimension(
         >>> reduce_intruder_dimension(model, mitigation_lambda=0.5)
         >>> model.save_pretrained("milder")
     """
-    if old_adapter_name not in peft_model.peft_config:
-        raise ValueError(f"no adapter {old_adapter_name!r}; there are {', '.join(map(repr, peft_model.peft_config))}.")
-    layers = [(path, layer) for path, layer in layers_of(anatomy(peft_model)[0]) if old_adapter_name in layer]
-    if any(layer.merged for _, layer in layers):
-        raise ValueError("adapters are merged into the base weights; call unmerge_adapter() first.")
-    for path, layer in layers:
-        if not isinstance(layer, LoraLayer) or not _is_plain(layer, old_adapter_name):
-            raise ValueError(
-                f"intruder dimensions are defined for plain LoRA, and adapter {old_adapter_name!r} at {path!r} is "
-                "more than the product of its two factors, or has one for each group of channels."
-            )
+    layers = plain_layers(peft_model, old_adapter_name, "reduce_intruder_dimension")
     say = logging_sink or (lambda line: None)
-    config = copy.deepcopy(peft_model.peft_config[old_adapter_name])
-    config.init_lora_weights = True  # another start would take a part out of the base's weight, again
-    peft_model.add_adapter(new_adapter_name, config)
-    state = get_peft_model_state_dict(peft_model, adapter_name=old_adapter_name, save_embedding_layers=False)
-    set_peft_model_state_dict(peft_model, state, adapter_name=new_adapter_name)
+    write = beside(peft_model, old_adapter_name, new_adapter_name)
     for path, layer in layers:
         delta = layer.kind.orient(layer.get_delta_weight(old_adapter_name), layer.get_base_layer()).flatten(1)
         base = _base_weight(layer).to(delta)
         change, count = without_intruders(base, delta, top_k, threshold_epsilon, mitigation_lambda)
         say(f"{path}: Intruders: {count}")
-        if not count:
-            continue
-        a, b = factors_of(layer, new_adapter_name)  # type: ignore[misc]
-        left, values, right = torch.linalg.svd(change / layer.scaling[new_adapter_name], full_matrices=False)
+        if count:
+            write(path, *torch.linalg.svd(change / layer.scaling[new_adapter_name], full_matrices=False))
+    peft_model.set_adapter(new_adapter_name)
+    say(f"Adapter {new_adapter_name!r} is active now.")
+
+
+def plain_layers(model: Any, name: str, what: str) -> list[tuple[str, LoraLayer]]:
+    """The layers of an adapter that is the product of its factors everywhere, with their paths.
+
+    Raises:
+        ValueError: there is no such adapter, it is merged, or it is more than that somewhere; ``what`` needs it.
+    """
+    if name not in model.peft_config:
+        raise ValueError(f"no adapter {name!r}; there are {', '.join(map(repr, model.peft_config))}.")
+    layers = [(path, layer) for path, layer in layers_of(anatomy(model)[0]) if name in layer]
+    if any(layer.merged for _, layer in layers):
+        raise ValueError("adapters are merged into the base weights; call unmerge_adapter() first.")
+    for path, layer in layers:
+        if not isinstance(layer, LoraLayer) or not _is_plain(layer, name):
+            raise ValueError(
+                f"{what} is defined for plain LoRA, and adapter {name!r} at {path!r} is more than the product of its "
+                "two factors, or has one for each group of channels."
+            )
+    return layers  # type: ignore[return-value]
+
+
+def beside(model: Any, old: str, new: str) -> Callable[[str, torch.Tensor, torch.Tensor, torch.Tensor], None]:
+    """Add an adapter that is a copy of another one.
+
+    Returns:
+        a function that makes B A of a layer of it, by its path, the closest product to U diag(S) V^T, ``[out, k]``,
+        ``[k]`` and ``[k, in]``.
+    """
+    config = copy.deepcopy(model.peft_config[old])
+    config.init_lora_weights = True  # another start would take a part out of the base's weight, again
+    model.add_adapter(new, config)
+    state = get_peft_model_state_dict(model, adapter_name=old, save_embedding_layers=False)
+    set_peft_model_state_dict(model, state, adapter_name=new)
+    layers = dict(layers_of(anatomy(model)[0]))
+
+    @torch.no_grad()
+    def write(path: str, left: torch.Tensor, values: torch.Tensor, right: torch.Tensor) -> None:
+        a, b = factors_of(layers[path], new)  # type: ignore[arg-type, misc]
         root, rank = values[: len(a)].sqrt(), min(len(a), len(values))
         a.zero_(), b.zero_()  # what a rank above that of the weight leaves over
         a[:rank] = (root[:, None] * right[:rank]).view(-1, *a.shape[1:])
         b[:, :rank] = (left[:, :rank] * root).view(-1, rank, *b.shape[2:])
-    peft_model.set_adapter(new_adapter_name)
-    say(f"Adapter {new_adapter_name!r} is active now.")
+
+    return write
 
 
 def _base_weight(layer: LoraLayer) -> torch.Tensor:
@@ -102,6 +127,7 @@ def _base_weight(layer: LoraLayer) -> torch.Tensor:
     return layer.kind.orient(layer.storage.read(base, layer.kind.weight), base).flatten(1)
 
 
+@torch.no_grad()
 def _is_plain(layer: LoraLayer, name: str) -> bool:
     """Whether what the adapter does to the weight is the product of its factors, and nothing more."""
     factors = factors_of(layer, name)

@@ -20,8 +20,8 @@ def preprocess_loraga(
     """Prepare a model for ``init_lora_weights="lora_ga"``; :func:`get_peft_model` comes next.
 
     Args:
-        model: the plain model. Each adapted layer gets its mean gradient, float32, which its adapter's start takes
-            away again.
+        model: the plain model. Each adapted layer gets its mean gradient, float32 in the host's memory, which its
+            adapter's start takes away again.
         lora_config: which modules.
         train_step: runs forward and backward passes on a few batches, without an optimizer's step.
         cache_file: keeps the gradients between runs; if it is there, nothing is run.
@@ -49,7 +49,8 @@ _ATTRIBUTE = PREPARED["lora_ga"][0]
 def measured(model: nn.Module, targets: dict[str, Target], train_step: Callable[[], None]) -> dict[str, torch.Tensor]:
     """The mean of each weight's gradient over all backward passes, float32 and in the layout of the weight, by layer.
 
-    No other gradient is kept, and none twice: each is added up and freed while the backward pass goes on.
+    No other gradient is kept, and none twice: each goes to the host's memory and is added up there while the backward
+    pass goes on, so the device holds that of one layer at a time.
 
     Raises:
         ValueError: if a weight has none; nothing of the model is changed in any case.
@@ -60,7 +61,7 @@ def measured(model: nn.Module, targets: dict[str, Target], train_step: Callable[
 
     def take(p: torch.Tensor) -> None:
         assert p.grad is not None
-        gradient, p.grad = p.grad.float(), None
+        gradient, p.grad = p.grad.float().cpu(), None
         sums[id(p)] = sums[id(p)].add_(gradient) if id(p) in sums else gradient
         calls[id(p)] = calls.get(id(p), 0) + 1
 

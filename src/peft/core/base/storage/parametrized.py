@@ -1,4 +1,4 @@
-"""Weights that are computed: by parametrizations of torch, or by the hooks of its older weight_norm, spectral_norm."""
+"""Weights that are computed: by parametrizations of torch, or by its hooks, of pruning and the older norms."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
@@ -126,7 +127,7 @@ class Parametrized(Storage):
 
 
 class HookedNorm(Parametrized):
-    """A weight that a hook computes before each forward: ``torch.nn.utils.weight_norm`` and ``spectral_norm``."""
+    """A weight that a hook computes before each forward: ``weight_norm``, ``spectral_norm``, ``prune`` of torch."""
 
     def matches(self, m: nn.Module, attribute: str) -> bool:
         return bool(m._forward_pre_hooks) and _hook(m, attribute) is not None
@@ -134,6 +135,8 @@ class HookedNorm(Parametrized):
     def read(self, m: nn.Module, attribute: str) -> torch.Tensor:
         hook = _hook(m, attribute)
         with torch.no_grad():
+            if isinstance(hook, BasePruningMethod):
+                return hook.apply_mask(m).detach()
             made = hook.compute_weight(m) if isinstance(hook, WeightNorm) else hook.compute_weight(m, False)
         return made.detach()
 
@@ -159,7 +162,7 @@ class HookedNorm(Parametrized):
     def _given(self, m: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
         hooks, own = dict(m._forward_pre_hooks), {name: m.__dict__.get(name) for name in tensors}
         for key, hook in hooks.items():
-            if getattr(hook, "name", None) in tensors:
+            if _made_by(hook) in tensors:
                 del m._forward_pre_hooks[key]
         m.__dict__.update(tensors)
         try:
@@ -173,16 +176,22 @@ class HookedNorm(Parametrized):
         return f"a hook, {type(_hook(m, attribute)).__name__}"
 
     def _way_out(self, attribute: str) -> str:
-        return f"torch.nn.utils.remove_weight_norm(module, {attribute!r}), or remove_spectral_norm"
+        return f"remove_weight_norm, remove_spectral_norm or prune.remove (torch.nn.utils) of (module, {attribute!r})"
+
+
+def _made_by(hook: Any) -> str | None:
+    """The attribute that a hook computes, or None."""
+    if isinstance(hook, BasePruningMethod):
+        return hook._tensor_name
+    return hook.name if isinstance(hook, WeightNorm | SpectralNorm) else None
 
 
 def _hook(m: nn.Module, attribute: str) -> Any:
     """The hook that computes the weight, or None."""
-    hooks = m._forward_pre_hooks.values()
-    return next((h for h in hooks if isinstance(h, WeightNorm | SpectralNorm) and h.name == attribute), None)
+    return next((h for h in m._forward_pre_hooks.values() if _made_by(h) == attribute), None)
 
 
 def weight_names(m: nn.Module) -> list[str]:
     """The attributes of a module that hold a weight: its own parameters, and those that are computed."""
-    hooked = [h.name for h in m._forward_pre_hooks.values() if isinstance(h, WeightNorm | SpectralNorm)]
+    hooked = [name for h in m._forward_pre_hooks.values() if (name := _made_by(h)) is not None]
     return [*m._parameters, *(m._modules.get("parametrizations") or ()), *hooked]

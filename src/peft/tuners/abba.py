@@ -1,0 +1,79 @@
+"""ABBA: dW = s (B1 A1) * (B2 A2), entry by entry, of rank r1 r2 at the size of rank r1 + r2 (arXiv 2505.14238)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from peft.config import ExcludeModules, LayerSelection, ModulesToSave, TargetModules, option
+from peft.core.adapter import part, setting
+from peft.core.base.kinds import fan
+from peft.core.families import LowRank, input_dropout
+from peft.core.filling import skip_values
+from peft.core.model.registry import define_tuner
+
+
+@dataclass
+class AbbaConfig(TargetModules, ExcludeModules, ModulesToSave, LayerSelection):
+    """Config of ABBA: the product, entry by entry, of two trained low-rank updates.
+
+    For tasks where LoRA's rank is the limit: with r1 = r2 = r / 2 it has LoRA's number of parameters and the rank
+    r^2 / 4. Nothing as large as the weight is made in a step. Unlike HiRA's, the update is not bound to the weight.
+    """
+
+    METHOD: ClassVar[str] = "ABBA"
+
+    r1: int = option(8, "Rank of the first pair, which starts from the weight's singular vectors.", minimum=1)
+    r2: int = option(8, "Rank of the second pair, which starts as LoRA's does.", minimum=1)
+    alpha: float = option(16, "The update is scaled by alpha / sqrt(r1 r2).")
+    dropout: float = option(0.0, "Dropout on the input of the update.", minimum=0, below=1)
+    init_weights: bool = option(True, "Start with B2 = 0, so that nothing changes; otherwise B2 is random.")
+
+
+def khatri_rao(
+    a1: torch.Tensor, b1: torch.Tensor, a2: torch.Tensor, b2: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A ``[r1 r2, in]`` and B ``[out, r1 r2]`` with B A = (B1 A1) * (B2 A2) (theorem 1).
+
+    Args:
+        a1, a2: ``[r1, in]``, ``[r2, in]``. b1, b2: ``[out, r1]``, ``[out, r2]``.
+    """
+    a = (a1.unsqueeze(1) * a2.unsqueeze(0)).flatten(0, 1)  # row (i, j) is A1_i * A2_j
+    b = (b1.unsqueeze(2) * b2.unsqueeze(1)).flatten(1, 2)  # column (i, j) is B1_i * B2_j
+    return a, b
+
+
+class Abba(LowRank):
+    """A1 ``[r1, in * kernel]`` and B1 ``[out, r1]``, A2 and B2 likewise; B1 A1 starts as the best W of its rank."""
+
+    abba_A1, abba_B1, abba_A2, abba_B2 = part(), part(), part(), part()
+    abba_scale, abba_dropout = setting(), setting(nn.ModuleDict)
+    dropout = "abba_dropout"
+
+    def create(self, config: AbbaConfig, key: str) -> None:
+        (out, columns), r2 = fan(self.shape), config.r2
+        r1 = min(config.r1, out, columns)
+        a1, b1, a2, b2 = (torch.empty(size) for size in ((r1, columns), (out, r1), (r2, columns), (out, r2)))
+        if not skip_values():
+            u, s, v = torch.linalg.svd(self.base_weight().detach().flatten(1).float(), full_matrices=False)
+            a1, b1 = s[:r1].sqrt()[:, None] * v[:r1], u[:, :r1] * s[:r1].sqrt()
+            nn.init.kaiming_uniform_(a2, a=math.sqrt(5))
+            nn.init.zeros_(b2) if config.init_weights else nn.init.kaiming_uniform_(b2, a=math.sqrt(5))
+        self.abba_A1, self.abba_B1 = nn.Parameter(a1), nn.Parameter(b1)
+        self.abba_A2, self.abba_B2 = nn.Parameter(a2), nn.Parameter(b2)
+        self.abba_scale, self.abba_dropout = config.alpha / math.sqrt(r1 * r2), input_dropout(config.dropout)
+
+    def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
+        a, b = khatri_rao(self.abba_A1, self.abba_B1, self.abba_A2, self.abba_B2)
+        return a, self.abba_scale * b
+
+    def delta_weight(self) -> torch.Tensor:
+        first, second = self.abba_B1 @ self.abba_A1, self.abba_B2 @ self.abba_A2
+        return (self.abba_scale * first * second).view(self.shape)
+
+
+AbbaModel = define_tuner(Abba, AbbaConfig)

@@ -1,0 +1,123 @@
+"""MixLoRA: W x + s sum_e p_e B_e A_e x over the k experts that a router picks for each token (arXiv 2404.15159)."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from peft.config import ExcludeModules, LayerSelection, ModulesToSave, TargetModules, option
+from peft.core.adapter import part, setting
+from peft.core.base.kinds import fan
+from peft.core.families import Sample, input_dropout
+from peft.core.model.registry import define_tuner
+from peft.core.model.tuner import BaseTuner
+from peft.core.model.walk import layers_of
+from peft.tuners.routing import imbalance, top_weights
+from peft.utils.warning import PeftWarning
+
+
+@dataclass
+class MixLoraConfig(TargetModules, ExcludeModules, ModulesToSave, LayerSelection):
+    """Config of MixLoRA: several LoRAs in each layer, of which each token uses the k that a router picks for it.
+
+    For varied data that one low-rank update has to compromise on. The router is one of each adapted layer; the paper
+    has one for each feed-forward block. A term of the loss keeps experts from falling idle. It cannot be merged.
+    """
+
+    METHOD: ClassVar[str] = "MIX_LORA"
+
+    r: int = option(8, "Rank of each expert.", minimum=1)
+    alpha: float = option(8, "The updates are scaled by alpha / r.")
+    num_experts: int = option(4, "Number of the experts.", minimum=1)
+    top_k: int = option(2, "How many experts a token uses.", minimum=1)
+    balance: float = option(
+        0.01, "Weight in the loss of how unevenly the experts are used; 1 is even. 0 leaves that out.", minimum=0
+    )
+    dropout: float = option(0.0, "Dropout on the input of the update.", minimum=0, below=1)
+    init_weights: bool = option(True, "Start with B = 0, so that nothing changes; otherwise B is random.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k={self.top_k} is more than there are experts, num_experts={self.num_experts}.")
+
+
+class MixLora(Sample):
+    """A is ``[experts * r, in * kernel]``, B ``[out, experts * r]``, the router ``[experts, in * kernel]``."""
+
+    mix_A, mix_B, mix_router = part(), part(), part()
+    mix_scale, mix_top_k, mix_uneven, mix_dropout = setting(), setting(), setting(), setting(nn.ModuleDict)
+    because = "its experts are picked by the input"
+
+    def create(self, config: MixLoraConfig, key: str) -> None:
+        (out, columns), r, experts = fan(self.shape), config.r, config.num_experts
+        a, b, router = torch.empty(experts * r, columns), torch.zeros(out, experts * r), torch.empty(experts, columns)
+        for matrix in (a, router) if config.init_weights else (a, router, *b.split(r, 1)):
+            nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
+        self.mix_A, self.mix_B, self.mix_router = nn.Parameter(a), nn.Parameter(b), nn.Parameter(router)
+        self.mix_scale, self.mix_top_k = config.alpha / r, config.top_k
+        self.mix_dropout = input_dropout(config.dropout)
+
+    def update(self, x: torch.Tensor) -> torch.Tensor:
+        kind, base, experts = self.kind, self.base, len(self.mix_router)
+        chances = kind.channels_last(kind.down(base, x, self.mix_router)).unflatten(-1, (-1, experts)).softmax(-1)
+        weights = top_weights(chances, self.mix_top_k)  # [batch, ..., groups, experts]
+        if self.training:
+            self.mix_uneven = imbalance(chances, weights, self.counted(chances))
+        h = kind.channels_last(kind.down(base, x if kind.lookup else self.mix_dropout(x), self.mix_A))
+        routed = h.unflatten(-1, (*weights.shape[-2:], -1)) * weights.unsqueeze(-1)  # [..., groups, experts, r]
+        return kind.up(base, kind.channels_back(routed.flatten(-3)), self.mix_scale * self.mix_B)
+
+    def counted(self, chances: torch.Tensor) -> torch.Tensor | None:
+        """1 for each token, 0 for padding, ``[batch, tokens, groups]``; None where no mask fits the positions."""
+        batch, tokens = chances.shape[:2]
+        mask = self.context.padding(batch, tokens, chances.device) if chances.dim() == 4 else None
+        return None if mask is None else mask.unsqueeze(-1).expand(chances.shape[:-1])
+
+
+class MixLoraTuner(BaseTuner):
+    """Applies MixLoRA: the loss gets a term for experts that are used unevenly."""
+
+    def balance(self) -> torch.Tensor | None:
+        """What the last training call adds to the loss, None if there was none: for losses computed outside the model.
+
+        It is the weight ``balance`` of the config times the mean over layers of E sum_e F_e P_e, see
+        :func:`peft.tuners.routing.imbalance`.
+        """
+        total = None
+        for name in self.active_adapters:
+            weight, found = self.peft_config[name].balance, self._uneven(name)
+            if weight and found:
+                term = weight * torch.stack([value.float() for value in found]).mean()
+                total = term if total is None else total + term
+        return total
+
+    def _uneven(self, name: str) -> list[torch.Tensor]:
+        adapters = [
+            w.adapters[name] for _, w in layers_of(self.model) if isinstance(w, self.layer_cls) and name in w.adapters
+        ]
+        return [adapter.mix_uneven for adapter in adapters if adapter.mix_uneven is not None]
+
+    def finish(self, outputs: Any) -> Any:
+        """The model's outputs; a loss among them gets :meth:`balance`, which is then used up."""
+        loss, term = getattr(outputs, "loss", None), self.balance() if self.training else None
+        if isinstance(loss, torch.Tensor) and term is not None:
+            if loss.requires_grad and not term.requires_grad:
+                warnings.warn(
+                    "the routers of MixLoRA are not balanced: what they give has no gradient, as under reentrant "
+                    'gradient checkpointing. Use gradient_checkpointing_kwargs={"use_reentrant": False}.',
+                    PeftWarning,
+                )
+            outputs.loss = loss + term.to(loss)
+            for _, layer in layers_of(self.model):
+                if isinstance(layer, self.layer_cls):
+                    layer.mix_uneven.clear()
+        return outputs
+
+
+MixLoraModel = define_tuner(MixLora, MixLoraConfig, base=MixLoraTuner)

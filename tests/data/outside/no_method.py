@@ -1,0 +1,1 @@
+"""An entry point's module that registers nothing."""

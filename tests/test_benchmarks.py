@@ -1,0 +1,53 @@
+"""The benchmarks that take too long to be run now and then do run: on tiny shapes."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """A benchmark as a module; what it imports from its folder is forgotten afterwards."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    before = set(sys.modules)
+
+    def load(name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+        return module
+
+    yield load
+    for name in set(sys.modules) - before:
+        if str(FOLDER) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+def test_trainer(benchmark):
+    trainer = benchmark("trainer")
+    runs = {name: trainer.train(case, True, 1, tiny=True) for name, case in trainer.CASES.items()}
+    assert len({round(figures["loss"], 3) for figures in runs.values()}) == 1
+    row = trainer.line(trainer.CASES["savings"], [runs["savings"]], [runs["plain"]])
+    assert row.count("|") == trainer.HEADER.splitlines()[0].count("|")
+
+
+def test_gpu_dry(benchmark):
+    """Every row of the benchmark for GPUs, tiny and on the CPU."""
+    gpu = benchmark("gpu")
+    here = dict(gpu.work(gpu.Machine(dry=True), True, float("inf")))
+    missing = {name: why for name, why in here.items() if not isinstance(why, dict)}
+    assert all("not installed" in why or "bitsandbytes" in why for why in missing.values()), missing
+    assert len(here) - len(missing) >= 10
+    late = dict(gpu.work(gpu.Machine(dry=True), False, 0.0))
+    assert set(late) < set(here) and set(late.values()) == {"left out: no time left"}
+    lines = gpu.table(here, here)
+    assert len(lines) == len(here) + 2 and "1.00" in lines[-1]
