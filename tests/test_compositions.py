@@ -36,10 +36,14 @@ from peft import (
     LoraConfig,
     Parallel,
     PeftModel,
+    PromptTuningConfig,
     ReftConfig,
     Split,
     Stack,
+    check_training,
+    convert_to_lora,
     get_peft_model,
+    set_peft_model_state_dict,
 )
 from peft.core.composition.expressions import from_dict
 from peft.core.layer.composed import Fused
@@ -659,3 +663,33 @@ def test_a_split_needs_tokens_that_can_be_counted():
         model.set_adapter(Split("a", splits=[2]))
     with pytest.raises(ConfigError, match="2 members, but 3 splits"):
         Split("a", "b", splits=[1, 2, 3])
+
+
+# --- beside the other tools ---------------------------------------------------------------------------------------
+
+
+def test_what_other_tools_make_of_a_composition():
+    model = two()
+    model.add_composition("mean", Average("a", "b"))
+    model.add_composition("parallel", Parallel("a", "b"))
+    wanted = of(model, "mean")
+    config, tensors = convert_to_lora(model, 1.0, adapter_name="mean")
+    lora = get_peft_model(build("llama"), config)
+    set_peft_model_state_dict(lora, tensors)
+    gives(logits(lora, "llama"), wanted)
+    assert [finding for finding in check_training(model) if finding.code == "adapter_inactive"] == []
+    assert model.get_model_status().peft_types["mean"] == "COMPOSITION"
+    with pytest.raises(ValueError, match="made of other adapters, and has no tensors"):
+        model.add_weighted_adapter(["a", "mean"], [1, 1], "sum")
+    with pytest.raises(ValueError, match="divides the rows of a batch itself"):
+        model(inputs("llama")["input_ids"], adapter_names=["parallel", "a", "b", "a"])
+    with pytest.raises(ValueError, match="so it is active alone"):
+        model.set_adapter(["parallel", "a"])
+    gives(logits(copy.deepcopy(model), "llama"), wanted)
+    plain = model.merge_and_unload()
+    gives(logits(plain, "llama"), wanted)
+    again = get_peft_model(plain, LoraConfig(r=2), "mean")  # the name means nothing any more
+    assert again.active_composition is None and parameters_of(again, "mean")
+    prompts = get_peft_model(build("llama"), PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"), "a")
+    with refused(prompts, "has virtual tokens"):
+        prompts.set_adapter(Stack("a"))

@@ -81,4 +81,12 @@ def test_the_benchmark_of_starts(run: Any, monkeypatch: pytest.MonkeyPatch, tmp_
         assert found["base_is_as_it_was"] and len(found["runs"]) == len(starts.RATES)
         assert len(starts.best_of(found)[1]["two_words"]) == 8
     text = starts.page(results)
-    assert all(f"| {name} | " in text for name in rows) and "beat plain LoRA here" in text
+    assert all(f"| {name} | " in text for name in rows) and "Beat plain LoRA here" in text
+
+
+def test_the_page_of_starts_is_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES.parent / "benchmarks")
+    starts = importlib.import_module("starts")
+    results = json.loads(starts.OUTPUT.read_text(encoding="utf-8"))
+    assert list(results["rows"]) == list(starts.ROWS)
+    assert starts.PAGE.read_text(encoding="utf-8") == starts.page(results)

@@ -17,6 +17,7 @@ from peft import (
     get_peft_model,
     get_peft_model_state_dict,
     inject_adapter_in_model,
+    set_peft_model_state_dict,
 )
 from peft.utils.hotswap import (
     check_hotswap_configs_compatible,
@@ -464,3 +465,17 @@ def test_an_adapter_whose_file_is_smaller_than_its_tensors(tmp_path):
     hotswap_adapter(model, tmp_path, "default")
     torch.testing.assert_close(model(ids).logits, other(ids).logits, rtol=1e-4, atol=1e-5)
     assert {name: id(p) for name, p in model.named_parameters()} == before
+
+
+def test_new_values_of_an_adapter_act_in_mixed_batches_too():
+    config = {"r": 2, "target_modules": ["0"], "init_lora_weights": False}
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), LoraConfig(**config))
+    model.add_adapter("other", LoraConfig(**config))
+    x, rows = torch.randn(2, 4), ["default", "other"]
+    with torch.no_grad():
+        model.eval()(x, adapter_names=rows)  # which keeps the stack of both
+        state = get_peft_model_state_dict(model, adapter_name="other")
+        set_peft_model_state_dict(model, {name: 3 * value for name, value in state.items()}, "other")
+        mixed = model(x, adapter_names=rows)
+        model.set_adapter("other")
+        torch.testing.assert_close(mixed[1:], model(x[1:]))

@@ -85,7 +85,9 @@ def adapted(name: str, variant: str = "loreft", seed: int = 0, **fields: Any) ->
     """A model with interventions, stirred: two positions at each end unless said otherwise."""
     fields = {"prefix_positions": 2, "suffix_positions": 2, "r": 3, **fields}
     kind = "CAUSAL_LM" if name in ("llama", "gpt2") else "SEQ_2_SEQ_LM" if name in ENCODER_DECODERS else None
-    model = get_peft_model(base(name), ReftConfig(variant=variant, task_type=kind, **fields)).eval()
+    plain = base(name)
+    torch.manual_seed(seed)  # the first call makes the base, and draws for it
+    model = get_peft_model(plain, ReftConfig(variant=variant, task_type=kind, **fields)).eval()
     stir(model, seed=seed)
     return model
 

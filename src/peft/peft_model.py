@@ -318,6 +318,7 @@ class PeftModel(ModelCompat, Compositions, PushToHubMixin, nn.Module):
         if unknown:
             raise ValueError(f"adapter_names has unknown adapters: {unknown}. There are {known}.")
         self._check_length("adapter_names", len(names), args, kwargs)
+        self._check_no_division(names)
         self._check_unmerged()
 
     def _check_unmerged(self) -> None:

@@ -84,6 +84,12 @@ def _holders_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
         yield "prompt_encoder", prompts
 
 
+def _acting(holder: Any) -> list[str]:
+    """The active adapters, and those that they are made of."""
+    context = getattr(holder, "context", None)
+    return holder.active_adapters if context is None else context.behind(holder.active_adapters)
+
+
 def _at_rest(model: nn.Module) -> Iterator[Finding]:
     holders, layers = list(_holders_of(model)), list(layers_of(model))
     if not any(p.requires_grad for p in model.parameters()):
@@ -106,7 +112,7 @@ def _at_rest(model: nn.Module) -> Iterator[Finding]:
             "Take them out with model.unmerge_adapter().",
         )
     idle = {name for _, holder in holders for name in holder.adapter_names if _trains(holder, name)}
-    idle -= {name for _, holder in holders for name in holder.active_adapters}
+    idle -= {name for _, holder in holders for name in _acting(holder)}
     if idle:
         yield Finding(
             "adapter_inactive",

@@ -18,6 +18,7 @@ from peft.core.model.auxiliary import AuxiliaryTrainingWrapper, biases_of
 from peft.core.model.manager import check_adapter_name
 from peft.core.model.targeting import exact_targets
 from peft.core.model.walk import join, walk, wrappers_of
+from peft.utils.error import CONVERSION
 
 
 if TYPE_CHECKING:
@@ -37,6 +38,11 @@ def checked_weights(tuner: BaseTuner, adapters: Sequence[str], weights: Sequence
     if isinstance(adapters, str) or not adapters:
         raise ValueError(f"adapters should be a list with at least one adapter name, got {adapters!r}.")
     operations.require_adapters(tuner.model, adapters, tuner.peft_config)
+    if composed := [name for name in adapters if not tuner.peft_config[name].members]:
+        raise ValueError(
+            f"adapter {composed[0]!r} is made of other adapters, and has no tensors to add up. Average(...) puts it "
+            f"together with others as it is; {CONVERSION} does their weighted sum, where a weight equals them."
+        )
     if len(adapters) != len(weights):
         raise ValueError(f"{len(adapters)} adapters need as many weights, got {len(weights)}: {list(weights)}.")
     numbers = [float(weight) for weight in weights]

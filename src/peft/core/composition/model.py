@@ -174,6 +174,16 @@ class Compositions:
     def _forget_composition(self, name: str) -> None:
         context_of(self.get_base_model()).compositions.pop(name, None)
 
+    def _check_no_division(self, names: Sequence[str]) -> None:
+        """Raise ValueError for an adapter of a row that divides rows itself."""
+        known = context_of(self.get_base_model()).compositions
+        for name in set(names):
+            if name in known and known[name].splits_rows:
+                raise ValueError(
+                    f"adapter_names has {name!r}, which is {known[name]!r} and divides the rows of a batch itself. "
+                    "Name its members for their rows, or activate it and pass no adapter_names."
+                )
+
     def _check_list(self, names: Sequence[Any]) -> None:
         for name in names:
             if isinstance(name, Composition):

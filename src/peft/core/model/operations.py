@@ -20,7 +20,7 @@ from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, biases_of
 from peft.core.model.declared import declare_biases, new_biases, set_declared
 from peft.core.model.dequantize import dequantize
-from peft.core.model.record import behind, record_of
+from peft.core.model.record import behind, drop_compositions, record_of
 from peft.core.model.replicate import restore_layers, separate_layers
 from peft.core.model.walk import embeddings_of, holders_of, layers_of, replace_module, walk, wrappers_of
 from peft.utils.error import UnknownAdapterError
@@ -403,6 +403,7 @@ def unload(
     if tied:
         _tie_or_untie(model)
     separate_layers(model) if merge_first else restore_layers(model)
+    drop_compositions(model)
     return model
 
 

@@ -101,6 +101,13 @@ def behind(model: nn.Module, names: Iterable[str]) -> list[str]:
     return list(names) if record is None or record.context is None else record.context.behind(names)
 
 
+def drop_compositions(model: nn.Module) -> None:
+    """Forget what adapters of a model are made of others: it has none any more."""
+    record = known_record(model)
+    if record is not None and record.context is not None:
+        record.context.compositions.clear()
+
+
 def drop_record(model: nn.Module) -> None:
     """Take the record and its hooks away from a model that has no adapters any more."""
     record = known_record(model)

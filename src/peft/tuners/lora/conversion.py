@@ -228,7 +228,7 @@ def _kept(model: nn.Module, root: nn.Module, names: list[str], places: dict[Plac
     kept |= {field: value for field, value in _beside(model, root, holder).items() if value}
     if kept.get("bias", "none") == getattr(config, "OWN_BIAS", None):
         kept["bias"] = LoraConfig.OWN_BIAS  # those of the adapted layers, in the words of a LoRA
-    if len(names) > 1 or config is None:
+    if len(names) > 1 or "target_modules" not in known:
         stacks = {place for place, parts in places.items() if isinstance(parts[0][0].kind, Stack)}
         kept.update(dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern")))
         kept["target_modules"] = exact_targets(root, {key for key, weight in places.keys() - stacks})

@@ -85,7 +85,7 @@ def whole(value: torch.Tensor) -> torch.Tensor:
 
 def fill(old: torch.Tensor, value: torch.Tensor) -> None:
     """Copy a tensor that every process has whole into one of which each may hold a part."""
-    old.data.copy_(distributed_like(value.to(old.dtype), old) if is_dtensor(old) else value)
+    old.detach().copy_(distributed_like(value.to(old.dtype), old) if is_dtensor(old) else value)
 
 
 class Team:
