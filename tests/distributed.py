@@ -169,7 +169,8 @@ class QFSDP2(FSDP2):
         from transformers import BitsAndBytesConfig
 
         four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_quant_storage=torch.float32)
-        return AutoModelForCausalLM.from_pretrained(folder, quantization_config=four, device_map={"": "cpu"})
+        model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=four, device_map={"": "cpu"})
+        return model.train()  # else bitsandbytes packs weights anew on some CPUs, and refuses such small ones
 
 
 class TP(Engine):
