@@ -169,7 +169,8 @@ class QFSDP2(FSDP2):
         from transformers import BitsAndBytesConfig
 
         four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_quant_storage=torch.float32)
-        return AutoModelForCausalLM.from_pretrained(folder, quantization_config=four, device_map={"": "cpu"})
+        model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=four, device_map={"": "cpu"})
+        return model.train()  # else bitsandbytes packs weights anew on some CPUs, and refuses such small ones
 
 
 class TP(Engine):
@@ -195,6 +196,7 @@ class ZeRO(Engine):
     def wrap(self, model: PeftModel) -> Any:
         import deepspeed
 
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled first, for minutes
         return deepspeed.initialize(
             model=model,
             optimizer=optimizer_for(model),
@@ -202,6 +204,7 @@ class ZeRO(Engine):
                 "train_micro_batch_size_per_gpu": 2,
                 "zero_optimization": {"stage": self.stage, "stage3_param_persistence_threshold": 0},
                 "zero_allow_untested_optimizer": True,
+                "gradient_clipping": 0.0,  # by default it clips
                 "zero_force_ds_cpu_optimizer": False,
             },
         )[0]

@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from toys import Mlp, tiny_llama
-from transformers import BertConfig, GPT2Config, LlamaConfig, T5Config, ViTConfig
+from transformers import BertConfig, GPT2Config, LlamaConfig, Qwen3MoeConfig, T5Config, ViTConfig
 
 from peft import (
     AdaptionPromptConfig,
@@ -33,6 +33,13 @@ TOLERANCE = 0.05  # of the bytes saved by autograd, as the docstring of estimate
 WIDE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 CASES: dict[str, tuple[str, Any, str | None]] = {
     "llama": ("LlamaForCausalLM", LlamaConfig(**WIDE, num_key_value_heads=2), "CAUSAL_LM"),
+    "mixture": (
+        "Qwen3MoeForCausalLM",
+        Qwen3MoeConfig(
+            **WIDE, num_key_value_heads=2, head_dim=8, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2
+        ),
+        "CAUSAL_LM",
+    ),
     "bert": ("BertForSequenceClassification", BertConfig(**WIDE), "SEQ_CLS"),
     "gpt2": ("GPT2LMHeadModel", GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4), "CAUSAL_LM"),
     "t5": (
@@ -57,6 +64,7 @@ METHODS = {
 }
 MEANINGLESS = {("vit", "prefix"), ("vit", "prompt"), ("vit", "llama_adapter")}
 MEANINGLESS |= {("bert", "llama_adapter"), ("t5", "llama_adapter")}
+MEANINGLESS |= {("mixture", method) for method in METHODS if method not in ("lora", "prompt")}  # enough of it
 
 
 def stored(model: nn.Module) -> int:

@@ -66,3 +66,13 @@ class ReadThrough(LayerCompat, Switch, _Module):
         adapters = self.current() if reads or not self.context.is_mixed else []
         module = adapters[-1].stand_in() if adapters else None
         return getattr(self.base_layer, name) if module is None else routes.attribute_of(self, module, name)
+
+    @property
+    def _external_params(self) -> dict[int, torch.Tensor]:
+        """Parameters in dicts, which no module's call tells of: DeepSpeed ZeRO-3 gathers them with the layer's."""
+        dicts = [self._modules.get(name) for name in (*self.adapter_layer_names, *self.other_param_names)]
+        return {id(p): p for held in dicts if isinstance(held, nn.ParameterDict) for p in held._parameters.values()}
+
+    def ds_external_parameters(self) -> Any:
+        """What DeepSpeed asks for by this name."""
+        return self._external_params.items()

@@ -227,6 +227,8 @@ def gathered(parameters: list[Any], modifier_rank: int | None = None) -> Iterato
     Args:
         modifier_rank: the process whose changes all get on leaving; None if nothing is changed.
     """
+    if modifier_rank is None:  # a module that computes has its own whole, and DeepSpeed refuses to free them
+        parameters = [p for p in parameters if not getattr(p, "ds_active_sub_modules", ())]
     if not parameters:
         yield
         return
