@@ -246,3 +246,12 @@ def test_compiled_models_are_left_alone(calls: list[int]) -> None:
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(gradients(model, lambda model, x: squares(compiled, x)), want)
     assert not calls
+
+
+def test_inference_mode_between_training_steps() -> None:
+    model = make()
+    wanted = model(X).detach()
+    for _ in range(2):
+        both_ways(model)
+        with torch.inference_mode():
+            torch.testing.assert_close(model(X.clone()), wanted)

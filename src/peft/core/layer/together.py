@@ -39,7 +39,8 @@ class Reading:
 
     def is_of(self, x: torch.Tensor, layer: BaseTunerLayer) -> bool:
         """Whether a layer is one more that reads this input."""
-        return x._version == self.version and self.x() is x and all(layer is not other for other in self.layers)
+        same = self.x() is x and x._version == self.version  # in this order: tensors of inference mode have no version
+        return same and all(layer is not other for other in self.layers)
 
 
 class Readers:
