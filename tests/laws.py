@@ -134,7 +134,8 @@ COMBINED = (
     *("dora+rslora", "kasa+rslora", "velora+rslora", "monteclora+rslora", "bdlora+rslora", "qalora+rslora"),
     *("mica+rslora", "alora+rslora", "dora+gaussian", "dora+orthogonal", "kasa+gaussian", "kasa+orthogonal"),
     *("velora+gaussian", "velora+orthogonal", "monteclora+gaussian", "monteclora+orthogonal", "qalora+gaussian"),
-    *("gated+kasa", "gated+velora", "gated+qalora", "gated+mica", "gated+rslora"),
+    *("gated+kasa", "gated+velora", "gated+qalora", "gated+mica", "gated+rslora", "gated+bdlora"),
+    "gated+monteclora",
     *("alora+gaussian", "alora+orthogonal", "alora+bias", "alora+dora+mica"),
 )
 """The variants of LoRA that mean something together: each is a row, and meets one kind of layer."""

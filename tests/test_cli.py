@@ -63,7 +63,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def make_model(folder: Path, **more: Any) -> Path:
     """A random llama with its tokenizer, saved."""
     sizes = {
-        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2,
     }  # fmt: skip
     words = tokenizer()
@@ -417,7 +417,7 @@ class TestOtherCommands:
         assert len(found["zero"]) == 1 and "v_proj" in found["zero"][0]
 
     def test_inspect_tells_that_a_base_does_not_fit(self, peft_, adapters, tmp_path):
-        make_model(tmp_path / "wide", hidden_size=64)
+        make_model(tmp_path / "wide", hidden_size=128)
         status, found = peft_("inspect", "one", "--base", tmp_path / "wide")
         assert status == 1 and found["fits"] is False and found["why_not"]
 

@@ -500,7 +500,7 @@ def grouped_calls(monkeypatch) -> list[int]:
 
 
 @pytest.mark.parametrize("shape", [(6,), (6, 3), (6, 40), (6, 2, 2)], ids=str)
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)], ids=str)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.06)], ids=str)
 def test_rows_with_different_adapters_equal_a_loop_over_them(shape, dtype, tolerance, grouped_calls):
     model, x = several(dtype=dtype), batch(*shape, dtype=dtype)
     got = run_mixed(model, x)

@@ -87,7 +87,7 @@ def test_a_start_that_rewrites_the_base_leaves_the_output_of_a_variant(variant: 
 
 
 def test_any_two_variants_are_combined_or_refused() -> None:
-    names = ("dora", "alora", "mica", "bdlora", "kasa", "monteclora", "velora", "qalora", "arrow", "rslora")
+    names = ("dora", "alora", "mica", "bdlora", "kasa", "monteclora", "velora", "qalora", "arrow", "gated", "rslora")
     known = {frozenset(x.removesuffix("-a") for x in pair.split("+")) for pair in (*COMBINED, *APART)}
     elsewhere = {frozenset({"alora", "arrow"}), frozenset({"arrow", "rslora"})}  # with experts; nothing to scale
     assert {frozenset(pair) for pair in itertools.combinations(names, 2)} <= known | elsewhere

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from quantised import BASES, plain
+from quantised import BASES, IN, pack, plain
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Trainer
@@ -409,3 +409,27 @@ def test_layers_of_libraries_that_are_not_here_are_known_by_their_names(monkeypa
     model(torch.randn(2, 64)).sum().backward()
     with pytest.raises(ValueError, match=f"weights kept by {layer.storage.name} cannot be written"):
         model.merge_adapter()
+
+
+def test_training_after_an_evaluation_that_repacked_the_codes() -> None:
+    """On some CPUs bitsandbytes repacks codes for inference, and its product has no gradient from then on."""
+    model = get_peft_model(BASES["bnb-nf4-double"](), LoraConfig(target_modules=["2"], init_lora_weights=False))
+    x = torch.randn(4, IN, generator=torch.Generator().manual_seed(1))
+
+    def gradient() -> torch.Tensor:
+        y = x.clone().requires_grad_()
+        model.train()(y).square().sum().backward()
+        return y.grad
+
+    pack(model)  # what was packed before the first step, and what evaluation does between two
+    first = gradient()
+    with torch.no_grad():
+        model.eval()(x)
+    assert not any(
+        getattr(m.quant_state, "packing_format_for_cpu", False) for m in model.modules() if hasattr(m, "quant_state")
+    )
+    torch.testing.assert_close(gradient(), first)
+    dense = model.merge_and_unload(dequantize=True)
+    z = x.clone().requires_grad_()
+    dense(z).square().sum().backward()
+    assert (z.grad - first).norm() < 0.1 * first.norm()

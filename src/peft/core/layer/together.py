@@ -39,7 +39,8 @@ class Reading:
 
     def is_of(self, x: torch.Tensor, layer: BaseTunerLayer) -> bool:
         """Whether a layer is one more that reads this input."""
-        same = self.x() is x and x._version == self.version  # in this order: tensors of inference mode have no version
+        mine = self.x()
+        same = mine is not None and mine is x and mine._version == self.version  # those of inference mode have none
         return same and all(layer is not other for other in self.layers)
 
 

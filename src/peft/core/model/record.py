@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft.core.base.storage import keep_differentiable
 from peft.core.layer.buffers import BufferDict
 from peft.core.model.context import Context
 
@@ -22,6 +23,7 @@ class Record:
     replication: what the model was before its layers were replicated.
     checkpointing: what watches gradient checkpointing, and its hooks.
     savings: what makes its training steps take less memory (:mod:`peft.tools.savings`).
+    differentiable: its weights were asked to let gradients through; done before the first call that keeps a graph.
     """
 
     def __init__(self) -> None:
@@ -33,6 +35,7 @@ class Record:
         self.replication: Any = None
         self.checkpointing: Any = None
         self.savings: Any = None
+        self.differentiable = False
 
 
 class SharedParts:
@@ -89,10 +92,19 @@ def context_of(model: nn.Module) -> Context:
     if record.context is None:
         context = record.context = Context()
         record.hooks = (
+            model.register_forward_pre_hook(_let_gradients_through),
             model.register_forward_pre_hook(context.forget, with_kwargs=True),
             model.register_forward_hook(context.note, with_kwargs=True),
         )
     return record.context
+
+
+def _let_gradients_through(model: nn.Module, args: tuple) -> None:
+    """Hook of an adapted model: a library may have made weights ready for inference, which ends gradients in them."""
+    record = record_of(model)
+    if not record.differentiable and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        keep_differentiable(model)
+        record.differentiable = True
 
 
 def behind(model: nn.Module, names: Iterable[str]) -> list[str]:

@@ -70,6 +70,13 @@ def _inside(m: nn.Module, attribute: str) -> Storage:
     return _PLAIN
 
 
+def keep_differentiable(model: nn.Module) -> None:
+    """Let gradients through every weight of a model, see :meth:`Storage.keep_differentiable`."""
+    for m in model.modules():
+        if "weight" in m._parameters:
+            _inside(m, "weight").keep_differentiable(m)
+
+
 def storage_key(m: nn.Module, attribute: str) -> tuple:
     """What :func:`storage_of` depends on: as long as this stays equal, a module's storage is the same.
 
@@ -111,6 +118,7 @@ __all__ = [
     "Quantized",
     "Storage",
     "copied",
+    "keep_differentiable",
     "foreign_linear",
     "hooks_of",
     "onloaded",

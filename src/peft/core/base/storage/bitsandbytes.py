@@ -14,8 +14,9 @@ from peft.core.base.storage.quantized import Quantized, is_from
 class BitsAndBytes4bit(Quantized):
     """``Linear4bit``: NF4 or FP4, with or without double quantisation.
 
-    On some CPUs the library repacks the codes at the first forward in evaluation mode, and its ``dequantize_4bit``
-    is wrong from then on; :meth:`read` undoes the packing in copies.
+    On CPUs with AVX512-BF16 the library repacks the codes at the first forward in evaluation mode. From then on its
+    ``dequantize_4bit`` is wrong, so :meth:`read` undoes the packing in copies; and its product has no gradient for the
+    input, not in training mode either, so what trains is unpacked for good (:meth:`keep_differentiable`).
     """
 
     name = "bitsandbytes"
@@ -32,13 +33,26 @@ class BitsAndBytes4bit(Quantized):
         state = _state(m)
         if state is None:  # not quantised yet: that happens on the way to a device
             return weight.detach()
-        functional, codes = self.library("bitsandbytes.functional"), weight.data
+        return self.library("bitsandbytes.functional").dequantize_4bit(*self._unpacked(weight.data, state))
+
+    def _unpacked(self, codes: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
+        """Codes and their state as they were before the library has packed them, the rounding of scales aside."""
+        if not getattr(state, "packing_format_for_cpu", False):
+            return codes, state
+        state = copy.copy(state)
+        state.original_nested = False  # the scales are dense now, and rounding them again would change W
+        codes, state = self.library("bitsandbytes.functional")._convert_weight_packed_for_cpu_inverse(codes, state)
+        state.absmax = state.absmax.T.reshape(-1).float().contiguous()
+        return codes, state
+
+    def keep_differentiable(self, m: nn.Module) -> None:
+        if getattr(m, "support_avx512bf16_for_cpu", False):
+            m.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        state = _state(m)
         if getattr(state, "packing_format_for_cpu", False):
-            state = copy.copy(state)
-            state.original_nested = False  # the scales are dense now, and rounding them again would change W
-            codes, state = functional._convert_weight_packed_for_cpu_inverse(codes, state)
-            state.absmax = state.absmax.T.reshape(-1).float().contiguous()
-        return functional.dequantize_4bit(codes, state)
+            weight: Any = m.weight
+            weight.data, state = self._unpacked(weight.data, state)
+            weight.quant_state = m.quant_state = state
 
     def write(self, m: nn.Module, attribute: str, value: torch.Tensor, shared: bool = False) -> None:
         old: Any = m.weight

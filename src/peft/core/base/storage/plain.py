@@ -81,6 +81,9 @@ class Storage:
         """
         return functional_call(m, dict(tensors), args, kwargs)
 
+    def keep_differentiable(self, m: nn.Module) -> None:
+        """Undo, and prevent, what a library does to a weight for inference only, with no gradients from then on."""
+
     # --- what is true of the weight because it is kept so -----------------------------------------------------
     def mesh(self, m: nn.Module, attribute: str) -> Any:
         """The processes that compute the module together, each with its part of the weight; None if there are none."""
