@@ -91,6 +91,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "prefix_tuning": ("prefix_tuning", {"num_virtual_tokens": 20, **WHOLE}),
     "ln_tuning": ("ln_tuning", {"target_modules": ["input_layernorm", "post_attention_layernorm"]}),
     "trainable_tokens": ("trainable_tokens", {"token_indices": list(range(10)), "target_modules": ["embed_tokens"]}),
+    "union[mam]": ("union", {"ready": "MAMConfig", **WHOLE}),
+    "union[unipelt]": ("union", {"ready": "UniPELTConfig", **WHOLE}),
 }
 """Rows of their own: what is measured -> registered method and fields."""
 
@@ -126,6 +128,7 @@ def adapted(method: str, fields: dict[str, Any]) -> Any:
     import torch
     from _common import llama
 
+    import peft
     from peft import get_peft_config, get_peft_model
 
     given = {"target_modules": LINEARS, **fields}
@@ -136,7 +139,12 @@ def adapted(method: str, fields: dict[str, Any]) -> Any:
         if method == "xlora":
             given["adapters"] = {str(i): saved_lora(f"{folder}/{i}") for i in range(2)}
             base.config.use_cache = False
-        config = get_peft_config({"peft_type": method.upper(), "task_type": "CAUSAL_LM", **given})
+        ready = given.pop("ready", None)  # a union that has a name of its own
+        config = (
+            getattr(peft, ready)(task_type="CAUSAL_LM")
+            if ready
+            else get_peft_config({"peft_type": method.upper(), "task_type": "CAUSAL_LM", **given})
+        )
         model = get_peft_model(base, config).train()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
