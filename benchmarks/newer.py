@@ -28,6 +28,7 @@ sys.path.insert(0, str(HERE))
 
 import torch  # noqa: E402
 from _common import llama  # noqa: E402
+from methods import LINEARS  # noqa: E402
 
 from peft import (  # noqa: E402
     AbbaConfig,
@@ -47,7 +48,6 @@ from peft.tuners.lora.surgery import MODES  # noqa: E402
 
 
 REVIEWS = HERE.parent / "examples" / "data" / "movie_reviews.jsonl"
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ROWS, LENGTH = 16, 64
 ADAM = (1e-3, 3e-3, 1e-2, 3e-2)
 FASTER = (3e-3, 1e-2, 3e-2, 1e-1)

@@ -23,11 +23,12 @@ from peft import (
     PeftModel,
     get_peft_model,
 )
+from peft.core.combine.ranks import product_svd
 from peft.helpers import spectral_surgery
 from peft.optimizers import create_loramuon_optimizer, create_lorarite_optimizer
 from peft.testing.cells import perturb
 from peft.tuners.abba import khatri_rao
-from peft.tuners.lora.surgery import factored_svd, gates
+from peft.tuners.lora.surgery import gates
 from peft.tuners.routing import imbalance, top_weights
 from peft.utils.warning import PeftWarning
 
@@ -465,7 +466,7 @@ def test_gates_by_size_of_sensitivity() -> None:
     ]
     smooth = gates(values, sensitivity, "smooth")
     assert torch.equal(smooth.argsort(), sensitivity.abs().argsort()) and 0.8 < smooth.min() < smooth.max() < 1.25
-    u, s, v = factored_svd(torch.randn(3, 8), torch.randn(6, 3))
+    u, s, v = product_svd(torch.randn(3, 8), torch.randn(6, 3))
     torch.testing.assert_close(u.T @ u, torch.eye(3), rtol=0, atol=1e-5)
 
 

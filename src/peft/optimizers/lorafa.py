@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from peft.optimizers.adamw import adamw
+from peft.optimizers.closure import loss_of
 from peft.optimizers.pairs import damped_inverses, pairs_of, require_whole
 from peft.utils.warning import PeftWarning
 
@@ -69,10 +70,7 @@ class LoraFAOptimizer(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step; ``closure``, if given, computes the loss and its gradients, and its value is returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         projected = self._projected()
         for group in self.param_groups:
             for p in group["params"]:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from peft.optimizers.adamw import adamw
+from peft.optimizers.closure import loss_of
 from peft.optimizers.pairs import pairs_of, require_whole
 
 
@@ -71,10 +72,7 @@ class ProductOptimizer(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step; ``closure``, if given, computes the loss and its gradients, and its value is returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             if group["scalings"] is None:
                 for p in group["params"]:

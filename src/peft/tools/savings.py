@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.graph import save_on_cpu
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from peft.core.model.gradient_checkpointing import FUNCTION, with_switch
+from peft.core.model.gradient_checkpointing import FUNCTION, Around, with_switch
 from peft.core.model.record import drop_if_empty, known_record, record_of
+from peft.core.model.walk import unreplicated
 from peft.kernels.loss import chunked_loss, is_chunked, require_usual_loss
 from peft.kernels.remake import recomputed
 from peft.peft_model import PeftModelForCausalLM
@@ -103,8 +103,7 @@ def disable_memory_savings(model: nn.Module) -> None:
 
 def _models(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     """The model without wrappers of several processes, and the base model in it."""
-    while isinstance(model, DataParallel | DistributedDataParallel):
-        model = model.module
+    model = unreplicated(model)
     return model, model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -164,16 +163,12 @@ class _Switched:
             contexts.pop().close()
 
 
-class _OnHost:
+class _OnHost(Around):
     """A checkpointing function whose kept inputs wait in CPU memory."""
 
     def __init__(self, function: Callable, device: str) -> None:
-        self.function, self.device = function, device
-
-    @property
-    def keywords(self) -> dict[str, Any]:
-        """Those of the function, which say whether it is reentrant."""
-        return getattr(self.function, "keywords", {})
+        super().__init__(function)
+        self.device = device
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with save_on_cpu(pin_memory=True, device_type=self.device):

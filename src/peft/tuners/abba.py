@@ -13,7 +13,7 @@ from peft.config import ExcludeModules, LayerSelection, ModulesToSave, TargetMod
 from peft.core.adapter import part, setting
 from peft.core.base.kinds import fan
 from peft.core.families import LowRank, input_dropout
-from peft.core.filling import skip_values
+from peft.core.filling import draw_like_linear, skip_values
 from peft.core.model.registry import define_tuner
 
 
@@ -61,8 +61,8 @@ class Abba(LowRank):
         if not skip_values():
             u, s, v = torch.linalg.svd(self.base_weight().detach().flatten(1).float(), full_matrices=False)
             a1, b1 = s[:r1].sqrt()[:, None] * v[:r1], u[:, :r1] * s[:r1].sqrt()
-            nn.init.kaiming_uniform_(a2, a=math.sqrt(5))
-            nn.init.zeros_(b2) if config.init_weights else nn.init.kaiming_uniform_(b2, a=math.sqrt(5))
+            draw_like_linear(a2)
+            nn.init.zeros_(b2) if config.init_weights else draw_like_linear(b2)
         self.abba_A1, self.abba_B1 = nn.Parameter(a1), nn.Parameter(b1)
         self.abba_A2, self.abba_B2 = nn.Parameter(a2), nn.Parameter(b2)
         self.abba_scale, self.abba_dropout = config.alpha / math.sqrt(r1 * r2), input_dropout(config.dropout)

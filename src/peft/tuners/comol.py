@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,6 +12,7 @@ from peft.config import ExcludeModules, LayerSelection, ModulesToSave, TargetMod
 from peft.core.adapter import part, setting
 from peft.core.base.kinds import fan
 from peft.core.families import Sample, input_dropout
+from peft.core.filling import draw_like_linear
 from peft.core.model.registry import define_tuner
 from peft.tuners.routing import top_weights
 
@@ -61,7 +61,7 @@ class Comol(Sample):
         (out, columns), r, experts = fan(self.shape), config.r, config.num_experts
         a, b, router = torch.empty(r, columns), torch.zeros(out, r), torch.empty(experts, r)
         for matrix in (a, router) if config.init_weights else (a, router, b):
-            nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
+            draw_like_linear(matrix)
         cores = torch.eye(r) + torch.randn(experts, r, r) / (4 * r**0.5)
         self.comol_A, self.comol_B = nn.Parameter(a), nn.Parameter(b)
         self.comol_cores, self.comol_router = nn.Parameter(cores), nn.Parameter(router)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,10 +11,11 @@ from torch import nn
 from peft.config import ExcludeModules, LayerSelection, ModulesToSave, TargetModules, option
 from peft.core.adapter import part, setting
 from peft.core.base.kinds import fan
+from peft.core.combine.combined import tuner_layers
 from peft.core.families import LowRank, input_dropout
+from peft.core.filling import draw_like_linear
 from peft.core.model.registry import define_tuner
 from peft.core.model.tuner import BaseTuner
-from peft.core.model.walk import layers_of
 
 
 @dataclass
@@ -72,7 +72,7 @@ class DyLora(LowRank):
         (out, columns), r = fan(self.shape), config.r
         a, b = torch.empty(r, columns), torch.zeros(out, r)
         for matrix in (a,) if config.init_weights else (a, b):
-            nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
+            draw_like_linear(matrix)
         self.dylora_A, self.dylora_B = nn.Parameter(a), nn.Parameter(b)
         self.dylora_alpha, self.dylora_range, self.dylora_rank = config.alpha, (config.min_r, r), config.rank or r
         self.dylora_last, self.dylora_dropout = config.last_only, input_dropout(config.dropout)
@@ -110,8 +110,8 @@ class DyLoraTuner(BaseTuner):
         if not 1 <= rank <= config.r:
             raise ValueError(f"rank should be from 1 to {config.r}, the largest rank of {name!r}, got {rank}.")
         config.rank = rank
-        for _, layer in layers_of(self.model):
-            if isinstance(layer, self.layer_cls) and name in layer.adapters:
+        for _, layer in tuner_layers(self):
+            if name in layer:
                 layer.adapters[name].dylora_rank = rank
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,10 +12,11 @@ from torch import nn
 from peft.config import ExcludeModules, LayerSelection, ModulesToSave, TargetModules, option
 from peft.core.adapter import part, setting
 from peft.core.base.kinds import fan
+from peft.core.combine.combined import tuner_layers
 from peft.core.families import Sample, input_dropout
+from peft.core.filling import draw_like_linear
 from peft.core.model.registry import define_tuner
 from peft.core.model.tuner import BaseTuner
-from peft.core.model.walk import layers_of
 from peft.tuners.routing import imbalance, top_weights
 from peft.utils.warning import PeftWarning
 
@@ -58,7 +58,7 @@ class MixLora(Sample):
         (out, columns), r, experts = fan(self.shape), config.r, config.num_experts
         a, b, router = torch.empty(experts * r, columns), torch.zeros(out, experts * r), torch.empty(experts, columns)
         for matrix in (a, router) if config.init_weights else (a, router, *b.split(r, 1)):
-            nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
+            draw_like_linear(matrix)
         self.mix_A, self.mix_B, self.mix_router = nn.Parameter(a), nn.Parameter(b), nn.Parameter(router)
         self.mix_scale, self.mix_top_k = config.alpha / r, config.top_k
         self.mix_dropout = input_dropout(config.dropout)
@@ -98,9 +98,7 @@ class MixLoraTuner(BaseTuner):
         return total
 
     def _uneven(self, name: str) -> list[torch.Tensor]:
-        adapters = [
-            w.adapters[name] for _, w in layers_of(self.model) if isinstance(w, self.layer_cls) and name in w.adapters
-        ]
+        adapters: Any = (layer.adapters[name] for _, layer in tuner_layers(self) if name in layer)
         return [adapter.mix_uneven for adapter in adapters if adapter.mix_uneven is not None]
 
     def finish(self, outputs: Any) -> Any:
@@ -114,9 +112,8 @@ class MixLoraTuner(BaseTuner):
                     PeftWarning,
                 )
             outputs.loss = loss + term.to(loss)
-            for _, layer in layers_of(self.model):
-                if isinstance(layer, self.layer_cls):
-                    layer.mix_uneven.clear()
+            for _, layer in tuner_layers(self):
+                layer.mix_uneven.clear()
         return outputs
 
 

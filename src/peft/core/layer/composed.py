@@ -7,6 +7,7 @@ together what its members change (:func:`change_of`).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -155,11 +156,8 @@ def _difference(adapter: Adapter, x: torch.Tensor) -> torch.Tensor:
 
 def _difference_of_biases(adapter: Adapter) -> torch.Tensor | float:
     """What an adapter adds to the bias, shaped like an output."""
-    bias = adapter.base_bias()
-    new = adapter.fold_bias(bias)
-    if new is None or new is bias:
-        return 0.0
-    return adapter.along_channels(new if bias is None else new - bias)
+    change = weights.added_to(adapter.base_bias(), adapter)
+    return 0.0 if change is None else adapter.along_channels(change)
 
 
 class Chain(Composed):
@@ -233,26 +231,19 @@ class Mean(Beside):
         if not found:
             return None
         last = found[-1][1]
-        total = _sum(w * change.total for w, change in found)
+        total = functools.reduce(torch.add, (w * change.total for w, change in found))
         return last._replace(update=total if last.shift is None else total - last.shift)
 
     def fold(self, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-        return weight + _sum(w * (member.fold(weight, base) - weight) for w, member in self.weighted())
+        changes = (w * (member.fold(weight, base) - weight) for w, member in self.weighted())
+        return weight + functools.reduce(torch.add, changes)
 
     def fold_bias(self, bias: torch.Tensor | None) -> torch.Tensor | None:
         total = bias
         for share, member in self.weighted():
-            if (made := member.fold_bias(bias)) is not bias and made is not None:
-                change = share * (made if bias is None else made - bias)
-                total = change if total is None else total + change
+            if (change := weights.added_to(bias, member)) is not None:
+                total = share * change if total is None else total + share * change
         return total
-
-
-def _sum(terms: Iterator[torch.Tensor]) -> torch.Tensor:
-    total = next(terms)
-    for term in terms:
-        total = total + term
-    return total
 
 
 class Attention(nn.Module):

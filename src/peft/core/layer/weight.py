@@ -194,12 +194,17 @@ def bias_change(adapter: Adapter) -> torch.Tensor | None:
     Raises:
         ValueError: if the adapter changes biases and is merged.
     """
-    bias = base_bias(adapter.layer)
+    change = added_to(base_bias(adapter.layer), adapter)
+    if change is not None and adapter.layer.merged:
+        raise ValueError("the adapter changes biases, and is merged; call unmerge_adapter() before converting it.")
+    return change
+
+
+def added_to(bias: torch.Tensor | None, adapter: Adapter) -> torch.Tensor | None:
+    """What an adapter adds to this bias ``[out]``, or None."""
     changed = adapter.fold_bias(bias)
     if changed is None or changed is bias:
         return None
-    if adapter.layer.merged:
-        raise ValueError("the adapter changes biases, and is merged; call unmerge_adapter() before converting it.")
     return changed if bias is None else changed - bias
 
 

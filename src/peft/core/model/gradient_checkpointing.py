@@ -21,7 +21,19 @@ FUNCTION = "_gradient_checkpointing_func"
 """The attribute of a block that holds what recomputes it: ``function(block's forward, *arguments)``."""
 
 
-class Repeated:
+class Around:
+    """A checkpointing function in the place of another one, which it calls: ``function(block's forward, ...)``."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """As a partial function has them: ``use_reentrant`` and its like."""
+        return getattr(self.function, "keywords", {})
+
+
+class Repeated(Around):
     """A checkpointing function whose recomputation reads the facts of the call that it repeats.
 
     Two calls may come before one backward pass (a chosen and a rejected answer); each block then recomputes with the
@@ -29,12 +41,8 @@ class Repeated:
     """
 
     def __init__(self, function: Callable[..., Any], context: Context) -> None:
-        self.function, self.context = function, context
-
-    @property
-    def keywords(self) -> dict[str, Any]:
-        """As a partial function has them: ``use_reentrant`` and its like."""
-        return getattr(self.function, "keywords", {})
+        super().__init__(function)
+        self.context = context
 
     def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         facts = None if torch.compiler.is_compiling() else self.context.noted()

@@ -210,17 +210,9 @@ class MixedModel(BaseTuner):
         for name, reasons in stays.items():
             warnings.warn(f"these parts of adapter {name!r} are not merged, and go on acting: {_listed(reasons)}.")
 
-    def merge_and_unload(
-        self,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-        dequantize: bool = False,
-        undeclared_biases: bool = False,
-    ) -> nn.Module:
-        names = self.active_adapters if adapter_names is None else adapter_names
-        operations.require_adapters(self.model, names, self.peft_config)
-        for name in names:
+    def require_whole(self, adapter_names: list[str]) -> None:
+        operations.require_adapters(self.model, adapter_names, self.peft_config)
+        for name in adapter_names:
             members = self.peft_config[name].members
             if len(members) > 1 and (reasons := self._unmergeable(name)):
                 rest = [str(member.peft_type.value).lower() for member in members]
@@ -232,7 +224,6 @@ class MixedModel(BaseTuner):
                     f"adapter {name!r} cannot become part of the weights as a whole: {_listed(reasons)}. "
                     f"{way_out}eep the PeftModel, or call unload() for the base model."
                 )
-        return super().merge_and_unload(progressbar, safe_merge, adapter_names, dequantize, undeclared_biases)
 
     def _unmergeable(self, adapter_name: str) -> dict[str, str]:
         """The methods of an adapter's members that no weight equals -> why."""

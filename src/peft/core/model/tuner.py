@@ -368,9 +368,13 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
         """
         if adapter_names is not None:
             operations.require_adapters(self.model, adapter_names, self.peft_config)
+        self.require_whole(self.active_adapters if adapter_names is None else adapter_names)
         return self._leave(
             operations.unload(self.model, True, adapter_names, safe_merge, progressbar, dequantize, undeclared_biases)
         )
+
+    def require_whole(self, adapter_names: list[str]) -> None:
+        """Raise ValueError if an adapter can become part of the weights in part only; layers refuse what cannot."""
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether every layer's update is a weight that can be factored into a LoRA."""

@@ -48,7 +48,9 @@ def passed_through(module: nn.Module) -> str | None:
 
 def unreplicated(module: nn.Module) -> nn.Module:
     """The module inside ``DataParallel`` and ``DistributedDataParallel``."""
-    return module.module if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel) else module
+    while isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        module = module.module
+    return module
 
 
 def bare(module: nn.Module) -> nn.Module:

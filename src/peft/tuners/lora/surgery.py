@@ -7,23 +7,13 @@ from typing import Any
 
 import torch
 
+from peft.core.combine.ranks import product_svd
 from peft.tuners.lora.factors import factors_of
 from peft.tuners.lora.intruders import beside, plain_layers
 
 
 MODES = ("select", "smooth", "gradient")
 AMPLIFIED, WEAKENED, SHARE, TEMPERATURE = 1.25, 0.8, 0.2, 0.35  # what the authors use
-
-
-def factored_svd(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """U ``[out, k]``, S ``[k]``, V^T ``[k, in]`` of B A, k the smaller of rank and sizes, without a matrix B A.
-
-    Args:
-        a: ``[r, in]``. b: ``[out, r]``.
-    """
-    (qb, rb), (qa, ra) = torch.linalg.qr(b), torch.linalg.qr(a.mT)
-    u, s, v = torch.linalg.svd(rb @ ra.mT, full_matrices=False)
-    return qb @ u, s, v @ qa.mT
 
 
 def sensitivities(
@@ -99,7 +89,7 @@ def spectral_surgery(
     with torch.no_grad():
         for (path, layer), (a, b), seen in zip(layers, pairs, found):  # type: ignore[misc]
             s, (wide_a, wide_b) = layer.scaling[adapter_name], (factor.flatten(1).float() for factor in (a, b))
-            u, values, v = factored_svd(wide_a, wide_b)
+            u, values, v = product_svd(wide_a, wide_b)
             each = torch.stack([sensitivities(g.flatten(1).float(), wide_a, u, v, s) for g in seen])
             by = gates(s * values, each.mean(0) if mode == "gradient" else each.abs().mean(0), mode)
             total = (by * values).sum()
