@@ -44,6 +44,11 @@ class Held:
         """
         return cls(PeftConfig.from_pretrained(os.fspath(folder)), load_peft_weights(folder))
 
+    @property
+    def method(self) -> str:
+        """The name of its method, such as "LORA"."""
+        return str(getattr(self.config.peft_type, "value", self.config.peft_type))
+
     def write(self, folder: str | os.PathLike) -> None:
         """Write it into a folder."""
         write_adapter(folder, self.tensors, self.config)
@@ -93,8 +98,7 @@ class Pairs:
 
 def is_lora(held: Held) -> bool:
     """Whether an adapter is a LoRA."""
-    kind = getattr(held.config.peft_type, "value", held.config.peft_type)
-    return isinstance(held.config, LoraConfig) and kind == "LORA"
+    return isinstance(held.config, LoraConfig) and held.method == "LORA"
 
 
 def pairs_of(held: Held) -> Pairs:
@@ -105,8 +109,9 @@ def pairs_of(held: Held) -> Pairs:
     """
     config = held.config
     if not is_lora(held):
-        kind = getattr(config.peft_type, "value", config.peft_type)
-        raise ValueError(f"the adapter is of the method {kind}, not LORA; peft.save_as_lora makes a LoRA of it first.")
+        raise ValueError(
+            f"the adapter is of the method {held.method}, not LORA; peft.save_as_lora makes a LoRA of it first."
+        )
     if config.use_gating:
         raise ValueError(GATED)
     found: dict[str, dict[str, torch.Tensor]] = {}

@@ -74,7 +74,7 @@ def products_of(held: Held) -> tuple[Method, list[Product]]:
     Raises:
         ValueError: the method's tensors are no product of a rank to change, or these are not.
     """
-    kind = str(getattr(held.config.peft_type, "value", held.config.peft_type))
+    kind = held.method
     if kind not in METHODS:
         raise ValueError(
             f"the tensors of {kind} are no product B A of a rank to change; peft.save_as_lora writes a LoRA of any "
@@ -127,7 +127,7 @@ def pairs_in(held: Held) -> list[tuple[str, str, str]]:
     Raises:
         ValueError: the adapter is of another method, or of grouped convolutions.
     """
-    kind = str(getattr(held.config.peft_type, "value", held.config.peft_type))
+    kind = held.method
     if kind not in _NAMES:
         raise ValueError(f"the adapter is {kind}, whose file is no list of pairs A and B.")
     found = [*pairs_by_name(held, _NAMES[kind])]

@@ -71,7 +71,7 @@ def check_serving(adapter: str | os.PathLike) -> dict[str, Serving]:
         ValueError: there is no such adapter.
     """
     held = Held.read(adapter)
-    kind = str(getattr(held.config.peft_type, "value", held.config.peft_type))
+    kind = held.method
     if kind != "LORA":
         why = f"it serves LoRAs, and this is {kind}; peft.save_as_lora makes a LoRA of what a weight equals"
         return {server: Serving(server, False, (why,)) for server in RULES}

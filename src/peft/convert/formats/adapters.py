@@ -203,7 +203,7 @@ def _turned(table: torch.Tensor, by: int, length: int, layers: int, heads: int, 
 
 def _write(bundle: Bundle, job: Job) -> Files:
     held, base = one(bundle, "an adapter of adapters"), job.need_base("adapters names the model's class in its config")
-    kind = str(getattr(held.config.peft_type, "value", held.config.peft_type))
+    kind = held.method
     writers: dict[str, Callable[[Held, Job], tuple[dict[str, Any], dict[str, torch.Tensor]]]] = {
         "LORA": _write_lora, "IA3": _write_ia3, "BOTTLENECK": _write_network, "COMPACTER": _write_network,
         "INVERTIBLE": _write_invertible, "PREFIX_TUNING": _write_prefix}  # fmt: skip

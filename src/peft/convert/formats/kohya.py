@@ -247,7 +247,7 @@ def _prefix(component: str, two_encoders: bool) -> str:
 
 
 def _flattened(held: Held, prefix: str, job: Job) -> dict[str, torch.Tensor]:
-    kind = str(getattr(held.config.peft_type, "value", held.config.peft_type))
+    kind = held.method
     if kind == "LORA":
         return _flat_lora(pairs_of(held), prefix, job)
     if kind == "IA3":
