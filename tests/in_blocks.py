@@ -50,6 +50,23 @@ def differs(found: torch.Tensor, wanted: torch.Tensor) -> None:
     assert (found - wanted).abs().max() > 1e-3
 
 
+def trains(model: nn.Module, name: str, steps: int = 4, rate: float = 0.1) -> None:
+    """The loss falls, every parameter of the adapter gets a gradient within the steps, and no other one has any."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=rate)
+    losses, moved = [], [False] * len(parameters)
+    for _ in range(steps):
+        loss = model.eval()(**inputs(name)).loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        moved = [was or bool(p.grad.abs().max() > 0) for was, p in zip(moved, parameters, strict=True)]
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    assert all(moved)
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
 def takes_turns(model: PeftModel, name: str) -> None:
     """The adapters "default" and "other" act alone, row by row in one batch, and without the other one."""
     alone = {"default": logits(model, name), "__base__": unadapted(name)}

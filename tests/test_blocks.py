@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import ALL, DECODERS, ENCODER_DECODERS, ENCODERS, build, inputs
-from in_blocks import differs, gives, logits, refused, stir, takes_turns, unadapted
+from in_blocks import differs, gives, logits, refused, stir, takes_turns, trains, unadapted
 from safetensors.torch import load_file
 from torch import nn
 from toys import Mlp
@@ -28,23 +28,6 @@ def greedy(model: nn.Module, name: str, use_cache: bool) -> torch.Tensor:
     return model.eval().generate(
         input_ids=ids, max_new_tokens=3, min_new_tokens=3, do_sample=False, use_cache=use_cache
     )
-
-
-def trains(model: nn.Module, name: str, steps: int = 4, rate: float = 0.1) -> None:
-    """The loss falls, every parameter of the adapter gets a gradient within the steps, and no other one has any."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr=rate)
-    losses, moved = [], [False] * len(parameters)
-    for _ in range(steps):
-        loss = model.eval()(**inputs(name)).loss
-        losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        moved = [was or bool(p.grad.abs().max() > 0) for was, p in zip(moved, parameters, strict=True)]
-        optimizer.step()
-    assert losses[-1] < losses[0]
-    assert all(moved)
-    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
 
 
 def checkpoints(model: PeftModel, name: str) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import build, inputs
-from in_blocks import differs, gives, logits, refused, stir, takes_turns
+from in_blocks import differs, gives, logits, refused, stir, takes_turns, trains
 from safetensors.torch import load_file
 from torch import nn
 from toys import Mlp
@@ -57,18 +57,8 @@ class TestOnModels:
         model, base = adapted(name, kind, stirred=False), logits(build(name), name)
         assert (logits(model, name) - base).abs().max() < 0.05
         stir(model, size=0.3)
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.Adam(parameters, lr=0.02)
-        losses = []
-        for _ in range(4):
-            loss = model(**inputs(name)).loss
-            losses.append(loss.item())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        assert losses[-1] < losses[0]
-        assert all(p.grad.abs().max() > 0 for p in parameters)
-        assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+        trains(model, name, rate=0.02)
+        assert all(p.grad.abs().max() > 0 for p in model.parameters() if p.requires_grad)
         trained = logits(model, name)
         differs(trained, base)
         with model.disable_adapter():
