@@ -181,11 +181,12 @@ class TestTrain:
         assert status == 1 and "trainer.steps 6 -> 9" in found["error"]
 
     def test_two_processes_give_the_losses_of_one_with_twice_the_batch(self, peft_, home, tmp_path):
-        """By torchrun, with the recipe for that; on the CPU the two work together, each with the whole base."""
+        """By accelerate, with the recipe for that; on the CPU the two work together, each with the whole base."""
         recipe = [str(ROOT / "recipes" / "sharded.yaml"), *QUICK, "--data.train=rows.jsonl", "--data.held_out=0",
                   "--trainer.learning_rate=0.05", "--trainer.steps=3"]  # fmt: skip
         two = ["train", *recipe, f"--output={tmp_path / 'two'}", "--json"]
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "peft"]
+        launch = ["accelerate.commands.launch", "--config_file", str(ROOT / "examples" / "distributed" / "ddp.yaml")]
+        command = [sys.executable, "-m", *launch, "--main_process_port=0", "-m", "peft"]
         env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(peft.__file__).parents[1]), *sys.path])}
         done = subprocess.run([*command, *two], cwd=home, env=env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
