@@ -101,6 +101,13 @@ def is_lora(held: Held) -> bool:
     return isinstance(held.config, LoraConfig) and held.method == "LORA"
 
 
+def modules_of(held: Held) -> list[str]:
+    """The modules that an adapter is on, as far as the names of its tensors tell; of a LoRA exactly."""
+    if is_lora(held) and not held.config.use_gating:
+        return list(pairs_of(held).pairs)
+    return list(dict.fromkeys(name.removeprefix(PREFIX).rpartition(".")[0] for name in held.tensors))
+
+
 def pairs_of(held: Held) -> Pairs:
     """A LoRA's file as pairs.
 
