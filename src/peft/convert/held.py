@@ -116,10 +116,12 @@ def pairs_of(held: Held) -> Pairs:
         raise ValueError(GATED)
     found: dict[str, dict[str, torch.Tensor]] = {}
     others, tables = {}, set()
+    stacks = tuple(f".{path}".rpartition(".")[0] for path in config.target_parameters or ())
     for name, tensor in held.tensors.items():
         words = name.removeprefix(PREFIX).split(".")
         part, size = next(((_PARTS[tail], n) for n in (1, 2) if (tail := tuple(words[-n:])) in _PARTS), ("", 0))
-        if not part:
+        place = ".".join(("", *(word for word in words[:-size] if word != "base_layer")))
+        if not part or (stacks and place.endswith(stacks)):  # pairs of stacked experts are no pairs of a module
             others[name] = tensor
             continue
         module = ".".join(words[:-size])
