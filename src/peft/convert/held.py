@@ -13,6 +13,7 @@ import torch
 
 from peft.config import PeftConfig, resolve_pattern
 from peft.core.files.io import load_peft_weights, write_adapter
+from peft.options import value_of
 from peft.tuners.lora.config import LoraConfig
 
 
@@ -47,7 +48,7 @@ class Held:
     @property
     def method(self) -> str:
         """The name of its method, such as "LORA"."""
-        return str(getattr(self.config.peft_type, "value", self.config.peft_type))
+        return str(value_of(self.config.peft_type))
 
     def write(self, folder: str | os.PathLike) -> None:
         """Write it into a folder."""
@@ -116,10 +117,12 @@ def pairs_of(held: Held) -> Pairs:
         raise ValueError(GATED)
     found: dict[str, dict[str, torch.Tensor]] = {}
     others, tables = {}, set()
+    stacks = tuple(f".{path}".rpartition(".")[0] for path in config.target_parameters or ())
     for name, tensor in held.tensors.items():
         words = name.removeprefix(PREFIX).split(".")
         part, size = next(((_PARTS[tail], n) for n in (1, 2) if (tail := tuple(words[-n:])) in _PARTS), ("", 0))
-        if not part:
+        place = ".".join(("", *(word for word in words[:-size] if word != "base_layer")))
+        if not part or (stacks and place.endswith(stacks)):  # pairs of stacked experts are no pairs of a module
             others[name] = tensor
             continue
         module = ".".join(words[:-size])
