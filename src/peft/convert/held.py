@@ -13,6 +13,7 @@ import torch
 
 from peft.config import PeftConfig, resolve_pattern
 from peft.core.files.io import load_peft_weights, write_adapter
+from peft.options import value_of
 from peft.tuners.lora.config import LoraConfig
 
 
@@ -47,7 +48,7 @@ class Held:
     @property
     def method(self) -> str:
         """The name of its method, such as "LORA"."""
-        return str(getattr(self.config.peft_type, "value", self.config.peft_type))
+        return str(value_of(self.config.peft_type))
 
     def write(self, folder: str | os.PathLike) -> None:
         """Write it into a folder."""

@@ -19,6 +19,7 @@ from peft.convert.formats.kohya import ALGORITHMS, by_method, saver
 from peft.convert.held import Held, Pair, Pairs, held_of, modules_of, pairs_of, patterned, whole
 from peft.convert.names import component_of
 from peft.convert.source import Bundle, Files, Format, Job, Source
+from peft.options import value_of
 from peft.tuners.lora.config import LoraConfig
 from peft.utils.error import ConfigError
 
@@ -180,7 +181,7 @@ def _header(found: Pairs, held: Held) -> dict[str, Any]:
     alpha, alphas = patterned({module: whole(pair.alpha) for module, pair in found.pairs.items()})
     said = {**held.config.to_dict(), "r": rank, "rank_pattern": ranks, "lora_alpha": alpha, "alpha_pattern": alphas}
     said = {key: sorted(value) if isinstance(value, set) else value for key, value in said.items()}
-    return {key: getattr(value, "value", value) for key, value in said.items()}
+    return {key: value_of(value) for key, value in said.items()}
 
 
 DIFFUSERS = Format("diffusers", _matches, _read, _write, ".safetensors")
