@@ -317,6 +317,8 @@ class PeftConfigMixin(Options):
         if key in CONFIGS_OF_NO_METHOD:
             return CONFIGS_OF_NO_METHOD[key]
         if key not in PEFT_TYPE_TO_CONFIG_MAPPING:
+            _load_methods()  # this may be the first that is asked of the library
+        if key not in PEFT_TYPE_TO_CONFIG_MAPPING:
             available = ", ".join(sorted(value_of(k) for k in PEFT_TYPE_TO_CONFIG_MAPPING))
             raise NotSupportedYetError(
                 f"The method {value_of(key)} is not supported yet{version}. Available: {available}."
