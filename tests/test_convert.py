@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import weakref
 from pathlib import Path
 
@@ -18,19 +19,26 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from peft import (
     AdaLoraConfig,
+    DyLoraConfig,
     GraloraConfig,
     HiraConfig,
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
+    LoraXsConfig,
+    MixLoraConfig,
     PeftModel,
+    PolyConfig,
     get_peft_model,
     save_as_lora,
 )
 from peft.convert import check_serving, extract_adapter, negate_adapter, rebase_adapter, resize_adapter
+from peft.convert.held import Held
+from peft.convert.products import METHODS, WHY_NOT, products_of
 from peft.core.combine.ranks import leading_svd, randomized_svd, shared_ranks
 from peft.tuners.lora.config import KasaConfig
 from peft.utils import merge_utils
+from peft.utils.peft_types import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 
 def tuned_by_lora(tmp_path: Path, r: int = 3) -> tuple[nn.Module, nn.Module]:
@@ -174,8 +182,82 @@ def test_resizing_other_products_and_what_is_none(tmp_path: Path) -> None:
     a, b = (tensors[f"base_model.model.lin0.hira_{part}"] for part in "AB")
     u, s, vh = torch.linalg.svd(product)
     torch.testing.assert_close(b @ a, s[0] * torch.outer(u[:, 0], vh[0]), atol=1e-5, rtol=1e-4)
-    with pytest.raises(ValueError, match="LOHA are no product.*save_as_lora"):
+    with pytest.raises(ValueError, match="LOHA are no product.*entry by entry.*save_as_lora"):
         resize_adapter(tmp_path / "loha", tmp_path / "x", rank=1)
+
+
+def test_each_method_with_a_rank_is_resized_or_refused_by_a_reason() -> None:
+    known = {str(getattr(key, "value", key)): config for key, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()
+             if key in PEFT_TYPE_TO_TUNER_MAPPING}  # fmt: skip
+    ranked = {
+        name
+        for name, config in known.items()
+        if any(field.name in ("r", "r1") for field in dataclasses.fields(config))
+    }
+    blocks = {"BONE", "OFT", "HRA"}  # whose r counts blocks or reflections
+    assert ranked - blocks - METHODS.keys() - WHY_NOT.keys() == set()
+    assert METHODS.keys() & WHY_NOT.keys() == set() and WHY_NOT.keys() <= known.keys()
+
+
+ONE_RANK = {
+    "dylora": DyLoraConfig(r=6, rank=5, min_r=3, alpha=3, init_weights=False),
+    "lora_xs": LoraXsConfig(r=5, alpha=3),
+    "mix_lora": MixLoraConfig(r=5, num_experts=3, top_k=3, alpha=3, init_weights=False),
+    "poly": PolyConfig(r=5, n_skills=3, n_splits=2, n_tasks=4, init_weights=False),
+}
+
+
+@pytest.mark.parametrize("name", ONE_RANK)
+def test_resizing_of_methods_with_one_rank_for_all_layers(name: str, tmp_path: Path) -> None:
+    """A rank that loses nothing gives the same outputs; a lower one, each product's best."""
+    torch.manual_seed(0)
+    config, base = (
+        copy.deepcopy(ONE_RANK[name]),
+        nn.ModuleDict({"first": nn.Linear(16, 14), "second": nn.Linear(20, 18)}),
+    )
+    config.target_modules = {"first", "second"}
+    model = get_peft_model(copy.deepcopy(base), config).eval().requires_grad_(False)
+    for module in ("first", "second"):  # of rank 2, whatever the form says
+        adapter = model.base_model.model[module].adapters["default"]
+        for part in ("dylora_B", "xs_R", "mix_B", "poly_lora_B"):
+            if (tensor := getattr(adapter, part, None)) is not None:
+                axis = 2 if name == "poly" else 1
+                tensor.copy_(torch.randn_like(tensor))
+                blocks = tensor.unflatten(1, (3, -1)).transpose(1, 2) if name == "mix_lora" else tensor
+                blocks.narrow(axis, 2, blocks.shape[axis] - 2).zero_()
+                if name == "dylora":
+                    tensor[:, 5] = 9.0  # of a rank that is not in use
+    model.save_pretrained(tmp_path / "whole")
+    found = resize_adapter(tmp_path / "whole", tmp_path / "small", rank=2)
+    back = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "small").eval()
+    assert set(found.ranks.values()) == {2} and back.peft_config["default"].r == 2
+    assert max(found.errors.values()) < 1e-6 and found.kept == pytest.approx(1)
+    tasks = {"task_ids": torch.arange(4)} if name == "poly" else {}
+    for module, size in (("first", 16), ("second", 20)):
+        x = torch.randn(4, 3, size)
+        outputs = [call(m, module, x, **tasks) for m in (model, back)]
+        torch.testing.assert_close(outputs[1], outputs[0], atol=1e-5, rtol=1e-4)
+        assert (outputs[0] - base[module](x)).abs().max() > 0.01
+    few = resize_adapter(tmp_path / "whole", tmp_path / "few", energy=0.5)
+    assert few.kept >= 0.5 and set(few.ranks.values()) <= {1, 2}
+    one = resize_adapter(tmp_path / "whole", tmp_path / "one", rank=1)
+    products = products_of(Held.read(tmp_path / "whole"))[1], products_of(Held.read(tmp_path / "one"))[1]
+    for old, new in zip(*products):
+        rest = whole = 0.0
+        for (a, b), (c, d) in zip(old.blocks, new.blocks):
+            u, s, vh = torch.linalg.svd(b @ a * old.scale)
+            torch.testing.assert_close(d @ c * new.scale, s[0] * torch.outer(u[:, 0], vh[0]), atol=1e-5, rtol=1e-4)
+            rest, whole = rest + float(s[1:].square().sum()), whole + float(s.square().sum())
+        assert one.errors[old.module] == pytest.approx((rest / whole) ** 0.5, abs=1e-5)
+
+
+def call(model: PeftModel, module: str, x: torch.Tensor, **task: torch.Tensor) -> torch.Tensor:
+    """The output of one layer."""
+    layer = model.base_model.model[module]
+    if not task:
+        return layer(x)
+    layer.context.task_ids = task["task_ids"]
+    return layer(x)
 
 
 PRODUCTS = {

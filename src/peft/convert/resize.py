@@ -38,8 +38,10 @@ def resize_adapter(
 
     The base model is not needed: A and B are decomposed by way of a matrix ``[r, r]``, a layer at a time. Where the
     rank already fits, the tensors stay as they are; a larger one is not made of a smaller one, as it would be zeros.
-    Scales, DoRA's magnitudes, biases and whole modules stay. The methods are LoRA; AdaLoRA; HiRA, whose product is
-    that of its B A, before W; LoKr with a low-rank W2; GraLoRA, each of whose k x k blocks is one.
+    Scales, DoRA's magnitudes, biases, routers and whole modules stay. The methods are LoRA; AdaLoRA; HiRA, whose
+    product is that of its B A, before W; LoKr with a low-rank W2; GraLoRA, each of whose k x k blocks is one; DyLoRA,
+    of the rank in use; LoRA-XS; MixLoRA, each of whose experts is one; Poly, of all A and all B of a layer's skills.
+    The last five have one rank for all layers.
 
     Args:
         source: folder of the adapter, or its name on the hub. output: folder to write to.
