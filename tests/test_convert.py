@@ -32,10 +32,18 @@ from peft import (
     get_peft_model,
     save_as_lora,
 )
-from peft.convert import check_serving, extract_adapter, negate_adapter, rebase_adapter, resize_adapter
+from peft.convert import (
+    check_serving,
+    convert_adapter,
+    extract_adapter,
+    negate_adapter,
+    rebase_adapter,
+    resize_adapter,
+)
 from peft.convert.held import Held
 from peft.convert.products import METHODS, WHY_NOT, products_of
 from peft.core.combine.ranks import leading_svd, randomized_svd, shared_ranks
+from peft.testing.cells import perturb
 from peft.tuners.lora.config import KasaConfig
 from peft.utils import merge_utils
 from peft.utils.peft_types import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
@@ -335,6 +343,11 @@ def test_negation_and_rebasing(tmp_path: Path) -> None:
     lora(tmp_path / "dora", use_dora=True)
     with pytest.raises(ValueError, match="DoRA"):
         negate_adapter(tmp_path / "dora", tmp_path / "x")
+    lora(tmp_path / "pissa", init_lora_weights="pissa")
+    with pytest.raises(ValueError, match="'pissa' has changed the base model"):
+        negate_adapter(tmp_path / "pissa", tmp_path / "x")
+    with pytest.raises(ValueError, match="pissa is more than its A and B"):
+        rebase_adapter(tmp_path / "pissa", tmp_path / "one", tmp_path / "x")
 
 
 SERVED = [
@@ -345,6 +358,13 @@ SERVED = [
     ({"r": 8, "bias": "all"}, set(), "biases"),
     ({"r": 8, "layers_to_transform": [1]}, {"vllm", "sglang", "llama.cpp"}, "not every layer"),
     ({"r": 600}, {"sglang", "tgi", "lorax", "llama.cpp"}, "largest rank is 512"),
+    ({"r": 8, "use_rslora": True}, {"vllm", "tgi", "lorax", "llama.cpp"}, "use_rslora=False and lora_alpha=22.6274"),
+    ({"r": 8, "alpha_pattern": {"q_proj": 4}}, {"llama.cpp"}, "scales every layer"),
+    ({"r": 8, "trainable_token_indices": [1, 3]}, set(), "trained token vectors"),
+    ({"r": 8, "lora_bias": True}, set(), "bias of B"),
+    ({"r": 8, "target_modules": ["embed_tokens", "q_proj"]}, {"vllm", "sglang", "llama.cpp"}, "embed"),
+    ({"r": 8, "target_modules": "all-linear"}, {"vllm", "sglang", "tgi", "lorax", "llama.cpp"}, ""),
+    ({"r": 8, "init_lora_weights": "pissa"}, set(), "the start 'pissa' has changed the base"),
 ]
 
 
@@ -354,6 +374,49 @@ def test_who_serves_an_adapter(fields: dict, serve: set[str], why: str, tmp_path
     found = check_serving(tmp_path)
     assert {name for name, one in found.items() if one.loads} == serve
     assert all(why in " ".join(one.problems) for one in found.values() if not one.loads)
+
+
+VARIANTS = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "mica": {"init_lora_weights": "mica"},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "olora": {"init_lora_weights": "olora"},
+    "kasa": {"kasa_config": KasaConfig()},
+    "bdlora": {"use_bdlora": {"target_modules_bd_b": [".*"], "nblocks": 2}},
+    "qalora": {"use_qalora": True, "qalora_group_size": 4},
+    "velora": {"velora_config": {"num_groups": 2, "init_type": "random"}},
+    "monteclora": {"monteclora_config": {"num_samples": 3}},
+    "alora": {"alora_invocation_tokens": [9]},
+    "gated": {"use_gating": True},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_is_served_is_what_a_plain_lora_of_the_file_s_a_and_b_does(name: str, tmp_path: Path) -> None:
+    """A server that passes over what it does not know computes this; where it is something else, it is refused."""
+    base, model = lora(tmp_path / "own", **{"r": 4, "target_modules": ["q_proj", "o_proj"], **VARIANTS[name]})
+    perturb(model, "default", 3)
+    model.save_pretrained(tmp_path / "own", save_embedding_layers=False)
+    tensors = load_file(tmp_path / "own" / "adapter_model.safetensors")
+    top, outputs = model.peft_config["default"], None
+    scale = top.lora_alpha / (top.r**0.5 if top.use_rslora else top.r)
+    plain = copy.deepcopy(base)
+    with torch.no_grad():
+        for key, a in tensors.items():
+            if key.endswith("lora_A.weight"):
+                module = plain.get_submodule(key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
+                b = tensors[key.replace("lora_A", "lora_B")]
+                fits = b.shape[1] == len(a) and a.shape[1] == module.in_features and len(b) == module.out_features
+                module.weight += scale * b @ a if fits else torch.inf
+        outputs = plain(IDS).logits, model.eval()(IDS).logits
+    same = torch.allclose(*outputs, atol=1e-5, rtol=1e-4)
+    assert check_serving(tmp_path / "own")["vllm"].loads == same, (outputs[0] - outputs[1]).abs().max()
+    if not same and name != "dora":  # nor is it written as such for others
+        with pytest.raises(ValueError, match="cannot be carried over|gates"):
+            convert_adapter(tmp_path / "own", "mlx", tmp_path / "mlx")
 
 
 def test_serving_needs_and_other_methods(tmp_path: Path) -> None:

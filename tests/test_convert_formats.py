@@ -65,7 +65,7 @@ def lora(folder: Path, **fields) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
     base = tiny_llama().eval()
     fields = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "k_proj", "down_proj"], **fields}
-    model = get_peft_model(copy.deepcopy(base), LoraConfig(init_lora_weights=False, **fields)).eval()
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(**{"init_lora_weights": False, **fields})).eval()
     model.save_pretrained(folder, save_embedding_layers=False)
     return base, model
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from peft.convert.held import Held, Pair, Pairs, held_of, named, pairs_of
+from peft.convert.held import Held, Pair, Pairs, beyond_pairs, held_of, is_lora, named, pairs_of
 from peft.convert.products import pairs_in, products_of
 from peft.core.combine.ranks import shared_ranks
 
@@ -103,6 +103,8 @@ def negate_adapter(source: str | os.PathLike, output: str | os.PathLike) -> None
     held = Held.read(source)
     if getattr(held.config, "use_dora", False):
         raise ValueError("the adapter is a DoRA, which scales whole rows of the weight: no DoRA is its negative.")
+    if is_lora(held) and "init_lora_weights" in (found := beyond_pairs(held.config)):
+        raise ValueError(f"what the adapter adds is not its product: {found['init_lora_weights']}.")
     pairs = pairs_in(held)
     turned = {up for _, _, up in pairs} | {name for name in held.tensors if name.endswith(".lora_B.bias")}
     if rest := held.tensors.keys() - turned - {down for _, down, _ in pairs}:
@@ -127,7 +129,11 @@ def rebase_adapter(source: str | os.PathLike, onto: str | os.PathLike, output: s
         ValueError: one of them is no LoRA that is its update alone (DoRA, whole modules, trained tokens, biases).
             Nothing is written then.
     """
-    own, baked = pairs_of(Held.read(source)), pairs_of(Held.read(onto))
+    read = [Held.read(source), Held.read(onto)]
+    own, baked = map(pairs_of, read)
+    for what, held in zip((source, onto), read):
+        if found := beyond_pairs(held.config):
+            raise ValueError(f"{what} is more than its A and B: {'; '.join(found.values())}.")
     for what, given in ((source, own), (onto, baked)):
         odd = [module for module, pair in given.pairs.items() if pair.magnitude is not None or pair.bias is not None]
         if odd or given.others:
