@@ -101,7 +101,7 @@ def _fitted(held: Held, job: Job) -> Held:
     if job.base is None:
         return held
     held = as_in(held, job.base)
-    return _shaped(held, job.base) if is_lora(held) else held
+    return _shaped(held, job.base) if is_lora(held) and not held.config.use_gating else held
 
 
 def _shaped(held: Held, base: Base) -> Held:
