@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 import traceback
@@ -13,7 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed import checkpoint
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_model_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -138,7 +144,7 @@ class Engine:
 
     def restore(self, wrapped: Any, optimizer: Any, where: str, **options: Any) -> None:
         state = self._state(wrapped, optimizer)
-        # by default the planner takes a checkpoint for one of an old format, if one of FSDP 1's tensors has less rows than
+        # by default the planner takes a checkpoint for one of an old format if a tensor of FSDP 1 has less rows than
         # there are processes
         planner = checkpoint.DefaultLoadPlanner(flatten_sharded_tensors=False)
         checkpoint.load(state, checkpoint_id=where, planner=planner, **options)
@@ -385,7 +391,7 @@ def gathers(folder: str, engine: str, method: str) -> None:
         if isinstance(on, FSDP1):  # it keeps, empty, the memory into which it gathers
             inner = on.units(model)[1:]  # the outermost is needed again at once
             assert not any(unit._full_param_padded.untyped_storage().size() for unit in inner)
-            sizes -= {unit._full_param_padded.nbytes for unit in on.units(model)} 
+            sizes -= {unit._full_param_padded.nbytes for unit in on.units(model)}
         assert not (left := sizes & {*memory.alive()}), f"{left} bytes"
     model.backward(loss) if isinstance(on, ZeRO) else loss.backward()
     if isinstance(on, FSDP1):
@@ -407,12 +413,13 @@ def savings(folder: str, engine: str, method: str) -> None:
         same(tensors, adapter)
 
 
-def loaded_by_the_first(folder: str, method: str, meta: bool) -> None:
+def loaded_by_the_first(folder: str, method: str, emptied: bool) -> None:
     """Only the first process has the values of base and adapter; by torch's broadcast all train as one process does.
 
     Args:
-        meta: the others have no values of the adapter either (``low_cpu_mem_usage``), rather than some of their own.
+        emptied: all put the model on the meta device before it is sharded, as accelerate does.
     """
+    on = ENGINES["fsdp2"]
     losses, adapter = alone(folder, method, None)
     first = torch.distributed.get_rank() == 0
 
@@ -421,16 +428,15 @@ def loaded_by_the_first(folder: str, method: str, meta: bool) -> None:
             return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
 
     model = adapted(folder, method, None if first else empty)
-    values = model.state_dict() if first else {}
-    wrapped = ENGINES["fsdp2"].wrap(model.to("meta"))
+    values = copy.deepcopy(model.state_dict()) if first else {}
+    wrapped = on.wrap(model.to("meta") if emptied else model)
     for module in model.modules():  # buffers outside of the state dict are for each process to make
         if hasattr(module, "inv_freq"):
             module.__init__(module.config)
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(wrapped, values, options=options)
-    found = train(wrapped, optimizer_for(wrapped), range(STEPS), ENGINES["fsdp2"].rows())
-    torch.testing.assert_close(ENGINES["fsdp2"].loss_of_all(found), torch.tensor(losses), rtol=1e-5, atol=1e-5)
-    same(get_peft_model_state_dict(wrapped), adapter)
+    set_model_state_dict(wrapped, values, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    found = train(wrapped, on.optimizer(wrapped), range(STEPS), on.rows())
+    torch.testing.assert_close(on.loss_of_all(found), torch.tensor(losses), rtol=1e-5, atol=1e-5)
+    same(on.tensors(wrapped), adapter)
 
 
 def rows_of_each(folder: str, engine: str) -> None:

@@ -72,10 +72,11 @@ def test_savings_change_nothing(crew: distributed.Crew, folder: str, engine: str
     crew.run("savings", folder, engine, "lora")
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "modules_to_save"])
-def test_values_on_the_first_process_alone(crew: distributed.Crew, folder: str, method: str) -> None:
-    for meta in (False, True):
-        crew.run("loaded_by_the_first", folder, method, meta)
+def test_values_on_the_first_process_alone(crew: distributed.Crew, folder: str) -> None:
+    """By hand, as accelerate's ``fsdp_cpu_ram_efficient_loading``."""
+    for method in ("lora", "dora", "modules_to_save", "prompt"):
+        for emptied in (False, True):
+            crew.run("loaded_by_the_first", folder, method, emptied)
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
