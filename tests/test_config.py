@@ -545,3 +545,7 @@ def test_importing_the_config_is_light():
     env = {**os.environ, "PYTHONPATH": str(Path(peft.config.__file__).parents[1])}
     result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_what_a_config_resolves_can_be_read_from_it() -> None:
+    assert peft.SupertuningConfig(r=3).lora_alpha == 6 and peft.SupertuningConfig().lora_alpha is None

@@ -373,6 +373,7 @@ class PeftModel(ModelCompat, Compositions, PushToHubMixin, nn.Module):
         except Exception:
             del self.peft_config[adapter_name]
             raise
+        _note_base(peft_config, self.get_base_model())
 
     def _check_method(self, peft_config: PeftConfig) -> None:
         given: Any = peft_config.peft_type
@@ -513,8 +514,7 @@ class PeftModel(ModelCompat, Compositions, PushToHubMixin, nn.Module):
     def _config_to_save(self, name: str) -> PeftConfig:
         config = copy.copy(self.peft_config[name])
         base = self.get_base_model()
-        if config.base_model_name_or_path is None:
-            config.base_model_name_or_path = base.__dict__.get("name_or_path")
+        _note_base(config, base)
         if config.task_type is None:
             library = type(base).__module__
             config.auto_mapping = {"base_model_class": type(base).__name__, "parent_library": library}
@@ -694,6 +694,12 @@ class PeftModel(ModelCompat, Compositions, PushToHubMixin, nn.Module):
         self.base_model.inject_adapter(model, name, autocast_adapter_dtype)
         if name in active:
             self.set_adapter(active, self.peft_config[name].inference_mode)
+
+
+def _note_base(config: PeftConfig, base: nn.Module) -> None:
+    """Note in a config what its base model was loaded from."""
+    if config.base_model_name_or_path is None:
+        config.base_model_name_or_path = base.__dict__.get("name_or_path") or None
 
 
 def plain_model(model: nn.Module, adapter_name: str) -> nn.Module:

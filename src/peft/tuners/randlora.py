@@ -47,11 +47,16 @@ class RandLoraConfig(TargetModules, FanInFanOut, TrainedBias, ModulesToSave, Lay
 class WeightedBases(torch.autograd.Function):
     """lambda[p, n] A[p] gamma[n] as ``[r * N, width]``, keeping only the factors for the backward pass."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, weights: torch.Tensor, basis: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+    def forward(weights: torch.Tensor, basis: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
         """Weights ``[r, N]``, basis ``[r, width]``, gamma ``[N, width]``."""
-        ctx.save_for_backward(weights, basis, gamma)
         return (basis[:, None] * gamma[None]).mul_(weights[:, :, None]).flatten(0, 1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor]:  # type: ignore[override]
