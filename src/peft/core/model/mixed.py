@@ -93,11 +93,9 @@ class MixedModel(BaseTuner):
         """The base model's ``generate``, with the virtual tokens of the call."""
         return (self.model if self.prompts is None else self.prompts).generate
 
-    def finish(self, outputs: Any) -> Any:
-        """The model's outputs with what each method of an active adapter makes of them."""
-        for part in self._acting():
-            outputs = part.finish(outputs)
-        return outputs
+    def adds_to_loss(self) -> bool:
+        parts = self.__dict__.get("_parts", {}).values()
+        return super().adds_to_loss() or any(part.adds_to_loss() for part in parts)
 
     # --- life of the adapters ---------------------------------------------------------------------------------
     def inject_adapter(
