@@ -83,7 +83,7 @@ def test_the_origin_of_the_base_model_is_recorded():
     assert "'other' and is 'someone/base' now" in text
     assert "'one' and is 'two' now" in text
 
-    model, config, further = tiny_llama(), lora(), lora()
+    model, config, further = tiny_llama(), LoraConfig(), LoraConfig()
     assert model.name_or_path == ""
     peft_model = get_peft_model(model, config)
     assert config.base_model_name_or_path is None, "a model that was loaded from nowhere has no name"

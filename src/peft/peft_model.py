@@ -603,7 +603,7 @@ class PeftModel(ModelCompat, Compositions, PushToHubMixin, nn.Module):
         """Load a further adapter, inactive, or new values for one that is there.
 
         Args:
-            is_trainable: let it train already.
+            is_trainable: let it train already; otherwise the model is in evaluation mode afterwards.
             torch_device: device on which to read the file.
 
         Returns:
@@ -642,6 +642,8 @@ class PeftModel(ModelCompat, Compositions, PushToHubMixin, nn.Module):
         config.inference_mode = not is_trainable
         if is_trainable:
             self.set_requires_grad(adapter_name, True)
+        else:
+            self.eval()
         return result
 
     def _load(
@@ -786,10 +788,13 @@ class PeftModelForTokenClassification(PeftModel):
 
 
 class PeftModelForQuestionAnswering(PeftModel):
-    """For ``TaskType.QUESTION_ANS``; the head is trained whole."""
+    """For ``TaskType.QUESTION_ANS``; the head is trained whole.
+
+    Positions of answers count from the first virtual token in the loss, as they do in the logits: what a head has
+    learned to point at is what the largest logit points at.
+    """
 
     _heads = ("qa_outputs",)
-    _task = Task(token_inputs=("labels",), position_inputs=("start_positions", "end_positions"))
     _inputs = (
         "input_ids",
         "attention_mask",
