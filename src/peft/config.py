@@ -345,7 +345,9 @@ def _of_no_process(cls: type, values: dict[str, Any]) -> dict[str, Any]:
     """The content of a file without what belongs to the process that wrote it; what that asks for is named."""
     left_out = _transient(cls) & values.keys()
     if asked := sorted(n for n in left_out if any(values[n].values() if isinstance(values[n], dict) else [values[n]])):
-        warnings.warn(f"{cls.__name__}: {', '.join(asked)} of a file does nothing: say so where you load it.", PeftWarning)
+        warnings.warn(
+            f"{cls.__name__}: {', '.join(asked)} of a file does nothing: say so where you load it.", PeftWarning
+        )
     return {name: value for name, value in values.items() if name not in left_out}
 
 

@@ -47,7 +47,9 @@ def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
         raise TypeError(f"get_peft_config takes a dict of config fields, got {type(config_dict).__name__}.")
     if config_dict.get("peft_type") is None:
         known = ", ".join(sorted(method_names()))
-        raise UnknownMethodError(f"the dict has no 'peft_type', which says what it configures; it can be one of {known}.")
+        raise UnknownMethodError(
+            f"the dict has no 'peft_type', which says what it configures; it can be one of {known}."
+        )
     return PeftConfig.from_peft_type(**config_dict)
 
 

@@ -159,7 +159,7 @@ def is_eager(x: torch.Tensor) -> bool:
 
 def is_transformed() -> bool:
     """Whether a transform of ``torch.func`` is at work (``grad``, ``vmap``), which knows no functions of ours."""
-    return torch._C._are_functorch_transforms_active()
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def is_bare_linear(module: nn.Module | None) -> bool:

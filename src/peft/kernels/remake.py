@@ -31,8 +31,8 @@ _CHANGED = (
 
 def remade(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
     """``function(*inputs)``, which draws nothing; the backward pass calls it again, and keeps the inputs alone."""
-    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # as within ``torch.func.grad``
-        return function(*inputs)
+    if not (torch.compiler.is_compiling() or torch._C._autograd._saved_tensors_hooks_is_enabled()):
+        return function(*inputs)  # as within ``torch.func.grad``, which allows no such hooks
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
