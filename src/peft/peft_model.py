@@ -37,6 +37,7 @@ from peft.core.model.walk import layers_of, wrappers_of
 from peft.core.prompts import PromptTuner, Task, backbone_of
 from peft.kernels import chunked_loss
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.options import value_of
 from peft.tools.out_of_memory import add_way_out
 from peft.tools.status import (
     TunerLayerStatus,
@@ -755,7 +756,7 @@ def _read_config(model_id: str | os.PathLike, config: PeftConfig | None, is_trai
     elif not isinstance(config, PeftConfig):
         raise ValueError(f"config should be a PeftConfig, got {type(config).__name__}.")
     if config.peft_type not in PEFT_TYPE_TO_TUNER_MAPPING and not isinstance(config, CompositionConfig):
-        known = sorted(str(getattr(t, "value", t)) for t in PEFT_TYPE_TO_TUNER_MAPPING)
+        known = sorted(str(value_of(t)) for t in PEFT_TYPE_TO_TUNER_MAPPING)
         what = f"is a {config.peft_type} adapter" if config.peft_type else "has a config that names no peft_type"
         raise ConfigError(f"{model_id} {what}; this version has {', '.join(known)}.")
     config.inference_mode = not is_trainable

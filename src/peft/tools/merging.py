@@ -30,6 +30,7 @@ from peft.core.layer.weight import base_bias, effective, unmerged_weight
 from peft.core.model.auxiliary import AuxiliaryTrainingWrapper, biases_of
 from peft.core.model.declared import new_biases
 from peft.core.model.walk import embeddings_of, join, walk
+from peft.options import value_of
 from peft.tools.architecture import build, class_of
 from peft.utils.error import ConfigError, NoEqualWeightError
 
@@ -240,7 +241,7 @@ def _adapted(base: nn.Module, job: _Job) -> tuple[Any, list[str], _Mixture | Non
             else:
                 model.load_adapter(folder, adapter_name=name)
     config = model.peft_config[next(iter(job.adapters))]
-    method = str(getattr(config.peft_type, "value", config.peft_type))
+    method = str(value_of(config.peft_type))
     if config.is_prompt_learning:
         raise NoEqualWeightError(
             f"{method} trains tokens or prefixes, which no weight equals: keep the adapter beside the model."

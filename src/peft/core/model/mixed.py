@@ -21,6 +21,7 @@ from peft.core.model.record import behind
 from peft.core.model.tuner import BaseTuner
 from peft.core.model.walk import layers_of
 from peft.core.prompts import NOTHING_TO_MERGE, PLAIN, PromptTuner, Task
+from peft.options import value_of
 from peft.utils.error import CONVERSION, ConfigError
 from peft.utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING
 
@@ -252,7 +253,7 @@ class MixedModel(BaseTuner):
         checked_weights(self, adapters, weights)
         methods = {member.peft_type for name in adapters for member in self.peft_config[name].members}
         if len(methods) > 1:
-            names = sorted(str(getattr(method, "value", method)) for method in methods)
+            names = sorted(str(value_of(method)) for method in methods)
             raise ValueError(
                 f"adapters of different methods ({', '.join(names)}) have no sum that is an adapter of one of them. "
                 f"{CONVERSION} does their weighted sum."
