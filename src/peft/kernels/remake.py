@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 
 Recipe = Callable[[], torch.Tensor]
@@ -26,6 +27,13 @@ _CHANGED = (
     "a tensor that the backward pass needs has been modified by an in-place operation after the forward pass: "
     "it is at version {now} instead of {then}. Clone it before changing it."
 )
+
+
+def remade(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+    """``function(*inputs)``, which draws nothing; the backward pass calls it again, and keeps the inputs alone."""
+    if not (torch.compiler.is_compiling() or torch._C._autograd._saved_tensors_hooks_is_enabled()):
+        return function(*inputs)  # as within ``torch.func.grad``, which allows no such hooks
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 class Kept:
