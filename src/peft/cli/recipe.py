@@ -6,12 +6,13 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
 from peft.config import Options, PeftConfig, option
 from peft.core.files.io import replacing
+from peft.options import value_of
 from peft.tools.catalogue import methods
 from peft.utils.error import ConfigError, nearest
 
@@ -116,6 +117,8 @@ class TrainerOptions(Options):
 class Recipe(Options):
     """A training: what `peft train` reads."""
 
+    SHORT: ClassVar[dict[str, str]] = {"--model": "--model.name", "--data": "--data.train"}
+
     task: str = option("sft", "sft: supervised fine-tuning; dpo: preferences; classify: classes of texts.",
                        choices=tuple(TASKS))  # fmt: skip
     method: str = option("lora", "Method of the adapter; `peft methods` lists them.")
@@ -188,4 +191,4 @@ def _plain(value: Any) -> Any:
         return {key: _plain(part) for key, part in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
         return [_plain(part) for part in (sorted(value) if isinstance(value, (set, frozenset)) else value)]
-    return getattr(value, "value", value)
+    return value_of(value)

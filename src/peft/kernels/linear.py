@@ -157,6 +157,11 @@ def is_eager(x: torch.Tensor) -> bool:
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
+def is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` is at work (``grad``, ``vmap``), which knows no functions of ours."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def bare_weight(module: nn.Module | None) -> nn.Parameter | None:
     """The weight of a linear layer whose call is a product with it and nothing else: no hooks, no other class."""
     if type(module) is not nn.Linear:

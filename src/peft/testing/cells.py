@@ -8,7 +8,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.tuner import BaseTuner
 from peft.core.model.walk import locate, walk
 from peft.mapping_func import get_peft_model
+from peft.options import value_of
 from peft.peft_model import PeftModel
 from peft.testing.places import Place
 from peft.utils.peft_types import (
@@ -79,7 +80,7 @@ class Method:
         key = next(key for key, found in PEFT_TYPE_TO_TUNER_MAPPING.items() if found is tuner)
         config = PEFT_TYPE_TO_CONFIG_MAPPING[key]
         ranks = {f.name: 4 for f in dataclasses.fields(config) if f.name == "r" and f.default}
-        facts = {"name": str(getattr(key, "value", key)).lower(), **facts}
+        facts = {"name": str(value_of(key)).lower(), **facts}
         return cls(config_cls=config, layer_cls=tuner.layer_cls, fields=tuple((ranks | fields).items()), **facts)
 
     @property
@@ -466,10 +467,12 @@ def _mapped(layer: BaseTunerLayer, names: list[str], start: torch.Tensor, slot: 
 
 
 def _turned(layer: BaseTunerLayer, names: list[str], start: torch.Tensor) -> torch.Tensor:
-    """S_2 S_1 W (R_1 R_2)^T, and S_2 R_2^T S_1 R_1^T W for tables, which rotate their output; S scales the output."""
-    base = layer.get_base_layer()
+    """S_2 S_1 W (R_1 R_2)^T, (R_2 R_1)^T where the last comes first; S_2 R_2^T S_1 R_1^T W for tables, which rotate
+    their output. S scales the output.
+    """
+    base, cls = layer.get_base_layer(), cast(type[Rotation], layer.adapter_cls)
     weight = layer.kind.orient(start, base)
-    for name in names if layer.kind.lookup else names[::-1]:
+    for name in names if layer.kind.lookup or cls.last_comes_first else names[::-1]:
         adapter = layer.adapters[name]
         rotation, s = adapter.rotation().detach().double(), adapter.scale_out()
         weight = rotation.T @ weight if layer.kind.lookup else (weight.flatten(1) @ rotation.T).view_as(weight)

@@ -16,6 +16,8 @@ from peft.core.base.kinds import fan
 from peft.core.families import LowRank, Scaled, input_dropout
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.registry import define_tuner
+from peft.kernels.linear import is_transformed
+from peft.kernels.made_again import made_again
 from peft.utils.peft_types import PeftType
 
 
@@ -51,13 +53,22 @@ class WeightedBases(torch.autograd.Function):
     def forward(ctx: Any, weights: torch.Tensor, basis: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
         """Weights ``[r, N]``, basis ``[r, width]``, gamma ``[N, width]``."""
         ctx.save_for_backward(weights, basis, gamma)
-        return (basis[:, None] * gamma[None]).mul_(weights[:, :, None]).flatten(0, 1)
+        result = basis.new_empty(weights.numel(), basis.shape[1])  # no view of another: what is one is not made again
+        torch.mul(basis[:, None], gamma[None], out=result.view(*weights.shape, -1)).mul_(weights[:, :, None])
+        return result
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor]:  # type: ignore[override]
         weights, basis, gamma = ctx.saved_tensors
         each = gradient.view(*weights.shape, -1) * basis[:, None]
         return (each * gamma).sum(-1), None, torch.einsum("rn,rnw->nw", weights, each)
+
+
+def weighted_bases(weights: torch.Tensor, basis: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+    """What :class:`WeightedBases` gives, by plain operations where ``torch.func`` is at work."""
+    if is_transformed():
+        return (basis[:, None] * gamma * weights[:, :, None]).flatten(0, 1)
+    return WeightedBases.apply(weights, basis, gamma)
 
 
 def randlora_pair(
@@ -73,7 +84,7 @@ def randlora_pair(
         weights: lambda ``[r, N]``, times the scale. gamma: ``[N, narrow]``. a: A ``[r, narrow]``.
         b: B ``[wide, bases of the largest layer, r]``, of which the first N are used.
     """
-    a = WeightedBases.apply(weights, a, gamma)
+    a = made_again(weighted_bases, weights, a, gamma)
     return a, b.flatten(1)[:, : len(a)]
 
 

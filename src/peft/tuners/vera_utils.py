@@ -13,6 +13,7 @@ from torch import nn
 from peft.config import FanInFanOut, LayerSelection, ModulesToSave, TargetModules, TrainedBias, option
 from peft.core.base.kinds import fan
 from peft.core.layer.layer import BaseTunerLayer
+from peft.kernels.made_again import made_again
 
 
 @dataclass
@@ -53,6 +54,8 @@ def vectors(out: int, ranks: int, config: SharedPairConfig) -> tuple[nn.Paramete
 class ScaledTable(torch.autograd.Function):
     """``diag(rows) table diag(columns)``, of which autograd keeps the two vectors and the frozen table, no product."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(rows: torch.Tensor, table: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """Rows ``[n]``, table ``[n, m]``, columns ``[m]``."""
@@ -77,4 +80,4 @@ def vera_pair(
     Args:
         a: A ``[r, in]``. b: B ``[out, r]``. lambda_d: d ``[r]``. lambda_b: b ``[out]``.
     """
-    return a, ScaledTable.apply(lambda_b, b, lambda_d)
+    return a, made_again(ScaledTable.apply, lambda_b, b, lambda_d)

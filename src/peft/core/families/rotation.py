@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from peft.core.adapter import Adapter
+from peft.core.families.output import by_output
 from peft.core.layer.weight import bias_below
 
 
@@ -20,6 +21,9 @@ class Rotation(Adapter):
     method draws only where ``drawn`` says so.
     """
 
+    last_comes_first: ClassVar[bool] = False
+    """Whether the adapter that was activated last turns the input first. Other releases differ here by method."""
+
     @property
     def rotated_features(self) -> int:
         shape = self.shape
@@ -28,6 +32,10 @@ class Rotation(Adapter):
     def rotate(self, x: torch.Tensor, back: bool = False, drawn: bool = False) -> torch.Tensor:
         """x R along the last axis; x R^T with ``back``; with what the step draws at random if ``drawn``."""
         raise NotImplementedError
+
+    def draws(self) -> bool:
+        """Whether a forward now draws blocks at random."""
+        return False
 
     def scale_out(self) -> torch.Tensor | None:
         """s, ``[out]``, or None."""
@@ -44,7 +52,7 @@ class Rotation(Adapter):
     prefers_folding = only_folds
 
     def folds_in_reverse(self) -> bool:
-        return not self.kind.lookup
+        return not (self.kind.lookup or self.last_comes_first)
 
     def input(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.kind.lookup else self.rotate(x, drawn=True)
@@ -52,7 +60,12 @@ class Rotation(Adapter):
     def output(self, x: torch.Tensor, y: torch.Tensor, base_y: torch.Tensor) -> torch.Tensor:
         s, bias = self.scale_out(), bias_below(self.layer)
         y = self.rotate(y.to(self.dtype), drawn=True) if self.kind.lookup else y
-        return y if s is None else y * s if bias is None else torch.addcmul(bias - bias * s, y, s)
+        if s is None:
+            return y
+        if bias is not None:
+            return torch.addcmul(bias - bias * s, y, s)
+        changed = None if self.draws() else by_output(self, x, y, s)
+        return y * s if changed is None else changed
 
     def fold(self, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         s = self.scale_out()
