@@ -335,6 +335,9 @@ def _told_by(values: dict[str, Any]) -> str:
     return f" It has the fields {', '.join(map(repr, list(values)[:5]))}." if values else " It is empty."
 
 
+_hints: Callable[[type], dict[str, Any]] = functools.cache(typing.get_type_hints)  # needed for each file
+
+
 def _transient(cls: type) -> set[str]:
     """The fields that no file holds."""
     return {field.name for field in dataclasses.fields(cls) if field.metadata.get("transient")}
@@ -346,12 +349,12 @@ def _of_files(cls: type[PeftConfigMixin], values: dict[str, Any]) -> dict[str, A
     Raises:
         ConfigError: a value is of a type that its field cannot have; both are named.
     """
-    fields, hints = {field.name: field for field in dataclasses.fields(cls)}, typing.get_type_hints(cls)
-    kept = {}
+    fields, hints = {field.name: field for field in dataclasses.fields(cls)}, _hints(cls)
+    transient, kept = _transient(cls), {}
     for name, value in values.items():
         field = fields.get(name)
         if field is not None:
-            if name in _transient(cls):
+            if name in transient:
                 continue
             if value is not None or field.default is not None:
                 check_type(f"{cls.__name__}: {name}", value, hints[name], field.metadata.get("nested"))
@@ -367,7 +370,7 @@ def check_type(where: str, value: Any, hint: Any, nested: type | None = None) ->
     """
     if _has_type(value, hint) or (nested is not None and isinstance(value, dict)):
         if nested is not None and isinstance(value, dict):
-            hints = typing.get_type_hints(nested)
+            hints = _hints(nested)
             for name in value.keys() & hints.keys():
                 check_type(f"{where}.{name}", value[name], hints[name])
         return
@@ -587,7 +590,8 @@ class PeftConfigMixin(Options):
             ConfigFileError: the file is missing, damaged, or holds no object; the message names it.
         """
         values = _read_json(os.fspath(path_json_file))
-        return {name: value for name, value in values.items() if name not in _transient(cls)}
+        transient = _transient(cls)
+        return {name: value for name, value in values.items() if name not in transient}
 
     @classmethod
     def check_kwargs(cls, /, **kwargs: Any) -> dict:

@@ -33,7 +33,7 @@ from peft.core.model.context import BASE
 from peft.core.model.manager import INTERFACE, check_adapter_name
 from peft.core.model.record import context_of
 from peft.core.model.tuner import BaseTuner
-from peft.core.model.walk import layers_of, wrappers_of
+from peft.core.model.walk import layers_of, surveyed, wrappers_of
 from peft.core.prompts import PromptTuner, Task, backbone_of
 from peft.kernels import chunked_loss
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
@@ -78,6 +78,7 @@ class PeftModel(ModelCompat, Compositions, PushToHubMixin, nn.Module):
     _task: ClassVar[Task] = Task(token_inputs=("labels",))
 
     @no_collection()
+    @surveyed()
     def __init__(
         self,
         model: nn.Module,
@@ -527,6 +528,7 @@ class PeftModel(ModelCompat, Compositions, PushToHubMixin, nn.Module):
 
     @classmethod
     @no_collection()
+    @surveyed()
     def from_pretrained(
         cls,
         model: nn.Module,
@@ -588,6 +590,7 @@ class PeftModel(ModelCompat, Compositions, PushToHubMixin, nn.Module):
         return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", cls) if cls is PeftModel else cls
 
     @no_collection()
+    @surveyed()
     def load_adapter(
         self,
         model_id: str | os.PathLike,

@@ -68,11 +68,11 @@ class part:
         return self.table if self.table is not None and layer.kind.lookup else self.name
 
     def __get__(self, adapter: Any, owner: type | None = None) -> Any:
-        if adapter is None:
-            return self
-        layer, name = adapter.layer, adapter.name
-        attribute = self.name if self.table is None else self.attribute(layer)
-        own = layer._modules[attribute].__dict__
+        return self if adapter is None else self.read(adapter.layer, adapter.name)
+
+    def read(self, layer: BaseTunerLayer, name: str) -> Any:
+        """What the adapter of this name holds at a layer."""
+        own = layer._modules[self.name if self.table is None else self.attribute(layer)].__dict__
         value = own[self.slot].get(name)  # FSDP and functional calls put plain tensors in the place of parameters
         return own.get(name) if value is None else value
 
@@ -106,7 +106,10 @@ class setting:
         return layer._modules[self.name]._modules.get(adapter.name)
 
     def __set__(self, adapter: Any, value: Any) -> None:
-        adapter.layer.put(adapter.name, **{self.name: value})
+        if self.container is dict and not isinstance(value, nn.Module):
+            adapter.layer.__dict__[self.name][adapter.name] = value
+        else:
+            adapter.layer.put(adapter.name, **{self.name: value})
 
 
 class shared:
@@ -176,13 +179,15 @@ class Adapter:
         object.__setattr__(self, "name", name)
 
     def __setattr__(self, attribute: str, value: Any) -> None:
-        cls = type(self)
-        if attribute not in cls.parts and attribute not in cls.settings and attribute not in Adapter.__slots__:
+        if (declared := self.settings.get(attribute) or self.parts.get(attribute)) is not None:
+            declared.__set__(self, value)
+        elif attribute in Adapter.__slots__:
+            object.__setattr__(self, attribute, value)
+        else:
             raise AttributeError(
-                f"{cls.__name__} declares no {attribute!r}, so there is no place to keep it in. Add a line to the "
+                f"{type(self).__name__} declares no {attribute!r}, so nothing keeps it. Add a line to the "
                 f"class: `{attribute} = part()` for a tensor that trains, `{attribute} = setting()` for anything else."
             )
-        object.__setattr__(self, attribute, value)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r})"
@@ -394,8 +399,7 @@ class Adapter:
     def held(self) -> Iterator[tuple[str, part, Any]]:
         """Its parts: attribute of the layer, declaration, what is there."""
         for declared in type(self).parts.values():
-            value = declared.__get__(self)
-            if value is not None:
+            if (value := declared.read(self.layer, self.name)) is not None:
                 yield declared.attribute(self.layer), declared, value
 
     def parameters(self) -> Iterator[torch.Tensor]:
@@ -404,8 +408,7 @@ class Adapter:
             if attribute not in type(self).untrained and declared.container is not BufferDict:
                 yield from _tensors_that_train(value) if isinstance(value, nn.Module) else (value,)
         for name in type(self).common:
-            container = self.layer._modules.get(name)
-            if container is not None and self.name in container:
+            if (container := self.layer._modules.get(name)) is not None and self.name in container:
                 value = container[self.name]
                 yield from _tensors_that_train(value) if isinstance(value, nn.Module) else (value,)
 
@@ -443,7 +446,5 @@ def _saved_tensors(item: nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 
 def _tensors_that_train(item: nn.Module) -> Iterator[torch.Tensor]:
-    if item._modules:
-        yield from item.parameters()
-    else:  # the same, without a walk
-        yield from (p for p in item._parameters.values() if p is not None)
+    # the same in both, but a walk takes long
+    return item.parameters() if item._modules else (p for p in item._parameters.values() if p is not None)

@@ -278,19 +278,17 @@ def match(model: nn.Module, adapter: str, state_dict: dict[str, torch.Tensor]) -
     if not own:
         operations.require_adapters(root, [adapter])
     known = {name: entry for entry in own for name in entry.names()}
-    tables = base_weights(root, prefix)
     found = Match(own, [], [], [], [])
     rest: dict[str, torch.Tensor] = {}
     config = (getattr(model, "peft_config", None) or {}).get(adapter)
     for name, value in joined(_of_today(state_dict, config), own, prefix).items():
-        names = (name, prefix + name, name.removeprefix("base_model.model."))
-        place = next((known[n] for n in names if n in known), tables.get(name))
+        place = known.get(name) or known.get(prefix + name) or known.get(name.removeprefix("base_model.model."))
         if place is None:
             rest[name] = value
             continue
         (found.fits if place.fits(value) else found.wrong).append((place, value))
     if rest:
-        _match_rest(found, root, prefix, {**tables, **known}, rest)
+        _match_rest(found, root, prefix, {**base_weights(root, prefix), **known}, rest)
     return found
 
 
@@ -364,9 +362,9 @@ def _train_along(
 def joined(state_dict: dict[str, torch.Tensor], own: list[Entry], prefix: str) -> dict[str, torch.Tensor]:
     """The tensors of a file, with those that stand for one tensor of the adapter put together."""
     joined = dict(state_dict)
-    for entry in own:
+    for entry in (entry for entry in own if entry.split):
         for saved in (entry.saved, entry.saved.removeprefix(prefix)):
-            if entry.as_loaded and entry.split and all(saved + suffix in joined for suffix in entry.split):
+            if all(saved + suffix in joined for suffix in entry.split):
                 parts = {suffix: joined.pop(saved + suffix) for suffix in entry.split}
                 try:
                     joined[saved] = entry.as_loaded(parts)

@@ -19,7 +19,7 @@ from peft.core.layer.composed import composed_class, in_order, leaves_of, made_o
 from peft.core.layer.placement import settle
 from peft.core.layer.read import ReadThrough
 from peft.core.layer.rewritten import Rewritten, follow, give_back, give_back_unmerged, include, keep_merged
-from peft.core.layer.room import held_constant, make_more_room, make_room, names_held, set_mode
+from peft.core.layer.room import held_constant, make_more_room, make_room, names_held, set_mode, set_training
 from peft.core.layer.rows import mixed
 from peft.core.model.context import Context
 from peft.kernels.grouped import forget
@@ -179,7 +179,7 @@ class BaseTunerLayer(ReadThrough):
                     del container[name]
                 continue
             if isinstance(value, nn.Module) and not self.training:
-                value.eval()  # a new module would drop out in a model that does not train
+                set_training(value, False)  # a new module would drop out in a model that does not train
             if type(container) is nn.ModuleDict:
                 container._modules[name] = value  # the name of an adapter has been checked
             else:

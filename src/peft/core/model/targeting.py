@@ -42,8 +42,11 @@ def matches(targets: str | Iterable[str] | None, key: str) -> bool:
     if isinstance(targets, str):
         found = [targets] if re.fullmatch(targets, key) else []
     else:
-        ends = [key, *(key[i + 1 :] for i, letter in enumerate(key) if letter == ".")]
-        found = [end for end in ends if end in targets]
+        found, end, dot = [], key, "."
+        while dot:
+            if end in targets:
+                found.append(end)
+            _, dot, end = end.partition(".")
     note(targets, found)
     return bool(found)
 
@@ -215,7 +218,7 @@ def find_targets(
         ValueError: if a module that matches cannot be adapted.
     """
     sites = list(walk(model))
-    names = names_of_modules(model, sites)
+    names = names_of_modules(model)
     found: list[Target] = []
     companions: set[str] = set()
     whole: tuple[str, ...] = ()  # the modules left out
@@ -321,9 +324,9 @@ def module_target(config: Any, site: Site, layer_cls: type[BaseTunerLayer]) -> T
 
 def _parameter_targets(config: Any, site: Site) -> list[Target]:
     """Parameters of this module named in ``target_parameters``, the first registered one innermost."""
-    names = getattr(config, "target_parameters", None) or ()
-    found = []
-    for parameter in weight_names(site.module):
+    names = getattr(config, "target_parameters", None)
+    found: list[Target] = []
+    for parameter in weight_names(site.module) if names else ():
         if not matches(names, join(site.key, parameter)):
             continue
         kind = Stack(parameter)

@@ -40,6 +40,7 @@ from peft.core.model.walk import (
     names_of_modules,
     parent_of,
     replace_at,
+    surveyed,
     walk,
 )
 from peft.utils.usage import recording, remark
@@ -110,6 +111,7 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
 
     # --- injection --------------------------------------------------------------------------------------------
     @no_collection()
+    @surveyed()
     def inject_adapter(
         self,
         model: nn.Module,
