@@ -40,7 +40,7 @@ def test_a_change_is_seen_within_an_operation(change: str) -> None:
     model["table"] = TrainableTokensWrapper(model["table"])
     with surveyed():
         before, held = places(model), holders_of(model)
-        again = [site for site in walk(model)]
+        again = list(walk(model))
         assert all(a is b for a, b in zip(again, walk(model)))  # nothing has changed: no second walk
         CHANGES[change](model)
         after, held_after = places(model), holders_of(model)

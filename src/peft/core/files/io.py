@@ -173,7 +173,7 @@ def read_tensors(file: str, device: str | None = None) -> dict[str, torch.Tensor
 
             if str(device or "cpu") == "cpu" and os.path.getsize(file) <= SMALL:  # in half the time of a mapped file
                 with open(file, "rb") as opened:
-                    return load(opened.read())
+                    return dict(sorted(load(opened.read()).items()))  # it gives them in the order of their hashes
             return load_file(file, device=str(device or "cpu"))
         tensors = torch_load(file, map_location=torch.device(device or "cpu"))
     except Exception as error:
