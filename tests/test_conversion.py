@@ -19,7 +19,8 @@ from peft import (
     get_peft_model,
     save_as_lora,
 )
-from peft.core.combine.ways import WAYS
+from peft.core.combine.names import WAYS, CombinationType
+from peft.core.combine.ways import Combination
 from peft.core.layer.weight import weight_change
 from peft.utils import merge_utils
 
@@ -131,7 +132,7 @@ def test_adapters_of_different_methods_become_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if WAYS[way].pruning])
-def test_updates_of_any_methods_are_combined_by_each_way(way: str) -> None:
+def test_updates_of_any_methods_are_combined_by_each_way(way: CombinationType) -> None:
     """Held against the functions of tensors, on the dense updates of a LoHa and of a rotation."""
     torch.manual_seed(0)
     model = get_peft_model(Mlp(), LoHaConfig(r=2, target_modules=["lin0"], init_weights=False), "one", mixed=True)
@@ -140,8 +141,8 @@ def test_updates_of_any_methods_are_combined_by_each_way(way: str) -> None:
     outer = model.base_model.model.lin0
     updates = [weight_change(layer, layer.adapters[n]) for n, layer in (("one", outer.base_layer), ("two", outer))]
     torch.manual_seed(3)
-    wanted = define([u.detach() for u in updates], torch.tensor([0.7, -1.2]), density=0.6)
-    torch.manual_seed(3)
+    with Combination(way, 0.6).seeded().draws(outer):  # each layer has draws of its own
+        wanted = define([u.detach() for u in updates], torch.tensor([0.7, -1.2]), density=0.6)
     options = {"weights": [0.7, -1.2], "combination_type": way, "density": 0.6}
     for across in (False, True):  # ranks are shared out after the same random draw
         torch.manual_seed(3)

@@ -885,7 +885,7 @@ class TestRankBudgets:
         plain = base(IDS, labels=IDS).loss
         model = get_peft_model(base, config)
         found = model(input_ids=IDS, labels=IDS).loss
-        penalties = torch.stack([layer.adapters["default"].penalty() / 2 for _, layer in layers_of(model)])
+        penalties = torch.stack([layer.adapters["default"].loss_term() for _, layer in layers_of(model)])
         torch.testing.assert_close(found, plain + 0.5 * penalties.mean())
         with model.disable_adapter():
             torch.testing.assert_close(model(input_ids=IDS, labels=IDS).loss, plain)
@@ -902,7 +902,7 @@ class TestRankBudgets:
         torch.testing.assert_close(model(input_ids=IDS, labels=IDS).loss, plain)
         model.set_adapter(["other", "default"])
         budgeted = [layer.adapters["default"] for _, layer in layers_of(model) if "default" in layer]
-        penalties = torch.stack([adapter.penalty() / 2 for adapter in budgeted])
+        penalties = torch.stack([adapter.loss_term() for adapter in budgeted])
         loss = model(input_ids=IDS, labels=IDS).loss
         torch.testing.assert_close(loss, plain + 0.5 * penalties.mean())
         loss.backward()

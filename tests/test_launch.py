@@ -33,6 +33,8 @@ def test_a_configuration_file(tmp_path: Path, file: str) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+    engine = "DEEPSPEED" if file.startswith("zero") else "MULTI_CPU"  # accelerate shards by FSDP on accelerators only
+    assert f"2 processes ({engine})" in done.stdout, "the file did not start two processes that work together"
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     assert len(tensors) == 8 and all(t.shape in ((4, 16), (16, 4), (8, 4)) for t in tensors.values())
     assert any(t.any() for name, t in tensors.items() if "lora_B" in name), "it has learnt nothing"

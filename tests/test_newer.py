@@ -177,7 +177,7 @@ def router_loss(**call: Any) -> tuple[PeftModel, torch.Tensor, torch.Tensor, dic
     ids = torch.arange(20).view(2, 10)
     given = {"input_ids": ids, "labels": ids, **call}
     with_term = model.train()(**given).loss
-    assert model.base_model.balance() is None, "it is used up"
+    assert model.base_model.extra_loss() is None, "it is used up"
     model.peft_config["default"].balance = 0.0
     return model, with_term, model(**given).loss, given
 

@@ -18,11 +18,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from peft import (
+    AdaLoraConfig,
     AutoPeftModelForCausalLM,
     BottleneckConfig,
     IA3Config,
     LoraConfig,
     MAMConfig,
+    MixLoraConfig,
     PeftConfig,
     PeftMixedModel,
     PeftModel,
@@ -30,6 +32,7 @@ from peft import (
     PromptTuningConfig,
     ReftConfig,
     ShadowConfig,
+    Stack,
     UnionConfig,
     UniPELTConfig,
     VeraConfig,
@@ -467,3 +470,44 @@ def test_a_union_is_its_parts_active_together(method, tmp_path):
     with contextlib.suppress(ValueError):  # what no weight equals, which the laws of the methods look at
         model.merge_adapter()
     gives(logits(model, "llama"), wanted)
+
+
+TERMS = {
+    "adalora": lambda weight: AdaLoraConfig(total_step=9, orth_reg_weight=weight, target_modules=["q_proj"]),
+    "mix_lora": lambda weight: MixLoraConfig(r=2, balance=weight, target_modules=["q_proj"]),
+}
+
+
+@pytest.mark.parametrize("method", TERMS)
+def test_what_a_method_adds_to_the_loss_it_adds_in_every_company(method):
+    """Alone, in a model of several methods, as a part of a union and as a member of a composition."""
+
+    def term(make: Any, active: Any = None) -> torch.Tensor:
+        """The difference that the weight of the term makes, with the same tensors."""
+        losses = []
+        for weight in (0.0, 0.5):
+            torch.manual_seed(0)
+            model = make(TERMS[method](weight))
+            draw = torch.Generator().manual_seed(5)
+            for name, parameter in model.named_parameters():
+                if ".default" in name and name.rpartition(".default")[0].endswith(("_A", "_B", "_E", "_router")):
+                    parameter.data.copy_(torch.randn(parameter.shape, generator=draw) / 2)
+            if active is not None:
+                model.set_adapter(active)
+            losses.append(model.train()(**inputs("llama")).loss)
+        return losses[1] - losses[0]
+
+    def mixed(config: Any) -> PeftMixedModel:
+        model = get_peft_model(build("llama"), config, mixed=True)
+        model.add_adapter("other", PARTS["lora"]())
+        return model
+
+    wanted = term(lambda config: get_peft_model(build("llama"), config))
+    assert wanted > 0.01
+    ways = {
+        "beside another": term(mixed, ["default", "other"]),
+        "in a union": term(lambda config: get_peft_model(build("llama"), UnionConfig([config, PARTS["ia3"]()]))),
+        "in a stack": term(mixed, Stack("default", "other")),
+    }
+    for way, found in ways.items():
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5, msg=lambda text, way=way: f"{way}: {text}")

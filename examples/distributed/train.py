@@ -2,19 +2,29 @@
 
     accelerate launch --config_file examples/distributed/fsdp2.yaml examples/distributed/train.py --output adapter
 
-The files are for two processes on CPUs. On GPUs take out `use_cpu`, put MULTI_GPU in the place of MULTI_CPU, bf16 in
-that of mixed_precision, and the number of cards in that of num_processes.
+The files are for two processes. On CPUs those of FSDP work as DDP does, as accelerate shards on accelerators only. On
+GPUs take out `use_cpu`, and set mixed_precision to bf16 and num_processes to the number of cards.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 
 import torch
 from accelerate import Accelerator
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft import LoraConfig, get_peft_model
+
+
+def by_deepspeed() -> bool:
+    """Whether the configuration file asks for DeepSpeed, which accelerate leaves out where it is told `cpu`.
+
+    Without `cpu`, on a machine that has no accelerator, all other engines run as processes that know nothing of each
+    other: the launcher does not pass on `use_cpu`.
+    """
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
 
 
 def model() -> torch.nn.Module:
@@ -29,7 +39,7 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="folder for the adapter")
     parser.add_argument("--steps", type=int, default=5)
     args = parser.parse_args()
-    accelerator = Accelerator()
+    accelerator = Accelerator(cpu=not torch.cuda.is_available() and not by_deepspeed())
     net = model()
     data = torch.randint(1, 32, (4 * args.steps, 8), generator=torch.Generator().manual_seed(0))
     loader = torch.utils.data.DataLoader(data, batch_size=2)
@@ -40,7 +50,8 @@ def main() -> None:
         accelerator.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
-    accelerator.print(f"loss {loss.item():.3f}")
+    engine = accelerator.distributed_type.value
+    accelerator.print(f"{accelerator.num_processes} processes ({engine}), loss {loss.item():.3f}")
     state = accelerator.get_state_dict(net)  # gathered, on all processes
     accelerator.unwrap_model(net).save_pretrained(
         args.output, is_main_process=accelerator.is_main_process, state_dict=state

@@ -11,6 +11,7 @@ from torch import nn
 
 from peft.config import PeftConfig
 from peft.core.files.io import TOKENIZER_CONFIG_NAME, hub_options, locate
+from peft.options import value_of
 from peft.peft_model import (
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
     PeftModel,
@@ -126,7 +127,7 @@ class _BaseAutoPeftModel:
         right = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type)
         if right is None or (cls.auto_class is not None and right is cls.peft_class):
             return
-        task = str(getattr(config.task_type, "value", config.task_type))
+        task = str(value_of(config.task_type))
         raise ValueError(
             f"{where} is an adapter for the task {task}, which {cls.__name__} is not made for; use "
             f"Auto{right.__name__}."

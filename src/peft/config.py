@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
-import inspect
 import json
 import numbers
 import os
@@ -32,11 +31,10 @@ from typing import Any, ClassVar
 
 from peft._version import __version__
 from peft.core.files.io import CONFIG_NAME, hub_options, locate, replacing
+from peft.options import Options, check_choice, check_regexes, compiled, option, value_of
 from peft.utils.error import (
-    ConfigChoiceError,
     ConfigError,
     ConfigFileError,
-    ConfigTypeError,
     NotSupportedYetError,
     nearest,
 )
@@ -50,207 +48,6 @@ from peft.utils.peft_types import (
 )
 from peft.utils.usage import note
 from peft.utils.warning import PeftWarning
-
-
-# Annotations of fields that hold whole numbers, as dataclasses record them.
-_WHOLE = (int, int | None, "int", "int | None", "Optional[int]", "dict[str, int] | None")
-
-
-# ---------------------------------------------------------------------------------------------- fields and their rules
-
-
-def option(
-    default: Any = None,
-    help: str = "",
-    *,
-    choices: Iterable[Any] | None = None,
-    pattern: str | None = None,
-    minimum: float | None = None,
-    maximum: float | None = None,
-    below: float | None = None,
-    above: float | None = None,
-    needs: str | tuple[str, Any] | None = None,
-    instead: str | None = None,
-    stuck: float | None = None,
-    names: type | None = None,
-    nested: type | None = None,
-    transient: bool = False,
-    own: bool = False,
-) -> Any:
-    """Declare a config field: its default, what it is for, and which values it may take.
-
-    Args:
-        default: the default, or a class or function without arguments that makes it (`dict`, `list`).
-        help: one or two sentences for the user.
-        choices: the values allowed, apart from None.
-        pattern: a regular expression; strings that match it whole are allowed besides `choices`.
-        minimum, maximum, below, above: bounds of a number; the last two are exclusive. A field annotated `int` that
-            has a bound takes whole numbers only.
-        needs: another field, or one and its value, without which this one does nothing; a value given in vain is told
-            in a warning.
-        instead: for a field that never does anything: what does. A value given for it is told in a warning.
-        stuck: a value with which the adapter changes nothing, and never will; it is told in a warning.
-        names: for a field of names of modules: `set`, if it takes a list of them, kept as a set, or a string that is
-            a regular expression; `list`, if it takes a list alone; `str`, if one name may stand for a list of one;
-            `dict`, if it has values by name, or by regular expression, whose bounds are then those of the field.
-        nested: dataclass of a field that holds further options; a dict given for it becomes an instance.
-        transient: the field belongs to the process and not to the adapter: it is not saved.
-        own: the field is this library's alone: a file has it only where it is not the default, so that others read it.
-    """
-    rules = {
-        "choices": None if choices is None else tuple(choices),
-        "pattern": pattern,
-        "minimum": minimum,
-        "maximum": maximum,
-        "below": below,
-        "above": above,
-        "needs": needs,
-        "instead": instead,
-        "stuck": stuck,
-        "names": names,
-        "nested": nested,
-        "transient": transient,
-        "own": own,
-    }
-    metadata = {"help": help, **{k: v for k, v in rules.items() if v is not None and v is not False}}
-    if callable(default):
-        return dataclasses.field(default_factory=default, metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-_BOUNDS = {"minimum", "maximum", "below", "above"}
-
-
-def _plain(value: Any) -> Any:
-    return value.value if isinstance(value, enum.Enum) else value
-
-
-def _is_choice(value: Any, choices: Iterable[Any]) -> bool:
-    # `1 == True` holds in Python, but 1 is not what a field for True or "gaussian" asks for
-    return any(value == c and isinstance(value, bool) == isinstance(c, bool) for c in choices)
-
-
-def _check_choice(where: str, value: Any, rules: Any) -> None:
-    choices, pattern = rules.get("choices"), rules.get("pattern")
-    if choices is None or _is_choice(value, choices):
-        return
-    if pattern and isinstance(value, str) and re.fullmatch(pattern, value):
-        return
-    allowed = [repr(_plain(c)) for c in choices] + ([f"text of the form {pattern!r}"] if pattern else [])
-    hint = nearest(_plain(value), [_plain(c) for c in choices])
-    raise ConfigChoiceError(f"{where}={_plain(value)!r} is not valid.{hint} Allowed: {', '.join(allowed)}.")
-
-
-def _check_bounds(where: str, value: Any, rules: Any, whole: bool) -> None:
-    low, high, below, above = (rules.get(rule) for rule in ("minimum", "maximum", "below", "above"))
-    kind = numbers.Integral if whole else numbers.Real
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise ConfigError(f"{where}={value!r} is not valid: it must be a {'whole number' if whole else 'number'}.")
-    bounds = [(low, "at least", low is None or value >= low), (high, "at most", high is None or value <= high),
-              (above, "above", above is None or value > above),
-              (below, "below", below is None or value < below)]  # fmt: skip
-    if not all(holds for _, _, holds in bounds):
-        asked = " and ".join(f"{word} {bound}" for bound, word, _ in bounds if bound is not None)
-        raise ConfigError(f"{where}={value!r} is not valid: it must be {asked}.")
-
-
-def _named(where: str, value: Any, names: type) -> Any:
-    """A value of a field of names, in the collection that the field keeps them in, each regular expression looked at.
-
-    Raises:
-        ConfigTypeError: it is of another type. ConfigError: a regular expression is none.
-    """
-    if value is None:
-        return None
-    if names is dict:
-        if not isinstance(value, dict):
-            raise ConfigTypeError(f"{where} must be a dict of module name -> value, got {value!r}.")
-        _check_regexes(where, value, _compiled)
-        return value
-    if isinstance(value, str):
-        if names is list:
-            raise ConfigTypeError(f"{where} must be a list of names, got {value!r}. Write [{value!r}].")
-        if names is str:
-            return [value]
-        _check_regexes(where, [value], re.compile)
-        return value
-    if isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(name, str) for name in value):
-        return set(value) if names is set else value if isinstance(value, list) else sorted(value)
-    raise ConfigTypeError(f"{where} must be a list of names, or a string; got {value!r}.")
-
-
-def _check_regexes(where: str, patterns: Iterable[Any], compiled: Callable[[Any], re.Pattern]) -> None:
-    for pattern in patterns:
-        try:
-            compiled(pattern)
-        except (re.error, TypeError) as error:
-            raise ConfigError(f"{where} has {pattern!r}, which is no regular expression ({error}).") from None
-
-
-@functools.lru_cache(maxsize=4096)
-def _compiled(key: str) -> re.Pattern:
-    return re.compile(rf"(.*\.)?({key})")
-
-
-@dataclass
-class Options:
-    """A group of fields declared with `option`, validated when an instance is made."""
-
-    def __new__(cls, *args: Any, **kwargs: Any):
-        known = cls._known_keywords()
-        unknown = [name for name in kwargs if name not in known]
-        if unknown:
-            hint = nearest(unknown[0], known)
-            raise TypeError(f"{cls.__name__} has no field {unknown[0]!r}.{hint}")
-        return super().__new__(cls)
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            nested = field.metadata.get("nested")
-            if nested is not None and isinstance(value, dict) and (value or field.default_factory is not dict):
-                value = nested(**value)
-                setattr(self, field.name, value)
-            where = f"{type(self).__name__}: {field.name}"
-            if (names := field.metadata.get("names")) is not None:
-                value = _named(where, value, names)
-                setattr(self, field.name, {} if value is None and field.default_factory is dict else value)
-            if value is None:
-                continue
-            _check_choice(where, value, field.metadata)
-            numbers_of = {f"{where}[{key!r}]": value[key] for key in value} if names is dict else {where: value}
-            if names is dict or field.metadata.keys() & _BOUNDS:
-                for entry, number in numbers_of.items():
-                    _check_bounds(entry, number, field.metadata, whole=field.type in _WHOLE)
-            self._tell_idle(field, value)
-
-    def _tell_idle(self, field: dataclasses.Field, value: Any) -> None:
-        """Warn of a value that changes nothing."""
-        rules = field.metadata
-        needs = rules.get("needs")
-        name, wanted = needs if isinstance(needs, tuple) else (needs, True)
-        if value == field.default or value == {}:
-            return
-        if (reason := rules.get("instead")) is None:
-            if name is not None and not (getattr(self, name) if wanted is True else getattr(self, name) == wanted):
-                reason = f"it counts only with {name if wanted is True else f'{name}={_plain(wanted)!r}'}."
-            elif value == rules.get("stuck"):
-                reason = "with it the adapter changes nothing, and no gradient ever changes that."
-        if reason is not None:
-            told = f"{type(self).__name__}: {field.name}={value!r} does nothing: {reason}"
-            warnings.warn(told, PeftWarning, stacklevel=5)
-
-    @classmethod
-    def _known_keywords(cls) -> Any:
-        parameters = inspect.signature(cls.__init__).parameters
-        if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            return _Everything()
-        return [name for name in parameters if name != "self"]
-
-
-class _Everything:
-    def __contains__(self, item: object) -> bool:
-        return True
 
 
 # ------------------------------------------------------------------------------------------------------ files and hub
@@ -426,7 +223,7 @@ class PeftConfigMixin(Options):
         super().__post_init__()
         if self.task_type is not None and self.task_type not in list(TaskType):
             raise ConfigError(
-                f"{type(self).__name__}: task_type: invalid task type {_plain(self.task_type)!r}."
+                f"{type(self).__name__}: task_type: invalid task type {value_of(self.task_type)!r}."
                 f"{nearest(self.task_type, TaskType.__members__, cutoff=0.3)} "
                 f"Allowed: {', '.join(TaskType.__members__)}."
             )
@@ -438,10 +235,11 @@ class PeftConfigMixin(Options):
         given = self.peft_type
         if self.METHOD is not None:
             self.peft_type = self.METHOD if isinstance(self.METHOD, PeftType) else OwnMethod(self.METHOD)
-            if given is not None and str(_plain(given)).upper() != _plain(self.METHOD):
+            known = map(value_of, PEFT_TYPE_TO_CONFIG_MAPPING)
+            if given is not None and str(value_of(given)).upper() != value_of(self.METHOD):
                 warnings.warn(
-                    f"{type(self).__name__} configures {_plain(self.METHOD)}, so peft_type={_plain(given)!r} is left "
-                    f"out.{nearest(_plain(given), [_plain(k) for k in PEFT_TYPE_TO_CONFIG_MAPPING], cutoff=0.9)}",
+                    f"{type(self).__name__} configures {value_of(self.METHOD)}, so peft_type={value_of(given)!r} is "
+                    f"left out.{nearest(value_of(given), known, cutoff=0.9)}",
                     PeftWarning,
                     stacklevel=4,
                 )
@@ -523,9 +321,9 @@ class PeftConfigMixin(Options):
         if key in CONFIGS_OF_NO_METHOD:
             return CONFIGS_OF_NO_METHOD[key]
         if key not in PEFT_TYPE_TO_CONFIG_MAPPING:
-            available = ", ".join(sorted(_plain(k) for k in PEFT_TYPE_TO_CONFIG_MAPPING))
+            available = ", ".join(sorted(value_of(k) for k in PEFT_TYPE_TO_CONFIG_MAPPING))
             raise NotSupportedYetError(
-                f"The method {_plain(key)} is not supported yet{version}. Available: {available}."
+                f"The method {value_of(key)} is not supported yet{version}. Available: {available}."
             )
         return PEFT_TYPE_TO_CONFIG_MAPPING[key]
 
@@ -556,7 +354,7 @@ class PeftConfigMixin(Options):
         try:
             if values.get("peft_type") is None:
                 _load_methods()
-                known = ", ".join(sorted(_plain(key) for key in PEFT_TYPE_TO_CONFIG_MAPPING))
+                known = ", ".join(sorted(value_of(key) for key in PEFT_TYPE_TO_CONFIG_MAPPING))
                 raise ConfigError(
                     f"it names no peft_type, so it is no config of an adapter.{_told_by(values)} If it is one, add "
                     f"its peft_type: one of {known}."
@@ -734,7 +532,7 @@ class LayerSelection(PeftConfig):
         if isinstance(self.layers_to_transform, list) and not self.layers_to_transform:
             self.layers_to_transform = None  # an empty list restricts nothing
         patterns = self.layers_pattern
-        _check_regexes(
+        check_regexes(
             f"{name}: layers_pattern", [patterns] if isinstance(patterns, str) else patterns or (), re.compile
         )
         for field in ("layers_to_transform", "layers_pattern"):
@@ -797,7 +595,7 @@ class TrainedBias(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         choices = ("none", "all", *([self.OWN_BIAS] if self.OWN_BIAS else []))
-        _check_choice(f"{type(self).__name__}: bias", self.bias, {"choices": choices})
+        check_choice(f"{type(self).__name__}: bias", self.bias, {"choices": choices})
 
 
 @dataclass
@@ -828,7 +626,7 @@ def match_pattern(keys: Iterable[str], name: str) -> str | None:
     A key is a regular expression for the whole name or for its end after a dot; one that starts with "^" has to match
     from the beginning.
     """
-    return next((key for key in keys if _compiled(key).fullmatch(name)), None)
+    return next((key for key in keys if compiled(key).fullmatch(name)), None)
 
 
 def resolve_pattern(pattern: dict[str, Any] | None, key: str, default: Any) -> Any:

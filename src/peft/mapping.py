@@ -12,6 +12,7 @@ import peft.tuners  # noqa: F401  registers the methods
 from peft.config import PeftConfig
 from peft.core.model.record import record_of
 from peft.core.model.tuner import BaseTuner
+from peft.options import value_of
 from peft.tuners.lora.experts import convert_config_for
 from peft.utils.error import NotSupportedYetError
 from peft.utils.peft_types import (
@@ -53,7 +54,7 @@ def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
 
 def method_names() -> list[str]:
     """The methods that are registered, as strings."""
-    return [str(getattr(peft_type, "value", peft_type)) for peft_type in PEFT_TYPE_TO_TUNER_MAPPING]
+    return [str(value_of(peft_type)) for peft_type in PEFT_TYPE_TO_TUNER_MAPPING]
 
 
 def check_config(peft_config: Any) -> None:
@@ -73,7 +74,7 @@ def check_config(peft_config: Any) -> None:
         got = peft_config.__name__ + ", a class" if isinstance(peft_config, type) else type(peft_config).__name__
         raise TypeError(f"peft_config should be an instance of a PeftConfig such as LoraConfig(...), got {got}.")
     method = peft_config.peft_type
-    named = str(getattr(method, "value", method))
+    named = str(value_of(method))
     if method is None or method not in PEFT_TYPE_TO_TUNER_MAPPING:
         raise NotSupportedYetError(
             f"{type(peft_config).__name__}: this version has no method for peft_type {named!r} yet. "

@@ -9,6 +9,7 @@ from torch import nn
 from peft.config import PeftConfig
 from peft.mapping import check_config
 from peft.mixed_model import PeftMixedModel
+from peft.options import value_of
 from peft.peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel, plain_model
 from peft.utils.error import nearest
 
@@ -63,7 +64,7 @@ def _class_for_task(peft_config: PeftConfig) -> type[PeftModel]:
     if task is None:
         return PeftModel
     if task not in MODEL_TYPE_TO_PEFT_MODEL_MAPPING:
-        known = [str(getattr(name, "value", name)) for name in MODEL_TYPE_TO_PEFT_MODEL_MAPPING]
+        known = [str(value_of(name)) for name in MODEL_TYPE_TO_PEFT_MODEL_MAPPING]
         raise ValueError(
             f"unknown task_type {task!r}.{nearest(task, known)} There are {', '.join(known)}; None gives a model "
             "without a task."

@@ -26,7 +26,7 @@ from peft.core.files.card import create_or_update_model_card
 from peft.core.files.entries import entries, prompts_of
 from peft.core.files.io import CONFIG_NAME, hub_options, load_peft_weights, write_adapter
 from peft.core.files.state_dict import LoadResult, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.core.filling import filled_later, no_collection
+from peft.core.filling import filled_later
 from peft.core.layer.rows import require_unmerged
 from peft.core.model import operations
 from peft.core.model.context import BASE
@@ -37,6 +37,7 @@ from peft.core.model.walk import layers_of, surveyed, wrappers_of
 from peft.core.prompts import PromptTuner, Task, backbone_of
 from peft.kernels import chunked_loss
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.options import value_of
 from peft.tools.out_of_memory import add_way_out
 from peft.tools.status import (
     TunerLayerStatus,
@@ -77,7 +78,6 @@ class PeftModel(ModelCompat, Compositions, PushToHubMixin, nn.Module):
     _inputs: ClassVar[tuple[str, ...]] = ()
     _task: ClassVar[Task] = Task(token_inputs=("labels",))
 
-    @no_collection()
     @surveyed()
     def __init__(
         self,
@@ -527,7 +527,6 @@ class PeftModel(ModelCompat, Compositions, PushToHubMixin, nn.Module):
         create_or_update_model_card(self, output_dir)
 
     @classmethod
-    @no_collection()
     @surveyed()
     def from_pretrained(
         cls,
@@ -589,7 +588,6 @@ class PeftModel(ModelCompat, Compositions, PushToHubMixin, nn.Module):
     def _class_for(cls, config: PeftConfig) -> type[PeftModel]:
         return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", cls) if cls is PeftModel else cls
 
-    @no_collection()
     @surveyed()
     def load_adapter(
         self,
@@ -750,7 +748,7 @@ def _read_config(model_id: str | os.PathLike, config: PeftConfig | None, is_trai
     elif not isinstance(config, PeftConfig):
         raise ValueError(f"config should be a PeftConfig, got {type(config).__name__}.")
     if config.peft_type not in PEFT_TYPE_TO_TUNER_MAPPING and not isinstance(config, CompositionConfig):
-        known = sorted(str(getattr(t, "value", t)) for t in PEFT_TYPE_TO_TUNER_MAPPING)
+        known = sorted(str(value_of(t)) for t in PEFT_TYPE_TO_TUNER_MAPPING)
         what = f"is a {config.peft_type} adapter" if config.peft_type else "has a config that names no peft_type"
         raise ConfigError(f"{model_id} {what}; this version has {', '.join(known)}.")
     config.inference_mode = not is_trainable

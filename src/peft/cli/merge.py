@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from peft.cli.command import Command, argument
 from peft.cli.models import pairs
 from peft.cli.output import Output
 from peft.config import Options, option
-
-
-COMBINATIONS = ("cat", "linear", "svd", "ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties",
-                "dare_ties_svd", "magnitude_prune", "magnitude_prune_svd", "della_svd", "breadcrumbs_svd",
-                "knots_svd")  # fmt: skip
+from peft.core.combine.names import WAYS, CombinationType, Vote
 
 
 @dataclass
@@ -25,10 +21,13 @@ class MergeOptions(Options):
     adapters: list[str] = argument("Adapters: folders, each with a name before it if need be (one=runs/one).", "+")
     output: str | None = option(None, "Folder of the merged model.")
     weights: list[float] | None = option(None, "Weights of the adapters, as in 0.7,0.3; 1 each if left out.")
-    combination: str | None = option(None, "How several are combined; the exact sum, if left out.",
-                                     choices=COMBINATIONS)  # fmt: skip
+    combination: CombinationType | None = option(None, "How several are combined; the exact sum, if left out.",
+                                     choices=tuple(WAYS))  # fmt: skip
     density: float | None = option(None, "Share of entries to keep, for the ways that prune.", above=0, maximum=1)
+    majority_sign_method: Vote = option("total", "How ties, dare_ties, della and knots elect a sign.",
+                                       choices=get_args(Vote))  # fmt: skip
     rank: int | None = option(None, "Rank of the result, for LoRAs and the ways that end in svd.", minimum=1)
+    clamp: float | None = option(None, "Quantile that limits A and B, for the same.", above=0, maximum=1)
     dtype: str | None = option(None, "Dtype of the result; that of the base's files if left out.",
                                choices=("float32", "bfloat16", "float16"))  # fmt: skip
     safe: bool = option(True, "Refuse merged weights that are not finite.")
@@ -45,7 +44,6 @@ def act(options: MergeOptions, output: Output) -> dict[str, Any]:
     if options.output is None:
         raise ConfigError("the folder of the result is missing: say it with --output FOLDER, or -o FOLDER.")
     adapters = pairs(options.adapters)
-    ways = {"density": options.density, "svd_rank": options.rank}
     with output.progress() as progress:
         bar = progress.add_task("merging")
         report = merge_files(
@@ -54,11 +52,14 @@ def act(options: MergeOptions, output: Output) -> dict[str, Any]:
             options.output,
             weights=options.weights,
             combination=options.combination,
+            density=options.density,
+            majority_sign_method=options.majority_sign_method,
+            svd_rank=options.rank,
+            svd_clamp=options.clamp,
             dtype=None if options.dtype is None else getattr(torch, options.dtype),
             safe_merge=options.safe,
             quantized=options.quantized,
             tell=lambda done, total: progress.update(bar, completed=done, total=total),
-            **{name: value for name, value in ways.items() if value is not None},
         )
     if report.in_memory:
         output.say(f"the whole model was loaded, as {report.in_memory}")

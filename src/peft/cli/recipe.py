@@ -12,6 +12,7 @@ import yaml
 
 from peft.config import Options, PeftConfig, option
 from peft.core.files.io import replacing
+from peft.options import value_of
 from peft.tools.catalogue import methods
 from peft.utils.error import ConfigError, nearest
 
@@ -188,4 +189,4 @@ def _plain(value: Any) -> Any:
         return {key: _plain(part) for key, part in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
         return [_plain(part) for part in (sorted(value) if isinstance(value, (set, frozenset)) else value)]
-    return getattr(value, "value", value)
+    return value_of(value)

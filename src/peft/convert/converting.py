@@ -9,8 +9,8 @@ from pathlib import Path
 from torch import nn
 
 from peft.convert.formats import FORMATS
-from peft.convert.formats.flux import is_diffusers, is_original, to_diffusers, to_original
-from peft.convert.held import Held, is_lora, pairs_of
+from peft.convert.formats.flux import as_in, flux_encoders
+from peft.convert.held import Held, held_of, is_lora, pairs_of
 from peft.convert.source import Base, Files, Format, Job, Source
 from peft.core.files.io import replacing
 from peft.utils.error import ConfigError, nearest
@@ -40,7 +40,7 @@ def format_of(source: str | os.PathLike) -> str:
     Raises:
         ConfigError: it is of none that is known.
     """
-    return _detected(Source.open(source)).name
+    return _detected(next(iter(Source.each(source).values()))).name
 
 
 def convert_adapter(
@@ -54,8 +54,8 @@ def convert_adapter(
     """Write an adapter of one tool as that of another: the same tensors, the same scale.
 
     Args:
-        source: a file, or a folder with one. target_format: see :data:`peft.convert.FORMATS`. output: a folder, or the
-            file where the format is one.
+        source: a file, or a folder with one, or with a folder for each component. target_format: see
+            :data:`peft.convert.FORMATS`. output: a folder, or the file where the format is one.
         base: the base model, or a folder with its ``config.json``: names of modules that a format writes without dots
             are then found exactly, and formats that order rows otherwise know the heads.
         lossy: write the result also where something cannot be carried over; the report names it.
@@ -75,10 +75,12 @@ def convert_adapter(
         raise ConfigError(
             f"unknown format {target_format!r}.{nearest(target_format, names)} There are {', '.join(names)}."
         )
-    found = Source.open(source)
-    origin = _detected(found)
-    job = Job(None if base is None else Base.of(base))
-    bundle = {component: _fitted(held, job) for component, held in origin.read(found, job).items()}
+    job, bundle = Job(None if base is None else Base.of(base)), {}
+    for component, found in Source.each(source).items():
+        origin = _detected(found)
+        for name, held in origin.read(found, job).items():
+            bundle[component or name] = _fitted(held, job)
+    bundle = flux_encoders(bundle)
     files = target.write(bundle, job)
     if job.lost and not lossy:
         listed = "; ".join(f"{name}: {why}" for name, why in list(job.lost.items())[:8])
@@ -92,13 +94,26 @@ def convert_adapter(
 
 
 def _fitted(held: Held, job: Job) -> Held:
-    """The adapter on the modules that the base has, where tools know a model by different ones."""
-    if job.base is None or not is_lora(held):
+    """The adapter on the modules that the base has, where tools know a model by different ones, or in other shapes."""
+    if job.base is None:
         return held
-    here, there = pairs_of(held).pairs, job.base.names
-    if is_original(here) and is_diffusers(there):
-        return to_diffusers(held)
-    return to_original(held) if is_diffusers(here) and is_original(there) else held
+    held = as_in(held, job.base)
+    return _shaped(held, job.base) if is_lora(held) else held
+
+
+def _shaped(held: Held, base: Base) -> Held:
+    """Pairs of 1 x 1 convolutions are matrices in some files, and pairs of matrices such convolutions."""
+    found, changed = pairs_of(held), False
+    for module, pair in found.pairs.items():
+        axes = base.axes(module)
+        if axes is None or axes == pair.down.dim() or pair.table or any(size > 1 for size in pair.down.shape[2:]):
+            continue
+        ones = [1] * (axes - 2)
+        pair.down, pair.up = (tensor.view(*tensor.shape[:2], *ones) for tensor in (pair.down, pair.up))
+        if pair.magnitude is not None:
+            pair.magnitude = pair.magnitude.view(1, -1, *ones) if ones else pair.magnitude.flatten()
+        changed = True
+    return held_of(found, held.config) if changed else held
 
 
 def _detected(source: Source) -> Format:

@@ -13,6 +13,7 @@ import torch
 
 from peft.config import PeftConfig, resolve_pattern
 from peft.core.files.io import load_peft_weights, write_adapter
+from peft.options import value_of
 from peft.tuners.lora.config import LoraConfig
 
 
@@ -47,7 +48,7 @@ class Held:
     @property
     def method(self) -> str:
         """The name of its method, such as "LORA"."""
-        return str(getattr(self.config.peft_type, "value", self.config.peft_type))
+        return str(value_of(self.config.peft_type))
 
     def write(self, folder: str | os.PathLike) -> None:
         """Write it into a folder."""
@@ -101,6 +102,13 @@ def is_lora(held: Held) -> bool:
     return isinstance(held.config, LoraConfig) and held.method == "LORA"
 
 
+def modules_of(held: Held) -> list[str]:
+    """The modules that an adapter is on, as far as the names of its tensors tell; of a LoRA exactly."""
+    if is_lora(held) and not held.config.use_gating:
+        return list(pairs_of(held).pairs)
+    return list(dict.fromkeys(name.removeprefix(PREFIX).rpartition(".")[0] for name in held.tensors))
+
+
 def pairs_of(held: Held) -> Pairs:
     """A LoRA's file as pairs.
 
@@ -116,10 +124,12 @@ def pairs_of(held: Held) -> Pairs:
         raise ValueError(GATED)
     found: dict[str, dict[str, torch.Tensor]] = {}
     others, tables = {}, set()
+    stacks = tuple(f".{path}".rpartition(".")[0] for path in config.target_parameters or ())
     for name, tensor in held.tensors.items():
         words = name.removeprefix(PREFIX).split(".")
         part, size = next(((_PARTS[tail], n) for n in (1, 2) if (tail := tuple(words[-n:])) in _PARTS), ("", 0))
-        if not part:
+        place = ".".join(("", *(word for word in words[:-size] if word != "base_layer")))
+        if not part or (stacks and place.endswith(stacks)):  # pairs of stacked experts are no pairs of a module
             others[name] = tensor
             continue
         module = ".".join(words[:-size])

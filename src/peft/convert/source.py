@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from peft.convert.extract import skeleton
 from peft.convert.held import Held
-from peft.core.files.io import read_tensors
+from peft.core.files.io import checked_tensors, torch_load
 from peft.core.files.shards import Shards, has_weights
-from peft.utils.error import ConfigError
+from peft.utils.error import CheckpointError, ConfigError
 
 
 # The weights that a folder is looked through for, the best known names first.
@@ -24,6 +25,7 @@ _NAMES = ("adapter_model.safetensors", "adapter_model.bin", "adapters.safetensor
           "pytorch_adapter.bin", "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin",
           "adapter_model.pt")  # fmt: skip
 _CONFIGS = ("adapter_config.json",)
+_ENDS = ("safetensors", "sft", "gguf", "bin", "pt", "pth", "ckpt")
 Bundle = dict[str, Held]  # by component of a pipeline: "unet", "text_encoder", ...; "" where there is one model
 Files = dict[str, Callable[[str], None]]  # name of a file -> what writes it to a path
 
@@ -55,16 +57,37 @@ class Source:
         for name in _CONFIGS:
             if (file := path.with_name(name)).is_file():
                 config = json.loads(file.read_text(encoding="utf-8"))
-        with open(path, "rb") as start:
-            if start.read(4) == b"GGUF":
-                return cls(path, {}, {}, config, gguf=True)
-        metadata: dict[str, str] = {}
-        if path.suffix == ".safetensors":
-            from safetensors import safe_open
+        if path.name.endswith(".index.json"):
+            shards = Shards(path.parent)
+            return cls(path, {name: shards[name] for name in shards.entries}, {}, config)
+        with open(path, "rb") as opened:
+            start = opened.read(9)
+        if start.startswith(b"GGUF"):
+            return cls(path, {}, {}, config, gguf=True)
+        return cls(path, *_tensors_of(path, start), config)
 
+    @classmethod
+    def each(cls, where: str | os.PathLike) -> dict[str, Source]:
+        """The sources in a folder, by the components of a pipeline as this library writes them; else one, as ""."""
+        folder = Path(where)
+        inside = sorted(file.parent for file in folder.glob("*/adapter_config.json")) if folder.is_dir() else []
+        if not inside or (folder / _CONFIGS[0]).is_file():
+            return {"": cls.open(where)}
+        return {path.name: cls.open(path) for path in inside}
+
+
+def _tensors_of(path: Path, start: bytes) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors of a file and the metadata of its header, whatever it is called."""
+    try:
+        if start[8:] == b"{":  # after its length the header of safetensors begins
             with safe_open(path, "pt") as opened:
-                metadata = dict(opened.metadata() or {})
-        return cls(path, read_tensors(str(path)), metadata, config)
+                names = opened.keys()
+                return {name: opened.get_tensor(name) for name in names}, dict(opened.metadata() or {})
+        found = torch_load(path, map_location="cpu")
+    except Exception as error:
+        raise CheckpointError(f"{path} is damaged or no file of adapter weights ({error}).") from error
+    nested = found.get("state_dict") if isinstance(found, dict) else None  # as training checkpoints keep it
+    return checked_tensors(str(path), nested if isinstance(nested, dict) else found), {}
 
 
 def _weights_in(path: Path) -> Path:
@@ -75,7 +98,9 @@ def _weights_in(path: Path) -> Path:
     for name in _NAMES:
         if (path / name).is_file():
             return path / name
-    found = sorted(file for end in ("safetensors", "gguf", "bin", "pt") for file in path.glob(f"*.{end}"))
+    if index := next(iter(sorted(path.glob("*.safetensors.index.json"))), None):
+        return index
+    found = sorted(file for end in _ENDS for file in path.glob(f"*.{end}"))
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
         raise ConfigError(f"{path} should hold one file of adapter weights, and there are: {names}. Name the file.")
@@ -108,20 +133,25 @@ class Base:
         """Names of all modules that have a weight."""
         return [name for name, module in self.model.named_modules() if "weight" in module._parameters]
 
-    def weight(self, module: str) -> torch.Tensor:
-        """The weight of a module.
+    def tensor(self, module: str, name: str) -> torch.Tensor:
+        """A parameter of a module, such as its weight.
 
         Raises:
             ConfigError: neither the model nor its folder has it.
         """
-        found = self.model.get_submodule(module)._parameters.get("weight")
+        found = self.model.get_submodule(module)._parameters.get(name)
         if found is not None and not found.is_meta:
             return found.detach()
-        name = f"{module}.weight"
+        key = f"{module}.{name}"
         shards = Shards(self.folder) if self.folder is not None and has_weights(self.folder) else None
-        if shards is None or name not in shards.entries:
-            raise ConfigError(f"the weight of {module} is needed, and base={self.folder or 'the model'} has none.")
-        return shards[name]
+        if shards is None or key not in shards.entries:
+            raise ConfigError(f"the {name} of {module} is needed, and base={self.folder or 'the model'} has none.")
+        return shards[key]
+
+    def axes(self, module: str) -> int | None:
+        """How many axes the weight of a module has; None if there is no such module."""
+        weight = next((m for name, m in self.model.named_modules() if name == module), nn.Identity())._parameters
+        return weight["weight"].dim() if weight.get("weight") is not None else None
 
     def has_bias(self, module: str) -> bool:
         """Whether a module has a bias."""

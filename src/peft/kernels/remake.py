@@ -253,4 +253,6 @@ _MAKERS: dict[str, Callable[[Any, int], Recipe | None]] = {
     "GeluBackward0": _activation(F.gelu, "approximate"),
     "NativeLayerNormBackward0": _layer_norm,
     "FftR2CBackward0": _spectrum,
+    # an operation on top of it may change what it gets in place, so only the last one is shown the very result
+    "MadeAgainBackward": lambda node, depth: lambda: node._forward_cls.again(node, depth == DEPTH),
 }

@@ -19,6 +19,7 @@ from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.tuner import BaseTuner
 from peft.core.model.walk import locate, walk
 from peft.mapping_func import get_peft_model
+from peft.options import value_of
 from peft.peft_model import PeftModel
 from peft.testing.places import Place
 from peft.utils.peft_types import (
@@ -79,7 +80,7 @@ class Method:
         key = next(key for key, found in PEFT_TYPE_TO_TUNER_MAPPING.items() if found is tuner)
         config = PEFT_TYPE_TO_CONFIG_MAPPING[key]
         ranks = {f.name: 4 for f in dataclasses.fields(config) if f.name == "r" and f.default}
-        facts = {"name": str(getattr(key, "value", key)).lower(), **facts}
+        facts = {"name": str(value_of(key)).lower(), **facts}
         return cls(config_cls=config, layer_cls=tuner.layer_cls, fields=tuple((ranks | fields).items()), **facts)
 
     @property

@@ -9,6 +9,8 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+from peft.options import value_of
+
 
 @dataclass(frozen=True)
 class Method:
@@ -42,7 +44,7 @@ def methods() -> list[Method]:
 
     load_outside()
     found = [
-        Method(str(getattr(key, "value", key)).lower(), config, PEFT_TYPE_TO_TUNER_MAPPING[key])
+        Method(str(value_of(key)).lower(), config, PEFT_TYPE_TO_TUNER_MAPPING[key])
         for key, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()
     ]
     return sorted(found, key=lambda entry: (entry.key != "lora", entry.words[0].lower().strip("(")))
@@ -85,7 +87,7 @@ def sentence(text: str) -> str:
 def default_of(field: Any) -> Any:
     """What a field of a config is where nothing is said, as a plain value."""
     if field.default is not dataclasses.MISSING:
-        return getattr(field.default, "value", field.default)
+        return value_of(field.default)
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else ""
 
 

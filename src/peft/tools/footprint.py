@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from peft.core.base.kinds import kind_of
 from peft.core.base.storage import hooks_of, storage_of, tensors_in, without_hooks
 from peft.core.model.walk import Site, embeddings_of, walk
+from peft.kernels.channels import meta_stands_for
 
 
 OPTIMIZERS = {"adamw": 2.0, "adamw_8bit": 0.5, "momentum": 1.0, "sgd": 0.0}
@@ -203,7 +204,8 @@ def activation_bytes(model: nn.Module, args: tuple, kwargs: dict[str, Any], chec
         block.register_forward_pre_hook(ledger.enter, with_kwargs=True)
         block.register_forward_hook(ledger.leave)
     model.train()
-    with torch.enable_grad(), _KeepsAs(device), saved_tensors_hooks(ledger.note, lambda t: t), _quiet():
+    hooks = saved_tensors_hooks(ledger.note, lambda t: t)
+    with torch.enable_grad(), _KeepsAs(device), meta_stands_for(device), hooks, _quiet():
         model(*args, **kwargs)
     outside = ledger.in_block.pop(None, 0)
     return outside + ledger.into_blocks + max(ledger.in_block.values(), default=0)

@@ -14,6 +14,7 @@ from peft.core.files.io import load_peft_weights, locate_weights
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.weight import base_weight, weight_change
 from peft.core.model.walk import layers_of
+from peft.options import value_of
 from peft.tools.merging import open_base
 
 
@@ -94,9 +95,9 @@ def inspect_adapter(folder: str | os.PathLike, base: str | os.PathLike | None = 
     config = PeftConfig.from_pretrained(os.fspath(folder))
     tensors = load_peft_weights(folder)
     report = AdapterReport(
-        method=str(getattr(config.peft_type, "value", config.peft_type)),
+        method=str(value_of(config.peft_type)),
         base=config.base_model_name_or_path,
-        task=None if config.task_type is None else str(getattr(config.task_type, "value", config.task_type)),
+        task=None if config.task_type is None else str(value_of(config.task_type)),
         settings=_settings(config),
         parameters=sum(t.numel() for t in tensors.values()),
         bytes=os.path.getsize(locate_weights(folder)),

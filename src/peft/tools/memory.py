@@ -18,6 +18,7 @@ from torch import nn
 from peft.core.model.gradient_checkpointing import is_switched_on
 from peft.core.model.walk import walk
 from peft.mapping_func import get_peft_model
+from peft.options import value_of
 from peft.tools.architecture import build
 from peft.tools.footprint import (
     OPTIMIZERS,
@@ -223,7 +224,7 @@ def _built(config: Any, task: Any, dtype: torch.dtype | None) -> nn.Module:
     if not isinstance(config, transformers.PreTrainedConfig):
         raise ValueError(f"estimate_memory needs a model or a config of transformers, got {type(config).__name__}.")
     config = copy.deepcopy(config)
-    name = _AUTO_CLASSES.get(str(getattr(task, "value", task)))
+    name = _AUTO_CLASSES.get(str(value_of(task)))
     with torch.device("meta"):
         return build(config, name, dtype=dtype or getattr(config, "dtype", None) or torch.float32)
 

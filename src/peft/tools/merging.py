@@ -7,6 +7,7 @@ bases, merged weights that need another config) is done in memory, and the repor
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -18,15 +19,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from peft.core.combine.combined import checked_weights
+from peft.core.adapter import Adapter
+from peft.core.combine.combined import check_auxiliary, checked_weights
+from peft.core.combine.names import CombinationType, Vote, idle
 from peft.core.combine.ways import Combination
 from peft.core.files.io import replacing
-from peft.core.files.shards import INDEX, Entry, Shards, has_weights
+from peft.core.files.shards import INDEX, Entry, Shards, ShardWriter, dtype_of, has_weights
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.weight import base_bias, effective, unmerged_weight
 from peft.core.model.auxiliary import AuxiliaryTrainingWrapper, biases_of
 from peft.core.model.declared import new_biases
 from peft.core.model.walk import embeddings_of, join, walk
+from peft.options import value_of
 from peft.tools.architecture import build, class_of
 from peft.utils.error import ConfigError, NoEqualWeightError
 
@@ -55,18 +59,24 @@ class MergeReport:
 
 @dataclass(frozen=True)
 class _Job:
-    """What is asked for, with the base's folder and config found."""
+    """What is asked for, with the base's folder found."""
 
     folder: str
-    config: Any
     adapters: Mapping[str, str]
     output: str | os.PathLike
     weights: Sequence[float] | None
-    combination: str | None
+    combination: CombinationType | None
     ways: Mapping[str, Any]
     dtype: torch.dtype | None
     safe_merge: bool
     quantized: bool
+
+    @functools.cached_property
+    def config(self) -> Any:
+        """The base's."""
+        import transformers
+
+        return transformers.AutoConfig.from_pretrained(self.folder)
 
 
 def merge_files(
@@ -75,12 +85,16 @@ def merge_files(
     output: str | os.PathLike,
     *,
     weights: Sequence[float] | None = None,
-    combination: str | None = None,
+    combination: CombinationType | None = None,
+    density: float | None = None,
+    majority_sign_method: Vote = "total",
+    svd_rank: int | None = None,
+    svd_clamp: float | None = None,
+    svd_driver: str | None = None,
     dtype: torch.dtype | None = None,
     safe_merge: bool = True,
     quantized: bool = False,
     tell: Callable[[int, int], None] = lambda done, total: None,
-    **ways: Any,
 ) -> MergeReport:
     """Merge adapters into a base model and write the model, with its tokenizer and templates, to a folder.
 
@@ -90,42 +104,50 @@ def merge_files(
         weights: of the adapters, 1 for each by default.
         combination: how they are combined (``add_weighted_adapter``): LoRAs by their factors or updates, adapters of
             any other method that a weight equals by what they add to the weights. By default the exact sum.
+        density, majority_sign_method, svd_rank, svd_clamp, svd_driver: of the combination, as there. The last three
+            are of LoRAs alone, the result of which has a rank.
         dtype: of the result; by default that of each tensor in the base's files. A wider one is merged in, too.
         safe_merge: refuse merged weights that are not finite.
         quantized: write a quantised base quantised again; by default it comes out dense, rounded to nothing.
         tell: called with (tensors written, tensors in all).
-        ways: further arguments of ``add_weighted_adapter``: ``density``, and for LoRAs ``svd_rank``, ...
 
     Example::
 
         merge_files("SmolLM2-135M", {"tone": "runs/tone/adapter"}, "merged", dtype=torch.bfloat16)
 
     Raises:
-        ConfigError: no such base, or ``output`` is its folder. ValueError: the adapters cannot be merged or combined.
+        ConfigError: no such base, ``output`` is its folder, or an argument that the combination does not use.
+        ValueError: the adapters cannot be merged or combined.
             Nothing is written then.
     """
-    import transformers
-
+    ways = {"density": density, "majority_sign_method": majority_sign_method, "svd_rank": svd_rank,
+            "svd_clamp": svd_clamp, "svd_driver": svd_driver}  # fmt: skip
+    if unused := idle(combination or "cat", ways):
+        raise ConfigError(f"{unused}.")
     folder = _folder_of(base)
     if os.path.abspath(folder) == os.path.abspath(output):
         raise ConfigError(f"the output {os.fspath(output)!r} is the folder of the base model: name another one.")
-    config = transformers.AutoConfig.from_pretrained(folder)
-    job = _Job(folder, config, adapters, output, weights, combination, ways, dtype, safe_merge, quantized)
-    entries = Shards(folder).entries if has_weights(folder) else {}
-    reason = _only_in_memory(config, entries)
+    return _merge(_Job(folder, adapters, output, weights, combination, ways, dtype, safe_merge, quantized), tell)
+
+
+def _merge(job: _Job, tell: Callable[[int, int], None]) -> MergeReport:
+    """Layer by layer, or in memory where that cannot be."""
+    entries, drawn = Shards(job.folder).entries if has_weights(job.folder) else {}, torch.get_rng_state()
+    reason = _only_in_memory(job.config, entries)
     if reason is not None:
         return _in_memory(job, reason)
-    model = _without_memory(config, entries, dtype)
+    model = _without_memory(job.config, entries, job.dtype)
     if isinstance(model, str):
         return _in_memory(job, model)
     adapted, names, mixture = _adapted(model, job)
     if (reason := _needs_more(adapted.get_base_model(), names)) is not None:
+        torch.set_rng_state(drawn)  # what the combination draws is drawn again
         return _in_memory(job, reason)
-    changed = _changed(adapted.get_base_model(), mixture)
-    with replacing(output) as path:
+    changed = _changed(adapted.get_base_model(), names, mixture)
+    with replacing(job.output) as path:
         files = _write_shards(entries, changed, path, job, tell)
         _copy_rest(job, path(""))
-    return MergeReport(os.fspath(output), files, len(entries), len(changed))
+    return MergeReport(os.fspath(job.output), files, len(entries), len(changed))
 
 
 def open_base(base: str | os.PathLike) -> nn.Module:
@@ -178,7 +200,7 @@ def _without_memory(config: Any, entries: dict[str, Entry], dtype: torch.dtype |
     model.tie_weights()
     index = {}
     for name, entry in entries.items():
-        kept = str(_dtype(entry, dtype)).removeprefix("torch.")
+        kept = str(dtype_of(entry, dtype)).removeprefix("torch.")
         index[name] = {"safetensors_file": entry.file, "weight_name": name, "dtype": kept}
     known = dict(model.named_parameters(remove_duplicate=False))
     first: dict[int, str] = {}
@@ -212,13 +234,14 @@ def _adapted(base: nn.Module, job: _Job) -> tuple[Any, list[str], _Mixture | Non
     if not job.adapters:
         raise ConfigError("no adapter to merge was given.")
     model: Any = None
-    for name, folder in job.adapters.items():
-        if model is None:
-            model = PeftModel.from_pretrained(base, folder, adapter_name=name)
-        else:
-            model.load_adapter(folder, adapter_name=name)
+    with torch.random.fork_rng(devices=[]):  # what adapters draw before they are filled is no draw of the merging
+        for name, folder in job.adapters.items():
+            if model is None:
+                model = PeftModel.from_pretrained(base, folder, adapter_name=name)
+            else:
+                model.load_adapter(folder, adapter_name=name)
     config = model.peft_config[next(iter(job.adapters))]
-    method = str(getattr(config.peft_type, "value", config.peft_type))
+    method = str(value_of(config.peft_type))
     if config.is_prompt_learning:
         raise NoEqualWeightError(
             f"{method} trains tokens or prefixes, which no weight equals: keep the adapter beside the model."
@@ -227,7 +250,7 @@ def _adapted(base: nn.Module, job: _Job) -> tuple[Any, list[str], _Mixture | Non
     if len(names) > 1 or job.weights is not None or job.combination is not None:
         numbers = [1.0] * len(names) if job.weights is None else list(job.weights)
         pairs = method == "LORA"
-        if job.combination is not None and not pairs:
+        if not pairs and (job.combination is not None or not model.base_model.layer_cls.adapter_cls.adds.possible):
             return model, names, _mixture(model, names, numbers, job)
         kind = {"combination_type": job.combination or "cat", **job.ways} if pairs else {}
         model.add_weighted_adapter(names, numbers, _MERGED, **kind)
@@ -237,13 +260,13 @@ def _adapted(base: nn.Module, job: _Job) -> tuple[Any, list[str], _Mixture | Non
 
 
 def _mixture(model: Any, names: list[str], numbers: list[float], job: _Job) -> _Mixture:
-    """Adapters whose changes of each weight are combined, as they are no pairs; all are active then."""
-    density, rank = job.ways.get("density"), job.ways.get("svd_rank")
-    if rank is not None:
-        raise ConfigError("svd_rank is the rank of a LoRA, and these adapters are none: leave it out.")
+    """Adapters whose changes of each weight are combined, as they are no pairs."""
+    if given := [name for name in ("svd_rank", "svd_clamp", "svd_driver") if job.ways[name] is not None]:
+        raise ConfigError(f"{given[0]} is of a LoRA's A and B, and these adapters are none: leave it out.")
     numbers = checked_weights(model.base_model, names, numbers)
-    model.base_model.set_adapter(names)
-    return _Mixture(dict(zip(names, numbers)), Combination(str(job.combination), density))
+    check_auxiliary(model.base_model, names, [model.peft_config[name] for name in names])
+    combination = Combination(job.combination or "cat", job.ways["density"], job.ways["majority_sign_method"])
+    return _Mixture(dict(zip(names, numbers)), combination.seeded())
 
 
 def _needs_more(model: nn.Module, names: list[str]) -> str | None:
@@ -259,8 +282,10 @@ def _needs_more(model: nn.Module, names: list[str]) -> str | None:
     return None
 
 
-def _changed(model: nn.Module, mixture: _Mixture | None) -> dict[str, Callable[[], dict[str, torch.Tensor]]]:
-    """Name of a tensor -> what gives it, with others of its module, as the active adapters make it, or mixed.
+def _changed(
+    model: nn.Module, names: list[str], mixture: _Mixture | None
+) -> dict[str, Callable[[], dict[str, torch.Tensor]]]:
+    """Name of a tensor -> what gives it, with others of its module, as these adapters make it, or mixed.
 
     Raises:
         NoEqualWeightError: an adapter is no weight; its layer and the reason are named.
@@ -270,15 +295,23 @@ def _changed(model: nn.Module, mixture: _Mixture | None) -> dict[str, Callable[[
         if not site.wrappers:
             continue
         wrapper: Any = site.wrappers[0][1]
-        layer = getattr(wrapper, "token_adapter", None) if isinstance(wrapper, AuxiliaryTrainingWrapper) else wrapper
+        tokens = getattr(wrapper, "token_adapter", None) if isinstance(wrapper, AuxiliaryTrainingWrapper) else None
+        layer = wrapper if tokens is None else tokens
         if isinstance(layer, BaseTunerLayer):
-            for adapter in (*layer.current(),):
+            here = [layer.adapters[name] for name in names if name in layer]
+            for adapter in here:
                 if reason := adapter.unmergeable():
                     raise NoEqualWeightError(f"{site.key}: adapter {adapter.name!r} cannot be merged: {reason}")
-            stands = next((m for a in layer.current() if (m := a.stand_in()) is not None), None)
-            give = _of_layer(layer, mixture) if stands is None else _of_module(stands)
+            stands = next((m for a in here if (m := a.stand_in()) is not None), None)
+            if stands is not None and mixture is not None:
+                raise NoEqualWeightError(
+                    f"{site.key}: its adapters are whole modules, which have a weighted sum and no other combination: "
+                    "leave combination out."
+                )
+            mixes = mixture if tokens is None else None  # of tokens only one adapter has its own
+            give = _of_layer(layer, here, mixes) if stands is None else _of_module(stands)
         else:
-            give = _of_module(wrapper.unload(True))
+            give = _of_module(wrapper.unload(True, names))
         for name in _names(site.module):
             found[join(site.key, name)] = _prefixed(give, site.key)
     return found
@@ -288,15 +321,17 @@ def _names(module: nn.Module) -> list[str]:
     return [name for name, _ in module.named_parameters()]
 
 
-def _of_layer(layer: BaseTunerLayer, mixture: _Mixture | None) -> Callable[[], dict[str, torch.Tensor]]:
-    if mixture is None:
-        return lambda: effective(layer, layer.current())
-    return lambda: _mixed(layer, mixture)
+def _of_layer(
+    layer: BaseTunerLayer, adapters: list[Adapter], mixture: _Mixture | None
+) -> Callable[[], dict[str, torch.Tensor]]:
+    if mixture is None or not adapters:
+        return lambda: effective(layer, adapters)
+    return lambda: _mixed(layer, adapters, mixture)
 
 
-def _mixed(layer: BaseTunerLayer, mixture: _Mixture) -> dict[str, torch.Tensor]:
-    """The tensors of a layer with the combination of what its active adapters add to them."""
-    parts, kind = [(adapter, mixture.weights[adapter.name]) for adapter in layer.current()], layer.kind
+def _mixed(layer: BaseTunerLayer, adapters: list[Adapter], mixture: _Mixture) -> dict[str, torch.Tensor]:
+    """The tensors of a layer with the combination of what its adapters add to them."""
+    parts, kind = [(adapter, mixture.weights[adapter.name]) for adapter in adapters], layer.kind
     weight = unmerged_weight(layer)
     found = {kind.weight: kind.restore(weight + mixture.combination.of_weight(parts), layer.get_base_layer())}
     if (shift := mixture.combination.of_bias(parts)) is not None:
@@ -333,7 +368,7 @@ def _write_shards(
     for file, names in files.items():
         target = os.path.basename(file)
         with ShardWriter(
-            path(target), {n: (_dtype(entries[n], job.dtype), entries[n].shape) for n in names}
+            path(target), {n: (dtype_of(entries[n], job.dtype), entries[n].shape) for n in names}
         ) as writer:
             for name in names:
                 tensor = changed[name]().get(name) if name in changed else None
@@ -350,55 +385,6 @@ def _write_shards(
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
         Path(path(INDEX)).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return len(files)
-
-
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-           "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}  # fmt: skip
-_CODES = {dtype: code for code, dtype in _DTYPES.items()}
-
-
-def _dtype(entry: Entry, wanted: torch.dtype | None) -> torch.dtype:
-    own = _DTYPES.get(entry.dtype)
-    if own is None:
-        raise ValueError(f"{entry.file} holds tensors of the dtype {entry.dtype}, which is not known here.")
-    return wanted if wanted is not None and own.is_floating_point else own
-
-
-class ShardWriter:
-    """A safetensors file whose tensors are written one by one, in the order of ``plan``: name -> (dtype, shape).
-
-    The format is an 8-byte length, a header of JSON, and the bytes of the tensors.
-    """
-
-    def __init__(self, file: str, plan: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
-        self.plan, header, end = dict(plan), {}, 0
-        for name, (dtype, shape) in plan.items():
-            begin, end = end, end + torch.Size(shape).numel() * dtype.itemsize
-            header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
-        text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
-        text += b" " * (-len(text) % 8)
-        self.file = open(file, "wb")  # noqa: SIM115  (closed by __exit__)
-        self.file.write(len(text).to_bytes(8, "little") + text)
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.file.close()
-
-    def write(self, name: str, tensor: torch.Tensor) -> int:
-        """Write the next tensor; returns its bytes.
-
-        Raises:
-            ValueError: it is not of the shape that was announced.
-        """
-        dtype, shape = self.plan[name]
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} is {tuple(tensor.shape)} when merged, and {shape} in the base's files.")
-        flat = tensor.detach().to("cpu", dtype).contiguous().reshape(-1).view(torch.uint8)
-        self.file.write(memoryview(flat.numpy()))
-        return flat.numel()
 
 
 def _copy_rest(job: _Job, target: str) -> None:
@@ -426,10 +412,7 @@ def _in_memory(job: _Job, reason: str) -> MergeReport:
         base = base.dequantize()
     adapted, names, mixture = _adapted(base, job)
     if mixture is not None:
-        raise ConfigError(
-            f"adapters that are no LoRAs are combined by {job.combination!r} in the files of the base alone, and "
-            f"{reason}. peft.save_as_lora(..., combination_type={job.combination!r}) writes a LoRA to merge."
-        )
+        adapted, names = _as_lora(adapted, mixture), [_MERGED]
     changed = [name for site in walk(adapted.get_base_model()) if site.wrappers for name in _names(site.module)]
     merged = adapted.merge_and_unload(safe_merge=job.safe_merge, adapter_names=names)
     with replacing(job.output) as path:
@@ -438,3 +421,15 @@ def _in_memory(job: _Job, reason: str) -> MergeReport:
         _copy_rest(job, path(""))
     tensors = sum(1 for _ in merged.parameters())
     return MergeReport(os.fspath(job.output), shards, tensors, len(changed), reason)
+
+
+def _as_lora(adapted: Any, mixture: _Mixture) -> Any:
+    """The model with one adapter in the place of a mixture: a LoRA of full rank, which is all that they add."""
+    from peft.core.files.state_dict import set_peft_model_state_dict
+    from peft.mapping_func import get_peft_model
+    from peft.tuners.lora.conversion import lora_of
+
+    config, tensors = lora_of(adapted, mixture.weights, mixture.combination)
+    model = get_peft_model(adapted.unload(), config, _MERGED)
+    set_peft_model_state_dict(model, tensors, _MERGED)
+    return model

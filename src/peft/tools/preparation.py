@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from peft.core.model.walk import layers_of
+from peft.options import value_of
 from peft.utils.integrations import get_bnb_param_type
 from peft.utils.warning import PeftWarning
 
@@ -26,7 +27,7 @@ def _quantization_method(model: nn.Module) -> str | None:
     if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
         return "bitsandbytes"
     method = getattr(model, "quantization_method", None)
-    return None if method is None else str(getattr(method, "value", method))
+    return None if method is None else str(value_of(method))
 
 
 def get_quantization_config(model: nn.Module, method: str) -> Any | None:

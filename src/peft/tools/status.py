@@ -13,6 +13,7 @@ from peft.core.files.entries import anatomy, tuner_of
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.auxiliary import AuxiliaryTrainingWrapper, TrainableTokens, TrainableTokensWrapper
 from peft.core.model.walk import join, wrappers_of
+from peft.options import value_of
 from peft.utils.error import NoAdaptedLayersError
 
 
@@ -164,7 +165,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
 
 
 def _plain(peft_type: Any) -> str:
-    return str(getattr(peft_type, "value", peft_type))
+    return str(value_of(peft_type))
 
 
 def _adapted(model: nn.Module) -> list[tuple[str, BaseTunerLayer | AuxiliaryTrainingWrapper]]:

@@ -109,6 +109,7 @@ class AdaLora(LowRank, Scaled):
     lora_dropout = setting(nn.ModuleDict)
     left = setting()
     dropout: ClassVar[str] = "lora_dropout"
+    loss_weight: ClassVar[str] = "orth_reg_weight"
 
     def create(self, config: AdaLoraConfig, key: str) -> None:
         mask, (out, inner) = mask_of(config, key), fan(self.shape)
@@ -140,10 +141,10 @@ class AdaLora(LowRank, Scaled):
         left = self.left
         return tensor if left is None else tensor[:, left] if saved == "lora_B" else tensor[left]
 
-    def penalty(self) -> torch.Tensor:
-        """How far A and B are from orthogonal."""
+    def loss_term(self) -> torch.Tensor:
+        """How far A and B are from orthogonal, the mean of both."""
         a, _, b = self.factored()
-        return adalora_penalty(a, b)
+        return adalora_penalty(a, b) / 2
 
 
 class AdaLoraTuner(AdaLoraCompat, LoraCompat, BudgetTuner):
@@ -183,16 +184,6 @@ class AdaLoraTuner(AdaLoraCompat, LoraCompat, BudgetTuner):
     @staticmethod
     def _loaded_whole(adapters: dict[str, Any]) -> bool:
         return all(len(adapter.lora_E) == adapter.r for adapter in adapters.values())
-
-    def finish(self, outputs: Any) -> Any:
-        """The model's outputs; a loss among them gets the penalty on A and B that are not orthogonal."""
-        loss = getattr(outputs, "loss", None)
-        for name in self.active_adapters:
-            adapters = [x for x in self._adapted(name).values() if not x.layer.disable_adapters]
-            if isinstance(loss, torch.Tensor) and adapters and self.peft_config[name].orth_reg_weight:
-                mean = sum(adapter.penalty() for adapter in adapters) / (2 * len(adapters))
-                loss = outputs.loss = loss + self.peft_config[name].orth_reg_weight * mean.to(loss)
-        return outputs
 
 
 AdaLoraModel = define_tuner(AdaLora, AdaLoraConfig, base=AdaLoraTuner)

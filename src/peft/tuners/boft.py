@@ -106,11 +106,14 @@ class BOFT(Rotation):
         return saved == "boft_R" and len(shape) == 4 and shape[1:] == held[1:] and 0 < shape[0] <= held[0]
 
     def rotate(self, x: torch.Tensor, back: bool = False, drawn: bool = False) -> torch.Tensor:
-        blocks, p = boft_blocks(self.boft_R), self.boft_dropout
-        if drawn and p and self.training:
-            still = torch.rand(*blocks.shape[:2], 1, 1, device=blocks.device) < p
+        blocks = boft_blocks(self.boft_R)
+        if drawn and self.draws():
+            still = torch.rand(*blocks.shape[:2], 1, 1, device=blocks.device) < self.boft_dropout
             blocks = torch.where(still, torch.eye(blocks.shape[-1], device=blocks.device, dtype=blocks.dtype), blocks)
         return butterfly(x, blocks.to(x.dtype), back)
+
+    def draws(self) -> bool:
+        return bool(self.boft_dropout) and self.training
 
     def scale_out(self) -> torch.Tensor:
         return self.boft_s.flatten()

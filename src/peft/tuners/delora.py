@@ -23,6 +23,7 @@ from peft.core.base.kinds import fan
 from peft.core.families import LowRank, input_dropout
 from peft.core.layer.buffers import BufferDict
 from peft.core.model.registry import define_tuner
+from peft.kernels.made_again import made_again
 from peft.tuners.lycoris_utils import kaiming, zeros
 from peft.utils.peft_types import PeftType
 
@@ -58,7 +59,7 @@ def delora_pair(
         a, b: ``[r, in * kernel]`` and ``[out, r]``. strength: lambda ``[1]``. w_norm: norms of W's columns.
     """
     norms = a.norm(dim=1).clamp_min(1e-4) * b.norm(dim=0).clamp_min(1e-4)
-    return a * w_norm.to(a.dtype), b * (strength / (len(a) * norms))
+    return made_again(torch.mul, a, w_norm.to(a.dtype)), made_again(torch.mul, b, strength / (len(a) * norms))
 
 
 class Delora(LowRank):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -12,11 +12,9 @@ from torch import nn
 from peft.config import ExcludeModules, LayerSelection, ModulesToSave, TargetModules, option
 from peft.core.adapter import part, setting
 from peft.core.base.kinds import fan
-from peft.core.combine.combined import tuner_layers
 from peft.core.families import Sample, input_dropout
 from peft.core.filling import draw_like_linear
 from peft.core.model.registry import define_tuner
-from peft.core.model.tuner import BaseTuner
 from peft.tuners.routing import imbalance, top_weights
 from peft.utils.warning import PeftWarning
 
@@ -53,6 +51,7 @@ class MixLora(Sample):
     mix_A, mix_B, mix_router = part(), part(), part()
     mix_scale, mix_top_k, mix_uneven, mix_dropout = setting(), setting(), setting(), setting(nn.ModuleDict)
     because = "its experts are picked by the input"
+    loss_weight: ClassVar[str] = "balance"
 
     def create(self, config: MixLoraConfig, key: str) -> None:
         (out, columns), r, experts = fan(self.shape), config.r, config.num_experts
@@ -67,11 +66,23 @@ class MixLora(Sample):
         kind, base, experts = self.kind, self.base, len(self.mix_router)
         chances = kind.channels_last(kind.down(base, x, self.mix_router)).unflatten(-1, (-1, experts)).softmax(-1)
         weights = top_weights(chances, self.mix_top_k)  # [batch, ..., groups, experts]
-        if self.training:
+        if self.training:  # for the loss, see `loss_term`
             self.mix_uneven = imbalance(chances, weights, self.counted(chances))
         h = kind.channels_last(kind.down(base, x if kind.lookup else self.mix_dropout(x), self.mix_A))
         routed = h.unflatten(-1, (*weights.shape[-2:], -1)) * weights.unsqueeze(-1)  # [..., groups, experts, r]
         return kind.up(base, kind.channels_back(routed.flatten(-3)), self.mix_scale * self.mix_B)
+
+    def loss_term(self) -> torch.Tensor | None:
+        uneven, self.mix_uneven = self.mix_uneven, None  # once: after the backward pass its graph is gone
+        if not self.training or uneven is None:
+            return None
+        if torch.is_grad_enabled() and self.mix_router.requires_grad and not uneven.requires_grad:
+            warnings.warn(
+                "the routers of MixLoRA are not balanced: what they give has no gradient, as under reentrant "
+                'gradient checkpointing. Use gradient_checkpointing_kwargs={"use_reentrant": False}.',
+                PeftWarning,
+            )
+        return uneven.float()
 
     def counted(self, chances: torch.Tensor) -> torch.Tensor | None:
         """1 for each token, 0 for padding, ``[batch, tokens, groups]``; None where no mask fits the positions."""
@@ -80,41 +91,4 @@ class MixLora(Sample):
         return None if mask is None else mask.unsqueeze(-1).expand(chances.shape[:-1])
 
 
-class MixLoraTuner(BaseTuner):
-    """Applies MixLoRA: the loss gets a term for experts that are used unevenly."""
-
-    def balance(self) -> torch.Tensor | None:
-        """What the last training call adds to the loss, None if there was none: for losses computed outside the model.
-
-        It is the weight ``balance`` of the config times the mean over layers of E sum_e F_e P_e, see
-        :func:`peft.tuners.routing.imbalance`.
-        """
-        total = None
-        for name in self.active_adapters:
-            weight, found = self.peft_config[name].balance, self._uneven(name)
-            if weight and found:
-                term = weight * torch.stack([value.float() for value in found]).mean()
-                total = term if total is None else total + term
-        return total
-
-    def _uneven(self, name: str) -> list[torch.Tensor]:
-        adapters: Any = (layer.adapters[name] for _, layer in tuner_layers(self) if name in layer)
-        return [adapter.mix_uneven for adapter in adapters if adapter.mix_uneven is not None]
-
-    def finish(self, outputs: Any) -> Any:
-        """The model's outputs; a loss among them gets :meth:`balance`, which is then used up."""
-        loss, term = getattr(outputs, "loss", None), self.balance() if self.training else None
-        if isinstance(loss, torch.Tensor) and term is not None:
-            if loss.requires_grad and not term.requires_grad:
-                warnings.warn(
-                    "the routers of MixLoRA are not balanced: what they give has no gradient, as under reentrant "
-                    'gradient checkpointing. Use gradient_checkpointing_kwargs={"use_reentrant": False}.',
-                    PeftWarning,
-                )
-            outputs.loss = loss + term.to(loss)
-            for _, layer in tuner_layers(self):
-                layer.mix_uneven.clear()
-        return outputs
-
-
-MixLoraModel = define_tuner(MixLora, MixLoraConfig, base=MixLoraTuner)
+MixLoraModel = define_tuner(MixLora, MixLoraConfig)

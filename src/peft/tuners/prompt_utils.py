@@ -10,6 +10,7 @@ from torch import nn
 
 from peft.config import PromptLearningConfig, option
 from peft.core.prompts import VirtualTokens
+from peft.options import value_of
 from peft.utils.error import ConfigError
 
 
@@ -20,7 +21,7 @@ def choice(config: Any, field: str, kind: Any) -> Any:
         ValueError: if it names none; the message lists them.
     """
     value, known = getattr(config, field), [member.value for member in kind]
-    if getattr(value, "value", value) not in known:
+    if value_of(value) not in known:
         name = type(config).__name__
         raise ConfigError(f"{name}: {field}={value!r} is not valid; it can be {', '.join(map(str, known))}.")
     return kind(value)

@@ -14,6 +14,7 @@ from peft.core.base.kinds import fan
 from peft.core.families import LowRank, Scaled, input_dropout
 from peft.core.layer.buffers import BufferDict
 from peft.core.model.registry import define_tuner
+from peft.kernels.made_again import made_again
 from peft.tuners.cayley import cayley_series
 from peft.utils.peft_types import PeftType
 
@@ -80,9 +81,9 @@ class PsoftRotation(nn.Module):
 
     def cayley(self) -> torch.Tensor:
         """C of the triangle, ``[r, r]``."""
-        rows, columns = torch.triu_indices(self.r, self.r, 1, device=self.weight.device)
+        upper = torch.ones(self.r, self.r, dtype=torch.bool, device=self.weight.device).triu(1)
         wide = self.weight.float() if self.weight.dtype.itemsize < 4 else self.weight  # no solver has 16 bits
-        q = wide.new_zeros(self.r, self.r).index_put((rows, columns), wide)
+        q = wide.new_zeros(self.r, self.r).masked_scatter(upper, wide)  # keeps less than with indices
         q, eye = q - q.T, torch.eye(self.r, device=q.device, dtype=q.dtype)
         if self.terms is None:
             return torch.linalg.solve(eye - q, eye + q, left=False).to(self.weight.dtype)
@@ -107,7 +108,7 @@ def psoft_pair(
         a: ``[r, in * kernel]``. b: ``[out, r]``. rotation: R ``[r, r]``. scale: s.
     """
     eye = torch.eye(len(rotation), device=rotation.device, dtype=rotation.dtype)
-    return a, b @ ((rotation - eye) * scale)
+    return a, made_again(lambda b, rotation: b @ ((rotation - eye) * scale), b, rotation)
 
 
 class Psoft(LowRank, Scaled):

@@ -16,6 +16,7 @@ from peft.core.base.kinds import fan
 from peft.core.families import LowRank, Scaled, input_dropout
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.registry import define_tuner
+from peft.kernels.made_again import made_again
 from peft.utils.peft_types import PeftType
 
 
@@ -51,7 +52,9 @@ class WeightedBases(torch.autograd.Function):
     def forward(ctx: Any, weights: torch.Tensor, basis: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
         """Weights ``[r, N]``, basis ``[r, width]``, gamma ``[N, width]``."""
         ctx.save_for_backward(weights, basis, gamma)
-        return (basis[:, None] * gamma[None]).mul_(weights[:, :, None]).flatten(0, 1)
+        result = basis.new_empty(weights.numel(), basis.shape[1])  # no view of another: what is one is not made again
+        torch.mul(basis[:, None], gamma[None], out=result.view(*weights.shape, -1)).mul_(weights[:, :, None])
+        return result
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor]:  # type: ignore[override]
@@ -73,7 +76,7 @@ def randlora_pair(
         weights: lambda ``[r, N]``, times the scale. gamma: ``[N, narrow]``. a: A ``[r, narrow]``.
         b: B ``[wide, bases of the largest layer, r]``, of which the first N are used.
     """
-    a = WeightedBases.apply(weights, a, gamma)
+    a = made_again(WeightedBases.apply, weights, a, gamma)
     return a, b.flatten(1)[:, : len(a)]
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from peft.config import ModulesToSave, TargetModules, option
 from peft.core.adapter import part, setting
 from peft.core.families import Output
+from peft.core.families.output import by_output
 from peft.core.model.registry import define_tuner
 from peft.utils.error import ConfigError
 from peft.utils.peft_types import PeftType
@@ -93,10 +94,18 @@ class Road(Output):
         cosine, sine = alpha * theta.cos(), alpha * theta.sin()
         return (cosine[:, :2], sine[:, 2:]) if self.variant == "road_4" else (cosine, sine)
 
+    def vectors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same for each channel, ``[out]``."""
+        cosine, sine = (c.expand(-1, 2, self.group_size // 2).flatten() for c in self.coefficients())
+        return cosine, sine
+
     def map_output(self, y: torch.Tensor) -> torch.Tensor:
-        half = self.group_size // 2
-        cosine, sine = (c.expand(-1, 2, half).flatten().to(y.dtype) for c in self.coefficients())
-        return road_rotated(y, cosine, sine, half)
+        cosine, sine = (c.to(y.dtype) for c in self.vectors())
+        return road_rotated(y, cosine, sine, self.group_size // 2)
+
+    def output(self, x: torch.Tensor, y: torch.Tensor, base_y: torch.Tensor) -> torch.Tensor:
+        changed = by_output(self, x, y, *self.vectors(), self.group_size // 2)
+        return super().output(x, y, base_y) if changed is None else changed
 
 
 RoadModel = define_tuner(Road, RoadConfig)

@@ -18,6 +18,7 @@ from peft.core.families import LowRank, input_dropout
 from peft.core.layer.buffers import BufferDict
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.registry import define_tuner
+from peft.kernels.made_again import made_again
 from peft.utils.peft_types import PeftType
 
 
@@ -115,7 +116,7 @@ class TinyLora(LowRank):
         v = self.vector()
         a, b, p = (t.to(v.dtype) for t in (self.tinylora_A, self.tinylora_B, self.tinylora_P))
         core = tinylora_core(v, p)
-        return (b.T, (core @ a).T) if self.kind.lookup else (a, b @ core)
+        return (b.T, made_again(torch.mm, core, a).T) if self.kind.lookup else (a, made_again(torch.mm, b, core))
 
     def parameters(self) -> Iterator[torch.Tensor]:
         yield self.vector()

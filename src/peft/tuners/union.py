@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from peft.config import ModulesToSave, PeftConfig, option
 from peft.core.model.mixed import MixedModel
+from peft.options import value_of
 from peft.utils.error import ConfigError, ConfigTypeError, nearest
 from peft.utils.peft_types import PEFT_TYPE_TO_MIXED_MODEL_MAPPING, register_peft_method
 
@@ -65,7 +66,7 @@ class UnionConfig(ModulesToSave):
         super().__post_init__()
         for name, part in self.parts.items():
             self._check(name, part)
-        methods = [str(getattr(part.peft_type, "value", part.peft_type)) for part in self.parts.values()]
+        methods = [str(value_of(part.peft_type)) for part in self.parts.values()]
         if twice := [method for method in dict.fromkeys(methods) if methods.count(method) > 1]:
             raise ConfigError(
                 f"{type(self).__name__}: two parts are {twice[0]}. One config of a method says what all its layers "
@@ -81,7 +82,7 @@ class UnionConfig(ModulesToSave):
             what = "a union itself: give its parts" if isinstance(part, UnionConfig) else f"a {type(part).__name__}"
             raise ConfigTypeError(f"{type(self).__name__}: the part {name!r} should be a config, and is {what}.")
         if not part.is_prompt_learning and part.peft_type not in PEFT_TYPE_TO_MIXED_MODEL_MAPPING:
-            method = getattr(part.peft_type, "value", part.peft_type)
+            method = value_of(part.peft_type)
             raise ConfigError(
                 f"{type(self).__name__}: the part {name!r} is {method}, which runs the model in a way of its own, and "
                 "cannot be beside others."

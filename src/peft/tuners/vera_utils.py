@@ -13,6 +13,7 @@ from torch import nn
 from peft.config import FanInFanOut, LayerSelection, ModulesToSave, TargetModules, TrainedBias, option
 from peft.core.base.kinds import fan
 from peft.core.layer.layer import BaseTunerLayer
+from peft.kernels.made_again import made_again
 
 
 @dataclass
@@ -77,4 +78,4 @@ def vera_pair(
     Args:
         a: A ``[r, in]``. b: B ``[out, r]``. lambda_d: d ``[r]``. lambda_b: b ``[out]``.
     """
-    return a, ScaledTable.apply(lambda_b, b, lambda_d)
+    return a, made_again(ScaledTable.apply, lambda_b, b, lambda_d)

@@ -15,8 +15,7 @@ from typing import Literal
 
 import torch
 
-
-PruningMethod = Literal["magnitude", "random", "sampled", "breadcrumbs"]
+from peft.core.combine.names import PruningMethod
 
 
 def reshape_weight_task_tensors(task_tensors: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

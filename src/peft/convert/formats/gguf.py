@@ -17,10 +17,12 @@ from peft.utils.error import ConfigError
 
 # transformers' model types -> llama.cpp's architecture, where matrices are kept as they are, but for q, k of ROTARY.
 ARCHITECTURES = {
-    "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma": "gemma", "gemma2": "gemma2",
-    "gemma3_text": "gemma3", "phi3": "phi3", "starcoder2": "starcoder2", "gpt2": "gpt2",
+    "llama": "llama", "mistral": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
+    "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "gemma": "gemma", "gemma2": "gemma2", "gemma3_text": "gemma3",
+    "phi": "phi2", "phi3": "phi3", "starcoder2": "starcoder2", "gpt2": "gpt2", "stablelm": "stablelm", "olmo": "olmo",
+    "olmo2": "olmo2", "granite": "granite", "smollm3": "smollm3", "cohere": "command-r",
 }  # fmt: skip
-ROTARY = {"llama"}
+ROTARY = {"llama", "olmo", "granite", "smollm3"}
 
 
 def _gguf() -> Any:

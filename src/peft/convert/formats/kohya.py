@@ -13,9 +13,22 @@ import torch
 
 from peft.config import resolve_pattern
 from peft.convert.formats.flux import is_diffusers, is_original, to_original
-from peft.convert.formats.lycoris import CHANGES, change_of, ia3_held, ia3_parts, whole_of, whole_pair
-from peft.convert.held import PREFIX, Held, Pair, Pairs, held_of, is_lora, pairs_of, patterned, whole
-from peft.convert.names import dotted, flat
+from peft.convert.formats.lycoris import (
+    CHANGES,
+    NORMS,
+    Parts,
+    alpha_of,
+    change_of,
+    ia3_held,
+    ia3_parts,
+    is_change,
+    norm_parts,
+    whole_of,
+    whole_pair,
+    with_norms,
+)
+from peft.convert.held import PREFIX, Held, Pair, Pairs, held_of, modules_of, pairs_of, patterned, whole
+from peft.convert.names import TRANSFORMERS, component_of, dotted, flat, is_t5
 from peft.convert.source import Bundle, Files, Format, Job, Source
 from peft.core.files.io import separate
 from peft.tuners.loha import LoHaConfig
@@ -37,12 +50,12 @@ _LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2
 _LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 _LORA = ("lora_down.weight", "lora_up.weight", "lora_mid.weight", "dora_scale", "diff_b", *CHANGES)
 _IA3 = ("weight", "on_input")
-_WHY = {
-    "w_norm": "a change of a norm; merge it into the base model",
-    "b_norm": "a change of a norm; merge it into the base model",
-    "oft_diag": "a diagonal OFT has no counterpart here",
-}
-Parts = dict[str, torch.Tensor]
+_FORMS = {"norm": tuple(NORMS), "lora": _LORA, "loha": (*_LOHA, "dora_scale"), "lokr": (*_LOKR, "dora_scale"),
+          "ia3": _IA3}  # fmt: skip
+ALGORITHMS = {part for parts in (NORMS, CHANGES, _LOHA, _LOKR) for part in parts} - {"rescale"}
+"""Names of tensors that tell another algorithm of LyCORIS than LoRA."""
+_NORM_HINT = " (norms are written as changes where the base model's weights are given, base=...)"
+_SHARED = {"dora_scale", "diff_b", "rescale"}  # which say nothing of the form
 
 
 def _matches(source: Source) -> bool:
@@ -52,57 +65,53 @@ def _matches(source: Source) -> bool:
 
 def _read(source: Source, job: Job) -> Bundle:
     modules: dict[str, dict[str, Parts]] = {}
+    prefixes = dict(PREFIXES)
+    if any(name.startswith(tuple(f"lora_unet_{block}" for block in TRANSFORMERS)) for name in source.tensors):
+        prefixes["lora_unet_"] = "transformer"  # as files call it all the same
     for name, tensor in source.tensors.items():
-        prefix = next((p for p in PREFIXES if name.startswith(p)), None)
+        prefix = next((p for p in prefixes if name.startswith(p)), None)
         if prefix is None:
             job.lost[name] = "it belongs to no component that is known"
             continue
         module, _, part = name.removeprefix(prefix).partition(".")
-        modules.setdefault(_component(prefix, module), {}).setdefault(module, {})[part] = tensor
+        modules.setdefault(prefixes[prefix], {}).setdefault(module, {})[part] = tensor
     bundle: Bundle = {}
     for component, found in modules.items():
-        held = _component_of(found, job, job.base.names if job.base else None)
-        for method, one in held.items():
-            bundle[component if len(held) == 1 else f"{component}-{method}"] = one
+        bundle.update(by_method(component, {_dotted(name, found, job): parts for name, parts in found.items()}, job))
     if not bundle:
         raise ConfigError(f"nothing in {source.path} can be converted: {'; '.join(job.lost.values())}.")
     return bundle
 
 
-def _component(prefix: str, module: str) -> str:
-    """What files call a UNet may be a transformer."""
-    transformers = (
-        "double_blocks",
-        "single_blocks",
-        "joint_blocks",
-        "transformer_blocks",
-        "single_transformer_blocks",
-    )
-    return "transformer" if prefix == "lora_unet_" and module.startswith(transformers) else PREFIXES[prefix]
+def _dotted(name: str, found: Iterable[str], job: Job) -> str:
+    """The module that a name means: of the base model, where these names are of it; else by the names' parts."""
+    known = job.base.names if job.base else []
+    flux = is_original(other.replace("_blocks_", "_blocks.") for other in found) and not is_original(known)
+    return dotted(name, None if flux or {flat(module) for module in known}.isdisjoint(found) else known)
 
 
-def _component_of(found: dict[str, Parts], job: Job, known: Iterable[str] | None) -> dict[str, Held]:
-    """The adapters of one model, by method."""
+def by_method(component: str, found: dict[str, Parts], job: Job) -> Bundle:
+    """The adapters of one model, by method: the tensors of its modules as kohya-ss and LyCORIS call them."""
     groups: dict[str, dict[str, Parts]] = {}
-    for name, parts in found.items():
-        module = dotted(name, None if is_original([name.replace("_blocks_", "_blocks.")]) else known)
-        for method, names in (("lora", _LORA), ("loha", _LOHA), ("lokr", _LOKR), ("ia3", _IA3)):
-            if parts.keys() & set(names) - {"dora_scale", "diff_b", "rescale"}:
-                groups.setdefault(method, {})[module] = parts
-                left = parts.keys() - {*names, "alpha", "scalar"}
-                break
-        else:
-            left = parts.keys() - {"alpha"}
-        job.lost.update({f"{module}.{part}": _WHY.get(part, "it has no counterpart here") for part in left})
+    for module, parts in found.items():
+        form = next((form for form, names in _FORMS.items() if parts.keys() & set(names) - _SHARED), None)
+        left = parts.keys() - {*_FORMS.get(form or "", ()), "alpha", *(["scalar"] if form else [])}
+        job.lost.update({f"{module}.{part}": "it has no counterpart here" for part in left})
+        if form is not None:
+            groups.setdefault("lora" if is_change(parts) else form, {})[module] = parts
+    norms, products = groups.pop("norm", {}), groups.get("lokr")
+    if products and _factor(products) is None:  # one config has one rule by which all modules are cut
+        groups.setdefault("lora", {}).update(groups.pop("lokr"))
     makers: dict[str, Callable[[dict[str, Parts], Job], Held]]
     makers = {"lora": _lora, "loha": _loha, "lokr": _lokr, "ia3": ia3_held}
-    return {method: makers[method](modules, job) for method, modules in groups.items()}
-
-
-def _alpha(parts: Parts, rank: int) -> float:
-    """alpha of a module: the scale is alpha over the rank; without one, or with 0, it is 1."""
-    alpha = float(parts["alpha"]) if "alpha" in parts else 0.0
-    return (alpha or rank) * (float(parts["scalar"]) if "scalar" in parts else 1.0)
+    made = {method: makers[method](modules, job) for method, modules in groups.items()}
+    if norms and (alone := with_norms(norms, made.values(), job)) is not None:
+        made["norms"] = alone
+    if len(made) > 1:
+        methods = " and ".join(made)
+        job.notes.append(f"the file has {methods}: adapters of their own, to be active together (mixed=True)")
+        return {"-".join(filter(None, (component, method))): held for method, held in made.items()}
+    return dict(zip((component,), made.values()))
 
 
 def _lora(modules: dict[str, Parts], job: Job) -> Held:
@@ -114,9 +123,8 @@ def _lora(modules: dict[str, Parts], job: Job) -> Held:
 
 
 def _pair(module: str, parts: Parts, job: Job) -> Pair:
-    if parts.keys() & set(CHANGES):
-        rank = len(parts["a2.weight"]) if "a2.weight" in parts else 1
-        pair = whole_pair(change_of(module, parts, _alpha(parts, rank) / rank, job))
+    if is_change(parts) or not any(name.startswith("lora_") for name in parts):
+        pair = whole_pair(change_of(module, parts, job))
         if "diff" not in parts:
             job.notes.append(f"{module}: what it does to the weight is a LoRA of full rank; resize_adapter cuts it")
     else:
@@ -135,13 +143,9 @@ def _low_rank(module: str, parts: Parts, job: Job) -> Pair:
         core = torch.promote_types(mid.dtype, torch.float32)
         down = torch.einsum("ij...,jn->in...", mid.to(core), down.flatten(1).to(core)).to(down.dtype)
         job.notes.append(f"{module}: its core (lora_mid) is multiplied into A")
-    scale = parts.get("dora_scale")
-    if scale is not None and scale.shape[0] != len(up):
-        job.lost[f"{module}.dora_scale"] = "it scales inputs, and DoRA here scales outputs"
-        scale = None
-    if scale is not None:
+    if (scale := parts.get("dora_scale")) is not None:
         scale = scale.reshape((-1,) if down.dim() == 2 else (1, -1, *[1] * (down.dim() - 2)))
-    return Pair(down, up, _alpha(parts, len(down)), scale)
+    return Pair(down, up, alpha_of(parts, len(down)), scale)
 
 
 def _loha(modules: dict[str, Parts], job: Job) -> Held:
@@ -149,7 +153,7 @@ def _loha(modules: dict[str, Parts], job: Job) -> Held:
     ranks = {module: len(parts["hada_w1_b"]) for module, parts in modules.items()}
     if len({cores[m] for m, parts in modules.items() if _is_kernel(parts)}) > 1:
         raise ConfigError("some convolutions have a Tucker core and others none, which one LoHa config cannot say.")
-    tensors = _renamed(modules, _LOHA, job)
+    tensors = _renamed(modules, _LOHA)
     return Held(LoHaConfig(**_fields(modules, ranks), use_effective_conv2d=any(cores.values())), tensors)
 
 
@@ -157,23 +161,23 @@ def _is_kernel(parts: Parts) -> bool:
     return "hada_t1" in parts or "lokr_t2" in parts
 
 
+def _factor(modules: dict[str, Parts]) -> int | None:
+    """The ``decompose_factor`` that cuts all modules as they are cut, if there is one."""
+    return max(set.intersection(*(_factors(_sizes(parts)) for parts in modules.values())), default=None)
+
+
 def _lokr(modules: dict[str, Parts], job: Job) -> Held:
-    ranks, factors = {}, []
+    ranks = {}
     for module, parts in modules.items():
-        second = next((parts[name] for name in ("lokr_w2_b", "lokr_w1_b") if name in parts), None)
-        sizes = _sizes(parts)
+        second, sizes = next((parts[n] for n in ("lokr_w2_b", "lokr_w1_b") if n in parts), None), _sizes(parts)
         ranks[module] = max(sizes[1], sizes[3]) if second is None else len(second)
-        factors.append(_factors(sizes))
         if second is None:
-            parts = modules[module] = {**parts, "alpha": torch.tensor(float(ranks[module]))}  # both whole: scale 1
-    common = set.intersection(*factors)
-    if not common:
-        raise ConfigError("the modules are cut into factors by different rules, which one LoKr config cannot say.")
+            modules[module] = {**parts, "alpha": torch.tensor(float(ranks[module]))}  # both whole: scale 1
     both = any("lokr_w1_a" in parts for parts in modules.values())
     effective = any("lokr_t2" in parts for parts in modules.values())
-    fields = _fields(modules, ranks)
-    config = LoKrConfig(**fields, decompose_both=both, decompose_factor=max(common), use_effective_conv2d=effective)
-    return Held(config, _renamed(modules, _LOKR, job))
+    fields: Any = {**_fields(modules, ranks), "decompose_factor": _factor(modules)}
+    config = LoKrConfig(**fields, decompose_both=both, use_effective_conv2d=effective)
+    return Held(config, _renamed(modules, _LOKR))
 
 
 def _sizes(parts: Parts) -> tuple[int, int, int, int]:
@@ -201,16 +205,13 @@ def _factors(sizes: tuple[int, int, int, int]) -> set[int]:
 def _fields(modules: dict[str, Parts], ranks: dict[str, int]) -> dict[str, Any]:
     rank, rank_pattern = patterned(ranks)
     alpha, alpha_pattern = patterned(
-        {module: whole(_alpha(parts, ranks[module])) for module, parts in modules.items()}
+        {module: whole(alpha_of(parts, ranks[module])) for module, parts in modules.items()}
     )
     return {"r": rank, "alpha": alpha, "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern,
             "target_modules": sorted(modules), "inference_mode": True}  # fmt: skip
 
 
-def _renamed(modules: dict[str, Parts], names: tuple[str, ...], job: Job) -> dict[str, torch.Tensor]:
-    for module, parts in modules.items():
-        if "dora_scale" in parts:
-            job.lost[f"{module}.dora_scale"] = "LoHa and LoKr have no DoRA here"
+def _renamed(modules: dict[str, Parts], names: tuple[str, ...]) -> dict[str, torch.Tensor]:
     return {f"{PREFIX}{m}.{name}": parts[name] for m, parts in modules.items() for name in names if name in parts}
 
 
@@ -220,8 +221,8 @@ def _renamed(modules: dict[str, Parts], names: tuple[str, ...], job: Job) -> dic
 def _write(bundle: Bundle, job: Job) -> Files:
     tensors: dict[str, torch.Tensor] = {}
     for component, held in bundle.items():
-        prefix = _prefix(component.partition("-")[0], "text_encoder_2" in bundle)
-        if is_lora(held) and is_diffusers(pairs_of(held).pairs):
+        prefix = _prefix(component, held, bundle)
+        if is_diffusers(modules_of(held)):
             held = to_original(held)
             job.notes.append("the modules have the names of Flux's authors, whose query, key and value are one matrix")
         tensors.update(_flattened(held, prefix, job))
@@ -235,32 +236,39 @@ def saver(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> Callabl
     return lambda path: save_file(separate(tensors), path, metadata=metadata)
 
 
-def _prefix(component: str, two_encoders: bool) -> str:
-    if component == "transformer":
+def _prefix(component: str, held: Held, bundle: Bundle) -> str:
+    modules, name = modules_of(held), component.partition("-")[0]
+    name = component_of(modules) if name in (*_FORMS, "norms", "") else name
+    if name in ("unet", "transformer", "diffusion_model"):
         return "lora_unet_"
-    if component == "text_encoder":
-        return "lora_te1_" if two_encoders else "lora_te_"
-    found = next((prefix for prefix, name in PREFIXES.items() if name == component), None)
+    if name.startswith("text_encoder") and is_t5(modules):
+        return "lora_te3_"
+    if name == "text_encoder":
+        return "lora_te1_" if bundle.keys() & {"text_encoder_2", "text_encoder_3", "transformer"} else "lora_te_"
+    found = next((prefix for prefix, known in PREFIXES.items() if known == name), None)
     if found is None:
-        raise ConfigError(f"kohya's files have no component {component!r}.")
+        raise ConfigError(f"kohya's files have no component {name!r}.")
     return found
 
 
 def _flattened(held: Held, prefix: str, job: Job) -> dict[str, torch.Tensor]:
     kind = held.method
+    held = Held(held.config, {**held.tensors})
+    norms = norm_parts(held, job)
+    result = {f"{prefix}{flat(module)}.{part}": t for module, parts in norms.items() for part, t in parts.items()}
     if kind == "LORA":
-        return _flat_lora(pairs_of(held), prefix, job)
+        return result | _flat_lora(pairs_of(held), prefix, job)
     if kind == "IA3":
-        return _flat_ia3(held, prefix)
-    if kind not in ("LOHA", "LOKR"):
+        return result | _flat_ia3(held, prefix, job)
+    if kind not in ("LOHA", "LOKR", "LN_TUNING"):
         raise ConfigError(
-            f"kohya's files hold LoRA, LoHa, LoKr and IA3, and this adapter is {kind}; use save_as_lora."
+            f"kohya's files hold LoRA, LoHa, LoKr, IA3 and norms, and this adapter is {kind}; use save_as_lora."
         )
-    names, result = (_LOHA if kind == "LOHA" else _LOKR), {}
+    names = {"LOHA": _LOHA, "LOKR": _LOKR}.get(kind, ())
     for name, tensor in held.tensors.items():
         module, _, part = name.removeprefix(PREFIX).rpartition(".")
         if part not in names:
-            job.lost[name] = f"it is no tensor of {kind}"
+            job.lost[name] = f"it is no tensor of {kind}{_NORM_HINT}"
             continue
         key = f"{prefix}{flat(module)}"
         result[f"{key}.{part}"] = tensor
@@ -303,14 +311,17 @@ def _flat_lora(found: Pairs, prefix: str, job: Job) -> dict[str, torch.Tensor]:
         result[f"{key}.alpha"] = number(alpha, pair.down.dtype)
         if pair.magnitude is not None:
             result[f"{key}.dora_scale"] = pair.magnitude.reshape(-1, *[1] * (pair.down.dim() - 1))
-    job.lost.update(dict.fromkeys(found.others, "kohya's files hold LoRAs alone"))
+    job.lost.update(dict.fromkeys(found.others, f"kohya's files hold LoRAs alone{_NORM_HINT}"))
     return result
 
 
-def _flat_ia3(held: Held, prefix: str) -> dict[str, torch.Tensor]:
+def _flat_ia3(held: Held, prefix: str, job: Job) -> dict[str, torch.Tensor]:
     result = {}
     for name, tensor in held.tensors.items():
         module = name.removeprefix(PREFIX).removesuffix(".ia3_l")
+        if not name.endswith(".ia3_l"):
+            job.lost[name] = f"it is no vector of IA3{_NORM_HINT}"
+            continue
         for part, value in ia3_parts(held, module, tensor).items():
             result[f"{prefix}{flat(module)}.{part}"] = value
     return result

@@ -1,44 +1,129 @@
-"""LyCORIS' algorithms that have no method of their own here: what they do to a weight, as LoRAs; and its IA3.
+"""LyCORIS' algorithms that have no method of their own here: what they do to a weight, as LoRAs; its norms and IA3.
 
-Whole changes (``diff``) are LoRAs of full rank, one of whose factors is the identity, and so are rotations of a
-weight's rows (``oft_blocks``: OFT, BOFT) and GLoRA, which multiply the base weight and need it to be read.
+Whole changes (``diff``) are LoRAs of full rank, one of whose factors is the identity. So are rotations of a weight's
+rows (``oft_blocks``: OFT, BOFT), GLoRA, T-LoRA, and DoRA's scales on LoHa, LoKr or inputs, which need the base weight.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 
+from peft.convert.formats.flux import weight_in
 from peft.convert.held import PREFIX, Held, Pair
 from peft.convert.source import Job
 from peft.tuners.ia3 import IA3Config
+from peft.tuners.ln_tuning import LNTuningConfig
+from peft.tuners.loha import loha_weight
+from peft.tuners.lokr import lokr_weight
+from peft.tuners.lycoris_utils import through_core
+from peft.utils.error import ConfigError
 
 
 Parts = dict[str, torch.Tensor]
-CHANGES = ("diff", "oft_blocks", "rescale", "a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight")
+_GLORA = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
+_TLORA = ("q_layer.weight", "p_layer.weight", "lambda_layer")
+CHANGES = ("diff", "oft_blocks", "rescale", *_GLORA, *_TLORA)
 """Names of tensors that are read as a LoRA of what they do."""
+NORMS = {"w_norm": "weight", "b_norm": "bias"}
+"""What is added to which parameter of a norm."""
 
 
-def change_of(module: str, parts: Parts, scale: float, job: Job) -> torch.Tensor:
-    """dW of a module, ``[out, in, *kernel]``, in float32 or wider.
+def alpha_of(parts: Parts, rank: int) -> float:
+    """alpha of a module: the scale is alpha over the rank; without one, or with 0, it is 1."""
+    alpha = float(parts["alpha"]) if "alpha" in parts else 0.0
+    return (alpha or rank) * (float(parts["scalar"]) if "scalar" in parts else 1.0)
 
-    Args:
-        scale: alpha over rank, of GLoRA.
+
+def is_change(parts: Parts) -> bool:
+    """Whether a module's tensors are read as a LoRA of what they do: no method here has their form."""
+    if parts.keys() & set(CHANGES):
+        return True
+    up, scale = parts.get("lora_up.weight"), parts.get("dora_scale")
+    return scale is not None and (up is None or len(scale) != len(up))
+
+
+def change_of(module: str, parts: Parts, job: Job) -> torch.Tensor:
+    """dW of a module, ``[out, in, *kernel]``, in float32 or wider where it is computed.
 
     Raises:
         ConfigError: the base weight is needed, and is not given.
     """
     if "diff" in parts:
         return parts["diff"]
-    need = job.need_base(f"{module} is changed by a factor of its weight").weight(module)
-    weight = need if need.dtype == torch.float64 else need.float()
+    if "dora_scale" not in parts and parts.keys() & {"lokr_w1", "lokr_w1_a"}:
+        return kronecker({name: t if t.dtype == torch.float64 else t.float() for name, t in parts.items()})
+    given = weight_in(job.need_base(f"{module} is changed by a factor of its weight"), module)
+    weight = given if given.dtype == torch.float64 else given.float()
+    alpha, parts = parts.get("alpha"), {name: tensor.to(weight.dtype) for name, tensor in parts.items()}
     if "oft_blocks" in parts:
-        rotated = _rotated(weight, parts["oft_blocks"].to(weight.dtype), float(parts.get("alpha", torch.zeros(()))))
-        return rotated * parts.get("rescale", torch.ones(())).to(weight.dtype) - weight
-    return scale * glora_change(
-        weight, *(parts[f"{name}.weight"].to(weight.dtype) for name in ("a1", "a2", "b1", "b2"))
-    )
+        rotated = _rotated(weight, parts["oft_blocks"], 0.0 if alpha is None else float(alpha))
+        return rotated * parts.get("rescale", torch.ones(())) - weight
+    if "a1.weight" in parts:
+        rank = len(parts["a2.weight"])
+        return alpha_of(parts, rank) / rank * glora_change(weight, *(parts[name] for name in _GLORA))
+    if "lambda_layer" in parts:
+        rank = len(parts["q_layer.weight"])
+        if any(size > 1 for size in weight.shape[2:]):
+            raise ConfigError(f"{module}: T-LoRA has no meaning on a kernel {list(weight.shape[2:])}, only on 1 x 1.")
+        return alpha_of(parts, rank) / rank * tlora_change(weight, *(parts[name] for name in _TLORA))
+    return decomposed(weight + _product(parts, weight.shape), parts["dora_scale"]) - weight
+
+
+def _product(parts: Parts, shape: torch.Size) -> torch.Tensor:
+    """dW of a LoRA, LoHa or LoKr without DoRA's scales."""
+    if "lora_up.weight" in parts:
+        down, up = parts["lora_down.weight"], parts["lora_up.weight"]
+        if (mid := parts.get("lora_mid.weight")) is not None:
+            down = torch.einsum("ij...,jn->in...", mid, down.flatten(1))
+        change = (up.flatten(1) @ down.flatten(1)).view(shape)
+        return change * (alpha_of(parts, len(down)) / len(down))
+    if "hada_w1_a" in parts:
+        a1, b1, a2, b2 = (parts[f"hada_{name}"] for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
+        cores = (parts["hada_t1"], parts["hada_t2"]) if "hada_t1" in parts else None
+        return loha_weight(a1, b1, a2, b2, cores, tuple(shape)) * (alpha_of(parts, len(b1)) / len(b1))
+    return kronecker(parts).view(shape)
+
+
+def kronecker(parts: Parts) -> torch.Tensor:
+    """dW of a LoKr, ``[out, in, *kernel]``; of two whole factors the scale is 1, whatever alpha says."""
+    small = next((parts[name] for name in ("lokr_w2_b", "lokr_w1_b") if name in parts), None)
+    scale = 1.0 if small is None else alpha_of(parts, len(small)) / len(small)
+    first = parts["lokr_w1"] if "lokr_w1" in parts else parts["lokr_w1_a"] @ parts["lokr_w1_b"]
+    if "lokr_w2" in parts:
+        second = parts["lokr_w2"]
+    elif (core := parts.get("lokr_t2")) is not None:
+        a, b = parts["lokr_w2_a"], parts["lokr_w2_b"]
+        second = through_core(a, b, core, (a.shape[1], b.shape[1], *core.shape[2:]))
+    else:
+        second = parts["lokr_w2_a"] @ parts["lokr_w2_b"]
+    shape = (len(first) * len(second), first.shape[1] * second.shape[1], *second.shape[2:])
+    return lokr_weight(first, second, shape) * scale
+
+
+def decomposed(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """A weight ``[out, in, *kernel]`` whose rows, or columns, have other norms.
+
+    Args:
+        scale: the norms, ``[out, 1, ...]`` of rows or ``[1, in, ...]`` of columns.
+    """
+    axes = [axis for axis in range(weight.dim()) if axis != int(len(scale) == 1)]
+    norms = torch.linalg.vector_norm(weight, dim=axes, keepdim=True) + torch.finfo(weight.dtype).eps
+    return weight * (scale.view([*scale.shape, *[1] * (weight.dim() - scale.dim())]) / norms)
+
+
+def tlora_change(weight: torch.Tensor, q: torch.Tensor, p: torch.Tensor, singular: torch.Tensor) -> torch.Tensor:
+    """P diag(s) Q without what that was at the start: W's largest singular values (at all timesteps alike).
+
+    Args:
+        weight: ``[out, in, ...]``, of one position. q: ``[r, in, ...]``. p: ``[out, r, ...]``. singular: ``[1, r]``.
+    """
+    u, s, vh = torch.linalg.svd(weight.flatten(1), full_matrices=False)
+    rank = len(q)
+    start = (u[:, :rank] * s[:rank]) @ vh[:rank]
+    return ((p.flatten(1) * singular) @ q.flatten(1) - start).view_as(weight)
 
 
 def glora_change(
@@ -101,6 +186,49 @@ def whole_of(pair: Pair, scale: float) -> torch.Tensor | None:
         if flat.shape[0] == flat.shape[1] and torch.equal(flat, torch.eye(len(flat), dtype=flat.dtype)):
             return other
     return None
+
+
+# --- norms --------------------------------------------------------------------------------------------------------
+
+
+def with_norms(norms: dict[str, Parts], others: Iterable[Held], job: Job) -> Held | None:
+    """Norms that change, as whole modules: beside another adapter, or else an adapter of their own, which is returned.
+
+    Raises:
+        ConfigError: the base model, to whose weights they are added, is not given.
+    """
+    base, values = job.need_base(f"{next(iter(norms))} is a change of a norm's weight"), {}
+    beside = next(iter(others), None)
+    for module, parts in norms.items():
+        where = f"{PREFIX}{module}" + ("" if beside else ".ln_tuning_layers")
+        for part, name in NORMS.items():
+            if part in parts:
+                values[f"{where}.{name}"] = base.tensor(module, name) + parts[part]
+    if beside is None:
+        return Held(LNTuningConfig(target_modules=sorted(norms), inference_mode=True), values)
+    beside.tensors.update(values)
+    beside.config.modules_to_save = sorted(norms)
+    return None
+
+
+def norm_parts(held: Held, job: Job) -> dict[str, Parts]:
+    """The other way: what whole norms of an adapter add to those of the base, by module. They leave the adapter."""
+    found: dict[str, Parts] = {}
+    for name in [*held.tensors]:
+        module, _, tail = name.removeprefix(PREFIX).rpartition(".")
+        module = module.removesuffix(".ln_tuning_layers")
+        part = next((part for part, parameter in NORMS.items() if parameter == tail), "")
+        if part and held.tensors[name].dim() == 1 and module in _whole_modules(held) and job.base is not None:
+            found.setdefault(module, {})[part] = held.tensors.pop(name) - job.base.tensor(module, tail)
+    return found
+
+
+def _whole_modules(held: Held) -> set[str]:
+    if isinstance(held.config, LNTuningConfig):
+        return {name.removeprefix(PREFIX).partition(".ln_tuning_layers")[0] for name in held.tensors}
+    saved = tuple(getattr(held.config, "modules_to_save", None) or ())
+    modules = {name.removeprefix(PREFIX).rpartition(".")[0] for name in held.tensors}
+    return {module for module in modules if any(f".{module}".endswith(f".{name}") for name in saved)}
 
 
 # --- IA3 ----------------------------------------------------------------------------------------------------------

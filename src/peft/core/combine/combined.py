@@ -76,7 +76,7 @@ def combined_config(tuner: BaseTuner, adapters: Sequence[str], **changes: Any) -
         ValueError: if what the adapters train beside their layers cannot be united.
     """
     configs = [tuner.peft_config[name] for name in adapters]
-    _check_auxiliary(tuner, adapters, configs)
+    check_auxiliary(tuner, adapters, configs)
     united = {"inference_mode": False, f"init_{tuner.prefix}weights": True, **_targets(tuner, adapters, configs)}
     for field in ("trainable_token_indices", "layer_replication"):
         united[field] = next((v for config in configs if (v := getattr(config, field, None))), None)
@@ -89,7 +89,7 @@ def combined_config(tuner: BaseTuner, adapters: Sequence[str], **changes: Any) -
     return dataclasses.replace(configs[0], **{k: v for k, v in {**united, **changes}.items() if k in known})
 
 
-def _check_auxiliary(tuner: BaseTuner, adapters: Sequence[str], configs: list[Any]) -> None:
+def check_auxiliary(tuner: BaseTuner, adapters: Sequence[str], configs: list[Any]) -> None:
     """Only one adapter may bring its own version of a module, token or bias: a weighted sum of such is no such."""
     advice = "Combine adapters of which only one does."
     for path, wrapper in wrappers_of(tuner.model):

@@ -5,69 +5,21 @@ The formulas are in :mod:`peft.utils.merge_utils`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, get_args
+from zlib import crc32
 
 import torch
 
 from peft.core.adapter import Adapter
+from peft.core.combine.names import WAYS, CombinationType, Vote, Way
 from peft.core.layer.weight import bias_change, weight_change, wide
 from peft.utils.error import nearest
-from peft.utils.merge_utils import PruningMethod, aligned, prune, task_arithmetic, ties
+from peft.utils.merge_utils import aligned, prune, task_arithmetic, ties
 
 
-class Way(NamedTuple):
-    """One way of combining.
-
-    Attributes:
-        dense: of the updates dW, factored again by SVD; else of A and B, each for itself.
-        pruning: what is set to zero before: small entries, or random ones with the others rescaled, or see ``prune``.
-        election: entries against the majority's sign are left out of the mean (TIES).
-        align: the updates are brought into one basis before (KnOTS).
-    """
-
-    dense: bool = False
-    pruning: PruningMethod | None = None
-    election: bool = False
-    align: bool = False
-
-
-WAYS = {
-    "cat": Way(),
-    "linear": Way(),
-    "svd": Way(dense=True),
-    "magnitude_prune": Way(pruning="magnitude"),
-    "magnitude_prune_svd": Way(True, "magnitude"),
-    "ties": Way(False, "magnitude", True),
-    "ties_svd": Way(True, "magnitude", True),
-    "dare_linear": Way(False, "random"),
-    "dare_linear_svd": Way(True, "random"),
-    "dare_ties": Way(False, "random", True),
-    "dare_ties_svd": Way(True, "random", True),
-    "della_svd": Way(True, "sampled", True),
-    "breadcrumbs_svd": Way(True, "breadcrumbs"),
-    "knots_svd": Way(True, "magnitude", True, align=True),
-}
-
-
-CombinationType = Literal[
-    "svd",
-    "linear",
-    "cat",
-    "ties",
-    "ties_svd",
-    "dare_ties",
-    "dare_linear",
-    "dare_ties_svd",
-    "dare_linear_svd",
-    "magnitude_prune",
-    "magnitude_prune_svd",
-    "della_svd",
-    "breadcrumbs_svd",
-    "knots_svd",
-]
-Vote = Literal["total", "frequency"]
 Part = tuple[Adapter, float]  # an adapter in a layer, and its weight
 
 
@@ -77,25 +29,44 @@ class Combination:
 
     Attributes:
         name: of the way, in :data:`WAYS`. density: fraction of entries to keep, for the ways that prune. vote: TIES',
-            weighed by size ("total") or not ("frequency").
+            weighed by size ("total") or not ("frequency"). seed: of what is pruned at random in each layer; without
+            one it is drawn from torch's generator as layers come.
 
     Raises:
-        ValueError: for an unknown way, or one that prunes without a density.
+        ValueError: for an unknown way or vote, or a way that prunes without a density.
     """
 
-    name: str = "svd"
+    name: CombinationType = "svd"
     density: float | None = None
     vote: Vote = "total"
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         if self.name not in WAYS:
             raise ValueError(
                 f"unknown combination_type {self.name!r}.{nearest(self.name, WAYS)} There are {', '.join(WAYS)}."
             )
+        if self.vote not in get_args(Vote):
+            raise ValueError(f"majority_sign_method is 'total' or 'frequency', got {self.vote!r}.")
         if self.way.pruning and self.density is None:
             raise ValueError(
                 f"combination_type {self.name!r} needs density, the fraction of entries to keep, such as 0.5."
             )
+
+    def seeded(self) -> Combination:
+        """The same with a seed of torch's generator: layers are pruned alike in any order, and when asked again."""
+        chance = self.way.pruning in ("random", "sampled")
+        return replace(self, seed=int(torch.randint(2**31, ()))) if chance else self
+
+    @contextlib.contextmanager
+    def draws(self, layer: Any) -> Iterator[None]:
+        """Within, torch's CPU generator is that of one layer."""
+        if self.seed is None:
+            yield
+            return
+        with torch.random.fork_rng(devices=[]):
+            torch.random.default_generator.manual_seed(self.seed ^ crc32(f"{layer.key}.{layer.kind.weight}".encode()))
+            yield
 
     @property
     def way(self) -> Way:
@@ -135,10 +106,12 @@ class Combination:
             NoEqualWeightError: no weight equals one of them.
         """
         changes = [wide(weight_change(adapter.layer, adapter)) for adapter, _ in parts]
-        merged = self.merged([change.flatten(1) for change in changes], [weight for _, weight in parts])
+        with self.draws(parts[0][0].layer):
+            merged = self.merged([change.flatten(1) for change in changes], [weight for _, weight in parts])
         return merged.view_as(changes[0])
 
     def of_bias(self, parts: Sequence[Part]) -> torch.Tensor | None:
         """What they add to its bias, as one; None if none of them does."""
         found = [(change, weight) for adapter, weight in parts if (change := bias_change(adapter)) is not None]
-        return self.merged(*zip(*found)) if found else None
+        with self.draws(parts[0][0].layer):
+            return self.merged(*zip(*found)) if found else None

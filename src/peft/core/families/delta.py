@@ -11,10 +11,12 @@ from torch import nn
 
 from peft.core.adapter import Adapter
 from peft.core.filling import blank
+from peft.core.layer import routes
 from peft.core.layer.scaled import ScaledLayer
 from peft.core.layer.weight import base_bias, sums_exactly
 from peft.kernels.autocast import is_autocast
 from peft.kernels.linear import Factors, active_rate, is_eager
+from peft.kernels.remake import recomputed
 from peft.kernels.sparse import sparse_linear, with_entries
 
 
@@ -71,6 +73,14 @@ class LowRank(Delta):
     def dropped(self, x: torch.Tensor) -> torch.Tensor:
         """x after dropout, which indices do not have."""
         return x if self.kind.lookup or not self.dropout else getattr(self, self.dropout)(x)
+
+    @classmethod
+    def kernel(cls, layer: BaseTunerLayer, adapters: Sequence[Any], x: torch.Tensor) -> torch.Tensor | None:
+        """The fused products, of which autograd keeps no pair that can be made again."""
+        if not (torch.is_grad_enabled() and is_eager(x)):
+            return None
+        with recomputed():
+            return routes.LowRank().output(layer, adapters, (x,), {})
 
     def factors(self) -> Factors | None:
         rate = active_rate(getattr(self, self.dropout)) if self.dropout else 0.0

@@ -6,6 +6,23 @@ import torch
 
 from peft.core.adapter import Adapter
 from peft.core.families.fold import Shift
+from peft.kernels.channels import mixed_by_output
+from peft.kernels.strict import is_plain
+
+
+def by_output(
+    adapter: Adapter, x: torch.Tensor, y: torch.Tensor, c: torch.Tensor, s: torch.Tensor | None = None, half: int = 0
+) -> torch.Tensor | None:
+    """What :func:`mixed_by_output` gives of the output y of a frozen linear layer; None where y has to be kept.
+
+    Args:
+        x: the input of the adapter, which the layer gets by way of :meth:`Adapter.input`.
+    """
+    layer = adapter.layer
+    alone = not layer.context.is_mixed and len(layer.current()) == 1
+    if is_plain() or not alone or not layer.kind.matrix or not layer.base_is_fresh():
+        return None
+    return mixed_by_output(y, x, lambda x: layer.base_layer(adapter.input(x)), c, s, half)
 
 
 class Output(Shift):
@@ -58,7 +75,10 @@ class Scale(Adapter):
         inner, scale = self.scale_in() if self.kind.lookup else None, self.scale_out()
         if inner is not None:  # x selects a column of W, hence an entry of the scale
             y = y * inner[x].unsqueeze(-1)
-        return y if scale is None else y * self.along_channels(scale)
+        if scale is None:
+            return y
+        changed = by_output(self, x, y, scale)
+        return y * self.along_channels(scale) if changed is None else changed
 
     def fold(self, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         ones = [1] * (weight.dim() - 2)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from peft.core.adapter import Adapter
+from peft.core.families.output import by_output
 from peft.core.layer.weight import bias_below
 
 
@@ -28,6 +29,10 @@ class Rotation(Adapter):
     def rotate(self, x: torch.Tensor, back: bool = False, drawn: bool = False) -> torch.Tensor:
         """x R along the last axis; x R^T with ``back``; with what the step draws at random if ``drawn``."""
         raise NotImplementedError
+
+    def draws(self) -> bool:
+        """Whether a forward now draws blocks at random."""
+        return False
 
     def scale_out(self) -> torch.Tensor | None:
         """s, ``[out]``, or None."""
@@ -52,7 +57,12 @@ class Rotation(Adapter):
     def output(self, x: torch.Tensor, y: torch.Tensor, base_y: torch.Tensor) -> torch.Tensor:
         s, bias = self.scale_out(), bias_below(self.layer)
         y = self.rotate(y.to(self.dtype), drawn=True) if self.kind.lookup else y
-        return y if s is None else y * s if bias is None else torch.addcmul(bias - bias * s, y, s)
+        if s is None:
+            return y
+        if bias is not None:
+            return torch.addcmul(bias - bias * s, y, s)
+        changed = None if self.draws() else by_output(self, x, y, s)
+        return y * s if changed is None else changed
 
     def fold(self, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         s = self.scale_out()

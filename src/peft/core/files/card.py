@@ -12,6 +12,7 @@ from torch import nn
 
 from peft._version import __version__
 from peft.core.files.io import replacing
+from peft.options import value_of
 
 
 CARD_NAME = "README.md"
@@ -64,13 +65,13 @@ def _facts(model: Any, tags: list[str]) -> dict[str, Any]:
     named = [name for config in configs if known and (name := config.base_model_name_or_path)]
     origin = next(iter(named), None) or vars(base).get("name_or_path") or None
     new = [_BASE_TAG + origin] if origin else []
-    new += dict.fromkeys(str(getattr(c.peft_type, "value", c.peft_type)).lower() for c in configs)
+    new += dict.fromkeys(str(value_of(c.peft_type)).lower() for c in configs)
     new += [tag for tag in getattr(base, "model_tags", None) or () if tag not in new]  # of trainers
     new += ["transformers"] if _of_transformers(base) else []
     own = [tag for tag in tags if tag not in new and not (origin and tag.startswith(_BASE_TAG))]
     facts: dict[str, Any] = {"base_model": origin} if origin else {}
     facts["library_name"] = "peft"
-    task = next((str(getattr(c.task_type, "value", c.task_type)) for c in configs if c.task_type), None)
+    task = next((str(value_of(c.task_type)) for c in configs if c.task_type), None)
     if task in _PIPELINES:
         facts["pipeline_tag"] = _PIPELINES[task]
     facts["tags"] = [*own, *new]

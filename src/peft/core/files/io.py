@@ -180,6 +180,17 @@ def read_tensors(file: str, device: str | None = None) -> dict[str, torch.Tensor
         raise CheckpointError(
             f"{file} is damaged or no file of adapter weights ({type(error).__name__}: {error})."
         ) from error
+    return checked_tensors(file, tensors)
+
+
+def checked_tensors(file: str, tensors: Any) -> dict[str, torch.Tensor]:
+    """What was in a file, if that is named tensors.
+
+    Raises:
+        ValueError: it is not.
+    """
+    import torch
+
     if not isinstance(tensors, dict):
         raise CheckpointError(f"{file} holds a {type(tensors).__name__}, and not a dict of name -> tensor.")
     for name, tensor in tensors.items():

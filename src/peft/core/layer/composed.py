@@ -310,6 +310,13 @@ class Fused(Beside):
     def fold(self, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         raise ValueError(self.unmergeable())
 
+    def loss_term(self) -> torch.Tensor | None:
+        expression: Any = self.expression
+        if not expression.regularization or not self.training:
+            return None
+        terms = [expression.regularization * attention.penalty() for attention in self.fusion.values()]
+        return sum(terms[1:], terms[0])
+
     def unmergeable(self) -> str | None:
         return "what a fusion attends to depends on the sample, so no one weight equals it. Keep it unmerged."
 

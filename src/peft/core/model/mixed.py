@@ -21,6 +21,7 @@ from peft.core.model.record import behind
 from peft.core.model.tuner import BaseTuner
 from peft.core.model.walk import layers_of
 from peft.core.prompts import NOTHING_TO_MERGE, PLAIN, PromptTuner, Task
+from peft.options import value_of
 from peft.utils.error import CONVERSION, ConfigError
 from peft.utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING
 
@@ -93,11 +94,9 @@ class MixedModel(BaseTuner):
         """The base model's ``generate``, with the virtual tokens of the call."""
         return (self.model if self.prompts is None else self.prompts).generate
 
-    def finish(self, outputs: Any) -> Any:
-        """The model's outputs with what each method of an active adapter makes of them."""
-        for part in self._acting():
-            outputs = part.finish(outputs)
-        return outputs
+    def adds_to_loss(self) -> bool:
+        parts = self.__dict__.get("_parts", {}).values()
+        return super().adds_to_loss() or any(part.adds_to_loss() for part in parts)
 
     # --- life of the adapters ---------------------------------------------------------------------------------
     def inject_adapter(
@@ -254,7 +253,7 @@ class MixedModel(BaseTuner):
         checked_weights(self, adapters, weights)
         methods = {member.peft_type for name in adapters for member in self.peft_config[name].members}
         if len(methods) > 1:
-            names = sorted(str(getattr(method, "value", method)) for method in methods)
+            names = sorted(str(value_of(method)) for method in methods)
             raise ValueError(
                 f"adapters of different methods ({', '.join(names)}) have no sum that is an adapter of one of them. "
                 f"{CONVERSION} does their weighted sum."

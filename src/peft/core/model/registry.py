@@ -10,6 +10,7 @@ from peft.core.adapter import Adapter
 from peft.core.layer.classes import layer_class, prefix_of
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.tuner import BaseTuner
+from peft.options import value_of
 from peft.utils import constants
 from peft.utils.peft_types import register_peft_method
 
@@ -48,7 +49,7 @@ def define_tuner(
     vars(module).setdefault(layer_cls.__name__, layer_cls)
     for name, cls in layer_cls.by_name.items():
         vars(module).setdefault(name, cls)
-    method = str(getattr(config_cls.METHOD, "value", config_cls.METHOD))
+    method = str(value_of(config_cls.METHOD))
     table = getattr(constants, f"TRANSFORMERS_MODELS_TO_{method.replace('_', '')}_TARGET_MODULES_MAPPING", {})
     members = {
         "layer_cls": layer_cls,

@@ -18,13 +18,12 @@ from peft.core.base.readers import reads_weight_of
 from peft.core.base.stack import Stack
 from peft.core.base.storage import weight_names
 from peft.core.combine.sums import add_sum
-from peft.core.composition.penalty import with_penalty
-from peft.core.filling import no_collection
 from peft.core.layer.classes import class_for
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.placement import place_for
 from peft.core.model import operations
 from peft.core.model.beside import TASK_HEADS, add_auxiliary
+from peft.core.model.losses import adds_to_loss, extra_loss
 from peft.core.model.manager import Manager, check_adapter_name
 from peft.core.model.record import context_of, drop_record, record_of
 from peft.core.model.replicate import replicate_layers, restore_layers
@@ -99,18 +98,27 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
         return self.finished(self.model(*args, **kwargs))
 
     def finished(self, outputs: Any) -> Any:
-        """The model's outputs with what is made of them: by the method, and by fusions."""
-        return self.finish(with_penalty(self.model, self.active_adapters, outputs))
-
-    def finish(self, outputs: Any) -> Any:
-        """What the method makes of the model's outputs: one with a term of its own in the loss adds it here."""
+        """The model's outputs; a loss among them gets :meth:`extra_loss`."""
+        loss = getattr(outputs, "loss", None)
+        if isinstance(loss, torch.Tensor) and self.adds_to_loss() and (term := self.extra_loss()) is not None:
+            outputs.loss = loss + term.to(loss)
         return outputs
+
+    def extra_loss(self) -> torch.Tensor | None:
+        """What adapters add to the loss of the last call, a scalar, for losses that are computed outside the model.
+
+        AdaLoRA has such a term, and MixLoRA, which gives it once for a call in training. None if nothing is added.
+        """
+        return extra_loss(self.model, self.peft_config, self.active_adapters)
+
+    def adds_to_loss(self) -> bool:
+        """Whether any adapter here might: most calls do not pay for a walk over the layers."""
+        return adds_to_loss(self.layer_cls.adapter_cls) or bool(context_of(self.model).compositions)
 
     def forget(self, adapter_name: str) -> None:
         """Drop what the method keeps in the tuner for an adapter; called when that is deleted."""
 
     # --- injection --------------------------------------------------------------------------------------------
-    @no_collection()
     @surveyed()
     def inject_adapter(
         self,

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from peft.core.filling import no_collection
 from peft.core.layer.layer import BaseTunerLayer
 
 
@@ -176,7 +177,7 @@ _SURVEYS: ContextVar[dict[int, Survey] | None] = ContextVar("surveys", default=N
 
 @contextmanager
 def surveyed() -> Iterator[None]:
-    """Within this context a model is walked through again only where its modules have changed.
+    """Within this context a model is walked through again only where its modules have changed, and garbage waits.
 
     Loading an adapter asks a dozen times. Nothing is kept beyond an operation: what a user takes out of a model
     between two of them has to be free.
@@ -186,7 +187,8 @@ def surveyed() -> Iterator[None]:
         return
     token = _SURVEYS.set({})
     try:
-        yield
+        with no_collection():
+            yield
     finally:
         _SURVEYS.reset(token)
 

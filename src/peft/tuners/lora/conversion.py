@@ -17,8 +17,9 @@ from tqdm import tqdm
 from peft.core.adapter import Adapter
 from peft.core.base.stack import Stack
 from peft.core.combine.combined import factorize, resized
+from peft.core.combine.names import CombinationType, Vote, idle
 from peft.core.combine.ranks import product_svd, shared_ranks
-from peft.core.combine.ways import Combination, CombinationType, Part, Vote
+from peft.core.combine.ways import Combination, Part
 from peft.core.files.entries import anatomy
 from peft.core.files.io import write_adapter
 from peft.core.files.state_dict import get_peft_model_state_dict
@@ -89,8 +90,20 @@ def convert_to_lora(
         >>> config.peft_type.value, config.target_modules
         ('LORA', {'v_proj'})
     """
-    combination = Combination(combination_type, density, majority_sign_method)
+    combination = _combination(combination_type, density, majority_sign_method)
     found = _converted(model, rank, adapter_name, progressbar, compile_kwargs, weights, across_layers, combination)
+    return found.config, found.tensors
+
+
+def lora_of(
+    model: nn.Module, weights: dict[str, float], combination: Combination
+) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    """The LoRA of full rank that does what adapters, by name with their weights, combined do.
+
+    Raises:
+        ValueError: as :func:`convert_to_lora`.
+    """
+    found = _converted(model, 1.0, [*weights], False, None, [*weights.values()], False, combination)
     return found.config, found.tensors
 
 
@@ -131,8 +144,7 @@ def _converted(
     with torch.no_grad():
         wanted = {}
         if across_layers and isinstance(rank, float):
-            with torch.random.fork_rng(devices=[]):  # what is pruned at random is pruned alike below
-                wanted = _shared(places, combination, rank)
+            wanted = _shared(places, combination, rank)
         for place, parts in tqdm(places.items(), disable=not progressbar, desc="Converting to LoRA"):
             name = ".".join(filter(None, (place[0], "" if place[1] == "weight" else place[1])))
             pairs[place], errors[name] = _pair(parts, combination, wanted.get(place, rank), decompose, bool(wanted))
@@ -176,11 +188,18 @@ def save_as_lora(
     """
     if os.path.isfile(path):
         raise ValueError(f"{path} is a file; save_as_lora needs a folder.")
-    combination = Combination(combination_type, density, majority_sign_method)
+    combination = _combination(combination_type, density, majority_sign_method)
     found = _converted(model, rank, adapter_name, progressbar, compile_kwargs, weights, across_layers, combination)
     found.config.inference_mode = True
     write_adapter(path, found.tensors, found.config)
     return found.errors
+
+
+def _combination(name: CombinationType, density: float | None, vote: Vote) -> Combination:
+    found = Combination(name, density, vote).seeded()
+    if unused := idle(name, {"density": density, "majority_sign_method": vote}):
+        warnings.warn(f"{unused}.", stacklevel=3)
+    return found
 
 
 # --- what is converted ----------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from peft.core.files.entries import Entry, anatomy
 from peft.core.files.io import load_peft_weights
 from peft.core.files.state_dict import match
 from peft.core.model.walk import bare, join, layers_of, plain, walk
+from peft.options import value_of
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.pairs import held_rank, of_rank, pair_blocks
 from peft.utils.error import CheckpointError, ConfigError
@@ -61,7 +62,7 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
     what their tensors mean.
     """
     if config0.peft_type != config1.peft_type:
-        kinds = [getattr(config.peft_type, "value", config.peft_type) for config in (config0, config1)]
+        kinds = [value_of(config.peft_type) for config in (config0, config1)]
         raise ConfigError(
             f"Incompatible PEFT types found: {kinds[0]} and {kinds[1]}. Only an adapter of the same method can be "
             "swapped in; load this one with load_adapter."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,8 @@ from peft.core.combine.combined import (
     resized,
     tuner_layers,
 )
-from peft.core.combine.ways import Combination, CombinationType, Vote
+from peft.core.combine.names import CombinationType, Vote, idle
+from peft.core.combine.ways import Combination
 from peft.core.files.io import load_peft_weights
 from peft.core.model.manager import check_adapter_name
 from peft.core.model.registry import define_tuner
@@ -78,8 +80,7 @@ class LoraTuner(LoraCompat, BaseTuner):
                 "knots_svd" (arXiv 2410.19735) is TIES in a basis that the updates have in common.
             svd_rank: rank of the result of the "svd" ways; by default the largest rank of the adapters.
             svd_clamp: limit the entries of A and B to this quantile, in (0, 1] ("svd" ways).
-            svd_full_matrices: accepted as others pass it; the result does not depend on it.
-            svd_driver: cuSOLVER's routine, on CUDA ("svd" ways).
+            svd_full_matrices: changes nothing. svd_driver: cuSOLVER's routine, on CUDA ("svd" ways).
             density: fraction of entries to keep, for the ways that prune.
             majority_sign_method: TIES' vote, weighed by size ("total") or not ("frequency").
 
@@ -96,6 +97,10 @@ class LoraTuner(LoraCompat, BaseTuner):
         check_adapter_name(adapter_name, [*self.peft_config])
         combination = Combination(combination_type, density, majority_sign_method)
         self._check_combination(adapters, svd_rank, svd_clamp)
+        given = {"density": density, "majority_sign_method": majority_sign_method, "svd_rank": svd_rank,
+                 "svd_clamp": svd_clamp, "svd_driver": svd_driver}  # fmt: skip
+        if unused := idle(combination_type, given):
+            warnings.warn(f"{unused}.", stacklevel=2)
         rank = self._combined_rank(adapters, combination, svd_rank)
         bias = any(self.peft_config[name].lora_bias for name in adapters)
         changes = {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}, **PLAIN}

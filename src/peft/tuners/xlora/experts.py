@@ -8,6 +8,7 @@ from torch import nn
 
 from peft.config import PeftConfig
 from peft.core.model.tuner import BaseTuner
+from peft.options import value_of
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.xlora.config import XLoraConfig
 from peft.tuners.xlora.layer import XLoraLayer
@@ -51,7 +52,7 @@ def load_experts(model: nn.Module, config: XLoraConfig, device: str | None, auto
         for name, path in (config.adapters or {}).items():
             found = PeftConfig.from_pretrained(path)
             if found.peft_type != PeftType.LORA:
-                kind = getattr(found.peft_type, "value", found.peft_type)
+                kind = value_of(found.peft_type)
                 raise ConfigError(f"XLoraConfig: the expert {name!r} is a {kind} adapter; experts have to be LoRA.")
             if getattr(found, "modules_to_save", None) or getattr(found, "bias", "none") != "none":
                 raise ConfigError(

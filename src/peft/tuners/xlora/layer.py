@@ -52,9 +52,13 @@ class Expert(Lora):
 
     Where the positions of a layer are not the tokens, as in a convolution, s is the mean over the tokens of the
     sample. An expert that is a variant of LoRA is an :class:`Expert` and that variant, see :meth:`like`.
+
+    Attributes:
+        weighs_rank: LoRA(x) - y is B A x of a token alone, so s may weigh the r numbers A x instead.
     """
 
     experts: ClassVar[dict[type[Lora], type[Lora]]] = {}
+    weighs_rank: ClassVar[bool] = True
 
     @classmethod
     def like(cls, variant: type[Lora]) -> type[Lora]:
@@ -62,7 +66,8 @@ class Expert(Lora):
         if issubclass(variant, cls):
             return variant
         if variant not in cls.experts:
-            members = {"__doc__": variant.__doc__, "__module__": cls.__module__}
+            alone = all(getattr(variant, name) is getattr(Lora, name) for name in ("output", "delta", "update"))
+            members = {"__doc__": variant.__doc__, "__module__": cls.__module__, "weighs_rank": alone}
             cls.experts[variant] = type(f"{variant.__name__}Expert", (cls, variant), members)
         return cls.experts[variant]
 
@@ -83,14 +88,27 @@ class Expert(Lora):
         weights = self.weights()
         if weights is None:
             return y
-        change = self.kind.channels_last(super().output(x, y, base_y) - y)
+        if not self.weighs_rank or self.lora_bias:
+            return y + self.weighed(super().output(x, y, base_y) - y, weights)
+        kind, base, (a, b) = self.kind, self.base, self.acting_pair()
+        weights = weights * self.scaling
+        if kind.lookup:
+            return y + self.weighed(kind.apply(base, x, a), weights) @ b.T
+        inner = self.lora_dropout(x)
+        h = kind.down(base, inner, a) if self.computes_pair else self.lora_A(inner)
+        h = self.weighed(h, weights)
+        return y + (kind.up(base, h, b.flatten(1)) if self.computes_pair else self.lora_B(h))
+
+    def weighed(self, change: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """What the layer has for each position, times the weight of that position."""
+        change = self.kind.channels_last(change)
         each = by_position(weights.to(change), change, self.context)
         if each is None:
             raise ValueError(
                 f"X-LoRA has weights for {len(weights)} samples of {weights.shape[1]} tokens, and cannot tell which "
                 f"of them the {len(change)} rows of {self.layer.key or 'a layer'} are. Use experts without this layer."
             )
-        return y + self.kind.channels_back(each * change)
+        return self.kind.channels_back(each * change)
 
     def weights(self) -> torch.Tensor | None:
         """g s of this expert, ``[batch, tokens]``."""

@@ -1,0 +1,73 @@
+"""Small computations whose results autograd does not keep, but makes again: the matrices that a method multiplies by.
+
+``B diag(d)`` is as large as B, and cheap beside the product that it is for. Autograd keeps it nevertheless, for that
+product's backward pass. Here it keeps d, and what B is made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd import Function
+
+from peft.kernels.autocast import is_autocast
+from peft.kernels.linear import is_eager
+from peft.kernels.remake import is_recomputed
+from peft.kernels.strict import is_plain
+
+
+Make = Callable[..., torch.Tensor]
+
+
+def made_again(make: Make, *tensors: torch.Tensor) -> torch.Tensor:
+    """``make(*tensors)``, which operations within :func:`peft.kernels.remake.recomputed` make again to use it.
+
+    Args:
+        make: it must give the same when called again, and a tensor of its own: no view of what it is given.
+    """
+    trains = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if not trains or is_plain() or is_recomputed() or not all(is_eager(t) for t in tensors):
+        return make(*tensors)
+    return make(*tensors) if is_autocast(tensors[0].device.type) else MadeAgain.apply(make, *tensors)
+
+
+class MadeAgain(Function):
+    """``make(*tensors)``; see :func:`made_again`."""
+
+    @staticmethod
+    def forward(ctx: Any, make: Make, *tensors: torch.Tensor) -> torch.Tensor:
+        ctx.make, ctx.made = make, None
+        ctx.save_for_backward(*tensors)
+        return make(*tensors)
+
+    @staticmethod
+    def again(ctx: Any, shown: bool) -> torch.Tensor:
+        """The result once more. Where it is only ``shown``, its graph stays for the backward pass that follows."""
+        if not shown:
+            return ctx.make(*ctx.saved_tensors)
+        if ctx.made is None:
+            ctx.made = _with_graph(ctx)
+        return ctx.made[1].detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        twice = torch.is_grad_enabled()  # a gradient of the gradient will be asked for
+        inputs, result = _with_graph(ctx) if twice or ctx.made is None else ctx.made
+        ctx.made = None
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
+        found = torch.autograd.grad(
+            result, [inputs[i] for i in wanted], gradient, create_graph=twice, allow_unused=True
+        )
+        grads = dict(zip(wanted, found))
+        return None, *(grads.get(i) for i in range(len(inputs)))
+
+
+def _with_graph(ctx: Any) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Inputs and result. For a second derivative the inputs are the tensors themselves."""
+    twice = torch.is_grad_enabled()
+    with torch.enable_grad():
+        saved = ctx.saved_tensors
+        inputs = [t if twice else t.detach().requires_grad_(t.requires_grad) for t in saved]
+        return inputs, ctx.make(*inputs)
