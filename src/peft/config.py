@@ -631,6 +631,8 @@ def match_pattern(keys: Iterable[str], name: str) -> str | None:
 
 def resolve_pattern(pattern: dict[str, Any] | None, key: str, default: Any) -> Any:
     """The value that a `*_pattern` field has for the module called `key`, or `default` if nothing matches."""
-    matched = match_pattern(pattern or (), key)
+    if not pattern:
+        return default
+    matched = match_pattern(pattern, key)
     note(pattern, () if matched is None else (matched,))
-    return default if matched is None or pattern is None else pattern[matched]
+    return default if matched is None else pattern[matched]

@@ -33,7 +33,7 @@ from peft.core.model.context import BASE
 from peft.core.model.manager import INTERFACE, check_adapter_name
 from peft.core.model.record import context_of
 from peft.core.model.tuner import BaseTuner
-from peft.core.model.walk import layers_of, surveyed, wrappers_of
+from peft.core.model.walk import layers_of, surveyed, walk, wrappers_of
 from peft.core.prompts import PromptTuner, Task, backbone_of
 from peft.kernels import chunked_loss
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
@@ -567,7 +567,8 @@ class PeftModel(ModelCompat, Compositions, PushToHubMixin, nn.Module):
             return cls._from_composition(model, model_id, adapter_name, is_trainable, config, {**hub, **placing})
         _start_from_file(config)
         weights = load_peft_weights(model_id, key_mapping=key_mapping, **hub)
-        frozen = [p for p in model.parameters() if not p.requires_grad]
+        held = [p for site in walk(model) for p in site.module._parameters.values() if p is not None]
+        frozen = [p for p in held if not p.requires_grad]
         placing = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
         with _naming(model_id, CONFIG_NAME, config), filled_later() as filling:
             peft_model = cls._class_for(config)(model, config, adapter_name, **placing)

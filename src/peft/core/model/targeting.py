@@ -25,7 +25,7 @@ from peft.utils.usage import near, note, remark
 class Target:
     """One module to adapt: its name in the unadapted model, the kind of layer it is, and what it is tied to.
 
-    ``called`` is the name by which the config means a module that has several.
+    ``called`` is the name by which the config means a module that has several, ``site`` where it was found.
     """
 
     key: str
@@ -33,6 +33,7 @@ class Target:
     kind: Kind | None
     tied_to: str | None = None
     called: str | None = None
+    site: Site | None = None
 
 
 def matches(targets: str | Iterable[str] | None, key: str) -> bool:
@@ -53,7 +54,9 @@ def matches(targets: str | Iterable[str] | None, key: str) -> bool:
 
 def ends_with(names: Iterable[str] | None, key: str) -> bool:
     """Whether a module is named to be trained whole: by the end of its name, not by whole parts of it."""
-    found = [name for name in names or () if name and key.endswith(name)]
+    if not names:
+        return False
+    found = [name for name in names if name and key.endswith(name)]
     note(names, found)
     return bool(found)
 
@@ -259,8 +262,10 @@ def _with_ties(found: list[Target], sites: list[Site], config: Any, layer_cls: t
     result: dict[str, Target] = {_name_of(target): target for target in found}
     for target in found:
         group = by_weight.get(id(target.module._parameters.get("weight")), [])
+        if len(group) < 2:
+            continue
         first = next((site for site in group if (kind := kind_of(site.module)) and kind.lookup), None)
-        if first is None or len(group) < 2:
+        if first is None:
             continue
         if not follow:
             tell_untied(config, target.key, [site.key for site in group if site.key not in result])
@@ -319,7 +324,7 @@ def module_target(config: Any, site: Site, layer_cls: type[BaseTunerLayer]) -> T
             f"target module {site.key!r} ({type(site.module).__name__}) cannot be adapted by "
             f"{type(config).__name__}: {reason}. Narrow target_modules, or name it in exclude_modules."
         )
-    return Target(site.key, site.module, kind)
+    return Target(site.key, site.module, kind, site=site)
 
 
 def _parameter_targets(config: Any, site: Site) -> list[Target]:

@@ -163,6 +163,9 @@ class Survey:
     @cached_property
     def holders(self) -> Holders:
         """See :func:`holders_of`."""
+        children = [id(child) for site in self.sites for child in site.module._modules.values() if child is not None]
+        if len(set(children)) == len(children):  # nearly always
+            return {}
         found: Holders = {}
         for site in self.sites:
             for name, child in site.module._modules.items():
