@@ -12,6 +12,7 @@ from torch import nn
 
 from peft.core.adapter import Adapter
 from peft.core.layer.layer import BaseTunerLayer
+from peft.core.layer.rewritten import brought_weight, stand_on
 from peft.core.model.auxiliary import bias_state, biases_of
 from peft.core.model.tuner import BaseTuner
 from peft.core.model.walk import file_path, join, plain, walk
@@ -102,6 +103,9 @@ def entries(model: nn.Module, adapter: str) -> Iterator[Entry]:
                 aliases = (prefix + join(place, f"{saved}.weight"),) if unlabelled else ()
                 held = prefix + join(path, memory) if memory else ""
                 yield Entry(prefix + join(place, saved), held, tensor, aliases, None, saved, own)
+            if own is not None and (weight := brought_weight(wrapper, adapter)) is not None:
+                name = prefix + plain(join(site.path, wrapper.kind.weight))
+                yield Entry(name, "", weight, put=partial(stand_on, wrapper, adapter))
             if own is not None and own.common:
                 shared.update({attribute: getattr(wrapper, attribute) for attribute in own.common})
                 labelled = wrapper.adapter_cls.labelled

@@ -63,13 +63,8 @@ def set_mode(layer: BaseTunerLayer, training: bool) -> None:
         held = child._modules.values() if isinstance(child, _CONTAINERS) else [child]
         child.__dict__["training"] = training
         for module in held:
-            set_training(module, training)
+            if module._modules or type(module).train is not nn.Module.train:
+                module.train(training)
+            else:
+                module.__dict__["training"] = training
     layer.__dict__["training"] = training
-
-
-def set_training(module: nn.Module, training: bool) -> None:
-    """``module.train(training)``; where a module holds no others that is one flag, for which torch takes long."""
-    if module._modules or type(module).train is not nn.Module.train:
-        module.train(training)
-    else:
-        module.__dict__["training"] = training
