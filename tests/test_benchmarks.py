@@ -35,7 +35,7 @@ def benchmark(monkeypatch):
 def test_trainer(benchmark):
     trainer = benchmark("trainer")
     runs = {name: trainer.train(case, True, 1, tiny=True) for name, case in trainer.CASES.items()}
-    assert len({round(figures["loss"], 3) for figures in runs.values()}) == 1
+    assert len({round(figures["loss"], 3) for name, figures in runs.items() if name != "floor"}) == 1
     row = trainer.line(trainer.CASES["savings"], [runs["savings"]], [runs["plain"]])
     assert row.count("|") == trainer.HEADER.splitlines()[0].count("|")
 

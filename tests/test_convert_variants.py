@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_convert_formats import GOLDEN, IDS, golden, loaded, lora, same_tensors
+from test_convert_formats import GOLDEN, IDS, golden, llama, loaded, lora, same_tensors
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -298,3 +299,253 @@ def test_gguf_of_an_architecture(kind: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(update, wanted, rtol=1e-5, atol=1e-6)
     convert_adapter(tmp_path / "lora.gguf", "peft", tmp_path / "back", base=base)
     torch.testing.assert_close(loaded(base, tmp_path / "back")(IDS).logits, model(IDS).logits)
+
+
+# --- Flux, whatever the method ------------------------------------------------------------------------------------
+
+WIDTH = 4
+DIFFUSERS = {
+    "transformer_blocks.0.attn.to_q": (4, 4), "transformer_blocks.0.attn.to_k": (4, 4),
+    "transformer_blocks.0.attn.to_v": (4, 4), "single_transformer_blocks.0.attn.to_q": (4, 4),
+    "single_transformer_blocks.0.attn.to_k": (4, 4), "single_transformer_blocks.0.attn.to_v": (4, 4),
+    "single_transformer_blocks.0.proj_mlp": (16, 4), "single_transformer_blocks.0.proj_out": (4, 20),
+    "norm_out.linear": (8, 4),
+}  # fmt: skip
+ORIGINAL = {"double_blocks.0.img_attn.qkv": [0, 1, 2], "single_blocks.0.linear1": [3, 4, 5, 6],
+            "single_blocks.0.linear2": [7], "final_layer.adaLN_modulation.1": [8]}  # fmt: skip
+
+
+def tree(weights: dict[str, torch.Tensor]) -> nn.Module:
+    """Linear layers by their names."""
+    root = nn.Module()
+    for name, weight in weights.items():
+        *path, leaf = name.split(".")
+        parent = root
+        for word in path:
+            if word not in parent._modules:
+                parent.add_module(word, nn.Module())
+            parent = parent._modules[word]
+        parent.add_module(leaf, nn.Linear(*weight.T.shape, bias=False))
+        parent._modules[leaf].weight.data = weight.clone()
+    return root
+
+
+def fused(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Diffusers' matrices as the authors', whose last one has its halves the other way round."""
+    parts = [weights[name] for name in DIFFUSERS]
+    found = {name: torch.cat([parts[place] for place in places]) for name, places in ORIGINAL.items()}
+    return {**found, [*ORIGINAL][-1]: found[[*ORIGINAL][-1]].roll(4, 0)}
+
+
+def flux_tensors(kind: str, out: int, inner: int) -> dict[str, torch.Tensor]:
+    """The tensors of a module, as LyCORIS names them."""
+    shapes = {
+        "lora": {"lora_up.weight": (out, 2), "lora_down.weight": (2, inner)},
+        "loha": {"hada_w1_a": (out, 2), "hada_w1_b": (2, inner), "hada_w2_a": (out, 2), "hada_w2_b": (2, inner)},
+        "lokr": {"lokr_w1": (2, 2), "lokr_w2_a": (out // 2, 1), "lokr_w2_b": (1, inner // 2)},
+        "lokr_whole": {"lokr_w1": (2, 2), "lokr_w2": (out // 2, inner // 2)},
+        "oft": {"oft_blocks": (out // 2, 2, 2)},
+    }
+    made = {name: torch.randn(shape) for name, shape in shapes[kind.partition("+")[0]].items()}
+    return made | ({"dora_scale": torch.rand(out, 1)} if "dora" in kind else {})
+
+
+@pytest.mark.parametrize("kind", ["lora", "lora+dora", "loha", "loha+dora", "lokr", "lokr_whole", "oft"])
+def test_flux_of_any_method_does_the_same_under_both_sets_of_names(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    weights = {name: torch.randn(shape) for name, shape in DIFFUSERS.items()}
+    given = {}
+    for name, weight in fused(weights).items():
+        key = "lora_unet_" + name.replace(".", "_")
+        given |= {f"{key}.{part}": t for part, t in flux_tensors(kind, *weight.shape).items()}
+        given |= {} if "oft" in kind else {f"{key}.alpha": torch.tensor(3.0)}
+    save_file(given, tmp_path / "file.safetensors")
+    merged = {}
+    for which, base in (("original", tree(fused(weights))), ("diffusers", tree(weights))):
+        convert_adapter(tmp_path / "file.safetensors", "peft", tmp_path / which, base=base)
+        plain = loaded(base, tmp_path / which).merge_and_unload()
+        merged[which] = {name.removesuffix(".weight"): t for name, t in plain.state_dict().items()}
+    assert not torch.allclose(merged["diffusers"]["norm_out.linear"], weights["norm_out.linear"], atol=0.1)
+    for name, found in fused(merged["diffusers"]).items():
+        torch.testing.assert_close(found, merged["original"][name], atol=2e-5, rtol=1e-4, msg=name)
+    convert_adapter(tmp_path / "diffusers", "kohya", tmp_path / "back.safetensors")
+    if kind in ("lora", "lora+dora", "loha"):
+        return same_tensors(given, load_file(tmp_path / "back.safetensors"))
+    convert_adapter(tmp_path / "back.safetensors", "peft", tmp_path / "again", base=tree(fused(weights)))
+    again = loaded(tree(fused(weights)), tmp_path / "again").merge_and_unload().state_dict()
+    for name, wanted in merged["original"].items():
+        torch.testing.assert_close(again[f"{name}.weight"], wanted, atol=2e-5, rtol=1e-4, msg=name)
+
+
+def test_lohas_of_parts_that_differ_become_a_lora_of_the_whole(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    weights = {name: torch.randn(shape) for name, shape in DIFFUSERS.items()}
+    names = ["transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_v"]
+    config = LoHaConfig(r=2, alpha=3, target_modules=names, init_weights=False)
+    model = get_peft_model(tree(weights), config)
+    model.save_pretrained(tmp_path / "loha")
+    convert_adapter(tmp_path / "loha", "peft", tmp_path / "lora", base=tree(fused(weights)))
+    wanted = fused({n.removesuffix(".weight"): t for n, t in model.merge_and_unload().state_dict().items()})
+    found = loaded(tree(fused(weights)), tmp_path / "lora").merge_and_unload()
+    for name, weight in wanted.items():
+        torch.testing.assert_close(found.get_submodule(name).weight, weight, atol=1e-5, rtol=1e-4)
+
+
+def part(name: str, out: int = 8, inner: int = 8, down: str = "lora_down") -> dict[str, torch.Tensor]:
+    """A LoRA of a module, under a full name."""
+    up = down.replace("down", "up").replace("A", "B")
+    return {f"{name}.{down}.weight": torch.randn(2, inner), f"{name}.{up}.weight": torch.randn(out, 2)}
+
+
+CLIP, T5 = "text_model.encoder.layers.0.mlp.fc1", "encoder.block.0.layer.0.SelfAttention.q"
+PIPELINES = {
+    "flux, kohya": {
+        "lora_unet_double_blocks_0_img_attn_proj": "transformer",
+        "lora_unet_final_layer_linear": "transformer",
+        f"lora_te1_{CLIP}": "text_encoder",
+        f"lora_te3_{T5}": "text_encoder_2",
+    },
+    "flux, ComfyUI": {
+        "diffusion_model.double_blocks.0.img_attn.proj": "diffusion_model",
+        f"text_encoders.clip_l.transformer.{CLIP}": "text_encoder",
+        f"text_encoders.t5xxl.transformer.{T5}": "text_encoder_2",
+    },
+    "flux, diffusers": {
+        "transformer.single_transformer_blocks.0.attn.to_q": "transformer",
+        f"text_encoder.{CLIP}": "text_encoder",
+    },
+    "sd3, kohya": {
+        "lora_unet_joint_blocks_0_x_block_attn_qkv": "transformer",
+        f"lora_te1_{CLIP}": "text_encoder",
+        f"lora_te2_{CLIP}": "text_encoder_2",
+        f"lora_te3_{T5}": "text_encoder_3",
+    },
+    "sd, kohya": {"lora_unet_mid_block_attentions_0_proj_in": "unet", f"lora_te_{CLIP}": "text_encoder"},
+}
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_the_components_of_a_pipeline_are_known_by_any_names(pipeline: str, tmp_path: Path) -> None:
+    given: dict[str, torch.Tensor] = {}
+    for name in PIPELINES[pipeline]:
+        kohya = name.startswith("lora_")
+        given |= part(name.replace(".", "_") if kohya else name, down="lora_down" if kohya else "lora_A")
+    save_file(given, tmp_path / "file.safetensors")
+    found = convert_adapter(tmp_path / "file.safetensors", "peft", tmp_path / "peft")
+    assert sorted(found.components) == sorted(set(PIPELINES[pipeline].values())) and not found.lost
+    target = "kohya" if "kohya" in pipeline else "diffusers"
+    convert_adapter(tmp_path / "peft", "kohya", tmp_path / "kohya.safetensors")
+    back = load_file(tmp_path / "kohya.safetensors")
+    if target == "kohya":
+        same_tensors(given, {name: tensor for name, tensor in back.items() if "alpha" not in name})
+    elif "ComfyUI" in pipeline:
+        wanted = {"lora_unet_double_blocks_0_img_attn_proj", "lora_te1_" + CLIP.replace(".", "_")}
+        assert {name.partition(".")[0] for name in back} == wanted | {"lora_te3_" + T5.replace(".", "_")}
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr", "oft"])
+def test_other_algorithms_under_names_with_dots(kind: str, tmp_path: Path) -> None:
+    """As trainers for ComfyUI write them, beside LoRAs of other modules: what comes of kohya's names, to the bit."""
+    torch.manual_seed(0)
+    base = tree(fused({name: torch.randn(shape) for name, shape in DIFFUSERS.items()}))
+    files: dict[str, dict[str, torch.Tensor]] = {"dots": {}, "flat": {}}
+    for name, module in base.named_modules():
+        if isinstance(module, nn.Linear):
+            tensors = flux_tensors("lora" if "final" in name else kind, *module.weight.shape)
+            tensors |= {} if "oft_blocks" in tensors else {"alpha": torch.tensor(3.0)}
+            files["dots"] |= {f"diffusion_model.{name}.{part}": t for part, t in tensors.items()}
+            files["flat"] |= {f"lora_unet_{name.replace('.', '_')}.{part}": t for part, t in tensors.items()}
+    found = {}
+    for form, tensors in files.items():
+        save_file(tensors, tmp_path / f"{form}.safetensors")
+        report = convert_adapter(tmp_path / f"{form}.safetensors", "peft", tmp_path / form, base=base)
+        found[form] = {n: t for file in (tmp_path / form).rglob("*.safetensors") for n, t in load_file(file).items()}
+        assert not report.lost and len(report.components) == (1 if kind == "oft" and form == "flat" else 2)
+    assert format_of(tmp_path / "dots.safetensors") == "diffusers"
+    same_tensors(found["dots"], found["flat"])
+
+
+def test_flux_attention_processors_as_diffusers_reads_them(tmp_path: Path) -> None:
+    """The names of x-flux, of which those of single blocks are no LoRAs of a matrix."""
+    diffusers = pytest.importorskip("diffusers")
+    given = {}
+    for name in ("qkv_lora1", "qkv_lora2", "proj_lora1", "proj_lora2"):
+        key = f"double_blocks.0.processor.{name}"
+        given |= {f"{key}.down.weight": torch.randn(2, 3072)}
+        given |= {f"{key}.up.weight": torch.randn(3072 * (3 if "qkv" in name else 1), 2)}
+    save_file(given, tmp_path / "file.safetensors")
+    convert_adapter(tmp_path / "file.safetensors", "diffusers", tmp_path / "out.safetensors")
+    same_tensors(load_file(tmp_path / "out.safetensors"), diffusers.FluxPipeline.lora_state_dict(dict(given)))
+    save_file(
+        given | {"single_blocks.0.processor.proj_lora.up.weight": torch.ones(2, 2)}, tmp_path / "file.safetensors"
+    )
+    with pytest.raises(ConfigError, match="proj_lora.up.weight: it is no part of a LoRA"):
+        convert_adapter(tmp_path / "file.safetensors", "diffusers", tmp_path / "none.safetensors")
+
+
+# --- unions and gates of adapters ---------------------------------------------------------------------------------
+
+
+def of_adapters(case: str, folder: Path) -> tuple[nn.Module, dict[str, torch.Tensor], torch.Tensor]:
+    """(base, tensors, output) of a recorded case, whose files are written to a folder."""
+    base = llama(golden("adapters")["base"], num_hidden_layers=2, num_attention_heads=2)
+    given = golden("adapters_unions")[case]
+    wanted = given.pop("output")
+    folder.mkdir()
+    torch.save(given, folder / "pytorch_adapter.bin")
+    with safe_open(GOLDEN / "adapters_unions.safetensors", "pt") as file:
+        (folder / "adapter_config.json").write_text(file.metadata()[case])
+    return base, given, wanted
+
+
+@pytest.mark.parametrize("case", ["union", "union_prefix", "unipelt", "lora_gated", "prefix_gated", "bn_gated"])
+def test_unions_and_gates_of_adapters(case: str, tmp_path: Path) -> None:
+    base, given, wanted = of_adapters(case, tmp_path / "there")
+    found = convert_adapter(tmp_path / "there", "peft", tmp_path / "peft", base=base)
+    assert not found.lost and found.components == [""]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(base, tmp_path / "peft")(IDS).logits, wanted, atol=2e-6, rtol=1e-5)
+    convert_adapter(tmp_path / "peft", "adapters", tmp_path / "back", base=base)
+    said = [json.loads((tmp_path / name / "adapter_config.json").read_text())["config"] for name in ("there", "back")]
+    for one, other in zip(*(config.get("configs", [config]) for config in said), strict=True):
+        assert {key for key in one.keys() & other.keys() if one[key] != other[key]} == set()
+    back = torch.load(tmp_path / "back" / "pytorch_adapter.bin")
+    back = {name.replace(".adapter.", ".x."): tensor for name, tensor in back.items()}
+    assert back.keys() == given.keys()
+    for name, tensor in given.items():  # the keys of a prefix are turned there and back
+        torch.testing.assert_close(back[name], tensor, atol=1e-6 if "control_trans" in name else 0, rtol=0, msg=name)
+    convert_adapter(tmp_path / "back", "peft", tmp_path / "again", base=base)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(base, tmp_path / "again")(IDS).logits, wanted, atol=2e-6, rtol=1e-5)
+
+
+def test_heads_and_fusions_of_adapters_are_named(tmp_path: Path) -> None:
+    base, _, _ = of_adapters("bn_gated", tmp_path / "there")
+    torch.save({"heads.x.1.weight": torch.ones(2, 2)}, tmp_path / "there" / "pytorch_model_head.bin")
+    with pytest.raises(ConfigError, match="pytorch_model_head.bin: a prediction head"):
+        convert_adapter(tmp_path / "there", "peft", tmp_path / "peft", base=base)
+    convert_adapter(tmp_path / "there", "peft", tmp_path / "peft", base=base, lossy=True)
+    (tmp_path / "fusion").mkdir()
+    torch.save({"x": torch.ones(1)}, tmp_path / "fusion" / "pytorch_model_adapter_fusion.bin")
+    (tmp_path / "fusion" / "adapter_fusion_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="a fusion of adapters.*Fuse"):
+        convert_adapter(tmp_path / "fusion", "peft", tmp_path / "x", base=base)
+
+
+def test_matrices_without_a_place_in_adapters_are_named(tmp_path: Path) -> None:
+    """adapters would pass over them when it loads the file; blocks without any are left out in its config."""
+    base, _ = lora(tmp_path / "one", target_modules=["q_proj", "o_proj"])
+    with pytest.raises(ConfigError, match="o_proj: adapters has no place"):
+        convert_adapter(tmp_path / "one", "adapters", tmp_path / "x", base=base)
+    lora(tmp_path / "two", target_modules=["q_proj", "down_proj"], layers_to_transform=[1])
+    convert_adapter(tmp_path / "two", "adapters", tmp_path / "out", base=base)
+    said = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["config"]
+    assert (said["leave_out"], said["attn_matrices"], said["intermediate_lora"], said["output_lora"]) == (
+        [0],
+        ["q"],
+        True,
+        False,
+    )
+    lora(tmp_path / "odd", target_modules=r".*(0.self_attn.q_proj|1.self_attn.[qk]_proj)")
+    with pytest.raises(ConfigError, match="blocks 0: adapters has the same matrices in all blocks"):
+        convert_adapter(tmp_path / "odd", "adapters", tmp_path / "x", base=base)

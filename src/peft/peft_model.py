@@ -374,6 +374,7 @@ class PeftModel(ModelCompat, Compositions, PushToHubMixin, nn.Module):
         except Exception:
             del self.peft_config[adapter_name]
             raise
+        _note_base(peft_config, self.get_base_model())
 
     def _check_method(self, peft_config: PeftConfig) -> None:
         given: Any = peft_config.peft_type
@@ -514,8 +515,7 @@ class PeftModel(ModelCompat, Compositions, PushToHubMixin, nn.Module):
     def _config_to_save(self, name: str) -> PeftConfig:
         config = copy.copy(self.peft_config[name])
         base = self.get_base_model()
-        if config.base_model_name_or_path is None:
-            config.base_model_name_or_path = base.__dict__.get("name_or_path")
+        _note_base(config, base)
         if config.task_type is None:
             library = type(base).__module__
             config.auto_mapping = {"base_model_class": type(base).__name__, "parent_library": library}
@@ -604,7 +604,7 @@ class PeftModel(ModelCompat, Compositions, PushToHubMixin, nn.Module):
         """Load a further adapter, inactive, or new values for one that is there.
 
         Args:
-            is_trainable: let it train already.
+            is_trainable: let it train already; otherwise the model is in evaluation mode afterwards.
             torch_device: device on which to read the file.
 
         Returns:
@@ -643,6 +643,8 @@ class PeftModel(ModelCompat, Compositions, PushToHubMixin, nn.Module):
         config.inference_mode = not is_trainable
         if is_trainable:
             self.set_requires_grad(adapter_name, True)
+        else:
+            self.eval()
         return result
 
     def _load(
@@ -695,6 +697,12 @@ class PeftModel(ModelCompat, Compositions, PushToHubMixin, nn.Module):
         self.base_model.inject_adapter(model, name, autocast_adapter_dtype)
         if name in active:
             self.set_adapter(active, self.peft_config[name].inference_mode)
+
+
+def _note_base(config: PeftConfig, base: nn.Module) -> None:
+    """Note in a config what its base model was loaded from."""
+    if config.base_model_name_or_path is None:
+        config.base_model_name_or_path = base.__dict__.get("name_or_path") or None
 
 
 def plain_model(model: nn.Module, adapter_name: str) -> nn.Module:
@@ -781,10 +789,13 @@ class PeftModelForTokenClassification(PeftModel):
 
 
 class PeftModelForQuestionAnswering(PeftModel):
-    """For ``TaskType.QUESTION_ANS``; the head is trained whole."""
+    """For ``TaskType.QUESTION_ANS``; the head is trained whole.
+
+    Positions of answers count from the first virtual token in the loss, as they do in the logits: what a head has
+    learned to point at is what the largest logit points at.
+    """
 
     _heads = ("qa_outputs",)
-    _task = Task(token_inputs=("labels",), position_inputs=("start_positions", "end_positions"))
     _inputs = (
         "input_ids",
         "attention_mask",

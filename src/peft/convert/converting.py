@@ -9,8 +9,8 @@ from pathlib import Path
 from torch import nn
 
 from peft.convert.formats import FORMATS
-from peft.convert.formats.flux import is_diffusers, is_original, to_diffusers, to_original
-from peft.convert.held import Held, held_of, is_lora, pairs_of
+from peft.convert.formats.flux import as_in, flux_encoders
+from peft.convert.held import Held, beyond_pairs, held_of, is_lora, pairs_of
 from peft.convert.source import Base, Files, Format, Job, Source
 from peft.core.files.io import replacing
 from peft.utils.error import ConfigError, nearest
@@ -80,6 +80,10 @@ def convert_adapter(
         origin = _detected(found)
         for name, held in origin.read(found, job).items():
             bundle[component or name] = _fitted(held, job)
+    bundle = flux_encoders(bundle)
+    if target.name != "peft":
+        for held in filter(is_lora, bundle.values()):
+            job.lost.update(beyond_pairs(held.config))
     files = target.write(bundle, job)
     if job.lost and not lossy:
         listed = "; ".join(f"{name}: {why}" for name, why in list(job.lost.items())[:8])
@@ -94,14 +98,10 @@ def convert_adapter(
 
 def _fitted(held: Held, job: Job) -> Held:
     """The adapter on the modules that the base has, where tools know a model by different ones, or in other shapes."""
-    if job.base is None or not is_lora(held):
+    if job.base is None:
         return held
-    here, there = pairs_of(held).pairs, job.base.names
-    if is_original(here) and is_diffusers(there):
-        held = to_diffusers(held)
-    elif is_diffusers(here) and is_original(there):
-        held = to_original(held)
-    return _shaped(held, job.base)
+    held = as_in(held, job.base)
+    return _shaped(held, job.base) if is_lora(held) and not held.config.use_gating else held
 
 
 def _shaped(held: Held, base: Base) -> Held:

@@ -71,3 +71,22 @@ def dotted(name: str, known: Iterable[str] | None) -> str:
         parts.append("_".join(words[:size]))
         words = words[size:]
     return ".".join(parts)
+
+
+UNETS = ("down_blocks", "up_blocks", "mid_block", "input_blocks", "middle_block", "output_blocks")
+TRANSFORMERS = ("double_blocks", "single_blocks", "joint_blocks", "transformer_blocks", "single_transformer_blocks")
+
+
+def component_of(modules: Iterable[str]) -> str:
+    """The component of a pipeline that modules are of, by their names; "" if these do not tell."""
+    words = {word for module in modules for word in module.split(".")}
+    if words & set(UNETS):
+        return "unet"
+    if words & {"text_model", "SelfAttention", "DenseReluDense"}:
+        return "text_encoder"
+    return "transformer" if words & set(TRANSFORMERS) else ""
+
+
+def is_t5(modules: Iterable[str]) -> bool:
+    """Whether modules are of a T5, as pipelines have one beside CLIPs."""
+    return any(word in ("SelfAttention", "DenseReluDense") for module in modules for word in module.split("."))

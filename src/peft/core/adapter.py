@@ -298,7 +298,7 @@ class Adapter:
 
     def drops(self, dropout: nn.Module | None) -> bool:
         """Whether a dropout of the adapter's acts in the next forward."""
-        return isinstance(dropout, nn.Dropout) and self.layer.training
+        return isinstance(dropout, nn.Dropout) and dropout.training
 
     # --- state ----------------------------------------------------------------------------------------------
     def held(self) -> Iterator[tuple[str, part, Any]]:

@@ -152,9 +152,14 @@ def is_eager(x: torch.Tensor) -> bool:
         return False
     if type(x) is not torch.Tensor and type(x) is not nn.Parameter:
         return False
-    if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
+    if is_transformed() or torch._C._get_tracing_state() is not None:
         return False
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` is at work (``grad``, ``vmap``), which knows no functions of ours."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def is_bare_linear(module: nn.Module | None) -> bool:

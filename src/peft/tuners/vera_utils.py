@@ -59,6 +59,8 @@ def vectors(out: int, ranks: int, config: SharedPairConfig) -> tuple[nn.Paramete
 class ScaledTable(torch.autograd.Function):
     """``diag(rows) table diag(columns)``, of which autograd keeps the two vectors and the frozen table, no product."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(rows: torch.Tensor, table: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """Rows ``[n]``, table ``[n, m]``, columns ``[m]``."""

@@ -2,17 +2,23 @@
 
 The authors keep query, key and value in one matrix, ``img_attn.qkv``, and in the single blocks the first matrix of the
 feed-forward as well, ``linear1``; diffusers keeps each apart. One LoRA over the fused rows is LoRAs of the parts with
-the same A. The other way, parts with one A and one scale are its rows again; others stand side by side.
+the same A, and one LoHa LoHas with the same factors of the inputs. The other way, parts with one A and one scale are
+its rows again; others stand side by side. A LoKr is no LoKr of some of its rows, but the LoRA that it equals.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
-from peft.convert.held import Held, Pair, Pairs, held_of, pairs_of
+from peft.config import resolve_pattern
+from peft.convert.held import PREFIX, Held, Pair, Pairs, held_of, is_lora, modules_of, named, pairs_of, patterned
+from peft.convert.source import Base, Bundle
+from peft.tuners.loha import face_splitting
 from peft.utils.error import ConfigError
 
 
@@ -77,25 +83,124 @@ def _whole_of(module: str) -> tuple[str, int] | None:
     return next(((name, 0) for name, parts in _OUTSIDE.items() if module in parts), None)
 
 
+def weight_in(base: Base, module: str) -> torch.Tensor:
+    """The weight of a module of a base model, put together of diffusers' where the module is one of the authors'."""
+    parts = _parts_of(module) if is_diffusers(base.names) else None
+    weight = torch.cat([base.tensor(part, "weight") for part in parts or (module,)])
+    return weight.roll(len(weight) // 2, 0) if parts and module == _SWAPPED else weight
+
+
+def as_in(held: Held, base: Base) -> Held:
+    """The adapter on the modules of a base that is a Flux of one of the two sets of names; any other as it is."""
+    here, there = modules_of(held), base.names
+    if is_diffusers(there) and any(_parts_of(module) for module in here):
+        return to_diffusers(held)
+    return to_original(held) if is_original(there) and any(_whole_of(module) for module in here) else held
+
+
+def flux_encoders(bundle: Bundle) -> Bundle:
+    """The bundle with the T5 of Flux, which other pipelines have third and it has second, as diffusers calls it."""
+    modules = [m for name in ("transformer", "diffusion_model") if name in bundle for m in modules_of(bundle[name])]
+    if not (is_original(modules) or is_diffusers(modules)) or "text_encoder_2" in bundle:
+        return bundle
+    return {"text_encoder_2" if name == "text_encoder_3" else name: held for name, held in bundle.items()}
+
+
 # --- to diffusers -------------------------------------------------------------------------------------------------
 
 
 def to_diffusers(held: Held) -> Held:
-    """A LoRA on the authors' modules as one on diffusers'.
+    """An adapter on the authors' modules as one on diffusers': a LoRA, LoHa, or LoKr, which becomes a LoRA.
 
     Raises:
-        ConfigError: a module is none of Flux's.
+        ConfigError: a module is none of Flux's, or the adapter is of another method.
     """
-    found, made = pairs_of(held), {}
+    if held.method == "LOHA":
+        return _loha_to_diffusers(held)
+    found, made = _pairs(held), {}
     for module, pair in found.pairs.items():
-        parts = _parts_of(module)
-        if parts is None:
-            raise ConfigError(f"{module} is no module of Flux with a counterpart in diffusers.")
+        parts = _split(module)
         sizes = _sizes(parts, len(pair.up), pair.down.shape[1])
         rows = _swapped(pair) if module == _SWAPPED else pair
         for part, at in zip(parts, torch.arange(len(pair.up)).split(sizes)):
             made[part] = _rows(rows, at)
     return held_of(Pairs(made, found.others, found.rslora))
+
+
+def _split(module: str) -> tuple[str, ...]:
+    parts = _parts_of(module)
+    if parts is None:
+        raise ConfigError(f"{module} is no module of Flux with a counterpart in diffusers.")
+    return parts
+
+
+def _pairs(held: Held) -> Pairs:
+    """The pairs of a LoRA, or of a LoHa or LoKr as the LoRA that it equals."""
+    if is_lora(held):
+        return pairs_of(held)
+    equal = {"LOHA": _pair_of_loha, "LOKR": _pair_of_lokr}.get(held.method)
+    if equal is None:
+        raise ConfigError(
+            f"Flux's two sets of names are changed in LoRA, LoHa and LoKr, and this adapter is {held.method}: make a "
+            "LoRA of it by save_as_lora first."
+        )
+    return Pairs({module: equal(parts, *_scale(held, module)) for module, parts in _modules(held).items()})
+
+
+def _modules(held: Held) -> dict[str, dict[str, torch.Tensor]]:
+    """The tensors of an adapter by module."""
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in held.tensors.items():
+        module, _, part = name.removeprefix(PREFIX).rpartition(".")
+        found.setdefault(module, {})[part] = tensor
+    if saved := getattr(held.config, "modules_to_save", None):
+        raise ConfigError(f"whole modules have other names in Flux's two sets: {named(saved)}; take them out first.")
+    return found
+
+
+def _scale(held: Held, module: str) -> tuple[float, int]:
+    """alpha and rank."""
+    config = held.config
+    return (resolve_pattern(config.alpha_pattern, module, config.alpha),
+            resolve_pattern(config.rank_pattern, module, config.r))  # fmt: skip
+
+
+def _pair_of_loha(parts: dict[str, torch.Tensor], alpha: float, rank: int) -> Pair:
+    """(A1 B1) * (A2 B2) as one product, of rank r^2."""
+    up, down = face_splitting(*(parts[f"hada_{name}"] for name in ("w1_a", "w1_b", "w2_a", "w2_b")))
+    return Pair(down, up, alpha / rank * len(down))
+
+
+def _pair_of_lokr(parts: dict[str, torch.Tensor], alpha: float, rank: int) -> Pair:
+    """W1 (x) (A B) = (W1 (x) A) (1 (x) B), of the rank of W2 for each input of W1."""
+    first = parts["lokr_w1"] if "lokr_w1" in parts else parts["lokr_w1_a"] @ parts["lokr_w1_b"]
+    if "lokr_w2" in parts:
+        a, b = parts["lokr_w2"], torch.eye(parts["lokr_w2"].shape[1], dtype=first.dtype)
+    else:
+        a, b = parts["lokr_w2_a"], parts["lokr_w2_b"]
+    down = torch.kron(torch.eye(first.shape[1], dtype=first.dtype), b)
+    return Pair(down, torch.kron(first, a), alpha / rank * len(down))
+
+
+def _loha_to_diffusers(held: Held) -> Held:
+    made: dict[str, dict[str, torch.Tensor]] = {}
+    scales = {}
+    for module, found in _modules(held).items():
+        parts, out, inner = _split(module), len(found["hada_w1_a"]), found["hada_w1_b"].shape[1]
+        order = torch.arange(out).roll(out // 2) if module == _SWAPPED else torch.arange(out)
+        for part, at in zip(parts, order.split(_sizes(parts, out, inner))):
+            made[part] = {name: t[at] if name.endswith("_a") else t for name, t in found.items()}
+            scales[part] = _scale(held, module)
+    return _loha_of(held, made, scales)
+
+
+def _loha_of(held: Held, modules: dict[str, dict[str, torch.Tensor]], scales: dict[str, tuple[float, int]]) -> Held:
+    """A LoHa like another, on other modules."""
+    alpha, alphas = patterned({module: alpha for module, (alpha, _) in scales.items()})
+    rank, ranks = patterned({module: rank for module, (_, rank) in scales.items()})
+    config = dataclasses.replace(held.config, r=rank, rank_pattern=ranks, alpha=alpha, alpha_pattern=alphas,
+                                 target_modules=sorted(modules))  # fmt: skip
+    return Held(config, {f"{PREFIX}{m}.{name}": t for m, parts in modules.items() for name, t in parts.items()})
 
 
 def _sizes(parts: tuple[str, ...], out: int, inner: int) -> list[int]:
@@ -118,24 +223,60 @@ def _swapped(pair: Pair) -> Pair:
 
 
 def to_original(held: Held) -> Held:
-    """A LoRA on diffusers' modules as one on the authors'; parts that are not adapted get zeros.
+    """An adapter on diffusers' modules as one on the authors'; parts that are not adapted get zeros.
+
+    A LoHa whose parts have the factors of their inputs in common stays one; others, and a LoKr, become LoRAs.
 
     Raises:
-        ConfigError: a module is none of Flux's, or a DoRA is on some of the parts only.
+        ConfigError: a module is none of Flux's, a DoRA is on some of the parts only, or it is of another method.
     """
-    found = pairs_of(held)
-    groups: dict[str, dict[int, Pair]] = {}
-    for module, pair in found.pairs.items():
-        place = _whole_of(module)
-        if place is None:
-            raise ConfigError(f"{module} is no module of Flux with a counterpart among its authors' names.")
-        scaled = Pair(pair.down, pair.up, found.scale(module) * pair.rank, pair.magnitude, pair.bias)
-        groups.setdefault(place[0], {})[place[1]] = scaled
+    if held.method == "LOHA" and (kept := _loha_to_original(held)) is not None:
+        return kept
+    found = _pairs(held)
+    groups = _grouped(
+        {module: Pair(pair.down, pair.up, found.scale(module) * pair.rank, pair.magnitude, pair.bias)
+         for module, pair in found.pairs.items()}
+    )  # fmt: skip
     made = {}
     for module, parts in groups.items():
         pair = _fused(module, parts)
         made[module] = _swapped(pair) if module == _SWAPPED else pair
     return held_of(Pairs(made, found.others))
+
+
+def _grouped(modules: dict[str, Any]) -> dict[str, dict[int, Any]]:
+    """What belongs to each of the authors' modules, by the number of the part."""
+    groups: dict[str, dict[int, Any]] = {}
+    for module, value in modules.items():
+        place = _whole_of(module)
+        if place is None:
+            raise ConfigError(f"{module} is no module of Flux with a counterpart among its authors' names.")
+        groups.setdefault(place[0], {})[place[1]] = value
+    return groups
+
+
+def _loha_to_original(held: Held) -> Held | None:
+    """A LoHa whose parts differ in their outputs alone; None if they do not."""
+    made, scales = {}, {}
+    for module, parts in _grouped({m: (p, _scale(held, m)) for m, p in _modules(held).items()}).items():
+        (one, scale), names = next(iter(parts.values())), _parts_of(module) or ()
+        shared = {name: t for name, t in one.items() if name.endswith("_b")}
+        if any(own != scale or any(not torch.equal(p[n], t) for n, t in shared.items()) for p, own in parts.values()):
+            return None
+        inner = one["hada_w1_b"].shape[1]
+        made[module] = dict(shared)
+        for name in one.keys() - shared.keys():
+            rows = [parts[i][0][name] if i in parts else one[name].new_zeros(size, one[name].shape[1])
+                    for i, size in enumerate(_outs(names, inner))] if len(names) > 1 else [one[name]]  # fmt: skip
+            whole = torch.cat(rows)
+            made[module][name] = whole.roll(len(whole) // 2, 0) if module == _SWAPPED else whole
+        scales[module] = scale
+    return _loha_of(held, made, scales)
+
+
+def _outs(names: tuple[str, ...], inner: int) -> list[int]:
+    """Rows of the parts of a fused matrix."""
+    return [inner * (_MLP_RATIO if name.endswith("proj_mlp") else 1) for name in names]
 
 
 def _fused(module: str, parts: dict[int, Pair]) -> Pair:
@@ -144,8 +285,7 @@ def _fused(module: str, parts: dict[int, Pair]) -> Pair:
     if len(names) == 1:
         return one
     inner = one.down.shape[1]
-    outs = [len(parts[i].up) if i in parts else inner * (_MLP_RATIO if name.endswith("proj_mlp") else 1)
-            for i, name in enumerate(names)]  # fmt: skip
+    outs = [len(parts[i].up) if i in parts else size for i, size in enumerate(_outs(names, inner))]
     if any(pair.magnitude is not None for pair in parts.values()) and len(parts) < len(names):
         raise ConfigError(f"{module} would be a DoRA in {len(parts)} of its {len(names)} parts only.")
     ends = torch.tensor([0, *outs]).cumsum(0).tolist()

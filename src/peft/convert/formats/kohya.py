@@ -27,8 +27,8 @@ from peft.convert.formats.lycoris import (
     whole_pair,
     with_norms,
 )
-from peft.convert.held import PREFIX, Held, Pair, Pairs, held_of, is_lora, pairs_of, patterned, whole
-from peft.convert.names import dotted, flat
+from peft.convert.held import PREFIX, Held, Pair, Pairs, held_of, modules_of, pairs_of, patterned, whole
+from peft.convert.names import TRANSFORMERS, component_of, dotted, flat, is_t5
 from peft.convert.source import Bundle, Files, Format, Job, Source
 from peft.core.files.io import separate
 from peft.tuners.loha import LoHaConfig
@@ -52,6 +52,8 @@ _LORA = ("lora_down.weight", "lora_up.weight", "lora_mid.weight", "dora_scale", 
 _IA3 = ("weight", "on_input")
 _FORMS = {"norm": tuple(NORMS), "lora": _LORA, "loha": (*_LOHA, "dora_scale"), "lokr": (*_LOKR, "dora_scale"),
           "ia3": _IA3}  # fmt: skip
+ALGORITHMS = {part for parts in (NORMS, CHANGES, _LOHA, _LOKR) for part in parts} - {"rescale"}
+"""Names of tensors that tell another algorithm of LyCORIS than LoRA."""
 _NORM_HINT = " (norms are written as changes where the base model's weights are given, base=...)"
 _SHARED = {"dora_scale", "diff_b", "rescale"}  # which say nothing of the form
 
@@ -63,40 +65,35 @@ def _matches(source: Source) -> bool:
 
 def _read(source: Source, job: Job) -> Bundle:
     modules: dict[str, dict[str, Parts]] = {}
+    prefixes = dict(PREFIXES)
+    if any(name.startswith(tuple(f"lora_unet_{block}" for block in TRANSFORMERS)) for name in source.tensors):
+        prefixes["lora_unet_"] = "transformer"  # as files call it all the same
     for name, tensor in source.tensors.items():
-        prefix = next((p for p in PREFIXES if name.startswith(p)), None)
+        prefix = next((p for p in prefixes if name.startswith(p)), None)
         if prefix is None:
             job.lost[name] = "it belongs to no component that is known"
             continue
         module, _, part = name.removeprefix(prefix).partition(".")
-        modules.setdefault(_component(prefix, module), {}).setdefault(module, {})[part] = tensor
+        modules.setdefault(prefixes[prefix], {}).setdefault(module, {})[part] = tensor
     bundle: Bundle = {}
     for component, found in modules.items():
-        held = _component_of(found, job, job.base.names if job.base else None)
-        for method, one in held.items():
-            bundle[component if len(held) == 1 else "-".join(filter(None, (component, method)))] = one
+        bundle.update(by_method(component, {_dotted(name, found, job): parts for name, parts in found.items()}, job))
     if not bundle:
         raise ConfigError(f"nothing in {source.path} can be converted: {'; '.join(job.lost.values())}.")
     return bundle
 
 
-def _component(prefix: str, module: str) -> str:
-    """What files call a UNet may be a transformer."""
-    transformers = (
-        "double_blocks",
-        "single_blocks",
-        "joint_blocks",
-        "transformer_blocks",
-        "single_transformer_blocks",
-    )
-    return "transformer" if prefix == "lora_unet_" and module.startswith(transformers) else PREFIXES[prefix]
+def _dotted(name: str, found: Iterable[str], job: Job) -> str:
+    """The module that a name means: of the base model, where these names are of it; else by the names' parts."""
+    known = job.base.names if job.base else []
+    flux = is_original(other.replace("_blocks_", "_blocks.") for other in found) and not is_original(known)
+    return dotted(name, None if flux or {flat(module) for module in known}.isdisjoint(found) else known)
 
 
-def _component_of(found: dict[str, Parts], job: Job, known: Iterable[str] | None) -> dict[str, Held]:
-    """The adapters of one model, by method."""
+def by_method(component: str, found: dict[str, Parts], job: Job) -> Bundle:
+    """The adapters of one model, by method: the tensors of its modules as kohya-ss and LyCORIS call them."""
     groups: dict[str, dict[str, Parts]] = {}
-    for name, parts in found.items():
-        module = dotted(name, None if is_original([name.replace("_blocks_", "_blocks.")]) else known)
+    for module, parts in found.items():
         form = next((form for form, names in _FORMS.items() if parts.keys() & set(names) - _SHARED), None)
         left = parts.keys() - {*_FORMS.get(form or "", ()), "alpha", *(["scalar"] if form else [])}
         job.lost.update({f"{module}.{part}": "it has no counterpart here" for part in left})
@@ -111,10 +108,10 @@ def _component_of(found: dict[str, Parts], job: Job, known: Iterable[str] | None
     if norms and (alone := with_norms(norms, made.values(), job)) is not None:
         made["norms"] = alone
     if len(made) > 1:
-        job.notes.append(
-            f"the file has {' and '.join(made)}: adapters of their own, to be active together (mixed=True)"
-        )
-    return made
+        methods = " and ".join(made)
+        job.notes.append(f"the file has {methods}: adapters of their own, to be active together (mixed=True)")
+        return {"-".join(filter(None, (component, method))): held for method, held in made.items()}
+    return dict(zip((component,), made.values()))
 
 
 def _lora(modules: dict[str, Parts], job: Job) -> Held:
@@ -224,9 +221,8 @@ def _renamed(modules: dict[str, Parts], names: tuple[str, ...]) -> dict[str, tor
 def _write(bundle: Bundle, job: Job) -> Files:
     tensors: dict[str, torch.Tensor] = {}
     for component, held in bundle.items():
-        name, _, method = component.partition("-")
-        prefix = _prefix("" if not method and name in _FORMS or name == "norms" else name, "text_encoder_2" in bundle)
-        if is_lora(held) and is_diffusers(pairs_of(held).pairs):
+        prefix = _prefix(component, held, bundle)
+        if is_diffusers(modules_of(held)):
             held = to_original(held)
             job.notes.append("the modules have the names of Flux's authors, whose query, key and value are one matrix")
         tensors.update(_flattened(held, prefix, job))
@@ -240,14 +236,18 @@ def saver(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> Callabl
     return lambda path: save_file(separate(tensors), path, metadata=metadata)
 
 
-def _prefix(component: str, two_encoders: bool) -> str:
-    if component == "transformer":
+def _prefix(component: str, held: Held, bundle: Bundle) -> str:
+    modules, name = modules_of(held), component.partition("-")[0]
+    name = component_of(modules) if name in (*_FORMS, "norms", "") else name
+    if name in ("unet", "transformer", "diffusion_model"):
         return "lora_unet_"
-    if component == "text_encoder":
-        return "lora_te1_" if two_encoders else "lora_te_"
-    found = next((prefix for prefix, name in PREFIXES.items() if name == component), None)
+    if name.startswith("text_encoder") and is_t5(modules):
+        return "lora_te3_"
+    if name == "text_encoder":
+        return "lora_te1_" if bundle.keys() & {"text_encoder_2", "text_encoder_3", "transformer"} else "lora_te_"
+    found = next((prefix for prefix, known in PREFIXES.items() if known == name), None)
     if found is None:
-        raise ConfigError(f"kohya's files have no component {component!r}.")
+        raise ConfigError(f"kohya's files have no component {name!r}.")
     return found
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 import torch
 
+from peft.convert.formats.flux import weight_in
 from peft.convert.held import PREFIX, Held, Pair
 from peft.convert.source import Job
 from peft.tuners.ia3 import IA3Config
@@ -54,7 +55,7 @@ def change_of(module: str, parts: Parts, job: Job) -> torch.Tensor:
         return parts["diff"]
     if "dora_scale" not in parts and parts.keys() & {"lokr_w1", "lokr_w1_a"}:
         return kronecker({name: t if t.dtype == torch.float64 else t.float() for name, t in parts.items()})
-    given = job.need_base(f"{module} is changed by a factor of its weight").tensor(module, "weight")
+    given = weight_in(job.need_base(f"{module} is changed by a factor of its weight"), module)
     weight = given if given.dtype == torch.float64 else given.float()
     alpha, parts = parts.get("alpha"), {name: tensor.to(weight.dtype) for name, tensor in parts.items()}
     if "oft_blocks" in parts:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from peft.core.layer.layer import BaseTunerLayer
+from peft.core.layer.rewritten import brought_weight, stand_on
 from peft.core.model.auxiliary import bias_state, biases_of
 from peft.core.model.tuner import BaseTuner
 from peft.core.model.walk import file_path, join, plain, walk
@@ -85,6 +86,9 @@ def entries(model: nn.Module, adapter: str) -> Iterator[Entry]:
                     entry.split, entry.as_loaded = own.split, partial(own.as_loaded, saved)
                     entry.takes = partial(own.takes, saved)
                 yield entry
+            if isinstance(wrapper, BaseTunerLayer) and (weight := brought_weight(wrapper, adapter)) is not None:
+                name = prefix + plain(join(site.path, wrapper.kind.weight))
+                yield Entry(name, "", weight, put=partial(stand_on, wrapper, adapter))
             common = (
                 wrapper.adapters[adapter].common if isinstance(wrapper, BaseTunerLayer) and adapter in wrapper else ()
             )

@@ -86,7 +86,7 @@ class BaseTunerLayer(ReadThrough):
         base, cls = self.get_base_layer(), self.adapter_cls
         kind = kind or (None if cls.any_module else kind_of(base) or foreign_kind(type(self), base)) or WHOLE
         self.__dict__.update(  # not one by one: a module looks into each value that is set
-            training=base_layer.training,
+            training=True,  # as any new module: what evaluates says so afterwards, as loading does
             kind=kind,
             read_by_parent=kind.read_by_parent,
             adapters={},
@@ -178,8 +178,6 @@ class BaseTunerLayer(ReadThrough):
                 if name in container:
                     del container[name]
                 continue
-            if isinstance(value, nn.Module) and not self.training:
-                value.eval()  # a new module would drop out in a model that does not train
             if type(container) is nn.ModuleDict:
                 container._modules[name] = value  # the name of an adapter has been checked
             else:

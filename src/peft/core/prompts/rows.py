@@ -53,7 +53,7 @@ class Prompts:
         if encoder.gates is not None and not self._gated:
             let_attentions_gate(self.model)
             self._gated = True
-        self.encoders[name] = encoder.train_on(False).train(self.model.training)
+        self.encoders[name] = encoder.train_on(False)
         self.tokens[name] = torch.arange(encoder.count(self.configs[name]))
 
     @property
