@@ -106,6 +106,17 @@ class Context:
             self.current = outer
 
     @contextmanager
+    def on_rows(self, rows: torch.Tensor | None, total: int) -> Iterator[None]:
+        """While these rows of a batch of ``total`` are computed; None: those that are anyway."""
+        outer = self.rows
+        if rows is not None:
+            self.rows = rows, total
+        try:
+            yield
+        finally:
+            self.rows = outer
+
+    @contextmanager
     def prompted(self, ids: Any) -> Iterator[None]:
         """While ``generate`` goes on with these ids, ``[batch, tokens]``; what it adds is no part of the prompt."""
         known = isinstance(ids, torch.Tensor) and ids.dim() == 2 and not ids.is_floating_point()
