@@ -65,7 +65,7 @@ class BaseTunerLayer(ReadThrough):
     shares_weight: bool
     merge_error: float
     _storage: Noted | None
-    _seen: Seen | None
+    _seen: Seen | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -100,7 +100,6 @@ class BaseTunerLayer(ReadThrough):
             shares_weight=False,
             merge_error=0.0,
             _storage=None,
-            _seen=None,
         )
         self._start(context)
         make_room(self, cls)

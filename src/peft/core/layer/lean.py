@@ -34,7 +34,7 @@ def lean(layer: BaseTunerLayer, x: torch.Tensor) -> torch.Tensor | None:
     if torch.is_grad_enabled() or torch._C._is_any_autocast_enabled() or not is_eager(x) or is_plain():
         return None
     state, active = layer.__dict__, layer._active_adapter
-    context, seen = state["context"], state["_seen"]
+    context, seen = state["context"], state.get("_seen")
     if len(active) != 1 or state["_disable_adapters"] or state["merged_adapters"]:
         return None
     if context.adapter_names is not None or context.current is not None:
