@@ -547,3 +547,36 @@ def test_importing_the_config_is_light():
     env = {**os.environ, "PYTHONPATH": str(Path(peft.config.__file__).parents[1])}
     result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_what_a_config_resolves_can_be_read_from_it() -> None:
+    assert peft.SupertuningConfig(r=3).lora_alpha == 6 and peft.SupertuningConfig().lora_alpha is None
+
+
+def test_a_config_without_a_method_raises_what_0_21_raises(tmp_path: Path) -> None:
+    """TypeError where a config is read, KeyError where a model is loaded; both are ValueErrors here as well."""
+    file = tmp_path / CONFIG_NAME
+    for values in ({"r": 3, "hidden_size": 8}, {"r": 3, "peft_type": "NONE_OF_OURS"}):
+        file.write_text(json.dumps(values))
+        for error in (TypeError, KeyError, ValueError):
+            with pytest.raises(error, match=f"{CONFIG_NAME}: .*peft_type"):
+                PeftConfig.from_pretrained(tmp_path)
+            with pytest.raises(error, match="peft_type"):
+                peft.get_peft_config({name: value for name, value in values.items() if name != "hidden_size"})
+    file.write_text(json.dumps({"r": 3, "target_modules": ["a"]}))
+    assert LoraConfig.from_pretrained(tmp_path).r == 3, "the class says what the file leaves out"
+    with pytest.raises(TypeError, match="names no peft_type"):
+        peft.IA3Config.from_pretrained(tmp_path)
+
+
+def test_what_a_file_says_of_a_process_is_left_out_and_named(tmp_path: Path) -> None:
+    values = {"peft_type": "LORA", "runtime_config": {"ephemeral_gpu_offload": True}}
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(values))
+    for cls in (PeftConfig, LoraConfig):
+        with pytest.warns(PeftWarning, match="runtime_config of a file does nothing"):
+            assert not cls.from_pretrained(tmp_path).runtime_config.ephemeral_gpu_offload
+    values["runtime_config"]["ephemeral_gpu_offload"] = False
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(values))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        LoraConfig.from_pretrained(tmp_path)

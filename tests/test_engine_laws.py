@@ -12,7 +12,7 @@ import torch
 from laws import cells, methods, over
 from torch import nn
 
-from peft import LoraConfig, get_peft_model
+from peft import BOFTConfig, HRAConfig, LoraConfig, OFTConfig, get_peft_model
 from peft.core.adapter import Adapter, part, setting
 from peft.core.families import Copy, Delta
 from peft.core.layer.classes import layer_class
@@ -144,6 +144,72 @@ def test_inactive_adapters_change_no_bit(cell: Cell, training: bool, few: bool) 
     assert alone[1] == beside[1]
     assert alone[2] == beside[2]
     assert len(alone[3]) == len(beside[3]) and all(map(torch.equal, alone[3], beside[3]))
+
+
+# --- batches without rows ------------------------------------------------------------------------------------------
+
+
+@over([c for c in CELLS if c.place.kind in ("Linear", "Embedding", "Conv2d")])
+def test_a_batch_without_rows_passes(cell: Cell) -> None:
+    """As an expert that no token chose gets it: no rows come out, and nothing that trains or is kept is spoilt."""
+    model = cell.adapted("one")
+    nothing = [x[:0] for x in cell.inputs()]
+    for training in (False, True):
+        out = model.train(training)(*nothing)
+        assert len(out) == 0
+    if out.requires_grad:
+        out.sum().backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    held = [x for x in (*model.parameters(), *model.buffers(), *gradients) if x.is_floating_point()]
+    assert all(x.isfinite().all() for x in held)
+
+
+# --- transforms of torch.func ---------------------------------------------------------------------------------------
+
+
+@over([c for c in CELLS if c.place.kind in ("Linear", "Embedding", "Conv2d", "Parameter")])
+def test_torch_func_differentiates(cell: Cell) -> None:
+    """`torch.func.grad` gives the gradient that a backward pass gives: no method keeps what a transform cannot see."""
+    model = cell.adapted("one")
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    of_loss = torch.autograd.grad(cell.loss(model), list(trained.values()), allow_unused=True)
+    wanted = [torch.zeros_like(p) if g is None else g for g, p in zip(of_loss, trained.values())]
+
+    def loss(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        return cell.loss(lambda *args: torch.func.functional_call(model, tensors, args))
+
+    found = torch.func.grad(loss)({name: p.detach() for name, p in trained.items()})
+    for (name, a), b in zip(found.items(), wanted, strict=True):
+        cell.near(a, b, name)
+    if cell.place.kind == "Linear":
+        twice = {name: torch.stack((p, p)) for name, p in trained.items()}
+        each = torch.func.vmap(torch.func.grad(loss), randomness="same")(twice)
+        for (name, (a, again)), b in zip(each.items(), wanted, strict=True):
+            cell.near(a, b, name)
+            cell.near(again, b, name)
+
+
+# --- several rotations -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [OFTConfig, BOFTConfig, HRAConfig], ids=lambda c: c.__name__)
+def test_several_rotations_turn_the_input_in_the_order_of_0_21(config: Any) -> None:
+    """Two of OFT turn the input as they were activated, two of BOFT or HRA the other way round."""
+    size = {} if config is HRAConfig else {"boft_block_size" if config is BOFTConfig else "oft_block_size": 4}
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8, bias=False)), config(target_modules=["0"], **size), "a")
+    model.add_adapter("b", config(target_modules=["0"], **size))
+    for seed, name in enumerate("ab"):
+        perturb(model, name, seed)
+    x, layer = torch.randn(3, 8), model.base_model.model[0]
+    (a, b), weight = layer.adapters.values(), layer.get_base_layer().weight
+    first, last = (a, b) if config is OFTConfig else (b, a)
+    turned = last.rotate(first.rotate(x)) @ weight.T
+    if config is BOFTConfig:
+        turned = turned * a.scale_out() * b.scale_out()
+    model.base_model.set_adapter(["a", "b"])
+    torch.testing.assert_close(model(x), turned)
+    torch.testing.assert_close(model.merge_and_unload()(x), turned)
 
 
 # --- plain and strict -----------------------------------------------------------------------------------------------

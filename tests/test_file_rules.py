@@ -16,11 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from toys import Mlp
 from toys import tiny_llama as any_llama
+from transformers.pytorch_utils import Conv1D
 
 from peft import (
+    HiraConfig,
     IA3Config,
     LoraConfig,
     MissConfig,
+    OFTConfig,
     PeftConfig,
     PeftModel,
     PromptEncoderConfig,
@@ -30,6 +33,7 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.core.layer.layer import BaseTunerLayer
 from peft.utils.error import ConfigError
 from peft.utils.warning import UnusedEntryWarning
 
@@ -301,6 +305,79 @@ def test_tensors_of_the_base_are_the_adapters_own(tmp_path):
     again = PeftModel.from_pretrained(tiny_llama(), tmp_path / "b")
     assert torch.allclose(again(IDS).logits, wanted(IDS).logits, atol=1e-5)
     assert torch.allclose(model.merge_and_unload()(IDS).logits, wanted(IDS).logits, atol=1e-5)
+
+
+UNDER = {
+    "Linear": (lambda: nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4)), "0", "0.base_layer.weight"),
+    "Conv1D": (lambda: nn.Sequential(Conv1D(5, 6), nn.Linear(5, 4)), "0", "0.base_layer.weight"),
+    "Conv2d": (
+        lambda: nn.Sequential(nn.Unflatten(-1, (1, 2, 3)), nn.Conv2d(1, 4, 2)), "1", "1.base_layer.weight"
+    ),
+    "MultiheadAttention": (
+        lambda: nn.ModuleList([nn.MultiheadAttention(6, 2)]), "0", "0.base_layer.in_proj_weight"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [LoraConfig, IA3Config, HiraConfig, OFTConfig], ids=lambda c: c.__name__)
+@pytest.mark.parametrize("kind", UNDER)
+def test_weights_under_an_adapter_are_too(tmp_path, kind, config):
+    """They reach the model, as with 0.21.2, while their adapter acts; its own file has them, and no other adapter."""
+    make, target, name = UNDER[kind]
+    own = {IA3Config: {"feedforward_modules": []}, OFTConfig: {"oft_block_size": 2}}.get(config, {"r": 2})
+
+    def base():
+        torch.manual_seed(0)
+        return make().eval()
+
+    def output(model):
+        m = model[0] if isinstance(model, nn.ModuleList) else model
+        return m(x, x, x)[0] if isinstance(model, nn.ModuleList) else m(x)
+
+    def adapted(folder=None):
+        config_of = config(target_modules=[target], **own)
+        return (
+            shaken(get_peft_model(base(), config_of)) if folder is None else PeftModel.from_pretrained(base(), folder)
+        )
+
+    x, model = torch.randn(3, 6), adapted()
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    layer = model.base_model.model.get_submodule(name.partition(".base_layer")[0])
+    weight = getattr(layer.get_base_layer(), layer.kind.weight)
+    brought = torch.randn_like(weight)
+    original, plain = weight.detach().clone(), output(base())
+    with torch.no_grad():
+        weight.copy_(brought)
+    wanted = output(model.base_model.model)
+    save_file({**tensors, f"base_model.model.{name}": brought}, tmp_path / "adapter_model.safetensors")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = adapted(tmp_path)
+    inner = loaded.base_model.model
+    torch.testing.assert_close(output(inner), wanted)
+    with loaded.disable_adapter():
+        assert torch.equal(output(inner), plain)
+    loaded.save_pretrained(tmp_path / "again")
+    torch.testing.assert_close(output(adapted(tmp_path / "again").base_model.model), wanted)
+    loaded.add_adapter("other", config(target_modules=[target], **own))
+    loaded.eval().set_adapter("other")
+    torch.testing.assert_close(output(inner), plain)
+    loaded.set_adapter("default")
+    loaded.merge_adapter()
+    torch.testing.assert_close(output(inner), wanted)
+    loaded.unmerge_adapter()
+    loaded.delete_adapter("default")
+    loaded.set_adapter("other")
+    torch.testing.assert_close(output(inner), plain)
+    torch.testing.assert_close(output(loaded.unload()), plain)
+
+    save_file({**tensors, f"base_model.model.{name}": brought[:1]}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(RuntimeError, match=f"size mismatch for base_model.model.{name}"):
+        adapted(tmp_path)
+    save_file({**tensors, f"base_model.model.{name}": original}, tmp_path / "adapter_model.safetensors")
+    assert all(layer.rewritten is None for layer in adapted(tmp_path).modules() if isinstance(layer, BaseTunerLayer))
 
 
 def test_buffers_of_the_base_are_too(tmp_path):

@@ -83,6 +83,13 @@ def test_the_origin_of_the_base_model_is_recorded():
     assert "'other' and is 'someone/base' now" in text
     assert "'one' and is 'two' now" in text
 
+    model, config, further = tiny_llama(), LoraConfig(), LoraConfig()
+    assert model.name_or_path == ""
+    peft_model = get_peft_model(model, config)
+    assert config.base_model_name_or_path is None, "a model that was loaded from nowhere has no name"
+    model.name_or_path = "someone/base"
+    peft_model.add_adapter("further", further)
+    assert further.base_model_name_or_path == "someone/base"
     config = lora(base_model_name_or_path="kept")
     get_peft_model(Mlp(), config)
     assert config.base_model_name_or_path == "kept"

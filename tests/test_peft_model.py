@@ -827,8 +827,9 @@ class TestMixedModel:
     def test_rotations_and_methods_that_share_tensors(self, method, lora_first, tmp_path):
         configs = [MIXABLE["lora"](), SHARING[method]()]
         configs = configs if lora_first else configs[::-1]
-        model = mlp(configs[0], "one", mixed=True).eval()
+        model = mlp(configs[0], "one", mixed=True)
         model.add_adapter("two", configs[1])
+        model.eval()
         generator = torch.Generator().manual_seed(3)
         for name in ("one", "two"):
             tensors = get_peft_model_state_dict(model, adapter_name=name)
@@ -1102,3 +1103,17 @@ def test_no_garbage_is_looked_for_while_layers_are_made():
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+def test_new_modules_train_until_the_model_evaluates(tmp_path: Path) -> None:
+    """As new modules of torch do. What is loaded without `is_trainable` puts the model into evaluation mode."""
+    model = get_peft_model(Mlp().eval(), lora("lin0", lora_dropout=0.9))
+    layer = model.get_base_model().lin0
+    assert layer.training and layer.lora_dropout["default"].training and not layer.base_layer.training
+    model.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, "other")
+    assert not any(module.training for module in model.modules())
+    model.load_adapter(tmp_path, "third", is_trainable=True)
+    assert layer.lora_dropout["third"].training and not layer.lora_dropout["default"].training
+    plain = peft.inject_adapter_in_model(lora("lin0", lora_dropout=0.9, init_lora_weights=False), Mlp().eval())
+    assert not torch.equal(plain(X), plain(X)) and torch.equal(plain.eval()(X), plain(X))

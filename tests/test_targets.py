@@ -605,7 +605,7 @@ class TestValues:
         }
 
     def test_shira_with_a_mask_of_ones_own(self, tmp_path):
-        config = ShiraConfig(r=1, mask_type="custom", target_modules=["layer"], init_weights=False)
+        config = ShiraConfig(r=1, mask_type="in my own way", target_modules=["layer"], init_weights=False)
         with pytest.raises(ValueError, match="set config.mask_fn"):
             get_peft_model(base(), config)
         config.mask_fn = lambda layer, r, **kwargs: (torch.arange(64) < 16 * r).view(8, 8).float()

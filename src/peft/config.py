@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import json
 import numbers
 import os
@@ -24,7 +25,7 @@ import sys
 import types
 import typing
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -35,6 +36,7 @@ from peft.utils.error import (
     ConfigError,
     ConfigFileError,
     NotSupportedYetError,
+    UnknownMethodError,
     nearest,
 )
 from peft.utils.peft_types import (
@@ -131,9 +133,22 @@ def _told_by(values: dict[str, Any]) -> str:
     return f" It has the fields {', '.join(map(repr, list(values)[:5]))}." if values else " It is empty."
 
 
+_hints: Callable[[type], dict[str, Any]] = functools.cache(typing.get_type_hints)  # needed for each file
+
+
 def _transient(cls: type) -> set[str]:
     """The fields that no file holds."""
     return {field.name for field in dataclasses.fields(cls) if field.metadata.get("transient")}
+
+
+def _of_no_process(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """The content of a file without what belongs to the process that wrote it; what that asks for is named."""
+    left_out = _transient(cls) & values.keys()
+    if asked := sorted(n for n in left_out if any(values[n].values() if isinstance(values[n], dict) else [values[n]])):
+        warnings.warn(
+            f"{cls.__name__}: {', '.join(asked)} of a file does nothing: say so where you load it.", PeftWarning
+        )
+    return {name: value for name, value in values.items() if name not in left_out}
 
 
 def _of_files(cls: type[PeftConfigMixin], values: dict[str, Any]) -> dict[str, Any]:
@@ -142,13 +157,11 @@ def _of_files(cls: type[PeftConfigMixin], values: dict[str, Any]) -> dict[str, A
     Raises:
         ConfigError: a value is of a type that its field cannot have; both are named.
     """
-    fields, hints = {field.name: field for field in dataclasses.fields(cls)}, typing.get_type_hints(cls)
+    fields, hints = {field.name: field for field in dataclasses.fields(cls)}, _hints(cls)
     kept = {}
-    for name, value in values.items():
+    for name, value in _of_no_process(cls, values).items():
         field = fields.get(name)
         if field is not None:
-            if name in _transient(cls):
-                continue
             if value is not None or field.default is not None:
                 check_type(f"{cls.__name__}: {name}", value, hints[name], field.metadata.get("nested"))
         kept[name] = bool(value) if hints.get(name) is bool else value
@@ -163,7 +176,7 @@ def check_type(where: str, value: Any, hint: Any, nested: type | None = None) ->
     """
     if _has_type(value, hint) or (nested is not None and isinstance(value, dict)):
         if nested is not None and isinstance(value, dict):
-            hints = typing.get_type_hints(nested)
+            hints = _hints(nested)
             for name in value.keys() & hints.keys():
                 check_type(f"{where}.{name}", value[name], hints[name])
         return
@@ -313,9 +326,11 @@ class PeftConfigMixin(Options):
         try:
             key = _known_type(peft_type)
         except ValueError as error:
-            raise ConfigError(f"{error}{version}") from None
+            raise UnknownMethodError(f"{error}{version}") from None
         if key in CONFIGS_OF_NO_METHOD:
             return CONFIGS_OF_NO_METHOD[key]
+        if key not in PEFT_TYPE_TO_CONFIG_MAPPING:
+            _load_methods()  # this may be the first that is asked of the library
         if key not in PEFT_TYPE_TO_CONFIG_MAPPING:
             available = ", ".join(sorted(value_of(k) for k in PEFT_TYPE_TO_CONFIG_MAPPING))
             raise NotSupportedYetError(
@@ -348,10 +363,12 @@ class PeftConfigMixin(Options):
         values = cls.from_json_file(path)
         written_by = values.get("peft_version")
         try:
+            if values and "peft_type" not in values and cls.METHOD and not _split_unknown(cls, values)[1]:
+                values["peft_type"] = cls.METHOD  # whoever asks the class of a method says what the file leaves out
             if values.get("peft_type") is None:
                 _load_methods()
                 known = ", ".join(sorted(value_of(key) for key in PEFT_TYPE_TO_CONFIG_MAPPING))
-                raise ConfigError(
+                raise UnknownMethodError(
                     f"it names no peft_type, so it is no config of an adapter.{_told_by(values)} If it is one, add "
                     f"its peft_type: one of {known}."
                 )
@@ -384,7 +401,7 @@ class PeftConfigMixin(Options):
             ConfigFileError: the file is missing, damaged, or holds no object; the message names it.
         """
         values = _read_json(os.fspath(path_json_file))
-        return {name: value for name, value in values.items() if name not in _transient(cls)}
+        return _of_no_process(cls, values)
 
     @classmethod
     def check_kwargs(cls, /, **kwargs: Any) -> dict:
@@ -626,6 +643,8 @@ def match_pattern(keys: Iterable[str], name: str) -> str | None:
 
 def resolve_pattern(pattern: dict[str, Any] | None, key: str, default: Any) -> Any:
     """The value that a `*_pattern` field has for the module called `key`, or `default` if nothing matches."""
-    matched = match_pattern(pattern or (), key)
+    if not pattern:
+        return default
+    matched = match_pattern(pattern, key)
     note(pattern, () if matched is None else (matched,))
-    return default if matched is None or pattern is None else pattern[matched]
+    return default if matched is None else pattern[matched]

@@ -14,7 +14,7 @@ from peft.core.model.record import record_of
 from peft.core.model.tuner import BaseTuner
 from peft.options import value_of
 from peft.tuners.lora.experts import convert_config_for
-from peft.utils.error import NotSupportedYetError
+from peft.utils.error import NotSupportedYetError, UnknownMethodError
 from peft.utils.peft_types import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
@@ -48,7 +48,9 @@ def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
         raise TypeError(f"get_peft_config takes a dict of config fields, got {type(config_dict).__name__}.")
     if config_dict.get("peft_type") is None:
         known = ", ".join(sorted(method_names()))
-        raise ValueError(f"the dict has no 'peft_type', which says what it configures; it can be one of {known}.")
+        raise UnknownMethodError(
+            f"the dict has no 'peft_type', which says what it configures; it can be one of {known}."
+        )
     return PeftConfig.from_peft_type(**config_dict)
 
 

@@ -74,7 +74,7 @@ def _class_for_task(peft_config: PeftConfig) -> type[PeftModel]:
 
 def _record_origin(model: nn.Module, peft_config: PeftConfig, revision: str | None) -> None:
     """Note in the config which base model it is used with."""
-    before, now = peft_config.base_model_name_or_path, vars(model).get("name_or_path")
+    before, now = peft_config.base_model_name_or_path, vars(model).get("name_or_path") or None
     if before and now and before != now:
         warnings.warn(
             f"the config's base_model_name_or_path was {before!r} and is {now!r} now, which is what this model was "

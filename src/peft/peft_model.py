@@ -26,14 +26,14 @@ from peft.core.files.card import create_or_update_model_card
 from peft.core.files.entries import entries, prompts_of
 from peft.core.files.io import CONFIG_NAME, hub_options, load_peft_weights, write_adapter
 from peft.core.files.state_dict import LoadResult, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.core.filling import filled_later, no_collection
+from peft.core.filling import filled_later
 from peft.core.layer.rows import require_unmerged
 from peft.core.model import operations
 from peft.core.model.context import BASE
 from peft.core.model.manager import INTERFACE, check_adapter_name
 from peft.core.model.record import context_of
 from peft.core.model.tuner import BaseTuner
-from peft.core.model.walk import layers_of, wrappers_of
+from peft.core.model.walk import layers_of, surveyed, walk, wrappers_of
 from peft.core.prompts import PromptTuner, Task, backbone_of
 from peft.kernels import chunked_loss
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
@@ -78,7 +78,7 @@ class PeftModel(ModelCompat, Compositions, PushToHubMixin, nn.Module):
     _inputs: ClassVar[tuple[str, ...]] = ()
     _task: ClassVar[Task] = Task(token_inputs=("labels",))
 
-    @no_collection()
+    @surveyed()
     def __init__(
         self,
         model: nn.Module,
@@ -374,6 +374,7 @@ class PeftModel(ModelCompat, Compositions, PushToHubMixin, nn.Module):
         except Exception:
             del self.peft_config[adapter_name]
             raise
+        _note_base(peft_config, self.get_base_model())
 
     def _check_method(self, peft_config: PeftConfig) -> None:
         given: Any = peft_config.peft_type
@@ -514,8 +515,7 @@ class PeftModel(ModelCompat, Compositions, PushToHubMixin, nn.Module):
     def _config_to_save(self, name: str) -> PeftConfig:
         config = copy.copy(self.peft_config[name])
         base = self.get_base_model()
-        if config.base_model_name_or_path is None:
-            config.base_model_name_or_path = base.__dict__.get("name_or_path")
+        _note_base(config, base)
         if config.task_type is None:
             library = type(base).__module__
             config.auto_mapping = {"base_model_class": type(base).__name__, "parent_library": library}
@@ -527,7 +527,7 @@ class PeftModel(ModelCompat, Compositions, PushToHubMixin, nn.Module):
         create_or_update_model_card(self, output_dir)
 
     @classmethod
-    @no_collection()
+    @surveyed()
     def from_pretrained(
         cls,
         model: nn.Module,
@@ -567,7 +567,8 @@ class PeftModel(ModelCompat, Compositions, PushToHubMixin, nn.Module):
             return cls._from_composition(model, model_id, adapter_name, is_trainable, config, {**hub, **placing})
         _start_from_file(config)
         weights = load_peft_weights(model_id, key_mapping=key_mapping, **hub)
-        frozen = [p for p in model.parameters() if not p.requires_grad]
+        held = [p for site in walk(model) for p in site.module._parameters.values() if p is not None]
+        frozen = [p for p in held if not p.requires_grad]
         placing = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
         with _naming(model_id, CONFIG_NAME, config), filled_later() as filling:
             peft_model = cls._class_for(config)(model, config, adapter_name, **placing)
@@ -588,7 +589,7 @@ class PeftModel(ModelCompat, Compositions, PushToHubMixin, nn.Module):
     def _class_for(cls, config: PeftConfig) -> type[PeftModel]:
         return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", cls) if cls is PeftModel else cls
 
-    @no_collection()
+    @surveyed()
     def load_adapter(
         self,
         model_id: str | os.PathLike,
@@ -604,7 +605,7 @@ class PeftModel(ModelCompat, Compositions, PushToHubMixin, nn.Module):
         """Load a further adapter, inactive, or new values for one that is there.
 
         Args:
-            is_trainable: let it train already.
+            is_trainable: let it train already; otherwise the model is in evaluation mode afterwards.
             torch_device: device on which to read the file.
 
         Returns:
@@ -643,6 +644,8 @@ class PeftModel(ModelCompat, Compositions, PushToHubMixin, nn.Module):
         config.inference_mode = not is_trainable
         if is_trainable:
             self.set_requires_grad(adapter_name, True)
+        else:
+            self.eval()
         return result
 
     def _load(
@@ -695,6 +698,12 @@ class PeftModel(ModelCompat, Compositions, PushToHubMixin, nn.Module):
         self.base_model.inject_adapter(model, name, autocast_adapter_dtype)
         if name in active:
             self.set_adapter(active, self.peft_config[name].inference_mode)
+
+
+def _note_base(config: PeftConfig, base: nn.Module) -> None:
+    """Note in a config what its base model was loaded from."""
+    if config.base_model_name_or_path is None:
+        config.base_model_name_or_path = base.__dict__.get("name_or_path") or None
 
 
 def plain_model(model: nn.Module, adapter_name: str) -> nn.Module:
@@ -781,10 +790,13 @@ class PeftModelForTokenClassification(PeftModel):
 
 
 class PeftModelForQuestionAnswering(PeftModel):
-    """For ``TaskType.QUESTION_ANS``; the head is trained whole."""
+    """For ``TaskType.QUESTION_ANS``; the head is trained whole.
+
+    Positions of answers count from the first virtual token in the loss, as they do in the logits: what a head has
+    learned to point at is what the largest logit points at.
+    """
 
     _heads = ("qa_outputs",)
-    _task = Task(token_inputs=("labels",), position_inputs=("start_positions", "end_positions"))
     _inputs = (
         "input_ids",
         "attention_mask",

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 from peft.core.base.kinds import Kind
 from peft.kernels.autocast import is_autocast
-from peft.kernels.remake import kept
+from peft.kernels.linear import is_transformed
+from peft.kernels.remake import kept, remade
 
 
 def made_product(
@@ -32,8 +32,8 @@ def made_product(
     """
     if not torch.is_grad_enabled():
         return kind.apply(base, x, make())
-    if torch.compiler.is_compiling() or is_autocast(x.device.type):
-        return checkpoint(lambda x: kind.apply(base, x, make()), x, use_reentrant=False)
+    if torch.compiler.is_compiling() or is_transformed() or is_autocast(x.device.type):
+        return remade(lambda x: kind.apply(base, x, make()), x)
     trained = [p for p in parameters if p.requires_grad]
     return _Product.apply(kind, base, make, x, *trained)
 

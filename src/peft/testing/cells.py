@@ -8,7 +8,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -467,10 +467,12 @@ def _mapped(layer: BaseTunerLayer, names: list[str], start: torch.Tensor, slot: 
 
 
 def _turned(layer: BaseTunerLayer, names: list[str], start: torch.Tensor) -> torch.Tensor:
-    """S_2 S_1 W (R_1 R_2)^T, and S_2 R_2^T S_1 R_1^T W for tables, which rotate their output; S scales the output."""
-    base = layer.get_base_layer()
+    """S_2 S_1 W (R_1 R_2)^T, (R_2 R_1)^T where the last comes first; S_2 R_2^T S_1 R_1^T W for tables, which rotate
+    their output. S scales the output.
+    """
+    base, cls = layer.get_base_layer(), cast(type[Rotation], layer.adapter_cls)
     weight = layer.kind.orient(start, base)
-    for name in names if layer.kind.lookup else names[::-1]:
+    for name in names if layer.kind.lookup or cls.last_comes_first else names[::-1]:
         adapter = layer.adapters[name]
         rotation, s = adapter.rotation().detach().double(), adapter.scale_out()
         weight = rotation.T @ weight if layer.kind.lookup else (weight.flatten(1) @ rotation.T).view_as(weight)

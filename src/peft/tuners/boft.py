@@ -88,6 +88,7 @@ class BOFT(Rotation):
     boft_s = part()
     boft_dropout = setting()
     reversible = False  # a scale may be zero
+    last_comes_first = True
 
     def create(self, config: BOFTConfig, key: str) -> None:
         blocks, size = cut(self.rotated_features, config, key or type(self.base).__name__)

@@ -20,7 +20,7 @@ from peft.core.layer.buffers import BufferDict
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.weight import base_bias, sums_exactly
 from peft.core.model.registry import define_tuner
-from peft.tuners.frod_utils import SparseProduct, categories, common_basis, coordinates, directions
+from peft.tuners.frod_utils import categories, common_basis, coordinates, directions, sparse_product
 from peft.tuners.spectra import random_places
 from peft.utils.error import CheckpointError
 from peft.utils.peft_types import PeftType
@@ -63,7 +63,7 @@ class FrodConfig(TargetModules, FanInFanOut, TrainedBias, ModulesToSave, LayerSe
 
 def frod_coupled(h: torch.Tensor, scales: torch.Tensor, values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """(diag(l) + S) h along the last axis, S with ``values`` ``[nnz]`` at ``places`` ``[2, nnz]``: rows, columns."""
-    return torch.addcmul(SparseProduct.apply(h, values, places), h, scales)
+    return torch.addcmul(sparse_product(h, values, places), h, scales)
 
 
 def frod_product(

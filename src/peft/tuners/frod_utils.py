@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from peft.core.base.kinds import fan
 from peft.core.layer.weight import unmerged_weight
+from peft.kernels.linear import is_transformed
 from peft.kernels.sparse import by_feature, paired_products
 from peft.utils.error import ConfigError
 
@@ -67,6 +68,14 @@ def coordinates(weight: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, to
     u = torch.linalg.solve(v.to(weight.device, torch.double), weight.double().T).T.contiguous()
     scales = u.norm(dim=0)
     return (u / scales.clamp_min(1e-30)).float(), scales.float()
+
+
+def sparse_product(h: torch.Tensor, values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """S h along the last axis, for a sparse S given by its values and their places ``[2, nnz]``: rows, columns."""
+    if is_transformed():  # torch.func knows no sparse tensors
+        rows, columns = places
+        return torch.zeros_like(h).index_add(-1, rows, (h[..., columns] * values).to(h.dtype))
+    return SparseProduct.apply(h, values, places)
 
 
 class SparseProduct(torch.autograd.Function):

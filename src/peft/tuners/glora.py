@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from peft.config import ModulesToSave, TargetModules, TrainedBias, option
 from peft.core.adapter import part, setting
@@ -17,6 +16,7 @@ from peft.core.base.kinds import Kind, fan
 from peft.core.families import Fold
 from peft.core.layer.weight import base_bias
 from peft.core.model.registry import define_tuner
+from peft.kernels.remake import remade
 from peft.utils.error import ConfigError
 from peft.utils.peft_types import PeftType
 
@@ -143,7 +143,7 @@ class Glora(Fold):
             return None
         c: Any = self.glora_C(bias)
         if c is not None:
-            c = checkpoint(lambda c: self.base_weight().flatten(1).to(c.dtype) @ c, c, use_reentrant=False)[:, 0]
+            c = remade(lambda c: self.base_weight().flatten(1).to(c.dtype) @ c, c)[:, 0]
         return glora_shift(bias, c, self.glora_D(bias), self.glora_E(bias))
 
     # --- files ------------------------------------------------------------------------------------------------

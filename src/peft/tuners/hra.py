@@ -59,6 +59,7 @@ class HRA(Rotation):
     hra_u = part()
     hra_r = setting()
     hra_apply_GS = setting()
+    last_comes_first = True
 
     def create(self, config: HRAConfig, key: str) -> None:
         paired = config.init_weights and config.r % 2 == 0
@@ -85,7 +86,7 @@ def gram_schmidt(u: torch.Tensor) -> torch.Tensor:
         for other in columns:
             column = column - (other @ column) * other
         norm = column.norm()
-        columns.append(column / norm if norm > 1e-5 else torch.zeros_like(column))
+        columns.append(torch.where(norm > 1e-5, column / norm.clamp_min(1e-5), 0))
     return torch.stack(columns, 1)
 
 

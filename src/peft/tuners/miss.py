@@ -47,6 +47,8 @@ class MissConfig(TargetModules, ExcludeModules, TrainedBias, ModulesToSave, Laye
 class Blocks(torch.autograd.Function):
     """V M_J + M_J, with ``whole`` V + V M_J + M_J, for each block V of a row J of blocks: one product and one sum."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(lines: torch.Tensor, m: torch.Tensor, whole: bool) -> torch.Tensor:
         """Lines of blocks ``[J, row * I, r]`` and M ``[J, r, r]``."""

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from peft.config import ModulesToSave, TargetModules, option, resolve_pattern
 from peft.core.adapter import part, setting
@@ -117,13 +116,17 @@ class OSF(Fold):
 class _Beside(torch.autograd.Function):
     """A matrix as it is; its gradient without what lies in the span of the orthonormal columns of another."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, matrix: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(columns)
+    def forward(matrix: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         return matrix.view_as(matrix)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
         (columns,) = ctx.saved_tensors
         return torch.addmm(gradient, columns, columns.T @ gradient, alpha=-1), None

@@ -10,12 +10,12 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from peft.config import ExcludeModules, LayerSelection, ModulesToSave, TargetModules, option
 from peft.core.adapter import part, setting
 from peft.core.families import LowRank, Scaled
 from peft.core.model.registry import define_tuner
+from peft.kernels.remake import remade
 from peft.tuners.activations import activation
 from peft.utils.peft_types import PeftType
 
@@ -104,7 +104,7 @@ class Peanut(LowRank, Scaled):
 
     def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.sums_exactly() and torch.is_grad_enabled():  # a copy of the weight is not kept
-            h = checkpoint(self.network, use_reentrant=False, preserve_rng_state=False)
+            h = remade(self.network)
         else:
             h = self.network()
         return h, self.peanut_B.weight * self.scaling

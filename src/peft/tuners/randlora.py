@@ -16,6 +16,7 @@ from peft.core.base.kinds import fan
 from peft.core.families import LowRank, Scaled, input_dropout
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.registry import define_tuner
+from peft.kernels.linear import is_transformed
 from peft.kernels.made_again import made_again
 from peft.utils.peft_types import PeftType
 
@@ -63,6 +64,13 @@ class WeightedBases(torch.autograd.Function):
         return (each * gamma).sum(-1), None, torch.einsum("rn,rnw->nw", weights, each)
 
 
+def weighted_bases(weights: torch.Tensor, basis: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+    """What :class:`WeightedBases` gives, by plain operations where ``torch.func`` is at work."""
+    if is_transformed():
+        return (basis[:, None] * gamma * weights[:, :, None]).flatten(0, 1)
+    return WeightedBases.apply(weights, basis, gamma)
+
+
 def randlora_pair(
     weights: torch.Tensor, gamma: torch.Tensor, a: torch.Tensor, b: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,7 +84,7 @@ def randlora_pair(
         weights: lambda ``[r, N]``, times the scale. gamma: ``[N, narrow]``. a: A ``[r, narrow]``.
         b: B ``[wide, bases of the largest layer, r]``, of which the first N are used.
     """
-    a = made_again(WeightedBases.apply, weights, a, gamma)
+    a = made_again(weighted_bases, weights, a, gamma)
     return a, b.flatten(1)[:, : len(a)]
 
 

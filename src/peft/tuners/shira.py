@@ -47,8 +47,7 @@ class ShiraConfig(TargetModules, FanInFanOut, ModulesToSave):
     r: int = option(32, "Each layer trains r (out + in) entries of its weight.", minimum=1)
     mask_type: str = option(
         "random",
-        "How the entries are chosen, unless mask_fn is set; with 'custom' it has to be.",
-        choices=("random", "custom"),
+        "How the entries are chosen, unless mask_fn is set; with anything but 'random' it has to be.",
     )
     random_seed: int | None = option(None, "Seed of that choice; None: the global random numbers.")
     init_weights: bool = option(True, "Start with zeros, so that nothing changes; otherwise at random numbers.")
@@ -106,8 +105,11 @@ class Shira(Sparse, Scaled):
 def chosen_entries(config: ShiraConfig, base: nn.Module, kind: Kind, shape: tuple[int, int]) -> torch.Tensor:
     """Rows and columns ``[2, n]`` of the entries that a config trains of a weight ``[out, in * kernel]``."""
     (rows, columns), count = shape, config.r * sum(shape)
-    if config.mask_type == "custom" and config.mask_fn is random_mask and not skip_values():
-        raise ValueError("mask_type='custom' needs a function that chooses the entries: set config.mask_fn to it.")
+    if config.mask_type != "random" and config.mask_fn is random_mask and not skip_values():
+        raise ValueError(
+            f"mask_type={config.mask_type!r} needs a function that chooses the entries: set config.mask_fn to it, or "
+            "mask_type to 'random'."
+        )
     if config.mask_fn is random_mask:  # drawn for the weight as methods see it, however it is kept
         mask = random_mask(_Shaped(torch.empty(rows, columns, device="meta")), config.r, config.random_seed)
     else:

@@ -37,7 +37,7 @@ class SupertuningConfig(TargetModules, ModulesToSave):
     sparsity: float = option(0.99, "Share of the entries of each weight that are not trained.", minimum=0, below=1)
     select_top: bool = option(True, "Train the entries of largest magnitude; otherwise those of the smallest.")
     r: int | None = option(None, "Rank of a low-rank update besides the sparse one; None: no such update.", minimum=1)
-    lora_alpha: float | None = option(None, "The low-rank update is scaled by lora_alpha / r; None: by 2.")
+    lora_alpha: float | None = option(None, "The low-rank update is scaled by lora_alpha / r; None: 2 r.")
     lora_dropout: float = option(0.0, "Dropout on the input of the low-rank update.", minimum=0, below=1)
     init_weights: bool = option(True, "Start with zeros, so that nothing changes; otherwise at random numbers.")
     save_precomputed_indices: bool = option(
@@ -50,6 +50,8 @@ class SupertuningConfig(TargetModules, ModulesToSave):
             raise ConfigError(
                 "SupertuningConfig: lora_alpha and lora_dropout belong to the low-rank update, which needs r."
             )
+        if self.r is not None and self.lora_alpha is None:
+            self.lora_alpha = 2 * self.r
 
 
 def supertuned(
@@ -93,7 +95,8 @@ class Supertuning(Sparse):
         self.supertuning_values, self.supertuning_indices = nn.Parameter(values), indices
         if config.r is not None:
             self.supertuning_lora_A, self.supertuning_lora_B = low_rank_pair(config, rows, columns)
-            self.lora_scaling = 2.0 if config.lora_alpha is None else config.lora_alpha / config.r
+            assert config.lora_alpha is not None
+            self.lora_scaling = config.lora_alpha / config.r
             self.supertuning_lora_dropout = input_dropout(config.lora_dropout)
 
     def entries(self) -> tuple[torch.Tensor, torch.Tensor]:

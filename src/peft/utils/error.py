@@ -28,6 +28,12 @@ class ConfigChoiceError(ConfigError, NotImplementedError):
     """A field of a config holds none of the values that it may have."""
 
 
+class UnknownMethodError(ConfigError, KeyError, TypeError):
+    """A config names no method, or one that nobody knows."""
+
+    __str__ = BaseException.__str__  # a KeyError shows its message in quotation marks
+
+
 class ConfigFileError(ConfigError, OSError):
     """An `adapter_config.json` is missing, unreadable or damaged."""
 

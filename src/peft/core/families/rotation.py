@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -20,6 +20,9 @@ class Rotation(Adapter):
     training step needs the whole matrix. What a step draws at random (dropped blocks) is no part of a weight: a
     method draws only where ``drawn`` says so.
     """
+
+    last_comes_first: ClassVar[bool] = False
+    """Whether the adapter that was activated last turns the input first. Other releases differ here by method."""
 
     @property
     def rotated_features(self) -> int:
@@ -49,7 +52,7 @@ class Rotation(Adapter):
     prefers_folding = only_folds
 
     def folds_in_reverse(self) -> bool:
-        return not self.kind.lookup
+        return not (self.kind.lookup or self.last_comes_first)
 
     def input(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.kind.lookup else self.rotate(x, drawn=True)

@@ -12,14 +12,15 @@ import torch
 from torch import nn
 
 from peft.core.base.storage.sharded import fill, is_dtensor, whole
+from peft.core.files.along import base_places, train_along, weights_under
 from peft.core.files.entries import Entry, anatomy, entries, prompts_of
 from peft.core.files.io import separate
 from peft.core.files.renaming import current_name
 from peft.core.files.vocabulary import is_resized
 from peft.core.layer.layer import BaseTunerLayer
+from peft.core.layer.rewritten import stand_on
 from peft.core.model import operations
-from peft.core.model.auxiliary import ModulesToSaveWrapper, TrainableTokensWrapper, TrainedBiases
-from peft.core.model.record import record_of
+from peft.core.model.auxiliary import ModulesToSaveWrapper, TrainableTokensWrapper
 from peft.core.model.walk import (
     Site,
     bare,
@@ -200,9 +201,9 @@ def set_peft_model_state_dict(
         RuntimeError: (also a ValueError) if a tensor has another shape than its place; nothing has been changed then.
 
     Returns:
-        Names in the model of what the state dict lacks, and names of the state dict that belong nowhere. Other
-        tensors of the base model that it holds (norms trained along, say) become the adapter's own: they act while
-        it is active.
+        Names in the model of what the state dict lacks, and names of the state dict that belong nowhere. Tensors of
+        the base model that it holds (norms trained along, weights under the adapter) become the adapter's own: they
+        act while it is active.
 
     Examples:
         >>> state = get_peft_model_state_dict(model)
@@ -225,7 +226,9 @@ def set_peft_model_state_dict(
         for entry, value in sorted(found.fits, key=lambda item: item[0].put is None):  # exact ones after rounded ones
             _write(model, entry, value, low_cpu_mem_usage)
         if found.base:
-            _train_along(root, adapter_name, found.base, _acting(root, prompts))
+            train_along(root, adapter_name, found.base, _acting(root, prompts))
+        for layer, value in found.weights:
+            stand_on(layer, adapter_name, value)
         for _, layer in layers_of(root):
             if adapter_name in layer:
                 layer.adapters[adapter_name].loaded()
@@ -251,6 +254,7 @@ class Match:
         own: all tensors of the adapter.
         fits, wrong: places with their new tensors, those of another shape apart.
         base: other tensors of the base model: (module, attribute) and the new tensor.
+        weights: layers of the adapter, and the base weights that it stands on.
         unexpected: names that belong nowhere.
     """
 
@@ -258,7 +262,12 @@ class Match:
     fits: list[tuple[Entry, torch.Tensor]]
     wrong: list[tuple[Entry, torch.Tensor]]
     base: list[tuple[tuple[nn.Module, str], torch.Tensor]]
+    weights: list[tuple[BaseTunerLayer, torch.Tensor]]
     unexpected: list[str]
+
+    def put(self, place: Entry, value: torch.Tensor) -> None:
+        """Note a tensor for a place, as one that fits or one that does not."""
+        (self.fits if place.fits(value) else self.wrong).append((place, value))
 
     @property
     def missing(self) -> list[Entry]:
@@ -278,18 +287,26 @@ def match(model: nn.Module, adapter: str, state_dict: dict[str, torch.Tensor]) -
     if not own:
         operations.require_adapters(root, [adapter])
     known = {name: entry for entry in own for name in entry.names()}
-    tables = base_weights(root, prefix)
-    found = Match(own, [], [], [], [])
+    found = Match(own, [], [], [], [], [])
     rest: dict[str, torch.Tensor] = {}
     config = (getattr(model, "peft_config", None) or {}).get(adapter)
     for name, value in joined(_of_today(state_dict, config), own, prefix).items():
-        names = (name, prefix + name, name.removeprefix("base_model.model."))
-        place = next((known[n] for n in names if n in known), tables.get(name))
+        place = known.get(name) or known.get(prefix + name) or known.get(name.removeprefix("base_model.model."))
         if place is None:
             rest[name] = value
-            continue
-        (found.fits if place.fits(value) else found.wrong).append((place, value))
+        else:
+            found.put(place, value)
     if rest:
+        tables = base_weights(root, prefix)  # not before: a file of the adapter's own tensors names none of them
+        for name in [name for name in rest if name in tables]:
+            found.put(tables[name], rest.pop(name))
+        for name, layer in weights_under(root, prefix, adapter).items():
+            if (value := rest.pop(name, None)) is not None:
+                weight = getattr(layer.get_base_layer(), layer.kind.weight)
+                if weight.shape == value.shape:
+                    found.weights.append((layer, value))
+                else:
+                    found.wrong.append((Entry(name, "", weight), value))
         _match_rest(found, root, prefix, {**tables, **known}, rest)
     return found
 
@@ -308,14 +325,14 @@ def _of_today(state_dict: dict[str, Any], config: Any) -> dict[str, Any]:
 
 def _match_rest(found: Match, root: nn.Module, prefix: str, known: dict[str, Entry], rest: dict[str, Any]) -> None:
     """Find a place for names of older versions, and for other tensors of the base model."""
-    places, current = _base_places(root, prefix), current_name(root)
+    places, current = base_places(root, prefix), current_name(root)
     tails = {entry.tail for entry in found.own if entry.tail}
     for name, value in rest.items():
         names = [name, *(prefix + new for new in _today(name.removeprefix(prefix), tails, current))]
         place = next((known[n] for n in names if n in known), None)
         base = next((places[n] for n in names if n in places), None)
         if place is not None:
-            (found.fits if place.fits(value) else found.wrong).append((place, value))
+            found.put(place, value)
         elif base is not None and getattr(*base).shape == value.shape:
             found.base.append((base, value))
         elif base is not None:
@@ -334,39 +351,12 @@ def _today(name: str, tails: set[str], current: Callable[[str], Iterator[str]]) 
                 yield f"{new.removesuffix('.weight')}.{tail}"
 
 
-def _base_places(root: nn.Module, prefix: str) -> dict[str, tuple[nn.Module, str]]:
-    """Tensors of the base model that a file may hold, trained along: all that float, but no adapted weight."""
-    found = {}
-    for site in walk(root):
-        adapted = any(isinstance(wrapper, BaseTunerLayer) for _, wrapper in site.wrappers)
-        buffers = () if adapted else site.module._buffers.keys() - site.module._non_persistent_buffers_set
-        for attribute in (*site.module._parameters, *buffers):
-            p = getattr(site.module, attribute)
-            if p is not None and p.is_floating_point() and not (adapted and attribute == "weight"):
-                place = site.module, attribute
-                found[prefix + join(site.key, attribute)] = found[prefix + plain(join(site.path, attribute))] = place
-    return found
-
-
-def _train_along(
-    root: nn.Module, adapter: str, given: list[tuple[tuple[nn.Module, str], torch.Tensor]], names: list[str]
-) -> None:
-    """Keep tensors of the base model that a file brings as the adapter's own: they act while it is active."""
-    noted = record_of(root)
-    record = noted.biases = noted.biases or TrainedBiases()
-    record.add(adapter, [place for place, _ in given])
-    held = record.tensors(adapter)
-    for (module, attribute), value in given:
-        held[id(module), attribute].copy_(value)
-    record.apply(record.choose(names), requires_grad=False)
-
-
 def joined(state_dict: dict[str, torch.Tensor], own: list[Entry], prefix: str) -> dict[str, torch.Tensor]:
     """The tensors of a file, with those that stand for one tensor of the adapter put together."""
     joined = dict(state_dict)
-    for entry in own:
+    for entry in (entry for entry in own if entry.split):
         for saved in (entry.saved, entry.saved.removeprefix(prefix)):
-            if entry.as_loaded and entry.split and all(saved + suffix in joined for suffix in entry.split):
+            if all(saved + suffix in joined for suffix in entry.split):
                 parts = {suffix: joined.pop(saved + suffix) for suffix in entry.split}
                 try:
                     joined[saved] = entry.as_loaded(parts)

@@ -36,12 +36,14 @@ class Rewritten:
         own: adapter -> the weight that its start made of the original; None while that is in the layer.
         inside: the adapters whose starts are in the weight now.
         sums: the adapters that are weighted sums of others.
+        brought: the adapters whose files hold the weight that they stand on.
     """
 
     original: Kept
     own: dict[str, Kept | None] = field(default_factory=dict)
     inside: tuple[str, ...] = ()
     sums: set[str] = field(default_factory=set)
+    brought: set[str] = field(default_factory=set)
 
 
 @torch.no_grad()
@@ -60,6 +62,35 @@ def rewrite(layer: BaseTunerLayer, name: str, weight: torch.Tensor) -> None:
         record = layer.rewritten = layer.rewritten or Rewritten(_taken(layer))
         _write(layer, weight)
         record.own[name], record.inside = None, (name,)
+
+
+def stand_on(layer: BaseTunerLayer, name: str, stored: torch.Tensor) -> None:
+    """Let an adapter stand on a base weight that a file has brought, as the base layer stores it.
+
+    Raises:
+        ValueError: if the weight cannot be replaced; the layer is unchanged.
+    """
+    base = layer.get_base_layer()
+    original = original_weight(layer)
+    weight = layer.kind.orient(stored, base).to(original)
+    if torch.equal(weight, original):  # nothing of its own, which would take memory
+        give_back(layer, name)
+        return
+    rewrite(layer, name, weight)
+    assert layer.rewritten is not None
+    layer.rewritten.brought.add(name)
+    follow(layer)
+
+
+def brought_weight(layer: BaseTunerLayer, name: str) -> torch.Tensor | None:
+    """What :func:`stand_on` was given, None where an adapter stands on no weight of its own."""
+    record = layer.rewritten
+    if record is None or name not in record.brought:
+        return None
+    kept, base = record.own[name], layer.get_base_layer()
+    with _without_merged(layer):
+        weight = weights.base_weight(layer) if kept is None else _read(layer, kept)
+    return layer.kind.restore(weight, base)
 
 
 def original_weight(layer: BaseTunerLayer) -> torch.Tensor:
@@ -123,8 +154,8 @@ def refuse_several_bases(layer: BaseTunerLayer, names: Sequence[str]) -> None:
         return
     name = next(name for name in record.own if name in layer.context.behind(names) or name in record.inside)
     raise ValueError(
-        f"adapter {name!r} was started from a part of the base weight, so it stands on another weight than the other "
-        "rows of this batch. Give it a batch of its own, as the active adapter; or save it with "
+        f"adapter {name!r} has a base weight of its own, from its start or its file, so it stands on another weight "
+        "than the other rows of this batch. Give it a batch of its own, as the active adapter; or save it with "
         "path_initial_model_for_weight_conversion, load that, and mix it with any other."
     )
 
@@ -136,6 +167,7 @@ def give_back(layer: BaseTunerLayer, name: str) -> None:
         _change(layer, [other for other in record.inside if other != name])
         del record.own[name]
         record.sums.discard(name)
+        record.brought.discard(name)
         if not record.own:
             layer.rewritten = None
 

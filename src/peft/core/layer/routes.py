@@ -151,7 +151,7 @@ class Updates(Route):
         x, *rest = args
         inner = x
         if any(adapter.changes_input for adapter in adapters):
-            for adapter in adapters:
+            for adapter in reversed(weights.fold_order(adapters)):  # the one next to x is folded last
                 inner = adapter.input(adapter.cast(inner))
             inner = inner.to(x.dtype)
         given = layer.base_layer(inner, *rest, **kwargs)

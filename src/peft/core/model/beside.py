@@ -152,6 +152,5 @@ def wrapper_of(model: nn.Module, key: str, cls: type[AuxiliaryTrainingWrapper], 
     path, module = next(inside, (site.path, site.module))
     wrapper = cls(module)
     wrapper.context = context_of(model)
-    wrapper.train(module.training)
     replace_module(model, path, wrapper, holders)
     return wrapper

@@ -23,12 +23,10 @@ class Task:
 
     Attributes:
         token_inputs: inputs with one entry for each token, which virtual tokens get no say in (labels).
-        position_inputs: inputs that hold positions of tokens.
         heads_read_ids: the task's head looks for padding in ``input_ids``.
     """
 
     token_inputs: tuple[str, ...] = ()
-    position_inputs: tuple[str, ...] = ()
     heads_read_ids: bool = False
 
 
@@ -162,9 +160,6 @@ class Calls:
             if (labels := inputs.get(name)) is not None:
                 own = feed.fill(labels, -100) if feed.labels is None else feed.labels
                 inputs[name] = feed.join(own, labels, left)
-        for name in self.task.position_inputs:
-            if (place := inputs.get(name)) is not None:
-                inputs[name] = place + (feed.lengths.to(place) if left and feed.lengths is not None else feed.size)
 
     def _forward_with_ids(self, inputs: dict[str, Any]) -> Any:
         """The head sees token ids, in which it looks for padding, while the stack under it gets embeddings."""
