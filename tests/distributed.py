@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import peft
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -103,8 +112,23 @@ class Engine:
     splits_batch = True
     load: Callable[[str], nn.Module] | None = None
 
+    @property
+    def load_alone(self) -> Callable[[str], nn.Module] | None:
+        """How one process loads the same base."""
+        return self.load
+
     def wrap(self, model: PeftModel) -> Any:
         raise NotImplementedError
+
+    def optimizer(self, wrapped: Any) -> Any:
+        return optimizer_for(wrapped)
+
+    def loss_of_all(self, losses: list[float]) -> torch.Tensor:
+        found = torch.tensor(losses)
+        if self.splits_batch:
+            torch.distributed.all_reduce(found, torch.distributed.ReduceOp.SUM)
+            found /= torch.distributed.get_world_size()
+        return found
 
     def rows(self) -> slice:
         rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -113,6 +137,30 @@ class Engine:
     def tensors(self, wrapped: Any) -> dict[str, torch.Tensor]:
         """The adapter, whole, on each process."""
         return get_peft_model_state_dict(wrapped)
+
+    def save(self, wrapped: Any, optimizer: Any, where: str) -> None:
+        """Adapter and optimizer, by ``torch.distributed.checkpoint``."""
+        checkpoint.save(self._state(wrapped, optimizer), checkpoint_id=where)
+
+    def restore(self, wrapped: Any, optimizer: Any, where: str, **options: Any) -> None:
+        state = self._state(wrapped, optimizer)
+        # by default the planner takes a checkpoint for one of an old format if a tensor of FSDP 1 has less rows than
+        # there are processes
+        planner = checkpoint.DefaultLoadPlanner(flatten_sharded_tensors=False)
+        checkpoint.load(state, checkpoint_id=where, planner=planner, **options)
+        set_state_dict(
+            wrapped,
+            optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=StateDictOptions(ignore_frozen_params=True, strict=False),
+        )
+
+    def _state(self, wrapped: Any, optimizer: Any) -> dict[str, Any]:
+        trained = StateDictOptions(ignore_frozen_params=True)
+        model, states = get_state_dict(wrapped, optimizer, options=trained)
+        # bitsandbytes adds to a 4-bit weight what is no parameter, so torch does not take it for frozen
+        return {"model": {k: v for k, v in model.items() if ".weight." not in k}, "optimizer": states}
 
 
 class DDP(Engine):
@@ -139,6 +187,11 @@ class FSDP1(Engine):
         return FullyShardedDataParallel(
             model, auto_wrap_policy=policy, use_orig_params=self.one_unit, device_id=torch.device("cpu")
         )
+
+    def units(self, wrapped: Any) -> list[Any]:
+        """The flat parameters, the outermost first."""
+        handles = [unit._handle for unit in wrapped.fsdp_modules(wrapped)]
+        return [handle.flat_param for handle in handles if handle is not None]
 
     def tensors(self, wrapped: Any) -> dict[str, torch.Tensor]:
         from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
@@ -175,6 +228,7 @@ class QFSDP2(FSDP2):
 
 class TP(Engine):
     splits_batch = False
+    load_alone = None
 
     @staticmethod
     def load(folder: str) -> nn.Module:  # type: ignore[override]
@@ -202,12 +256,27 @@ class ZeRO(Engine):
             optimizer=optimizer_for(model),
             config={
                 "train_micro_batch_size_per_gpu": 2,
-                "zero_optimization": {"stage": self.stage, "stage3_param_persistence_threshold": 0},
+                "zero_optimization": {
+                    "stage": self.stage,
+                    "stage3_param_persistence_threshold": 0,
+                    "stage3_max_live_parameters": 0,  # by default it keeps what it may need again soon
+                    "stage3_max_reuse_distance": 0,
+                    "stage3_prefetch_bucket_size": 0,
+                },
                 "zero_allow_untested_optimizer": True,
                 "gradient_clipping": 0.0,  # by default it clips
                 "zero_force_ds_cpu_optimizer": False,
             },
         )[0]
+
+    def optimizer(self, wrapped: Any) -> Any:
+        return wrapped
+
+    def save(self, wrapped: Any, optimizer: Any, where: str) -> None:
+        wrapped.save_checkpoint(where, exclude_frozen_parameters=True)
+
+    def restore(self, wrapped: Any, optimizer: Any, where: str, **options: Any) -> None:
+        wrapped.load_checkpoint(where, load_module_strict=False)
 
     def tensors(self, wrapped: Any) -> dict[str, torch.Tensor]:
         state = wrapped._zero3_consolidated_16bit_state_dict() if self.stage == 3 else None
@@ -228,21 +297,23 @@ ENGINES: dict[str, Engine] = {
 }
 
 
+@lru_cache(None)
+def alone(folder: str, method: str, load: Callable[[str], nn.Module] | None) -> tuple[list[float], dict[str, Any]]:
+    """The losses of three steps in one process, and the adapter after them."""
+    model = adapted(folder, method, load)
+    losses = train(model, optimizer_for(model), range(STEPS))
+    return losses, get_peft_model_state_dict(model)
+
+
 def cell(folder: str, engine: str, method: str) -> None:
     """Three steps on an engine are three steps in one process: losses, and the adapter that is saved."""
     on = ENGINES[engine]
-    alone = adapted(folder, method, None if isinstance(on, TP) else on.load)
-    wanted = train(alone, optimizer_for(alone), range(STEPS))
-    here = adapted(folder, method, on.load)
-    wrapped = on.wrap(here)
-    losses = train(wrapped, wrapped if isinstance(on, ZeRO) else optimizer_for(wrapped), range(STEPS), on.rows())
-    found = torch.tensor(losses)
-    if on.splits_batch:
-        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.SUM)
-        found /= torch.distributed.get_world_size()
-    torch.testing.assert_close(found, torch.tensor(wanted), rtol=1e-5, atol=1e-5)
+    wanted, adapter = alone(folder, method, on.load_alone)
+    wrapped = on.wrap(adapted(folder, method, on.load))
+    losses = train(wrapped, on.optimizer(wrapped), range(STEPS), on.rows())
+    torch.testing.assert_close(on.loss_of_all(losses), torch.tensor(wanted), rtol=1e-5, atol=1e-5)
     if tensors := on.tensors(wrapped):  # some engines give them to the first process alone
-        same(tensors, get_peft_model_state_dict(alone))
+        same(tensors, adapter)
 
 
 def same(found: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
@@ -253,48 +324,40 @@ def same(found: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
         torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def resume(folder: str, engine: str, method: str, where: str) -> None:
-    """A break after two steps, and torch's checkpoint, change nothing: on as many processes, and on one."""
-    from torch.distributed import checkpoint
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-
-    on, trained = ENGINES[engine], StateDictOptions(ignore_frozen_params=True)
-
-    def wrapped() -> tuple[Any, Any]:
-        model = on.wrap(adapted(folder, method, on.load))
-        return model, optimizer_for(model)
-
-    def state(model: Any, optimizer: Any) -> dict[str, Any]:
-        return dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=trained)))
-
-    def restore(model: Any, optimizer: Any, **options: Any) -> None:
-        given = state(model, optimizer)
-        checkpoint.load(given, checkpoint_id=where, **options)
-        set_state_dict(
-            model,
-            optimizer,
-            model_state_dict=given["model"],
-            optim_state_dict=given["optimizer"],
-            options=StateDictOptions(ignore_frozen_params=True, strict=False),
-        )
-
-    whole = adapted(folder, method)
-    train(whole, optimizer_for(whole), range(STEPS))
-    want = get_peft_model_state_dict(whole)
-    model, optimizer = wrapped()
+def break_off(folder: str, engine: str, method: str, where: str) -> None:
+    """All steps but the last, and a checkpoint."""
+    on = ENGINES[engine]
+    model = on.wrap(adapted(folder, method, on.load))
+    optimizer = on.optimizer(model)
     train(model, optimizer, range(STEPS - 1), on.rows())
-    checkpoint.save(state(model, optimizer), checkpoint_id=where)
-    model, optimizer = wrapped()
-    restore(model, optimizer)
-    train(model, optimizer, range(STEPS - 1, STEPS), on.rows())
-    same(on.tensors(model), want)
-    if torch.distributed.get_rank() == 0:
-        model = adapted(folder, method)
+    on.save(model, optimizer, where)
+
+
+def go_on(folder: str, engine: str, method: str, where: str, by_oneself: bool = False) -> None:
+    """The last step from a checkpoint: the loss and the adapter are those of a training without a break.
+
+    Args:
+        by_oneself: on the first process alone, whatever number has written the checkpoint.
+    """
+    on = ENGINES[engine]
+    losses, adapter = alone(folder, method, on.load_alone)
+    if by_oneself:
+        if torch.distributed.get_rank() != 0:
+            return
+        model = adapted(folder, method, on.load_alone)
         optimizer = optimizer_for(model)
-        restore(model, optimizer, no_dist=True)
-        train(model, optimizer, range(STEPS - 1, STEPS))
-        same(get_peft_model_state_dict(model), want)
-    torch.distributed.barrier()
+        Engine().restore(model, optimizer, where, no_dist=True)
+        loss = torch.tensor(train(model, optimizer, range(STEPS - 1, STEPS)))
+        tensors = get_peft_model_state_dict(model)
+    else:
+        model = on.wrap(adapted(folder, method, on.load))
+        optimizer = on.optimizer(model)
+        on.restore(model, optimizer, where)
+        loss = on.loss_of_all(train(model, optimizer, range(STEPS - 1, STEPS), on.rows()))
+        tensors = on.tensors(model)
+    torch.testing.assert_close(loss, torch.tensor(losses[-1:]), rtol=1e-5, atol=1e-5)
+    if tensors:
+        same(tensors, adapter)
 
 
 class Allocated(TorchDispatchMode):
@@ -318,16 +381,62 @@ class Allocated(TorchDispatchMode):
 
 
 def gathers(folder: str, engine: str, method: str) -> None:
-    """When the forward is done, no whole base weight is in memory that was not there before."""
+    """No base weight that was gathered, or made dense, for a layer outlives it: none is there after the forward."""
     on = ENGINES[engine]
     model = on.wrap(adapted(folder, method, on.load))
     rows = {name: value[:3] for name, value in batch(0).items()}  # activations have other sizes than weights then
-    sizes = {16 * 24 * 4, 16 * 16 * 4}
+    sizes = {16 * 24 * 4, 16 * 16 * 4} | ({16 * 24 // 2, 16 * 16 // 2} if isinstance(on, QFSDP2) else set())
     with Allocated() as memory:
         loss = model(**rows).loss
-        assert not sizes & {*memory.alive()}
-    loss.backward()
-    assert any(p.grad is not None for p in model.parameters())
+        if isinstance(on, FSDP1):  # it keeps, empty, the memory into which it gathers
+            inner = on.units(model)[1:]  # the outermost is needed again at once
+            assert not any(unit._full_param_padded.untyped_storage().size() for unit in inner)
+            sizes -= {unit._full_param_padded.nbytes for unit in on.units(model)}
+        assert not (left := sizes & {*memory.alive()}), f"{left} bytes"
+    model.backward(loss) if isinstance(on, ZeRO) else loss.backward()
+    if isinstance(on, FSDP1):
+        assert not any(unit._full_param_padded.untyped_storage().size() for unit in on.units(model))
+    if not isinstance(on, ZeRO):  # which has its gradients elsewhere
+        assert any(p.grad is not None for p in model.parameters())
+
+
+def savings(folder: str, engine: str, method: str) -> None:
+    """With all that spares memory switched on, losses and steps are those of one process without it."""
+    on = ENGINES[engine]
+    wanted, adapter = alone(folder, method, on.load_alone)
+    model = adapted(folder, method, on.load)
+    peft.enable_memory_savings(model, chunked_loss=True)
+    wrapped = on.wrap(model)
+    losses = train(wrapped, on.optimizer(wrapped), range(STEPS), on.rows())
+    torch.testing.assert_close(on.loss_of_all(losses), torch.tensor(wanted), rtol=1e-5, atol=1e-5)
+    if tensors := on.tensors(wrapped):
+        same(tensors, adapter)
+
+
+def loaded_by_the_first(folder: str, method: str, emptied: bool) -> None:
+    """Only the first process has the values of base and adapter; by torch's broadcast all train as one process does.
+
+    Args:
+        emptied: all put the model on the meta device before it is sharded, as accelerate does.
+    """
+    on = ENGINES["fsdp2"]
+    losses, adapter = alone(folder, method, None)
+    first = torch.distributed.get_rank() == 0
+
+    def empty(folder: str) -> nn.Module:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+
+    model = adapted(folder, method, None if first else empty)
+    values = copy.deepcopy(model.state_dict()) if first else {}
+    wrapped = on.wrap(model.to("meta") if emptied else model)
+    for module in model.modules():  # buffers outside of the state dict are for each process to make
+        if hasattr(module, "inv_freq"):
+            module.__init__(module.config)
+    set_model_state_dict(wrapped, values, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    found = train(wrapped, on.optimizer(wrapped), range(STEPS), on.rows())
+    torch.testing.assert_close(on.loss_of_all(found), torch.tensor(losses), rtol=1e-5, atol=1e-5)
+    same(on.tensors(wrapped), adapter)
 
 
 def rows_of_each(folder: str, engine: str) -> None:

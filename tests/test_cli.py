@@ -440,7 +440,7 @@ class TestOtherCommands:
         assert status == 1 and "line 1" in found["error"] and "'one'" in found["error"]
 
     def test_eval_sets_the_base_and_adapters_side_by_side(self, peft_, adapters):
-        status, found = peft_("eval", "one", "two", "--data.eval=pairs.jsonl", "--trainer.device=cpu")
+        status, found = peft_("eval", "one", "two", "--data=pairs.jsonl", "--trainer.device=cpu")
         assert status == 0 and list(found["results"]) == ["base", "one", "two"]
         words = tokenizer()
         model = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained("base"), "two")
@@ -528,6 +528,8 @@ class TestUse:
             (["train", "--trainer.steps=0"], "at least 1"),
             (["train", "--adapter.r=0"], "at least 1"),
             (["train", "--task=sftt"], "Did you mean 'sft'"),
+            (["train", "--adapter.rank=3"], "Did you mean '--adapter.r'"),
+            (["generate", "--adapter=one"], "give adapters without a flag"),
             (["merge", "base"], "required: adapters"),
             (["methods", "lorra"], "Did you mean 'lora'"),
         ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import weakref
 from pathlib import Path
 
@@ -18,19 +19,34 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from peft import (
     AdaLoraConfig,
+    DyLoraConfig,
     GraloraConfig,
     HiraConfig,
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
+    LoraXsConfig,
+    MixLoraConfig,
     PeftModel,
+    PolyConfig,
     get_peft_model,
     save_as_lora,
 )
-from peft.convert import check_serving, extract_adapter, negate_adapter, rebase_adapter, resize_adapter
+from peft.convert import (
+    check_serving,
+    convert_adapter,
+    extract_adapter,
+    negate_adapter,
+    rebase_adapter,
+    resize_adapter,
+)
+from peft.convert.held import Held
+from peft.convert.products import METHODS, WHY_NOT, products_of
 from peft.core.combine.ranks import leading_svd, randomized_svd, shared_ranks
+from peft.testing.cells import perturb
 from peft.tuners.lora.config import KasaConfig
 from peft.utils import merge_utils
+from peft.utils.peft_types import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 
 def tuned_by_lora(tmp_path: Path, r: int = 3) -> tuple[nn.Module, nn.Module]:
@@ -174,8 +190,82 @@ def test_resizing_other_products_and_what_is_none(tmp_path: Path) -> None:
     a, b = (tensors[f"base_model.model.lin0.hira_{part}"] for part in "AB")
     u, s, vh = torch.linalg.svd(product)
     torch.testing.assert_close(b @ a, s[0] * torch.outer(u[:, 0], vh[0]), atol=1e-5, rtol=1e-4)
-    with pytest.raises(ValueError, match="LOHA are no product.*save_as_lora"):
+    with pytest.raises(ValueError, match="LOHA are no product.*entry by entry.*save_as_lora"):
         resize_adapter(tmp_path / "loha", tmp_path / "x", rank=1)
+
+
+def test_each_method_with_a_rank_is_resized_or_refused_by_a_reason() -> None:
+    known = {str(getattr(key, "value", key)): config for key, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()
+             if key in PEFT_TYPE_TO_TUNER_MAPPING}  # fmt: skip
+    ranked = {
+        name
+        for name, config in known.items()
+        if any(field.name in ("r", "r1") for field in dataclasses.fields(config))
+    }
+    blocks = {"BONE", "OFT", "HRA"}  # whose r counts blocks or reflections
+    assert ranked - blocks - METHODS.keys() - WHY_NOT.keys() == set()
+    assert METHODS.keys() & WHY_NOT.keys() == set() and WHY_NOT.keys() <= known.keys()
+
+
+ONE_RANK = {
+    "dylora": DyLoraConfig(r=6, rank=5, min_r=3, alpha=3, init_weights=False),
+    "lora_xs": LoraXsConfig(r=5, alpha=3),
+    "mix_lora": MixLoraConfig(r=5, num_experts=3, top_k=3, alpha=3, init_weights=False),
+    "poly": PolyConfig(r=5, n_skills=3, n_splits=2, n_tasks=4, init_weights=False),
+}
+
+
+@pytest.mark.parametrize("name", ONE_RANK)
+def test_resizing_of_methods_with_one_rank_for_all_layers(name: str, tmp_path: Path) -> None:
+    """A rank that loses nothing gives the same outputs; a lower one, each product's best."""
+    torch.manual_seed(0)
+    config, base = (
+        copy.deepcopy(ONE_RANK[name]),
+        nn.ModuleDict({"first": nn.Linear(16, 14), "second": nn.Linear(20, 18)}),
+    )
+    config.target_modules = {"first", "second"}
+    model = get_peft_model(copy.deepcopy(base), config).eval().requires_grad_(False)
+    for module in ("first", "second"):  # of rank 2, whatever the form says
+        adapter = model.base_model.model[module].adapters["default"]
+        for part in ("dylora_B", "xs_R", "mix_B", "poly_lora_B"):
+            if (tensor := getattr(adapter, part, None)) is not None:
+                axis = 2 if name == "poly" else 1
+                tensor.copy_(torch.randn_like(tensor))
+                blocks = tensor.unflatten(1, (3, -1)).transpose(1, 2) if name == "mix_lora" else tensor
+                blocks.narrow(axis, 2, blocks.shape[axis] - 2).zero_()
+                if name == "dylora":
+                    tensor[:, 5] = 9.0  # of a rank that is not in use
+    model.save_pretrained(tmp_path / "whole")
+    found = resize_adapter(tmp_path / "whole", tmp_path / "small", rank=2)
+    back = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "small").eval()
+    assert set(found.ranks.values()) == {2} and back.peft_config["default"].r == 2
+    assert max(found.errors.values()) < 1e-6 and found.kept == pytest.approx(1)
+    tasks = {"task_ids": torch.arange(4)} if name == "poly" else {}
+    for module, size in (("first", 16), ("second", 20)):
+        x = torch.randn(4, 3, size)
+        outputs = [call(m, module, x, **tasks) for m in (model, back)]
+        torch.testing.assert_close(outputs[1], outputs[0], atol=1e-5, rtol=1e-4)
+        assert (outputs[0] - base[module](x)).abs().max() > 0.01
+    few = resize_adapter(tmp_path / "whole", tmp_path / "few", energy=0.5)
+    assert few.kept >= 0.5 and set(few.ranks.values()) <= {1, 2}
+    one = resize_adapter(tmp_path / "whole", tmp_path / "one", rank=1)
+    products = products_of(Held.read(tmp_path / "whole"))[1], products_of(Held.read(tmp_path / "one"))[1]
+    for old, new in zip(*products):
+        rest = whole = 0.0
+        for (a, b), (c, d) in zip(old.blocks, new.blocks):
+            u, s, vh = torch.linalg.svd(b @ a * old.scale)
+            torch.testing.assert_close(d @ c * new.scale, s[0] * torch.outer(u[:, 0], vh[0]), atol=1e-5, rtol=1e-4)
+            rest, whole = rest + float(s[1:].square().sum()), whole + float(s.square().sum())
+        assert one.errors[old.module] == pytest.approx((rest / whole) ** 0.5, abs=1e-5)
+
+
+def call(model: PeftModel, module: str, x: torch.Tensor, **task: torch.Tensor) -> torch.Tensor:
+    """The output of one layer."""
+    layer = model.base_model.model[module]
+    if not task:
+        return layer(x)
+    layer.context.task_ids = task["task_ids"]
+    return layer(x)
 
 
 PRODUCTS = {
@@ -253,6 +343,11 @@ def test_negation_and_rebasing(tmp_path: Path) -> None:
     lora(tmp_path / "dora", use_dora=True)
     with pytest.raises(ValueError, match="DoRA"):
         negate_adapter(tmp_path / "dora", tmp_path / "x")
+    lora(tmp_path / "pissa", init_lora_weights="pissa")
+    with pytest.raises(ValueError, match="'pissa' has changed the base model"):
+        negate_adapter(tmp_path / "pissa", tmp_path / "x")
+    with pytest.raises(ValueError, match="pissa is more than its A and B"):
+        rebase_adapter(tmp_path / "pissa", tmp_path / "one", tmp_path / "x")
 
 
 SERVED = [
@@ -263,6 +358,13 @@ SERVED = [
     ({"r": 8, "bias": "all"}, set(), "biases"),
     ({"r": 8, "layers_to_transform": [1]}, {"vllm", "sglang", "llama.cpp"}, "not every layer"),
     ({"r": 600}, {"sglang", "tgi", "lorax", "llama.cpp"}, "largest rank is 512"),
+    ({"r": 8, "use_rslora": True}, {"vllm", "tgi", "lorax", "llama.cpp"}, "use_rslora=False and lora_alpha=22.6274"),
+    ({"r": 8, "alpha_pattern": {"q_proj": 4}}, {"llama.cpp"}, "scales every layer"),
+    ({"r": 8, "trainable_token_indices": [1, 3]}, set(), "trained token vectors"),
+    ({"r": 8, "lora_bias": True}, set(), "bias of B"),
+    ({"r": 8, "target_modules": ["embed_tokens", "q_proj"]}, {"vllm", "sglang", "llama.cpp"}, "embed"),
+    ({"r": 8, "target_modules": "all-linear"}, {"vllm", "sglang", "tgi", "lorax", "llama.cpp"}, ""),
+    ({"r": 8, "init_lora_weights": "pissa"}, set(), "the start 'pissa' has changed the base"),
 ]
 
 
@@ -272,6 +374,49 @@ def test_who_serves_an_adapter(fields: dict, serve: set[str], why: str, tmp_path
     found = check_serving(tmp_path)
     assert {name for name, one in found.items() if one.loads} == serve
     assert all(why in " ".join(one.problems) for one in found.values() if not one.loads)
+
+
+VARIANTS = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "mica": {"init_lora_weights": "mica"},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "olora": {"init_lora_weights": "olora"},
+    "kasa": {"kasa_config": KasaConfig()},
+    "bdlora": {"use_bdlora": {"target_modules_bd_b": [".*"], "nblocks": 2}},
+    "qalora": {"use_qalora": True, "qalora_group_size": 4},
+    "velora": {"velora_config": {"num_groups": 2, "init_type": "random"}},
+    "monteclora": {"monteclora_config": {"num_samples": 3}},
+    "alora": {"alora_invocation_tokens": [9]},
+    "gated": {"use_gating": True},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_is_served_is_what_a_plain_lora_of_the_file_s_a_and_b_does(name: str, tmp_path: Path) -> None:
+    """A server that passes over what it does not know computes this; where it is something else, it is refused."""
+    base, model = lora(tmp_path / "own", **{"r": 4, "target_modules": ["q_proj", "o_proj"], **VARIANTS[name]})
+    perturb(model, "default", 3)
+    model.save_pretrained(tmp_path / "own", save_embedding_layers=False)
+    tensors = load_file(tmp_path / "own" / "adapter_model.safetensors")
+    top, outputs = model.peft_config["default"], None
+    scale = top.lora_alpha / (top.r**0.5 if top.use_rslora else top.r)
+    plain = copy.deepcopy(base)
+    with torch.no_grad():
+        for key, a in tensors.items():
+            if key.endswith("lora_A.weight"):
+                module = plain.get_submodule(key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
+                b = tensors[key.replace("lora_A", "lora_B")]
+                fits = b.shape[1] == len(a) and a.shape[1] == module.in_features and len(b) == module.out_features
+                module.weight += scale * b @ a if fits else torch.inf
+        outputs = plain(IDS).logits, model.eval()(IDS).logits
+    same = torch.allclose(*outputs, atol=1e-5, rtol=1e-4)
+    assert check_serving(tmp_path / "own")["vllm"].loads == same, (outputs[0] - outputs[1]).abs().max()
+    if not same and name != "dora":  # nor is it written as such for others
+        with pytest.raises(ValueError, match="cannot be carried over|gates"):
+            convert_adapter(tmp_path / "own", "mlx", tmp_path / "mlx")
 
 
 def test_serving_needs_and_other_methods(tmp_path: Path) -> None:

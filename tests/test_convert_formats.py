@@ -65,7 +65,7 @@ def lora(folder: Path, **fields) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
     base = tiny_llama().eval()
     fields = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "k_proj", "down_proj"], **fields}
-    model = get_peft_model(copy.deepcopy(base), LoraConfig(init_lora_weights=False, **fields)).eval()
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(**{"init_lora_weights": False, **fields})).eval()
     model.save_pretrained(folder, save_embedding_layers=False)
     return base, model
 
@@ -224,6 +224,11 @@ def test_adapters_with_an_invertible_one_beside_bottlenecks_are_two(tmp_path: Pa
     model.load_adapter(tmp_path / "peft" / names[1], names[1])
     model.set_adapter(names)
     torch.testing.assert_close(model.eval()(IDS).logits, wanted, atol=2e-6, rtol=1e-5)
+    base = llama(golden("adapters")["base"], num_hidden_layers=2, num_attention_heads=2)
+    convert_adapter(tmp_path / "peft", "adapters", tmp_path / "back", base=base)
+    same_tensors(cases["seq_bn_inv"], torch.load(tmp_path / "back" / "pytorch_adapter.bin"))
+    said = json.loads((tmp_path / "back" / "adapter_config.json").read_text())["config"]
+    assert said["inv_adapter"] == "nice" and said["output_adapter"]
 
 
 def test_diffusers_and_kohya_names(tmp_path: Path) -> None:

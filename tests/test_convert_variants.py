@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_convert_formats import GOLDEN, IDS, golden, loaded, lora, same_tensors
+from test_convert_formats import GOLDEN, IDS, golden, llama, loaded, lora, same_tensors
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -480,3 +481,71 @@ def test_flux_attention_processors_as_diffusers_reads_them(tmp_path: Path) -> No
     )
     with pytest.raises(ConfigError, match="proj_lora.up.weight: it is no part of a LoRA"):
         convert_adapter(tmp_path / "file.safetensors", "diffusers", tmp_path / "none.safetensors")
+
+
+# --- unions and gates of adapters ---------------------------------------------------------------------------------
+
+
+def of_adapters(case: str, folder: Path) -> tuple[nn.Module, dict[str, torch.Tensor], torch.Tensor]:
+    """(base, tensors, output) of a recorded case, whose files are written to a folder."""
+    base = llama(golden("adapters")["base"], num_hidden_layers=2, num_attention_heads=2)
+    given = golden("adapters_unions")[case]
+    wanted = given.pop("output")
+    folder.mkdir()
+    torch.save(given, folder / "pytorch_adapter.bin")
+    with safe_open(GOLDEN / "adapters_unions.safetensors", "pt") as file:
+        (folder / "adapter_config.json").write_text(file.metadata()[case])
+    return base, given, wanted
+
+
+@pytest.mark.parametrize("case", ["union", "union_prefix", "unipelt", "lora_gated", "prefix_gated", "bn_gated"])
+def test_unions_and_gates_of_adapters(case: str, tmp_path: Path) -> None:
+    base, given, wanted = of_adapters(case, tmp_path / "there")
+    found = convert_adapter(tmp_path / "there", "peft", tmp_path / "peft", base=base)
+    assert not found.lost and found.components == [""]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(base, tmp_path / "peft")(IDS).logits, wanted, atol=2e-6, rtol=1e-5)
+    convert_adapter(tmp_path / "peft", "adapters", tmp_path / "back", base=base)
+    said = [json.loads((tmp_path / name / "adapter_config.json").read_text())["config"] for name in ("there", "back")]
+    for one, other in zip(*(config.get("configs", [config]) for config in said), strict=True):
+        assert {key for key in one.keys() & other.keys() if one[key] != other[key]} == set()
+    back = torch.load(tmp_path / "back" / "pytorch_adapter.bin")
+    back = {name.replace(".adapter.", ".x."): tensor for name, tensor in back.items()}
+    assert back.keys() == given.keys()
+    for name, tensor in given.items():  # the keys of a prefix are turned there and back
+        torch.testing.assert_close(back[name], tensor, atol=1e-6 if "control_trans" in name else 0, rtol=0, msg=name)
+    convert_adapter(tmp_path / "back", "peft", tmp_path / "again", base=base)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(base, tmp_path / "again")(IDS).logits, wanted, atol=2e-6, rtol=1e-5)
+
+
+def test_heads_and_fusions_of_adapters_are_named(tmp_path: Path) -> None:
+    base, _, _ = of_adapters("bn_gated", tmp_path / "there")
+    torch.save({"heads.x.1.weight": torch.ones(2, 2)}, tmp_path / "there" / "pytorch_model_head.bin")
+    with pytest.raises(ConfigError, match="pytorch_model_head.bin: a prediction head"):
+        convert_adapter(tmp_path / "there", "peft", tmp_path / "peft", base=base)
+    convert_adapter(tmp_path / "there", "peft", tmp_path / "peft", base=base, lossy=True)
+    (tmp_path / "fusion").mkdir()
+    torch.save({"x": torch.ones(1)}, tmp_path / "fusion" / "pytorch_model_adapter_fusion.bin")
+    (tmp_path / "fusion" / "adapter_fusion_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="a fusion of adapters.*Fuse"):
+        convert_adapter(tmp_path / "fusion", "peft", tmp_path / "x", base=base)
+
+
+def test_matrices_without_a_place_in_adapters_are_named(tmp_path: Path) -> None:
+    """adapters would pass over them when it loads the file; blocks without any are left out in its config."""
+    base, _ = lora(tmp_path / "one", target_modules=["q_proj", "o_proj"])
+    with pytest.raises(ConfigError, match="o_proj: adapters has no place"):
+        convert_adapter(tmp_path / "one", "adapters", tmp_path / "x", base=base)
+    lora(tmp_path / "two", target_modules=["q_proj", "down_proj"], layers_to_transform=[1])
+    convert_adapter(tmp_path / "two", "adapters", tmp_path / "out", base=base)
+    said = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["config"]
+    assert (said["leave_out"], said["attn_matrices"], said["intermediate_lora"], said["output_lora"]) == (
+        [0],
+        ["q"],
+        True,
+        False,
+    )
+    lora(tmp_path / "odd", target_modules=r".*(0.self_attn.q_proj|1.self_attn.[qk]_proj)")
+    with pytest.raises(ConfigError, match="blocks 0: adapters has the same matrices in all blocks"):
+        convert_adapter(tmp_path / "odd", "adapters", tmp_path / "x", base=base)

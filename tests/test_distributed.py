@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import distributed
 import pytest
@@ -33,26 +34,49 @@ def crew() -> Iterator[distributed.Crew]:
         yield made
 
 
+def needs(engine: str) -> None:
+    if engine in NEEDS and importlib.util.find_spec(NEEDS[engine]) is None:
+        pytest.skip(f"{NEEDS[engine]} is not installed")
+
+
 @pytest.mark.parametrize("engine", distributed.ENGINES)
 def test_three_steps(crew: distributed.Crew, folder: str, engine: str) -> None:
     """Losses, and the saved adapter, of each method."""
-    if engine in NEEDS and importlib.util.find_spec(NEEDS[engine]) is None:
-        pytest.skip(f"{NEEDS[engine]} is not installed")
-    if engine == "tp" and SIZE > 2:
-        pytest.skip("the base has two heads of keys")
+    needs(engine)
     for method in distributed.METHODS:
         crew.run("cell", folder, engine, method)
 
 
-@pytest.mark.parametrize("engine, method", [("ddp", "lora"), ("fsdp2", "lora"), ("fsdp2", "modules_to_save")])
-def test_a_break_changes_nothing(crew: distributed.Crew, folder: str, tmp_path, engine: str, method: str) -> None:
-    crew.run("resume", folder, engine, method, str(tmp_path))
+@pytest.mark.parametrize("engine", distributed.ENGINES)
+def test_a_break_changes_nothing(crew: distributed.Crew, folder: str, tmp_path: Path, engine: str) -> None:
+    """A checkpoint of torch's after two steps, the third from it: on as many processes, and on one."""
+    needs(engine)
+    for method in ("lora", "modules_to_save", "ia3"):
+        where = str(tmp_path / method)
+        crew.run("break_off", folder, engine, method, where)
+        crew.run("go_on", folder, engine, method, where)
+        if not engine.startswith("zero"):  # whose checkpoints are its own
+            crew.run("go_on", folder, engine, method, where, True)
 
 
-@pytest.mark.parametrize("engine", ["fsdp2", "tp"])
+@pytest.mark.parametrize("engine", [name for name in distributed.ENGINES if name not in ("ddp", "zero2")])
 def test_no_gathered_weight_stays(crew: distributed.Crew, folder: str, engine: str) -> None:
+    needs(engine)
     for method in ("lora", "dora", "hira", "oft"):
         crew.run("gathers", folder, engine, method)
+
+
+@pytest.mark.parametrize("engine", distributed.ENGINES)
+def test_savings_change_nothing(crew: distributed.Crew, folder: str, engine: str) -> None:
+    needs(engine)
+    crew.run("savings", folder, engine, "lora")
+
+
+def test_values_on_the_first_process_alone(crew: distributed.Crew, folder: str) -> None:
+    """By hand, as accelerate's ``fsdp_cpu_ram_efficient_loading``."""
+    for method in ("lora", "dora", "modules_to_save", "prompt"):
+        for emptied in (False, True):
+            crew.run("loaded_by_the_first", folder, method, emptied)
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])

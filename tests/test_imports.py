@@ -1,11 +1,14 @@
 """The public face: what importing costs, and which names there are and where; signatures are in test_api.py."""
 
+import os
 import subprocess
 import sys
 
 import pytest
+from toys import tiny_llama
 
 import peft
+from peft import LoraConfig, get_peft_model
 from peft._lazy import lazy_module
 
 
@@ -75,6 +78,44 @@ def test_names_that_clients_ask_for_at_start_load_no_model_of_transformers():
 
 
 # ---- Names ----------------------------------------------------------------------------------------------------------
+
+
+FIRST = (
+    "from peft import PeftConfig; assert type(PeftConfig.from_pretrained(FOLDER)).__name__ == 'LoraConfig'",
+    "from peft.config import PeftConfig; assert PeftConfig.from_peft_type(peft_type='IA3').peft_type == 'IA3'",
+    "from peft import get_peft_config; assert type(get_peft_config({'peft_type': 'VERA'})).__name__ == 'VeraConfig'",
+    "from peft import PEFT_TYPE_TO_CONFIG_MAPPING as known; assert len(known) > 40",
+    "from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING as known; assert len(known) > 40",
+    "from peft import AutoPeftModelForCausalLM as Auto; Auto.from_pretrained(FOLDER)",
+    "from peft import load_peft_weights; assert load_peft_weights(FOLDER)",
+)
+"""What a script may ask of the library first, in a process that has loaded nothing of it."""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="each runs in a fork of one interpreter")
+def test_whatever_is_asked_first_is_answered(tmp_path):
+    base = tmp_path / "base"
+    model = tiny_llama()
+    model.save_pretrained(base)
+    model.name_or_path = str(base)
+    get_peft_model(model, LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "adapter")
+    code = f"""
+import os, traceback, torch, transformers
+for first in {FIRST!r}:
+    if os.fork() == 0:
+        status = 1
+        try:
+            exec(first, {{"FOLDER": {str(tmp_path / "adapter")!r}}})
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    if os.waitstatus_to_exitcode(os.wait()[1]):
+        print(first.replace(" ", "_"))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert result.stdout == "", result.stderr
 
 
 def test_every_public_name_resolves():

@@ -174,6 +174,22 @@ def test_zero3(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(storage.read(m, "weight"), old) and m.weight.numel() == 0 and not partition.open
 
 
+@pytest.mark.parametrize("place", ["an adapted layer", "a copied module", "trained tokens"])
+def test_marks_of_zero3_are_each_modules_own(place: str) -> None:
+    """DeepSpeed up to 0.19.0 gives a module its hooks unless ``hasattr`` says that it has them."""
+    net = nn.Sequential(nn.Embedding(5, 6), nn.Linear(6, 4))
+    config = {
+        "an adapted layer": LoraConfig(target_modules=["1"]),
+        "a copied module": LoraConfig(target_modules=["0"], modules_to_save=["1"]),
+        "trained tokens": LoraConfig(target_modules=["1"], trainable_token_indices={"0": [1]}),
+    }[place]
+    model = get_peft_model(net, config).base_model.model
+    wrapper = model[0] if place == "trained tokens" else model[1]
+    for module in list(wrapper.modules())[1:]:
+        module.post_bwd_fn, module.other = "its own", "read through the wrapper"
+    assert not hasattr(wrapper, "post_bwd_fn") and wrapper.other == "read through the wrapper"
+
+
 def test_zero3_keeps_small_parameters_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
     partition = _Partition(monkeypatch)
     m = partition.init(_net()[0])

@@ -31,7 +31,8 @@ class Command:
 
     Attributes:
         name: as it is typed. summary: one line. example: what a user would type.
-        options: the dataclass of its arguments.
+        options: the dataclass of its arguments. It may say ``SHORT`` (a flag -> the one that it stands for) and
+            ``UNUSED`` (fields of options within it that the command does not read).
         act: does the work: (options, output) -> what ``--json`` prints. Its key "ok" set to False is exit status 1.
         show: prints that for people.
         recipe: whether it takes a recipe, ``--set`` and the fields of ``--adapter``.
@@ -72,9 +73,13 @@ def parser_of(command: Command) -> ArgumentParser:
         exit_on_error=False,
         usage=f"peft {command.name} [RECIPE] [--set NAME=VALUE ...] [FLAGS]" if command.recipe else None,
     )
+    parser.allow_abbrev = False  # a slip, as --adapter.rank, is no other field that begins so
     if command.recipe:
         parser.add_argument("--recipe", action="config", help="The recipe, a YAML file; may also come first, bare.")
-    add_fields(parser, command.options, skip=("adapter",) if command.recipe else ())  # whose fields come one by one
+    unused = getattr(command.options, "UNUSED", ())
+    add_fields(
+        parser, command.options, skip=("adapter",) if command.recipe else unused
+    )  # whose fields come one by one
     parser.add_argument("--json", action="store_true", help="Print what was found as JSON, and nothing else.")
     parser.add_argument("--debug", action="store_true", help="Show where an error came from.")
     return parser
@@ -84,11 +89,11 @@ def add_fields(parser: ArgumentParser, cls: type, prefix: str = "", skip: Iterab
     """Add a flag for each field of a dataclass; the help is the field's own. Nested dataclasses get ``--a.b``."""
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        if field.name in skip or not field.init:
+        if f"{prefix}{field.name}" in skip or not field.init:
             continue
         inner = field.metadata.get("nested")
         if inner is not None and issubclass(inner, Options) and not prefix:
-            add_fields(parser, inner, f"{field.name}.")
+            add_fields(parser, inner, f"{field.name}.", skip)
             continue
         free = {"pattern", "nested"} & set(
             field.metadata

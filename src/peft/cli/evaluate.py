@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from peft.cli import data as datasets
 from peft.cli import models, training
@@ -19,6 +20,13 @@ from peft.utils.error import ConfigError
 @dataclass
 class EvalOptions(Options):
     """What is evaluated, and on what."""
+
+    SHORT: ClassVar[dict[str, str]] = {"--data": "--data.eval"}
+    UNUSED: ClassVar[set[str]] = {
+        f"trainer.{field.name}"
+        for field in dataclasses.fields(TrainerOptions)
+        if field.name not in ("batch_size", "max_length", "answers_only", "precision", "device", "seed")
+    }
 
     adapters: list[str] | None = argument("Adapters: folders, each with a name before it if need be (one=a/b).", "*")
     base: str | None = option(None, "Base model; that of the first adapter if left out.")

@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -116,6 +116,8 @@ class TrainerOptions(Options):
 @dataclass
 class Recipe(Options):
     """A training: what `peft train` reads."""
+
+    SHORT: ClassVar[dict[str, str]] = {"--model": "--model.name", "--data": "--data.train"}
 
     task: str = option("sft", "sft: supervised fine-tuning; dpo: preferences; classify: classes of texts.",
                        choices=tuple(TASKS))  # fmt: skip

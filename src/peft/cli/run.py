@@ -37,7 +37,6 @@ COMMANDS = {
 _MODULES = {"eval": "evaluate", "inspect": "inspection"} | dict.fromkeys(
     ("convert", "extract", "resize"), "conversion"
 )
-_SHORT = {"--model": "--model.name", "--data": "--data.train"}  # of recipes
 
 
 def command(name: str) -> Command:
@@ -110,8 +109,10 @@ def parse(chosen: Command, argv: list[str]) -> Any:
         UsageError: for arguments that it does not have, and values that they do not take.
     """
     parser = parser_of(chosen)
+    short = getattr(chosen.options, "SHORT", {})
+    argv = [short.get(name, name) + pair + value for word in argv for name, pair, value in [word.partition("=")]]
     if chosen.recipe:
-        argv = _recipe_first([_SHORT.get(w, w) for word in argv for w in _split(word)])
+        argv = _recipe_first(argv)
         try:
             cls = config_class(_method_of(argv))
         except ConfigError as error:
@@ -131,12 +132,6 @@ def parse(chosen: Command, argv: list[str]) -> Any:
         return make(chosen.options, given)
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from error
-
-
-def _split(word: str) -> list[str]:
-    """``--model=NAME`` as two words, so that the short forms are found."""
-    name, _, value = word.partition("=")
-    return [name, value] if name in _SHORT and value else [word]
 
 
 def _recipe_first(argv: list[str]) -> list[str]:
@@ -199,6 +194,9 @@ def _with_hint(message: str, parser: Any) -> str:
         if mark in message:
             word = message.split(mark, 1)[1].split("'")[0].split("=")[0].split()[0]
             flag = word if word.startswith("-") else f"--{word}"
+            bare = (action.dest for action in parser._actions if not action.option_strings)
+            if name := next((name for name in bare if name.startswith(flag.lstrip("-"))), None):
+                return f"there is no {flag!r} here: give {name} without a flag."
             return f"there is no {flag!r} here.{nearest(flag, known)}"
     if "Does not validate" in message or "Expected a" in message:
         name, value = message.split('"')[1], message.rpartition("Given value: ")[2] or message.rpartition("value: ")[2]

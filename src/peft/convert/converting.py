@@ -10,7 +10,7 @@ from torch import nn
 
 from peft.convert.formats import FORMATS
 from peft.convert.formats.flux import as_in, flux_encoders
-from peft.convert.held import Held, held_of, is_lora, pairs_of
+from peft.convert.held import Held, beyond_pairs, held_of, is_lora, pairs_of
 from peft.convert.source import Base, Files, Format, Job, Source
 from peft.core.files.io import replacing
 from peft.utils.error import ConfigError, nearest
@@ -81,6 +81,9 @@ def convert_adapter(
         for name, held in origin.read(found, job).items():
             bundle[component or name] = _fitted(held, job)
     bundle = flux_encoders(bundle)
+    if target.name != "peft":
+        for held in filter(is_lora, bundle.values()):
+            job.lost.update(beyond_pairs(held.config))
     files = target.write(bundle, job)
     if job.lost and not lossy:
         listed = "; ".join(f"{name}: {why}" for name, why in list(job.lost.items())[:8])
@@ -98,7 +101,7 @@ def _fitted(held: Held, job: Job) -> Held:
     if job.base is None:
         return held
     held = as_in(held, job.base)
-    return _shaped(held, job.base) if is_lora(held) else held
+    return _shaped(held, job.base) if is_lora(held) and not held.config.use_gating else held
 
 
 def _shaped(held: Held, base: Base) -> Held:

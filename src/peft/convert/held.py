@@ -15,6 +15,7 @@ from peft.config import PeftConfig, resolve_pattern
 from peft.core.files.io import load_peft_weights, write_adapter
 from peft.options import value_of
 from peft.tuners.lora.config import LoraConfig
+from peft.tuners.lora.initialize import rewrites
 
 
 PREFIX = "base_model.model."
@@ -107,6 +108,27 @@ def modules_of(held: Held) -> list[str]:
     if is_lora(held) and not held.config.use_gating:
         return list(pairs_of(held).pairs)
     return list(dict.fromkeys(name.removeprefix(PREFIX).rpartition(".")[0] for name in held.tensors))
+
+
+_VARIANTS = {
+    "use_qalora": "A reads means of the inputs (QA-LoRA)",
+    "kasa_config": "the products have singular values of their own (KaSA)",
+    "use_bdlora": "A or B is kept as blocks (BD-LoRA)",
+    "alora_invocation_tokens": "the update begins at its invocation tokens (aLoRA)",
+    "arrow_config": "it routes between experts (Arrow)",
+    "layer_replication": "the base has layers several times (layer_replication)",
+}
+
+
+def beyond_pairs(config: LoraConfig) -> dict[str, str]:
+    """What a LoRA is beyond its A and B, by the fields of its config that say so: a reader of A and B misses it."""
+    found = {name: why for name, why in _VARIANTS.items() if getattr(config, name, None)}
+    if rewrites(config.init_lora_weights):
+        found["init_lora_weights"] = (
+            f"the start {config.init_lora_weights!r} has changed the base model; save the adapter with "
+            "path_initial_model_for_weight_conversion, or merge it"
+        )
+    return found
 
 
 def pairs_of(held: Held) -> Pairs:

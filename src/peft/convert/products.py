@@ -76,9 +76,10 @@ def products_of(held: Held) -> tuple[Method, list[Product]]:
     """
     kind = held.method
     if kind not in METHODS:
+        why = WHY_NOT.get(kind, "it has none")
         raise ValueError(
-            f"the tensors of {kind} are no product B A of a rank to change; peft.save_as_lora writes a LoRA of any "
-            f"rank instead. Products are {', '.join(METHODS)}."
+            f"the tensors of {kind} are no product B A of a rank to change: {why}. peft.save_as_lora writes a LoRA of "
+            f"any rank of what a weight equals. Products are {', '.join(METHODS)}."
         )
     if getattr(held.config, "target_parameters", None):
         raise ValueError("target_parameters are stacks of experts' matrices, whose ranks cannot be changed in a file.")
@@ -272,11 +273,111 @@ def _say_gralora(held: Held, old: dict[str, int], new: dict[str, int]) -> None:
     held.config = dataclasses.replace(held.config, r=next(iter(new.values())))
 
 
+# --- one rank, and one scale by it, for all modules ---------------------------------------------------------------
+
+
+def _read_dylora(held: Held) -> Iterator[Product]:
+    """The ranks in use of B A; afterwards the first ranks are again the best ones."""
+    used = held.config.rank or held.config.r
+    for module, down, up in pairs_by_name(held, [("dylora_A", "dylora_B")]):
+        a, b = _wide(held.tensors[down])[:used], _wide(held.tensors[up])[:, :used]
+        yield Product(module, [(a, b)], held.config.alpha / used, _putting(held, down, up))
+
+
+def _putting(held: Held, down: str, up: str) -> Callable[[Sequence[Svd]], None]:
+    """What writes A and B as they are."""
+
+    def put(found: Sequence[Svd]) -> None:
+        for name, new in zip((down, up), _halves(found[0])):
+            held.tensors[name] = new.to(held.tensors[name].dtype)
+
+    return put
+
+
+def _say_dylora(held: Held, old: dict[str, int], new: dict[str, int]) -> None:
+    rank, before = next(iter(new.values())), held.config.rank or held.config.r
+    if rank < before:
+        changes = {"r": rank, "rank": None, "min_r": min(held.config.min_r, rank)}
+        held.config = dataclasses.replace(held.config, alpha=whole(held.config.alpha * rank / before), **changes)
+
+
+def _read_lora_xs(held: Held) -> Iterator[Product]:
+    """B R A; R becomes the singular values, A and B the vectors."""
+    for module, down, up in pairs_by_name(held, [("xs_A", "xs_B")]):
+        middle = f"{PREFIX}{module}.xs_R"
+        a, r, b = (_wide(held.tensors[name]) for name in (down, middle, up))
+
+        def put(found: Sequence[Svd], names: tuple[str, str, str] = (down, middle, up)) -> None:
+            u, s, vh = found[0]
+            for name, new in zip(names, (vh, s.diag(), u)):
+                held.tensors[name] = new.to(held.tensors[name].dtype).contiguous()
+
+        yield Product(module, [(a, b @ r)], held.config.alpha / len(a), put)
+
+
+def _read_mix_lora(held: Held) -> Iterator[Product]:
+    """A ``[experts * r, in]`` and B ``[out, experts * r]``: a product of each expert. Their routers stay."""
+    experts = held.config.num_experts
+    for module, down, up in pairs_by_name(held, [("mix_A", "mix_B")]):
+        a, b = _wide(held.tensors[down]).chunk(experts), _wide(held.tensors[up]).chunk(experts, 1)
+
+        def put(found: Sequence[Svd], names: tuple[str, str] = (down, up)) -> None:
+            downs, ups = zip(*map(_halves, found))
+            for name, new in zip(names, (torch.cat(downs), torch.cat(ups, 1))):
+                held.tensors[name] = new.to(held.tensors[name].dtype)
+
+        yield Product(module, [*zip(a, b)], held.config.alpha / held.config.r, put)
+
+
+def _read_poly(held: Held) -> Iterator[Product]:
+    """A ``[splits, skills, in / splits, r]``, B ``[splits, skills, r, out / splits]``, of which every A meets every B.
+
+    What any mixture of the skills does is made of these products, so that one of all A and all B is cut.
+    """
+    for module, down, up in pairs_by_name(held, [("poly_lora_A", "poly_lora_B")]):
+        a, b = _wide(held.tensors[down]), _wide(held.tensors[up])
+
+        def put(found: Sequence[Svd], names: tuple[str, str] = (down, up), b: torch.Tensor = b) -> None:
+            new_a, new_b = _halves(found[0])
+            rank = len(new_a)
+            shapes = (new_a.mT.reshape(*b.shape[:2], -1, rank),
+                      new_b.reshape(*b.shape[:2], -1, rank).transpose(2, 3) * (rank / b.shape[2]))  # fmt: skip
+            for name, new in zip(names, shapes):
+                held.tensors[name] = new.to(held.tensors[name].dtype).contiguous()
+
+        yield Product(module, [(a.flatten(0, 2).mT, b.transpose(2, 3).flatten(0, 2))], 1 / a.shape[-1], put)
+
+
+def _say_uniform(held: Held, old: dict[str, int], new: dict[str, int]) -> None:
+    """Say the new rank, and the alpha with which the scale stays, where there is one."""
+    rank, config = next(iter(new.values())), held.config
+    alpha = {"alpha": whole(config.alpha * rank / config.r)} if hasattr(config, "alpha") else {}
+    held.config = dataclasses.replace(config, r=rank, **alpha)
+
+
 METHODS = {
     "LORA": Method(_read_pairs, _say_patterns),
     "HIRA": Method(_read_pairs, _say_patterns),
     "ADALORA": Method(_read_adalora, _say_masks),
     "LOKR": Method(_read_lokr, _say_lokr),
     "GRALORA": Method(_read_gralora, _say_gralora, uniform=True),
+    "DYLORA": Method(_read_dylora, _say_dylora, uniform=True),
+    "LORA_XS": Method(_read_lora_xs, _say_uniform, uniform=True),
+    "MIX_LORA": Method(_read_mix_lora, _say_uniform, uniform=True),
+    "POLY": Method(_read_poly, _say_uniform, uniform=True),
 }
 """Method -> how it keeps products."""
+
+_WHY = {
+    ("LOHA", "ABBA"): "two products are multiplied entry by entry, of which there is no best one of a lower rank",
+    ("VERA", "PVERA", "RANDLORA", "VBLORA", "UNILORA", "TINYLORA"): "its matrices are drawn, or shared by layers",
+    ("DELORA",): "each of its directions has the same length, which a decomposition does not keep",
+    ("MISS",): "one block is repeated over the weight, and its rank is the length of that block",
+    ("LILY", "COMOL", "MTL_LORA"): "its factors meet in ways that depend on the input or the task, between A and B",
+    ("SHIRA", "SUPERTUNING"): "its update is single entries, of which the rank says the number alone",
+    ("GLORA",): "it changes weight and bias by several factors, each of which may be low-rank or not",
+    ("REFT", "PEANUT", "SHADOW"): "it is no change of a weight, or a network between its factors",
+    ("PSOFT", "ADAMSS", "OSF", "DEFT"): "its factors are parts of the base weight, which come with their rank",
+}
+WHY_NOT = {method: why for methods, why in _WHY.items() for method in methods}
+"""Method with a rank -> why a file says no lower one."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from peft.convert.held import Held, Pair, Pairs, held_of, named, pairs_of
+from peft.convert.held import Held, Pair, Pairs, beyond_pairs, held_of, is_lora, named, pairs_of
 from peft.convert.products import pairs_in, products_of
 from peft.core.combine.ranks import shared_ranks
 
@@ -38,8 +38,10 @@ def resize_adapter(
 
     The base model is not needed: A and B are decomposed by way of a matrix ``[r, r]``, a layer at a time. Where the
     rank already fits, the tensors stay as they are; a larger one is not made of a smaller one, as it would be zeros.
-    Scales, DoRA's magnitudes, biases and whole modules stay. The methods are LoRA; AdaLoRA; HiRA, whose product is
-    that of its B A, before W; LoKr with a low-rank W2; GraLoRA, each of whose k x k blocks is one.
+    Scales, DoRA's magnitudes, biases, routers and whole modules stay. The methods are LoRA; AdaLoRA; HiRA, whose
+    product is that of its B A, before W; LoKr with a low-rank W2; GraLoRA, each of whose k x k blocks is one; DyLoRA,
+    of the rank in use; LoRA-XS; MixLoRA, each of whose experts is one; Poly, of all A and all B of a layer's skills.
+    The last five have one rank for all layers.
 
     Args:
         source: folder of the adapter, or its name on the hub. output: folder to write to.
@@ -101,6 +103,8 @@ def negate_adapter(source: str | os.PathLike, output: str | os.PathLike) -> None
     held = Held.read(source)
     if getattr(held.config, "use_dora", False):
         raise ValueError("the adapter is a DoRA, which scales whole rows of the weight: no DoRA is its negative.")
+    if is_lora(held) and "init_lora_weights" in (found := beyond_pairs(held.config)):
+        raise ValueError(f"what the adapter adds is not its product: {found['init_lora_weights']}.")
     pairs = pairs_in(held)
     turned = {up for _, _, up in pairs} | {name for name in held.tensors if name.endswith(".lora_B.bias")}
     if rest := held.tensors.keys() - turned - {down for _, down, _ in pairs}:
@@ -125,7 +129,11 @@ def rebase_adapter(source: str | os.PathLike, onto: str | os.PathLike, output: s
         ValueError: one of them is no LoRA that is its update alone (DoRA, whole modules, trained tokens, biases).
             Nothing is written then.
     """
-    own, baked = pairs_of(Held.read(source)), pairs_of(Held.read(onto))
+    read = [Held.read(source), Held.read(onto)]
+    own, baked = map(pairs_of, read)
+    for what, held in zip((source, onto), read):
+        if found := beyond_pairs(held.config):
+            raise ValueError(f"{what} is more than its A and B: {'; '.join(found.values())}.")
     for what, given in ((source, own), (onto, baked)):
         odd = [module for module, pair in given.pairs.items() if pair.magnitude is not None or pair.bias is not None]
         if odd or given.others:

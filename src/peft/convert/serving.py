@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft.convert.held import GATED, Held, Pairs, named, pairs_of
+from peft.convert.held import GATED, Held, Pairs, beyond_pairs, named, pairs_of
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ class _Facts:
 def check_serving(adapter: str | os.PathLike) -> dict[str, Serving]:
     """Say for vLLM, SGLang, TGI, LoRAX and llama.cpp whether they serve an adapter, and why not.
 
-    Only the adapter's files are read. Whether a server knows the base model's architecture is not said.
+    Only the adapter's files are read. Whether a server knows the base model's architecture, or LoRAs on a base that is
+    quantised in some way, is not said.
 
     Args:
         adapter: a folder, or a name on the hub.
@@ -111,6 +112,12 @@ def _no_others(facts: _Facts) -> None:
     facts.refuse(convolved, f"it has no LoRAs of convolutions ({named(convolved, 3)})")
 
 
+def _no_variants(facts: _Facts) -> None:
+    """What servers pass over in a config: the outputs would be others, in silence."""
+    for why in beyond_pairs(facts.config).values():
+        facts.problems.append(f"it knows plain LoRAs alone, and of this one {why}")
+
+
 def _one_scale(facts: _Facts) -> None:
     """The scale is lora_alpha / r of the config, whatever alpha_pattern and rank_pattern say."""
     top = facts.config.lora_alpha / (facts.config.r**0.5 if facts.config.use_rslora else facts.config.r)
@@ -141,6 +148,12 @@ _SGLANG = {"qkv_proj", "q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate
 
 
 def _sglang(facts: _Facts) -> None:
+    config = facts.config
+    facts.refuse(
+        config.use_rslora,
+        "it scales by lora_alpha / r whatever use_rslora says: write use_rslora=False and "
+        f"lora_alpha={config.lora_alpha * config.r**0.5:g} into adapter_config.json, which is the same scale",
+    )
     targets = facts.config.target_modules
     if isinstance(targets, str) and targets not in ("all-linear", "all"):
         facts.problems.append(f"it reads target_modules as a list or 'all-linear', not as a pattern ({targets!r})")
@@ -192,13 +205,14 @@ def _index(module: str) -> str | None:
     return next((word for word in module.split(".") if word.isdigit()), None)
 
 
-# Sources: vLLM, "LoRA Adapters" and its check of adapter configs (version 0.11); SGLang, "LoRA Serving" and its table
-# of target modules; TGI, "LoRA" and its loader of adapters; LoRAX, "Adapters > LoRA > Target Modules"; llama.cpp,
-# convert_lora_to_gguf, which knows A and B alone, and scales by alpha over each pair's own rank.
+# Sources: vLLM, "LoRA Adapters" and its check of adapter configs (version 0.11); SGLang, "LoRA Serving", its table of
+# target modules, and its issue 40835 on rsLoRA; TGI, "LoRA" and its loader of adapters; LoRAX, "Adapters > LoRA >
+# Target Modules"; llama.cpp, convert_lora_to_gguf, which knows A and B alone, and scales by alpha over each pair's own
+# rank.
 RULES: dict[str, tuple[Callable[[_Facts], None], ...]] = {
-    "vllm": (_no_dora, _no_modules, _no_others, _one_scale, _vllm_rank, _vllm_modules),
-    "sglang": (_no_dora, _no_modules, _no_others, _one_scale, _sglang),
-    "tgi": (_no_dora, _no_modules, _no_others, _one_scale, _punica, _only(_TGI)),
-    "lorax": (_no_dora, _no_modules, _no_others, _one_scale, _punica, _only(_LORAX)),
-    "llama.cpp": (_no_dora, _no_modules, _no_others, _llama_cpp),
+    "vllm": (_no_variants, _no_dora, _no_modules, _no_others, _one_scale, _vllm_rank, _vllm_modules),
+    "sglang": (_no_variants, _no_dora, _no_modules, _no_others, _one_scale, _sglang),
+    "tgi": (_no_variants, _no_dora, _no_modules, _no_others, _one_scale, _punica, _only(_TGI)),
+    "lorax": (_no_variants, _no_dora, _no_modules, _no_others, _one_scale, _punica, _only(_LORAX)),
+    "llama.cpp": (_no_variants, _no_dora, _no_modules, _no_others, _llama_cpp),
 }

@@ -98,6 +98,11 @@ def _weights_in(path: Path) -> Path:
     for name in _NAMES:
         if (path / name).is_file():
             return path / name
+    if (path / "adapter_fusion_config.json").is_file():
+        raise ConfigError(
+            f"{path} is a fusion of adapters, which acts between those that it fuses: convert these one by one, and "
+            "put them together here, set_adapter(Fuse(...)), whose weights are trained anew."
+        )
     if index := next(iter(sorted(path.glob("*.safetensors.index.json"))), None):
         return index
     found = sorted(file for end in _ENDS for file in path.glob(f"*.{end}"))

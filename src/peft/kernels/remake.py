@@ -135,8 +135,11 @@ class _Saved:
         found = kept(whole) if whole.output_nr == 0 else None
         self.kept = found if found is not None and found.recipe is not None else None
         self.packed, self.unpacks, self.version = None, None if outer is None else outer[1], x._version
-        if self.kept is None:  # a node that kept its own output as it is would never be freed
-            self.packed = x.detach() if outer is None else outer[0](x)
+        if self.kept is None:
+            # A node that kept its own output as it is would never be freed. A parameter stays itself: ZeRO-3 lets go
+            # of what it has gathered into it, which another name for the memory would hold.
+            itself = x if x.grad_fn is None else x.detach()
+            self.packed = itself if outer is None else outer[0](x)
 
     def unpack(self) -> torch.Tensor:
         """The tensor, for the node."""
@@ -148,7 +151,7 @@ class _Saved:
         """How recipes come by the tensor; None where hooks have put something else in its place."""
         if (made := self.kept) is not None:
             return lambda: self._seen(made.read())
-        return self._checked if isinstance(self.packed, torch.Tensor) else None
+        return self._checked if isinstance(self.packed, torch.Tensor) and _stays(self.packed) else None
 
     def _seen(self, whole: torch.Tensor) -> torch.Tensor:
         return whole if self.view is None else whole.as_strided(*self.view)
@@ -162,6 +165,12 @@ def _is_plain_view(x: torch.Tensor, base: torch.Tensor | None) -> bool:
     if base is None or x.dtype != base.dtype or x.is_conj() != base.is_conj() or x.is_neg() != base.is_neg():
         return False
     return base.is_contiguous() and not base.storage_offset() and x.layout == torch.strided
+
+
+def _stays(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's values are always there; those of a parameter in parts are while its module is called."""
+    of_fsdp = tensor.numel() and not tensor.untyped_storage().nbytes()
+    return not of_fsdp and not hasattr(tensor, "ds_id")  # DeepSpeed ZeRO-3
 
 
 def _unchanged(tensor: torch.Tensor, version: int) -> torch.Tensor:
@@ -185,8 +194,8 @@ def _operand(node: Any, name: str) -> Recipe | None:
         return tensor.reader()
     if not isinstance(tensor, torch.Tensor):
         return None
-    if tensor.numel() and not tensor.untyped_storage().nbytes():
-        return None  # the weight of a norm that is a unit of FSDP: its memory is there while the norm is called
+    if not _stays(tensor):
+        return None
     if not hooked:
         return lambda: getattr(node, saved)
     version = tensor._version

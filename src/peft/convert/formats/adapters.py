@@ -1,17 +1,19 @@
 """The library ``adapters``: ``pytorch_adapter.bin`` with a config, of LoRA, IA3, prefixes and what is in blocks.
 
 In blocks are bottlenecks, Compacter and invertible adapters. A file that has one of the latter beside the others is
-read as two adapters, ``bottleneck`` (or ``compacter``) and ``invertible``, to be active together in a mixed model.
+read as two adapters, ``bottleneck`` (or ``compacter``) and ``invertible``, to be active together in a mixed model; a
+union of configs (MAM, UniPELT) as a union.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
+from peft.config import PeftConfig
 from peft.convert.formats.mlx import as_json
 from peft.convert.held import PREFIX, Held, Pair, Pairs, held_of, pairs_of
 from peft.convert.rotary import rotated
@@ -22,6 +24,7 @@ from peft.tuners.compacter import CompacterConfig
 from peft.tuners.ia3 import IA3Config
 from peft.tuners.invertible import InvertibleConfig
 from peft.tuners.prefix_tuning import PrefixTuningConfig
+from peft.tuners.union import UnionConfig
 from peft.utils.error import ConfigError
 
 
@@ -36,12 +39,22 @@ _NETWORKS = {"F": "first", "G": "second"}  # of NICE, there -> here
 _GLOW = {"s2": "first", "s1": "second"}
 _CONFIGS: dict[str, Any] = {"bottleneck": BottleneckConfig, "compacter": CompacterConfig}
 _OWN = {
-    kind: {field.name for field in dataclasses.fields(config)} - {"preset", "modules_to_save"}
+    kind: {field.name for field in dataclasses.fields(config)}
+    - {"preset", "modules_to_save", *(field.name for field in dataclasses.fields(PeftConfig))}
     for kind, config in _CONFIGS.items()
 }
 _NORMALISES_LAST = ("albert", "bart", "bert", "bert-generation", "deberta", "deberta-v2", "distilbert", "electra",
                     "plbart", "roberta", "xlm-roberta")  # fmt: skip
 _NAME = "adapter"  # what a written adapter is called
+
+
+# What stands in the names of a kind's tensors, there and here.
+_HOLDERS = {"lora": (".loras.",), "ia3": (".loras.",), "bottleneck": (".adapters.",), "invertible":
+            (".invertible_adapters.",), "compacter": (".adapters.", ".shared_parameters."),
+            "prefix_tuning": ("prefix_tuning.",)}  # fmt: skip
+_OURS = {"LORA": (".lora_",), "IA3": (".ia3_l",), "BOTTLENECK": (".bottleneck_",), "INVERTIBLE":
+         (".invertible_coupling.",), "COMPACTER": (".compacter_",), "PREFIX_TUNING":
+         ("prompt_embeddings", "prefix_gates.")}  # fmt: skip
 
 
 def _matches(source: Source) -> bool:
@@ -60,24 +73,53 @@ def _kind(config: dict[str, Any]) -> str:
 
 
 def _read(source: Source, job: Job) -> Bundle:
-    config, name = source.config["config"], source.config["name"]
+    _name_what_stands_beside(source, job)
+    config = source.config["config"]
+    if config.get("architecture") != "union":
+        found = _read_one(source, config, job)
+        return found if len(found) > 1 else {"": next(iter(found.values()))}
+    parts, left = {}, dict(source.tensors)
+    for one_of in config["configs"]:
+        holders = tuple(h for kind in _kinds(one_of) for h in _HOLDERS.get(kind, ()))
+        own = {key: left.pop(key) for key in [*left] if any(holder in key for holder in holders)}
+        parts.update(_read_one(dataclasses.replace(source, tensors=own), one_of, job))
+    job.lost.update(dict.fromkeys(left, "it is of no part of the union"))
+    union = UnionConfig({kind: held.config for kind, held in parts.items()}, inference_mode=True)
+    return {"": Held(union, {key: tensor for held in parts.values() for key, tensor in held.tensors.items()})}
+
+
+def _name_what_stands_beside(source: Source, job: Job) -> None:
+    """A prediction head in a file of its own, which is not read."""
+    head = source.path.with_name("pytorch_model_head.bin")
+    if head.is_file():
+        job.lost[head.name] = "a prediction head of adapters is a module of its own; train or load it beside the model"
+
+
+def _kinds(config: dict[str, Any]) -> list[str]:
+    """The methods of a config: its own, and an invertible adapter that is named with it."""
+    kind = _kind(config)
+    return [kind, "invertible"] if kind in _CONFIGS and config.get("inv_adapter") else [kind]
+
+
+def _read_one(source: Source, config: dict[str, Any], job: Job) -> Bundle:
+    """The adapters of one config, by kind."""
+    name, bundle = source.config["name"], {}
     readers: dict[str, Callable[[Source, dict[str, Any], str, Job], Held]] = {
         "lora": _lora, "ia3": _ia3, "bottleneck": _network, "compacter": _network, "invertible": _invertible,
         "prefix_tuning": _prefix}  # fmt: skip
-    kind = _kind(config)
-    if kind not in readers:
-        raise ConfigError(
-            f"adapters of the architecture {kind!r} have no counterpart; there are {', '.join(readers)}."
-        )
-    for field in ("use_gating", "vera_d", "cross_adapter", "shared_W_phm"):
-        if config.get(field) and field not in _OWN.get(kind, ()):
-            job.lost[field] = f"{kind} here has no such thing ({config[field]!r})"
-    if kind not in _CONFIGS or not config.get("inv_adapter"):
-        return {"": readers[kind](source, config, name, job)}
-    bundle = {}
-    for each, inverse in ((kind, False), ("invertible", True)):
-        own = {k: t for k, t in source.tensors.items() if (f".invertible_adapters.{name}." in k) == inverse}
-        bundle[each] = readers[each](dataclasses.replace(source, tensors=own), config, name, job)
+    for kind in (kinds := _kinds(config)):
+        if kind not in readers:
+            raise ConfigError(
+                f"adapters of the architecture {kind!r} have no counterpart; there are {', '.join(readers)}, union."
+            )
+        for field in ("use_gating", "vera_d", "cross_adapter", "shared_W_phm"):
+            gated = field == "use_gating" and kind in ("lora", "prefix_tuning")
+            if config.get(field) and field not in _OWN.get(kind, ()) and not gated:
+                job.lost[field] = f"{kind} here has no such thing ({config[field]!r})"
+        inverse = {key for key in source.tensors if f".invertible_adapters.{name}." in key}
+        own = source.tensors.keys() & inverse if kind == "invertible" else source.tensors.keys() - inverse
+        tensors = {key: t for key, t in source.tensors.items() if key in own or len(kinds) == 1}
+        bundle[kind] = readers[kind](dataclasses.replace(source, tensors=tensors), config, name, job)
     return bundle
 
 
@@ -89,13 +131,17 @@ def _split(key: str, holder: str, name: str) -> tuple[str, str] | None:
 
 def _lora(source: Source, config: dict[str, Any], name: str, job: Job) -> Held:
     parts: dict[str, dict[str, torch.Tensor]] = {}
+    gates: dict[str, torch.Tensor] = {}
     for key, tensor in source.tensors.items():
         place = _split(key, "loras", name)
-        if place is None or place[1] not in _PARTS:
+        if place is not None and place[1].startswith("gate."):
+            gates[f"{PREFIX}{place[0]}.lora_{place[1]}"] = tensor
+        elif place is None or place[1] not in _PARTS:
             job.lost[key] = "it is no part of a LoRA"
-            continue
-        parts.setdefault(place[0], {})[_PARTS[place[1]]] = tensor
-    return held_of(Pairs({module: Pair(alpha=config["alpha"], **found) for module, found in parts.items()}))
+        else:
+            parts.setdefault(place[0], {})[_PARTS[place[1]]] = tensor
+    pairs = {module: Pair(alpha=config["alpha"], **found) for module, found in parts.items()}
+    return held_of(Pairs(pairs, gates, extra={"use_gating": bool(gates)}))
 
 
 def _ia3(source: Source, config: dict[str, Any], name: str, job: Job) -> Held:
@@ -164,10 +210,15 @@ def _prefix(source: Source, config: dict[str, Any], name: str, job: Job) -> Held
     if not config.get("flat"):
         raise ConfigError("the prefix is made by a network (flat=False); eject it first (eject_prefix_tuning).")
     base = job.need_base("a prefix is cut by the layers and heads")
+    gates = {}
+    for key, value in source.tensors.items():
+        if ".prefix_gates." in key:
+            layer = next((word for word in key.split(".") if word.isdigit()), "0")
+            gates[f"prefix_gates.{layer}.{key.rpartition('.')[2]}"] = value
     found = {key: value for key, value in source.tensors.items() if key.startswith("model.prefix_tuning.") or
              ".pool." in key}  # fmt: skip
     values = {tuple(value.shape): value for value in found.values()}
-    if len(found) != len(source.tensors) or len(values) != 1:
+    if len(found) + len(gates) != len(source.tensors) or len(values) != 1:
         raise ConfigError(
             f"{source.path} holds several prefixes (cross attention, an encoder), and one is known here."
         )
@@ -179,9 +230,9 @@ def _prefix(source: Source, config: dict[str, Any], name: str, job: Job) -> Held
     fields = {
         "num_virtual_tokens": length, "num_layers": layers, "num_attention_heads": heads,
         "token_dim": table.shape[1] // (2 * layers), "num_transformer_submodules": 1, "inference_mode": True,
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM", "use_gating": bool(gates), "shared_gating": config.get("shared_gating", True),
     }  # fmt: skip
-    return Held(PrefixTuningConfig(**fields), {"prompt_embeddings": table})
+    return Held(PrefixTuningConfig(**fields), {"prompt_embeddings": table, **gates})
 
 
 def _turned(table: torch.Tensor, by: int, length: int, layers: int, heads: int, base: Base) -> torch.Tensor:
@@ -202,14 +253,12 @@ def _turned(table: torch.Tensor, by: int, length: int, layers: int, heads: int, 
 
 
 def _write(bundle: Bundle, job: Job) -> Files:
-    held, base = one(bundle, "an adapter of adapters"), job.need_base("adapters names the model's class in its config")
-    kind = held.method
-    writers: dict[str, Callable[[Held, Job], tuple[dict[str, Any], dict[str, torch.Tensor]]]] = {
-        "LORA": _write_lora, "IA3": _write_ia3, "BOTTLENECK": _write_network, "COMPACTER": _write_network,
-        "INVERTIBLE": _write_invertible, "PREFIX_TUNING": _write_prefix}  # fmt: skip
-    if kind not in writers:
-        raise ConfigError(f"of {kind} no file of adapters can be written; there are {', '.join(writers)}.")
-    config, tensors = writers[kind](held, job)
+    base = job.need_base("adapters names the model's class in its config")
+    if len(bundle) == 2 and "invertible" in bundle:  # as they are read, see above
+        parts = UnionConfig({name: held.config for name, held in bundle.items()})
+        bundle = {"": Held(parts, {name: t for held in bundle.values() for name, t in held.tensors.items()})}
+    held = one(bundle, "an adapter of adapters")
+    config, tensors = _write_union(held, job) if held.method == "UNION" else _write_one(held, job)
     said = {
         "config": config, "hidden_size": base.number("hidden_size", "n_embd"),
         "model_class": type(base.model).__name__,
@@ -217,6 +266,43 @@ def _write(bundle: Bundle, job: Job) -> Files:
         "name": _NAME, "version": "adapters.1.3.0",
     }  # fmt: skip
     return {"pytorch_adapter.bin": lambda path: torch.save(tensors, path), "adapter_config.json": as_json(said)}
+
+
+def _write_one(held: Held, job: Job) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    writers: dict[str, Callable[[Held, Job], tuple[dict[str, Any], dict[str, torch.Tensor]]]] = {
+        "LORA": _write_lora, "IA3": _write_ia3, "BOTTLENECK": _write_network, "COMPACTER": _write_network,
+        "INVERTIBLE": _write_invertible, "PREFIX_TUNING": _write_prefix}  # fmt: skip
+    if held.method not in writers:
+        raise ConfigError(
+            f"of {held.method} no file of adapters can be written; there are {', '.join(writers)}, and UNION of these."
+        )
+    return writers[held.method](held, job)
+
+
+def _write_union(held: Held, job: Job) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    configs, tensors, left = [], {}, dict(held.tensors)
+    for config in held.config.members:
+        part = Held(config, {})
+        marks = _OURS.get(part.method, ())
+        part.tensors = {name: left.pop(name) for name in [*left] if any(mark in name for mark in marks)}
+        said, written = _write_one(part, job)
+        configs.append(said)
+        tensors.update(written)
+    job.lost.update(dict.fromkeys(left, "it is of no part of the union"))
+    configs = _with_inverse(configs)
+    return configs[0] if len(configs) == 1 else {"architecture": "union", "configs": configs}, tensors
+
+
+def _with_inverse(configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The configs with an invertible adapter in that of the bottlenecks, where adapters has both in one."""
+    inverse = next((config for config in configs if config.get("inv_adapter")), None)
+    network = next((c for c in configs if "reduction_factor" in c and c is not inverse), None)
+    if inverse is None or network is None:
+        return configs
+    if inverse["non_linearity"] != network["non_linearity"]:
+        raise ConfigError("adapters has one non_linearity for bottlenecks and the invertible adapter beside them.")
+    both = {key: inverse[key] for key in ("inv_adapter", "inv_adapter_reduction_factor")}
+    return [{**config, **both} if config is network else config for config in configs if config is not inverse]
 
 
 _LORA: dict[str, Any] = {
@@ -227,7 +313,14 @@ _LORA: dict[str, Any] = {
 
 
 def _write_lora(held: Held, job: Job) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    gates = {name: tensor for name, tensor in held.tensors.items() if ".lora_gate." in name}
+    if gates:
+        plain = {name: tensor for name, tensor in held.tensors.items() if name not in gates}
+        held = Held(dataclasses.replace(held.config, use_gating=False), plain)
     found, tensors = pairs_of(held), {}
+    for name, tensor in gates.items():
+        module, _, tail = name.removeprefix(PREFIX).partition(".lora_gate.")
+        tensors[f"{module}.loras.{_NAME}.gate.{tail}"] = tensor
     ranks = {pair.rank for pair in found.pairs.values()}
     scales = {found.scale(module) for module in found.pairs}
     if len(ranks) > 1 or len(scales) > 1:
@@ -235,8 +328,9 @@ def _write_lora(held: Held, job: Job) -> tuple[dict[str, Any], dict[str, torch.T
             "adapters has one rank and one alpha for all layers; resize_adapter(rank=...) can make them."
         )
     for module, pair in found.pairs.items():
-        if pair.table or pair.down.dim() > 2:
-            job.lost[module] = "LoRAs of adapters are on matrices"
+        if pair.table or pair.down.dim() > 2 or _place(module) is None:
+            job.lost[module] = _NO_PLACE
+            continue
         for part in ("magnitude", "bias"):
             if getattr(pair, part) is not None:
                 job.lost[f"{module}.{part}"] = "LoRAs of adapters are A and B alone in these files"
@@ -246,18 +340,53 @@ def _write_lora(held: Held, job: Job) -> tuple[dict[str, Any], dict[str, torch.T
     rank = ranks.pop()
     return {
         **_LORA,
-        **_sites(found.pairs),
+        **_sites(found.pairs, job),
         "composition_mode": "add",
+        "use_gating": bool(gates),
         "r": rank,
         "alpha": scales.pop() * rank,
     }, tensors
 
 
-def _sites(modules: Any) -> dict[str, Any]:
-    """Which of a block's matrices are adapted, in the words of adapters."""
-    leaves = {module.rpartition(".")[2] for module in modules}
-    matrices = [letter for letter in "qkv" if f"{letter}_proj" in leaves]
-    return {"attn_matrices": matrices, "selfattn_lora": bool(matrices)}
+# The matrices that adapters can give a LoRA or a vector, by the ends of their names, and what its config calls them.
+_PLACED = {
+    **{name: name[0] for name in ("q_proj", "k_proj", "v_proj", "q_lin", "k_lin", "v_lin", "query", "key", "value",
+                                  "query_proj", "key_proj", "value_proj", "q", "k", "v")},
+    **dict.fromkeys(("down_proj", "fc1", "lin1", "fc_in", "ffn", "wi", "wi_1", "intermediate.dense"), "intermediate"),
+    **dict.fromkeys(("up_proj", "fc2", "lin2", "fc_out", "ffn_output", "wo", "output.dense"), "output"),
+}  # fmt: skip
+
+
+def _place(module: str) -> str | None:
+    """What adapters calls a matrix of a block; None for one that it has no place for."""
+    words = module.split(".")
+    ends = (".".join(words[-2:]), words[-1])
+    return None if "attention.output" in module else next((_PLACED[end] for end in ends if end in _PLACED), None)
+
+
+def _sites(modules: Iterable[str], job: Job) -> dict[str, Any]:
+    """Which matrices of which blocks are adapted, in the words of adapters, which has the same in all of them."""
+    placed = {module: _place(module) for module in modules}
+    found = set(placed.values()) - {None}
+    layers: dict[int, set[str | None]] = {}
+    for module, place in placed.items():
+        number = next((int(word) for word in module.split(".") if word.isdigit()), 0)
+        layers.setdefault(number, set()).add(place)
+    odd = [f"{number}" for number, places in layers.items() if places - {None} != found]
+    if odd:
+        job.lost[f"blocks {', '.join(odd)}"] = "adapters has the same matrices in all blocks, or none in a block"
+    every = job.need_base("adapters counts blocks").number("num_hidden_layers", "n_layer", "num_layers")
+    matrices = [letter for letter in "qkv" if letter in found]
+    return {
+        "attn_matrices": matrices,
+        "selfattn_lora": bool(matrices),
+        "intermediate_lora": "intermediate" in found,
+        "output_lora": "output" in found,
+        "leave_out": [number for number in range(every) if number not in layers],
+    }
+
+
+_NO_PLACE = "adapters has no place for one at this matrix"
 
 
 def _write_ia3(held: Held, job: Job) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -267,9 +396,12 @@ def _write_ia3(held: Held, job: Job) -> tuple[dict[str, Any], dict[str, torch.Te
         if part != "ia3_l" or tensor.shape[-1] != 1:
             job.lost[name] = "adapters' IA3 scales outputs, and this is something else"
             continue
+        if _place(module) is None:
+            job.lost[module] = _NO_PLACE
+            continue
         modules.append(module)
         tensors[f"{module}.loras.{_NAME}.lora_B"] = tensor
-    return {**_LORA, **_sites(modules), "composition_mode": "scale", "r": 1, "alpha": 1}, tensors
+    return {**_LORA, **_sites(modules, job), "composition_mode": "scale", "r": 1, "alpha": 1}, tensors
 
 
 def _write_network(held: Held, job: Job) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -321,9 +453,14 @@ def _write_prefix(held: Held, job: Job) -> tuple[dict[str, Any], dict[str, torch
     own = [name for name, _ in base.model.named_modules() if name.rpartition(".")[2] in ("self_attn", "attention")]
     holders = [*(f"{name}.prefix_tuning.pool" for name in own), "model.prefix_tuning"]
     tensors = {f"{holder}.prefix_tunings.{_NAME}.self_prefix.control_trans": table.flatten() for holder in holders}
+    for name, tensor in held.tensors.items():
+        if name.startswith("prefix_gates."):
+            _, layer, tail = name.split(".")
+            tensors[f"{own[int(layer)]}.prefix_tuning.prefix_gates.{_NAME}.{tail}"] = tensor
     said = {"architecture": "prefix_tuning", "flat": True, "prefix_length": length, "bottleneck_size": 512,
             "cross_prefix": True, "encoder_prefix": True, "dropout": 0.0, "leave_out": [], "non_linearity": "tanh",
-            "shared_gating": True, "use_gating": False, "init_weights_seed": None}  # fmt: skip
+            "shared_gating": config.shared_gating, "use_gating": config.use_gating,
+            "init_weights_seed": None}  # fmt: skip
     return said, tensors
 
 

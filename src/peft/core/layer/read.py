@@ -9,6 +9,7 @@ from torch import nn
 
 from peft.compat.layer import LayerCompat
 from peft.core.base.readers import NoWeight
+from peft.core.base.storage.sharded import MARKS
 from peft.core.layer import routes
 from peft.core.layer import weight as weights
 from peft.core.layer.switch import Switch
@@ -37,7 +38,7 @@ class ReadThrough(LayerCompat, Switch, _Module):
         except AttributeError:
             kind = self.__dict__.get("kind")
             delegates = "base_layer" in self.__dict__.get("_modules", ()) and name != "base_layer"
-            if not delegates or (name.startswith("_") and not (kind is not None and kind.opaque)):
+            if not delegates or name in MARKS or (name.startswith("_") and not (kind is not None and kind.opaque)):
                 raise
         return self._read(name)
 

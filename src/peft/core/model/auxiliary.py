@@ -12,6 +12,7 @@ from torch import nn
 from peft.core.adapter import part
 from peft.core.base.kinds import WHOLE, Kind, kind_of
 from peft.core.base.storage import copied
+from peft.core.base.storage.sharded import MARKS
 from peft.core.composition.expressions import Composition, Stack
 from peft.core.families import Rows
 from peft.core.layer.classes import class_for, layer_class
@@ -147,7 +148,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("_") or "modules_to_save" not in self.__dict__.get("_modules", ()):
+            if name.startswith("_") or name in MARKS or "modules_to_save" not in self.__dict__.get("_modules", ()):
                 raise
             return getattr(self._module(), name)
 
@@ -268,7 +269,7 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("_") or "token_adapter" not in self.__dict__.get("_modules", ()):
+            if name.startswith("_") or name in MARKS or "token_adapter" not in self.__dict__.get("_modules", ()):
                 raise
             return getattr(self.token_adapter, name)
 

@@ -45,10 +45,10 @@ class Dora(Lora):
     def make_pair(self, config: LoraConfig) -> None:
         super().make_pair(config)
         with torch.no_grad():
-            if (is_drawn(config) and skip_values()) or self.pair()[0].is_meta:
-                norm = torch.empty(self.shape[0])  # a file will bring it
-            else:
-                norm = self.norm(self.base_weight())
+            norm = torch.empty(self.shape[0])  # a file will bring it
+            if not ((is_drawn(config) and skip_values()) or self.pair()[0].is_meta):
+                base = self.base_weight()  # without values where another process has them, and will send them
+                norm = norm.to("meta") if base.is_meta else self.norm(base)
         shaped = norm if len(self.shape) == 2 else norm.view(1, -1, *[1] * (len(self.shape) - 2))
         self.lora_magnitude_vector = Magnitude(shaped)
 

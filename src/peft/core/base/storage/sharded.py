@@ -17,6 +17,11 @@ from torch import nn
 from peft.core.base.storage.plain import Storage
 
 
+# What DeepSpeed ZeRO-3 leaves on every module. It asks by `hasattr` whether one has them already, so a wrapper must
+# not answer for the module that it wraps.
+MARKS = frozenset({"pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt"})
+
+
 class Distributed(Storage):
     """A parameter that is a ``torch.distributed.tensor.DTensor``."""
 
