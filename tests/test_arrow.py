@@ -20,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 from peft import ArrowConfig, LoraConfig, PeftModel, create_arrow_model, get_peft_model
-from peft.tuners.lora.arrow import direction, mixed_by_token, route, without_common
+from peft.tuners.lora.arrow import direction, without_common
+from peft.tuners.lora.arrow_products import mixed_by_stack, mixed_by_token, mixed_for_one, route, stacked
 
 
 DATA = Path(__file__).parent / "data"
@@ -135,12 +136,12 @@ def test_ranks_may_differ(tmp_path: Path) -> None:
         ))  # fmt: skip
 
 
-@pytest.mark.parametrize("tokens", [1, 64])
-def test_what_was_not_chosen_is_not_computed(tokens: int) -> None:
-    """Two of eight experts cost a quarter of all eight."""
+@pytest.mark.parametrize(("tokens", "r"), [(1, 4), (64, 128), (64, 4)])
+def test_what_was_not_chosen_is_not_computed(tokens: int, r: int) -> None:
+    """Two of eight experts cost a quarter of all eight; of a small rank it takes less not to sort the tokens."""
     torch.manual_seed(0)
-    size, r, experts = 32, 4, 8
-    x, pairs = torch.randn(tokens, size), [(torch.randn(r, size), torch.randn(size, r)) for _ in range(experts)]
+    size, experts = 32, 8
+    x, pairs = torch.randn(tokens, size), [(torch.randn(r, size) / r, torch.randn(size, r)) for _ in range(experts)]
     directions = torch.stack([direction(*pair) for pair in pairs])
     flops = {}
     for k in (2, 8):
@@ -149,10 +150,16 @@ def test_what_was_not_chosen_is_not_computed(tokens: int) -> None:
             found = mixed_by_token(x, chosen, weights, pairs, [1.0] * experts)
         flops[k] = counter.get_total_flops()
         each = torch.stack([x @ a.T @ b.T for a, b in pairs], 1)  # [tokens, experts, size]
+        summed = (each.gather(1, chosen[..., None].expand(-1, -1, size)) * weights[..., None]).sum(1)
+        torch.testing.assert_close(found, summed, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(
-            found, (each.gather(1, chosen[..., None].expand(-1, -1, size)) * weights[..., None]).sum(1)
+            mixed_by_stack(x, stacked(pairs, directions), k, 1.0, [1.0] * experts), found, rtol=1e-4, atol=1e-5
         )
-    assert flops[8] == experts * tokens * 2 * 2 * size * r and flops[2] == flops[8] / 4
+        if tokens == 1:
+            one = mixed_for_one(x, directions, k, 1.0, pairs, [1.0] * experts)
+            torch.testing.assert_close(one, found)
+    assert flops[8] == experts * tokens * 2 * 2 * size * r
+    assert flops[2] == flops[8] / (1 if (tokens, r) == (64, 4) else 4)
 
 
 @pytest.mark.parametrize("gks", [False, True])

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from peft import BOFTConfig, IA3Config, RoadConfig, get_peft_model
+from peft import BOFTConfig, IA3Config, PveraConfig, RoadConfig, VeraConfig, get_peft_model
 from peft.kernels import plain
 from peft.kernels.channels import mixed_by_output
 from peft.kernels.made_again import made_again
 from peft.kernels.remake import recomputed
+from peft.tuners import vera_utils
 from peft.tuners.road import road_rotated
 
 
@@ -146,3 +150,59 @@ def test_layers_with_scales_equal_the_plain_path(method: str, zero: bool, inplac
         with plain():
             before = len(kept_by(lambda: model(x)))
         assert len(kept_by(lambda: model(x))) < before
+
+
+class Readers(nn.Module):
+    """Three layers that read one input, and one that reads what they make; with a bias and without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(6, 8), nn.Linear(6, 4, bias=False), nn.Linear(6, 8, bias=False)
+        self.o = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = gated(x)
+        q, k, v = self.q(h), self.k(h), self.v(h)
+        return self.o(q * v) * k.sum(-1, keepdim=True).tanh()
+
+
+READING = {
+    "vera": VeraConfig(r=3, target_modules=["q", "k", "v", "o"], init_weights=False),
+    "pvera": PveraConfig(r=3, target_modules=["q", "k", "v", "o"], init_weights=False, generator_seed=0),
+}
+
+
+@pytest.mark.parametrize("method", READING)
+def test_layers_that_share_a_projection_equal_the_plain_path(method: str) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(Readers(), READING[method]).double()
+    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    same = copy.deepcopy(model)  # its generators draw the same
+    with plain():
+        expected = gradients_of(same, x)
+    for one, other in zip(gradients_of(model, x), expected):
+        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(*second_derivatives(method))
+
+
+def second_derivatives(method: str) -> list[torch.Tensor]:
+    """Of the norm of the gradient, by the kernels and without."""
+    found = []
+    for context in (nullcontext, plain):
+        torch.manual_seed(0)
+        model = get_peft_model(Readers(), READING[method]).double()
+        x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+        with context():
+            (dx,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+            trained = [p for p in model.parameters() if p.requires_grad]
+            found.append(torch.cat([g.flatten() for g in torch.autograd.grad(dx.square().sum(), [x, *trained])]))
+    return found
+
+
+def test_a_shared_projection_lives_no_longer_than_its_input() -> None:
+    model = get_peft_model(Readers(), READING["vera"])
+    before = len(vera_utils._READ)
+    loss = model(torch.randn(2, 3, 6, requires_grad=True)).sum()
+    loss.backward()
+    del loss
+    assert len(vera_utils._READ) == before

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -16,7 +16,9 @@ from peft.core.families import LowRank, input_dropout
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.registry import define_tuner
 from peft.kernels import Factors
-from peft.tuners.vera_utils import SharedPairConfig, shared_pair, vectors, vera_pair
+from peft.kernels.made_again import made_again
+from peft.kernels.remake import recomputed
+from peft.tuners.vera_utils import SharedPairConfig, fused, projected, raised, shared_pair, vectors, vera_pair
 from peft.utils.peft_types import PeftType
 
 
@@ -44,6 +46,23 @@ def pvera_draw(mean: torch.Tensor, log_variance: torch.Tensor, noise: torch.Tens
     (mu, log s^2) = d * (A x) with A ``[2 r, in]``, and y' = y + b * (B z).
     """
     return torch.addcmul(mean, (log_variance / 2).exp(), noise)
+
+
+class Drawn(torch.autograd.Function):
+    """The same z ``[n, r]`` from A x ``[n, 2 r]`` and d ``[2 r]``, of which autograd keeps no more than these."""
+
+    @staticmethod
+    def forward(ctx: Any, h: torch.Tensor, d: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(h, d, noise)
+        mean, log_variance = (h * d).chunk(2, -1)
+        return pvera_draw(mean, log_variance, noise)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:  # type: ignore[override]
+        h, d, noise = ctx.saved_tensors
+        deviation = (h.chunk(2, -1)[1] * (d.chunk(2)[1] / 2)).exp()
+        both = torch.cat((gradient, gradient * noise * deviation / 2), -1)
+        return both * d, (both * h).sum(0), None
 
 
 class Pvera(LowRank):
@@ -85,6 +104,18 @@ class Pvera(LowRank):
         a, b = self.frozen()
         return vera_pair(a.chunk(2)[0], b, self.pvera_lambda_d.chunk(2)[0], self.pvera_lambda_b)
 
+    @classmethod
+    def kernel(cls, layer: BaseTunerLayer, adapters: Sequence[Any], x: torch.Tensor) -> torch.Tensor | None:
+        pvera = fused(layer, adapters, x)
+        if pvera is None or not pvera.samples():
+            return super().kernel(layer, adapters, x)
+        a, b = pvera.frozen()
+        with recomputed():
+            h, _ = projected(pvera.dropped(x), a)
+            noise = pvera.noise(h.new_empty(()).expand(len(h), pvera.r))
+            z = made_again(Drawn.apply, h, pvera.pvera_lambda_d, noise)
+            return raised(layer, x, z, pvera.pvera_lambda_b, b, keeps=False)
+
     def factors(self) -> Factors | None:
         return None if self.samples() else super().factors()
 
@@ -97,12 +128,15 @@ class Pvera(LowRank):
             return super().delta(x)
         a, b = self.frozen()
         mean, log_variance = self.distribution(self.dropped(x), a)
-        if self.pvera_generator is None:
-            noise = torch.randn_like(mean)
-        else:  # drawn on the CPU, so that a seed means the same on every device
-            noise = torch.randn(mean.shape, generator=self.pvera_generator).to(mean)
-        z = pvera_draw(mean, log_variance, noise)
+        z = pvera_draw(mean, log_variance, self.noise(mean))
         return self.kind.up(self.base, z, b) * self.along_channels(self.pvera_lambda_b)
+
+    def noise(self, like: torch.Tensor) -> torch.Tensor:
+        """e of :func:`pvera_draw`."""
+        if self.pvera_generator is None:
+            return torch.randn(like.shape, dtype=like.dtype, device=like.device)
+        # drawn on the CPU, so that a seed means the same on every device
+        return torch.randn(like.shape, generator=self.pvera_generator).to(like)
 
     def distribution(self, x: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """mu and log s^2, the two halves of d * (A x); each group of a convolution has its own."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -15,8 +15,8 @@ from peft.core.base.kinds import fan
 from peft.core.families import LowRank, input_dropout
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.registry import define_tuner
-from peft.kernels import Factors
-from peft.tuners.vera_utils import SharedPairConfig, shared_pair, vectors, vera_pair
+from peft.kernels.remake import recomputed
+from peft.tuners.vera_utils import SharedPairConfig, fused, projected, raised, shared_pair, vectors, vera_pair
 from peft.utils.peft_types import PeftType
 
 
@@ -67,10 +67,16 @@ class Vera(LowRank):
         """The first is frozen, so that no gradient needs the input."""
         return vera_pair(*self.frozen(), self.vera_lambda_d, self.vera_lambda_b)
 
-    def factors(self) -> Factors | None:
-        """None in training: the gradient of b by the pair takes a product that it does not by the output."""
-        trains = torch.is_grad_enabled() and self.vera_lambda_b.requires_grad
-        return None if trains else super().factors()
+    @classmethod
+    def kernel(cls, layer: BaseTunerLayer, adapters: Sequence[Any], x: torch.Tensor) -> torch.Tensor | None:
+        vera = fused(layer, adapters, x)
+        if vera is None:
+            return super().kernel(layer, adapters, x)
+        a, b = vera.frozen()
+        with recomputed():
+            h, made = projected(vera.dropped(x), a)
+            # what another layer's A x has saved is spent on keeping less
+            return raised(layer, x, h * vera.vera_lambda_d, vera.vera_lambda_b, b, keeps=not made)
 
     def delta(self, x: torch.Tensor) -> torch.Tensor:
         base, kind, d, (a, b) = self.base, self.kind, self.vera_lambda_d, self.frozen()

@@ -1,4 +1,4 @@
-"""What VeRA and PVeRA share: config fields, the frozen random pair of the whole model, how vectors start."""
+"""What VeRA and PVeRA share: config fields, the frozen random pair of the whole model, how vectors start, kernels."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from peft.config import FanInFanOut, LayerSelection, ModulesToSave, TargetModules, TrainedBias, option
 from peft.core.base.kinds import fan
 from peft.core.layer.layer import BaseTunerLayer
+from peft.kernels.autocast import is_autocast
+from peft.kernels.linear import base_output, is_eager
 from peft.kernels.made_again import made_again
+from peft.kernels.remake import is_recomputed
 
 
 @dataclass
@@ -81,3 +86,77 @@ def vera_pair(
         a: A ``[r, in]``. b: B ``[out, r]``. lambda_d: d ``[r]``. lambda_b: b ``[out]``.
     """
     return a, made_again(ScaledTable.apply, lambda_b, b, lambda_d)
+
+
+_READ = WeakTensorKeyDictionary()
+"""Inputs that are there, with what is true of them and of A, and A x."""
+
+
+def projected(x: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """A x as ``[n, rows of A]``, once for all layers that read one input (q, k and v; gate and up), as they share A.
+
+    Their backward passes share it too: autograd sums up what they give, and multiplies that by A once.
+
+    Returns:
+        A x, and whether another layer has made it.
+    """
+    key = x._version, a.data_ptr(), a._version, a.shape, a.stride()
+    found = _READ.get(x)
+    if found is not None and found[0] == key:
+        return found[1], True
+    h = torch.mm(x.reshape(-1, x.shape[-1]), a.T)
+    if x.grad_fn is not None or not x.requires_grad:  # the graph of what is made of a leaf would keep the leaf alive
+        _READ[x] = key, h
+    return h, False
+
+
+def fused(layer: BaseTunerLayer, adapters: Sequence[Any], x: torch.Tensor) -> Any | None:
+    """The one adapter of a linear layer in a training step, if it may compute the whole layer with x; else None."""
+    if len(adapters) > 1 or not torch.is_grad_enabled() or not is_eager(x) or is_autocast(x.device.type):
+        return None
+    matrix = layer.kind.matrix and not layer.kind.opaque and x.dtype == adapters[0].dtype
+    return adapters[0] if matrix and not is_recomputed() else None
+
+
+def raised(
+    layer: BaseTunerLayer, x: torch.Tensor, z: torch.Tensor, b: torch.Tensor, table: torch.Tensor, keeps: bool
+) -> torch.Tensor | None:
+    """The layer's output and ``b * (B z)``.
+
+    Args:
+        x: ``[..., in]``. z: ``[n, r]``. b: ``[out]``. table: B ``[out, r]``, frozen.
+        keeps: keep B z for the gradient of b, and do not multiply once more.
+    """
+    weight = layer.bypass_matrix(x)
+    y = base_output(layer._modules["base_layer"], x, weight, weight is None and layer.base_is_fresh())
+    return Raised.apply(y, z, b, table, keeps) if y.dtype == z.dtype else y + (F.linear(z, table) * b).view_as(y)
+
+
+class Raised(torch.autograd.Function):
+    """y + b * (B z), in place of y; see :func:`raised`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: torch.Tensor, z: torch.Tensor, b: torch.Tensor, table: torch.Tensor, keeps: bool
+    ) -> torch.Tensor:
+        ctx.mark_dirty(y)
+        u, flat = None, y.view(-1, y.shape[-1])
+        if keeps:
+            u = torch.mm(z, table.T)
+            flat.addcmul_(u, b)
+        else:
+            flat.addmm_(z, (table * b[:, None]).T)
+        ctx.save_for_backward(z, b, table, u)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        z, b, table, u = ctx.saved_tensors
+        dy, dz, db = gradient.reshape(-1, len(b)), None, None
+        if ctx.needs_input_grad[1]:  # b goes to the smaller one
+            dz = torch.mm(dy, table * b[:, None]) if len(dy) > table.shape[1] else torch.mm(dy * b, table)
+        if ctx.needs_input_grad[2] and (u is None or torch.is_grad_enabled()):
+            db = (torch.mm(dy.T, z) * table).sum(1)
+        elif ctx.needs_input_grad[2]:
+            db = (dy * u).sum(0)
+        return gradient, dz, db, None, None

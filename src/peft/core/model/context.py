@@ -231,11 +231,12 @@ class Context:
             ValueError: if the rows cannot be told apart by the samples.
         """
         rows, total = self.rows or (None, batch)
-        if total % len(values):
+        each, left = divmod(total, max(len(values), 1))
+        if left:
             raise ValueError(
                 f"{what} has {len(values)} entries, but the batch has {total} rows. Give one for each sample."
             )
-        values = values.to(device).repeat_interleave(total // len(values), 0)
+        values = values.to(device).repeat_interleave(each, 0)
         return values if rows is None else values[rows]
 
     def groups(self, names: tuple[Any, ...], batch: int, device: torch.device) -> Groups:

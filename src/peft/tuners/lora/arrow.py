@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from peft.core.adapter import setting
 from peft.core.base.kinds import Kind
 from peft.core.combine.combined import resized
+from peft.kernels.linear import is_eager
+from peft.tuners.lora.arrow_products import (
+    Pairs,
+    Stack,
+    is_stack_cheaper,
+    mixed_by_stack,
+    mixed_by_token,
+    mixed_for_one,
+    route,
+    stacked,
+)
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.initialize import is_drawn
 from peft.tuners.lora.layer import Lora
@@ -25,12 +34,14 @@ class Experts(NamedTuple):
     Attributes:
         pairs: A ``[r, in]`` and B ``[out, r]`` of each expert. directions: ``[experts, in]``.
         stamp: changes when a tensor does that they were made of. trains: gradients flow into the pairs.
+        stack: see :func:`stacked`; where nothing trains.
     """
 
-    pairs: list[tuple[torch.Tensor, torch.Tensor]]
+    pairs: Pairs
     directions: torch.Tensor
     stamp: tuple
     trains: bool
+    stack: Stack | None = None
 
 
 def direction(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -51,46 +62,6 @@ def without_common(
     mean_a = torch.stack([resized(a, r, 0) for a, _ in general]).mean(0)
     mean_b = torch.stack([resized(b, r, 1) for _, b in general]).mean(0)
     return [(resized(a, r, 0) - mean_a, resized(b, r, 1) - mean_b) for a, b in pairs]
-
-
-def route(
-    x: torch.Tensor, directions: torch.Tensor, top_k: int, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The experts of each token and their weights, both ``[tokens, k]``: softmax(|x v| / T) of the k largest |x v|.
-
-    Args:
-        x: ``[tokens, in]``. directions: v of each expert, ``[experts, in]``.
-    """
-    likeness, chosen = (x.to(directions.dtype) @ directions.T).abs().topk(min(top_k, len(directions)), -1)
-    return chosen, (likeness / temperature).softmax(-1)
-
-
-def mixed_by_token(
-    x: torch.Tensor,
-    chosen: torch.Tensor,
-    weights: torch.Tensor,
-    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    scales: Sequence[float],
-) -> torch.Tensor:
-    """sum_e c_e s_e B_e A_e x ``[tokens, out]``: an expert computes the tokens that chose it, and no others.
-
-    Args:
-        x: ``[tokens, in]``. chosen, weights: ``[tokens, k]``. pairs: A_e ``[r, in]``, B_e ``[out, r]``. scales: s_e.
-    """
-    tokens, k = chosen.shape
-    if tokens == 1:  # as when text is generated: there is nothing to sort
-        each = zip(chosen[0].tolist(), weights[0].to(x.dtype).split(1))
-        parts = [F.linear(c * scales[e] * F.linear(x, pairs[e][0]), pairs[e][1]) for e, c in each]
-        return functools.reduce(torch.add, parts)
-    order = chosen.flatten().argsort(stable=True)  # all of the first expert, then all of the second, ...
-    counts = torch.bincount(chosen.flatten(), minlength=len(pairs)).tolist()
-    token, weight = order // k, weights.flatten()[order].to(x.dtype).unsqueeze(-1)
-    y = x.new_zeros(tokens, len(pairs[0][1]))
-    for rows, c, (a, b), s in zip(token.split(counts), weight.split(counts), pairs, scales):
-        if len(rows):
-            own = x if len(rows) == tokens else x[rows]  # rows are in the order of the tokens
-            y = y.index_add(0, rows, F.linear(c * s * F.linear(own, a), b))
-    return y
 
 
 class Arrow(Lora):
@@ -133,14 +104,23 @@ class Arrow(Lora):
             return x.new_zeros(*x.shape[:-1], self.shape[0])
         experts = self.experts(adapters)
         flat = adapters[0].cast(x).reshape(-1, x.shape[-1])
-        chosen, weights = route(flat, experts.directions, options.top_k, options.router_temperature)
-        y = mixed_by_token(flat, chosen, weights, experts.pairs, [adapter.scaling for adapter in adapters])
+        routing = experts.directions, options.top_k, options.router_temperature
+        scales = [adapter.scaling for adapter in adapters]
+        alone = not torch.is_grad_enabled() and is_eager(x)
+        if alone and len(flat) == 1:
+            y = mixed_for_one(flat, *routing, experts.pairs, scales)
+        elif alone and experts.stack is not None and is_stack_cheaper(experts.pairs, options.top_k):
+            y = mixed_by_stack(flat, experts.stack, *routing[1:], scales)
+        else:
+            y = mixed_by_token(flat, *route(flat, *routing), experts.pairs, scales)
         return self.lora_dropout(y).view(*x.shape[:-1], -1)
 
     def experts(self, adapters: Sequence[Lora]) -> Experts:
         """What tokens are routed over, kept until a tensor changes; while they train only the directions are kept."""
         general = self.named(self.arrow_config.gks_adapter_names) if self.arrow_config.use_gks else []
-        held = [t for adapter in (*adapters, *general) for t in adapter.held_pair()]
+        parts = self.layer._modules  # by their names, for this is done for every token that is generated
+        downs, ups = parts["lora_A"]._modules, parts["lora_B"]._modules
+        held = [part[adapter.name].weight for adapter in (*adapters, *general) for part in (downs, ups)]
         stamp, trains = stamp_of(held), torch.is_grad_enabled() and any(t.requires_grad for t in held)
         kept = self.arrow_experts
         if kept is not None and kept.stamp == stamp and not kept.trains and not trains:
@@ -150,7 +130,7 @@ class Arrow(Lora):
             pairs = without_common(pairs, [adapter.pair() for adapter in general])
         known = kept is not None and kept.stamp == stamp
         directions = kept.directions if known else torch.stack([direction(a, b) for a, b in pairs])
-        made = Experts(pairs, directions, stamp, trains)
+        made = Experts(pairs, directions, stamp, trains, None if trains else stacked(pairs, directions))
         self.arrow_experts = made._replace(pairs=[]) if trains else made  # no graph outlives its call
         return made
 
