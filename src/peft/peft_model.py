@@ -344,6 +344,7 @@ class PeftModel(ModelCompat, Compositions, PushToHubMixin, nn.Module):
         return model
 
     # --- adapters ---------------------------------------------------------------------------------------------
+    @surveyed()
     def add_adapter(
         self,
         adapter_name: str,
