@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -82,3 +83,13 @@ def test_nothing_is_kept_of_what_leaves_the_model(tmp_path: Path) -> None:
     model.get_base_model()["end"] = nn.Identity()
     gc.collect()
     assert left() is None
+
+
+def test_a_sequential_may_number_its_modules_in_another_order() -> None:
+    model = nn.Sequential(OrderedDict([("1", nn.Linear(4, 6)), ("0", nn.Linear(6, 3))]))
+    x = torch.randn(2, 4)
+    before = model(x)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["0"]))
+    torch.testing.assert_close(adapted(x), before)
+    assert [hasattr(m, "lora_A") for m in adapted.get_base_model()] == [False, True]
+    torch.testing.assert_close(adapted.unload()(x), before)

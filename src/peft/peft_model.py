@@ -334,6 +334,7 @@ class PeftModel(ModelCompat, ModelFiles, Compositions, PushToHubMixin, nn.Module
         return model
 
     # --- adapters ---------------------------------------------------------------------------------------------
+    @surveyed()
     def add_adapter(
         self,
         adapter_name: str,

@@ -46,7 +46,7 @@ class Manager:
         self.model, self.peft_config, self.active_adapter = model, configs, adapter_name
         self.inject_adapter(model, adapter_name, *options)
         self.set_adapter(adapter_name, inference_mode=configs[adapter_name].inference_mode)
-        model.peft_config = configs  # type: ignore[assignment]
+        model.peft_config = configs  # type: ignore[assignment]  # a further manager of the model learns of them here
         watch_checkpointing(model)
 
     def take_task(self, task: Any) -> None:

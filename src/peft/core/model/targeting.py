@@ -276,7 +276,7 @@ def _with_ties(found: list[Target], sites: list[Site], config: Any, layer_cls: t
             if site is not first:
                 result[site.key] = module_target(config, site, layer_cls)
                 result[site.key].tied_to = first.key
-    return sorted(result.values(), key=lambda target: target.tied_to is not None)
+    return sorted(result.values(), key=lambda target: target.tied_to is not None)  # after what they follow is made
 
 
 def _name_of(target: Target) -> str:

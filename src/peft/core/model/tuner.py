@@ -250,7 +250,7 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
 
     def _share(self, name: str, config: Any, layers: list[BaseTunerLayer]) -> None:
         """Make what layers share; an adapter that needs the same frozen tensors as another uses those."""
-        with torch.device("cpu"):
+        with torch.device("cpu"):  # where one seed draws the same numbers, wherever they go then
             common = self.layer_cls.adapter_cls.share(config, layers)
         device = next((p.device for p in self.model.parameters() if p.device.type != "meta"), None)
         for attribute, value in common.items():

@@ -313,9 +313,6 @@ def replace_at(place: tuple[nn.Module, str], new: nn.Module, holders: Holders | 
 
 def put_module(parent: nn.Module, name: str, new: nn.Module) -> None:
     """Put ``new`` in the place called ``name`` in ``parent``."""
-    if isinstance(parent, nn.ModuleList | nn.Sequential) and name.isdigit():
-        parent[int(name)] = new
-    else:
-        setattr(parent, name, new)
-        if name == "_orig_mod" and hasattr(parent, "_initialize"):  # what is compiled is bound to the old module
-            parent._initialize()
+    setattr(parent, name, new)  # also in a Sequential, where the name "0" need not be that of the first
+    if name == "_orig_mod" and hasattr(parent, "_initialize"):  # what is compiled is bound to the old module
+        parent._initialize()

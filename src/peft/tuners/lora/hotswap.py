@@ -22,7 +22,7 @@ from peft.core.base.stack import Stack
 from peft.core.files.entries import Entry, anatomy
 from peft.core.files.io import load_peft_weights
 from peft.core.files.state_dict import match
-from peft.core.model.walk import bare, join, layers_of, plain, walk
+from peft.core.model.walk import bare, join, layers_of, plain, surveyed, walk
 from peft.options import value_of
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.pairs import held_rank, of_rank, pair_blocks
@@ -82,6 +82,7 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
             )
 
 
+@surveyed()
 def hotswap_adapter(
     model: nn.Module,
     model_name_or_path: str | os.PathLike,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def pair_blocks(lora: Adapter) -> tuple[int, int]:
     """How many (experts, groups) the update consists of; one of the two is 1."""
-    if lora.kind.lookup:
+    if lora.kind.lookup or lora.kind.matrix:  # a matrix is one block; asked six times by a swap, for each layer
         return 1, 1
     base = lora.base
     groups = getattr(base, "groups", 1)
