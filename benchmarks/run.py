@@ -48,6 +48,7 @@ class Case:
 
 # --- steps and bytes -----------------------------------------------------------------------------------------
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+QV = ["q_proj", "v_proj"]
 
 
 def adapted(base: Any, targets: list[str] = LINEARS, **options: Any) -> Any:
@@ -291,6 +292,17 @@ def one_token() -> Figures:
     return {"value": statistics.median(ours), "floor": statistics.median(ours) / ratio(ours, floor)}
 
 
+def of_many(function: str, *given: Any) -> Callable[[], Figures]:
+    """A case of many.py, which imports what not every case needs."""
+
+    def measure() -> Figures:
+        import many
+
+        return getattr(many, function)(*given)
+
+    return measure
+
+
 CASES = [
     Case("step", "step, r 16 on all linear layers", step_case(), to_floor=1.08, to_reference=0.93),
     Case("step-dropout", "the same with dropout 0.05", step_case(lora_dropout=0.05), to_floor=1.18),
@@ -315,6 +327,27 @@ CASES = [
     Case("mixed-1", "mixed batch, 16 rows, 8 adapters, one token", mixed_case(1), to_floor=1.5, to_reference=0.5),
     Case("mixed-32", "mixed batch, 16 rows, 8 adapters, 32 tokens", mixed_case(32), to_floor=1.15),
     Case("one-token", "one token, one adapter, unmerged", one_token, to_floor=1.15),
+    Case(
+        "together-32",
+        "8 adapters trained together, 32 tokens of each; floor: alone",
+        of_many("together", 32),
+        to_floor=0.67,
+    ),
+    Case("together-128", "the same, 128 tokens of each", of_many("together", 128), to_floor=0.67),
+    Case(
+        "pool-1",
+        "64 of 2,000 adapters (q and v), 64 rows, one token; floor: one adapter",
+        of_many("served", 1, QV),
+        to_floor=1.6,
+    ),
+    Case("pool-16", "the same, 16 tokens", of_many("served", 16, QV), to_floor=1.6),
+    Case("pool-all", "the same, adapters on all linear layers", of_many("served", 16, LINEARS), to_floor=1.6),
+    Case(
+        "pool-load",
+        "an adapter into a full pool; reference: its 30th",
+        of_many("brought", load_thirtieth, DEEP),
+        to_reference=0.03,
+    ),
 ]
 
 

@@ -56,7 +56,7 @@ METHODS: dict[str, Callable[[], Any]] = {
 
 
 def save_base(folder: str) -> None:
-    """A small Llama; its sizes are such that two processes get equal parts of each matrix."""
+    """A small Llama; its sizes are such that two or four processes get equal parts of each matrix."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=32,
@@ -64,7 +64,6 @@ def save_base(folder: str) -> None:
         intermediate_size=24,
         num_hidden_layers=2,
         num_attention_heads=4,
-        num_key_value_heads=2,
         tie_word_embeddings=False,
     )
     LlamaForCausalLM(config).save_pretrained(folder)

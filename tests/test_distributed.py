@@ -73,7 +73,7 @@ def test_savings_change_nothing(crew: distributed.Crew, folder: str, engine: str
 
 
 def test_values_on_the_first_process_alone(crew: distributed.Crew, folder: str) -> None:
-    """By hand, as accelerate's ``fsdp_cpu_ram_efficient_loading``."""
+    """By ``set_model_state_dict(broadcast_from_rank0=True)``; the others have the base on the meta device."""
     for method in ("lora", "dora", "modules_to_save", "prompt"):
         for emptied in (False, True):
             crew.run("loaded_by_the_first", folder, method, emptied)
@@ -95,3 +95,16 @@ def test_files_know_no_number_of_processes(crew: distributed.Crew, folder: str, 
 
 def test_memory_is_what_the_estimate_says(crew: distributed.Crew, folder: str) -> None:
     crew.run("bytes_of_each", folder)
+
+
+def test_four_processes(crew: distributed.Crew, folder: str, tmp_path: Path) -> None:
+    """Engines of every kind, and what four have saved goes on in two."""
+    with distributed.crew(4) as four:
+        for engine, method in (("fsdp2", "dora"), ("tp", "lora"), ("tp", "ia3")):
+            four.run("cell", folder, engine, method)
+        if importlib.util.find_spec("bitsandbytes") is not None:
+            four.run("cell", folder, "fsdp2_nf4", "lora")
+        for engine in ("fsdp1", "fsdp2"):
+            four.run("break_off", folder, engine, "lora", str(tmp_path / engine))
+    for engine in ("fsdp1", "fsdp2"):
+        crew.run("go_on", folder, engine, "lora", str(tmp_path / engine))
