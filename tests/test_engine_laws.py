@@ -146,6 +146,24 @@ def test_inactive_adapters_change_no_bit(cell: Cell, training: bool, few: bool) 
     assert len(alone[3]) == len(beside[3]) and all(map(torch.equal, alone[3], beside[3]))
 
 
+# --- batches without rows ------------------------------------------------------------------------------------------
+
+
+@over([c for c in CELLS if c.place.kind in ("Linear", "Embedding", "Conv2d")])
+def test_a_batch_without_rows_passes(cell: Cell) -> None:
+    """As an expert that no token chose gets it: no rows come out, and nothing that trains or is kept is spoilt."""
+    model = cell.adapted("one")
+    nothing = [x[:0] for x in cell.inputs()]
+    for training in (False, True):
+        out = model.train(training)(*nothing)
+        assert len(out) == 0
+    if out.requires_grad:
+        out.sum().backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    held = [x for x in (*model.parameters(), *model.buffers(), *gradients) if x.is_floating_point()]
+    assert all(x.isfinite().all() for x in held)
+
+
 # --- transforms of torch.func ---------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import json
 import numbers
 import os
@@ -24,7 +25,7 @@ import sys
 import types
 import typing
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -132,6 +133,9 @@ def _told_by(values: dict[str, Any]) -> str:
     return f" It has the fields {', '.join(map(repr, list(values)[:5]))}." if values else " It is empty."
 
 
+_hints: Callable[[type], dict[str, Any]] = functools.cache(typing.get_type_hints)  # needed for each file
+
+
 def _transient(cls: type) -> set[str]:
     """The fields that no file holds."""
     return {field.name for field in dataclasses.fields(cls) if field.metadata.get("transient")}
@@ -153,7 +157,7 @@ def _of_files(cls: type[PeftConfigMixin], values: dict[str, Any]) -> dict[str, A
     Raises:
         ConfigError: a value is of a type that its field cannot have; both are named.
     """
-    fields, hints = {field.name: field for field in dataclasses.fields(cls)}, typing.get_type_hints(cls)
+    fields, hints = {field.name: field for field in dataclasses.fields(cls)}, _hints(cls)
     kept = {}
     for name, value in _of_no_process(cls, values).items():
         field = fields.get(name)
@@ -172,7 +176,7 @@ def check_type(where: str, value: Any, hint: Any, nested: type | None = None) ->
     """
     if _has_type(value, hint) or (nested is not None and isinstance(value, dict)):
         if nested is not None and isinstance(value, dict):
-            hints = typing.get_type_hints(nested)
+            hints = _hints(nested)
             for name in value.keys() & hints.keys():
                 check_type(f"{where}.{name}", value[name], hints[name])
         return
@@ -639,6 +643,8 @@ def match_pattern(keys: Iterable[str], name: str) -> str | None:
 
 def resolve_pattern(pattern: dict[str, Any] | None, key: str, default: Any) -> Any:
     """The value that a `*_pattern` field has for the module called `key`, or `default` if nothing matches."""
-    matched = match_pattern(pattern or (), key)
+    if not pattern:
+        return default
+    matched = match_pattern(pattern, key)
     note(pattern, () if matched is None else (matched,))
-    return default if matched is None or pattern is None else pattern[matched]
+    return default if matched is None else pattern[matched]

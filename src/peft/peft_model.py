@@ -26,14 +26,14 @@ from peft.core.files.card import create_or_update_model_card
 from peft.core.files.entries import entries, prompts_of
 from peft.core.files.io import CONFIG_NAME, hub_options, load_peft_weights, write_adapter
 from peft.core.files.state_dict import LoadResult, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.core.filling import filled_later, no_collection
+from peft.core.filling import filled_later
 from peft.core.layer.rows import require_unmerged
 from peft.core.model import operations
 from peft.core.model.context import BASE
 from peft.core.model.manager import INTERFACE, check_adapter_name
 from peft.core.model.record import context_of
 from peft.core.model.tuner import BaseTuner
-from peft.core.model.walk import layers_of, wrappers_of
+from peft.core.model.walk import layers_of, surveyed, walk, wrappers_of
 from peft.core.prompts import PromptTuner, Task, backbone_of
 from peft.kernels import chunked_loss
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
@@ -78,7 +78,7 @@ class PeftModel(ModelCompat, Compositions, PushToHubMixin, nn.Module):
     _inputs: ClassVar[tuple[str, ...]] = ()
     _task: ClassVar[Task] = Task(token_inputs=("labels",))
 
-    @no_collection()
+    @surveyed()
     def __init__(
         self,
         model: nn.Module,
@@ -527,7 +527,7 @@ class PeftModel(ModelCompat, Compositions, PushToHubMixin, nn.Module):
         create_or_update_model_card(self, output_dir)
 
     @classmethod
-    @no_collection()
+    @surveyed()
     def from_pretrained(
         cls,
         model: nn.Module,
@@ -567,7 +567,8 @@ class PeftModel(ModelCompat, Compositions, PushToHubMixin, nn.Module):
             return cls._from_composition(model, model_id, adapter_name, is_trainable, config, {**hub, **placing})
         _start_from_file(config)
         weights = load_peft_weights(model_id, key_mapping=key_mapping, **hub)
-        frozen = [p for p in model.parameters() if not p.requires_grad]
+        held = [p for site in walk(model) for p in site.module._parameters.values() if p is not None]
+        frozen = [p for p in held if not p.requires_grad]
         placing = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
         with _naming(model_id, CONFIG_NAME, config), filled_later() as filling:
             peft_model = cls._class_for(config)(model, config, adapter_name, **placing)
@@ -588,7 +589,7 @@ class PeftModel(ModelCompat, Compositions, PushToHubMixin, nn.Module):
     def _class_for(cls, config: PeftConfig) -> type[PeftModel]:
         return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", cls) if cls is PeftModel else cls
 
-    @no_collection()
+    @surveyed()
     def load_adapter(
         self,
         model_id: str | os.PathLike,

@@ -82,13 +82,15 @@ class Adapter:
         object.__setattr__(self, "name", name)
 
     def __setattr__(self, attribute: str, value: Any) -> None:
-        cls = type(self)
-        if attribute not in cls.parts and attribute not in cls.settings and attribute not in Adapter.__slots__:
+        if (declared := self.settings.get(attribute) or self.parts.get(attribute)) is not None:
+            declared.__set__(self, value)
+        elif attribute in Adapter.__slots__:
+            object.__setattr__(self, attribute, value)
+        else:
             raise AttributeError(
-                f"{cls.__name__} declares no {attribute!r}, so there is no place to keep it in. Add a line to the "
+                f"{type(self).__name__} declares no {attribute!r}, so nothing keeps it. Add a line to the "
                 f"class: `{attribute} = part()` for a tensor that trains, `{attribute} = setting()` for anything else."
             )
-        object.__setattr__(self, attribute, value)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r})"
@@ -304,8 +306,7 @@ class Adapter:
     def held(self) -> Iterator[tuple[str, part, Any]]:
         """Its parts: attribute of the layer, declaration, what is there."""
         for declared in type(self).parts.values():
-            value = declared.__get__(self)
-            if value is not None:
+            if (value := declared.read(self.layer, self.name)) is not None:
                 yield declared.attribute(self.layer), declared, value
 
     def parameters(self) -> Iterator[torch.Tensor]:
@@ -314,8 +315,7 @@ class Adapter:
             if attribute not in type(self).untrained and declared.container is not BufferDict:
                 yield from _tensors_that_train(value) if isinstance(value, nn.Module) else (value,)
         for name in type(self).common:
-            container = self.layer._modules.get(name)
-            if container is not None and self.name in container:
+            if (container := self.layer._modules.get(name)) is not None and self.name in container:
                 value = container[self.name]
                 yield from _tensors_that_train(value) if isinstance(value, nn.Module) else (value,)
 
@@ -353,7 +353,5 @@ def _saved_tensors(item: nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 
 def _tensors_that_train(item: nn.Module) -> Iterator[torch.Tensor]:
-    if item._modules:
-        yield from item.parameters()
-    else:  # the same, without a walk
-        yield from (p for p in item._parameters.values() if p is not None)
+    # the same in both, but a walk takes long
+    return item.parameters() if item._modules else (p for p in item._parameters.values() if p is not None)

@@ -20,7 +20,7 @@ def mean_gate(
         h: hidden states ``[batch, ..., width]``. weight: W ``[gates, width]``. bias: b ``[gates]``.
         padding: 0 for tokens that do not count, else 1, ``[batch, tokens]``; None: all count.
     """
-    each = torch.sigmoid(nn.functional.linear(h, weight, bias)).reshape(len(h), -1, len(weight))
+    each = torch.sigmoid(nn.functional.linear(h, weight, bias)).unsqueeze(1).flatten(1, -2)  # [batch, tokens, gates]
     if padding is None:
         return each.mean(1)
     counts = padding.to(each.dtype).unsqueeze(-1)

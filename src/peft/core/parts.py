@@ -53,11 +53,11 @@ class part:
         return self.table if self.table is not None and layer.kind.lookup else self.name
 
     def __get__(self, adapter: Any, owner: type | None = None) -> Any:
-        if adapter is None:
-            return self
-        layer, name = adapter.layer, adapter.name
-        attribute = self.name if self.table is None else self.attribute(layer)
-        own = layer._modules[attribute].__dict__
+        return self if adapter is None else self.read(adapter.layer, adapter.name)
+
+    def read(self, layer: BaseTunerLayer, name: str) -> Any:
+        """What the adapter of this name holds at a layer."""
+        own = layer._modules[self.name if self.table is None else self.attribute(layer)].__dict__
         value = own[self.slot].get(name)  # FSDP and functional calls put plain tensors in the place of parameters
         return own.get(name) if value is None else value
 
@@ -91,7 +91,10 @@ class setting:
         return layer._modules[self.name]._modules.get(adapter.name)
 
     def __set__(self, adapter: Any, value: Any) -> None:
-        adapter.layer.put(adapter.name, **{self.name: value})
+        if self.container is dict and not isinstance(value, nn.Module):
+            adapter.layer.__dict__[self.name][adapter.name] = value
+        else:
+            adapter.layer.put(adapter.name, **{self.name: value})
 
 
 class shared:

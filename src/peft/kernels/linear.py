@@ -114,7 +114,7 @@ def low_rank_linear(
     if not is_eager(x):
         return composed(base(x), x, factors)
     if not (torch.is_grad_enabled() and _trains(x, factors)):
-        return _infer(base_output(base, x, weight, fresh), x, factors)
+        return _infer(base, x, factors, weight, fresh)
     if weight is not None and not is_autocast(x.device.type) and x.dtype == weight.dtype:
         return _apply(x, None, weight, base.bias, factors, share)
     return _apply(x, base_output(base, x, None, fresh), None, None, factors, share)
@@ -152,7 +152,7 @@ def is_eager(x: torch.Tensor) -> bool:
         return False
     if type(x) is not torch.Tensor and type(x) is not nn.Parameter:
         return False
-    if is_transformed() or torch._C._get_tracing_state() is not None:
+    if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
         return False
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
@@ -162,11 +162,15 @@ def is_transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-def is_bare_linear(module: nn.Module | None) -> bool:
-    """Whether calling the module is a product with its weight and nothing else: no hooks, no other class."""
-    if module is None or type(module) is not nn.Linear or is_hooked(module):
-        return False
-    return type(module._parameters.get("weight")) is nn.Parameter
+def bare_weight(module: nn.Module | None) -> nn.Parameter | None:
+    """The weight of a linear layer whose call is a product with it and nothing else: no hooks, no other class."""
+    if type(module) is not nn.Linear:
+        return None
+    own = module.__dict__  # is_hooked as it is written out: each layer asks this twice for each token
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return None
+    weight = own["_parameters"].get("weight")
+    return weight if type(weight) is nn.Parameter and "forward" not in own else None
 
 
 def active_rate(dropout: nn.Module) -> float | None:
@@ -210,17 +214,44 @@ def _trains(x: torch.Tensor, factors: Sequence[Factors]) -> bool:
     return x.requires_grad or any(f.trains for f in factors)
 
 
-def _infer(y: torch.Tensor, x: torch.Tensor, factors: Sequence[Factors]) -> torch.Tensor:
-    """Without autograd: the update goes straight into the base layer's output."""
-    out, dtype = y.view(-1, y.shape[-1]), product_dtype(y)
+def _infer(
+    base: nn.Module, x: torch.Tensor, factors: Sequence[Factors], weight: torch.Tensor | None, fresh: bool
+) -> torch.Tensor:
+    """Without autograd: the updates go straight into the base layer's output."""
+    if weight is not None and weight.dtype == x.dtype and not is_autocast(x.device.type):
+        return inferred(x, weight, base.bias, factors)
+    y = base_output(base, x, None, fresh)
+    out, rows = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
     with no_autocast(x):
         for f in factors:
-            inner = Dropped(f.dropout, draw_seed()).copy(x) if f.dropout else x
-            hidden = F.linear(in_dtype(dtype, inner), in_dtype(dtype, f.down))
-            if hidden.dim() != 2:
-                hidden = hidden.view(-1, hidden.shape[-1])
-            accumulate(out, hidden, in_dtype(dtype, f.up).t(), f.scale / (1 - f.dropout))
+            _add(out, rows, f)
     return y
+
+
+def inferred(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, factors: Sequence[Factors]
+) -> torch.Tensor:
+    """W x + b and low-rank updates of x ``[..., in]``, which has W's dtype, without autograd or autocast.
+
+    All products are of matrices: for one token, a product of tensors with three axes costs twice as much.
+    """
+    shape = x.shape
+    rows = x.reshape(-1, shape[-1])
+    y = F.linear(rows, weight, bias)
+    for f in factors:
+        if f.down.dtype is f.up.dtype is x.dtype is torch.float32 and not f.dropout:
+            y.addmm_(F.linear(rows, f.down), f.up.t(), alpha=f.scale)  # as below, in fewer calls
+        else:
+            _add(y, rows, f)
+    return y.resize_(*shape[:-1], y.shape[1])  # and no view: others may change it in place
+
+
+def _add(y: torch.Tensor, x: torch.Tensor, f: Factors) -> None:
+    """Add an update of x ``[n, in]`` to y ``[n, out]``, in place."""
+    dtype = product_dtype(y)
+    inner = Dropped(f.dropout, draw_seed()).copy(x) if f.dropout else x
+    hidden = F.linear(in_dtype(dtype, inner), in_dtype(dtype, f.down))
+    accumulate(y, hidden, in_dtype(dtype, f.up).t(), f.scale / (1 - f.dropout))
 
 
 def in_dtype(dtype: torch.dtype, tensor: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from torch import nn
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
-from peft.kernels.linear import is_bare_linear, no_autocast
+from peft.kernels.linear import bare_weight, no_autocast
 
 
 CHUNK = 2**24  # logits in memory at a time; the weight is read once for each chunk
@@ -256,7 +256,7 @@ def is_plain_head(head: nn.Module) -> bool:
     (key,) = list(hooks)[-1:]
     ours = hooks.pop(key)
     try:
-        return is_bare_linear(head)
+        return bare_weight(head) is not None
     finally:
         hooks[key] = ours
 

@@ -217,9 +217,8 @@ class BlockLayer(BaseTunerLayer):
                 made = rest if derive is None or now is first else [derive(now), *rest[1:]]
                 return step(leaf, *(leaf.cast(x) for x in (now, *made)))
 
-            self.context.rows = None if rows is None else (rows, len(onto))
-            change = change_of(adapter, first, own, place)
-            self.context.rows = None
+            with self.context.on_rows(rows, len(onto)):
+                change = change_of(adapter, first, own, place)
             if change is not None:
                 new = change.total.to(onto.dtype)
                 onto = onto + new if rows is None else onto.index_add(0, rows, new)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft.core.adapter import Adapter
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.rewritten import brought_weight, stand_on
 from peft.core.model.auxiliary import bias_state, biases_of
@@ -18,20 +19,38 @@ from peft.core.model.walk import file_path, join, plain, walk
 from peft.core.prompts import PromptTuner
 
 
-@dataclass
+@dataclass(slots=True)
 class Entry:
-    """One tensor of an adapter: its name in the file and in memory, and the module that holds it (if any)."""
+    """One tensor of an adapter.
+
+    Attributes:
+        saved, memory: its name in the file, and in the model ("" where no module holds it).
+        aliases: other names that files may have for it.
+        put: takes new values, where they are not simply copied into the tensor.
+        tail: its name within the adapted module. owner: the adapter there, which may write it in a way of its own.
+    """
 
     saved: str
     memory: str
     tensor: torch.Tensor
     aliases: tuple[str, ...] = ()
     put: Callable[[torch.Tensor], None] | None = None
-    as_saved: Callable[[torch.Tensor], torch.Tensor | dict[str, torch.Tensor]] = torch.Tensor.detach
-    split: tuple[str, ...] = ()
-    as_loaded: Callable[[dict[str, torch.Tensor]], torch.Tensor] | None = None
-    takes: Callable[[torch.Size], bool] | None = None
-    tail: str = ""  # its name within the adapted module
+    tail: str = ""
+    owner: Adapter | None = None
+
+    @property
+    def split(self) -> tuple[str, ...]:
+        """What is appended to its name where a file holds it as several tensors."""
+        return () if self.owner is None else self.owner.split
+
+    def as_saved(self, value: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
+        """What a file holds for this value of it."""
+        return value if self.owner is None else self.owner.as_saved(self.tail, value)
+
+    def as_loaded(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The one tensor that several of a file stand for, by what is appended to its name."""
+        assert self.owner is not None, "nothing else writes several"
+        return self.owner.as_loaded(self.tail, parts)
 
     def names(self) -> list[str]:
         """All names by which a state dict may mean this tensor; some clients give those in memory."""
@@ -39,7 +58,9 @@ class Entry:
 
     def fits(self, value: torch.Tensor) -> bool:
         """Whether a tensor of this shape can take the place."""
-        return self.tensor.shape == value.shape or (self.takes is not None and self.takes(value.shape))
+        return self.tensor.shape == value.shape or (
+            self.owner is not None and self.owner.takes(self.tail, value.shape)
+        )
 
     @property
     def key(self) -> str:
@@ -76,24 +97,17 @@ def entries(model: nn.Module, adapter: str) -> Iterator[Entry]:
         for depth, (path, wrapper) in enumerate(site.wrappers):
             around = [*site.above, *site.wrappers[:depth]]
             place = plain(file_path(path, adapter, around, wrapper)) if path else path
+            own = wrapper.adapters.get(adapter) if isinstance(wrapper, BaseTunerLayer) else None
             for saved, memory, tensor in wrapper.adapter_state(adapter):
                 unlabelled = memory.removesuffix(".weight") != memory and not saved.endswith(".weight")
                 aliases = (prefix + join(place, f"{saved}.weight"),) if unlabelled else ()
                 held = prefix + join(path, memory) if memory else ""
-                entry = Entry(prefix + join(place, saved), held, tensor, aliases, tail=saved)
-                if isinstance(wrapper, BaseTunerLayer) and (own := wrapper.adapters.get(adapter)) is not None:
-                    entry.as_saved = partial(own.as_saved, saved)
-                    entry.split, entry.as_loaded = own.split, partial(own.as_loaded, saved)
-                    entry.takes = partial(own.takes, saved)
-                yield entry
-            if isinstance(wrapper, BaseTunerLayer) and (weight := brought_weight(wrapper, adapter)) is not None:
+                yield Entry(prefix + join(place, saved), held, tensor, aliases, None, saved, own)
+            if own is not None and (weight := brought_weight(wrapper, adapter)) is not None:
                 name = prefix + plain(join(site.path, wrapper.kind.weight))
                 yield Entry(name, "", weight, put=partial(stand_on, wrapper, adapter))
-            common = (
-                wrapper.adapters[adapter].common if isinstance(wrapper, BaseTunerLayer) and adapter in wrapper else ()
-            )
-            if common:
-                shared.update({attribute: getattr(wrapper, attribute) for attribute in common})
+            if own is not None and own.common:
+                shared.update({attribute: getattr(wrapper, attribute) for attribute in own.common})
                 labelled = wrapper.adapter_cls.labelled
                 repeated.append(prefix + place)
     prompts: Any = prompts_of(model)

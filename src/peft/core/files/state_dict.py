@@ -265,6 +265,10 @@ class Match:
     weights: list[tuple[BaseTunerLayer, torch.Tensor]]
     unexpected: list[str]
 
+    def put(self, place: Entry, value: torch.Tensor) -> None:
+        """Note a tensor for a place, as one that fits or one that does not."""
+        (self.fits if place.fits(value) else self.wrong).append((place, value))
+
     @property
     def missing(self) -> list[Entry]:
         """Tensors of the adapter for which there is nothing; what layers share has a place in each."""
@@ -283,18 +287,19 @@ def match(model: nn.Module, adapter: str, state_dict: dict[str, torch.Tensor]) -
     if not own:
         operations.require_adapters(root, [adapter])
     known = {name: entry for entry in own for name in entry.names()}
-    tables = base_weights(root, prefix)
     found = Match(own, [], [], [], [], [])
     rest: dict[str, torch.Tensor] = {}
     config = (getattr(model, "peft_config", None) or {}).get(adapter)
     for name, value in joined(_of_today(state_dict, config), own, prefix).items():
-        names = (name, prefix + name, name.removeprefix("base_model.model."))
-        place = next((known[n] for n in names if n in known), tables.get(name))
+        place = known.get(name) or known.get(prefix + name) or known.get(name.removeprefix("base_model.model."))
         if place is None:
             rest[name] = value
-            continue
-        (found.fits if place.fits(value) else found.wrong).append((place, value))
+        else:
+            found.put(place, value)
     if rest:
+        tables = base_weights(root, prefix)  # not before: a file of the adapter's own tensors names none of them
+        for name in [name for name in rest if name in tables]:
+            found.put(tables[name], rest.pop(name))
         for name, layer in weights_under(root, prefix, adapter).items():
             if (value := rest.pop(name, None)) is not None:
                 weight = getattr(layer.get_base_layer(), layer.kind.weight)
@@ -327,7 +332,7 @@ def _match_rest(found: Match, root: nn.Module, prefix: str, known: dict[str, Ent
         place = next((known[n] for n in names if n in known), None)
         base = next((places[n] for n in names if n in places), None)
         if place is not None:
-            (found.fits if place.fits(value) else found.wrong).append((place, value))
+            found.put(place, value)
         elif base is not None and getattr(*base).shape == value.shape:
             found.base.append((base, value))
         elif base is not None:
@@ -349,9 +354,9 @@ def _today(name: str, tails: set[str], current: Callable[[str], Iterator[str]]) 
 def joined(state_dict: dict[str, torch.Tensor], own: list[Entry], prefix: str) -> dict[str, torch.Tensor]:
     """The tensors of a file, with those that stand for one tensor of the adapter put together."""
     joined = dict(state_dict)
-    for entry in own:
+    for entry in (entry for entry in own if entry.split):
         for saved in (entry.saved, entry.saved.removeprefix(prefix)):
-            if entry.as_loaded and entry.split and all(saved + suffix in joined for suffix in entry.split):
+            if all(saved + suffix in joined for suffix in entry.split):
                 parts = {suffix: joined.pop(saved + suffix) for suffix in entry.split}
                 try:
                     joined[saved] = entry.as_loaded(parts)

@@ -11,11 +11,12 @@ from torch import nn
 
 from peft.core.adapter import Adapter
 from peft.core.base.kinds import WHOLE, Kind, foreign_kind, kind_of
-from peft.core.base.storage import Storage, storage_key, storage_of
+from peft.core.base.storage import Storage, storage_key
 from peft.core.filling import make_module
 from peft.core.layer import routes
 from peft.core.layer import weight as weights
 from peft.core.layer.composed import composed_class, in_order, leaves_of, made_of
+from peft.core.layer.lean import Noted, lean, noted
 from peft.core.layer.placement import settle
 from peft.core.layer.read import ReadThrough
 from peft.core.layer.rewritten import Rewritten, follow, give_back, give_back_unmerged, include, keep_merged
@@ -63,7 +64,7 @@ class BaseTunerLayer(ReadThrough):
     tied_to: dict[str, BaseTunerLayer]
     shares_weight: bool
     merge_error: float
-    _storage: tuple[tuple, Storage] | None
+    _storage: Noted | None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -141,9 +142,9 @@ class BaseTunerLayer(ReadThrough):
         """How the base weight is kept now: others may dequantise, or offload, the model below its adapters."""
         base = self.get_base_layer()
         key = storage_key(base, self.kind.weight)
-        if self._storage is None or self._storage[0] != key:
-            self.__dict__["_storage"] = key, storage_of(base, self.kind.weight)
-        return self._storage[1]  # type: ignore[index]
+        if self._storage is None or self._storage.key != key:
+            self.__dict__["_storage"] = noted(self.kind, key, base)
+        return self._storage.storage  # type: ignore[union-attr]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -221,6 +222,8 @@ class BaseTunerLayer(ReadThrough):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base layer's forward with the active adapters, or with one adapter for each row (``adapter_names``)."""
+        if len(args) == 1 and not kwargs and (y := lean(self, args[0])) is not None:
+            return y
         rows = kwargs.pop("adapter_names", None) or self.context.adapter_names
         if not args and not (self.kind.whole or self.kind.opaque):
             args, kwargs = routes.input_first(self, kwargs)
@@ -278,7 +281,7 @@ class BaseTunerLayer(ReadThrough):
         bias = base._parameters.get("bias")
         if bias is not None and bias.requires_grad:
             return None
-        return self.kind.orient(base._parameters[self.kind.weight].detach(), base)
+        return self.kind.orient(base._parameters[self.kind.weight], base)
 
     @property
     def merged(self) -> bool:

@@ -26,9 +26,12 @@ def settle(layer: BaseTunerLayer, adapter: Adapter, device: torch.device | None 
     """
     place = _place(layer) if device is None else (device, None)
     for attribute, _, item in list(adapter.held()):
-        device, dtype = _place_of(item, place)
+        tensors, has_rules = _all_tensors(item), _has_rules(item)
+        if not has_rules and _are_at(tensors, *place):  # nearly always: the rest need not be asked
+            continue
+        device, dtype = _place_of(tensors, place)
         frozen = not isinstance(item, nn.Module | nn.Parameter)  # kept as exact as it was made
-        if _is_at(item, device, None if frozen else dtype):
+        if not has_rules and _are_at(tensors, device, None if frozen else dtype):
             continue
         moved = item.to(device=device, dtype=None if frozen else dtype)
         if isinstance(item, nn.Parameter) and moved is not item:
@@ -48,7 +51,7 @@ def _agree(layer: BaseTunerLayer, adapter: Adapter) -> None:
 
 def place_for(layer: BaseTunerLayer, item: torch.Tensor | nn.Module) -> Place:
     """Device and dtype for a new part: those of the base weight, where that is a dense tensor."""
-    return _place_of(item, _place(layer))
+    return _place_of(_all_tensors(item), _place(layer))
 
 
 def _place(layer: BaseTunerLayer) -> Place:
@@ -62,27 +65,29 @@ def _place(layer: BaseTunerLayer) -> Place:
     return anchor.device, anchor.dtype if anchor.is_floating_point() and anchor.dtype.itemsize > 1 else None
 
 
-def _place_of(
-    item: torch.Tensor | nn.Module, place: tuple[torch.device | None, torch.dtype | None]
-) -> tuple[torch.device | None, torch.dtype | None]:
-    """Where a part of a layer goes, if what floats goes to this place."""
-    tensors = _all_tensors(item)
+def _place_of(tensors: list[torch.Tensor], place: Place) -> Place:
+    """Where a part made of these tensors goes, if what floats goes to this place."""
     device, dtype = place
     device = None if any(t.is_meta for t in tensors) else device  # but in the dtype that it is to have
     return device, dtype if dtype is not None and all(t.is_floating_point() for t in tensors) else None
 
 
-def _is_at(item: torch.Tensor | nn.Module, device: torch.device | None, dtype: torch.dtype | None) -> bool:
-    """Whether a part is on this device and in this dtype already (None: any)."""
-    if isinstance(item, nn.Module) and (item._modules or item._buffers):
-        return False  # its own rules may apply
-    tensors = _all_tensors(item)
-    return all((device is None or t.device == device) and (dtype is None or t.dtype == dtype) for t in tensors)
+def _are_at(tensors: list[torch.Tensor], device: torch.device | None, dtype: torch.dtype | None) -> bool:
+    """Whether tensors are on this device and in this dtype already (None: any)."""
+    for t in tensors:
+        if (device is not None and t.device != device) or (dtype is not None and t.dtype != dtype):
+            return False
+    return True
+
+
+def _has_rules(item: torch.Tensor | nn.Module) -> bool:
+    """Whether a part is more than a module with a weight: then its own ``to`` says how it moves."""
+    return isinstance(item, nn.Module) and bool(item._modules or item._buffers)
 
 
 def _all_tensors(item: torch.Tensor | nn.Module) -> list[torch.Tensor]:
     if isinstance(item, torch.Tensor):
         return [item]
-    if item._modules or item._buffers:
+    if _has_rules(item):
         return [*item.parameters(), *item.buffers()]
     return [p for p in item._parameters.values() if p is not None]

@@ -87,9 +87,8 @@ def split(layer: BaseTunerLayer, groups: Groups, args: tuple, kwargs: dict[str, 
     """The call with the rows of each adapter alone, put back into the order of the batch."""
     kind, base, done = layer.kind, layer.get_base_layer(), []
     for name, rows in groups.parts:
-        layer.context.rows = rows, len(groups.order)
-        done.append(_of_one(layer, name, *kind.take_rows(base, args, kwargs, rows)))
-    layer.context.rows = None
+        with layer.context.on_rows(rows, len(groups.order)):
+            done.append(_of_one(layer, name, *kind.take_rows(base, args, kwargs, rows)))
     return kind.join_rows(base, done, groups.order)
 
 
@@ -135,8 +134,7 @@ def _updates(
     for adapter, own, (_, rows) in zip(adapters, rows_of, groups.parts):
         part = base_y.index_select(0, rows)
         if adapter is not None:
-            layer.context.rows = rows, len(x)
-            part = adapter.output(adapter.cast(own), part, part).to(base_y.dtype)
+            with layer.context.on_rows(rows, len(x)):
+                part = adapter.output(adapter.cast(own), part, part).to(base_y.dtype)
         parts.append(part)
-    layer.context.rows = None
     return torch.cat(parts).index_select(0, groups.order)

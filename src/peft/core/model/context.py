@@ -106,6 +106,17 @@ class Context:
             self.current = outer
 
     @contextmanager
+    def on_rows(self, rows: torch.Tensor | None, total: int) -> Iterator[None]:
+        """While these rows of a batch of ``total`` are computed; None: those that are anyway."""
+        outer = self.rows
+        if rows is not None:
+            self.rows = rows, total
+        try:
+            yield
+        finally:
+            self.rows = outer
+
+    @contextmanager
     def prompted(self, ids: Any) -> Iterator[None]:
         """While ``generate`` goes on with these ids, ``[batch, tokens]``; what it adds is no part of the prompt."""
         known = isinstance(ids, torch.Tensor) and ids.dim() == 2 and not ids.is_floating_point()
@@ -220,11 +231,12 @@ class Context:
             ValueError: if the rows cannot be told apart by the samples.
         """
         rows, total = self.rows or (None, batch)
-        if total % len(values):
+        each, left = divmod(total, max(len(values), 1))
+        if left:
             raise ValueError(
                 f"{what} has {len(values)} entries, but the batch has {total} rows. Give one for each sample."
             )
-        values = values.to(device).repeat_interleave(total // len(values), 0)
+        values = values.to(device).repeat_interleave(each, 0)
         return values if rows is None else values[rows]
 
     def groups(self, names: tuple[Any, ...], batch: int, device: torch.device) -> Groups:

@@ -11,6 +11,7 @@ from torch import nn
 from peft.core.model import operations
 from peft.core.model.gradient_checkpointing import stop_watching, watch_checkpointing
 from peft.core.model.record import drop_record
+from peft.core.model.walk import surveyed
 
 
 INTERFACE = (
@@ -86,6 +87,7 @@ class Manager:
         """A context in which the model is its base."""
         return operations.adapters_disabled(self.model)
 
+    @surveyed()
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; if it was the active one, another becomes active.
 

@@ -9,7 +9,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import nn
@@ -114,15 +114,13 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
 
     Whole modules that it trains (``modules_to_save``) stay as they are: they compute in the model's dtype.
     """
-    if not autocast_adapter_dtype:
-        return
-    for _, wrapper in wrappers_of(model):
-        _widen(wrapper, adapter_name)
+    for _, wrapper in wrappers_of(model) if autocast_adapter_dtype else ():
+        _widen(wrapper, adapter_name, wrapper.adapter_parameters(adapter_name))
 
 
-def _widen(wrapper: nn.Module, adapter_name: str) -> None:
+def _widen(wrapper: nn.Module, adapter_name: str, parameters: Iterable[torch.Tensor]) -> None:
     if not isinstance(wrapper, ModulesToSaveWrapper):
-        for p in (*wrapper.adapter_parameters(adapter_name), *wrapper.adapter_constants(adapter_name)):
+        for p in (*parameters, *wrapper.adapter_constants(adapter_name)):
             if p.dtype in (torch.float16, torch.bfloat16):
                 p.data = p.data.float()
 
@@ -194,8 +192,9 @@ def replacing(model: nn.Module, adapter_name: str) -> Iterator[None]:
     applied = record.applied if record else None
     if record:
         record.apply(None)
-    held = {m: None for module in model.modules() for m in (module, *vars(module).values()) if _is_module(m)}
-    before = [(module, _state(module)) for module in held]  # with what layers share, which is not below them
+    # with what layers share, which they hold by name but not as a part of them
+    held = (value for module in model.modules() for value in (module, *vars(module).values()))
+    before = [(m, _state(m)) for m in dict.fromkeys(value for value in held if isinstance(value, nn.Module))]
     kept = copy.copy(record)
     remove(model, adapter_name)
     try:
@@ -208,10 +207,6 @@ def replacing(model: nn.Module, adapter_name: str) -> Iterator[None]:
             record_of(model).biases = kept
             kept.apply(applied)
         raise
-
-
-def _is_module(value: object) -> TypeGuard[nn.Module]:
-    return isinstance(value, nn.Module)
 
 
 def _state(module: nn.Module) -> dict[str, object]:
@@ -242,9 +237,11 @@ def settle(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = T
     off = any(wrapper.disable_adapters for wrapper in wrappers)
     for wrapper in wrappers:
         if adapter_name in wrapper:
-            wrapper.set_requires_grad(adapter_name, False)
+            parameters = list(wrapper.adapter_parameters(adapter_name))
+            for p in parameters:
+                p.requires_grad_(False)
             if autocast_adapter_dtype:
-                _widen(wrapper, adapter_name)
+                _widen(wrapper, adapter_name, parameters)
         if active and not wrapper._active_adapter:
             wrapper.set_adapter(active)
         if off:

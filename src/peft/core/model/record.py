@@ -78,7 +78,10 @@ class SharedParts:
 
 def record_of(model: nn.Module) -> Record:
     """The record of a model, made when it is first asked for."""
-    return model.__dict__.setdefault("_peft_record", Record())
+    record = model.__dict__.get("_peft_record")
+    if record is None:
+        record = model.__dict__["_peft_record"] = Record()
+    return record
 
 
 def known_record(model: nn.Module) -> Record | None:

@@ -25,7 +25,7 @@ from peft.utils.usage import near, note, remark
 class Target:
     """One module to adapt: its name in the unadapted model, the kind of layer it is, and what it is tied to.
 
-    ``called`` is the name by which the config means a module that has several.
+    ``called`` is the name by which the config means a module that has several, ``site`` where it was found.
     """
 
     key: str
@@ -33,6 +33,7 @@ class Target:
     kind: Kind | None
     tied_to: str | None = None
     called: str | None = None
+    site: Site | None = None
 
 
 def matches(targets: str | Iterable[str] | None, key: str) -> bool:
@@ -42,15 +43,20 @@ def matches(targets: str | Iterable[str] | None, key: str) -> bool:
     if isinstance(targets, str):
         found = [targets] if re.fullmatch(targets, key) else []
     else:
-        ends = [key, *(key[i + 1 :] for i, letter in enumerate(key) if letter == ".")]
-        found = [end for end in ends if end in targets]
+        found, end, dot = [], key, "."
+        while dot:
+            if end in targets:
+                found.append(end)
+            _, dot, end = end.partition(".")
     note(targets, found)
     return bool(found)
 
 
 def ends_with(names: Iterable[str] | None, key: str) -> bool:
     """Whether a module is named to be trained whole: by the end of its name, not by whole parts of it."""
-    found = [name for name in names or () if name and key.endswith(name)]
+    if not names:
+        return False
+    found = [name for name in names if name and key.endswith(name)]
     note(names, found)
     return bool(found)
 
@@ -215,7 +221,7 @@ def find_targets(
         ValueError: if a module that matches cannot be adapted.
     """
     sites = list(walk(model))
-    names = names_of_modules(model, sites)
+    names = names_of_modules(model)
     found: list[Target] = []
     companions: set[str] = set()
     whole: tuple[str, ...] = ()  # the modules left out
@@ -256,8 +262,10 @@ def _with_ties(found: list[Target], sites: list[Site], config: Any, layer_cls: t
     result: dict[str, Target] = {_name_of(target): target for target in found}
     for target in found:
         group = by_weight.get(id(target.module._parameters.get("weight")), [])
+        if len(group) < 2:
+            continue
         first = next((site for site in group if (kind := kind_of(site.module)) and kind.lookup), None)
-        if first is None or len(group) < 2:
+        if first is None:
             continue
         if not follow:
             tell_untied(config, target.key, [site.key for site in group if site.key not in result])
@@ -316,14 +324,14 @@ def module_target(config: Any, site: Site, layer_cls: type[BaseTunerLayer]) -> T
             f"target module {site.key!r} ({type(site.module).__name__}) cannot be adapted by "
             f"{type(config).__name__}: {reason}. Narrow target_modules, or name it in exclude_modules."
         )
-    return Target(site.key, site.module, kind)
+    return Target(site.key, site.module, kind, site=site)
 
 
 def _parameter_targets(config: Any, site: Site) -> list[Target]:
     """Parameters of this module named in ``target_parameters``, the first registered one innermost."""
-    names = getattr(config, "target_parameters", None) or ()
-    found = []
-    for parameter in weight_names(site.module):
+    names = getattr(config, "target_parameters", None)
+    found: list[Target] = []
+    for parameter in weight_names(site.module) if names else ():
         if not matches(names, join(site.key, parameter)):
             continue
         kind = Stack(parameter)

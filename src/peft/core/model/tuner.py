@@ -18,7 +18,6 @@ from peft.core.base.readers import reads_weight_of
 from peft.core.base.stack import Stack
 from peft.core.base.storage import weight_names
 from peft.core.combine.sums import add_sum
-from peft.core.filling import no_collection
 from peft.core.layer.classes import class_for
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.placement import place_for
@@ -40,6 +39,7 @@ from peft.core.model.walk import (
     names_of_modules,
     parent_of,
     replace_at,
+    surveyed,
     walk,
 )
 from peft.utils.usage import recording, remark
@@ -119,7 +119,7 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
         """Drop what the method keeps in the tuner for an adapter; called when that is deleted."""
 
     # --- injection --------------------------------------------------------------------------------------------
-    @no_collection()
+    @surveyed()
     def inject_adapter(
         self,
         model: nn.Module,
@@ -223,12 +223,12 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
 
     def _layer_for(self, model: nn.Module, target: Target, holders: Holders) -> BaseTunerLayer:
         """The tuner layer around a target: the one that is there, or a new one."""
+        if target.site is not None and (layer := _fitting(self.layer_cls, target, target.site.wrappers)) is not None:
+            return layer  # found with the target: no layer goes in an injection
         site = locate(model, target.key)
+        if (layer := _fitting(self.layer_cls, target, site.wrappers)) is not None:
+            return layer
         around = [(path, w) for path, w in site.wrappers if isinstance(w, BaseTunerLayer)]
-        for _, wrapper in around:
-            same_weight = target.kind is None or wrapper.kind.whole or wrapper.kind.weight == target.kind.weight
-            if isinstance(wrapper, self.layer_cls) and same_weight:
-                return wrapper
         # What acts on a whole module is outside of all that acts on, or takes the place of, its weight.
         around = [(p, w) for p, w in around if not w.kind.whole]
         path = next((p for p, _ in (around if target.kind else site.wrappers)), site.path)
@@ -399,6 +399,16 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
         if config is None:
             return {"model_type": "custom"}
         return config.to_dict() if hasattr(config, "to_dict") else dict(config)
+
+
+def _fitting(
+    layer_cls: type[BaseTunerLayer], target: Target, wrappers: list[tuple[str, nn.Module]]
+) -> BaseTunerLayer | None:
+    """The layer among these that holds adapters of a method for the target's weight."""
+    for _, w in wrappers:
+        if isinstance(w, layer_cls) and (target.kind is None or w.kind.whole or w.kind.weight == target.kind.weight):
+            return w
+    return None
 
 
 def keys_of(model: nn.Module, state_dict: dict[str, Any], layer_cls: type[BaseTunerLayer]) -> set[str]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import nn
 
+from peft.core.filling import no_collection
 from peft.core.layer.layer import BaseTunerLayer
 
 
@@ -92,12 +96,22 @@ def embeddings_of(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]
     return ends[0], ends[1]
 
 
+Holders = dict[int, list[tuple[nn.Module, str]]]
+
+
 def walk(model: nn.Module, repeated: bool = False) -> Iterator[Site]:
     """All modules of a model, wrapped ones once, in the order of ``named_modules``.
 
     Args:
         repeated: also give modules that occur in several places each time.
     """
+    if repeated or _SURVEYS.get() is None:
+        return _walk(model, repeated, [])
+    return iter(survey(model).sites)
+
+
+def _walk(model: nn.Module, repeated: bool, met: list[nn.Module]) -> Iterator[Site]:
+    """The walk itself; it puts into ``met`` all modules whose children it has looked at."""
     seen: set[int] = set()
     stack: list[tuple[str, str, nn.Module, list, list]] = [("", "", model, [], [])]
     while stack:  # the names are joined here, not by calls: every operation walks
@@ -106,10 +120,15 @@ def walk(model: nn.Module, repeated: bool = False) -> Iterator[Site]:
             if id(module) in seen:
                 continue
             seen.add(id(module))
+        met.append(module)
         children = module._modules
         if isinstance(module, _WRAPPERS):
             inner = "base_layer" if isinstance(module, BaseTunerLayer) else module.inner
-            inside = children[inner] if inner in children else module.get_submodule(inner)
+            if inner in children:
+                inside = children[inner]
+            else:
+                inside = module.get_submodule(inner)
+                met.append(children[inner.partition(".")[0]])
             inner_path = f"{path}.{inner}" if path else inner
             stack.append((inner_path, key, inside, [*wrappers, (path, module)], above))
             continue
@@ -125,13 +144,72 @@ def walk(model: nn.Module, repeated: bool = False) -> Iterator[Site]:
                     stack.append((path + name, key + name, child, [], around))
 
 
-def names_of_modules(model: nn.Module, sites: Iterable[Site] | None = None) -> dict[int, list[str]]:
-    """The names of each module that has several in the unadapted model: id -> names, the first one first.
+class Survey:
+    """What a walk through a model has found, and whether that is still so; nothing in it is to be changed.
 
-    Args:
-        sites: what a walk through the model has found, if there was one.
+    Attributes:
+        sites: what :func:`walk` gives.
     """
-    if not _holders_in(walk(model) if sites is None else sites):
+
+    def __init__(self, model: nn.Module) -> None:
+        self._met: list[nn.Module] = []
+        self.sites = list(_walk(model, False, self._met))
+        self._children = [module._modules.copy() for module in self._met]
+
+    def holds(self) -> bool:
+        """Whether all modules that were met have the children that they had: a tenth of the time of a walk."""
+        return [module._modules for module in self._met] == self._children
+
+    @cached_property
+    def holders(self) -> Holders:
+        """See :func:`holders_of`."""
+        children = [id(child) for site in self.sites for child in site.module._modules.values() if child is not None]
+        if len(set(children)) == len(children):  # nearly always
+            return {}
+        found: Holders = {}
+        for site in self.sites:
+            for name, child in site.module._modules.items():
+                if child is not None:
+                    found.setdefault(id(child), []).append((site.module, name))
+        return {child: places for child, places in found.items() if len(places) > 1}
+
+
+_SURVEYS: ContextVar[dict[int, Survey] | None] = ContextVar("surveys", default=None)
+"""What the operation under way has found, by id of the model; a survey keeps its model alive, and so its id."""
+
+
+@contextmanager
+def surveyed() -> Iterator[None]:
+    """Within this context a model is walked through again only where its modules have changed, and garbage waits.
+
+    Loading an adapter asks a dozen times. Nothing is kept beyond an operation: what a user takes out of a model
+    between two of them has to be free.
+    """
+    if _SURVEYS.get() is not None:
+        yield
+        return
+    token = _SURVEYS.set({})
+    try:
+        with no_collection():
+            yield
+    finally:
+        _SURVEYS.reset(token)
+
+
+def survey(model: nn.Module) -> Survey:
+    """What a walk through a model finds, by an earlier walk of the same operation if nothing has changed since."""
+    known = _SURVEYS.get()
+    if known is None:
+        return Survey(model)
+    found = known.get(id(model))
+    if found is None or not found.holds():
+        found = known[id(model)] = Survey(model)
+    return found
+
+
+def names_of_modules(model: nn.Module) -> dict[int, list[str]]:
+    """The names of each module that has several in the unadapted model: id -> names, the first one first."""
+    if not survey(model).holders:
         return {}
     found: dict[int, list[str]] = {}
     for site in walk(model, repeated=True):
@@ -144,21 +222,9 @@ def names_in(model: nn.Module) -> list[str]:
     return [name for s in walk(model) for name in (s.key, *(join(s.key, p) for p in s.module._parameters)) if name]
 
 
-Holders = dict[int, list[tuple[nn.Module, str]]]
-
-
 def holders_of(model: nn.Module) -> Holders:
     """Where each module that stands in several places stands: id -> (the module that holds it, its name there)."""
-    return _holders_in(walk(model))
-
-
-def _holders_in(sites: Iterable[Site]) -> Holders:
-    found: Holders = {}
-    for site in sites:
-        for name, child in site.module._modules.items():
-            if child is not None:
-                found.setdefault(id(child), []).append((site.module, name))
-    return {child: places for child, places in found.items() if len(places) > 1}
+    return dict(survey(model).holders)
 
 
 def join(path: str, name: str) -> str:

@@ -118,9 +118,8 @@ class Prompts:
             return self._gates_of((self.in_use or [BASE])[0], layer, h)
         found, groups = h.new_ones(len(h), 2), context.groups(context.adapter_names, len(h), h.device)
         for name, rows in groups.parts:
-            context.rows = rows, len(h)
-            found = found.index_copy(0, rows, self._gates_of(name, layer, h[rows]).to(found.dtype))
-        context.rows = None
+            with context.on_rows(rows, len(h)):
+                found = found.index_copy(0, rows, self._gates_of(name, layer, h[rows]).to(found.dtype))
         return found
 
     def _gates_of(self, name: str, layer: int, h: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from peft.core.families import Scaled, input_dropout
 from peft.core.filling import skip_values
 from peft.core.layer.rewritten import for_a_start, give_back
 from peft.core.layer.scaled import ScaledLayer
-from peft.kernels import Factors, active_rate, is_bare_linear
+from peft.kernels import Factors, active_rate, bare_weight
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.initialize import initialize, is_drawn, refusal
 from peft.tuners.lora.megatron import PARALLEL, ParallelLinear
@@ -186,16 +186,19 @@ class Lora(Scaled):
 
     def product(self) -> Factors | None:
         """The update of a linear layer as factors; None where calling its parts does more than multiply."""
-        modules, name = self.layer._modules, self.name
-        down, up = modules["lora_A"]._modules.get(name), modules["lora_B"]._modules.get(name)
-        if not (is_bare_linear(down) and is_bare_linear(up)):
+        layer, name = self.layer, self.name
+        modules = layer._modules
+        up = modules["lora_B"]._modules.get(name)
+        a, b = bare_weight(modules["lora_A"]._modules.get(name)), bare_weight(up)
+        if a is None or b is None or up._parameters["bias"] is not None:
             return None
-        rate = active_rate(modules["lora_dropout"]._modules[name])
-        if rate is None or up._parameters["bias"] is not None:
+        dropout = modules["lora_dropout"]._modules[name]
+        rate = 0.0 if type(dropout) is nn.Identity else active_rate(dropout)
+        if rate is None:
             return None
         if self.computes_pair:
-            return Factors(*self.acting_pair(), self.layer.scaling[name], rate)
-        return Factors(down._parameters["weight"], up._parameters["weight"], self.layer.scaling[name], rate)
+            return Factors(*self.acting_pair(), layer.scaling[name], rate)
+        return Factors(a, b, layer.scaling[name], rate)
 
     def delta_weight(self) -> torch.Tensor:
         return self.kind.compose(self.base, *self.pair()) * self.scaling

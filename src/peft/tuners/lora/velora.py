@@ -24,12 +24,12 @@ from peft.tuners.lora.layer import Lora
 def grouped(x: torch.Tensor, count: int) -> torch.Tensor:
     """``[n, in]`` -> ``[n, count, width]``, width = ceil(in / count), with zeros behind the last feature."""
     width = -(-x.shape[1] // count)
-    return F.pad(x, (0, count * width - x.shape[1])).view(-1, count, width)
+    return F.pad(x, (0, count * width - x.shape[1])).view(len(x), count, width)
 
 
 def average_direction(groups: torch.Tensor) -> torch.Tensor:
-    """The mean ``[width]`` of all groups ``[n, count, width]``, of length one."""
-    return F.normalize(groups.flatten(0, 1).float().mean(0), dim=0)
+    """The mean ``[width]`` of all groups ``[n, count, width]``, of length one; 0 where n is."""
+    return F.normalize(groups.flatten(0, 1).float().sum(0) / max(len(groups), 1), dim=0)
 
 
 def gradient_of_down(dh: torch.Tensor, kept: torch.Tensor, v: torch.Tensor, features: int) -> torch.Tensor:
@@ -114,7 +114,7 @@ class Compressed(Function):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if is_autocast(device) else x.dtype
         with no_autocast(x):
-            rows = x.reshape(-1, x.shape[-1])
+            rows = x.reshape(x.numel() // x.shape[-1], x.shape[-1])
             rows = rows if drop is None else Dropped(*drop).copy(rows) / (1 - drop[0])
             groups = grouped(rows, count)
             v = average_direction(groups) if v is None else v.clone()
@@ -123,13 +123,13 @@ class Compressed(Function):
         ctx.save_for_backward(kept, v, a)
         ctx.drop, ctx.shape, ctx.dtype = drop, x.shape, x.dtype
         ctx.mark_non_differentiable(v)
-        return h.view(*x.shape[:-1], -1), v
+        return h.view(*x.shape[:-1], len(a)), v
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor, _: Any) -> tuple[Any, ...]:  # type: ignore[override]
         kept, v, a = ctx.saved_tensors
-        dh, dx = gradient.reshape(-1, gradient.shape[-1]), None
+        dh, dx = gradient.reshape(len(kept), len(a)), None
         da = gradient_of_down(dh.to(a.dtype), kept.to(a.dtype), v.to(a.dtype), a.shape[1])
         if ctx.needs_input_grad[0]:
             dx = dh @ a.to(dh.dtype)

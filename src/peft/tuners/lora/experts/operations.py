@@ -101,8 +101,7 @@ class JoinParts(ConversionOps):
         if not self.known and model is not None:
             self.known = {entry.key: entry for entry in entries(model, self.adapter)}
         entry = self.known.get(full_layer_name)
-        join = entry.as_loaded if entry is not None else None
-        whole = given[0] if entry is None or join is None else join(dict(zip(entry.split, given)))
+        whole = given[0] if entry is None or not entry.split else entry.as_loaded(dict(zip(entry.split, given)))
         return {target_patterns[0]: whole}
 
     def __repr__(self) -> str:
