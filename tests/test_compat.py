@@ -304,6 +304,23 @@ def test_adalora_ranks_are_cut():
     torch.testing.assert_close(layer.get_delta_weight("default"), expected)
 
 
+def test_adalora_settles_ranks_by_what_it_has_seen_before():
+    """As in 0.21.2 the last step of the budget takes in no gradients; ``rankallocator`` takes the length of a run."""
+    torch.manual_seed(0)
+    fields = {"init_r": 4, "target_r": 2, "tinit": 0, "tfinal": 1, "target_modules": ["0"], "total_step": 9}
+    config = peft.AdaLoraConfig(**fields, init_lora_weights=False)
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 5)), config)
+    model.base_model.rankallocator.set_total_step(4)
+    assert config.total_step == 4
+    for step in range(4):
+        seen = {key: t.clone() for key, t in model.base_model.rankallocator.sensitivity.importance.items()}
+        model(torch.randn(8, 6)).square().sum().backward()
+        model.base_model.update_and_allocate(step)
+        now = model.base_model.rankallocator.sensitivity.importance
+        assert all(torch.equal(now[key], t) for key, t in seen.items()) == (step in (0, 3))
+    assert len(model.base_model.model[0].left["default"]) == sum(config.rank_pattern["0.lora_E"]) == 2
+
+
 @pytest.mark.parametrize("topk, numbers", [(False, 48), (True, 28)])
 def test_vblora_counts_what_a_file_holds(topk, numbers, capsys):
     config = peft.VBLoRAConfig(r=2, num_vectors=4, vector_length=4, topk=2, target_modules=["0"],

@@ -26,6 +26,7 @@ MODULES = (
     "core.model.tuner",
     "mapping",
     "mapping_func",
+    "model_files",
     "peft_model",
     "tools.check_training",
     "tools.memory",
@@ -40,9 +41,9 @@ MODULES = (
 """Modules whose examples need nothing that is not given below."""
 
 TYPED = (
-    "PeftModel.from_pretrained",
-    "PeftModel.load_adapter",
-    "PeftModel.save_pretrained",
+    "ModelFiles.from_pretrained",
+    "ModelFiles.load_adapter",
+    "ModelFiles.save_pretrained",
     "PeftModel.add_adapter",
     "PeftModel.disable_adapter",
     "check_training",

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from laws import methods
+from test_convert import Peak
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft import IA3Config, LoraConfig, PeftModel, TrainableTokensConfig, convert_to_lora, get_peft_model
@@ -194,3 +195,19 @@ def test_what_one_adapter_trains_beside_its_layers_comes_along(base: Path, tmp_p
     model.add_weighted_adapter(["a", "b"], WEIGHTS, "c")
     model.set_adapter("c")
     assert_same(tmp_path / "summed", model.merge_and_unload().state_dict())
+
+
+def test_a_combination_holds_a_layer_at_a_time_however_many_there_are(tmp_path: Path) -> None:
+    """The most bytes of tensors at a time, in matrices of the largest layer."""
+    peaks = []
+    for layers in (1, 5):
+        sizes = {"vocab_size": 13, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": layers}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+        folder = tmp_path / str(layers)
+        LlamaForCausalLM(LlamaConfig(**sizes, **heads)).save_pretrained(folder / "base", max_shard_size="100KB")
+        config = IA3Config(target_modules=["down_proj"], feedforward_modules=[])
+        adapters = saved(folder / "base", folder, *[config] * 2)
+        with Peak() as peak:
+            merge_files(folder / "base", adapters, folder / "out", combination="ties", density=0.5)
+        peaks.append(peak.most / (64 * 256 * 4))
+    assert peaks[0] < 15 and abs(peaks[1] - peaks[0]) < 1, peaks

@@ -9,8 +9,9 @@ from torch import nn
 from peft.config import PeftConfig
 from peft.mapping import check_config
 from peft.mixed_model import PeftMixedModel
+from peft.model_files import plain_model
 from peft.options import value_of
-from peft.peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel, plain_model
+from peft.peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 from peft.utils.error import nearest
 
 

@@ -86,22 +86,25 @@ class LayerCompat:
         require_unmerged(self)  # type: ignore[arg-type]
 
     def _mixed_batch_forward(self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Any:
-        """The forward with one adapter for each row. Layers derived from LoraLayer call it."""
+        """The forward with one adapter for each row. No caller is known: a name of 0.21."""
         return self(x, *args, adapter_names=adapter_names, **kwargs)  # type: ignore[operator]
 
     def _cast_input_dtype(self, x: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-        """x in the dtype of an adapter. Layers derived from LoraLayer call it."""
+        """x in the dtype of an adapter. Layers derived from LoraLayer call it, such as ipex-llm's."""
         if x is None or not self.cast_input_dtype_enabled or x.dtype == dtype:  # type: ignore[attr-defined]
             return x
         return x.to(dtype)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Put an adapter's parts on a device, by default that of the base and in its dtype."""
+        """Put an adapter's parts on a device, by default that of the base and in its dtype.
+
+        No caller is known: a name of 0.21.
+        """
         if device is None or device.type != "meta":
             settle(self, self.adapters[adapter_name], device)  # type: ignore[arg-type]
 
     def _get_available_adapters(self) -> set[str]:
-        """The adapters that this layer has."""
+        """The adapters that this layer has. No caller is known: a name of 0.21."""
         return set(self.adapter_names)  # type: ignore[attr-defined]
 
     def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

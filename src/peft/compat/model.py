@@ -20,5 +20,5 @@ class ModelCompat:
 
     @property
     def _is_prompt_learning(self) -> bool:
-        """Whether the active adapter is a prompt."""
+        """Whether the active adapter is a prompt. No caller is known: a name of 0.21."""
         return self.is_prompt_learning  # type: ignore[attr-defined]

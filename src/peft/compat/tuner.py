@@ -30,7 +30,7 @@ class TunerCompat:
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> bool:
-        """Whether a config targets the module of this name."""
+        """Whether a config targets the module of this name. No caller is known: a name of 0.21."""
         return bool(selected(peft_config, key))
 
     @classmethod
@@ -95,7 +95,7 @@ class TunerCompat:
         return [module_target(peft_config, sites[module], self.layer_cls) for module in handed]
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """Put an adapted layer in the place of ``child``, on its device."""
+        """Put an adapted layer in the place of ``child``, on its device. No caller is known: a name of 0.21."""
         put_module(parent, child_name, new_module)
 
     def _create_and_replace(
@@ -120,7 +120,7 @@ class TunerCompat:
         )
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
-        """Freeze the base; the active adapters train."""
+        """Freeze the base; the active adapters train. No caller is known: a name of 0.21."""
         model.requires_grad_(False)
         operations.set_requires_grad(model, operations.active_of(model), True)
 

@@ -15,8 +15,8 @@ from peft.core.adapter import part, setting
 from peft.core.base.kinds import fan
 from peft.core.families import LowRank, Scaled, input_dropout
 from peft.core.model.registry import define_tuner
-from peft.core.model.walk import walk
-from peft.tuners.adalora_utils import BudgetTuner, RankAllocator, mask_of
+from peft.tuners.adalora_utils import Allocating, mask_of
+from peft.tuners.adalora_utils import RankAllocator as RankAllocator  # a name of the API
 from peft.tuners.lora.config import LoraConfig
 from peft.utils.error import ConfigError
 from peft.utils.peft_types import PeftType
@@ -147,7 +147,7 @@ class AdaLora(LowRank, Scaled):
         return adalora_penalty(a, b) / 2
 
 
-class AdaLoraTuner(AdaLoraCompat, LoraCompat, BudgetTuner):
+class AdaLoraTuner(AdaLoraCompat, LoraCompat, Allocating):
     """What AdaLoRA does to a whole model: it shares out the ranks, and keeps A and B orthogonal by the loss."""
 
     def update_and_allocate(self, global_step: int) -> None:
@@ -157,15 +157,16 @@ class AdaLoraTuner(AdaLoraCompat, LoraCompat, BudgetTuner):
         ``config.rank_pattern`` says which.
         """
         for name in self.active_adapters:
-            config, adapters = self.peft_config[name], self._adapted(name)
+            config, adapters = self.peft_config[name], self.ranked(name)
             trains = all(adapter.lora_E.requires_grad for adapter in adapters.values())
             if config.total_step is None or not trains or not adapters:
                 continue
-            allocator = self.kept(name, RankAllocator(config, adapters))
+            allocator = self.allocator(name)
             end = config.total_step - config.tfinal
             settled = any(adapter.left is not None for adapter in adapters.values())
             if not settled and global_step <= end and self._loaded_whole(adapters):
-                allocator.observe()
+                if global_step < end or not allocator.sensitivity.importance:  # the last step settles by those before
+                    allocator.observe()
                 if global_step == end or (global_step > config.tinit and global_step % config.deltaT == 0):
                     config.rank_pattern = allocator.allocate(allocator.budget(global_step))
                 if global_step == end:
@@ -174,12 +175,6 @@ class AdaLoraTuner(AdaLoraCompat, LoraCompat, BudgetTuner):
             elif settled:
                 marks = {key: torch.zeros(len(x.lora_E)).index_fill(0, x.left, 1) for key, x in adapters.items()}
                 allocator.mask(marks)
-
-    def _adapted(self, name: str) -> dict[str, Any]:
-        """The adapters called so by the names of the modules that they adapt."""
-        wrappers = ((site.key, w) for site in walk(self.model) for _, w in site.wrappers)
-        found = ((key, w.adapters) for key, w in wrappers if isinstance(w, self.layer_cls))
-        return {key: adapters[name] for key, adapters in found if name in adapters}
 
     @staticmethod
     def _loaded_whole(adapters: dict[str, Any]) -> bool:

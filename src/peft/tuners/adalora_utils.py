@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from peft.core.model.tuner import BaseTuner
+from peft.core.model.walk import walk
 
 
 def mask_of(config: Any, key: str) -> list[bool] | None:
@@ -80,6 +81,10 @@ class RankAllocator:
             return last
         return budget_at((step - config.tinit) / (total - config.tfinal - config.tinit), first, last)
 
+    def set_total_step(self, total_step: int) -> None:
+        """Say how many steps the training has, where that was not known when the config was made."""
+        self.config.total_step = total_step
+
     def observe(self) -> None:
         """Take in the gradients of a step."""
         for key, adapter in self.adapters.items():
@@ -108,3 +113,22 @@ class RankAllocator:
         for key, mask in kept.items():
             e = self.adapters[key].lora_E
             e.mul_(mask.to(e.device)[:, None])
+
+
+class Allocating(BudgetTuner):
+    """A tuner whose adapters share out ranks."""
+
+    def allocator(self, name: str) -> RankAllocator:
+        """Who shares out those of an adapter."""
+        return self.kept(name, RankAllocator(self.peft_config[name], self.ranked(name)))
+
+    @property
+    def rankallocator(self) -> RankAllocator:
+        """Who shares out those of the active adapter; scripts tell it how long they train (``set_total_step``)."""
+        return self.allocator(self.active_adapters[0])
+
+    def ranked(self, name: str) -> dict[str, Any]:
+        """The adapters called so by the names of the modules that they adapt."""
+        wrappers = ((site.key, w) for site in walk(self.model) for _, w in site.wrappers)
+        found = ((key, w.adapters) for key, w in wrappers if isinstance(w, self.layer_cls))
+        return {key: adapters[name] for key, adapters in found if name in adapters}

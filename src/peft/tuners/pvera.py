@@ -111,7 +111,7 @@ class Pvera(LowRank):
             return super().kernel(layer, adapters, x)
         a, b = pvera.frozen()
         with recomputed():
-            h, _ = projected(pvera.dropped(x), a)
+            h, _ = projected(layer, pvera.dropped(x), a)
             noise = pvera.noise(h.new_empty(()).expand(len(h), pvera.r))
             z = made_again(Drawn.apply, h, pvera.pvera_lambda_d, noise)
             return raised(layer, x, z, pvera.pvera_lambda_b, b, keeps=False)

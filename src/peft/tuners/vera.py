@@ -74,7 +74,7 @@ class Vera(LowRank):
             return super().kernel(layer, adapters, x)
         a, b = vera.frozen()
         with recomputed():
-            h, made = projected(vera.dropped(x), a)
+            h, made = projected(layer, vera.dropped(x), a)
             # what another layer's A x has saved is spent on keeping less
             return raised(layer, x, h * vera.vera_lambda_d, vera.vera_lambda_b, b, keeps=not made)
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -89,10 +90,10 @@ def vera_pair(
 
 
 _READ = WeakTensorKeyDictionary()
-"""Inputs that are there, with what is true of them and of A, and A x."""
+"""Inputs that are there, with what is true of them and of A, A x, and the layers that have used it."""
 
 
-def projected(x: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, bool]:
+def projected(layer: BaseTunerLayer, x: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, bool]:
     """A x as ``[n, rows of A]``, once for all layers that read one input (q, k and v; gate and up), as they share A.
 
     Their backward passes share it too: autograd sums up what they give, and multiplies that by A once.
@@ -102,11 +103,13 @@ def projected(x: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, bool]:
     """
     key = x._version, a.data_ptr(), a._version, a.shape, a.stride()
     found = _READ.get(x)
-    if found is not None and found[0] == key:
+    # a layer that reads its input again is in another call, whose backward pass may come after that of the first
+    if found is not None and found[0] == key and layer not in found[2]:
+        found[2].add(layer)
         return found[1], True
     h = torch.mm(x.reshape(-1, x.shape[-1]), a.T)
     if x.grad_fn is not None or not x.requires_grad:  # the graph of what is made of a leaf would keep the leaf alive
-        _READ[x] = key, h
+        _READ[x] = key, h, WeakSet((layer,))
     return h, False
 
 

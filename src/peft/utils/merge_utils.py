@@ -25,9 +25,14 @@ def reshape_weight_task_tensors(task_tensors: torch.Tensor, weights: torch.Tenso
 
 def magnitude_based_pruning(tensor: torch.Tensor, density: float) -> torch.Tensor:
     """Keep the ``int(density * numel)`` entries of largest magnitude, set the others to zero (TIES, "trim")."""
-    kept = tensor.abs().flatten().topk(int(density * tensor.numel())).indices
-    mask = torch.zeros(tensor.numel(), dtype=torch.bool, device=tensor.device)
-    mask[kept] = True
+    magnitudes, count = tensor.abs().flatten(), int(density * tensor.numel())
+    if count == 0:
+        return torch.zeros_like(tensor)
+    # The least that is kept, rather than all that is: topk holds an index beside each of these.
+    least = magnitudes.kthvalue(magnitudes.numel() - count + 1).values
+    mask = magnitudes > least
+    missing = count - int(mask.sum())
+    mask[(magnitudes == least).nonzero()[:missing, 0]] = True
     return torch.where(mask.view(tensor.shape), tensor, 0)
 
 
@@ -138,9 +143,8 @@ def calculate_majority_sign_mask(
     """
     if method not in ("total", "frequency"):
         raise ValueError(f"Unknown way to elect the majority sign: {method!r}; choose 'total' or 'frequency'")
-    signs = tensor.sign()
-    votes = (tensor if method == "total" else signs).sum(dim=0)
-    return signs == torch.where(votes >= 0, 1, -1)
+    positive = (tensor if method == "total" else tensor.sign()).sum(dim=0) >= 0
+    return torch.where(positive, tensor > 0, tensor < 0)
 
 
 def disjoint_merge(task_tensors: torch.Tensor, majority_sign_mask: torch.Tensor) -> torch.Tensor:
@@ -154,15 +158,17 @@ def disjoint_merge(task_tensors: torch.Tensor, majority_sign_mask: torch.Tensor)
     return kept.sum(dim=0) / majority_sign_mask.sum(dim=0).clamp(min=1)
 
 
-def _weighted(task_tensors: list[torch.Tensor] | torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """The weighted tensors, stacked: ``[tasks, ...]``."""
+def _stacked(
+    task_tensors: list[torch.Tensor] | torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tensors ``[tasks, ...]``, and the weights to multiply them by."""
     if len(task_tensors) != len(weights):
         raise ValueError(f"There are {len(task_tensors)} task tensors, but {len(weights)} weights; give one each")
     shapes = {tuple(tensor.shape) for tensor in task_tensors}
     if len(shapes) > 1:
         raise ValueError(f"Only task tensors of one shape can be merged, got {sorted(shapes)}")
     stacked = torch.stack(list(task_tensors))
-    return stacked * reshape_weight_task_tensors(stacked, weights.to(stacked.device))
+    return stacked, reshape_weight_task_tensors(stacked, weights.to(stacked.device))
 
 
 def task_arithmetic(task_tensors: list[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
@@ -171,7 +177,8 @@ def task_arithmetic(task_tensors: list[torch.Tensor], weights: torch.Tensor) -> 
     Raises:
         ValueError: if the tensors' shapes differ, or their number is not that of the weights.
     """
-    return _weighted(task_tensors, weights).sum(dim=0)
+    stacked, factors = _stacked(task_tensors, weights)
+    return (stacked * factors).sum(dim=0)
 
 
 def magnitude_prune(task_tensors: list[torch.Tensor], weights: torch.Tensor, density: float) -> torch.Tensor:
@@ -186,9 +193,10 @@ def magnitude_prune(task_tensors: list[torch.Tensor], weights: torch.Tensor, den
 def _elect_and_merge(
     pruned: list[torch.Tensor], weights: torch.Tensor, majority_sign_method: Literal["total", "frequency"]
 ) -> torch.Tensor:
-    weighted = _weighted(pruned, weights)
+    stacked, factors = _stacked(pruned, weights)
     # The tasks vote before they are weighted: a negative weight subtracts a task, and does not turn its vote.
-    return disjoint_merge(weighted, calculate_majority_sign_mask(torch.stack(pruned), majority_sign_method))
+    mask = calculate_majority_sign_mask(stacked, majority_sign_method)
+    return disjoint_merge(stacked * factors, mask)
 
 
 def ties(

@@ -6,7 +6,8 @@ The formulas are in :mod:`peft.utils.merge_utils`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 from zlib import crc32
@@ -91,11 +92,13 @@ class Combination:
             return ties(list(tensors), factors, density=1, majority_sign_method=self.vote)
         return task_arithmetic(list(tensors), factors)
 
-    def merged(self, updates: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-        """Updates as one: matrices ``[..., out, in]``, or vectors."""
+    def merged(self, updates: Iterable[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+        """Updates as one: matrices ``[..., out, in]``, or vectors. They are pruned as they come."""
         basis = None
-        if self.way.align and updates[0].dim() > 1:
-            basis, updates = aligned(list(updates))
+        if self.way.align:
+            updates = list(updates)
+            if updates[0].dim() > 1:
+                basis, updates = aligned(updates)
         merged = self.summed([self.pruned(update) for update in updates], weights)
         return merged if basis is None else basis @ merged
 
@@ -105,10 +108,12 @@ class Combination:
         Raises:
             NoEqualWeightError: no weight equals one of them.
         """
-        changes = [wide(weight_change(adapter.layer, adapter)) for adapter, _ in parts]
+        changes = (wide(weight_change(adapter.layer, adapter)) for adapter, _ in parts)
+        first = next(changes)
+        shape, updates = first.shape, itertools.chain([first.flatten(1)], (change.flatten(1) for change in changes))
+        del first  # each is held until it is pruned, and no longer
         with self.draws(parts[0][0].layer):
-            merged = self.merged([change.flatten(1) for change in changes], [weight for _, weight in parts])
-        return merged.view_as(changes[0])
+            return self.merged(updates, [weight for _, weight in parts]).view(shape)
 
     def of_bias(self, parts: Sequence[Part]) -> torch.Tensor | None:
         """What they add to its bias, as one; None if none of them does."""
