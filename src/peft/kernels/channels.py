@@ -37,7 +37,7 @@ def mixed_by_output(
     With ``s`` it is c y + s rot(y), rot(y) = (-y_2, y_1) for the halves of each group.
 
     Args:
-        y: the output of a frozen layer, ``[..., out]``. x: its input.
+        y: the output of a frozen layer, ``[..., out]``, which may be changed in place. x: its input.
         layer: gives y again, should the result be changed in place. c, s: ``[out]``. half: of a group.
     """
     trains = torch.is_grad_enabled() and (c.requires_grad or (s is not None and s.requires_grad))
@@ -97,7 +97,11 @@ class Mixed(Function):
     def forward(
         ctx: Any, y: torch.Tensor, c: torch.Tensor, s: torch.Tensor | None, half: int, again: Callable
     ) -> torch.Tensor:
-        result = _mixed(y, c, s, half)
+        if s is None:
+            ctx.mark_dirty(y)
+            result = y.mul_(c)
+        else:
+            result = _mixed(y, c, s, half)
         ctx.half, ctx.again = half, again
         # apart from the result, which may be changed by whom it is given: then the rest is needed nevertheless
         ctx.scales = [(t, t._version) for t in (c, s) if t is not None]

@@ -7,10 +7,12 @@ product's backward pass. Here it keeps d, and what B is made of.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch.autograd import Function
+from torch.autograd.graph import saved_tensors_hooks
 
 from peft.kernels.autocast import is_autocast
 from peft.kernels.linear import is_eager
@@ -22,7 +24,9 @@ Make = Callable[..., torch.Tensor]
 
 
 def made_again(make: Make, *tensors: torch.Tensor) -> torch.Tensor:
-    """``make(*tensors)``, which operations within :func:`peft.kernels.remake.recomputed` make again to use it.
+    """``make(*tensors)``, of which autograd keeps the tensors alone: what is between is computed again.
+
+    The result too is made again by operations that use it within :func:`peft.kernels.remake.recomputed`.
 
     Args:
         make: it must give the same when called again, and a tensor of its own: no view of what it is given.
@@ -67,7 +71,9 @@ class MadeAgain(Function):
 def _with_graph(ctx: Any) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Inputs and result. For a second derivative the inputs are the tensors themselves."""
     twice = torch.is_grad_enabled()
-    with torch.enable_grad():
+    # hooks around a step are for what is kept until the backward pass, and this is used up at once
+    unhooked = saved_tensors_hooks(lambda t: t, lambda t: t)
+    with torch.enable_grad(), nullcontext() if twice else unhooked:
         saved = ctx.saved_tensors
         inputs = [t if twice else t.detach().requires_grad_(t.requires_grad) for t in saved]
         return inputs, ctx.make(*inputs)

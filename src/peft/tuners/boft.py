@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -13,6 +14,7 @@ from peft.config import ExcludeModules, FanInFanOut, LayerSelection, ModulesToSa
 from peft.core.adapter import part, setting
 from peft.core.families import Rotation
 from peft.core.model.registry import define_tuner
+from peft.kernels.made_again import made_again
 from peft.utils.error import ConfigError
 from peft.utils.peft_types import PeftType
 
@@ -111,7 +113,9 @@ class BOFT(Rotation):
         if drawn and self.draws():
             still = torch.rand(*blocks.shape[:2], 1, 1, device=blocks.device) < self.boft_dropout
             blocks = torch.where(still, torch.eye(blocks.shape[-1], device=blocks.device, dtype=blocks.dtype), blocks)
-        return butterfly(x, blocks.to(x.dtype), back)
+        if len(blocks) == 1:
+            return butterfly(x, blocks.to(x.dtype), back)
+        return made_again(partial(butterfly, back=back), x, blocks.to(x.dtype))  # not with what is between factors
 
     def draws(self) -> bool:
         return bool(self.boft_dropout) and self.training

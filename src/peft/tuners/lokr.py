@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from peft.config import option
 from peft.core.adapter import part
 from peft.core.model.registry import define_tuner
+from peft.kernels.made_again import made_again
 from peft.tuners.lycoris_utils import Lycoris, LycorisConfig, LycorisTuner, kaiming, mix, through_core, zeros
 from peft.utils.peft_types import PeftType
 
@@ -132,15 +133,21 @@ class LoKr(Lycoris):
             return self.kind.scaled(self.base, (outer[..., None] * inner[..., None, :]).flatten(-2))
         if self._reads_rows() or (dims and self.shape[1] != self.in_features):  # groups have no such x
             return super().product(x)
-        return lokr_product(x, first, self._apply_second, dims)
-
-    def _apply_second(self, rows: torch.Tensor) -> torch.Tensor:
-        """W2 x, by way of the rank where that is cheaper."""
         a, b = self.lokr_w2_a, self.lokr_w2_b
-        if a is not None and self.lokr_t2 is None and a.numel() + b.numel() < len(a) * b.shape[1]:
-            inner = self.kind.apply(self.base, rows, b.view(len(b), -1, *self.shape[2:]))
-            return mix(a, inner, len(self.shape) - 2)
-        return self.kind.apply(self.base, rows, self.second())
+        by_rank = a is not None and self.lokr_t2 is None and a.numel() + b.numel() < len(a) * b.shape[1]
+        second = (a, b) if by_rank else (self.second(),)
+
+        def product(x: torch.Tensor, first: torch.Tensor, *second: torch.Tensor) -> torch.Tensor:
+            return lokr_product(x, first, lambda rows: self._apply_second(rows, *second), dims)
+
+        return made_again(product, x, first, *second)
+
+    def _apply_second(self, rows: torch.Tensor, *second: torch.Tensor) -> torch.Tensor:
+        """W2 x, by way of the rank where that is cheaper."""
+        if len(second) == 1:
+            return self.kind.apply(self.base, rows, *second)
+        a, b = second
+        return mix(a, self.kind.apply(self.base, rows, b.view(len(b), -1, *self.shape[2:])), len(self.shape) - 2)
 
 
 def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -22,6 +23,7 @@ from peft.config import (
 from peft.core.adapter import part, setting
 from peft.core.families import Rotation
 from peft.core.model.registry import define_tuner
+from peft.kernels.made_again import made_again
 from peft.tuners.cayley import cayley_series
 from peft.utils.error import ConfigError
 from peft.utils.peft_types import PeftType
@@ -94,7 +96,7 @@ class OFTRotation(nn.Module):
             wide = q.float() if q.dtype.itemsize < 4 else q  # there is no solver for 16 bits
             rotation = torch.linalg.solve(eye + wide, eye - wide, left=False).to(q.dtype)
         else:
-            rotation = cayley_series(q, self.terms)
+            rotation = made_again(partial(cayley_series, terms=self.terms), q)
         if drawn and self.dropout and self.training:
             still = torch.rand(len(q), 1, 1, device=q.device) < self.dropout
             rotation = torch.where(still, eye, rotation)

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 from torch import nn
-from torch.distributions import RelaxedBernoulli
+from torch.distributions.utils import clamp_probs
 
 from peft.compat.methods import PolyCompat
 from peft.config import ExcludeModules, ModulesToSave, TargetModules, option
@@ -52,7 +52,9 @@ class PolyRouter(nn.Module):
         """Weights ``[batch, splits, skills]`` that add up to 1; relaxed Bernoulli draws in training."""
         logits = self.module_logits[tasks].unflatten(-1, (self.splits, -1))
         if self.training:
-            weights = RelaxedBernoulli(logits.new_tensor(1.0), logits=logits).rsample()
+            # as RelaxedBernoulli of torch.distributions draws at temperature 1, in a fraction of the calls
+            drawn = clamp_probs(torch.rand(logits.shape, dtype=logits.dtype, device=logits.device))
+            weights = (logits + torch.logit(drawn)).sigmoid()
         else:
             weights = logits.sigmoid()
         return weights / (weights.sum(-1, keepdim=True) + 1e-12)
