@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -16,6 +17,7 @@ from peft import LoraConfig, get_peft_model
 from peft.core.layer import layer as layers
 from peft.helpers import rescale_adapter_scale
 from peft.kernels import plain
+from peft.tuners.lora.layer import Lora
 from peft.utils.hotswap import hotswap_adapter
 
 
@@ -246,12 +248,29 @@ def test_dtypes_copies_and_pickles(taken):
     model = make()
     before = agrees(model)
     twins = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    assert q(model)._seen is not None and all(q(twin)._seen is None for twin in twins)
     write(model)
     for twin in twins:
         torch.testing.assert_close(agrees(twin), before)
         assert taken[-1]
     agrees(model.double(), X.double())
     assert taken[-1]
+
+
+def test_modules_are_found_once_and_let_go(monkeypatch):
+    model = make()
+    want = agrees(model)
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(Lora, "factors", lambda adapter: pytest.fail("the modules were looked for again"))
+        torch.testing.assert_close(model(X), want)
+        handle = nn.ReLU().register_forward_hook(double_output)  # of any module: it might be one of these
+        with pytest.raises(pytest.fail.Exception):
+            model(X)
+    handle.remove()
+    agrees(model)
+    gone = weakref.ref(q(model).lora_A["default"])
+    model.delete_adapter("default")
+    assert gone() is None
 
 
 def test_dropout_that_acts_is_drawn():

@@ -45,6 +45,7 @@ class Adapter:
         any_module: it takes modules whole and needs to know no kind.
         follows_ties: modules tied to a targeted embedding get the same adapter.
         untrained: parts that a variant holds constant, though its method trains them: saved as ever, never trained.
+        held_in: where :meth:`factors` finds bare linear layers A and B, a dropout and s, if it does nothing else.
         loss_weight: the config's field that weighs the mean of :meth:`loss_term` over layers; without one, their sum.
     """
 
@@ -68,6 +69,7 @@ class Adapter:
     untrained: ClassVar[frozenset[str]] = frozenset()
     loss_weight: ClassVar[str] = ""
     changes_input: ClassVar[bool] = False
+    held_in: ClassVar[tuple[str, str, str, str] | None] = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

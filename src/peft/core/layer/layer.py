@@ -16,7 +16,7 @@ from peft.core.filling import make_module
 from peft.core.layer import routes
 from peft.core.layer import weight as weights
 from peft.core.layer.composed import composed_class, in_order, leaves_of, made_of
-from peft.core.layer.lean import Noted, lean, noted
+from peft.core.layer.lean import Noted, Seen, lean, noted
 from peft.core.layer.placement import settle
 from peft.core.layer.read import ReadThrough
 from peft.core.layer.rewritten import Rewritten, follow, give_back, give_back_unmerged, include, keep_merged
@@ -65,6 +65,7 @@ class BaseTunerLayer(ReadThrough):
     shares_weight: bool
     merge_error: float
     _storage: Noted | None
+    _seen: Seen | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -127,7 +128,7 @@ class BaseTunerLayer(ReadThrough):
     def replace_base(self, module: nn.Module) -> nn.Module:
         """Put another layer in the place of the innermost one, which is returned."""
         layer = (self, *weights.layers_inside(self))[-1]
-        old, layer.base_layer = layer.base_layer, module
+        old, layer.base_layer, layer.__dict__["_seen"] = layer.base_layer, module, None
         return old
 
     def __contains__(self, name: object) -> bool:
@@ -187,6 +188,7 @@ class BaseTunerLayer(ReadThrough):
     def _drop(self, name: str) -> None:
         """Forget an adapter and all that it holds; what its start has made of the base weight is undone."""
         give_back(self, name)
+        self.__dict__["_seen"] = None
         for attribute in (*self.adapter_layer_names, *self.other_param_names):
             container: Any = self._modules.get(attribute, self.__dict__.get(attribute))
             if attribute not in self.adapter_cls.common and name in container:

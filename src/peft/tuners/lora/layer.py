@@ -65,6 +65,7 @@ class Lora(Scaled):
     fixed_rank: ClassVar[bool] = False
     agrees: ClassVar[frozenset[str]] = frozenset()
     ties: ClassVar[bool] = True
+    held_in: ClassVar[tuple[str, str, str, str] | None] = ("lora_A", "lora_B", "lora_dropout", "scaling")
     layer_base: ClassVar[Any] = ScaledLayer
     more_kinds: ClassVar[tuple[Kind, ...]] = PARALLEL
 
@@ -73,6 +74,8 @@ class Lora(Scaled):
         cls.computes_pair = (cls.pair, cls.acting_pair) != (Lora.pair, Lora.acting_pair)
         changed = (name for name in ("output", "delta", "update") if getattr(cls, name) is not getattr(Lora, name))
         cls.adds_product = cls.agrees.issuperset(changed)
+        own = (cls.factors, cls.product) != (Lora.factors, Lora.product)
+        cls.held_in = None if own or cls.computes_pair or not cls.adds_product else Lora.held_in
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For pickles, which find no combination by its name."""
