@@ -98,13 +98,16 @@ def recipe_of(x: torch.Tensor) -> Recipe | None:
 
 def is_recomputed() -> bool:
     """Whether gradient checkpointing is at work: it keeps nothing, and counts what is kept."""
+    if not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"):
+        return True  # torch 2.5 does not tell, so with it everything is kept
     hooks = _hooks()
     return hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
 
 
 def _hooks() -> tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]] | None:
-    """The hooks through which tensors pass now that autograd keeps."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+    """The hooks through which tensors pass now that autograd keeps; None if torch does not tell."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top and top(True)
 
 
 @contextmanager

@@ -51,9 +51,7 @@ def watched(module: nn.Module, around: Callable[..., Any], args: tuple, kwargs: 
 
     AttentionInterface.register(REGISTERED, _watched)
     config, names = module.config, _source(module).__globals__
-    attend = names["ALL_ATTENTION_FUNCTIONS"].get_interface(
-        config._attn_implementation, names.get("eager_attention_forward")
-    )
+    attend = names["ALL_ATTENTION_FUNCTIONS"].get(config._attn_implementation, names.get("eager_attention_forward"))
 
     def call(*given: Any, **options: Any) -> Any:
         return around(attend, *given, **options)
