@@ -761,3 +761,23 @@ def test_get_peft_model_with_something_else_than_a_config():
     base = Mlp()
     with refused((TypeError, ValueError), base, says=["PeftConfig", "dict"]):
         get_peft_model(base, {"peft_type": "LORA"})
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(init_lora_weights="pissa"),
+        LoraConfig(init_lora_weights="mica"),
+        peft.AdamssConfig(),
+        peft.FrodConfig(),
+    ],
+    ids=["pissa", "mica", "adamss", "frod"],
+)
+def test_a_base_without_values_is_named_where_the_adapter_is_made_of_them(config):
+    with torch.device("meta"):
+        base = tiny_llama()
+    before = {name: type(module) for name, module in base.named_modules()}
+    config.target_modules = {"q_proj"}
+    with pytest.raises(ValueError, match="no values yet"):
+        get_peft_model(base, config)
+    assert {name: type(module) for name, module in base.named_modules()} == before

@@ -42,7 +42,18 @@ from peft.core.model.walk import (
     surveyed,
     walk,
 )
+from peft.utils.error import ConfigError
 from peft.utils.usage import recording, remark
+
+
+def _plainer(error: Exception, config: Any) -> Exception:
+    """The error itself, or one that says what torch means by it: some methods are made of the base's weights."""
+    if not (isinstance(error, NotImplementedError) and "meta tensor" in str(error)):
+        return error
+    return ConfigError(
+        f"{type(config).__name__} makes the adapter of the base weights, which have no values yet (they are on the meta "
+        "device). Load them first."
+    )
 
 
 MANY = 8
@@ -154,11 +165,11 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
                 keys = None if state_dict is None else keys_of(model, state_dict, self.layer_cls)
                 self.prepare_config(config, model, keys)
                 self._adapt(model, name, config, low_cpu_mem_usage)
-            except Exception:
+            except Exception as error:
                 self._take_back(model, name)
                 if replicated:
                     restore_layers(model)
-                raise
+                raise _plainer(error, config)
 
     def settle(self, model: nn.Module, name: str, autocast_adapter_dtype: bool, low_cpu_mem_usage: bool) -> None:
         """What follows when an adapter has got its parts."""
