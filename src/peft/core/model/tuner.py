@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -46,14 +46,18 @@ from peft.utils.error import ConfigError
 from peft.utils.usage import recording, remark
 
 
-def _plainer(error: Exception, config: Any) -> Exception:
-    """The error itself, or one that says what torch means by it: some methods are made of the base's weights."""
-    if not (isinstance(error, NotImplementedError) and "meta tensor" in str(error)):
-        return error
-    return ConfigError(
-        f"{type(config).__name__} makes the adapter of the base weights, which have no values yet (they are on the meta "
-        "device). Load them first."
-    )
+@contextmanager
+def _values_needed(config: Any) -> Iterator[None]:
+    """A context in which an adapter that is made of weights without values raises an error that says so."""
+    try:
+        yield
+    except NotImplementedError as error:
+        if "meta tensor" not in str(error):
+            raise
+        raise ConfigError(
+            f"{type(config).__name__} makes the adapter of the base weights, which have no values yet (they are on the "
+            "meta device). Load them first."
+        ) from error
 
 
 MANY = 8
@@ -159,17 +163,17 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
         """
         config = self.peft_config[name]
         layer_map = getattr(config, "layer_replication", None)
-        with recording(config, lambda: names_in(model), TASK_HEADS):
+        with recording(config, lambda: names_in(model), TASK_HEADS), _values_needed(config):
             replicated = replicate_layers(model, layer_map) if layer_map else False
             try:
                 keys = None if state_dict is None else keys_of(model, state_dict, self.layer_cls)
                 self.prepare_config(config, model, keys)
                 self._adapt(model, name, config, low_cpu_mem_usage)
-            except Exception as error:
+            except Exception:
                 self._take_back(model, name)
                 if replicated:
                     restore_layers(model)
-                raise _plainer(error, config)
+                raise
 
     def settle(self, model: nn.Module, name: str, autocast_adapter_dtype: bool, low_cpu_mem_usage: bool) -> None:
         """What follows when an adapter has got its parts."""
