@@ -55,8 +55,8 @@ def _values_needed(config: Any) -> Iterator[None]:
         if "meta tensor" not in str(error):
             raise
         raise ConfigError(
-            f"{type(config).__name__} makes the adapter of the base weights, which have no values yet (they are on the "
-            "meta device). Load them first."
+            f"{type(config).__name__} makes the adapter of the base weights, which have no values yet (they are on "
+            "the meta device). Load them first."
         ) from error
 
 
