@@ -98,8 +98,9 @@ def recipe_of(x: torch.Tensor) -> Recipe | None:
 
 def is_recomputed() -> bool:
     """Whether gradient checkpointing is at work: it keeps nothing, and counts what is kept."""
-    if not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"):
-        return True  # torch 2.5 does not tell, so with it everything is kept
+    # a compiler decides for itself what to keep; torch 2.5 does not tell, so with it everything is kept
+    if torch.compiler.is_compiling() or not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"):
+        return True
     hooks = _hooks()
     return hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
 
