@@ -56,6 +56,7 @@ def main() -> None:
     accelerator.unwrap_model(net).save_pretrained(
         args.output, is_main_process=accelerator.is_main_process, state_dict=state
     )
+    accelerator.wait_for_everyone()  # no process takes the group down while another still writes
     accelerator.end_training()
 
 
