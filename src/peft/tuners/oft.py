@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 import torch
@@ -23,7 +22,6 @@ from peft.config import (
 from peft.core.adapter import part, setting
 from peft.core.families import Rotation
 from peft.core.model.registry import define_tuner
-from peft.kernels.made_again import made_again
 from peft.tuners.cayley import cayley_series
 from peft.utils.error import ConfigError
 from peft.utils.peft_types import PeftType
@@ -96,7 +94,7 @@ class OFTRotation(nn.Module):
             wide = q.float() if q.dtype.itemsize < 4 else q  # there is no solver for 16 bits
             rotation = torch.linalg.solve(eye + wide, eye - wide, left=False).to(q.dtype)
         else:
-            rotation = made_again(partial(cayley_series, terms=self.terms), q)
+            rotation = cayley_series(q, terms=self.terms)  # made again, it would take more time than memory is worth
         if drawn and self.dropout and self.training:
             still = torch.rand(len(q), 1, 1, device=q.device) < self.dropout
             rotation = torch.where(still, eye, rotation)
