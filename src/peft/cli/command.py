@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser
 
 from peft.cli.output import Output
 from peft.config import Options
+from peft.options import value_of
 from peft.utils.error import PeftError
 
 
@@ -76,10 +77,8 @@ def parser_of(command: Command) -> ArgumentParser:
     parser.allow_abbrev = False  # a slip, as --adapter.rank, is no other field that begins so
     if command.recipe:
         parser.add_argument("--recipe", action="config", help="The recipe, a YAML file; may also come first, bare.")
-    unused = getattr(command.options, "UNUSED", ())
-    add_fields(
-        parser, command.options, skip=("adapter",) if command.recipe else unused
-    )  # whose fields come one by one
+    # the fields of ``--adapter`` come one by one, as those of the method that is asked for
+    add_fields(parser, command.options, skip={"adapter"} if command.recipe else getattr(command.options, "UNUSED", ()))
     parser.add_argument("--json", action="store_true", help="Print what was found as JSON, and nothing else.")
     parser.add_argument("--debug", action="store_true", help="Show where an error came from.")
     return parser
@@ -107,10 +106,10 @@ def add_fields(parser: ArgumentParser, cls: type, prefix: str = "", skip: Iterab
             continue
         choices = field.metadata.get("choices")
         if choices and not any(str(choice) in text for choice in choices):
-            text += f" One of {', '.join(str(getattr(choice, 'value', choice)) for choice in choices)}."
+            text += f" One of {', '.join(str(value_of(choice)) for choice in choices)}."
         default = field.default
         if default is not dataclasses.MISSING and default is not None and not isinstance(default, type):
-            text += f" (default: {getattr(default, 'value', default)})"
+            text += f" (default: {value_of(default)})"
         flags = [f"--{prefix}{field.name}", *(["-o"] if field.name == "output" else [])]
         metavar: Any = {} if kind is bool else {"metavar": "VALUE"}
         parser.add_argument(*flags, type=kind, help=text, default=argparse.SUPPRESS, **metavar)

@@ -15,7 +15,7 @@ import torch
 from torch.autograd import Function
 
 from peft.kernels.linear import is_eager
-from peft.kernels.remake import _unchanged, recipe_of
+from peft.kernels.remake import recipe_of, unchanged
 
 
 SMALL = 2.0**-6
@@ -110,7 +110,7 @@ class Mixed(Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        c, *rest = (_unchanged(t, version) for t, version in ctx.scales)
+        c, *rest = (unchanged(t, version) for t, version in ctx.scales)
         s, half = rest[0] if rest else None, ctx.half
         try:
             (kept,) = ctx.saved_tensors

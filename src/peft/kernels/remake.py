@@ -161,7 +161,7 @@ class _Saved:
         return whole if self.view is None else whole.as_strided(*self.view)
 
     def _checked(self) -> torch.Tensor:
-        return _unchanged(self.packed, self.version)
+        return unchanged(self.packed, self.version)
 
 
 def _is_plain_view(x: torch.Tensor, base: torch.Tensor | None) -> bool:
@@ -177,7 +177,12 @@ def _stays(tensor: torch.Tensor) -> bool:
     return not of_fsdp and not hasattr(tensor, "ds_id")  # DeepSpeed ZeRO-3
 
 
-def _unchanged(tensor: torch.Tensor, version: int) -> torch.Tensor:
+def unchanged(tensor: torch.Tensor, version: int) -> torch.Tensor:
+    """The tensor, as long as nothing has changed it in place since it had this version.
+
+    Raises:
+        RuntimeError: something has; the backward pass would be of other values.
+    """
     if tensor._version != version:
         raise RuntimeError(_CHANGED.format(now=tensor._version, then=version))
     return tensor
@@ -203,7 +208,7 @@ def _operand(node: Any, name: str) -> Recipe | None:
     if not hooked:
         return lambda: getattr(node, saved)
     version = tensor._version
-    return lambda: _unchanged(getattr(node, raw).data, version)
+    return lambda: unchanged(getattr(node, raw).data, version)
 
 
 def _product(node: Any, depth: int) -> Recipe | None:
