@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from peft.core.adapter import LABEL
 from peft.core.base.storage.sharded import fill, is_dtensor, whole
 from peft.core.files.along import base_places, train_along, weights_under
 from peft.core.files.entries import Entry, anatomy, entries, prompts_of
@@ -327,8 +328,10 @@ def _match_rest(found: Match, root: nn.Module, prefix: str, known: dict[str, Ent
     """Find a place for names of older versions, and for other tensors of the base model."""
     places, current = base_places(root, prefix), current_name(root)
     tails = {entry.tail for entry in found.own if entry.tail}
+    labelled = {e.tail.partition(".")[0] for e in found.own if e.owner is not None and e.owner.labelled_inside}
     for name, value in rest.items():
         names = [name, *(prefix + new for new in _today(name.removeprefix(prefix), tails, current))]
+        names += [prefix + new for new in _relabelled(name.removeprefix(prefix), labelled)]
         place = next((known[n] for n in names if n in known), None)
         base = next((places[n] for n in names if n in places), None)
         if place is not None:
@@ -349,6 +352,15 @@ def _today(name: str, tails: set[str], current: Callable[[str], Iterator[str]]) 
         if (tail := ".".join(parts[cut:])) in tails:
             for new in current(".".join((*parts[:cut], "weight"))):
                 yield f"{new.removesuffix('.weight')}.{tail}"
+
+
+def _relabelled(name: str, labelled: set[str]) -> Iterator[str]:
+    """What a tensor is called that an older file has under the name of the adapter, or under none."""
+    parts = name.split(".")
+    for i, part in enumerate(parts[:-1], 1):
+        if part in labelled:
+            yield ".".join([*parts[:i], LABEL, *parts[i + 1 :]])
+            yield ".".join([*parts[:i], LABEL, *parts[i:]])
 
 
 def joined(state_dict: dict[str, torch.Tensor], own: list[Entry], prefix: str) -> dict[str, torch.Tensor]:
