@@ -77,6 +77,7 @@ def combined_config(tuner: BaseTuner, adapters: Sequence[str], **changes: Any) -
     """
     configs = [tuner.peft_config[name] for name in adapters]
     check_auxiliary(tuner, adapters, configs)
+    # Started plainly: an initialisation from the base's weight would change the base once more.
     united = {"inference_mode": False, f"init_{tuner.prefix}weights": True, **_targets(tuner, adapters, configs)}
     for field in ("trainable_token_indices", "layer_replication"):
         united[field] = next((v for config in configs if (v := getattr(config, field, None))), None)
@@ -165,14 +166,14 @@ def add_combined(
     """
     check_adapter_name(adapter_name, [*tuner.peft_config, *operations.adapters_of(tuner.model)])
     sources = (p for _, layer in tuner_layers(tuner) for name in adapters for p in layer.adapter_parameters(name))
-    widen = not any(p.dtype in (torch.float16, torch.bfloat16) for p in sources)
+    widen = not any(p.dtype in (torch.float16, torch.bfloat16) for p in sources)  # what comes from 16 bits stays so
     tuner.peft_config[adapter_name] = config
     try:
         with torch.random.fork_rng(devices=[]):  # what a fresh adapter draws is overwritten
             tuner.inject_adapter(tuner.model, adapter_name, autocast_adapter_dtype=widen)
         with torch.no_grad():
             for _, layer in tuner_layers(tuner):
-                if adapter_name in layer and adapter_name not in layer.tied_to:
+                if adapter_name in layer and adapter_name not in layer.tied_to:  # a tied one shows the other's tensors
                     fill(layer)
                     combine_starts(layer, adapter_name, list(zip(adapters, weights)))
             _copy_auxiliary(tuner.model, adapters, adapter_name)

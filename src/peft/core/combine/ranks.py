@@ -24,7 +24,7 @@ def shared_ranks(values: Mapping[Key, torch.Tensor], share: float, total: float 
                values.items()}  # fmt: skip
     ordered = torch.cat([*squares.values()]).sort(descending=True).values
     wanted = share * (float(ordered.sum()) if total is None else total)
-    count = int((ordered.cumsum(0) < wanted * (1 - 1e-12)).sum()) + 1
+    count = int((ordered.cumsum(0) < wanted * (1 - 1e-12)).sum()) + 1  # rounding asks for no more than all
     least = ordered[min(count, len(ordered)) - 1]
     return {key: max(1, int((square >= least).sum())) for key, square in squares.items()}
 
@@ -43,9 +43,11 @@ def randomized_svd(
     """
     most = min(matrix.shape)
     width = min(rank + oversample, most)
+    # A sketch of half the matrix costs more than the whole decomposition.
     if 2 * width >= most:
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     else:
+        # Drawn on the CPU, as everywhere: a seed gives the same on each device.
         start = torch.randn(matrix.shape[1], width, generator=generator, dtype=matrix.dtype).to(matrix.device)
         basis = torch.linalg.qr(matrix @ start).Q
         for _ in range(iterations):

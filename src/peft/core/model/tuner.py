@@ -52,7 +52,7 @@ def _values_needed(config: Any) -> Iterator[None]:
     try:
         yield
     except NotImplementedError as error:
-        if "meta tensor" not in str(error):
+        if "meta tensor" not in str(error):  # torch's words for reading a tensor without values
             raise
         raise ConfigError(
             f"{type(config).__name__} makes the adapter of the base weights, which have no values yet (they are on "
@@ -196,6 +196,8 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
                 (target, self.make_elsewhere(config, name, target, holders) if elsewhere(target.module) else None)
                 for target in targets
             ]
+            # All layers are there before the first is filled: parts that they share are made of all, and a tied one
+            # needs its source.
             layers = [(target, layer or self._layer_for(model, target, holders)) for target, layer in made]
             self._share(name, config, [layer for _, layer in layers])
             self._fill(model, name, config, layers)
@@ -258,6 +260,7 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
         layer.__dict__["key"] = target.key
         places = holders.get(id(module), [(parent, name)])
         kind = target.kind
+        # A parent that computes with the weight instead of calling the layer has to get the adapted one.
         if any(not isinstance(p, BaseTunerLayer) and reads_weight_of(p, n, kind) for p, n in places):
             layer.read_by_parent = True
         replace_at((parent, name), layer, holders)
@@ -337,6 +340,7 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
     def targeted_parameter_names(self) -> list[str]:
         """Names of the single parameters that adapters adapt (``target_parameters``)."""
         stacks = [layer for _, layer in layers_of(self.model) if isinstance(layer.kind, Stack)]
+        # in the order of registration: they nest
         return [join(layer.key, layer.kind.weight) for layer in reversed(stacks)]
 
     # --- life of the adapters ---------------------------------------------------------------------------------
@@ -438,6 +442,7 @@ def keys_of(model: nn.Module, state_dict: dict[str, Any], layer_cls: type[BaseTu
     names = "|".join(re.escape(name) for part in parts for name in part.names)
     found = set()
     for key in state_dict:
+        # Beside adapters of other methods, files have a `base_layer` between a module's name and the tensor's.
         split = re.match(rf"(?:base_model\.model\.)?(.+?)(?:\.base_layer)*\.(?:{names})(?:\.|$)", key)
         if split and split.group(1) in known:
             found.add(known[split.group(1)])
