@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from peft.core.base.stack import Stack
+from peft.core.combine.ranks import product_svd, svd
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.rewritten import combine_starts
 from peft.core.model import operations
@@ -217,10 +218,7 @@ def factorize(
     Raises:
         ValueError: for a driver on a device that has none.
     """
-    if driver is not None and not weight.is_cuda:
-        raise ValueError(f"svd_driver={driver!r} chooses a routine of CUDA; leave it out on {weight.device.type}.")
-    # the singular vectors beyond min(out, in) would be cut off again
-    u, s, vh = torch.linalg.svd(weight, full_matrices=False, driver=driver)
+    u, s, vh = svd(weight, driver)
     return _truncated(vh, u * s.unsqueeze(-2), rank, clamp)
 
 
@@ -232,12 +230,8 @@ def factorize_product(
     Args:
         down: ``[..., r, in]``. up: ``[..., out, r]``.
     """
-    if down.shape[-2] >= min(down.shape[-1], up.shape[-2]):
-        return factorize(up @ down, rank, clamp, driver)
-    q_up, r_up = torch.linalg.qr(up)
-    q_down, r_down = torch.linalg.qr(down.mT)
-    inner_down, inner_up = factorize(r_up @ r_down.mT, down.shape[-2], None, driver)
-    return _truncated(inner_down @ q_down.mT, q_up @ inner_up, rank, clamp)
+    u, s, vh = product_svd(down, up, driver)
+    return _truncated(vh, u * s.unsqueeze(-2), rank, clamp)
 
 
 def _truncated(

@@ -73,15 +73,31 @@ def leading_svd(
         rank *= 2
 
 
-def product_svd(down: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The singular value decomposition of ``up @ down``, never formed, by that of a matrix ``[r, r]``.
+def svd(matrix: torch.Tensor, driver: str | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The singular value decomposition of ``[..., out, in]``, without vectors beyond min(out, in).
 
     Args:
-        down: ``[r, in]``. up: ``[out, r]``.
+        driver: cuSOLVER's routine, for CUDA tensors.
+
+    Raises:
+        ValueError: for a driver on a device that has none.
     """
-    if down.shape[0] >= min(down.shape[1], up.shape[0]):
-        return torch.linalg.svd(up @ down, full_matrices=False)
+    if driver is not None and not matrix.is_cuda:
+        raise ValueError(f"svd_driver={driver!r} chooses a routine of CUDA; leave it out on {matrix.device.type}.")
+    return torch.linalg.svd(matrix, full_matrices=False, driver=driver)
+
+
+def product_svd(
+    down: torch.Tensor, up: torch.Tensor, driver: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The singular value decomposition of ``up @ down``, by that of a matrix ``[r, r]`` where the product is thin.
+
+    Args:
+        down: ``[..., r, in]``. up: ``[..., out, r]``. driver: as for :func:`svd`.
+    """
+    if down.shape[-2] >= min(down.shape[-1], up.shape[-2]):
+        return svd(up @ down, driver)
     q_up, r_up = torch.linalg.qr(up)
     q_down, r_down = torch.linalg.qr(down.mT)
-    u, s, vh = torch.linalg.svd(r_up @ r_down.mT, full_matrices=False)
+    u, s, vh = svd(r_up @ r_down.mT, driver)
     return q_up @ u, s, vh @ q_down.mT

@@ -196,8 +196,7 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
                 (target, self.make_elsewhere(config, name, target, holders) if elsewhere(target.module) else None)
                 for target in targets
             ]
-            # All layers are there before the first is filled: parts that they share are made of all, and a tied one
-            # needs its source.
+            # All are there before the first is filled: what they share is made of all, a tied one has its source.
             layers = [(target, layer or self._layer_for(model, target, holders)) for target, layer in made]
             self._share(name, config, [layer for _, layer in layers])
             self._fill(model, name, config, layers)
@@ -414,9 +413,7 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
     @staticmethod
     def get_model_config(model: nn.Module) -> dict:
         """The model's config as a dict; ``{"model_type": "custom"}`` where it has none."""
-        config = getattr(model, "config", None)
-        if config is None:
-            return {"model_type": "custom"}
+        config = getattr(model, "config", None) or {"model_type": "custom"}
         return config.to_dict() if hasattr(config, "to_dict") else dict(config)
 
 
@@ -424,10 +421,8 @@ def _fitting(
     layer_cls: type[BaseTunerLayer], target: Target, wrappers: list[tuple[str, nn.Module]]
 ) -> BaseTunerLayer | None:
     """The layer among these that holds adapters of a method for the target's weight."""
-    for _, w in wrappers:
-        if isinstance(w, layer_cls) and (target.kind is None or w.kind.whole or w.kind.weight == target.kind.weight):
-            return w
-    return None
+    fits = (w for _, w in wrappers if isinstance(w, layer_cls))
+    return next((w for w in fits if target.kind is None or w.kind.whole or w.kind.weight == target.kind.weight), None)
 
 
 def keys_of(model: nn.Module, state_dict: dict[str, Any], layer_cls: type[BaseTunerLayer]) -> set[str]:
