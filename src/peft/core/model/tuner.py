@@ -258,9 +258,8 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
         layer = cls(module, kind=target.kind, context=context_of(model))
         layer.__dict__["key"] = target.key
         places = holders.get(id(module), [(parent, name)])
-        kind = target.kind
         # A parent that computes with the weight instead of calling the layer has to get the adapted one.
-        if any(not isinstance(p, BaseTunerLayer) and reads_weight_of(p, n, kind) for p, n in places):
+        if any(not isinstance(p, BaseTunerLayer) and reads_weight_of(p, n, target.kind) for p, n in places):
             layer.read_by_parent = True
         replace_at((parent, name), layer, holders)
         return layer
