@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft.convert.held import named
+from peft.convert.held import named, patterned
 from peft.convert.resize import check_size
 from peft.core.base.kinds import kind_of
 from peft.core.combine.ranks import leading_svd, randomized_svd, shared_ranks
@@ -241,8 +240,7 @@ class _Extractor:
         return key
 
     def _config(self, ranks: dict[str, int], base: str) -> LoraConfig:
-        common = max(set(ranks.values()), key=list(ranks.values()).count) if ranks else 1
-        others = {re.escape(path): r for path, r in ranks.items() if r != common}
+        common, others = patterned(ranks) if ranks else (1, {})
         first, last = embeddings_of(self.model)
         tied = first is not None and getattr(first, "weight", 0) is getattr(last, "weight", 1)
         adapted = any(self.model.get_submodule(path) is first for path in ranks)

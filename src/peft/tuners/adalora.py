@@ -99,13 +99,10 @@ class AdaLora(LowRank, Scaled):
     ``left`` holds the ranks that the budget has left, once they are settled: the others take no part any more.
     """
 
-    lora_A = part()
-    lora_E = part()
-    lora_B = part()
+    lora_A, lora_E, lora_B = part(), part(), part()
     r = setting()
     ranknum = setting(nn.ParameterDict)
-    lora_alpha = setting()
-    scaling = setting()
+    lora_alpha, scaling = setting(), setting()
     lora_dropout = setting(nn.ModuleDict)
     left = setting()
     dropout: ClassVar[str] = "lora_dropout"

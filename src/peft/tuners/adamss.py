@@ -88,8 +88,7 @@ class Adamss(LowRank, Shift):
     in their places.
     """
 
-    adamss_A = part(nn.ModuleDict)
-    adamss_B = part(nn.ModuleDict)
+    adamss_A, adamss_B = part(nn.ModuleDict), part(nn.ModuleDict)
     adamss_newB = part(BufferDict)
     adamss_places = part(BufferDict, remade=True)
     num_subspaces = setting()

@@ -69,8 +69,7 @@ class AdaptionPrompt(BlockAdapter):
     """A prompt P ``[1, adapter_len, width]``, of which the attention's own projections make K_p = W_k P and
     V_p = W_v P without a rotation for positions, and a gate g ``[1]`` that starts at zero."""
 
-    adaption_prompt = part()
-    adaption_gate = part()
+    adaption_prompt, adaption_gate = part(), part()
 
     def create(self, config: AdaptionPromptConfig, key: str) -> None:
         self.adaption_prompt = nn.Parameter(torch.randn(1, config.adapter_len, width_of(self.base)))

@@ -86,8 +86,7 @@ class BOFT(Rotation):
     ``boft_R`` is ``[m, blocks, b, b]``: any square matrices, which :func:`boft_blocks` makes rotations of.
     """
 
-    boft_R = part()
-    boft_s = part()
+    boft_R, boft_s = part(), part()
     boft_dropout = setting()
     reversible = False  # a scale may be zero
     last_comes_first = True

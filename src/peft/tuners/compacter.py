@@ -136,8 +136,7 @@ class PhmBottleneck(Bottleneck):
 class Compacter(Networks):
     """One bottleneck for each kind of sub-layer that the config names; the rule is ``[n, n, n]``."""
 
-    compacter_attention = part(nn.ModuleDict)
-    compacter_cross = part(nn.ModuleDict)
+    compacter_attention, compacter_cross = part(nn.ModuleDict), part(nn.ModuleDict)
     compacter_feedforward = part(nn.ModuleDict)
     compacter_rule = shared()
     stem: ClassVar[str] = "compacter"

@@ -67,10 +67,8 @@ class Deft(Fold):
     its rows read different channels: there the weight is formed.
     """
 
-    deft_P = part()
-    deft_R = part()
-    r = setting()
-    scaling = setting()
+    deft_P, deft_R = part(), part()
+    r, scaling = setting(), setting()
     deft_dropout = setting(nn.ModuleDict)
     decomposition_method = setting()
     requires_dense_base = False

@@ -65,9 +65,7 @@ def delora_pair(
 class Delora(LowRank):
     """A ``[r, in * kernel]``, B ``[out, r]``, lambda ``[1]``; ``delora_w_norm`` holds the norms of W's columns."""
 
-    delora_A = part()
-    delora_B = part()
-    delora_lambda = part()
+    delora_A, delora_B, delora_lambda = part(), part(), part()
     delora_w_norm = part(BufferDict)
     r = setting()
     delora_dropout = setting(nn.ModuleDict)

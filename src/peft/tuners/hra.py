@@ -57,8 +57,7 @@ class HRA(Rotation):
     """
 
     hra_u = part()
-    hra_r = setting()
-    hra_apply_GS = setting()
+    hra_r, hra_apply_GS = setting(), setting()
     last_comes_first = True
 
     def create(self, config: HRAConfig, key: str) -> None:

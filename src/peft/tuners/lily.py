@@ -76,13 +76,8 @@ class Lily(Sample):
     ``[num_B, r]``.
     """
 
-    lily_A = part(nn.ModuleDict)
-    lily_B = part(nn.ModuleDict)
-    lily_router = part(nn.ModuleDict)
-    r = setting()
-    num_B = setting()
-    scaling = setting()
-    routing = setting()
+    lily_A, lily_B, lily_router = part(nn.ModuleDict), part(nn.ModuleDict), part(nn.ModuleDict)
+    r, num_B, scaling, routing = setting(), setting(), setting(), setting()
     because = "its routing depends on the sample"
 
     @classmethod

@@ -105,8 +105,7 @@ class OFT(Rotation):
     """W' = W R^T with R = blockdiag(R_1, ..., R_D). Embeddings rotate their output."""
 
     oft_R = part(nn.ModuleDict, table="oft_embedding_R")
-    r = setting()
-    oft_block_size = setting()
+    r, oft_block_size = setting(), setting()
 
     def create(self, config: OFTConfig, key: str) -> None:
         features = self.rotated_features

@@ -115,11 +115,8 @@ class Psoft(LowRank, Scaled):
     """dW = s B (R - I) A with s B A the best approximation of W of rank r: A = V^T and B = U S / s of its SVD."""
 
     psoft_R = part(nn.ModuleDict)
-    psoft_A = part(BufferDict, remade=True)
-    psoft_B = part(BufferDict, remade=True)
-    r = setting()
-    psoft_alpha = setting()
-    scaling = setting()
+    psoft_A, psoft_B = part(BufferDict, remade=True), part(BufferDict, remade=True)
+    r, psoft_alpha, scaling = setting(), setting(), setting()
     psoft_dropout = setting(nn.ModuleDict)
     dropout: ClassVar[str] = "psoft_dropout"
 

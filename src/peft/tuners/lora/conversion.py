@@ -146,8 +146,9 @@ def _converted(
         if across_layers and isinstance(rank, float):
             wanted = _shared(places, combination, rank)
         for place, parts in tqdm(places.items(), disable=not progressbar, desc="Converting to LoRA"):
-            name = ".".join(filter(None, (place[0], "" if place[1] == "weight" else place[1])))
-            pairs[place], errors[name] = _pair(parts, combination, wanted.get(place, rank), decompose, bool(wanted))
+            pairs[place], errors[_name(place)] = _pair(
+                parts, combination, wanted.get(place, rank), decompose, bool(wanted)
+            )
             shifts[place] = combination.of_bias(parts)
     _check_fixed(rank, pairs)
     ranks = {
@@ -200,6 +201,12 @@ def _combination(name: CombinationType, density: float | None, vote: Vote) -> Co
     if unused := idle(name, {"density": density, "majority_sign_method": vote}):
         warnings.warn(f"{unused}.", stacklevel=3)
     return found
+
+
+def _name(place: Place) -> str:
+    """How a config's patterns, and reports, call a weight: as its module, unless it is one of several parameters."""
+    key, weight = place
+    return ".".join(filter(None, (key, "" if weight == "weight" else weight)))
 
 
 # --- what is converted ----------------------------------------------------------------------------------------
@@ -323,10 +330,7 @@ def _pair(
         inner_rank: the rank is that of each block.
     """
     one, product = parts[0][0], _product(parts, combination)
-    if product is None:
-        blocks = _change(parts, combination)
-    else:
-        blocks = product[1] @ product[0]
+    blocks = _change(parts, combination) if product is None else product[1] @ product[0]
     groups = 1 if inner_rank or _experts(one) > 1 else len(blocks)
     most = min(blocks.shape[1:]) if product is None else min(*blocks.shape[1:], product[0].shape[1])
     if isinstance(rank, float):
@@ -399,11 +403,7 @@ def _explaining(values: torch.Tensor, share: float) -> int:
 
 def _lora_config(kept: dict[str, Any], ranks: dict[Place, int], biased: bool) -> LoraConfig:
     common = max(set(ranks.values()), key=list(ranks.values()).count)
-    others = {
-        re.escape(".".join(filter(None, (key, "" if weight == "weight" else weight)))): r
-        for (key, weight), r in ranks.items()
-        if r != common
-    }
+    others = {re.escape(_name(place)): r for place, r in ranks.items() if r != common}
     kept = {**kept, "lora_bias": True} if biased else kept
     return LoraConfig(r=common, lora_alpha=common, rank_pattern=others, alpha_pattern=dict(others), **kept)
 
