@@ -115,6 +115,7 @@ class AdaLora(LowRank, Scaled):
         self.lora_B = nn.Parameter(torch.randn(out, rank) * 0.02)
         self.lora_E = nn.Parameter(torch.zeros(rank, 1) if config.init_lora_weights else torch.randn(rank, 1))
         self.r, self.left = config.init_r, None
+        # Others read it, so it has its value on the meta device too.
         self.ranknum = nn.Parameter(torch.tensor([float(config.init_r)], device="cpu"), requires_grad=False)
         self.lora_alpha = resolve_pattern(config.alpha_pattern, key, config.lora_alpha)
         self.lora_dropout, self.scaling = input_dropout(config.lora_dropout), self.initial_scaling()

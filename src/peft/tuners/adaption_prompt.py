@@ -103,6 +103,7 @@ class AdaptedAttention(BlockLayer, nn.Module):
             for adapter, rows, pair in acting:
                 seen = adapter.seen(pair, query, rows, options.get("scaling"), output.dtype)
                 update = update + seen if rows is None else update.index_add(0, rows, seen)
+            # Where the output projection keeps its weight transposed (GPT-2), what is added comes after it.
             if self.projects:
                 return output + update, weights
             unprojected.append(update)

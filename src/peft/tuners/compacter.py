@@ -111,7 +111,7 @@ class Phm(nn.Module):
             sizes = {"W_left": (n, inner // n, k), "W_right": (n, k, outer // n)}
         for name, size in sizes.items():
             values = torch.empty(size)
-            for each in values:
+            for each in values:  # each factor is drawn like a matrix of its own
                 nn.init.xavier_normal_(each)
             self.register_parameter(name, nn.Parameter(values))
         self.bias = nn.Parameter(torch.zeros(outer)) if config.phm_bias else None

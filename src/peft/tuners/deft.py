@@ -80,7 +80,7 @@ class Deft(Fold):
         self.deft_P = nn.Parameter(torch.randn(out, config.r) * 0.02)
         if config.para:
             return
-        if config.init_weights and not self.deft_P.is_meta:
+        if config.init_weights and not self.deft_P.is_meta:  # on meta, a file brings both
             base = self.base_weight().flatten(1)
             with torch.no_grad():
                 r = self.directions()[1].to(base).T @ base / self.scaling

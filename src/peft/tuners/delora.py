@@ -58,7 +58,7 @@ def delora_pair(
     Args:
         a, b: ``[r, in * kernel]`` and ``[out, r]``. strength: lambda ``[1]``. w_norm: norms of W's columns.
     """
-    norms = a.norm(dim=1).clamp_min(1e-4) * b.norm(dim=0).clamp_min(1e-4)
+    norms = a.norm(dim=1).clamp_min(1e-4) * b.norm(dim=0).clamp_min(1e-4)  # B starts at 0
     return made_again(torch.mul, a, w_norm.to(a.dtype)), made_again(torch.mul, b, strength / (len(a) * norms))
 
 

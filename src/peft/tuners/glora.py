@@ -112,6 +112,7 @@ class Glora(Fold):
     glora_A, glora_B, glora_C = part(nn.ModuleDict), part(nn.ModuleDict), part(nn.ModuleDict)
     glora_D, glora_E = part(nn.ModuleDict), part(nn.ModuleDict)
     r = setting()
+    # A term that is "none" is one zero here, and a whole matrix of zeros in files: as_saved and as_loaded turn it.
     split: ClassVar[tuple[str, ...]] = ("",)
     adds = LinearIn(*(f"glora_{term}.{tensor}" for term in "ABCDE" for tensor in ("X", "Xu")))
 

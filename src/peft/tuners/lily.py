@@ -48,6 +48,7 @@ class LilyConfig(TargetModules, ExcludeModules, ModulesToSave, LayerSelection):
     @classmethod
     def check_kwargs(cls, /, **kwargs: Any) -> dict:
         """Files without ``routing`` come from an implementation that averages over the batch."""
+        # Files that do not say it are older.
         return {"routing": "batch", **kwargs} if "peft_version" in kwargs else kwargs
 
 

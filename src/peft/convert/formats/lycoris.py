@@ -34,6 +34,7 @@ NORMS = {"w_norm": "weight", "b_norm": "bias"}
 def alpha_of(parts: Parts, rank: int) -> float:
     """alpha of a module: the scale is alpha over the rank; without one, or with 0, it is 1."""
     alpha = float(parts["alpha"]) if "alpha" in parts else 0.0
+    # LyCORIS takes an alpha of 0 for none.
     return (alpha or rank) * (float(parts["scalar"]) if "scalar" in parts else 1.0)
 
 
@@ -109,7 +110,7 @@ def decomposed(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     Args:
         scale: the norms, ``[out, 1, ...]`` of rows or ``[1, in, ...]`` of columns.
     """
-    axes = [axis for axis in range(weight.dim()) if axis != int(len(scale) == 1)]
+    axes = [axis for axis in range(weight.dim()) if axis != int(len(scale) == 1)]  # norms of rows, or of columns
     norms = torch.linalg.vector_norm(weight, dim=axes, keepdim=True) + torch.finfo(weight.dtype).eps
     return weight * (scale.view([*scale.shape, *[1] * (weight.dim() - scale.dim())]) / norms)
 

@@ -187,7 +187,7 @@ class LoraTuner(LoraCompat, BaseTuner):
                 ranks.append(sum(held) if combination.name == "cat" else max(held))
                 groups = math.lcm(groups, pair_blocks(here[0])[1])
         rank = svd_rank if combination.way.dense and svd_rank is not None else max(ranks)
-        return math.ceil(rank / groups) * groups
+        return math.ceil(rank / groups) * groups  # groups share the ranks evenly
 
     def _get_kasa_loss(self, adapter_names: str | Sequence[str] | None = None) -> torch.Tensor | float:
         """What KaSA adds to the loss: the sum over layers of its penalty; 0.0 without KaSA.
@@ -251,6 +251,7 @@ class Mixer:
         downs, ups = [self.combination.pruned(a) for a, _ in pairs], [self.combination.pruned(b) for _, b in pairs]
         split_pairs = [split_pair(new, a, b) for a, b in zip(downs, ups)]
         roots = [math.sqrt(abs(f)) for f in factors]
+        # A negative weight turns one of the factors.
         signed = [math.copysign(root, f) for root, f in zip(roots, factors)]
         down = self.combination.summed([resized(a, rank, 1) for a, _ in split_pairs], signed)
         return down, self.combination.summed([resized(b, rank, 2) for _, b in split_pairs], roots)
