@@ -13,6 +13,7 @@ import torch
 from peft.config import resolve_pattern
 from peft.convert.held import PREFIX, Held, patterned, whole
 from peft.core.combine.ranks import product_svd
+from peft.core.layer.weight import wide
 from peft.tuners.lora.layer import Lora
 
 
@@ -104,10 +105,6 @@ def pairs_by_name(held: Held, names: Sequence[tuple[str, str]]) -> Iterator[tupl
                 yield module.removeprefix(PREFIX), name, other
 
 
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
 def _putting(
     held: Held, names: Sequence[str], made: Callable[[Sequence[Svd]], Sequence[torch.Tensor]]
 ) -> Callable[[Sequence[Svd]], None]:
@@ -164,7 +161,7 @@ def _read_pairs(held: Held) -> Iterator[Product]:
             new_a, new_b = _halves(found[0])  # [r, in * kernel], [out, r]
             return new_a.reshape(-1, *a.shape[1:]), new_b.reshape(len(b), -1, *b.shape[2:])
 
-        blocks = [(_wide(a).flatten(1), _wide(b).flatten(1))]
+        blocks = [(wide(a).flatten(1), wide(b).flatten(1))]
         yield Product(module, blocks, _lora_scale(held.config, module, len(a)), _putting(held, (down, up), made))
 
 
@@ -206,7 +203,7 @@ def _read_adalora(held: Held) -> Iterator[Product]:
     config = held.config
     for module, down, up in pairs_by_name(held, [("lora_A", "lora_B")]):
         middle = f"{PREFIX}{module}.lora_E"
-        a, e, b = (_wide(held.tensors[name]) for name in (down, middle, up))
+        a, e, b = (wide(held.tensors[name]) for name in (down, middle, up))
         alpha = resolve_pattern(config.alpha_pattern, module, config.lora_alpha)
         scale = (alpha if alpha > 0 else config.init_r) / (config.init_r + 1e-5)
         put = _putting(held, (down, middle, up), lambda found: (found[0][2], found[0][1][:, None], found[0][0]))
@@ -235,7 +232,7 @@ def _read_lokr(held: Held) -> Iterator[Product]:
         alpha = resolve_pattern(held.config.alpha_pattern, module, held.config.alpha)
         scale = alpha / len(tensors[down]) * float(tensors[f"{PREFIX}{module}.lokr_w1"].double().norm())
         put = _putting(held, (down, up), _halves_of_one)
-        yield Product(module, [(_wide(tensors[down]), _wide(tensors[up]))], scale, put)
+        yield Product(module, [(wide(tensors[down]), wide(tensors[up]))], scale, put)
 
 
 def _say_lokr(held: Held, old: dict[str, int], new: dict[str, int]) -> None:
@@ -253,7 +250,7 @@ def _read_gralora(held: Held) -> Iterator[Product]:
     """k x k blocks: columns n, j of A ``[k, in / k, r]`` and rows n of B_j ``[k, r, out / k]``, of rank r / k each."""
     config = held.config
     for module, down, up in pairs_by_name(held, [("gralora_A", "gralora_B")]):
-        a, b = _wide(held.tensors[down]), _wide(held.tensors[up])
+        a, b = wide(held.tensors[down]), wide(held.tensors[up])
         k = len(a)
         pieces_a, pieces_b = a.unflatten(2, (k, -1)), b.unflatten(1, (k, -1))  # [n, in, j, r / k], [j, n, r / k, out]
         blocks = [(pieces_a[n, :, j].mT, pieces_b[j, n].mT) for n in range(k) for j in range(k)]
@@ -283,7 +280,7 @@ def _read_dylora(held: Held) -> Iterator[Product]:
     """The ranks in use of B A; afterwards the first ranks are again the best ones."""
     used = held.config.rank or held.config.r
     for module, down, up in pairs_by_name(held, [("dylora_A", "dylora_B")]):
-        a, b = _wide(held.tensors[down])[:used], _wide(held.tensors[up])[:, :used]
+        a, b = wide(held.tensors[down])[:used], wide(held.tensors[up])[:, :used]
         yield Product(module, [(a, b)], held.config.alpha / used, _putting(held, (down, up), _halves_of_one))
 
 
@@ -298,7 +295,7 @@ def _read_lora_xs(held: Held) -> Iterator[Product]:
     """B R A; R becomes the singular values, A and B the vectors."""
     for module, down, up in pairs_by_name(held, [("xs_A", "xs_B")]):
         middle = f"{PREFIX}{module}.xs_R"
-        a, r, b = (_wide(held.tensors[name]) for name in (down, middle, up))
+        a, r, b = (wide(held.tensors[name]) for name in (down, middle, up))
         put = _putting(held, (down, middle, up), lambda found: (found[0][2], found[0][1].diag(), found[0][0]))
         yield Product(module, [(a, b @ r)], held.config.alpha / len(a), put)
 
@@ -307,7 +304,7 @@ def _read_mix_lora(held: Held) -> Iterator[Product]:
     """A ``[experts * r, in]`` and B ``[out, experts * r]``: a product of each expert. Their routers stay."""
     experts = held.config.num_experts
     for module, down, up in pairs_by_name(held, [("mix_A", "mix_B")]):
-        a, b = _wide(held.tensors[down]).chunk(experts), _wide(held.tensors[up]).chunk(experts, 1)
+        a, b = wide(held.tensors[down]).chunk(experts), wide(held.tensors[up]).chunk(experts, 1)
         put = _putting(held, (down, up), _side_by_side)
         yield Product(module, [*zip(a, b)], held.config.alpha / held.config.r, put)
 
@@ -323,7 +320,7 @@ def _read_poly(held: Held) -> Iterator[Product]:
     What any mixture of the skills does is made of these products, so that one of all A and all B is cut.
     """
     for module, down, up in pairs_by_name(held, [("poly_lora_A", "poly_lora_B")]):
-        a, b = _wide(held.tensors[down]), _wide(held.tensors[up])
+        a, b = wide(held.tensors[down]), wide(held.tensors[up])
 
         def made(found: Sequence[Svd], b: torch.Tensor = b) -> tuple[torch.Tensor, torch.Tensor]:
             new_a, new_b = _halves(found[0])

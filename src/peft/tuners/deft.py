@@ -12,6 +12,7 @@ from peft.config import ExcludeModules, FanInFanOut, LayerSelection, ModulesToSa
 from peft.core.adapter import part, setting
 from peft.core.base.kinds import fan
 from peft.core.families import Fold, input_dropout
+from peft.core.layer.weight import wide
 from peft.core.model.registry import define_tuner
 from peft.utils.peft_types import PeftType
 
@@ -55,8 +56,7 @@ def deft_directions(p: torch.Tensor, method: str) -> tuple[torch.Tensor, torch.T
     """Q and P, ``[out, r]``: the trained matrix and its positive part, or its orthonormal basis twice."""
     if method == "relu":
         return p, p.relu()
-    wide = p.float() if p.dtype.itemsize < 4 else p  # there is no decomposition for 16 bits
-    q = torch.linalg.qr(wide)[0].to(p.dtype)
+    q = torch.linalg.qr(wide(p))[0].to(p.dtype)  # there is no decomposition for 16 bits
     return q, q
 
 

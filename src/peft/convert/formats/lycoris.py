@@ -14,6 +14,7 @@ import torch
 from peft.convert.formats.flux import weight_in
 from peft.convert.held import PREFIX, Held, Pair
 from peft.convert.source import Job
+from peft.core.layer.weight import wide
 from peft.tuners.ia3 import IA3Config
 from peft.tuners.ln_tuning import LNTuningConfig
 from peft.tuners.loha import loha_weight
@@ -55,9 +56,8 @@ def change_of(module: str, parts: Parts, job: Job) -> torch.Tensor:
     if "diff" in parts:
         return parts["diff"]
     if "dora_scale" not in parts and parts.keys() & {"lokr_w1", "lokr_w1_a"}:
-        return kronecker({name: t if t.dtype == torch.float64 else t.float() for name, t in parts.items()})
-    given = weight_in(job.need_base(f"{module} is changed by a factor of its weight"), module)
-    weight = given if given.dtype == torch.float64 else given.float()
+        return kronecker({name: wide(t) for name, t in parts.items()})
+    weight = wide(weight_in(job.need_base(f"{module} is changed by a factor of its weight"), module))
     alpha, parts = parts.get("alpha"), {name: tensor.to(weight.dtype) for name, tensor in parts.items()}
     if "oft_blocks" in parts:
         rotated = _rotated(weight, parts["oft_blocks"], 0.0 if alpha is None else float(alpha))

@@ -24,6 +24,7 @@ from peft.core.files.entries import anatomy
 from peft.core.files.io import write_adapter
 from peft.core.files.state_dict import get_peft_model_state_dict
 from peft.core.layer.layer import BaseTunerLayer
+from peft.core.layer.weight import wide
 from peft.core.model import operations
 from peft.core.model.auxiliary import ModulesToSaveWrapper, TrainableTokensWrapper, bias_sites, biases_of
 from peft.core.model.targeting import exact_targets
@@ -348,7 +349,7 @@ def _pair(
 def _change(parts: list[Part], combination: Combination) -> torch.Tensor:
     """dW of a layer as matrices ``[blocks, out, in]``."""
     change = combination.of_weight(parts)
-    return _blocks(parts[0][0], change.to(torch.promote_types(change.dtype, torch.float32)))
+    return _blocks(parts[0][0], wide(change))
 
 
 def _product(parts: list[Part], combination: Combination) -> tuple[torch.Tensor, torch.Tensor] | None:

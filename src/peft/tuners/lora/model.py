@@ -25,6 +25,7 @@ from peft.core.combine.combined import (
 from peft.core.combine.names import CombinationType, Vote, idle
 from peft.core.combine.ways import Combination
 from peft.core.files.io import load_peft_weights
+from peft.core.layer.weight import wide
 from peft.core.model.manager import check_adapter_name
 from peft.core.model.registry import define_tuner
 from peft.core.model.tuner import BaseTuner
@@ -232,7 +233,7 @@ class Mixer:
             return
         scales = [float(lora.scaling) for lora, _ in parts]
         weights = [weight for _, weight in parts]
-        pairs = [tuple(map(_wide, lora.pair())) for lora, _ in parts]
+        pairs = [tuple(map(wide, lora.pair())) for lora, _ in parts]
         rank = split_pair(new, a, b)[0].shape[1]
         combine = self._from_updates if self.combination.way.dense or self.cat else self._from_factors
         down, up = combine(new, pairs, weights, scales, rank)
@@ -240,7 +241,7 @@ class Mixer:
             tensor.copy_(value)
         biased = [(lora, w, s) for (lora, w), s in zip(parts, scales) if lora.lora_bias]
         if biased:
-            shifts = [self.combination.pruned(_wide(lora.lora_B.bias) * scale) for lora, _, scale in biased]
+            shifts = [self.combination.pruned(wide(lora.lora_B.bias) * scale) for lora, _, scale in biased]
             bias.copy_(self.combination.summed(shifts, [weight for _, weight, _ in biased]))
 
     def _from_factors(
@@ -266,10 +267,6 @@ class Mixer:
             return (down, up) if self.cat else factorize_product(down, up, rank, self.clamp, self.driver)
         updates = [s * (b @ a) for (a, b), s in zip(split_pairs, scales)]
         return factorize(self.combination.merged(updates, weights), rank, self.clamp, self.driver)
-
-
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 LoraModel = define_tuner(Lora, LoraConfig, base=LoraTuner, layer=LoraLayer, __module__=__name__)
