@@ -62,7 +62,7 @@ class Source:
             shards = Shards(path.parent)
             return cls(path, {name: shards[name] for name in shards.entries}, {}, config)
         with open(path, "rb") as opened:
-            start = opened.read(9)
+            start = opened.read(9)  # a file's first bytes tell its format; its name may lie
         if start.startswith(b"GGUF"):
             return cls(path, {}, {}, config, gguf=True)
         return cls(path, *_tensors_of(path, start), config)

@@ -197,7 +197,7 @@ def _without_memory(config: Any, entries: dict[str, Entry], dtype: torch.dtype |
 
     with init_empty_weights():
         model = build(config)
-    model.tie_weights()
+    model.tie_weights()  # a tied tensor is in the files once
     index = {}
     for name, entry in entries.items():
         kept = str(dtype_of(entry, dtype)).removeprefix("torch.")
@@ -399,7 +399,7 @@ def _copy_rest(job: _Job, target: str) -> None:
     config = Path(target, "config.json")
     if job.dtype is not None and config.is_file():
         values = json.loads(config.read_text(encoding="utf-8"))
-        values.pop("torch_dtype", None)
+        values.pop("torch_dtype", None)  # its name in older configs
         values["dtype"] = str(job.dtype).removeprefix("torch.")
         config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
