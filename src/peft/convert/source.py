@@ -17,6 +17,7 @@ from peft.convert.extract import skeleton
 from peft.convert.held import Held
 from peft.core.files.io import checked_tensors, torch_load
 from peft.core.files.shards import Shards, has_weights
+from peft.core.model.walk import embeddings_of, shares_embeddings
 from peft.utils.error import CheckpointError, ConfigError
 
 
@@ -157,6 +158,15 @@ class Base:
         """How many axes the weight of a module has; None if there is no such module."""
         weight = next((m for name, m in self.model.named_modules() if name == module), nn.Identity())._parameters
         return weight["weight"].dim() if weight.get("weight") is not None else None
+
+    @property
+    def tied(self) -> tuple[str, str] | None:
+        """The names of the input and the output embedding, if these share their weight."""
+        if not shares_embeddings(self.model):
+            return None
+        first, last = embeddings_of(self.model)
+        names = {module: name for name, module in self.model.named_modules()}
+        return (names[first], names[last]) if first in names and last in names else None
 
     def has_bias(self, module: str) -> bool:
         """Whether a module has a bias."""
