@@ -85,7 +85,8 @@ def convert_adapter(
     bundle = flux_encoders(bundle)
     if target.name != "peft":
         for held in filter(is_lora, bundle.values()):
-            job.lost.update(beyond_pairs(held.config))
+            beyond = beyond_pairs(held.config)
+            job.lost.update({name: why for name, why in beyond.items() if name not in target.holds})
     files = target.write(bundle, job)
     if job.lost and not lossy:
         listed = "; ".join(f"{name}: {why}" for name, why in list(job.lost.items())[:8])
