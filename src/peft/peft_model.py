@@ -18,7 +18,7 @@ from peft.core.composition.config import CompositionConfig
 from peft.core.composition.dividing import divided
 from peft.core.composition.expressions import Composition
 from peft.core.composition.model import Compositions
-from peft.core.files.entries import prompts_of
+from peft.core.files.entries import leave_out_repeats, prompts_of
 from peft.core.layer.rows import require_unmerged
 from peft.core.model import operations
 from peft.core.model.context import BASE
@@ -129,6 +129,10 @@ class PeftModel(ModelCompat, ModelFiles, Compositions, PushToHubMixin, nn.Module
         forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         forward.__doc__ = f"The base model's forward with the active adapters; {PeftModel.forward.__doc__}"
         cls.forward = forward  # type: ignore[method-assign]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        leave_out_repeats(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -100,8 +100,8 @@ class AdaLora(LowRank, Scaled):
     """
 
     lora_A = part()
-    lora_E = part()
     lora_B = part()
+    lora_E = part()  # last, as in 0.21.2: the states of an optimizer go by the order of parameters
     r = setting()
     ranknum = setting(nn.ParameterDict)
     lora_alpha = setting()
