@@ -120,6 +120,7 @@ class PeftModel(ModelCompat, ModelFiles, Compositions, PushToHubMixin, nn.Module
             if len(args) > len(cls._inputs):
                 raise TypeError(f"forward() takes {len(cls._inputs)} positional inputs, got {len(args)}.")
             given = dict(zip(cls._inputs, args), **kwargs)
+            # What is not given is not handed on: base models differ in the inputs that they know.
             return PeftModel.forward(self, **{k: v for k, v in given.items() if v is not None or k not in cls._inputs})
 
         keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD

@@ -22,7 +22,7 @@ def _source(module: nn.Module) -> Callable:
 
 def can_watch(module: nn.Module) -> bool:
     """Whether an attention computes by the functions that transformers lets one exchange (eager, sdpa, ...)."""
-    names = _source(module).__globals__
+    names = _source(module).__globals__  # the file of the model imports the table so
     return "ALL_ATTENTION_FUNCTIONS" in names and hasattr(module, "config")
 
 
@@ -56,6 +56,8 @@ def watched(module: nn.Module, around: Callable[..., Any], args: tuple, kwargs: 
     def call(*given: Any, **options: Any) -> Any:
         return around(attend, *given, **options)
 
+    # The model looks its function up by the config's name for it: with another config for this call, nothing is
+    # patched.
     module.config = _Watched(config, call)
     try:
         return module(*args, **kwargs)
@@ -84,6 +86,7 @@ def keys_and_values(
     call = {name: _neutral(name, value, x) for name, value in given.items()}
     names = list(inspect.signature(_source(module)).parameters)
     rest = given.get("kwargs") or {}
+    # Without `self` and the catch-all, of which only the positions matter.
     call = {name: value for name, value in call.items() if name not in (names[0], "kwargs")}
     call |= {name: _neutral(name, value, x) for name, value in rest.items() if name.startswith("position")}
     watched(module, keep, (), call | {names[1]: x})
@@ -99,4 +102,5 @@ def _neutral(name: str, value: Any, x: torch.Tensor) -> Any:
         return torch.ones_like(value[:1, :1].expand(1, x.shape[1], *value.shape[2:]))
     if name == "position_ids" and isinstance(value, torch.Tensor):
         return torch.zeros(1, x.shape[1], dtype=value.dtype, device=value.device)
+    # Flags (`use_cache`, `output_attentions`) are off; masks and caches are left out.
     return value if isinstance(value, str) else False if isinstance(value, bool) else None

@@ -80,12 +80,14 @@ class Extent:
     def note(self, depth: int, names: tuple[str, ...], module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Hook of a module that holds the stack; one further in comes later, and knows better."""
         given = {**dict(zip(names, args)), **kwargs}
-        if depth <= self.depth:
+        if depth <= self.depth:  # a new call
             self.mask, self.before = None, 0
         self.depth = depth
         self.found.clear()
         mask, cache = given.get("attention_mask"), cache_of(given)
+        # one for each kind of attention, all padded alike
         mask = next(iter(mask.values()), None) if isinstance(mask, dict) else mask
+        # A mask of two dimensions says more than one that a model has prepared from it further in.
         if isinstance(mask, torch.Tensor) and (mask.dim() == 2 or self.mask is None):
             self.mask = mask
         if cache is not None:
@@ -102,6 +104,7 @@ class Extent:
         key = (first, last, h.shape[:2], h.device)
         if key not in self.found:
             self._check(h)
+            # Asking for any valid one waits for the device; a call that fills an empty cache always has some.
             found = ends_of(self._bounds(h), self.before, h.shape[1], first, last)
             self.found[key] = found if not self.before or bool(found.valid.any()) else None
         return self.found[key]
@@ -128,7 +131,7 @@ class Extent:
         if self.mask is not None:
             mask = self.context.of_rows("attention_mask", _padding(self.mask, before, tokens), batch, h.device)
             mask = mask & (torch.arange(width, device=h.device) >= lead[:, None])
-            first = mask.int().argmax(1)
+            first = mask.int().argmax(1)  # of equal ones it gives the first
             last = torch.where(mask.any(1), width - mask.flip(1).int().argmax(1), 0)
         return Bounds(first, last, self._prompt(first, last, tokens, most))
 
@@ -137,7 +140,7 @@ class Extent:
         ids, labels = self.context.prompt, self.context.labels
         if ids is not None and self.caches:
             return last.clamp(max=lead + ids.shape[1])
-        if self.before > lead:
+        if self.before > lead:  # the prompt was in earlier calls
             return torch.zeros_like(last)
         if labels is None or not self.writes or labels.shape[1] != tokens:
             return last

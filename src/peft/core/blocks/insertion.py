@@ -163,7 +163,7 @@ class InsertLayer(BlockLayer):
             joint = adapter.joint(role)
             if joint is None or not joint.needs_norm or inside != joint.sums:
                 return None
-            h = z - x
+            h = z - x  # z may be changed by members of a stack already
             kept, read = {"output": h, "sum": z, "normed": y}[joint.kept], y if joint.reads_sum else h
             replaced = h if inside else y
             return Change(adapter.change(role, read, kept), read, None if kept is replaced else kept - replaced)
@@ -175,6 +175,7 @@ class InsertLayer(BlockLayer):
             return change(adapter, z, y, x, False)
 
         inner = self.added(z, z, inside, y, place.seen["x"], place=role, derive=norm.forward)
+        # By `forward`: this runs in a hook of the norm, and a call of it would start the hooks again.
         outer = y if inner is z else norm.forward(inner)
         return self.added(outer, y, outside, z, place.seen["x"], place=role)
 
@@ -282,6 +283,7 @@ def outermost(block: nn.Module, name: str) -> str:
 def find_places(block: nn.Module, shape: Block, args: tuple, kwargs: dict[str, Any]) -> list[Place]:
     """Where the sub-layers of a block meet the residual stream, by one more call of the block, in evaluation mode."""
     events, output = _observe(block, shape, args, kwargs)
+    # Backwards, so that of equal marks the first stays.
     marks = {(event.what, event.name): i for i, event in reversed(list(enumerate(events)))}
     parts = [part for part in shape.sublayers if ("in", part.first) in marks and ("out", part.first) in marks]
     parts.sort(key=lambda part: marks["in", part.first])
@@ -339,6 +341,7 @@ def _observe(block: nn.Module, shape: Block, args: tuple, kwargs: dict[str, Any]
         handles.append(norm.register_forward_hook(partial(note, name)))
     try:
         with _resting(block), torch.no_grad():
+            # The least that works: a block may insist on its mask, or on the cache for which positions were made.
             for seen in (_bare, _without_cache, _beside_cache):
                 try:
                     output = block(*map(seen, args), **{k: seen(v, k) for k, v in kwargs.items()})
@@ -376,6 +379,7 @@ def _beside_cache(value: Any, name: str = "") -> Any:
 @contextmanager
 def _resting(module: nn.Module) -> Iterator[None]:
     """A module in evaluation mode, for a while."""
+    # Dropout would draw from the user's generator, and tensors that are compared would differ.
     modes = [(m, m.training) for m in module.modules()]
     module.eval()
     try:

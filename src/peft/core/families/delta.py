@@ -77,6 +77,7 @@ class LowRank(Delta):
     @classmethod
     def kernel(cls, layer: BaseTunerLayer, adapters: Sequence[Any], x: torch.Tensor) -> torch.Tensor | None:
         """The fused products, of which autograd keeps no pair that can be made again."""
+        # Without gradients nothing is kept, and the layer's own low-rank route computes the same.
         if not (torch.is_grad_enabled() and is_eager(x)):
             return None
         with recomputed():

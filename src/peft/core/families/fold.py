@@ -60,6 +60,6 @@ class Fold(Shift):
         return self.shifted(y + self.delta(x))
 
     def fold(self, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-        if weight is base:
+        if weight is base:  # the first to be folded in: no difference to round
             return self.folded(base)
         return weight + (self.folded(base) - base).to(weight.dtype)

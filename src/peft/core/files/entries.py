@@ -113,6 +113,7 @@ def entries(model: nn.Module, adapter: str) -> Iterator[Entry]:
     prompts: Any = prompts_of(model)
     for saved, memory, tensor in prompts.adapter_state(adapter) if prompts else ():
         held = f"base_model.{memory}" if memory and tuner_of(model) else memory
+        # What an encoder makes of its parameters is in the file, and no module holds it: it has its own way back.
         yield Entry(saved, held, tensor, put=None if memory else partial(prompts.load_prompt, adapter))
     for saved, memory, tensor in tuner.adapter_state(adapter) if (tuner := tuner_of(model)) else ():
         yield Entry(saved, memory, tensor)

@@ -208,7 +208,7 @@ def attribute_of(layer: BaseTunerLayer, module: nn.Module, name: str) -> Any:
     """An attribute of a module that stands in, in the base module's dtype: the parent may compute with it itself."""
     value, dtype = getattr(module, name), other_dtype(layer, module)
     if dtype is not None and isinstance(value, nn.Module):
-        return copy.deepcopy(value).to(dtype)
+        return copy.deepcopy(value).to(dtype)  # the one that trains keeps its dtype
     return value if dtype is None else in_dtype(dtype, value)
 
 

@@ -278,6 +278,7 @@ def merge(layer: BaseTunerLayer, new: Adapters, safe_merge: bool) -> None:
     if any(adapter.stand_in() is not None for adapter in new):
         _swap(layer, adapters, safe_merge)
         return
+    # What is merged already is folded again beside the new: each sees the unmerged W.
     unmerge(layer)
     check_writable(layer)
     stored, bias = base_weight(layer), base_bias(layer)

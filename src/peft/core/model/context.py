@@ -167,6 +167,7 @@ class Context:
         """Hook of the model: a call that says nothing of adapters or tasks does not use those of an earlier one."""
         self.rows = None
         self.leads, self._led = self.leads if self._led else {}, False
+        # Of two sequences, the mask and the labels are not of the tokens that a layer sees.
         two_lengths = getattr(getattr(module, "config", None), "is_encoder_decoder", False)
         by_token = (kwargs.get(name) for name in ("attention_mask", "labels"))
         self.mask, self.labels = (

@@ -77,6 +77,7 @@ def set_adapter(
         require_adapters(model, names, [*held, *known])
     for wrapper in wrappers:
         wrapper.check_active_rows(names)
+    # Asked before anything changes, for it may refuse.
     bias = record.choose(behind(model, names)) if record else None
     if any(isinstance(w, BaseTunerLayer) and w.merged for w in wrappers):
         warnings.warn("adapters are merged into the base model; they are unmerged before others are activated.")
@@ -271,6 +272,7 @@ def merge(
     """
     _check_together(model, adapter_names)
     mark_shared_weights(model)
+    # Inner ones first: they adapt the weight before the layers around them.
     layers = [item for item in layers_of(model) if left is None or not left(item[1])][::-1]
     # those that will refuse come first: while nothing is merged there is nothing to undo
     layers.sort(key=lambda item: not _refuses(item[1], adapter_names, safe_merge))

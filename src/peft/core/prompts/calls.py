@@ -133,6 +133,7 @@ class Calls:
         if mask is None and feed.needs_mask:
             mask = torch.ones(text.shape, dtype=torch.long, device=text.device)
         if positions is None and feed.lengths is not None and not left:
+            # Asked also where the model counts by the mask: it refuses models that would count the padding.
             positions = self._positions(text, position_name)
             positions = None if counted else positions
         if mask is not None:
