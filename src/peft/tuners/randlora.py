@@ -94,14 +94,9 @@ class RandLora(LowRank, Scaled):
     B' and A' are sums of products in an order that is not the paper's: see :func:`randlora_pair`.
     """
 
-    randlora_lambda = part()
-    randlora_gamma = part()
-    randlora_A = shared(frozen=True)
-    randlora_B = shared(frozen=True)
-    r = setting()
-    num_bases = setting()
-    randlora_alpha = setting()
-    scaling = setting()
+    randlora_lambda, randlora_gamma = part(), part()
+    randlora_A, randlora_B = shared(frozen=True), shared(frozen=True)
+    r, num_bases, randlora_alpha, scaling = setting(), setting(), setting(), setting()
     randlora_dropout = setting(nn.ModuleDict)
     dropout: ClassVar[str] = "randlora_dropout"
 

@@ -58,13 +58,9 @@ class ShadowConfig(TargetModules, ExcludeModules, LayerSelection, ModulesToSave,
 class Shadow(BlockAdapter):
     """The bottleneck, and T and G, of one block. The shadow network is shared by all; the first layer runs it."""
 
-    shadow_down = part(nn.ModuleDict)
-    shadow_up = part(nn.ModuleDict)
-    shadow_update_transform = part(nn.ModuleDict)
-    shadow_update_gate = part(nn.ModuleDict)
-    shadow_backbone = shared()
-    shadow_projection = shared()
-    shadow_head = shared()
+    shadow_down, shadow_up = part(nn.ModuleDict), part(nn.ModuleDict)
+    shadow_update_transform, shadow_update_gate = part(nn.ModuleDict), part(nn.ModuleDict)
+    shadow_backbone, shadow_projection, shadow_head = shared(), shared(), shared()
     shadow_dropout = setting(nn.ModuleDict)
     alpha = setting()
     labelled = True

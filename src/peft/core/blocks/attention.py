@@ -55,7 +55,9 @@ def watched(module: nn.Module, around: Callable[..., Any], args: tuple, kwargs: 
     AttentionInterface.register(REGISTERED, _watched)
     with nullcontext() if torch.compiler.is_compiling() else _EXCHANGING:
         config, names = module.config, _source(module).__globals__
-        attend = names["ALL_ATTENTION_FUNCTIONS"].get(config._attn_implementation, names.get("eager_attention_forward"))
+        attend = names["ALL_ATTENTION_FUNCTIONS"].get(
+            config._attn_implementation, names.get("eager_attention_forward")
+        )
 
         def call(*given: Any, **options: Any) -> Any:
             return around(attend, *given, **options)

@@ -89,7 +89,7 @@ def sums_exactly(layer: BaseTunerLayer) -> bool:
 
 
 def wide(weight: torch.Tensor) -> torch.Tensor:
-    """Sixteen-bit weights are folded in float32 and rounded once."""
+    """In float32 what has 16 bits: so weights are folded, and rounded once, and matrices decomposed."""
     return weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
 
 

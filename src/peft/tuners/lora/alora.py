@@ -85,7 +85,7 @@ class ALora(Lora):
 
     def output(self, x: torch.Tensor, y: torch.Tensor, base_y: torch.Tensor) -> torch.Tensor:
         tokens = self.context.tokens
-        if tokens is None:
+        if tokens is None:  # embeddings were given
             warnings.warn(
                 f"the model was called without token ids (input_ids), so the invocation tokens of {self.name!r} "
                 "cannot be found in its input, and the adapter does nothing in this call."
