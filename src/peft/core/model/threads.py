@@ -43,6 +43,6 @@ class Facts(local):
     def begin(self) -> None:
         """A call, or what stands around it, begins in this thread: from now on it has facts of its own."""
         own = self.__dict__
-        if len(own) == 1:  # what is common
-            own.update(self.common.nothing())
+        if "begun" not in own:
+            own.update({**self.common.nothing(), **own, "begun": True})
         self.common.latest = own
