@@ -74,6 +74,7 @@ class Adapter:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        # From the base to the class itself: what a variant declares again takes the place of its method's declaration.
         found = {name: value for base in reversed(cls.__mro__) for name, value in vars(base).items()}
         cls.parts = {name: value for name, value in found.items() if isinstance(value, part)}
         cls.settings = {name: value for name, value in found.items() if isinstance(value, setting)}
@@ -282,7 +283,7 @@ class Adapter:
     def cast(self, x: torch.Tensor) -> torch.Tensor:
         """x in the dtype of the adapter, which may be wider than the activations'."""
         if self.layer.cast_input_dtype_enabled and x.is_floating_point():
-            for p in self.parameters():
+            for p in self.parameters():  # the first tells: an adapter has one dtype
                 return x if p.dtype == x.dtype or not p.is_floating_point() else x.to(p.dtype)
         return x
 
@@ -349,6 +350,7 @@ def _saved_tensors(item: nn.Module) -> list[tuple[str, torch.Tensor]]:
     """The tensors that a module is saved with."""
     if item._modules or item._buffers or item._state_dict_hooks:
         return list(item.state_dict(keep_vars=True).items())
+    # `state_dict` gives the same for a bare module, and takes many times as long: a model has thousands of them.
     return [(name, p) for name, p in item._parameters.items() if p is not None]
 
 

@@ -99,7 +99,7 @@ _FIRST: dict[type[nn.Module], tuple[list[tuple[str, Any]], list[tuple[str, Calla
 def unfilled(cls: type[nn.Module], *args: Any, **kwargs: Any) -> Any:
     """A module of torch with memory for its parameters, in which no initial values are drawn."""
     module = _UNFILLED[cls](*args, **kwargs)
-    module.__class__ = cls
+    module.__class__ = cls  # pickles and isinstance should know no other
     return module
 
 

@@ -67,7 +67,7 @@ def coordinates(weight: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, to
     """U ``[out, n]``, with columns of length 1, and l ``[n]`` for which W = U diag(l) V^T."""
     u = torch.linalg.solve(v.to(weight.device, torch.double), weight.double().T).T.contiguous()
     scales = u.norm(dim=0)
-    return (u / scales.clamp_min(1e-30)).float(), scales.float()
+    return (u / scales.clamp_min(1e-30)).float(), scales.float()  # a direction that W lacks has no length
 
 
 def sparse_product(h: torch.Tensor, values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:

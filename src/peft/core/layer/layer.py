@@ -82,7 +82,7 @@ class BaseTunerLayer(ReadThrough):
         context: Context | None = None,
         **kwargs: Any,
     ) -> None:
-        if "_modules" not in self.__dict__:
+        if "_modules" not in self.__dict__:  # else a third party's class has started the module
             make_module(self)
         self._modules["base_layer"] = base_layer
         base, cls = self.get_base_layer(), self.adapter_cls
@@ -230,7 +230,7 @@ class BaseTunerLayer(ReadThrough):
         if not args and not (self.kind.whole or self.kind.opaque):
             args, kwargs = routes.input_first(self, kwargs)
         if self._disable_adapters:
-            if self.merged_adapters:
+            if self.merged_adapters:  # switched off means the base's output
                 self.unmerge()
             return self.base_layer(*args, **kwargs)
         if rows is not None and self.context.current is None:

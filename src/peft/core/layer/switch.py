@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from peft.core.model.context import Context
+from peft.core.model.context import Context, Known
 
 
 class Switch:
@@ -19,7 +19,9 @@ class Switch:
     _paused: list[torch.Tensor]
 
     def _start(self, context: Context | None = None) -> None:
-        self.__dict__.update(context=context or Context(), _active_adapter=[], _disable_adapters=False, _paused=[])
+        self.__dict__.update(
+            context=context or Context(Known()), _active_adapter=[], _disable_adapters=False, _paused=[]
+        )
 
     @property
     def adapter_names(self) -> list[str]:
