@@ -53,7 +53,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float | int) -> Iterator
         yield
     finally:
         for layer, scaling in zip(layers, before, strict=True):
-            for name in scaling.keys() - set(layer.adapter_names):
+            for name in scaling.keys() - set(layer.adapter_names):  # gone, or come, within the context
                 del scaling[name]
             scaling.update({name: value for name, value in layer.scaling.items() if name not in scaling})
             layer.scaling = scaling
@@ -113,12 +113,11 @@ def _show_base_method(model: nn.Module, name: str) -> None:
         return
     method = _stand_in(name)
     signature = inspect.signature(origin)
-    me = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    me = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     rest = [
         p.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD) if p.kind is inspect.Parameter.POSITIONAL_ONLY else p
         for p in signature.parameters.values()
     ]
-    me = me.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
     method.__signature__ = signature.replace(parameters=[me, *rest])  # type: ignore[attr-defined]
     method.__doc__, method.__name__ = origin.__doc__, name
     object.__setattr__(model, name, types.MethodType(method, model))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,14 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft.convert.held import named
+from peft.convert.held import named, patterned
 from peft.convert.resize import check_size
 from peft.core.base.kinds import kind_of
 from peft.core.combine.ranks import leading_svd, randomized_svd, shared_ranks
 from peft.core.files.io import write_adapter
 from peft.core.files.shards import Shards
 from peft.core.model.targeting import exact_targets
-from peft.core.model.walk import embeddings_of, join
+from peft.core.model.walk import embeddings_of, join, shares_embeddings
 from peft.tools.architecture import build
 from peft.tools.footprint import meta_copy
 from peft.tuners.lora.config import LoraConfig
@@ -141,7 +140,7 @@ class _Extractor:
             if kind is not None and name == kind.weight and not kind.opaque and kind.refusal(module) is None:
                 self.dtypes.add(after.dtype)
                 change = after.to(torch.promote_types(after.dtype, torch.float32))
-                del after
+                del after  # three of the matrix at once would be the peak
                 change -= before
                 del before
                 self._decompose(path, kind, module, change)
@@ -211,7 +210,7 @@ class _Extractor:
         kept_as = dtype or next(iter(self.dtypes), torch.float32)
         for path, (u, s, vh) in self.found.items():
             r = ranks[path] = min(ranks[path], len(s))
-            root = s[:r].sqrt()
+            root = s[:r].sqrt()  # half of the scale for each factor
             pairs[path, "weight"] = ((root[:, None] * vh[:r])[None].to(kept_as), (u[:, :r] * root)[None].to(kept_as))
             rest = self.rests[path] ** 2 + float(s[r:].double().square().sum())
             errors[path] = rest**0.5 / self.norms[path]
@@ -220,7 +219,7 @@ class _Extractor:
         tensors = lora_tensors(self.model, config, "default", pairs, {})
         for name, value in tensors.items():
             if value.is_meta:
-                tensors[name] = self.tuned[self._file_name(name)]
+                tensors[name] = self.tuned[self._file_name(name)]  # what is trained whole
         total = sum(norm**2 for norm in self.norms.values())
         report = Extraction(
             output,
@@ -241,10 +240,8 @@ class _Extractor:
         return key
 
     def _config(self, ranks: dict[str, int], base: str) -> LoraConfig:
-        common = max(set(ranks.values()), key=list(ranks.values()).count) if ranks else 1
-        others = {re.escape(path): r for path, r in ranks.items() if r != common}
-        first, last = embeddings_of(self.model)
-        tied = first is not None and getattr(first, "weight", 0) is getattr(last, "weight", 1)
+        common, others = patterned(ranks) if ranks else (1, {})
+        first = embeddings_of(self.model)[0]
         adapted = any(self.model.get_submodule(path) is first for path in ranks)
         targets = exact_targets(self.model, set(ranks))
         return LoraConfig(
@@ -255,7 +252,7 @@ class _Extractor:
             target_modules=list(targets) if isinstance(targets, set) else targets,
             modules_to_save=sorted(self.saved) or None,
             bias="all" if self.biases else "none",
-            ensure_weight_tying=tied and adapted,
+            ensure_weight_tying=adapted and shares_embeddings(self.model),
             base_model_name_or_path=base,
             inference_mode=True,
         )

@@ -62,6 +62,7 @@ class Adapter:
     parts: ClassVar[dict[str, part]] = {}
     settings: ClassVar[dict[str, setting]] = {}
     common: ClassVar[dict[str, shared]] = {}
+    declares: ClassVar[frozenset[str]] = frozenset(__slots__)
     adds: ClassVar[Addition] = NoSum()
     layer_base: ClassVar[Any] = None
     split: ClassVar[tuple[str, ...]] = ()
@@ -81,26 +82,24 @@ class Adapter:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        # From the base to the class itself: what a variant declares again takes the place of its method's declaration.
         found = {name: value for base in reversed(cls.__mro__) for name, value in vars(base).items()}
         cls.parts = {name: value for name, value in found.items() if isinstance(value, part)}
         cls.settings = {name: value for name, value in found.items() if isinstance(value, setting)}
         cls.common = {name: value for name, value in found.items() if isinstance(value, shared)}
+        cls.declares = frozenset((*cls.parts, *cls.settings, *Adapter.__slots__))
         cls.changes_input = cls.input is not Adapter.input
 
     def __init__(self, layer: BaseTunerLayer, name: str) -> None:
-        object.__setattr__(self, "layer", layer)
-        object.__setattr__(self, "name", name)
+        self.layer, self.name = layer, name
 
     def __setattr__(self, attribute: str, value: Any) -> None:
-        if (declared := self.settings.get(attribute) or self.parts.get(attribute)) is not None:
-            declared.__set__(self, value)
-        elif attribute in Adapter.__slots__:
-            object.__setattr__(self, attribute, value)
-        else:
+        if attribute not in self.declares:
             raise AttributeError(
                 f"{type(self).__name__} declares no {attribute!r}, so nothing keeps it. Add a line to the "
                 f"class: `{attribute} = part()` for a tensor that trains, `{attribute} = setting()` for anything else."
             )
+        object.__setattr__(self, attribute, value)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r})"
@@ -292,7 +291,7 @@ class Adapter:
     def cast(self, x: torch.Tensor) -> torch.Tensor:
         """x in the dtype of the adapter, which may be wider than the activations'."""
         if self.layer.cast_input_dtype_enabled and x.is_floating_point():
-            for p in self.parameters():
+            for p in self.parameters():  # the first tells: an adapter has one dtype
                 return x if p.dtype == x.dtype or not p.is_floating_point() else x.to(p.dtype)
         return x
 
@@ -313,11 +312,11 @@ class Adapter:
         return isinstance(dropout, nn.Dropout) and dropout.training
 
     # --- state ----------------------------------------------------------------------------------------------
-    def held(self) -> Iterator[tuple[str, part, Any]]:
+    def held(self) -> list[tuple[str, part, Any]]:
         """Its parts: attribute of the layer, declaration, what is there."""
-        for declared in type(self).parts.values():
-            if (value := declared.read(self.layer, self.name)) is not None:
-                yield declared.attribute(self.layer), declared, value
+        layer, name = self.layer, self.name
+        found = [(declared, declared.read(layer, name)) for declared in self.parts.values()]
+        return [(declared.attribute(layer), declared, value) for declared, value in found if value is not None]
 
     def parameters(self) -> Iterator[torch.Tensor]:
         """The trained tensors, those in common with other layers included."""
@@ -360,6 +359,7 @@ def _saved_tensors(item: nn.Module) -> list[tuple[str, torch.Tensor]]:
     """The tensors that a module is saved with."""
     if item._modules or item._buffers or item._state_dict_hooks:
         return list(item.state_dict(keep_vars=True).items())
+    # `state_dict` gives the same for a bare module, and takes many times as long: a model has thousands of them.
     return [(name, p) for name, p in item._parameters.items() if p is not None]
 
 

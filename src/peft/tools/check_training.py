@@ -281,7 +281,7 @@ def _starved_blocks(model: nn.Module) -> Iterator[list[str]]:
 def _untouched(model: nn.Module) -> Iterator[None]:
     """Training mode with gradients on; modes, buffers and random states are put back."""
     modes = {module: module.training for module in model.modules()}
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]  # running means move in a forward
     devices = sorted({p.device.index for p in model.parameters() if p.is_cuda and p.device.index is not None})
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
         try:

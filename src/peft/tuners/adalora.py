@@ -99,13 +99,11 @@ class AdaLora(LowRank, Scaled):
     ``left`` holds the ranks that the budget has left, once they are settled: the others take no part any more.
     """
 
-    lora_A = part()
-    lora_E = part()
-    lora_B = part()
+    # E last, as in 0.21.2: the states of an optimizer go by the order of parameters
+    lora_A, lora_B, lora_E = part(), part(), part()
     r = setting()
     ranknum = setting(nn.ParameterDict)
-    lora_alpha = setting()
-    scaling = setting()
+    lora_alpha, scaling = setting(), setting()
     lora_dropout = setting(nn.ModuleDict)
     left = setting()
     dropout: ClassVar[str] = "lora_dropout"
@@ -118,6 +116,7 @@ class AdaLora(LowRank, Scaled):
         self.lora_B = nn.Parameter(torch.randn(out, rank) * 0.02)
         self.lora_E = nn.Parameter(torch.zeros(rank, 1) if config.init_lora_weights else torch.randn(rank, 1))
         self.r, self.left = config.init_r, None
+        # Others read it, so it has its value on the meta device too.
         self.ranknum = nn.Parameter(torch.tensor([float(config.init_r)], device="cpu"), requires_grad=False)
         self.lora_alpha = resolve_pattern(config.alpha_pattern, key, config.lora_alpha)
         self.lora_dropout, self.scaling = input_dropout(config.lora_dropout), self.initial_scaling()

@@ -58,16 +58,14 @@ def delora_pair(
     Args:
         a, b: ``[r, in * kernel]`` and ``[out, r]``. strength: lambda ``[1]``. w_norm: norms of W's columns.
     """
-    norms = a.norm(dim=1).clamp_min(1e-4) * b.norm(dim=0).clamp_min(1e-4)
+    norms = a.norm(dim=1).clamp_min(1e-4) * b.norm(dim=0).clamp_min(1e-4)  # B starts at 0
     return made_again(torch.mul, a, w_norm.to(a.dtype)), made_again(torch.mul, b, strength / (len(a) * norms))
 
 
 class Delora(LowRank):
     """A ``[r, in * kernel]``, B ``[out, r]``, lambda ``[1]``; ``delora_w_norm`` holds the norms of W's columns."""
 
-    delora_A = part()
-    delora_B = part()
-    delora_lambda = part()
+    delora_A, delora_B, delora_lambda = part(), part(), part()
     delora_w_norm = part(BufferDict)
     r = setting()
     delora_dropout = setting(nn.ModuleDict)

@@ -84,7 +84,7 @@ class DyLora(LowRank):
         if not self.training:
             return self.pair()
         least, most = self.dylora_range
-        drawn = int(torch.randint(least, most + 1, ()))
+        drawn = int(torch.randint(least, most + 1, ()))  # on the CPU, and once for each layer
         return first_ranks(self.dylora_A, self.dylora_B, drawn, self.dylora_alpha, self.dylora_last)
 
 

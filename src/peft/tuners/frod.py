@@ -87,13 +87,9 @@ class Frod(LowRank):
     model, such as ``self_attn.q_proj``. Tables of embeddings are transposed: V turns their vectors.
     """
 
-    frod_lambda_l = part()
-    frod_lambda_s_values = part()
-    frod_U = part(BufferDict, remade=True)
-    frod_start = part(BufferDict, remade=True)
-    frod_V = shared(frozen=True)
-    frod_s_indices = shared(frozen=True)
-    frod_s_size = shared(frozen=True)
+    frod_lambda_l, frod_lambda_s_values = part(), part()
+    frod_U, frod_start = part(BufferDict, remade=True), part(BufferDict, remade=True)
+    frod_V, frod_s_indices, frod_s_size = shared(frozen=True), shared(frozen=True), shared(frozen=True)
     category = setting()
     frod_dropout = setting(nn.ModuleDict)
     save_projection = setting()

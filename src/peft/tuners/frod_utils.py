@@ -82,7 +82,8 @@ def coordinates(weight: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, to
     solved, failed = torch.linalg.solve_ex(wide, target)
     u = (torch.linalg.lstsq(wide.cpu(), target.cpu(), driver="gelsd").solution.to(wide) if failed else solved).T
     scales = u.norm(dim=0)
-    return (u / scales.clamp_min(1e-30)).float().contiguous(), scales.float()
+    u = (u / scales.clamp_min(1e-30)).float()  # a direction that W lacks has no length
+    return u.contiguous(), scales.float()
 
 
 def sparse_product(h: torch.Tensor, values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:

@@ -72,13 +72,9 @@ class Gralora(Scaled):
     A ``[k, in / k, r]`` and B ``[k, r, out / k]``, rounded up where k does not divide.
     """
 
-    gralora_A = part()
-    gralora_B = part()
-    gralora_A_general = part(nn.ModuleDict)
-    gralora_B_general = part(nn.ModuleDict)
-    alpha = setting()
-    ranks = setting()
-    scaling = setting()
+    gralora_A, gralora_B = part(), part()
+    gralora_A_general, gralora_B_general = part(nn.ModuleDict), part(nn.ModuleDict)
+    alpha, ranks, scaling = setting(), setting(), setting()
     gralora_dropout = setting(nn.ModuleDict)
 
     def create(self, config: GraloraConfig, key: str) -> None:

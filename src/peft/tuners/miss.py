@@ -101,8 +101,7 @@ class Miss(Delta):
     """``miss_block`` is D ``[r, out]``, for "mini" ``[r, mini_r]``, for "bat" M ``[out / r, r, r]``."""
 
     miss_block = part()
-    miss_r = setting()
-    form = setting()
+    miss_r, form = setting(), setting()
     miss_dropout = setting(nn.ModuleDict)
     adds = LinearIn("miss_block")
 

@@ -59,10 +59,7 @@ def task_matrices(w: torch.Tensor, b: torch.Tensor, d: torch.Tensor, sharpness: 
 class MtlLora(Sample):
     """y' = y + s (sum_j p_j B_j) D_t A drop(x). A is ``[r, in * kernel]``, B ``[n, out, r]``."""
 
-    mtl_lora_A = part()
-    mtl_lora_B = part()
-    mtl_lora_D = part()
-    mtl_lora_weights = part()
+    mtl_lora_A, mtl_lora_B, mtl_lora_D, mtl_lora_weights = part(), part(), part(), part()
     n_tasks, scaling, sharpness = setting(), setting(), setting()
     mtl_lora_dropout = setting(nn.ModuleDict)
     because = "its update depends on the task of the sample"

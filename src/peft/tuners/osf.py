@@ -79,8 +79,7 @@ class OSF(Fold):
     """
 
     osf_svd_params = part(nn.ModuleDict)
-    osf_U_high = part(BufferDict, remade=True)
-    osf_V_high = part(BufferDict, remade=True)
+    osf_U_high, osf_V_high = part(BufferDict, remade=True), part(BufferDict, remade=True)
     osf_high = part(BufferDict, remade=True)
     effective_rank = setting()
 

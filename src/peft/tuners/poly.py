@@ -83,12 +83,8 @@ class Poly(Sample):
     """
 
     poly_router = part(nn.ModuleDict)
-    poly_lora_A = part()
-    poly_lora_B = part()
-    r = setting()
-    n_tasks = setting()
-    n_skills = setting()
-    n_splits = setting()
+    poly_lora_A, poly_lora_B = part(), part()
+    r, n_tasks, n_skills, n_splits = setting(), setting(), setting(), setting()
     random_in_training = True
     because = "its update depends on the task of the sample"
 

@@ -13,6 +13,7 @@ from peft.core.adapter import part, setting
 from peft.core.base.kinds import fan
 from peft.core.families import LowRank, Scaled, input_dropout
 from peft.core.layer.buffers import BufferDict
+from peft.core.layer.weight import wide
 from peft.core.model.registry import define_tuner
 from peft.kernels.made_again import made_again
 from peft.tuners.cayley import cayley_series
@@ -82,8 +83,8 @@ class PsoftRotation(nn.Module):
     def cayley(self) -> torch.Tensor:
         """C of the triangle, ``[r, r]``."""
         upper = torch.ones(self.r, self.r, dtype=torch.bool, device=self.weight.device).triu(1)
-        wide = self.weight.float() if self.weight.dtype.itemsize < 4 else self.weight  # no solver has 16 bits
-        q = wide.new_zeros(self.r, self.r).masked_scatter(upper, wide)  # keeps less than with indices
+        weight = wide(self.weight)  # there is no solver for 16 bits
+        q = weight.new_zeros(self.r, self.r).masked_scatter(upper, weight)  # keeps less than with indices
         q, eye = q - q.T, torch.eye(self.r, device=q.device, dtype=q.dtype)
         if self.terms is None:
             return torch.linalg.solve(eye - q, eye + q, left=False).to(self.weight.dtype)
@@ -115,11 +116,8 @@ class Psoft(LowRank, Scaled):
     """dW = s B (R - I) A with s B A the best approximation of W of rank r: A = V^T and B = U S / s of its SVD."""
 
     psoft_R = part(nn.ModuleDict)
-    psoft_A = part(BufferDict, remade=True)
-    psoft_B = part(BufferDict, remade=True)
-    r = setting()
-    psoft_alpha = setting()
-    scaling = setting()
+    psoft_A, psoft_B = part(BufferDict, remade=True), part(BufferDict, remade=True)
+    r, psoft_alpha, scaling = setting(), setting(), setting()
     psoft_dropout = setting(nn.ModuleDict)
     dropout: ClassVar[str] = "psoft_dropout"
 

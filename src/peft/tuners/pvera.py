@@ -71,14 +71,11 @@ class Pvera(LowRank):
     As a weight it is that of the mean: dW = diag(b) B diag(d) A with the first halves of d and A.
     """
 
-    pvera_lambda_b = part()
-    pvera_lambda_d = part()
-    pvera_A = shared(frozen=True)
-    pvera_B = shared(frozen=True)
+    pvera_lambda_b, pvera_lambda_d = part(), part()
+    pvera_A, pvera_B = shared(frozen=True), shared(frozen=True)
     r = setting()
     pvera_dropout = setting(nn.ModuleDict)
-    sample_at_inference = setting()
-    pvera_generator = setting()
+    sample_at_inference, pvera_generator = setting(), setting()
     dropout: ClassVar[str] = "pvera_dropout"
     random_in_training = True
 

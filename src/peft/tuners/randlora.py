@@ -65,8 +65,8 @@ class WeightedBases(torch.autograd.Function):
 
 
 def weighted_bases(weights: torch.Tensor, basis: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
-    """What :class:`WeightedBases` gives, by plain operations where ``torch.func`` is at work."""
-    if is_transformed():
+    """What :class:`WeightedBases` gives, by plain operations where ``torch.func`` or a compiler is at work."""
+    if is_transformed() or torch.compiler.is_compiling():  # an exported program may run where gradients are on
         return (basis[:, None] * gamma * weights[:, :, None]).flatten(0, 1)
     return WeightedBases.apply(weights, basis, gamma)
 
@@ -94,14 +94,9 @@ class RandLora(LowRank, Scaled):
     B' and A' are sums of products in an order that is not the paper's: see :func:`randlora_pair`.
     """
 
-    randlora_lambda = part()
-    randlora_gamma = part()
-    randlora_A = shared(frozen=True)
-    randlora_B = shared(frozen=True)
-    r = setting()
-    num_bases = setting()
-    randlora_alpha = setting()
-    scaling = setting()
+    randlora_lambda, randlora_gamma = part(), part()
+    randlora_A, randlora_B = shared(frozen=True), shared(frozen=True)
+    r, num_bases, randlora_alpha, scaling = setting(), setting(), setting(), setting()
     randlora_dropout = setting(nn.ModuleDict)
     dropout: ClassVar[str] = "randlora_dropout"
 

@@ -88,8 +88,7 @@ class ReftConfig(ModulesToSave):
 class Reft(BlockAdapter):
     """The edits after one block: of the first positions, and of the last ones unless those are tied to them."""
 
-    reft_prefix = part(nn.ModuleDict)
-    reft_suffix = part(nn.ModuleDict)
+    reft_prefix, reft_suffix = part(nn.ModuleDict), part(nn.ModuleDict)
     positions = setting()
 
     def create(self, config: ReftConfig, key: str) -> None:

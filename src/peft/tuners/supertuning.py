@@ -76,10 +76,8 @@ class Supertuning(Sparse):
 
     supertuning_values = part()
     supertuning_indices = part(BufferDict)
-    supertuning_lora_A = part(nn.ModuleDict)
-    supertuning_lora_B = part(nn.ModuleDict)
-    save_indices = setting()
-    lora_scaling = setting()
+    supertuning_lora_A, supertuning_lora_B = part(nn.ModuleDict), part(nn.ModuleDict)
+    save_indices, lora_scaling = setting(), setting()
     supertuning_lora_dropout = setting(nn.ModuleDict)
     adds = LinearIn("supertuning_values", "supertuning_lora_B")
 

@@ -72,15 +72,9 @@ class TinyLora(LowRank):
     Of an embedding A and B are those of the table ``[tokens, dim]``.
     """
 
-    tinylora_A = part(BufferDict)
-    tinylora_B = part(BufferDict)
-    tinylora_P = part(BufferDict)
+    tinylora_A, tinylora_B, tinylora_P = part(BufferDict), part(BufferDict), part(BufferDict)
     tinylora_v = shared()
-    r = setting()
-    u = setting()
-    layer_index = setting()
-    tinylora_v_key = setting()
-    save_projection = setting()
+    r, u, layer_index, tinylora_v_key, save_projection = setting(), setting(), setting(), setting(), setting()
     tinylora_dropout = setting(nn.ModuleDict)
     adds = LinearIn("tinylora_v")
     dropout: ClassVar[str] = "tinylora_dropout"

@@ -55,13 +55,10 @@ def unilora_spread(theta: torch.Tensor, indices: torch.Tensor, scales: torch.Ten
 class UniLora(LowRank):
     """dW = B A with A and B = theta[indices] * scales, scales = 1 / sqrt(how often the number is used)."""
 
-    unilora_indices_A = part(BufferDict)
-    unilora_indices_B = part(BufferDict)
-    unilora_scales_A = part(BufferDict)
-    unilora_scales_B = part(BufferDict)
+    unilora_indices_A, unilora_indices_B = part(BufferDict), part(BufferDict)
+    unilora_scales_A, unilora_scales_B = part(BufferDict), part(BufferDict)
     unilora_theta_d = shared()
-    r = setting()
-    save_indices = setting()
+    r, save_indices = setting(), setting()
     unilora_dropout = setting(nn.ModuleDict)
     dropout: ClassVar[str] = "unilora_dropout"
 

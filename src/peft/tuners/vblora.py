@@ -72,13 +72,9 @@ def vblora_pieces(logits: torch.Tensor, bank: torch.Tensor, topk: int) -> torch.
 class VBLoRA(LowRank):
     """dW = B A, of which each piece of ``vector_length`` entries is a mixture of the bank's vectors."""
 
-    vblora_logits_A = part()
-    vblora_logits_B = part()
+    vblora_logits_A, vblora_logits_B = part(), part()
     vblora_vector_bank = shared()
-    r = setting()
-    topk = setting()
-    save_only_topk_weights = setting()
-    is_partial = setting()
+    r, topk, save_only_topk_weights, is_partial = setting(), setting(), setting(), setting()
     vblora_dropout = setting(nn.ModuleDict)
     split = ("_topk_indices", "_topk_weights")
     dropout: ClassVar[str] = "vblora_dropout"

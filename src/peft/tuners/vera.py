@@ -40,10 +40,8 @@ class Vera(LowRank):
     A convolution is its matrix ``[out, in * kernel]``.
     """
 
-    vera_lambda_b = part()
-    vera_lambda_d = part()
-    vera_A = shared(frozen=True)
-    vera_B = shared(frozen=True)
+    vera_lambda_b, vera_lambda_d = part(), part()
+    vera_A, vera_B = shared(frozen=True), shared(frozen=True)
     r = setting()
     vera_dropout = setting(nn.ModuleDict)
     dropout: ClassVar[str] = "vera_dropout"

@@ -205,7 +205,7 @@ def _loha_of(held: Held, modules: dict[str, dict[str, torch.Tensor]], scales: di
 
 def _sizes(parts: tuple[str, ...], out: int, inner: int) -> list[int]:
     if len(parts) == 4:
-        return [inner, inner, inner, out - 3 * inner]
+        return [inner, inner, inner, out - 3 * inner]  # q, k and v are square; the rest is the MLP's
     return [out // len(parts)] * len(parts)
 
 

@@ -329,7 +329,7 @@ def _flat_ia3(held: Held, prefix: str, job: Job) -> dict[str, torch.Tensor]:
 
 def number(value: float, dtype: torch.dtype) -> torch.Tensor:
     """A number as a tensor, in the first dtype that holds it: that of the weights, float32, float64."""
-    for kind in (dtype, torch.float32):
+    for kind in (dtype, torch.float32):  # 16 bits round some alphas
         tensor = torch.tensor(value, dtype=kind)
         if float(tensor) == value:
             return tensor

@@ -39,7 +39,8 @@ class Delta(Adapter):
 
     def delta(self, x: torch.Tensor) -> torch.Tensor:
         """dW x."""
-        return self.multiplied(x, lambda: self.delta_weight().to(dtype=floating(x)))
+        dtype = floating(x)  # not within the function: it is held until the backward pass, and would hold x
+        return self.multiplied(x, lambda: self.delta_weight().to(dtype=dtype))
 
     def prefers_folding(self) -> bool:
         return type(self).delta is Delta.delta and self.sums_exactly()
@@ -77,6 +78,7 @@ class LowRank(Delta):
     @classmethod
     def kernel(cls, layer: BaseTunerLayer, adapters: Sequence[Any], x: torch.Tensor) -> torch.Tensor | None:
         """The fused products, of which autograd keeps no pair that can be made again."""
+        # Without gradients nothing is kept, and the layer's own low-rank route computes the same.
         if not (torch.is_grad_enabled() and is_eager(x)):
             return None
         with recomputed():

@@ -86,6 +86,7 @@ def get_peft_model_state_dict(
         found, seen = {}, set()
         own = list(entries(model, adapter_name))  # held until the end: an id is that of a living tensor only
         for entry in own:
+            # Projections that a seed gives again (`put`) are saved where the config says so.
             if id(entry.tensor) in seen or (entry.put is not None and not getattr(config, "save_projection", True)):
                 continue
             seen.add(id(entry.tensor))
@@ -151,6 +152,7 @@ def _require_all(model: nn.Module, adapter: str, absent: dict[int, str]) -> None
     if absent:
         prompts = prompts_of(model)
         encoder = prompts.adapter_parameters(adapter) if prompts and adapter in prompts.adapter_names else []
+        # What an encoder gives is in no state dict, so the state dict has to have the encoder.
         held = [*encoder, *(entry.tensor for entry in entries(model, adapter) if not encoder or entry.memory)]
         lacking = [absent[id(tensor)] for tensor in held if id(tensor) in absent]
     if lacking:
@@ -175,6 +177,7 @@ def _embeddings(root: nn.Module, prefix: str, adapter: str, always: bool) -> dic
     found = {}
     for site, weight in _embedding_sites(root):
         around = [w for _, w in site.wrappers if isinstance(w, BaseTunerLayer) and adapter in w]
+        # Trained rows, and copies of whole modules, are tensors of the adapter itself.
         adapted = any(not (w.adapter_cls.follows_ties or w.adapter_cls.any_module) for w in around)
         copied = any(isinstance(w, ModulesToSaveWrapper) and adapter in w for _, w in site.wrappers)
         if adapted or (always and not copied):
@@ -274,6 +277,7 @@ class Match:
     def missing(self) -> list[Entry]:
         """Tensors of the adapter for which there is nothing; what layers share has a place in each."""
         there = {id(entry.tensor) for entry, _ in (*self.fits, *self.wrong)}
+        # What has a `put` of its own can be made again, so a file may lack it.
         return [entry for entry in self.own if id(entry.tensor) not in there and entry.put is None]
 
 
@@ -292,6 +296,7 @@ def match(model: nn.Module, adapter: str, state_dict: dict[str, torch.Tensor]) -
     rest: dict[str, torch.Tensor] = {}
     config = (getattr(model, "peft_config", None) or {}).get(adapter)
     for name, value in joined(_of_today(state_dict, config), own, prefix).items():
+        # From a file with the prefix into a plain model that was adapted in place, and the other way round.
         place = known.get(name) or known.get(prefix + name) or known.get(name.removeprefix("base_model.model."))
         if place is None:
             rest[name] = value
@@ -416,6 +421,7 @@ def _write(model: nn.Module, entry: Entry, value: torch.Tensor, assign: bool) ->
         if entry.tensor.device.type != "meta":
             fill(entry.tensor, value)
     elif (
+        # A DTensor keeps its part of the values; a whole tensor in its place would be none.
         (assign and not is_dtensor(entry.tensor))
         or entry.tensor.device.type == "meta"
         or entry.tensor.shape != value.shape

@@ -257,7 +257,7 @@ class Attention(nn.Module):
             nn.init.zeros_(linear.bias)
         self.value = nn.Linear(width, width, bias=False) if dynamic else None
         if self.value is not None:
-            nn.init.constant_(self.value.weight, 1e-6)
+            nn.init.constant_(self.value.weight, 1e-6)  # the start that the library adapters has
             with torch.no_grad():
                 self.value.weight.fill_diagonal_(1.0)
 

@@ -217,7 +217,7 @@ class PromptTuner(Manager):
             return
         encoder = self.prompts.encoders[name]
         training = encoder.training
-        state = list(encoder.eval().adapter_state())
+        state = list(encoder.eval().adapter_state())  # a dropout would be saved with it
         encoder.train(training)
         for file, memory, tensor in state:
             yield file, f"{ENCODER}{name}.{memory}" if memory else "", tensor

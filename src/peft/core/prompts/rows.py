@@ -167,7 +167,7 @@ class Prompts:
         index = self.tokens[name].to(next(encoder.parameters()).device)
         if encoder.uses_tasks:
             return encoder(index.expand(batch, -1), tasks)
-        return encoder(index[None]).expand(batch, -1, -1)
+        return encoder(index[None]).expand(batch, -1, -1)  # computed once for all rows
 
     def feed(self, batch: int, stack: int = 0) -> Feed | None:
         """What the rows of a call get: the active prompt, or each row its own. None: nothing.

@@ -24,6 +24,7 @@ from peft.core.files.entries import anatomy
 from peft.core.files.io import write_adapter
 from peft.core.files.state_dict import get_peft_model_state_dict
 from peft.core.layer.layer import BaseTunerLayer
+from peft.core.layer.weight import wide
 from peft.core.model import operations
 from peft.core.model.auxiliary import ModulesToSaveWrapper, TrainableTokensWrapper, bias_sites, biases_of
 from peft.core.model.targeting import exact_targets
@@ -146,8 +147,9 @@ def _converted(
         if across_layers and isinstance(rank, float):
             wanted = _shared(places, combination, rank)
         for place, parts in tqdm(places.items(), disable=not progressbar, desc="Converting to LoRA"):
-            name = ".".join(filter(None, (place[0], "" if place[1] == "weight" else place[1])))
-            pairs[place], errors[name] = _pair(parts, combination, wanted.get(place, rank), decompose, bool(wanted))
+            pairs[place], errors[_name(place)] = _pair(
+                parts, combination, wanted.get(place, rank), decompose, bool(wanted)
+            )
             shifts[place] = combination.of_bias(parts)
     _check_fixed(rank, pairs)
     ranks = {
@@ -200,6 +202,12 @@ def _combination(name: CombinationType, density: float | None, vote: Vote) -> Co
     if unused := idle(name, {"density": density, "majority_sign_method": vote}):
         warnings.warn(f"{unused}.", stacklevel=3)
     return found
+
+
+def _name(place: Place) -> str:
+    """How a config's patterns, and reports, call a weight: as its module, unless it is one of several parameters."""
+    key, weight = place
+    return ".".join(filter(None, (key, "" if weight == "weight" else weight)))
 
 
 # --- what is converted ----------------------------------------------------------------------------------------
@@ -323,10 +331,7 @@ def _pair(
         inner_rank: the rank is that of each block.
     """
     one, product = parts[0][0], _product(parts, combination)
-    if product is None:
-        blocks = _change(parts, combination)
-    else:
-        blocks = product[1] @ product[0]
+    blocks = _change(parts, combination) if product is None else product[1] @ product[0]
     groups = 1 if inner_rank or _experts(one) > 1 else len(blocks)
     most = min(blocks.shape[1:]) if product is None else min(*blocks.shape[1:], product[0].shape[1])
     if isinstance(rank, float):
@@ -344,7 +349,7 @@ def _pair(
 def _change(parts: list[Part], combination: Combination) -> torch.Tensor:
     """dW of a layer as matrices ``[blocks, out, in]``."""
     change = combination.of_weight(parts)
-    return _blocks(parts[0][0], change.to(torch.promote_types(change.dtype, torch.float32)))
+    return _blocks(parts[0][0], wide(change))
 
 
 def _product(parts: list[Part], combination: Combination) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -399,11 +404,7 @@ def _explaining(values: torch.Tensor, share: float) -> int:
 
 def _lora_config(kept: dict[str, Any], ranks: dict[Place, int], biased: bool) -> LoraConfig:
     common = max(set(ranks.values()), key=list(ranks.values()).count)
-    others = {
-        re.escape(".".join(filter(None, (key, "" if weight == "weight" else weight)))): r
-        for (key, weight), r in ranks.items()
-        if r != common
-    }
+    others = {re.escape(_name(place)): r for place, r in ranks.items() if r != common}
     kept = {**kept, "lora_bias": True} if biased else kept
     return LoraConfig(r=common, lora_alpha=common, rank_pattern=others, alpha_pattern=dict(others), **kept)
 

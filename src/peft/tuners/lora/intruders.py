@@ -10,6 +10,7 @@ import torch
 
 from peft.core.files.entries import anatomy
 from peft.core.files.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.core.layer.weight import base_weight
 from peft.core.model.walk import layers_of
 from peft.tuners.lora.factors import factors_of
 from peft.tuners.lora.layer import LoraLayer
@@ -67,7 +68,7 @@ def reduce_intruder_dimension(
     write = beside(peft_model, old_adapter_name, new_adapter_name)
     for path, layer in layers:
         delta = layer.kind.orient(layer.get_delta_weight(old_adapter_name), layer.get_base_layer()).flatten(1)
-        base = _base_weight(layer).to(delta)
+        base = base_weight(layer).flatten(1).to(delta)
         change, count = without_intruders(base, delta, top_k, threshold_epsilon, mitigation_lambda)
         say(f"{path}: Intruders: {count}")
         if count:
@@ -119,12 +120,6 @@ def beside(model: Any, old: str, new: str) -> Callable[[str, torch.Tensor, torch
         b[:, :rank] = (left[:, :rank] * root).view(-1, rank, *b.shape[2:])
 
     return write
-
-
-def _base_weight(layer: LoraLayer) -> torch.Tensor:
-    """``[out, in * kernel]``."""
-    base = layer.get_base_layer()
-    return layer.kind.orient(layer.storage.read(base, layer.kind.weight), base).flatten(1)
 
 
 @torch.no_grad()

@@ -47,8 +47,7 @@ class Kasa(Lora):
     """
 
     lora_diag = part()
-    kasa_V = part(BufferDict, remade=True)
-    kasa_US = part(BufferDict, remade=True)
+    kasa_V, kasa_US = part(BufferDict, remade=True), part(BufferDict, remade=True)
     ties: ClassVar[bool] = False
     kasa_options = setting()
     fixed_rank: ClassVar[bool] = True

@@ -44,18 +44,12 @@ class Lora(Scaled):
         agrees: hooks of a variant that give the same wherever :meth:`product` gives factors.
     """
 
-    lora_A = part(nn.ModuleDict)
-    lora_B = part(nn.ModuleDict)
-    lora_embedding_A = part()
-    lora_embedding_B = part()
+    lora_A, lora_B = part(nn.ModuleDict), part(nn.ModuleDict)
+    lora_embedding_A, lora_embedding_B = part(), part()
     lora_magnitude_vector = part(nn.ModuleDict, bare=True)
-    r = setting()
-    lora_alpha = setting()
-    scaling = setting()
+    r, lora_alpha, scaling = setting(), setting(), setting()
     lora_dropout = setting(nn.ModuleDict)
-    use_rslora = setting()
-    use_dora = setting()
-    lora_bias = setting()
+    use_rslora, use_dora, lora_bias = setting(), setting(), setting()
 
     variants: ClassVar[list[type[Lora]]] = []
     excludes: ClassVar[dict[str, str]] = {}

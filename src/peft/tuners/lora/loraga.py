@@ -61,7 +61,7 @@ def measured(model: nn.Module, targets: dict[str, Target], train_step: Callable[
 
     def take(p: torch.Tensor) -> None:
         assert p.grad is not None
-        gradient, p.grad = p.grad.float().cpu(), None
+        gradient, p.grad = p.grad.float().cpu(), None  # freed as it comes: no step holds all gradients
         sums[id(p)] = sums[id(p)].add_(gradient) if id(p) in sums else gradient
         calls[id(p)] = calls.get(id(p), 0) + 1
 

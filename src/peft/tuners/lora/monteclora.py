@@ -84,8 +84,7 @@ class MonteCLora(Lora):
     """
 
     lora_monteclora_sampler = part(nn.ModuleDict)
-    monteclora_options = setting()
-    monteclora_drawn = setting()
+    monteclora_options, monteclora_drawn = setting(), setting()
     fixed_rank: ClassVar[bool] = True
     random_in_training: ClassVar[bool] = True
     ties: ClassVar[bool] = False

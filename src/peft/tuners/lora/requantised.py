@@ -58,7 +58,7 @@ def replace_lora_weights_loftq(
         lora: Any = layer.adapters[adapter_name]
         pair = lora.held_pair()
         before = [t.detach().clone() for t in pair]
-        fitted = low_rank(full - unmerged_weight(layer).float(), layer.r[adapter_name])
+        fitted = low_rank(full - unmerged_weight(layer).float(), layer.r[adapter_name])  # what quantisation lost
         for old, new, factor in zip(pair, fitted, (1.0, 1 / layer.scaling[adapter_name])):
             old.copy_(new * factor)
         if callback is not None and not callback(peft_model, name):

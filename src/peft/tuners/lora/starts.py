@@ -59,6 +59,7 @@ def corda(
     while True:
         damped = covariance + eye * (covariance.diagonal().mean() * damping)
         inverse, failed = torch.linalg.inv_ex(damped)
+        # Damped until the inverse is one; a covariance of zeros never has one, so there is an end.
         if damping > 1e6 or (not failed and torch.dist(damped @ inverse, eye) < 0.05):
             break
         damping *= 2

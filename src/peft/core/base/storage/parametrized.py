@@ -56,6 +56,7 @@ class Parametrized(Storage):
             got, reason = self.read(m, attribute), "it constrains the weight, and the merged one is not of that form"
         except Exception as error:
             got, reason = None, f"it has no right inverse for the merged weight ({type(error).__name__}: {error})"
+        # Asked by "not <=", so that NaN counts as different.
         if got is None or not (got - value).abs().max() <= 8 * torch.finfo(value.dtype).eps * value.abs().max():
             self.put_back(m, attribute, before)
             raise ValueError(
@@ -141,7 +142,7 @@ class HookedNorm(Parametrized):
         return made.detach()
 
     def _slots(self, m: nn.Module, attribute: str) -> list[tuple[dict, str, torch.Tensor]]:
-        names = [f"{attribute}_{part}" for part in ("g", "v", "orig", "u")]
+        names = [f"{attribute}_{part}" for part in ("g", "v", "orig", "u")]  # weight_norm; spectral_norm and prune
         return [(held, n, held[n]) for held in (m._parameters, m._buffers) for n in names if held.get(n) is not None]
 
     def _assign(self, m: nn.Module, attribute: str, value: torch.Tensor) -> None:
@@ -169,6 +170,7 @@ class HookedNorm(Parametrized):
             yield
         finally:
             m.__dict__.update(own)
+            # Emptied first, so that the hooks keep their order.
             m._forward_pre_hooks.clear()
             m._forward_pre_hooks.update(hooks)
 
