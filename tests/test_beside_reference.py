@@ -58,6 +58,18 @@ def test_a_layer_has_one_name_in_print_and_in_reports(config: Any, name: str) ->
     assert type(model.base_model.model.lin0).__name__ == name.partition(".")[2]
 
 
+@pytest.mark.parametrize("name", ["", "a.b", "keys", "training", "forward", "__class__"])
+@pytest.mark.parametrize("error", [ValueError, KeyError])
+def test_names_that_no_adapter_can_have(name: str, error: type[Exception]) -> None:
+    config = LoraConfig(target_modules=["lin0"])
+    model = get_peft_model(Mlp(), config)
+    with pytest.raises(error, match="cannot be the name of an adapter"):
+        get_peft_model(Mlp(), config, adapter_name=name)
+    with pytest.raises(error, match="cannot be the name of an adapter"):
+        model.add_adapter(name, config)
+    assert list(model.peft_config) == ["default"]
+
+
 class _Block(nn.Module):
     def __init__(self, index: int) -> None:
         super().__init__()
