@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,22 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from toys import Attention, Mlp, tiny_llama
 
+import peft
 from peft import (
     AdaLoraConfig,
+    CartridgeConfig,
+    CPTConfig,
     FrodConfig,
     HRAConfig,
     LNTuningConfig,
     LoraConfig,
     MissConfig,
+    MultitaskPromptTuningConfig,
     PeftModel,
+    PeftType,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
     WaveFTConfig,
     get_layer_status,
     get_peft_model,
@@ -67,6 +77,79 @@ def test_names_that_no_adapter_can_have(name: str, error: type[Exception]) -> No
         get_peft_model(Mlp(), config, adapter_name=name)
     with pytest.raises(error, match="cannot be the name of an adapter"):
         model.add_adapter(name, config)
+    assert list(model.peft_config) == ["default"]
+
+
+PROMPTS = [
+    CPTConfig(cpt_token_ids=[1, 2, 3, 4], cpt_mask=[1] * 4, cpt_tokens_type_mask=[1, 2, 3, 4]),
+    CartridgeConfig(num_virtual_tokens=4, num_frozen_tokens=1),
+    MultitaskPromptTuningConfig(num_virtual_tokens=3, num_tasks=2),
+    PrefixTuningConfig(num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=8),
+    PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8, encoder_reparameterization_type="LSTM"),
+    PromptTuningConfig(num_virtual_tokens=3),
+]
+
+
+@pytest.mark.parametrize("config", PROMPTS, ids=lambda config: config.peft_type.value)
+@pytest.mark.parametrize("trainable", [False, True])
+def test_prompts_are_loaded_without_being_made_first(config: Any, trainable: bool, tmp_path: Path) -> None:
+    config = dataclasses.replace(config, task_type="CAUSAL_LM")
+    torch.manual_seed(0)
+    model = disturb(get_peft_model(tiny_llama(), config))
+    model.save_pretrained(str(tmp_path))
+    task = {"task_ids": torch.tensor([0])} if config.peft_type == PeftType.MULTITASK_PROMPT_TUNING else {}
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    torch.manual_seed(0)
+    again = PeftModel.from_pretrained(tiny_llama(), str(tmp_path), is_trainable=trainable, low_cpu_mem_usage=True)
+    torch.testing.assert_close(again.eval()(ids, **task).logits, model(ids, **task).logits, **CLOSE)
+
+
+BY_HAND = {
+    "adalora": (peft.AdaLoraConfig(total_step=9), {"r": 3, "lora_alpha": 6}, {"lora_A": (3, 12)}),
+    "c3a": (peft.C3AConfig(block_size=1), {"block_size": 4}, {"c3a_kernel": (2, 3, 4)}),
+    "fourierft": (peft.FourierFTConfig(), {"n_frequency": 5}, {"fourierft_spectrum": (5,)}),
+    "hira": (peft.HiraConfig(), {"r": 3}, {"hira_A": (3, 12)}),
+    "hra": (peft.HRAConfig(), {"r": 4}, {"hra_u": (12, 4)}),
+    "ia3": (peft.IA3Config(), {"is_feedforward": True}, {"ia3_l": (1, 12)}),
+    "loha": (peft.LoHaConfig(), {"r": 3, "alpha": 6}, {"hada_w1_b": (3, 12)}),
+    "lora": (LoraConfig(r=2), {"r": 3, "lora_alpha": 6}, {"lora_A": (3, 12)}),
+    "miss": (MissConfig(), {"r": 4}, {"miss_block": (4, 8)}),
+    "waveft": (WaveFTConfig(), {"n_frequency": 5}, {"waveft_spectrum": (5,)}),
+}
+
+
+@pytest.mark.parametrize("by_position", [False, True], ids=["keyword", "position"])
+@pytest.mark.parametrize("method", BY_HAND)
+def test_what_stands_beside_the_config_of_a_layer_made_by_hand(method: str, by_position: bool) -> None:
+    config, given, shapes = BY_HAND[method]
+    before = config.to_dict()
+    make = importlib.import_module(f"peft.tuners.{method}.layer").Linear
+    base = nn.Linear(12, 8)
+    layer = make(base, "a", config, *given.values()) if by_position else make(base, "a", config, **given)
+    for name, shape in shapes.items():
+        held = getattr(layer, name)["a"]
+        assert tuple(getattr(held, "weight", held).shape) == shape
+    if "lora_alpha" in given:
+        assert layer.lora_alpha == {"a": 6}
+    assert layer.active_adapters == ["a"]
+    assert config.to_dict() == before
+    with pytest.raises(TypeError, match="after the config"):
+        make(base, "a", config, *given.values(), 1, 2)
+    with pytest.raises(TypeError, match="takes a config"):
+        make(base, "a", None, **given)
+
+
+@pytest.mark.parametrize("device, error", [("nowhere", RuntimeError), ("meta", ValueError)])
+def test_a_device_that_no_file_can_be_read_on(device: str, error: type[Exception], tmp_path: Path) -> None:
+    model = get_peft_model(Mlp(), LoraConfig(target_modules=["lin0"]))
+    model.save_pretrained(str(tmp_path))
+    for read in (
+        lambda: PeftModel.from_pretrained(Mlp(), str(tmp_path), torch_device=device),
+        lambda: model.load_adapter(str(tmp_path), "more", torch_device=device),
+        lambda: peft.load_peft_weights(str(tmp_path), device),
+    ):
+        with pytest.raises(error, match="device"):
+            read()
     assert list(model.peft_config) == ["default"]
 
 

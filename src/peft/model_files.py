@@ -156,6 +156,7 @@ class ModelFiles:
             is_trainable: go on training it; otherwise it is frozen, and the model in evaluation mode.
             config: instead of the saved one.
             key_mapping: regex -> replacement for the names in the file.
+            kwargs: ``torch_device``, on which to read the file; options of the hub; ``ignore_mismatched_sizes``.
 
         Raises:
             ValueError, FileNotFoundError: if the files are missing or damaged, or do not fit the model, which is
@@ -173,7 +174,7 @@ class ModelFiles:
             placing = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
             return cls._from_composition(model, model_id, adapter_name, is_trainable, config, {**hub, **placing})
         _start_from_file(config)
-        weights = load_peft_weights(model_id, key_mapping=key_mapping, **hub)
+        weights = load_peft_weights(model_id, kwargs.get("torch_device"), key_mapping, **hub)
         held = [p for site in walk(model) for p in site.module._parameters.values() if p is not None]
         frozen = [p for p in held if not p.requires_grad]
         placing = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}

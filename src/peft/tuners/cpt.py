@@ -131,6 +131,8 @@ class CPTEmbedding(VirtualTokens):
         return self.embedding(indices) + self.get_projection()[indices]
 
     def saved(self) -> torch.Tensor:
+        if self.delta_embedding.weight.is_meta:  # before a file brings the moves
+            return torch.empty_like(self.embedding.weight, device="meta")
         return (self.embedding.weight + self.get_projection()).detach()
 
     def load_prompt_embeddings(self, prompt_embeddings: torch.Tensor) -> None:

@@ -167,6 +167,8 @@ def read_tensors(file: str, device: str | None = None) -> dict[str, torch.Tensor
     """
     import torch
 
+    if torch.device(device or "cpu").type == "meta":
+        raise ValueError("files cannot be read on the meta device; low_cpu_mem_usage=True makes no tensors before.")
     try:
         if file.endswith(".safetensors"):
             from safetensors.torch import load, load_file

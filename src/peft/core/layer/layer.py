@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from peft.compat.by_hand import with_given
 from peft.core.adapter import Adapter
 from peft.core.base.kinds import WHOLE, Kind, foreign_kind, kind_of
 from peft.core.base.storage import Storage, storage_key
@@ -77,7 +78,7 @@ class BaseTunerLayer(ReadThrough):
         base_layer: nn.Module,
         adapter_name: str | None = None,
         config: Any = None,
-        *,
+        *args: Any,  # what constructors of 0.21 take there
         kind: Kind | None = None,
         context: Context | None = None,
         **kwargs: Any,
@@ -110,7 +111,7 @@ class BaseTunerLayer(ReadThrough):
         elif not cls.any_module:
             raise ValueError(f"{type(base).__name__} is no kind of layer that {type(self).__name__} can adapt.")
         if adapter_name is not None:
-            self.add_adapter(adapter_name, config, kwargs.get("current_key", ""))
+            self.add_adapter(adapter_name, with_given(type(self), config, args, kwargs), kwargs.get("current_key", ""))
             self.set_adapter(adapter_name)
 
     def train(self, mode: bool = True) -> BaseTunerLayer:
