@@ -148,6 +148,7 @@ class Psoft(LowRank, Scaled):
         if config.psoft_svd == "full":
             u, s, v = torch.linalg.svd(weight, full_matrices=False)
             return u[:, :r], s[:r], v[:r]
+        # `svd_lowrank` draws from the global generator.
         with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
             torch.manual_seed(config.random_seed)
             u, s, v = torch.svd_lowrank(weight, q=r, niter=config.psoft_svd_lowrank_niter)

@@ -86,6 +86,7 @@ class TinyLora(LowRank):
         bound = 0.0 if config.init_weights is True else config.init_v_bound
         start = (torch.empty(config.u).uniform_(-bound, bound) for _ in range(groups))
         vectors = nn.ParameterDict({str(i): nn.Parameter(v) for i, v in enumerate(start)})
+        # The last group has what is left over.
         keys = [str(min(i // (len(layers) // groups), groups - 1)) for i in range(len(layers))]
         return {"tinylora_v": vectors, "tinylora_v_key": keys, "layer_index": list(range(len(layers)))}
 
@@ -93,6 +94,7 @@ class TinyLora(LowRank):
         self.r = r = min(config.r, *fan(self.shape))
         self.u, self.save_projection = config.u, config.save_projection
         generator = torch.Generator("cpu").manual_seed(config.projection_seed + self.layer_index)
+        # On the CPU even for a skeleton: a file need not hold it (save_projection=False).
         self.tinylora_P = torch.empty(config.u, r, r, device="cpu").normal_(0, 1 / math.sqrt(r), generator=generator)
         sizes = fan(self.shape)[::-1] if self.kind.lookup else fan(self.shape)
         a, b = torch.empty(r, sizes[1]), torch.empty(sizes[0], r)

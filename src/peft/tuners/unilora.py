@@ -69,7 +69,7 @@ class UniLora(LowRank):
         shapes = [((config.r, columns), (rows, config.r)) for rows, columns in (fan(x.shape) for x in layers)]
         sizes = [a * b for pair in shapes for a, b in pair]
         indices = generate_index(sum(sizes), length, config.proj_seed)
-        scales = indices.bincount(minlength=length).clamp(min=1).float().rsqrt()
+        scales = indices.bincount(minlength=length).clamp(min=1).float().rsqrt()  # a number may be used nowhere
         pieces = list(indices.split(sizes))
         a = [piece.view(shape) for piece, (shape, _) in zip(pieces[0::2], shapes)]
         b = [piece.view(shape) for piece, (_, shape) in zip(pieces[1::2], shapes)]

@@ -117,7 +117,7 @@ class VBLoRA(LowRank):
         return logits.scatter(-1, place, weights.log())
 
     def loaded(self) -> None:
-        self.is_partial = None
+        self.is_partial = None  # asked again at the next call
 
     def _refuse_to_train_on(self) -> None:
         """A file of the largest weights alone leaves the other logits at minus infinity, where nothing moves them."""

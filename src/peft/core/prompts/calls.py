@@ -184,11 +184,8 @@ class Calls:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
             return (), {**named(module.forward, args, kwargs), **changed}
 
-        handle = receiver.register_forward_pre_hook(hook, with_kwargs=True)
-        try:
+        with receiver.register_forward_pre_hook(hook, with_kwargs=True):
             return self.model(**inputs)
-        finally:
-            handle.remove()
 
     # --- prefixes ---------------------------------------------------------------------------------------------
     def _forward_with_prefix(self, inputs: dict[str, Any]) -> Any:
