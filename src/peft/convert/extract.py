@@ -14,7 +14,7 @@ from torch import nn
 from peft.convert.held import named, patterned
 from peft.convert.resize import check_size
 from peft.core.base.kinds import kind_of
-from peft.core.combine.ranks import leading_svd, randomized_svd, shared_ranks
+from peft.core.combine.ranks import halves, leading_svd, randomized_svd, shared_ranks
 from peft.core.files.io import write_adapter
 from peft.core.files.shards import Shards
 from peft.core.model.targeting import exact_targets
@@ -210,8 +210,8 @@ class _Extractor:
         kept_as = dtype or next(iter(self.dtypes), torch.float32)
         for path, (u, s, vh) in self.found.items():
             r = ranks[path] = min(ranks[path], len(s))
-            root = s[:r].sqrt()  # half of the scale for each factor
-            pairs[path, "weight"] = ((root[:, None] * vh[:r])[None].to(kept_as), (u[:, :r] * root)[None].to(kept_as))
+            down, up = (factor[None].to(kept_as) for factor in halves(u, s, vh, r))
+            pairs[path, "weight"] = down, up
             rest = self.rests[path] ** 2 + float(s[r:].double().square().sum())
             errors[path] = rest**0.5 / self.norms[path]
             lost += rest

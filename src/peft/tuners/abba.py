@@ -12,6 +12,7 @@ from torch import nn
 from peft.config import ExcludeModules, LayerSelection, ModulesToSave, TargetModules, option
 from peft.core.adapter import part, setting
 from peft.core.base.kinds import fan
+from peft.core.combine.ranks import halves, svd
 from peft.core.families import LowRank, input_dropout
 from peft.core.filling import draw_like_linear, skip_values
 from peft.core.model.registry import define_tuner
@@ -59,8 +60,7 @@ class Abba(LowRank):
         r1 = min(config.r1, out, columns)
         a1, b1, a2, b2 = (torch.empty(size) for size in ((r1, columns), (out, r1), (r2, columns), (out, r2)))
         if not skip_values():
-            u, s, v = torch.linalg.svd(self.base_weight().detach().flatten(1).float(), full_matrices=False)
-            a1, b1 = s[:r1].sqrt()[:, None] * v[:r1], u[:, :r1] * s[:r1].sqrt()
+            a1, b1 = halves(*svd(self.base_weight().detach().flatten(1).float()), r1)
             draw_like_linear(a2)
             nn.init.zeros_(b2) if config.init_weights else draw_like_linear(b2)
         self.abba_A1, self.abba_B1 = nn.Parameter(a1), nn.Parameter(b1)

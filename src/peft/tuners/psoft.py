@@ -11,6 +11,7 @@ from torch import nn
 from peft.config import ExcludeModules, FanInFanOut, LayerSelection, ModulesToSave, TargetModules, option
 from peft.core.adapter import part, setting
 from peft.core.base.kinds import fan
+from peft.core.combine.ranks import halves, svd
 from peft.core.families import LowRank, Scaled, input_dropout
 from peft.core.layer.buffers import BufferDict
 from peft.core.layer.weight import wide
@@ -129,7 +130,7 @@ class Psoft(LowRank, Scaled):
         if config.ab_svd_init == "psoft_init":
             a, b = v, u * s
         else:
-            a, b = s.sqrt()[:, None] * v, u * s.sqrt()
+            a, b = halves(u, s, v)
         self.psoft_A, self.psoft_B = a.contiguous(), b / self.scaling
         self.psoft_R, self.psoft_dropout = PsoftRotation(self.r, config), input_dropout(config.psoft_dropout)
 
@@ -146,7 +147,7 @@ class Psoft(LowRank, Scaled):
         """U ``[out, r]``, S ``[r]``, V^T ``[r, in * kernel]``."""
         weight, r = self.base_weight().detach().flatten(1).float(), config.r
         if config.psoft_svd == "full":
-            u, s, v = torch.linalg.svd(weight, full_matrices=False)
+            u, s, v = svd(weight)
             return u[:, :r], s[:r], v[:r]
         # `svd_lowrank` draws from the global generator.
         with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):

@@ -14,6 +14,7 @@ from peft.config import FanInFanOut, LayerSelection, ModulesToSave, TargetModule
 from peft.core.adapter import part, setting, shared
 from peft.core.addition import LinearIn
 from peft.core.base.kinds import fan
+from peft.core.combine.ranks import halves, svd
 from peft.core.families import LowRank, input_dropout
 from peft.core.layer.buffers import BufferDict
 from peft.core.layer.layer import BaseTunerLayer
@@ -59,13 +60,6 @@ def tinylora_core(v: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     return torch.einsum("u,uij->ij", v, p)
 
 
-def principal(weight: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A = sqrt(S) V^T and B = U sqrt(S) of a matrix, for its r largest singular values."""
-    u, s, v = torch.linalg.svd(weight, full_matrices=False)
-    a, b = s[:r].sqrt()[:, None] * v[:r], u[:, :r] * s[:r].sqrt()
-    return a.contiguous(), b.contiguous()  # as they come from a file, to the last bit of a product
-
-
 class TinyLora(LowRank):
     """dW = B M A with A = sqrt(S) V^T and B = U sqrt(S) of the weight's SVD, M = sum_k v_k P_k ``[r, r]``.
 
@@ -100,8 +94,9 @@ class TinyLora(LowRank):
         a, b = torch.empty(r, sizes[1]), torch.empty(sizes[0], r)
         if not a.is_meta:  # otherwise the file brings them
             weight = self.base_weight().detach().flatten(1).float()
-            a, b = principal(weight.T if self.kind.lookup else weight, r)
-        self.tinylora_A, self.tinylora_B = a, b
+            a, b = halves(*svd(weight.T if self.kind.lookup else weight), r)
+        # As they come from a file, to the last bit of a product.
+        self.tinylora_A, self.tinylora_B = a.contiguous(), b.contiguous()
         self.tinylora_dropout = input_dropout(config.tinylora_dropout)
 
     def vector(self) -> torch.Tensor:
