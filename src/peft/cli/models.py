@@ -44,7 +44,7 @@ def load_tokenizer(options: ModelOptions) -> Any:
             options.name, revision=options.revision, trust_remote_code=options.trust_remote_code
         )
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token = tokenizer.eos_token  # batches need one
     return tokenizer
 
 
@@ -121,24 +121,13 @@ def pairs(given: list[str], what: str = "adapter") -> dict[str, str]:
     return found
 
 
-def base_of(folder: str) -> tuple[ModelOptions, PeftConfig]:
-    """The base model that an adapter names, and the adapter's config.
+def base_for(name: str | None, adapters: Mapping[str, str]) -> ModelOptions:
+    """The base model of this name; without one, that which the first adapter names.
 
     Raises:
         ConfigError: there is no such adapter.
     """
-    config = PeftConfig.from_pretrained(folder)
-    return ModelOptions(name=config.base_model_name_or_path, revision=config.revision), config
-
-
-def with_adapters(base: Any, adapters: Mapping[str, str]) -> Any:
-    """The base model with saved adapters, the first one active; the base itself if there are none."""
-    from peft.peft_model import PeftModel
-
-    model: Any = base
-    for name, folder in adapters.items():
-        if model is base:
-            model = PeftModel.from_pretrained(base, folder, adapter_name=name)
-        else:
-            model.load_adapter(folder, adapter_name=name)
-    return model.eval()
+    if name is not None or not adapters:
+        return ModelOptions(name=name)
+    config = PeftConfig.from_pretrained(next(iter(adapters.values())))
+    return ModelOptions(name=config.base_model_name_or_path, revision=config.revision)

@@ -17,6 +17,7 @@ from peft.core.base.kinds import kind_of
 from peft.core.combine.ranks import halves, leading_svd, randomized_svd, shared_ranks
 from peft.core.files.io import write_adapter
 from peft.core.files.shards import Shards
+from peft.core.layer.weight import wide
 from peft.core.model.targeting import exact_targets
 from peft.core.model.walk import embeddings_of, join
 from peft.tools.architecture import build
@@ -139,7 +140,7 @@ class _Extractor:
             kind = kind_of(module)
             if kind is not None and name == kind.weight and not kind.opaque and kind.refusal(module) is None:
                 self.dtypes.add(after.dtype)
-                change = after.to(torch.promote_types(after.dtype, torch.float32))
+                change = wide(after)
                 del after  # three of the matrix at once would be the peak
                 change -= before
                 del before

@@ -121,6 +121,11 @@ def loss_of(logits: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Te
     """Cross entropy of a language model (labels ``[batch, tokens]``) or of a classifier's last token (``[batch]``)."""
     if labels.dim() > 1:
         return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
-    mask = torch.ones(logits.shape[:2], device=logits.device) if attention_mask is None else attention_mask
+    return F.cross_entropy(last_of(logits, attention_mask).float(), labels)
+
+
+def last_of(values: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Of ``[batch, tokens, n]`` the last token of each row that is no padding, ``[batch, n]``."""
+    mask = torch.ones(values.shape[:2], device=values.device) if attention_mask is None else attention_mask
     last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(-1)
-    return F.cross_entropy(logits[torch.arange(len(logits)), last].float(), labels)
+    return values[torch.arange(len(values), device=values.device), last]

@@ -49,6 +49,7 @@ class Dora(Lora):
             if not ((is_drawn(config) and skip_values()) or self.pair()[0].is_meta):
                 base = self.base_weight()  # without values where another process has them, and will send them
                 norm = norm.to("meta") if base.is_meta else self.norm(base)
+        # As files of convolutions have it.
         shaped = norm if len(self.shape) == 2 else norm.view(1, -1, *[1] * (len(self.shape) - 2))
         self.lora_magnitude_vector = Magnitude(shaped)
 
@@ -91,7 +92,7 @@ class Dora(Lora):
         dropped = self.drops(self.lora_dropout) and not self.kind.lookup
         if dropped:
             x = self.lora_dropout(x)
-        if dropped or layer.merged or layer_inside(layer) is not None:
+        if dropped or layer.merged or layer_inside(layer) is not None:  # base_y is then no W x of this x
             inner = self.multiplied(x, lambda: self._base_for(x))
         else:
             bias = base_bias(layer)

@@ -40,6 +40,7 @@ def round_to_bits(weight: torch.Tensor, bits: int) -> torch.Tensor:
     return (table[codes] * scale).flatten()[: len(flat)].view_as(weight).to(weight.dtype)
 
 
+# The offset is that of bitsandbytes, whose tables these are.
 def _normal_table(bits: int, offset: float = 0.9677083) -> torch.Tensor:
     """2^bits ascending codes: quantiles of N(0, 1) on both sides of an exact zero, the largest scaled to 1."""
     half = 2 ** (bits - 1)

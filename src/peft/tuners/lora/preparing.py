@@ -100,4 +100,4 @@ def write_cache(tensors: dict[str, torch.Tensor], path: str | None) -> None:
     if path is not None:
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         torch.save({name: tensor.detach().cpu() for name, tensor in tensors.items()}, f"{path}.new")
-        os.replace(f"{path}.new", path)
+        os.replace(f"{path}.new", path)  # whole, or not at all

@@ -88,7 +88,7 @@ def lora_ga(
             "gd_scale": both divided by s; "unit": as they are.
     """
     most = min(gradient.shape)
-    q = min(4 * r, most)
+    q = min(4 * r, most)  # more than are used: the last ones of a projection are rough
     u, s, v = torch.svd_lowrank(gradient, q=q, niter=4)
     u, s, v = u[:, : 2 * r], s[: 2 * r], v[:, : 2 * r]
     count = len(s)
