@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from peft.config import ExcludeModules, FanInFanOut, LayerSelection, ModulesToSave, TargetModules, option
-from peft.core.adapter import part, setting
+from peft.core.adapter import input_dropout, part, setting
 from peft.core.base.kinds import fan
 from peft.core.combine.ranks import halves, svd
-from peft.core.families import LowRank, Scaled, input_dropout
+from peft.core.families import LowRank, Scaled
 from peft.core.layer.buffers import BufferDict
 from peft.core.layer.weight import wide
 from peft.core.model.registry import define_tuner
@@ -118,9 +118,7 @@ class Psoft(LowRank, Scaled):
 
     psoft_R = part(nn.ModuleDict)
     psoft_A, psoft_B = part(BufferDict, remade=True), part(BufferDict, remade=True)
-    r, psoft_alpha, scaling = setting(), setting(), setting()
-    psoft_dropout = setting(nn.ModuleDict)
-    dropout: ClassVar[str] = "psoft_dropout"
+    r, psoft_alpha, scaling, psoft_dropout = setting(), setting(), setting(), input_dropout()
 
     def create(self, config: PsoftConfig, key: str) -> None:
         self.r, self.psoft_alpha = config.r, config.psoft_alpha
@@ -132,7 +130,7 @@ class Psoft(LowRank, Scaled):
         else:
             a, b = halves(u, s, v)
         self.psoft_A, self.psoft_B = a.contiguous(), b / self.scaling
-        self.psoft_R, self.psoft_dropout = PsoftRotation(self.r, config), input_dropout(config.psoft_dropout)
+        self.psoft_R, self.psoft_dropout = PsoftRotation(self.r, config), config.psoft_dropout
 
     def check_rank(self, key: str) -> None:
         """Raise ValueError where the weight has fewer singular values."""

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from peft.config import FanInFanOut, LayerSelection, ModulesToSave, TargetModules, TrainedBias, option
-from peft.core.adapter import part, setting, shared
+from peft.core.adapter import input_dropout, part, setting, shared
 from peft.core.addition import LinearIn
 from peft.core.base.kinds import fan
 from peft.core.combine.ranks import halves, svd
-from peft.core.families import LowRank, input_dropout
+from peft.core.families import LowRank
 from peft.core.layer.buffers import BufferDict
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.registry import define_tuner
@@ -69,9 +69,8 @@ class TinyLora(LowRank):
     tinylora_A, tinylora_B, tinylora_P = part(BufferDict), part(BufferDict), part(BufferDict)
     tinylora_v = shared()
     r, u, layer_index, tinylora_v_key, save_projection = setting(), setting(), setting(), setting(), setting()
-    tinylora_dropout = setting(nn.ModuleDict)
+    tinylora_dropout = input_dropout()
     adds = LinearIn("tinylora_v")
-    dropout: ClassVar[str] = "tinylora_dropout"
 
     @classmethod
     def share(cls, config: TinyLoraConfig, layers: Sequence[BaseTunerLayer]) -> dict[str, Any]:
@@ -97,7 +96,7 @@ class TinyLora(LowRank):
             a, b = halves(*svd(weight.T if self.kind.lookup else weight), r)
         # As they come from a file, to the last bit of a product.
         self.tinylora_A, self.tinylora_B = a.contiguous(), b.contiguous()
-        self.tinylora_dropout = input_dropout(config.tinylora_dropout)
+        self.tinylora_dropout = config.tinylora_dropout
 
     def vector(self) -> torch.Tensor:
         """v, ``[u]``, of the group of layers that this one is in."""
