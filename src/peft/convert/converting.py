@@ -78,12 +78,15 @@ def convert_adapter(
     job, bundle = Job(None if base is None else Base.of(base)), {}
     for component, found in Source.each(source).items():
         origin = _detected(found)
-        for name, held in origin.read(found, job).items():
-            bundle[component or name] = _fitted(held, job)
+        read = origin.read(found, job)
+        for name, held in read.items():
+            key = f"{component}_{name}" if component and len(read) > 1 else component or name
+            bundle[key] = _fitted(held, job)
     bundle = flux_encoders(bundle)
     if target.name != "peft":
         for held in filter(is_lora, bundle.values()):
-            job.lost.update(beyond_pairs(held.config))
+            beyond = beyond_pairs(held.config)
+            job.lost.update({name: why for name, why in beyond.items() if name not in target.holds})
     files = target.write(bundle, job)
     if job.lost and not lossy:
         listed = "; ".join(f"{name}: {why}" for name, why in list(job.lost.items())[:8])

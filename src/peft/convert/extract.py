@@ -19,7 +19,7 @@ from peft.core.files.io import write_adapter
 from peft.core.files.shards import Shards
 from peft.core.layer.weight import wide
 from peft.core.model.targeting import exact_targets
-from peft.core.model.walk import embeddings_of, join
+from peft.core.model.walk import embeddings_of, join, shares_embeddings
 from peft.tools.architecture import build
 from peft.tools.footprint import meta_copy
 from peft.tuners.lora.config import LoraConfig
@@ -242,8 +242,7 @@ class _Extractor:
 
     def _config(self, ranks: dict[str, int], base: str) -> LoraConfig:
         common, others = patterned(ranks) if ranks else (1, {})
-        first, last = embeddings_of(self.model)
-        tied = first is not None and getattr(first, "weight", 0) is getattr(last, "weight", 1)
+        first = embeddings_of(self.model)[0]
         adapted = any(self.model.get_submodule(path) is first for path in ranks)
         targets = exact_targets(self.model, set(ranks))
         return LoraConfig(
@@ -254,7 +253,7 @@ class _Extractor:
             target_modules=list(targets) if isinstance(targets, set) else targets,
             modules_to_save=sorted(self.saved) or None,
             bias="all" if self.biases else "none",
-            ensure_weight_tying=tied and adapted,
+            ensure_weight_tying=adapted and shares_embeddings(self.model),
             base_model_name_or_path=base,
             inference_mode=True,
         )

@@ -204,6 +204,12 @@ def patterned(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     return common, {re.escape(module): value for module, value in values.items() if value != common}
 
 
+def alpha_of_scale(scale: float, rank: int) -> float:
+    """The alpha that over the rank is a scale: a whole number where one is, which the product may miss by a bit."""
+    near = round(scale * rank)
+    return near if near / rank == scale else scale * rank
+
+
 def whole(number: float) -> float:
     """A number as an int where it is one, as configs are written."""
     return int(number) if float(number).is_integer() else float(number)

@@ -17,14 +17,16 @@ from peft.convert.extract import skeleton
 from peft.convert.held import Held
 from peft.core.files.io import checked_tensors, torch_load
 from peft.core.files.shards import Shards, has_weights
+from peft.core.model.walk import embeddings_of, shares_embeddings
 from peft.utils.error import CheckpointError, ConfigError
 
 
 # The weights that a folder is looked through for, the best known names first.
 _NAMES = ("adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors", "adapter.safetensors",
-          "pytorch_adapter.bin", "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin",
+          "pytorch_adapter.bin", "pytorch_model_adapter_fusion.bin", "model_adapter_fusion.safetensors",
+          "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin",
           "adapter_model.pt")  # fmt: skip
-_CONFIGS = ("adapter_config.json",)
+_CONFIGS = ("adapter_config.json", "adapter_fusion_config.json")
 _ENDS = ("safetensors", "sft", "gguf", "bin", "pt", "pth", "ckpt")
 Bundle = dict[str, Held]  # by component of a pipeline: "unet", "text_encoder", ...; "" where there is one model
 Files = dict[str, Callable[[str], None]]  # name of a file -> what writes it to a path
@@ -70,8 +72,8 @@ class Source:
     def each(cls, where: str | os.PathLike) -> dict[str, Source]:
         """The sources in a folder, by the components of a pipeline as this library writes them; else one, as ""."""
         folder = Path(where)
-        inside = sorted(file.parent for file in folder.glob("*/adapter_config.json")) if folder.is_dir() else []
-        if not inside or (folder / _CONFIGS[0]).is_file():
+        inside = sorted({file.parent for name in _CONFIGS for file in folder.glob(f"*/{name}")})
+        if not inside or any((folder / name).is_file() for name in _CONFIGS):
             return {"": cls.open(where)}
         return {path.name: cls.open(path) for path in inside}
 
@@ -98,11 +100,6 @@ def _weights_in(path: Path) -> Path:
     for name in _NAMES:
         if (path / name).is_file():
             return path / name
-    if (path / "adapter_fusion_config.json").is_file():
-        raise ConfigError(
-            f"{path} is a fusion of adapters, which acts between those that it fuses: convert these one by one, and "
-            "put them together here, set_adapter(Fuse(...)), whose weights are trained anew."
-        )
     if index := next(iter(sorted(path.glob("*.safetensors.index.json"))), None):
         return index
     found = sorted(file for end in _ENDS for file in path.glob(f"*.{end}"))
@@ -158,6 +155,15 @@ class Base:
         weight = next((m for name, m in self.model.named_modules() if name == module), nn.Identity())._parameters
         return weight["weight"].dim() if weight.get("weight") is not None else None
 
+    @property
+    def tied(self) -> tuple[str, str] | None:
+        """The names of the input and the output embedding, if these share their weight."""
+        if not shares_embeddings(self.model):
+            return None
+        first, last = embeddings_of(self.model)
+        names = {module: name for name, module in self.model.named_modules()}
+        return (names[first], names[last]) if first in names and last in names else None
+
     def has_bias(self, module: str) -> bool:
         """Whether a module has a bias."""
         return self.model.get_submodule(module)._parameters.get("bias") is not None
@@ -180,12 +186,13 @@ class Job:
 
     Attributes:
         base: the base model, where given. lost: what the target cannot hold, with the reason. notes: what else is to
-            be known of the result.
+            be known of the result. name: what a written adapter is called, where a format names it.
     """
 
     base: Base | None = None
     lost: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    name: str = "adapter"
 
     def need_base(self, why: str) -> Base:
         """The base model.
@@ -204,7 +211,8 @@ class Format:
 
     Attributes:
         name: what users say. matches: whether a source is of it. read: to adapters of this library. write: from them,
-            the files of the result. single: the extension of the one file that it is, if it is one file.
+            the files of the result. single: the extension of the one file that it is, if it is one file. holds:
+            fields of a LoRA's config beyond its A and B that it has a place for, see :func:`beyond_pairs`.
     """
 
     name: str
@@ -212,6 +220,7 @@ class Format:
     read: Callable[[Source, Job], Bundle]
     write: Callable[[Bundle, Job], Files]
     single: str | None = None
+    holds: frozenset[str] = frozenset()
 
 
 def one(bundle: Bundle, what: str) -> Held:

@@ -22,6 +22,7 @@ from torch.autograd import Function
 
 from peft.kernels.autocast import is_autocast
 from peft.kernels.dropout import Dropped, draw_seed
+from peft.kernels.products import accumulate, plus_product, product
 from peft.kernels.remake import kept
 
 
@@ -259,13 +260,6 @@ def in_dtype(dtype: torch.dtype, tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
-def accumulate(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
-    """y += scale * a b, in place; y may be narrower than a and b."""
-    if a.dtype == y.dtype:
-        return y.addmm_(a, b, alpha=scale)
-    return y.add_(torch.mm(a, b), alpha=scale)
-
-
 def no_autocast(x: torch.Tensor) -> Any:
     """The products choose their dtypes themselves."""
     kind = x.device.type
@@ -320,14 +314,14 @@ class LowRankLinear(Function):
         for i, drop in enumerate(drops):
             a, b, hidden = parts[3 * i : 3 * i + 3]
             if hidden is None:
-                hidden = torch.mm(rows if drop is None else Dropped(*drop).copy(rows), in_dtype(dtype, a).t())
+                hidden = product(rows if drop is None else Dropped(*drop).copy(rows), in_dtype(dtype, a).t())
                 reads |= a.requires_grad
             accumulate(out, hidden, in_dtype(dtype, b).t(), scales[i])
             needed += [a, b, hidden if b.requires_grad else None]
         ctx.scales, ctx.drops, ctx.dtype, ctx.shape, ctx.given = scales, drops, dtype, x.shape, y is not None
         ctx.joint = joint
-        ctx.kept = kept(x if joint is None else joint.x()) if reads else None
-        ctx.save_for_backward(None if ctx.kept is None else ctx.kept.tensor, weight, *needed)
+        ctx.kept, tensor = kept(x if joint is None else joint.x(), reads)
+        ctx.save_for_backward(tensor, weight, *needed)
         return result
 
     @staticmethod
@@ -361,7 +355,7 @@ def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ..
     joint = ctx.joint if needs_x and not twice else None
     dx = None if joint is None else joint.known()
     if needs_x and weight is not None:
-        dx = torch.mm(dy, weight) if dx is None else accumulate(dx, dy, weight, 1.0)
+        dx = product(dy, weight) if dx is None else plus_product(dx, dy, weight)
     dy = in_dtype(dtype, dy)
     for i, (scale, drawn) in enumerate(zip(ctx.scales, ctx.drops)):
         a, b, hidden = rest[3 * i : 3 * i + 3]
@@ -369,16 +363,16 @@ def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ..
         dropped = inner if drop is None or inner is None else drop.copy(inner)
         d_down = d_up = d_hidden = None
         if (needs_x and a is not None) or needs[3 * i] or needs[3 * i + 2]:
-            dh = scaled_mm(dy, in_dtype(dtype, b), scale)
+            dh = product(dy, in_dtype(dtype, b), scale)
             d_hidden = dh if needs[3 * i + 2] else None
             if needs[3 * i]:
-                d_down = in_dtype(a.dtype, torch.mm(dh.t(), dropped))
+                d_down = in_dtype(a.dtype, product(dh.t(), dropped))
             if needs_x and a is not None:
                 dx = into_gradient(dx, dh, in_dtype(dtype, a), drop, gradient.dtype)
         if needs[3 * i + 1]:
             if twice and a is not None:
                 hidden = torch.mm(dropped, in_dtype(dtype, a).t())
-            d_up = in_dtype(b.dtype, scaled_mm(hidden.t(), dy, scale).t())
+            d_up = in_dtype(b.dtype, product(hidden.t(), dy, scale).t())
         grads += [d_down, d_up, d_hidden]
     if joint is not None:
         joint.gradient, dx = dx, None  # the node that all layers of this input share gives it on
@@ -386,23 +380,12 @@ def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ..
     return dx, (gradient if ctx.given else None), None, None, None, None, None, *grads
 
 
-def scaled_mm(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
-    """scale * a b in one call."""
-    key = a.dtype, a.device
-    if key not in _NOTHING:
-        _NOTHING[key] = torch.zeros((), dtype=a.dtype, device=a.device)
-    return torch.addmm(_NOTHING[key], a, b, beta=0, alpha=scale)
-
-
-_NOTHING: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
-
-
 def into_gradient(
     dx: torch.Tensor | None, dh: torch.Tensor, a: torch.Tensor, drop: Dropped | None, dtype: torch.dtype
 ) -> torch.Tensor:
     """dx + drop(dh A), in place where there is a dx."""
     if dx is None:
-        part = torch.mm(dh, a)
+        part = product(dh, a)
         return in_dtype(dtype, part if drop is None else drop.copy(part))
     if drop is None:
         return accumulate(dx, dh, a, 1.0)

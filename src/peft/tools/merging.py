@@ -29,7 +29,7 @@ from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.weight import base_bias, effective, unmerged_weight
 from peft.core.model.auxiliary import AuxiliaryTrainingWrapper, biases_of
 from peft.core.model.declared import new_biases
-from peft.core.model.walk import embeddings_of, join, walk
+from peft.core.model.walk import embeddings_of, join, shares_embeddings, walk
 from peft.options import value_of
 from peft.tools.architecture import build, class_of
 from peft.utils.error import ConfigError, NoEqualWeightError
@@ -279,9 +279,8 @@ def _needs_more(model: nn.Module, names: list[str]) -> str | None:
     """What merging changes beside the weights that are in the files."""
     if biases_of(model) is not None:
         return "the adapter trains biases of the base model"
-    first, last = embeddings_of(model)
-    ends = [site for site in walk(model) if site.wrappers and site.module in (first, last)]
-    if ends and first is not None and getattr(first, "weight", 0) is getattr(last, "weight", 1):
+    ends = [site for site in walk(model) if site.wrappers and site.module in embeddings_of(model)]
+    if ends and shares_embeddings(model):
         return "the adapter is on one end of a tied embedding"
     if new_biases(model, names):
         return "merging gives layers a bias"

@@ -99,7 +99,8 @@ class AdaLora(LowRank, Scaled):
     ``left`` holds the ranks that the budget has left, once they are settled: the others take no part any more.
     """
 
-    lora_A, lora_E, lora_B = part(), part(), part()
+    # E last, as in 0.21.2: the states of an optimizer go by the order of parameters
+    lora_A, lora_B, lora_E = part(), part(), part()
     r = setting()
     ranknum = setting(nn.ParameterDict)
     lora_alpha, scaling, lora_dropout = setting(), setting(), input_dropout()

@@ -65,8 +65,8 @@ class WeightedBases(torch.autograd.Function):
 
 
 def weighted_bases(weights: torch.Tensor, basis: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
-    """What :class:`WeightedBases` gives, by plain operations where ``torch.func`` is at work."""
-    if is_transformed():
+    """What :class:`WeightedBases` gives, by plain operations where ``torch.func`` or a compiler is at work."""
+    if is_transformed() or torch.compiler.is_compiling():  # an exported program may run where gradients are on
         return (basis[:, None] * gamma * weights[:, :, None]).flatten(0, 1)
     return WeightedBases.apply(weights, basis, gamma)
 

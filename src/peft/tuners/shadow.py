@@ -25,7 +25,7 @@ from peft.core.model import operations
 from peft.core.model.registry import define_tuner
 from peft.core.model.targeting import selected
 from peft.core.model.walk import embeddings_of, layers_of, locate
-from peft.tuners.shadow_layer import ShadowLayer, shadow_state, shadow_update
+from peft.tuners.shadow_layer import ShadowLayer, States, shadow_state, shadow_update
 from peft.tuners.shadow_utils import Network, loss_of, network_for, stack_of
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.error import NoMatchingPeftModuleError
@@ -124,7 +124,7 @@ class ShadowTuner(BlockTuner):
         # A head in modules_to_save is wrapped by then; the copy starts from the base's own.
         head = getattr(head, "original_module", head) if config.task_type == "SEQ_CLS" else None
         there = [layer for _, layer in layers_of(root) if isinstance(layer, ShadowLayer)]
-        states = next((layer.states for layer in there if "states" in layer.__dict__), {})
+        states = next((layer.states for layer in there if "states" in layer.__dict__), States())
         for layer in layers:
             # As submodules they would hold the layer itself.
             layer.__dict__.update(states=states, stack=stack, head=head)
@@ -156,7 +156,7 @@ class ShadowTuner(BlockTuner):
     ) -> torch.Tensor | None:
         """The loss of the shadow network alone in the last call, None where it did not run; see :func:`loss_of`."""
         name, layer = self.active_adapters[0], self._layer()
-        return loss_of(layer.logits(name, self.model), labels, attention_mask) if name in layer.states else None
+        return loss_of(layer.logits(name, self.model), labels, attention_mask) if name in layer.states.of else None
 
     def unload_shadow(self, adapter_name: str | None = None, copy: bool = False) -> DetachedShadowModel:
         """An adapter's shadow network (default: the active one's) as a small model that stands alone.

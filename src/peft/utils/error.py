@@ -61,7 +61,7 @@ class NoEqualWeightError(PeftError, ValueError, NotImplementedError):
 
 
 class MeaninglessError(PeftError, AttributeError, ValueError):
-    """An operation that means nothing for the model's method; to ``hasattr`` it does not exist."""
+    """What means nothing for the model's method, or for a layer of its kind; to ``hasattr`` it does not exist."""
 
 
 class CheckpointError(PeftError, ValueError, RuntimeError):

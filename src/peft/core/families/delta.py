@@ -37,7 +37,8 @@ class Delta(Adapter):
 
     def delta(self, x: torch.Tensor) -> torch.Tensor:
         """dW x."""
-        return self.multiplied(x, lambda: self.delta_weight().to(dtype=floating(x)))
+        dtype = floating(x)  # not within the function: it is held until the backward pass, and would hold x
+        return self.multiplied(x, lambda: self.delta_weight().to(dtype=dtype))
 
     def prefers_folding(self) -> bool:
         return type(self).delta is Delta.delta and self.sums_exactly()

@@ -135,6 +135,19 @@ def entries(model: nn.Module, adapter: str) -> Iterator[Entry]:
         yield Entry(f"base_model.{attribute}", memory, value, tuple(join(p, attribute) for p in repeated), put)
 
 
+def leave_out_repeats(model: nn.Module, state: dict[str, Any], prefix: str = "") -> None:
+    """Take from a whole model's state, made by 0.21.2, the tensors that it has twice and a model here holds once.
+
+    They are the matrices that layers share, again at each layer, and the embedding of words that prompts look at.
+    """
+    if prompts_of(model):
+        state.pop(f"{prefix}word_embeddings.weight", None)
+    for adapter in model.peft_config:
+        for entry in entries(model, adapter):
+            for alias in entry.aliases if entry.put else ():  # parameters are at each layer here too
+                state.pop(f"{prefix}{alias}.{adapter}", None)
+
+
 def _setter(container: Any, adapter: str) -> Callable[[torch.Tensor], None]:
     def put(value: torch.Tensor) -> None:
         old = container[adapter]

@@ -67,7 +67,6 @@ class XLoraTuner(Scalings, BaseTuner):
         like = next(p for p in model.parameters() if p.is_floating_point())
         dtype = like.dtype if not autocast_adapter_dtype and like.dtype.itemsize > 1 else torch.float32
         self.internal_xlora_classifier.to(like.device, dtype)
-        self.scaling_pass = False
         self.hook = model.register_forward_pre_hook(self._weigh, with_kwargs=True)
         model.peft_config = self.peft_config  # in place of the experts' configs
         self.set_adapter(adapter_name, inference_mode=own.inference_mode)
@@ -81,9 +80,11 @@ class XLoraTuner(Scalings, BaseTuner):
 
     def _weigh(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Hook of the model: find the weights by a first pass, and leave them in the context for the call itself."""
-        if self.scaling_pass:
+        context = context_of(self.model)
+        if context.looks_ahead:
             return
-        context, names = context_of(self.model), context_of(self.model).adapter_names
+        context.begin()
+        names = context.adapter_names
         context.set_adapter_names(None)  # the rows of the base model get the weight 0 instead
         context.scalings = None  # of an earlier call; without any, experts are silent
         if next(layer for _, layer in layers_of(self.model)).disable_adapters:
@@ -111,11 +112,11 @@ class XLoraTuner(Scalings, BaseTuner):
         if value:
             given = next(v for v in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if v is not None)
             context.scalings = torch.full((*given.shape[:2], layers, experts), float(value), device=given.device)
-        self.scaling_pass = True
+        context.looks_ahead = True
         try:
             states = getattr(self.model(*args, **first), "hidden_states", None)
         finally:
-            self.scaling_pass = False
+            context.looks_ahead = False
         if not states:
             raise ValueError(f"X-LoRA reads hidden_states, which {type(self.model).__name__} does not give.")
         return states[-1]
