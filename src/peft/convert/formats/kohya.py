@@ -149,16 +149,10 @@ def _low_rank(module: str, parts: Parts, job: Job) -> Pair:
 
 
 def _loha(modules: dict[str, Parts], job: Job) -> Held:
-    cores = {module: "hada_t1" in parts for module, parts in modules.items()}
     ranks = {module: len(parts["hada_w1_b"]) for module, parts in modules.items()}
-    if len({cores[m] for m, parts in modules.items() if _is_kernel(parts)}) > 1:
-        raise ConfigError("some convolutions have a Tucker core and others none, which one LoHa config cannot say.")
-    tensors = _renamed(modules, _LOHA)
-    return Held(LoHaConfig(**_fields(modules, ranks), use_effective_conv2d=any(cores.values())), tensors)
-
-
-def _is_kernel(parts: Parts) -> bool:
-    return "hada_t1" in parts or "lokr_t2" in parts
+    effective = any("hada_t1" in parts for parts in modules.values())
+    config = LoHaConfig(**_fields(modules, ranks), use_effective_conv2d=effective)
+    return Held(config, _renamed(modules, _LOHA))
 
 
 def _factor(modules: dict[str, Parts]) -> int | None:

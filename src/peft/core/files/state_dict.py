@@ -224,7 +224,7 @@ def set_peft_model_state_dict(
     if found.wrong:
         names = ", ".join(entry.saved for entry, _ in found.wrong)
         warnings.warn(f"these tensors have another shape and were left out: {names}")
-    _unmerge_for(root, adapter_name)
+    unmerge_for(root, adapter_name)
     with torch.no_grad():
         for entry, value in sorted(found.fits, key=lambda item: item[0].put is None):  # exact ones after rounded ones
             _write(model, entry, value, low_cpu_mem_usage)
@@ -395,7 +395,7 @@ def _mismatch(model: nn.Module, adapter: str, wrong: list[tuple[Entry, torch.Ten
     )
 
 
-def _unmerge_for(root: nn.Module, adapter: str) -> None:
+def unmerge_for(root: nn.Module, adapter: str) -> None:
     """An adapter that is in the base weights comes out before its tensors change."""
     for _, layer in layers_of(root):
         if adapter in layer.merged_adapters:

@@ -21,7 +21,7 @@ from peft.config import PeftConfig, resolve_pattern
 from peft.core.base.stack import Stack
 from peft.core.files.entries import Entry, anatomy, configs_of
 from peft.core.files.io import load_peft_weights
-from peft.core.files.state_dict import match
+from peft.core.files.state_dict import match, unmerge_for
 from peft.core.model.walk import bare, join, layers_of, plain, surveyed, walk
 from peft.options import value_of
 from peft.tuners.lora.layer import LoraLayer
@@ -142,9 +142,7 @@ def hotswap_adapter_from_state_dict(
     pairs = [_pair(given, found, prefix, adapter_name, config) for found in layers]
     # All of this refuses before anything is written.
     copies = given.rest()
-    for _, layer in layers_of(root):
-        if adapter_name in layer.merged_adapters:  # by the old values, which go now
-            layer.unmerge()
+    unmerge_for(root, adapter_name)
     with torch.no_grad():
         for found, pair in zip(layers, pairs):
             _swap_pair(found, pair, adapter_name, config)
