@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -86,20 +87,16 @@ def _quantization(options: ModelOptions) -> Any:
     )
 
 
-class _named:
+@contextmanager
+def _named(options: ModelOptions) -> Iterator[None]:
     """A context in which errors of transformers about a model that is not there name it in a line."""
-
-    def __init__(self, options: ModelOptions) -> None:
-        self.name = options.name
-
-    def __enter__(self) -> None:
-        if self.name is None:
-            raise ConfigError("the base model is missing: say it with --model NAME, or as model.name in the recipe.")
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, OSError):
-            reason = str(error).strip().splitlines()[0]
-            raise ConfigError(f"the model {self.name!r} cannot be loaded: {reason}") from error
+    if options.name is None:
+        raise ConfigError("the base model is missing: say it with --model NAME, or as model.name in the recipe.")
+    try:
+        yield
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"the model {options.name!r} cannot be loaded: {reason}") from error
 
 
 def pairs(given: list[str], what: str = "adapter") -> dict[str, str]:

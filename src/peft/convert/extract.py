@@ -196,7 +196,7 @@ class _Extractor:
             u, s, vh = leading_svd(matrix, self.energy, self.rank, self.generator)
         self.norms[path] = float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
         self.found[path] = u.clone(), s, vh.clone()
-        matrix.addmm_(u * s, vh, alpha=-1)
+        matrix.addmm_(u * s, vh, alpha=-1)  # what is left of the change, in its own memory
         self.rests[path] = float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
 
     def adapter(

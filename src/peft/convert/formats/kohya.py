@@ -27,7 +27,7 @@ from peft.convert.formats.lycoris import (
     whole_pair,
     with_norms,
 )
-from peft.convert.held import PREFIX, Held, Pair, Pairs, held_of, modules_of, pairs_of, patterned, whole
+from peft.convert.held import PREFIX, Held, Pair, Pairs, held_of, magnitude_of, modules_of, pairs_of, patterned, whole
 from peft.convert.names import TRANSFORMERS, component_of, dotted, flat, is_t5
 from peft.convert.source import Bundle, Files, Format, Job, Source
 from peft.core.files.io import separate
@@ -144,7 +144,7 @@ def _low_rank(module: str, parts: Parts, job: Job) -> Pair:
         down = torch.einsum("ij...,jn->in...", mid.to(core), down.flatten(1).to(core)).to(down.dtype)
         job.notes.append(f"{module}: its core (lora_mid) is multiplied into A")
     if (scale := parts.get("dora_scale")) is not None:
-        scale = scale.reshape((-1,) if down.dim() == 2 else (1, -1, *[1] * (down.dim() - 2)))
+        scale = magnitude_of(scale, down)
     return Pair(down, up, alpha_of(parts, len(down)), scale)
 
 
