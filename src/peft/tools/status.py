@@ -11,7 +11,7 @@ from torch import nn
 
 from peft.core.files.entries import anatomy, configs_of, tuner_of
 from peft.core.layer.layer import BaseTunerLayer
-from peft.core.model.auxiliary import AuxiliaryTrainingWrapper, TrainableTokens, TrainableTokensWrapper
+from peft.core.model.auxiliary import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from peft.core.model.walk import join, wrappers_of
 from peft.options import value_of
 from peft.utils.error import NoAdaptedLayersError
@@ -26,7 +26,7 @@ class TunerLayerStatus:
 
     Attributes:
         name: its path in the model (``model.`` in front where a tuner is around it).
-        module_type: method and kind, ``"lora.Linear"``.
+        module_type: method and class, ``"lora.Linear"``, as a printed model has it.
         enabled: whether its adapters are switched on.
         active_adapters: those that act in the forward.
         merged_adapters: those that are in the base weight now.
@@ -192,7 +192,7 @@ def _layer_status(name: str, layer: BaseTunerLayer | AuxiliaryTrainingWrapper) -
     tuner_layer = isinstance(layer, BaseTunerLayer)
     return TunerLayerStatus(
         name=name,
-        module_type=layer_type(layer),
+        module_type=layer._get_name(),
         enabled=not layer.disable_adapters,
         active_adapters=[adapter for adapter in layer.active_adapters if adapter in layer],
         merged_adapters=list(layer.merged_adapters) if tuner_layer else [],
@@ -201,15 +201,6 @@ def _layer_status(name: str, layer: BaseTunerLayer | AuxiliaryTrainingWrapper) -
         devices={adapter: sorted({str(p.device) for p in tensors[adapter]}) for adapter in names},
         quantization_backend=layer.storage.name if tuner_layer and not layer.kind.whole else None,
     )
-
-
-def layer_type(layer: nn.Module) -> str:
-    """Method and kind of an adapted layer, ``"lora.Linear"``; the class name of what belongs to no method."""
-    if issubclass(getattr(layer, "adapter_cls", object), TrainableTokens):
-        return "TrainableTokensLayer"
-    package, _, method = type(layer).__module__.partition("peft.tuners.")
-    name = type(layer).__name__
-    return f"{method.partition('.')[0]}.{name}" if method and not package else name
 
 
 def _common(values: Iterable[Any], empty: Any = None) -> Any:
