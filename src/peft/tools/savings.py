@@ -82,22 +82,31 @@ def enable_memory_savings(
         )
     checkpointing = bool(switches) if checkpointing is None else checkpointing
     device = next((p.device.type for p in base.parameters()), "cpu")
-    if offload and not (checkpointing and device not in ("cpu", "meta")):
+    offload, trim = _offloads(offload, checkpointing, device), _trims(trim, recompute, device)
+    if chunked_loss:
+        require_usual_loss(base)
+    disable_memory_savings(model)
+    savings = MemorySavings(recompute, checkpointing, offload, chunked_loss, trim)
+    record_of(base).savings = _Switched(savings, model, base, switches if checkpointing else [], device)
+    return savings
+
+
+def _offloads(offload: bool | None, checkpointing: bool, device: str) -> bool:
+    able = checkpointing and device not in ("cpu", "meta")
+    if offload and not able:
         why = "the model is in CPU memory already" if checkpointing else "checkpointing is off"
         raise ValueError(
             f"offload=True moves the inputs of checkpointed blocks to CPU memory, but {why}: leave it out."
         )
-    offload = checkpointing and device not in ("cpu", "meta") if offload is None else offload
-    trims = recompute and device == "cpu" and can_trim()
-    if trim and not trims:
+    return able if offload is None else offload
+
+
+def _trims(trim: bool | None, recompute: bool, device: str) -> bool:
+    able = recompute and device == "cpu" and can_trim()
+    if trim and not able:
         why = "recompute is off" if not recompute else "the model is not on a CPU, or the C library is not glibc"
         raise ValueError(f"trim=True returns memory of the CPU's heap as recompute goes on, but {why}: leave it out.")
-    if chunked_loss:
-        require_usual_loss(base)
-    disable_memory_savings(model)
-    savings = MemorySavings(recompute, checkpointing, offload, chunked_loss, trims if trim is None else trim)
-    record_of(base).savings = _Switched(savings, model, base, switches if checkpointing else [], device)
-    return savings
+    return able if trim is None else trim
 
 
 def disable_memory_savings(model: nn.Module) -> None:
