@@ -104,7 +104,7 @@ class DroppedDoraLinear(Function):
         norm, rows, left = adapted_norm(weight, down, up, scale), x.reshape(-1, x.shape[-1]), 1 / (1 - drop[0])
         factor, dropping = magnitude / norm, Dropped(*drop)
         dropped = dropping.copy(rows)
-        y = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
+        y = product(rows, weight.t(), bias=bias)
         y.addcmul_(product(dropped, weight.t()), in_dtype(y.dtype, (factor - 1) * left))
         dtype = product_dtype(y)
         hidden = product(in_dtype(dtype, dropped), in_dtype(dtype, down).t())

@@ -333,9 +333,8 @@ class LowRankLinear(Function):
 
 def fresh_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """W x + b, never as a view: outputs of a layer may be changed in place."""
-    if bias is None or x.dim() == 2:
-        return F.linear(x, weight, bias)
-    out = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight.t())
+    rows = x.reshape(-1, x.shape[-1])
+    out = product(rows, weight.t(), bias=bias)
     return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], out.shape[-1]))
 
 
