@@ -10,11 +10,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_convert_formats import GOLDEN, IDS, golden, loaded, lora, same_tensors
+from torch import nn
 from toys import tiny_llama
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from peft import LoraConfig, get_peft_model
-from peft.convert import convert_adapter, format_of
+from peft.convert import check_serving, convert_adapter, format_of
 from peft.utils.error import ConfigError
 
 
@@ -92,3 +93,75 @@ def test_a_whole_alpha_stays_whole(tmp_path: Path) -> None:
     convert_adapter(tmp_path / "lora", "mlx", tmp_path / "mlx", base=base)
     convert_adapter(tmp_path / "mlx", "peft", tmp_path / "back", base=base)
     assert LoraConfig.from_pretrained(tmp_path / "back").lora_alpha == 1
+
+
+# --- llama.cpp ----------------------------------------------------------------------------------------------------
+
+
+def llama_cpp_base(kind: str) -> nn.Module:
+    """The base model of a case."""
+    sizes = {
+        "vocab_size": 32,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2 if kind == "llama" else 1,
+    }
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, tie_word_embeddings=False, **sizes)).eval()
+    model.load_state_dict(golden("llama_cpp")[f"base.{kind}"])
+    return model
+
+
+@pytest.mark.parametrize(("kind", "near"), [("llama", 1e-5), ("qwen2", 2e-2)])
+def test_llama_cpp(kind: str, near: float, tmp_path: Path) -> None:
+    """Its own converter's file, of 8-bit integers for Qwen2, with the outputs that it computes; what is written."""
+    gguf = pytest.importorskip("gguf")
+    base, file, cases = llama_cpp_base(kind), GOLDEN / f"llama_cpp_{kind}.gguf", golden("llama_cpp")
+    found = convert_adapter(file, "peft", tmp_path / "peft", base=base)
+    assert (found.source_format, found.lost, found.notes) == ("gguf", {}, [])
+    logits = loaded(base, tmp_path / "peft")(IDS).logits[0]
+    torch.testing.assert_close(base(IDS).logits[0], cases[kind]["base"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits, cases[kind]["output"], atol=near, rtol=near)
+    assert (logits - cases[kind]["base"]).abs().max() > 100 * near
+    if kind == "llama":
+        same_tensors(load_file(tmp_path / "peft" / "adapter_model.safetensors"), cases["lora.llama"])
+        convert_adapter(tmp_path / "peft", "gguf", tmp_path / "back.gguf", base=base)
+        there, back = (gguf.GGUFReader(path) for path in (file, tmp_path / "back.gguf"))
+        alpha = gguf.Keys.Adapter.LORA_ALPHA
+        assert there.fields[alpha].contents() == back.fields[alpha].contents()
+        same_tensors(*({t.name: torch.from_numpy(t.data.copy()) for t in one.tensors} for one in (there, back)))
+
+
+def test_llama_cpp_stops_at_an_embedding_whose_weight_the_head_shares(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    base = tiny_llama(tie=True)
+    for name in ("embed_tokens", "lm_head"):
+        with pytest.warns(UserWarning, match="ensure_weight_tying"):
+            model = get_peft_model(copy.deepcopy(base), LoraConfig(target_modules=[name]))
+        model.save_pretrained(tmp_path / name, save_embedding_layers=False)
+        with pytest.raises(ConfigError, match=f"{name}: llama.cpp stops at a LoRA of an embedding"):
+            convert_adapter(tmp_path / name, "gguf", tmp_path / "x.gguf", base=base)
+    assert "stops at LoRAs" in check_serving(tmp_path / "embed_tokens")["llama.cpp"].needs[0]
+
+
+def test_where_an_alora_begins_is_kept_for_llama_cpp(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    base, model = lora(tmp_path / "lora", alora_invocation_tokens=[5, 2])
+    convert_adapter(tmp_path / "lora", "gguf", tmp_path / "lora.gguf", base=base)
+    convert_adapter(tmp_path / "lora.gguf", "peft", tmp_path / "back", base=base)
+    assert LoraConfig.from_pretrained(tmp_path / "back").alora_invocation_tokens == [5, 2]
+    torch.testing.assert_close(loaded(base, tmp_path / "back")(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    assert check_serving(tmp_path / "lora")["llama.cpp"].loads
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_an_alpha_that_float32_rounds_changes_no_tensor_of_a_gguf_file(dtype: torch.dtype, tmp_path: Path) -> None:
+    """16 / sqrt(8) * 8 is no float32."""
+    pytest.importorskip("gguf")
+    base, model = lora(tmp_path / "lora", r=8, lora_alpha=16, use_rslora=True)
+    model.to(dtype).save_pretrained(tmp_path / "lora", save_embedding_layers=False)
+    assert convert_adapter(tmp_path / "lora", "gguf", tmp_path / "lora.gguf", base=base).notes == []
+    convert_adapter(tmp_path / "lora.gguf", "peft", tmp_path / "back", base=base)
+    there, back = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("lora", "back"))
+    assert next(iter(back.values())).dtype == (torch.float16 if dtype == torch.float16 else torch.float32)
+    same_tensors({name: tensor.to(back[name].dtype) for name, tensor in there.items()}, back)

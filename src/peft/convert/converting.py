@@ -10,7 +10,7 @@ from torch import nn
 
 from peft.convert.formats import FORMATS
 from peft.convert.formats.flux import as_in, flux_encoders
-from peft.convert.held import Held, beyond_pairs, held_of, is_lora, pairs_of
+from peft.convert.held import Held, beyond_pairs, held_of, is_lora, magnitude_of, pairs_of
 from peft.convert.source import Base, Files, Format, Job, Source
 from peft.core.files.io import replacing
 from peft.utils.error import ConfigError, nearest
@@ -85,7 +85,8 @@ def convert_adapter(
     bundle = flux_encoders(bundle)
     if target.name != "peft":
         for held in filter(is_lora, bundle.values()):
-            job.lost.update(beyond_pairs(held.config))
+            beyond = beyond_pairs(held.config)
+            job.lost.update({name: why for name, why in beyond.items() if name not in target.holds})
     files = target.write(bundle, job)
     if job.lost and not lossy:
         listed = "; ".join(f"{name}: {why}" for name, why in list(job.lost.items())[:8])
@@ -116,7 +117,7 @@ def _shaped(held: Held, base: Base) -> Held:
         ones = [1] * (axes - 2)
         pair.down, pair.up = (tensor.view(*tensor.shape[:2], *ones) for tensor in (pair.down, pair.up))
         if pair.magnitude is not None:
-            pair.magnitude = pair.magnitude.view(1, -1, *ones) if ones else pair.magnitude.flatten()
+            pair.magnitude = magnitude_of(pair.magnitude, pair.down)
         changed = True
     return held_of(found, held.config) if changed else held
 

@@ -211,7 +211,8 @@ class Format:
 
     Attributes:
         name: what users say. matches: whether a source is of it. read: to adapters of this library. write: from them,
-            the files of the result. single: the extension of the one file that it is, if it is one file.
+            the files of the result. single: the extension of the one file that it is, if it is one file. holds:
+            fields of a LoRA's config beyond its A and B that it has a place for, see :func:`beyond_pairs`.
     """
 
     name: str
@@ -219,6 +220,7 @@ class Format:
     read: Callable[[Source, Job], Bundle]
     write: Callable[[Bundle, Job], Files]
     single: str | None = None
+    holds: frozenset[str] = frozenset()
 
 
 def one(bundle: Bundle, what: str) -> Held:

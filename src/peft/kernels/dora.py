@@ -74,9 +74,9 @@ class DoraLinear(Function):
         y = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
         recomputes = len(weight) * NARROW <= weight.shape[1]
         ctx.scale, ctx.shape = scale, x.shape
-        ctx.kept = kept(x) if down.requires_grad or recomputes else None
+        ctx.kept, tensor = kept(x, down.requires_grad or recomputes)
         output = y if magnitude.requires_grad and not recomputes else None
-        ctx.save_for_backward(ctx.kept and ctx.kept.tensor, weight, bias, down, up, magnitude, norm, hidden, output)
+        ctx.save_for_backward(tensor, weight, bias, down, up, magnitude, norm, hidden, output)
         return y
 
     @staticmethod
@@ -109,8 +109,9 @@ class DroppedDoraLinear(Function):
         dtype = product_dtype(y)
         hidden = product(in_dtype(dtype, dropped), in_dtype(dtype, down).t())
         accumulate(y, hidden, in_dtype(dtype, up * factor[:, None]).t(), scale * left)
-        ctx.scale, ctx.drop, ctx.shape, ctx.kept = scale, drop, x.shape, kept(x)
-        ctx.save_for_backward(ctx.kept.tensor, weight, down, up, magnitude, norm, hidden, dropping.few())
+        ctx.scale, ctx.drop, ctx.shape = scale, drop, x.shape
+        ctx.kept, tensor = kept(x)
+        ctx.save_for_backward(tensor, weight, down, up, magnitude, norm, hidden, dropping.few())
         return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
     @staticmethod

@@ -194,9 +194,8 @@ class GroupedLowRank(Function):
         ctx.scale, ctx.drop = 1.0 if drop is None else 1 / (1 - drop[0]), drop
         inner = x if drop is None else Dropped(*drop).copy(x)
         hidden = _add(y, inner, Stack(down, up), index, ctx.scale)
-        ctx.kept = kept(x) if down.requires_grad else None
         ctx.shape = x.shape
-        tensor = None if ctx.kept is None else ctx.kept.tensor
+        ctx.kept, tensor = kept(x, down.requires_grad)
         ctx.save_for_backward(tensor, down, up, index, hidden if up.requires_grad else None)
         return y
 

@@ -47,8 +47,8 @@ class ReadTogether(Function):
         if downs:
             whole = product(in_dtype(dtype, x.reshape(-1, x.shape[-1])), _stacked(downs, dtype).t())
             hidden = whole.split([len(down) for down in downs], 1)
-        ctx.kept = kept(x) if any(down.requires_grad for down in downs) else None
-        ctx.save_for_backward(None if ctx.kept is None else ctx.kept.tensor, *downs)
+        ctx.kept, tensor = kept(x, any(down.requires_grad for down in downs))
+        ctx.save_for_backward(tensor, *downs)
         return x, *hidden
 
     @staticmethod

@@ -321,8 +321,8 @@ class LowRankLinear(Function):
             needed += [a, b, hidden if b.requires_grad else None, dropped and dropped.few()]
         ctx.scales, ctx.drops, ctx.dtype, ctx.shape, ctx.given = scales, drops, dtype, x.shape, y is not None
         ctx.joint = joint
-        ctx.kept = kept(x if joint is None else joint.x()) if reads else None
-        ctx.save_for_backward(None if ctx.kept is None else ctx.kept.tensor, weight, *needed)
+        ctx.kept, tensor = kept(x if joint is None else joint.x(), reads)
+        ctx.save_for_backward(tensor, weight, *needed)
         return result
 
     @staticmethod

@@ -37,15 +37,14 @@ def remade(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torc
 
 
 class Kept:
-    """A layer's input for its backward pass: the tensor, or how to make it.
+    """How the backward pass of a layer comes by the layer's input: see :func:`kept`.
 
     All layers that read the same input share one, and while their backward passes follow each other the input is made
-    once. Made inside :meth:`torch.autograd.Function.forward`; ``tensor`` goes through ``ctx.save_for_backward``.
+    once.
     """
 
     def __init__(self, x: torch.Tensor) -> None:
         self.recipe = recipe_of(x)
-        self.tensor = x if self.recipe is None else None
         self.users = self.left = 0
         self.made: dict[Form, torch.Tensor] = {}
 
@@ -70,8 +69,22 @@ class Kept:
         return value
 
 
-def kept(x: torch.Tensor) -> Kept:
-    """What to keep of ``x``: shared with the other layers that read it."""
+def kept(x: torch.Tensor, wanted: bool = True) -> tuple[Kept | None, torch.Tensor | None]:
+    """What to keep of ``x`` for a backward pass that asks for it, made inside :meth:`torch.autograd.Function.forward`.
+
+    Returns:
+        What gives ``x`` then, None if it is not ``wanted``; and the tensor that it wants to have been kept, None where
+        ``x`` is made again. The tensor goes through ``ctx.save_for_backward`` and must not be held in any other way:
+        gradient checkpointing and offloading let go of what autograd keeps, and of nothing else.
+    """
+    if not wanted:
+        return None, None
+    found = _shared(x)
+    return found, x if found.recipe is None else None
+
+
+def _shared(x: torch.Tensor) -> Kept:
+    """What gives ``x``, shared with the other layers that read it."""
     node = x.grad_fn
     if node is None:
         return Kept(x)
@@ -136,7 +149,7 @@ class _Saved:
         whole, self.view = x, None
         if x._is_view() and _is_plain_view(x, x._base):
             whole, self.view = x._base, (x.size(), x.stride(), x.storage_offset())
-        found = kept(whole) if whole.output_nr == 0 else None
+        found = _shared(whole) if whole.output_nr == 0 else None
         self.kept = found if found is not None and found.recipe is not None else None
         self.packed, self.unpacks, self.version = None, None if outer is None else outer[1], x._version
         if self.kept is None:

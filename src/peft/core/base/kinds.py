@@ -16,7 +16,7 @@ from torch import nn
 
 from peft.core.base.storage import foreign_linear
 from peft.core.filling import unfilled, unfilled_linear
-from peft.utils.error import NoEqualWeightError
+from peft.utils.error import MeaninglessError, NoEqualWeightError
 
 
 class Kind:
@@ -358,7 +358,7 @@ class Whole(Kind):
     whole = True
 
     def shape(self, m: nn.Module) -> tuple[int, ...]:
-        raise ValueError(
+        raise MeaninglessError(  # torch.jit asks modules for all of their properties
             f"{type(m).__name__} is none of {', '.join(kind_names())}, so there is no one weight of it to read, fold "
             "or merge. modules_to_save, and methods that train a copy of a module, can take it."
         )

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
+from threading import RLock
 from typing import Any
 
 import torch
 from torch import nn
 
 
+_EXCHANGING = RLock()  # one thread at a time: all of them see the config that is exchanged for a call
 REGISTERED = "peft|watched"  # the name under which transformers finds `_watched`
 
 # What an attention function is called with, and what it gives: outputs [batch, tokens, heads, features], weights.
@@ -50,19 +53,20 @@ def watched(module: nn.Module, around: Callable[..., Any], args: tuple, kwargs: 
     from transformers.modeling_utils import AttentionInterface
 
     AttentionInterface.register(REGISTERED, _watched)
-    config, names = module.config, _source(module).__globals__
-    attend = names["ALL_ATTENTION_FUNCTIONS"].get(config._attn_implementation, names.get("eager_attention_forward"))
+    with nullcontext() if torch.compiler.is_compiling() else _EXCHANGING:
+        config, names = module.config, _source(module).__globals__
+        attend = names["ALL_ATTENTION_FUNCTIONS"].get(
+            config._attn_implementation, names.get("eager_attention_forward")
+        )
 
-    def call(*given: Any, **options: Any) -> Any:
-        return around(attend, *given, **options)
+        def call(*given: Any, **options: Any) -> Any:
+            return around(attend, *given, **options)
 
-    # The model looks its function up by the config's name for it: with another config for this call, nothing is
-    # patched.
-    module.config = _Watched(config, call)
-    try:
-        return module(*args, **kwargs)
-    finally:
-        module.config = config
+        module.config = _Watched(config, call)
+        try:
+            return module(*args, **kwargs)
+        finally:
+            module.config = config
 
 
 def keys_and_values(

@@ -280,9 +280,8 @@ def merge(
     """
     _check_together(model, adapter_names)
     mark_shared_weights(model)
-    # Inner ones first: they adapt the weight before the layers around them.
     layers = [item for item in layers_of(model) if left is None or not left(item[1])][::-1]
-    # those that will refuse come first: while nothing is merged there is nothing to undo
+    # inner ones first, as they adapt the weight before those around them; before all, what will refuse
     layers.sort(key=lambda item: not _refuses(item[1], adapter_names, safe_merge))
     before = [list(layer.merged_adapters) for _, layer in layers]
     for path, layer in layers:

@@ -81,7 +81,7 @@ class ALora(Lora):
     def create(self, config: LoraConfig, key: str) -> None:
         super().create(config, key)
         self.alora_invocation_tokens = tuple(config.alora_invocation_tokens or ())
-        self.context.reads_tokens = True
+        self.context.common.reads_tokens = True
 
     def output(self, x: torch.Tensor, y: torch.Tensor, base_y: torch.Tensor) -> torch.Tensor:
         tokens = self.context.tokens
