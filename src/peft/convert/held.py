@@ -16,6 +16,7 @@ from peft.core.files.io import load_peft_weights, write_adapter
 from peft.options import value_of
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.initialize import rewrites
+from peft.utils.error import ConfigError
 
 
 PREFIX = "base_model.model."
@@ -91,6 +92,15 @@ class Pairs:
     others: dict[str, torch.Tensor] = field(default_factory=dict)
     rslora: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for module, pair in self.pairs.items():
+            rank, inner = pair.rank, pair.up.shape[1]
+            if rank != inner and (pair.down.dim() == 2 or rank % inner):  # of grouped convolutions a part of the rank
+                raise ConfigError(
+                    f"{module}: A is {list(pair.down.shape)} and B {list(pair.up.shape)}, whose ranks differ: "
+                    "the file is damaged."
+                )
 
     def scale(self, module: str) -> float:
         """What B A is multiplied by."""
