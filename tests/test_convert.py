@@ -153,8 +153,8 @@ def test_extraction_and_resizing_hold_one_layer_at_a_time(size: dict, tmp_path: 
                 layer.weight += torch.randn(192, 2) @ torch.randn(2, 192) * 0.1
     with Peak() as peak:
         extract_adapter(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", model=model.to("meta"), **size)
-    # The two matrices, the second of which becomes the difference; and for energy 16 vectors of each of the 8 layers on
-    # both sides, of which the ranks take their share at the end: 8 * 2 * 16 / 192 = 1.3.
+    # The two matrices, the second of which becomes the difference; for energy also 16 vectors of each of 8 layers, on
+    # both sides, which wait until ranks are shared out: 8 * 2 * 16 / 192 = 1.3.
     assert peak.most / (192 * 192 * 4) < (2.5 if "rank" in size else 3.8)
     with Peak() as peak:
         resize_adapter(tmp_path / "out", tmp_path / "small", **(size if "energy" in size else {"rank": 1}))

@@ -93,15 +93,6 @@ class Pairs:
     rslora: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        for module, pair in self.pairs.items():
-            rank, inner = pair.rank, pair.up.shape[1]
-            if rank != inner and (pair.down.dim() == 2 or rank % inner):  # of grouped convolutions a part of the rank
-                raise ConfigError(
-                    f"{module}: A is {list(pair.down.shape)} and B {list(pair.up.shape)}, whose ranks differ: "
-                    "the file is damaged."
-                )
-
     def scale(self, module: str) -> float:
         """What B A is multiplied by."""
         pair = self.pairs[module]
@@ -145,7 +136,7 @@ def pairs_of(held: Held) -> Pairs:
     """A LoRA's file as pairs.
 
     Raises:
-        ValueError: the adapter is no LoRA, or a pair lacks its half.
+        ValueError: the adapter is no LoRA, or a pair lacks its half, or A and B are of different ranks.
     """
     config = held.config
     if not is_lora(held):
@@ -174,7 +165,17 @@ def pairs_of(held: Held) -> Pairs:
             raise ValueError(f"the adapter has only {', '.join(parts)} of a LoRA at {module}: its file is incomplete.")
         alpha = resolve_pattern(config.alpha_pattern, module, config.lora_alpha)
         pairs[module] = Pair(alpha=alpha, table=module in tables, **parts)
+    if not config.use_bdlora:  # keeps one factor as blocks
+        _check_ranks(pairs)
     return Pairs(pairs, others, config.use_rslora)
+
+
+def _check_ranks(pairs: Mapping[str, Pair]) -> None:
+    """Raise ConfigError where A and B are of different ranks; B of a grouped convolution has a part of the rank."""
+    for module, pair in pairs.items():
+        a, b = list(pair.down.shape), list(pair.up.shape)
+        if pair.rank != b[1] and (len(a) == 2 or pair.rank % b[1]):
+            raise ConfigError(f"{module}: A is {a} and B {b}, whose ranks differ: the file is damaged.")
 
 
 def held_of(found: Pairs, like: LoraConfig | None = None) -> Held:
@@ -184,6 +185,8 @@ def held_of(found: Pairs, like: LoraConfig | None = None) -> Held:
         like: whose other fields are kept; by default the config targets the modules of the pairs by their names.
     """
     pairs, tensors = found.pairs, dict(found.others)
+    if like is None:
+        _check_ranks(pairs)
     for module, pair in pairs.items():
         a, b = ("lora_embedding_A", "lora_embedding_B") if pair.table else ("lora_A.weight", "lora_B.weight")
         tensors[f"{PREFIX}{module}.{a}"], tensors[f"{PREFIX}{module}.{b}"] = pair.down, pair.up
