@@ -56,6 +56,7 @@ class Adapter:
     parts: ClassVar[dict[str, part]] = {}
     settings: ClassVar[dict[str, setting]] = {}
     common: ClassVar[dict[str, shared]] = {}
+    declares: ClassVar[frozenset[str]] = frozenset(__slots__)
     adds: ClassVar[Addition] = NoSum()
     layer_base: ClassVar[Any] = None
     split: ClassVar[tuple[str, ...]] = ()
@@ -78,22 +79,19 @@ class Adapter:
         cls.parts = {name: value for name, value in found.items() if isinstance(value, part)}
         cls.settings = {name: value for name, value in found.items() if isinstance(value, setting)}
         cls.common = {name: value for name, value in found.items() if isinstance(value, shared)}
+        cls.declares = frozenset((*cls.parts, *cls.settings, *Adapter.__slots__))
         cls.changes_input = cls.input is not Adapter.input
 
     def __init__(self, layer: BaseTunerLayer, name: str) -> None:
-        object.__setattr__(self, "layer", layer)
-        object.__setattr__(self, "name", name)
+        self.layer, self.name = layer, name
 
     def __setattr__(self, attribute: str, value: Any) -> None:
-        if (declared := self.settings.get(attribute) or self.parts.get(attribute)) is not None:
-            declared.__set__(self, value)
-        elif attribute in Adapter.__slots__:
-            object.__setattr__(self, attribute, value)
-        else:
+        if attribute not in self.declares:
             raise AttributeError(
                 f"{type(self).__name__} declares no {attribute!r}, so nothing keeps it. Add a line to the "
                 f"class: `{attribute} = part()` for a tensor that trains, `{attribute} = setting()` for anything else."
             )
+        object.__setattr__(self, attribute, value)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r})"
@@ -306,11 +304,11 @@ class Adapter:
         return isinstance(dropout, nn.Dropout) and dropout.training
 
     # --- state ----------------------------------------------------------------------------------------------
-    def held(self) -> Iterator[tuple[str, part, Any]]:
+    def held(self) -> list[tuple[str, part, Any]]:
         """Its parts: attribute of the layer, declaration, what is there."""
-        for declared in type(self).parts.values():
-            if (value := declared.read(self.layer, self.name)) is not None:
-                yield declared.attribute(self.layer), declared, value
+        layer, name = self.layer, self.name
+        found = [(declared, declared.read(layer, name)) for declared in self.parts.values()]
+        return [(declared.attribute(layer), declared, value) for declared, value in found if value is not None]
 
     def parameters(self) -> Iterator[torch.Tensor]:
         """The trained tensors, those in common with other layers included."""

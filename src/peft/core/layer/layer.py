@@ -20,7 +20,7 @@ from peft.core.layer.lean import Noted, Seen, lean, noted
 from peft.core.layer.placement import settle
 from peft.core.layer.read import ReadThrough
 from peft.core.layer.rewritten import Rewritten, follow, give_back, give_back_unmerged, include, keep_merged
-from peft.core.layer.room import held_constant, make_more_room, make_room, names_held, set_mode
+from peft.core.layer.room import held_constant, hold, make_more_room, make_room, names_held, set_mode
 from peft.core.layer.rows import mixed
 from peft.core.model.context import Context
 from peft.kernels.grouped import forget
@@ -181,7 +181,7 @@ class BaseTunerLayer(ReadThrough):
                     del container[name]
                 continue
             if type(container) is nn.ModuleDict:
-                container._modules[name] = value  # the name of an adapter has been checked
+                hold(self, container, name, value)
             else:
                 container[name] = value
 

@@ -112,7 +112,7 @@ class Switch:
         """Choose whether these adapters train, active or not."""
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             for p in self.adapter_parameters(name):
-                if p.is_floating_point():
+                if p.requires_grad is not requires_grad and p.is_floating_point():
                     p.requires_grad_(requires_grad)
 
     def _forget(self, name: str) -> None:
