@@ -69,6 +69,11 @@ def _to_json(value: Any) -> Any:
 
 
 def read_json(path: str) -> dict[str, Any]:
+    """What an ``adapter_config.json`` holds.
+
+    Raises:
+        ConfigFileError: it cannot be read, is damaged, or holds no object of fields.
+    """
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
