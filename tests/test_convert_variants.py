@@ -192,7 +192,7 @@ def test_nothing_of_an_adapter_is_lost_in_silence(target: str, what: str, tmp_pa
     if (target, what) == ("diffusers", "lora_bias"):
         convert_adapter(tmp_path / "lora", target, tmp_path / "out", base=base)
         return
-    with pytest.raises(ConfigError, match="cannot be carried over|one rank and one alpha"):
+    with pytest.raises(ConfigError, match="cannot be carried over|one rank and one alpha|matrices of 'mixtral'"):
         convert_adapter(tmp_path / "lora", target, tmp_path / "out", base=base)
     assert not (tmp_path / "out").exists()
 
