@@ -143,14 +143,15 @@ class Fixed(nn.Module):
         return x * Dropped(self.p, self.seed).zero_(torch.ones(x.shape)) / (1 - self.p)
 
 
-def test_dropout_equals_the_plain_path_with_the_same_mask():
-    model, x = adapted(lora_dropout=0.3), batch(5, 4)
+@pytest.mark.parametrize("rate", [0.05, 0.3, 0.7])
+def test_dropout_equals_the_plain_path_with_the_same_mask(rate):
+    model, x = adapted(lora_dropout=rate), batch(5, 4)
     torch.manual_seed(5)
     got = run(model, x)
     torch.manual_seed(5)
     order = ["first", "gate", "up", "down", "transposed"]
     for name in order:
-        getattr(model.base_model.model, name).lora_dropout["default"] = Fixed(0.3, draw_seed())
+        getattr(model.base_model.model, name).lora_dropout["default"] = Fixed(rate, draw_seed())
     assert_equal(got, run(model, x))
 
 
@@ -166,6 +167,25 @@ def test_masks_drop_each_entry_independently(p):
     assert abs(halves[0] - halves[1]) < 10 * math.sqrt(p * (1 - p) / n)
     assert torch.equal(mask, Dropped(p, 3).zero_(torch.ones(n)))
     assert not torch.equal(mask, Dropped(p, 4).zero_(torch.ones(n)))
+
+
+def test_places_that_were_kept_are_those_drawn_again():
+    x = torch.ones(30, 40)
+    first = Dropped(0.05, 3)
+    zeros = first.copy(x)
+    places = first.few()
+    assert places.dtype == torch.int32 and 16 * places.numel() < 1.5 * x.numel()
+    assert torch.equal(Dropped(0.05, 4, places).copy(x), zeros)
+    often = Dropped(0.3, 3)
+    often.copy(x)
+    assert often.few() is None
+
+
+def test_masks_may_change_when_checkpointing_computes_again():
+    torch.manual_seed(0)
+    model, x = adapted(lora_dropout=0.05), batch(40, 30).requires_grad_()
+    checkpoint(model, x, use_reentrant=False, preserve_rng_state=False).sum().backward()
+    assert x.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])

@@ -10,7 +10,7 @@ from torch import nn
 
 from peft.convert.formats import FORMATS
 from peft.convert.formats.flux import as_in, flux_encoders
-from peft.convert.held import Held, beyond_pairs, held_of, is_lora, pairs_of
+from peft.convert.held import Held, beyond_pairs, held_of, is_lora, magnitude_of, pairs_of
 from peft.convert.source import Base, Files, Format, Job, Source
 from peft.core.files.io import replacing
 from peft.utils.error import ConfigError, nearest
@@ -117,7 +117,7 @@ def _shaped(held: Held, base: Base) -> Held:
         ones = [1] * (axes - 2)
         pair.down, pair.up = (tensor.view(*tensor.shape[:2], *ones) for tensor in (pair.down, pair.up))
         if pair.magnitude is not None:
-            pair.magnitude = pair.magnitude.view(1, -1, *ones) if ones else pair.magnitude.flatten()
+            pair.magnitude = magnitude_of(pair.magnitude, pair.down)
         changed = True
     return held_of(found, held.config) if changed else held
 

@@ -14,9 +14,10 @@ from torch import nn
 from peft.convert.held import named, patterned
 from peft.convert.resize import check_size
 from peft.core.base.kinds import kind_of
-from peft.core.combine.ranks import leading_svd, randomized_svd, shared_ranks
+from peft.core.combine.ranks import halves, leading_svd, randomized_svd, shared_ranks
 from peft.core.files.io import write_adapter
 from peft.core.files.shards import Shards
+from peft.core.layer.weight import wide
 from peft.core.model.targeting import exact_targets
 from peft.core.model.walk import embeddings_of, join, shares_embeddings
 from peft.tools.architecture import build
@@ -139,7 +140,7 @@ class _Extractor:
             kind = kind_of(module)
             if kind is not None and name == kind.weight and not kind.opaque and kind.refusal(module) is None:
                 self.dtypes.add(after.dtype)
-                change = after.to(torch.promote_types(after.dtype, torch.float32))
+                change = wide(after)
                 del after  # three of the matrix at once would be the peak
                 change -= before
                 del before
@@ -195,7 +196,7 @@ class _Extractor:
             u, s, vh = leading_svd(matrix, self.energy, self.rank, self.generator)
         self.norms[path] = float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
         self.found[path] = u.clone(), s, vh.clone()
-        matrix.addmm_(u * s, vh, alpha=-1)
+        matrix.addmm_(u * s, vh, alpha=-1)  # what is left of the change, in its own memory
         self.rests[path] = float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
 
     def adapter(
@@ -210,8 +211,8 @@ class _Extractor:
         kept_as = dtype or next(iter(self.dtypes), torch.float32)
         for path, (u, s, vh) in self.found.items():
             r = ranks[path] = min(ranks[path], len(s))
-            root = s[:r].sqrt()  # half of the scale for each factor
-            pairs[path, "weight"] = ((root[:, None] * vh[:r])[None].to(kept_as), (u[:, :r] * root)[None].to(kept_as))
+            down, up = (factor[None].to(kept_as) for factor in halves(u, s, vh, r))
+            pairs[path, "weight"] = down, up
             rest = self.rests[path] ** 2 + float(s[r:].double().square().sum())
             errors[path] = rest**0.5 / self.norms[path]
             lost += rest

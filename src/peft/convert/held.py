@@ -150,6 +150,7 @@ def pairs_of(held: Held) -> Pairs:
     for name, tensor in held.tensors.items():
         words = name.removeprefix(PREFIX).split(".")
         part, size = next(((_PARTS[tail], n) for n in (1, 2) if (tail := tuple(words[-n:])) in _PARTS), ("", 0))
+        # Between the pairs of a stack.
         place = ".".join(("", *(word for word in words[:-size] if word != "base_layer")))
         if not part or (stacks and place.endswith(stacks)):  # pairs of stacked experts are no pairs of a module
             others[name] = tensor
@@ -193,6 +194,11 @@ def held_of(found: Pairs, like: LoraConfig | None = None) -> Held:
         return Held(LoraConfig(**fields, **found.extra), tensors)
     config = type(like)(**{**like.to_dict(), **fields, **found.extra})
     return Held(config, tensors)
+
+
+def magnitude_of(scale: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """A magnitude of DoRA as files of PEFT have it beside A: ``[out]``, or ``[1, out, 1, ...]`` at a convolution."""
+    return scale.flatten() if down.dim() == 2 else scale.reshape(1, -1, *[1] * (down.dim() - 2))
 
 
 def patterned(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 
 from peft.config import resolve_pattern
 from peft.convert.held import PREFIX, Held, patterned, whole
-from peft.core.combine.ranks import product_svd
+from peft.core.combine.ranks import halves, product_svd
 from peft.core.layer.weight import wide
 from peft.tuners.lora.layer import Lora
 
@@ -118,13 +119,7 @@ def _putting(
 
 
 def _halves_of_one(found: Sequence[Svd]) -> tuple[torch.Tensor, torch.Tensor]:
-    return _halves(found[0])
-
-
-def _halves(svd: Svd) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B of equal norms."""
-    u, s, vh = svd
-    return s.sqrt()[:, None] * vh, u * s.sqrt()
+    return halves(*found[0])
 
 
 # --- LoRA, HiRA --------------------------------------------------------------------------------------------------
@@ -158,7 +153,7 @@ def _read_pairs(held: Held) -> Iterator[Product]:
         a, b = held.tensors[down], held.tensors[up]
 
         def made(found: Sequence[Svd], a: torch.Tensor = a, b: torch.Tensor = b) -> tuple[torch.Tensor, torch.Tensor]:
-            new_a, new_b = _halves(found[0])  # [r, in * kernel], [out, r]
+            new_a, new_b = halves(*found[0])  # [r, in * kernel], [out, r]
             return new_a.reshape(-1, *a.shape[1:]), new_b.reshape(len(b), -1, *b.shape[2:])
 
         blocks = [(wide(a).flatten(1), wide(b).flatten(1))]
@@ -256,7 +251,7 @@ def _read_gralora(held: Held) -> Iterator[Product]:
         blocks = [(pieces_a[n, :, j].mT, pieces_b[j, n].mT) for n in range(k) for j in range(k)]
 
         def put(found: Sequence[Svd], names: tuple[str, str] = (down, up), k: int = k) -> None:
-            pairs = [_halves(svd) for svd in found]
+            pairs = [halves(*svd) for svd in found]
             a = torch.stack([down.mT for down, _ in pairs]).unflatten(0, (k, k))  # [n, j, in, r / k]
             b = torch.stack([up.mT for _, up in pairs]).unflatten(0, (k, k))  # [n, j, r / k, out]
             ratio = (k * a.shape[-1] + config.hybrid_r) / (config.r + config.hybrid_r)  # alpha, an int, stays
@@ -310,7 +305,7 @@ def _read_mix_lora(held: Held) -> Iterator[Product]:
 
 
 def _side_by_side(found: Sequence[Svd]) -> tuple[torch.Tensor, torch.Tensor]:
-    downs, ups = zip(*map(_halves, found))
+    downs, ups = zip(*itertools.starmap(halves, found))
     return torch.cat(downs), torch.cat(ups, 1)
 
 
@@ -323,7 +318,7 @@ def _read_poly(held: Held) -> Iterator[Product]:
         a, b = wide(held.tensors[down]), wide(held.tensors[up])
 
         def made(found: Sequence[Svd], b: torch.Tensor = b) -> tuple[torch.Tensor, torch.Tensor]:
-            new_a, new_b = _halves(found[0])
+            new_a, new_b = halves(*found[0])
             rank, pieces = len(new_a), b.shape[:2]
             scaled = new_b.reshape(*pieces, -1, rank).transpose(2, 3) * (rank / b.shape[2])  # the scale is 1 / r
             return new_a.mT.reshape(*pieces, -1, rank), scaled

@@ -227,19 +227,25 @@ class _Mixture(NamedTuple):
     combination: Combination
 
 
-def _adapted(base: nn.Module, job: _Job) -> tuple[Any, list[str], _Mixture | None]:
-    """The model with the adapters, those to merge active, their names; how they are combined, if they are no LoRAs."""
+def with_adapters(base: nn.Module, adapters: Mapping[str, str]) -> Any:
+    """The base model with saved adapters, the first one active; the base itself if there are none."""
     from peft.peft_model import PeftModel
 
+    model: Any = base
+    for name, folder in adapters.items():
+        if model is base:
+            model = PeftModel.from_pretrained(base, folder, adapter_name=name)
+        else:
+            model.load_adapter(folder, adapter_name=name)
+    return model.eval()
+
+
+def _adapted(base: nn.Module, job: _Job) -> tuple[Any, list[str], _Mixture | None]:
+    """The model with the adapters, those to merge active, their names; how they are combined, if they are no LoRAs."""
     if not job.adapters:
         raise ConfigError("no adapter to merge was given.")
-    model: Any = None
     with torch.random.fork_rng(devices=[]):  # what adapters draw before they are filled is no draw of the merging
-        for name, folder in job.adapters.items():
-            if model is None:
-                model = PeftModel.from_pretrained(base, folder, adapter_name=name)
-            else:
-                model.load_adapter(folder, adapter_name=name)
+        model = with_adapters(base, job.adapters)
     config = model.peft_config[next(iter(job.adapters))]
     method = str(value_of(config.peft_type))
     if config.is_prompt_learning:

@@ -16,7 +16,7 @@ import torch
 from peft.config import resolve_pattern
 from peft.convert.formats.flux import is_original, to_diffusers
 from peft.convert.formats.kohya import ALGORITHMS, by_method, saver
-from peft.convert.held import Held, Pair, Pairs, held_of, modules_of, pairs_of, patterned, whole
+from peft.convert.held import Held, Pair, Pairs, held_of, magnitude_of, modules_of, pairs_of, patterned, whole
 from peft.convert.names import component_of
 from peft.convert.source import Bundle, Files, Format, Job, Source
 from peft.options import value_of
@@ -142,8 +142,7 @@ def _pairs(modules: dict[str, dict[str, torch.Tensor]], config: dict[str, Any], 
         if known is not None:
             alpha = resolve_pattern(known.alpha_pattern, module, known.lora_alpha)
         if (scale := parts.get("magnitude")) is not None:
-            shape = (-1,) if parts["down"].dim() == 2 else (1, -1, *[1] * (parts["down"].dim() - 2))
-            parts["magnitude"] = scale.reshape(shape)
+            parts["magnitude"] = magnitude_of(scale, parts["down"])
         pairs[module] = Pair(alpha=alpha, **parts)
     return Pairs(pairs, rslora=known is not None and known.use_rslora)
 
