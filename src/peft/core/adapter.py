@@ -18,6 +18,7 @@ from torch import nn
 from peft.core.addition import Addition, NoSum
 from peft.core.layer import weight as weights
 from peft.core.layer.buffers import BufferDict
+from peft.core.parts import input_dropout as input_dropout
 from peft.core.parts import part, setting, shared
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from peft.core.files.entries import anatomy, tuner_of
+from peft.core.files.entries import anatomy, configs_of, tuner_of
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.auxiliary import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from peft.core.model.walk import join, wrappers_of
@@ -92,11 +92,11 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 def weights_of(p: torch.Tensor) -> int:
     """How many weights a parameter stands for: bitsandbytes packs two in a 4-bit byte, DeepSpeed keeps a shard."""
     sharded = getattr(p, "ds_numel", None)
-    count = p.numel() or sharded or 0
+    count = p.numel() or sharded or 0  # DeepSpeed leaves nothing in a sharded one
     if type(p).__name__ != "Params4bit":
         return count
     stored = getattr(p, "quant_storage", None) or p.dtype
-    return count * 2 * stored.itemsize
+    return count * 2 * stored.itemsize  # two weights in a byte
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
@@ -177,7 +177,7 @@ def _adapted(model: nn.Module) -> list[tuple[str, BaseTunerLayer | AuxiliaryTrai
             path, wrapper = join(path, "token_adapter"), wrapper.token_adapter
         found.append((f"{prefix}.{path}" if prefix and path else prefix or path, wrapper))
     if not found:
-        config = next(iter((getattr(model, "peft_config", None) or {}).values()), None)
+        config = next(iter(configs_of(model).values()), None)
         reason = " Prompt learning adapts no layers." if getattr(config, "is_prompt_learning", False) else ""
         raise NoAdaptedLayersError(
             f"No adapter layers found in this {type(model).__name__}.{reason} Give it adapters with get_peft_model or "

@@ -13,8 +13,8 @@ from torch import nn
 from tqdm import tqdm
 
 from peft.config import FanInFanOut, LayerSelection, ModulesToSave, TargetModules, TrainedBias, option
-from peft.core.adapter import part, setting, shared
-from peft.core.families import LowRank, input_dropout
+from peft.core.adapter import input_dropout, part, setting, shared
+from peft.core.families import LowRank
 from peft.core.filling import skip_values
 from peft.core.layer.buffers import BufferDict
 from peft.core.layer.layer import BaseTunerLayer
@@ -90,17 +90,15 @@ class Frod(LowRank):
     frod_lambda_l, frod_lambda_s_values = part(), part()
     frod_U, frod_start = part(BufferDict, remade=True), part(BufferDict, remade=True)
     frod_V, frod_s_indices, frod_s_size = shared(frozen=True), shared(frozen=True), shared(frozen=True)
-    category = setting()
-    frod_dropout = setting(nn.ModuleDict)
+    category, frod_dropout = setting(), input_dropout()
     save_projection = setting()
-    dropout: ClassVar[str] = "frod_dropout"
 
     @classmethod
     def share(cls, config: FrodConfig, layers: Sequence[BaseTunerLayer]) -> dict[str, Any]:
         return projections(config, layers)
 
     def create(self, config: FrodConfig, key: str) -> None:
-        self.frod_dropout, self.save_projection = input_dropout(config.frod_dropout), config.save_projection
+        self.frod_dropout, self.save_projection = config.frod_dropout, config.save_projection
         if config.save_projection and skip_values():
             self.frod_U, self.frod_start = torch.empty(0), torch.empty(len(self.basis))
         else:

@@ -81,6 +81,11 @@ def anatomy(model: nn.Module) -> tuple[nn.Module, str]:
     return (model.base_model, "base_model.") if prompts_of(model) else (model, "")
 
 
+def configs_of(model: nn.Module) -> dict[str, Any]:
+    """The configs of a model's adapters; none where the model has none, or was adapted without one."""
+    return getattr(model, "peft_config", None) or {}
+
+
 def prompts_of(model: nn.Module) -> PromptTuner | None:
     """What manages a model's prompts; None where its adapters change weights alone."""
     tuner = tuner_of(model)

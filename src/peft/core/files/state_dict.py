@@ -13,7 +13,7 @@ from torch import nn
 
 from peft.core.base.storage.sharded import fill, is_dtensor, whole
 from peft.core.files.along import base_places, train_along, weights_under
-from peft.core.files.entries import Entry, anatomy, entries, prompts_of
+from peft.core.files.entries import Entry, anatomy, configs_of, entries, prompts_of
 from peft.core.files.io import separate
 from peft.core.files.renaming import current_name, names_today, of_today, relabelled
 from peft.core.files.vocabulary import is_resized
@@ -74,7 +74,7 @@ def get_peft_model_state_dict(
     """
     outer, model = unreplicated(model), bare(model)
     root, prefix = anatomy(model)
-    config = (getattr(model, "peft_config", None) or {}).get(adapter_name)
+    config = configs_of(model).get(adapter_name)
     if config is None:
         operations.require_adapters(root, [adapter_name])
     if state_dict is not None and not state_dict:
@@ -223,7 +223,7 @@ def set_peft_model_state_dict(
     if found.wrong:
         names = ", ".join(entry.saved for entry, _ in found.wrong)
         warnings.warn(f"these tensors have another shape and were left out: {names}")
-    _unmerge_for(root, adapter_name)
+    unmerge_for(root, adapter_name)
     with torch.no_grad():
         for entry, value in sorted(found.fits, key=lambda item: item[0].put is None):  # exact ones after rounded ones
             _write(model, entry, value, low_cpu_mem_usage)
@@ -292,7 +292,7 @@ def match(model: nn.Module, adapter: str, state_dict: dict[str, torch.Tensor]) -
     known = {name: entry for entry in own for name in entry.names()}
     found = Match(own, [], [], [], [], [])
     rest: dict[str, torch.Tensor] = {}
-    config = (getattr(model, "peft_config", None) or {}).get(adapter)
+    config = configs_of(model).get(adapter)
     for name, value in joined(of_today(state_dict, config), own, prefix).items():
         # From a file with the prefix into a plain model that was adapted in place, and the other way round.
         place = known.get(name) or known.get(prefix + name) or known.get(name.removeprefix("base_model.model."))
@@ -362,7 +362,7 @@ def base_weights(root: nn.Module, prefix: str) -> dict[str, Entry]:
 
 def _mismatch(model: nn.Module, adapter: str, wrong: list[tuple[Entry, torch.Tensor]]) -> str:
     entry, value = wrong[0]
-    config = (getattr(model, "peft_config", None) or {}).get(adapter)
+    config = configs_of(model).get(adapter)
     base = getattr(config, "base_model_name_or_path", None)
     return (
         f"size mismatch for {entry.saved}: "
@@ -374,7 +374,7 @@ def _mismatch(model: nn.Module, adapter: str, wrong: list[tuple[Entry, torch.Ten
     )
 
 
-def _unmerge_for(root: nn.Module, adapter: str) -> None:
+def unmerge_for(root: nn.Module, adapter: str) -> None:
     """An adapter that is in the base weights comes out before its tensors change."""
     for _, layer in layers_of(root):
         if adapter in layer.merged_adapters:
