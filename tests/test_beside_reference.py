@@ -104,6 +104,18 @@ def test_prompts_are_loaded_without_being_made_first(config: Any, trainable: boo
     torch.testing.assert_close(again.eval()(ids, **task).logits, model(ids, **task).logits, **CLOSE)
 
 
+def test_adalora_draws_what_0_21_2_draws() -> None:
+    torch.manual_seed(1)
+    config = AdaLoraConfig(init_r=2, total_step=9, target_modules=["0", "1"])
+    layers = get_peft_model(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3)), config).base_model.model
+    torch.manual_seed(1)
+    nn.Linear(3, 4), nn.Linear(4, 3)
+    for layer, (inner, out) in zip(layers, [(3, 4), (4, 3)], strict=True):
+        torch.randn(2 * inner), torch.randn(2), torch.randn(2 * out), torch.randn(1)
+        a, b = torch.empty(2, inner).normal_(0, 0.02), torch.empty(out, 2).normal_(0, 0.02)
+        assert layer.lora_A["default"].equal(a) and layer.lora_B["default"].equal(b)
+
+
 BY_HAND = {
     "adalora": (peft.AdaLoraConfig(total_step=9), {"r": 3, "lora_alpha": 6}, {"lora_A": (3, 12)}),
     "c3a": (peft.C3AConfig(block_size=1), {"block_size": 4}, {"c3a_kernel": (2, 3, 4)}),

@@ -110,9 +110,11 @@ class AdaLora(LowRank, Scaled):
     def create(self, config: AdaLoraConfig, key: str) -> None:
         mask, (out, inner) = mask_of(config, key), fan(self.shape)
         rank = config.init_r if mask is None else sum(mask)
-        self.lora_A = nn.Parameter(torch.randn(rank, inner) * 0.02)
-        self.lora_B = nn.Parameter(torch.randn(out, rank) * 0.02)
-        self.lora_E = nn.Parameter(torch.zeros(rank, 1) if config.init_lora_weights else torch.randn(rank, 1))
+        # 0.21.2 draws all of these, and a rank, before the start that is used: one seed gives the same adapter.
+        a, e, b, _ = torch.randn(rank, inner), torch.randn(rank, 1), torch.randn(out, rank), torch.randn(1)
+        if config.init_lora_weights:
+            a, e, b = a.normal_(std=0.02), e.zero_(), b.normal_(std=0.02)
+        self.lora_A, self.lora_E, self.lora_B = nn.Parameter(a), nn.Parameter(e), nn.Parameter(b)
         self.r, self.left = config.init_r, None
         # Others read it, so it has its value on the meta device too.
         self.ranknum = nn.Parameter(torch.tensor([float(config.init_r)], device="cpu"), requires_grad=False)
