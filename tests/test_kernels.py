@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from peft import FourierFTConfig, LoraConfig, ShiraConfig, get_peft_model
 from peft.kernels import Factors, adapted_norm, dora_linear, is_plain, low_rank_linear, plain, spectral
 from peft.kernels.dropout import Dropped, draw_seed
+from peft.kernels.grouped import GroupedLowRank, grouped_linear
 from peft.kernels.linear import composed
 from peft.kernels.remake import recipe_of
 from peft.kernels.sparse import sparse_linear
@@ -507,7 +508,6 @@ def run_mixed(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
 def grouped_calls(monkeypatch) -> list[int]:
     """Rows of each call of the grouped product."""
     from peft.core.layer import rows
-    from peft.kernels.grouped import grouped_linear
 
     calls = []
 
@@ -532,6 +532,23 @@ def test_rows_with_different_adapters_equal_a_loop_over_them(shape, dtype, toler
     with torch.no_grad():
         for _ in range(2):  # the second call uses the stacks of the first
             assert_equal({"y": model(x, adapter_names=NAMES)}, {"y": wanted["y"]}, tolerance)
+
+
+@pytest.mark.parametrize("index", [[0, 1, 2], [2, 0, 1], [0, 0, 1, 1, 2, 2], [1, 0, 0, 0, 2], [1, 1]], ids=str)
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_rows_are_put_together_whatever_their_order(index, tokens):
+    """Of one token each they stand by their updates; rows of nine gather the factors, of rank 2, instead."""
+    torch.manual_seed(0)
+    x, y = torch.randn(len(index), tokens, 3).double(), torch.randn(len(index), tokens, 4).double()
+    down, up = torch.randn(3, 2, 3).double(), torch.randn(3, 2, 4).double()
+    inputs = [t.requires_grad_() for t in (x, down, up)]
+    wanted = torch.stack([y[i] + x[i] @ down[g].T @ up[g] for i, g in enumerate(index)])
+
+    def grouped(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return GroupedLowRank.apply(x, y.clone(), down, up, torch.tensor(index), None)
+
+    torch.testing.assert_close(grouped(*inputs), wanted)
+    assert torch.autograd.gradcheck(grouped, inputs)
 
 
 @pytest.mark.parametrize("length", [1, 40])

@@ -125,27 +125,32 @@ def _hooks() -> tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tenso
 
 
 @contextmanager
-def recomputed() -> Iterator[None]:
+def recomputed(watch: Callable[[int], None] | None = None) -> Iterator[None]:
     """A context in which autograd keeps no tensor that can be made again from others that it keeps.
 
     The output of an activation between two products is one: autograd keeps its input too. Hooks of a context around
     this one see what is kept. Within gradient checkpointing, which keeps nothing, and within itself it does nothing.
+
+    Args:
+        watch: called with the bytes of each tensor that autograd is given to keep, and gets back.
     """
     outer = _hooks()
     itself = outer is not None and getattr(outer[0], "func", None) is _Saved
     if itself or is_recomputed() or not torch._C._autograd._saved_tensors_hooks_is_enabled():
         yield
         return
-    with saved_tensors_hooks(partial(_Saved, outer), _Saved.unpack):
+    with saved_tensors_hooks(partial(_Saved, outer, watch), _Saved.unpack):
         yield
 
 
 class _Saved:
     """A tensor that a node of autograd keeps: how to make it, or itself as the hooks around give it back."""
 
-    __slots__ = ("kept", "packed", "unpacks", "version", "view")
+    __slots__ = ("kept", "packed", "unpacks", "version", "view", "watch")
 
-    def __init__(self, outer: tuple[Callable, Callable] | None, x: torch.Tensor) -> None:
+    def __init__(
+        self, outer: tuple[Callable, Callable] | None, watch: Callable[[int], None] | None, x: torch.Tensor
+    ) -> None:
         whole, self.view = x, None
         if x._is_view() and _is_plain_view(x, x._base):
             whole, self.view = x._base, (x.size(), x.stride(), x.storage_offset())
@@ -157,9 +162,18 @@ class _Saved:
             # of what it has gathered into it, which another name for the memory would hold.
             itself = x if x.grad_fn is None else x.detach()
             self.packed = itself if outer is None else outer[0](x)
+        self.watch = watch
+        if watch is not None:
+            watch(x.nbytes)
 
     def unpack(self) -> torch.Tensor:
         """The tensor, for the node."""
+        tensor = self._found()
+        if self.watch is not None:
+            self.watch(tensor.nbytes)
+        return tensor
+
+    def _found(self) -> torch.Tensor:
         if self.kept is not None:
             return self._seen(self.kept.get(None))
         return self._checked() if self.unpacks is None else self.unpacks(self.packed)
