@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 
 from peft.config import resolve_pattern
 from peft.convert.held import PREFIX, Held, patterned, whole
-from peft.core.combine.ranks import product_svd
+from peft.core.combine.ranks import halves, product_svd
 from peft.core.layer.weight import wide
 from peft.tuners.lora.layer import Lora
 
@@ -42,7 +43,13 @@ class Product:
         return len(self.blocks[0][0])
 
     def values(self) -> list[torch.Tensor]:
-        """The singular values of each block."""
+        """The singular values of each block.
+
+        Raises:
+            ValueError: a factor has entries that are not finite.
+        """
+        if not all(torch.isfinite(factor).all() for block in self.blocks for factor in block):
+            raise ValueError(f"{self.module}: the adapter has NaN or infinite entries: it is broken.")
         return [product_svd(*block)[1] * abs(self.scale) for block in self.blocks]
 
     def cut(self, rank: int) -> float:
@@ -96,13 +103,17 @@ def pairs_by_name(held: Held, names: Sequence[tuple[str, str]]) -> Iterator[tupl
     Raises:
         ValueError: a pair lacks its half.
     """
-    for down, up in names:
+    for tails in names:
         for name in held.tensors:
-            module = name.removesuffix("." + down)
-            if module != name:
-                if (other := f"{module}.{up}") not in held.tensors:
-                    raise ValueError(f"the adapter has {name} and no {other}: its file is incomplete.")
-                yield module.removeprefix(PREFIX), name, other
+            tail = next((tail for tail in tails if name.endswith(f".{tail}")), None)
+            if tail is None:
+                continue
+            module = name.removesuffix(f".{tail}")
+            down, up = (f"{module}.{one}" for one in tails)
+            if other := {down, up} - held.tensors.keys():
+                raise ValueError(f"the adapter has {name} and no {other.pop()}: its file is incomplete.")
+            if name == down:
+                yield module.removeprefix(PREFIX), down, up
 
 
 def _putting(
@@ -118,13 +129,7 @@ def _putting(
 
 
 def _halves_of_one(found: Sequence[Svd]) -> tuple[torch.Tensor, torch.Tensor]:
-    return _halves(found[0])
-
-
-def _halves(svd: Svd) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B of equal norms."""
-    u, s, vh = svd
-    return s.sqrt()[:, None] * vh, u * s.sqrt()
+    return halves(*found[0])
 
 
 # --- LoRA, HiRA --------------------------------------------------------------------------------------------------
@@ -146,7 +151,10 @@ def pairs_in(held: Held) -> list[tuple[str, str, str]]:
         raise ValueError(f"the adapter is {kind}, whose file is no list of pairs A and B.")
     found = [*pairs_by_name(held, _NAMES[kind])]
     for module, down, up in found:
-        if held.tensors[up].shape[1] != len(held.tensors[down]):
+        a, b = held.tensors[down], held.tensors[up]
+        if b.shape[1] != len(a) and a.dim() == 2:
+            raise ValueError(f"{module}: A is {list(a.shape)} and B {list(b.shape)}: the file is damaged.")
+        if b.shape[1] != len(a):
             raise ValueError(f"{module} is a grouped convolution, whose pair is no single product.")
     return found
 
@@ -158,7 +166,7 @@ def _read_pairs(held: Held) -> Iterator[Product]:
         a, b = held.tensors[down], held.tensors[up]
 
         def made(found: Sequence[Svd], a: torch.Tensor = a, b: torch.Tensor = b) -> tuple[torch.Tensor, torch.Tensor]:
-            new_a, new_b = _halves(found[0])  # [r, in * kernel], [out, r]
+            new_a, new_b = halves(*found[0])  # [r, in * kernel], [out, r]
             return new_a.reshape(-1, *a.shape[1:]), new_b.reshape(len(b), -1, *b.shape[2:])
 
         blocks = [(wide(a).flatten(1), wide(b).flatten(1))]
@@ -256,7 +264,7 @@ def _read_gralora(held: Held) -> Iterator[Product]:
         blocks = [(pieces_a[n, :, j].mT, pieces_b[j, n].mT) for n in range(k) for j in range(k)]
 
         def put(found: Sequence[Svd], names: tuple[str, str] = (down, up), k: int = k) -> None:
-            pairs = [_halves(svd) for svd in found]
+            pairs = [halves(*svd) for svd in found]
             a = torch.stack([down.mT for down, _ in pairs]).unflatten(0, (k, k))  # [n, j, in, r / k]
             b = torch.stack([up.mT for _, up in pairs]).unflatten(0, (k, k))  # [n, j, r / k, out]
             ratio = (k * a.shape[-1] + config.hybrid_r) / (config.r + config.hybrid_r)  # alpha, an int, stays
@@ -310,7 +318,7 @@ def _read_mix_lora(held: Held) -> Iterator[Product]:
 
 
 def _side_by_side(found: Sequence[Svd]) -> tuple[torch.Tensor, torch.Tensor]:
-    downs, ups = zip(*map(_halves, found))
+    downs, ups = zip(*itertools.starmap(halves, found))
     return torch.cat(downs), torch.cat(ups, 1)
 
 
@@ -323,7 +331,7 @@ def _read_poly(held: Held) -> Iterator[Product]:
         a, b = wide(held.tensors[down]), wide(held.tensors[up])
 
         def made(found: Sequence[Svd], b: torch.Tensor = b) -> tuple[torch.Tensor, torch.Tensor]:
-            new_a, new_b = _halves(found[0])
+            new_a, new_b = halves(*found[0])
             rank, pieces = len(new_a), b.shape[:2]
             scaled = new_b.reshape(*pieces, -1, rank).transpose(2, 3) * (rank / b.shape[2])  # the scale is 1 / r
             return new_a.mT.reshape(*pieces, -1, rank), scaled

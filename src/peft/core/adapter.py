@@ -18,6 +18,7 @@ from torch import nn
 from peft.core.addition import Addition, NoSum
 from peft.core.layer import weight as weights
 from peft.core.layer.buffers import BufferDict
+from peft.core.parts import input_dropout as input_dropout
 from peft.core.parts import part, setting, shared
 
 
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
     from peft.kernels.linear import Factors
 
 
+LABEL = "default"
+"""What files of some methods say in the place of an adapter's name."""
+
+
 class Adapter:
     """An adapter at one layer. A method declares parts and settings, and overrides hooks; nothing else.
 
@@ -38,6 +43,7 @@ class Adapter:
         layer_base: the class of layers that can hold it, if not any adapted layer.
         split: what :meth:`as_saved` appends to the name of a tensor that it writes as several.
         labelled: files say "default" in the names of tensors, in the place of the adapter's name.
+        labelled_inside: files say it in the names of tensors of modules inside a part, where 0.21 leaves the name.
         random_in_training: a training step draws random numbers, even without dropout.
         reversible: :meth:`unfold` undoes :meth:`fold`; otherwise the original weight is kept while merged.
         requires_dense_base: the forward computes with the dense base weight.
@@ -46,6 +52,7 @@ class Adapter:
         follows_ties: modules tied to a targeted embedding get the same adapter.
         untrained: parts that a variant holds constant, though its method trains them: saved as ever, never trained.
         held_in: where :meth:`factors` finds bare linear layers A and B, a dropout and s, if it does nothing else.
+        printed_as: how a printed model names its layers, if not by method and kind.
         loss_weight: the config's field that weighs the mean of :meth:`loss_term` over layers; without one, their sum.
     """
 
@@ -61,6 +68,7 @@ class Adapter:
     layer_base: ClassVar[Any] = None
     split: ClassVar[tuple[str, ...]] = ()
     labelled: ClassVar[bool] = False
+    labelled_inside: ClassVar[bool] = False
     random_in_training: ClassVar[bool] = False
     reversible: ClassVar[bool] = True
     requires_dense_base: ClassVar[bool] = False
@@ -68,6 +76,7 @@ class Adapter:
     any_module: ClassVar[bool] = False
     follows_ties: ClassVar[bool] = False
     untrained: ClassVar[frozenset[str]] = frozenset()
+    printed_as: ClassVar[str] = ""
     loss_weight: ClassVar[str] = ""
     changes_input: ClassVar[bool] = False
     held_in: ClassVar[tuple[str, str, str, str] | None] = None
@@ -341,7 +350,8 @@ class Adapter:
                 yield attribute, f"{attribute}.{self.name}", value
                 continue
             for sub, tensor in _saved_tensors(value):
-                within = f"default.{sub}" if self.labelled else sub
+                labelled = self.labelled or (self.labelled_inside and "." in sub)
+                within = f"{LABEL}.{sub}" if labelled else sub
                 saved = attribute if declared.bare else f"{attribute}.{within}"
                 yield saved, f"{attribute}.{self.name}.{sub}", tensor
 

@@ -102,15 +102,16 @@ class DroppedDoraLinear(Function):
         drop: tuple[float, int],
     ) -> torch.Tensor:
         norm, rows, left = adapted_norm(weight, down, up, scale), x.reshape(-1, x.shape[-1]), 1 / (1 - drop[0])
-        factor, dropped = magnitude / norm, Dropped(*drop).copy(rows)
-        y = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
+        factor, dropping = magnitude / norm, Dropped(*drop)
+        dropped = dropping.copy(rows)
+        y = product(rows, weight.t(), bias=bias)
         y.addcmul_(product(dropped, weight.t()), in_dtype(y.dtype, (factor - 1) * left))
         dtype = product_dtype(y)
         hidden = product(in_dtype(dtype, dropped), in_dtype(dtype, down).t())
         accumulate(y, hidden, in_dtype(dtype, up * factor[:, None]).t(), scale * left)
         ctx.scale, ctx.drop, ctx.shape = scale, drop, x.shape
         ctx.kept, tensor = kept(x)
-        ctx.save_for_backward(tensor, weight, down, up, magnitude, norm, hidden)
+        ctx.save_for_backward(tensor, weight, down, up, magnitude, norm, hidden, dropping.few())
         return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
     @staticmethod
@@ -121,11 +122,11 @@ class DroppedDoraLinear(Function):
 
 
 def _dropped_backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    saved, weight, down, up, magnitude, norm, hidden = ctx.saved_tensors
+    saved, weight, down, up, magnitude, norm, hidden, places = ctx.saved_tensors
     needs_x, _, _, needs_down, needs_up, needs_magnitude, *_ = ctx.needs_input_grad
     left, factor = 1 / (1 - ctx.drop[0]), magnitude / norm
     dy, dtype = gradient.reshape(-1, gradient.shape[-1]), product_dtype(gradient)
-    drop = Dropped(*ctx.drop)
+    drop = Dropped(ctx.drop[0], ctx.drop[1], places)
     dropped = drop.copy(ctx.kept.get(saved).reshape(-1, ctx.shape[-1]))
     dz = in_dtype(dtype, dy * in_dtype(dy.dtype, factor * left))
     dh = product(dz, in_dtype(dtype, up), ctx.scale)

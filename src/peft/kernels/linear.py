@@ -313,11 +313,12 @@ class LowRankLinear(Function):
         rows, needed, reads = in_dtype(dtype, x.reshape(-1, x.shape[-1])), [], False
         for i, drop in enumerate(drops):
             a, b, hidden = parts[3 * i : 3 * i + 3]
+            dropped = None if drop is None else Dropped(*drop)
             if hidden is None:
-                hidden = product(rows if drop is None else Dropped(*drop).copy(rows), in_dtype(dtype, a).t())
+                hidden = product(rows if dropped is None else dropped.copy(rows), in_dtype(dtype, a).t())
                 reads |= a.requires_grad
             accumulate(out, hidden, in_dtype(dtype, b).t(), scales[i])
-            needed += [a, b, hidden if b.requires_grad else None]
+            needed += [a, b, hidden if b.requires_grad else None, dropped and dropped.few()]
         ctx.scales, ctx.drops, ctx.dtype, ctx.shape, ctx.given = scales, drops, dtype, x.shape, y is not None
         ctx.joint = joint
         ctx.kept, tensor = kept(x if joint is None else joint.x(), reads)
@@ -332,9 +333,8 @@ class LowRankLinear(Function):
 
 def fresh_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """W x + b, never as a view: outputs of a layer may be changed in place."""
-    if bias is None or x.dim() == 2:
-        return F.linear(x, weight, bias)
-    out = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight.t())
+    rows = x.reshape(-1, x.shape[-1])
+    out = product(rows, weight.t(), bias=bias)
     return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], out.shape[-1]))
 
 
@@ -342,7 +342,7 @@ def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ..
     saved, weight, *rest = ctx.saved_tensors
     dtype = ctx.dtype
     twice = torch.is_grad_enabled()  # a gradient of the gradient will be asked for
-    if twice and ctx.kept is None and any(a is not None for a in rest[::3]):
+    if twice and ctx.kept is None and any(a is not None for a in rest[::4]):
         raise RuntimeError(
             "second derivatives of a low-rank update with a frozen down-projection need its input, which is not kept. "
             "Compute them within `with peft.kernels.plain():`."
@@ -358,8 +358,8 @@ def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ..
         dx = product(dy, weight) if dx is None else plus_product(dx, dy, weight)
     dy = in_dtype(dtype, dy)
     for i, (scale, drawn) in enumerate(zip(ctx.scales, ctx.drops)):
-        a, b, hidden = rest[3 * i : 3 * i + 3]
-        drop = None if drawn is None else Dropped(*drawn)
+        a, b, hidden, places = rest[4 * i : 4 * i + 4]
+        drop = None if drawn is None else Dropped(drawn[0], drawn[1], places)
         dropped = inner if drop is None or inner is None else drop.copy(inner)
         d_down = d_up = d_hidden = None
         if (needs_x and a is not None) or needs[3 * i] or needs[3 * i + 2]:
@@ -387,9 +387,4 @@ def into_gradient(
     if dx is None:
         part = product(dh, a)
         return in_dtype(dtype, part if drop is None else drop.copy(part))
-    if drop is None:
-        return accumulate(dx, dh, a, 1.0)
-    if not drop.has_places(dx) or torch.is_grad_enabled():
-        return dx.add_(drop.copy(torch.mm(dh, a)))
-    before = drop.take(dx)
-    return drop.put(accumulate(dx, dh, a, 1.0), before)
+    return accumulate(dx, dh, a, 1.0) if drop is None else drop.add_product(dx, dh, a)

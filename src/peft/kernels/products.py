@@ -1,8 +1,9 @@
 """Products of matrices for the kernels, by the faster of the two libraries that torch carries for processors.
 
 torch multiplies float32 matrices by MKL, which chooses its code by the maker of the processor. On AMD's, oneDNN takes
-5 to 20 % less time for large products and up to 40 % less for thin ones, unless it is r that is summed over. It rounds
-in another order, so W x + s B A x is left to torch: where B is zero it is the base layer's output bit for bit.
+5 to 20 % less time for large products and up to 40 % less for thin ones, unless it is r that is summed over. It sums
+in another order: what a layer gives differs from the base layer's W x as that does between two numbers of threads.
+Torch's own switch, ``torch.backends.mkldnn.enabled = False``, leaves all products to MKL.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import torch
 LARGE = 2**21  # multiplications; for fewer, a call of oneDNN costs more than it gains
 
 
-def product(a: torch.Tensor, b: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-    """``scale * a b``, ``[n, m]``, for ``[n, k]`` and ``[k, m]`` of one dtype."""
+def product(a: torch.Tensor, b: torch.Tensor, scale: float = 1.0, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``a b``, ``[n, m]``, for ``[n, k]`` and ``[k, m]`` of one dtype; it is scaled, or has a bias ``[m]`` added."""
     if _for_onednn(a, b):
-        y = torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+        y = torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
         return y if scale == 1 else y.mul_(scale)
+    if bias is not None:
+        return torch.addmm(bias, a, b)
     if scale == 1:
         return torch.mm(a, b)
     key = a.dtype, a.device
@@ -51,7 +54,7 @@ def _for_onednn(a: torch.Tensor, b: torch.Tensor) -> bool:
     # its operation has no gradient of its own, and what counts or records operations does not know it
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
-    return _by_other_maker()
+    return _by_other_maker() and torch._C._get_mkldnn_enabled()
 
 
 @functools.cache

@@ -206,6 +206,7 @@ def a_row_of_a_mixed_batch_has_the_value_of_its_adapter_alone(cell: Cell) -> Non
 def a_row_of_a_mixed_batch_has_the_gradient_of_its_adapter_alone(cell: Cell) -> None:
     """3, in training mode, but where that draws random numbers."""
     model = cell.adapted("one", "two")
+    # No two passes would draw alike.
     model.train(not any(type(layer.adapters["one"]).random_in_training for _, layer in layers(model)))
     _rows_train_their_adapters(cell, model)
 
@@ -611,7 +612,6 @@ def the_gradient_is_that_of_the_merged_weight(cell: Cell) -> None:
         with torch.no_grad():
             for p, step in zip(parameters_of(other, "one"), steps):
                 p.add_(step, alpha=sign)
-        with torch.no_grad():
             moved.append(cell.loss(other.merge_and_unload()).item())
     expected = sum((gradient(p) * step).sum() for p, step in zip(own, steps)).item()
     assert abs((moved[0] - moved[1]) / 2 - expected) <= max(0.03 * abs(expected), 3e-6)

@@ -23,7 +23,7 @@ MOE_SUFFIXES = (".gate_up_proj", ".down_proj", ".gate_proj", ".up_proj")
 def condition_number(weight: torch.Tensor) -> float:
     """Largest over smallest singular value of a matrix, computed in float32; of a stack ``[n, a, b]`` the mean."""
     values = torch.linalg.svdvals(wide(weight.detach()))
-    return float((values[..., 0] / values[..., -1]).mean())
+    return float((values[..., 0] / values[..., -1]).mean())  # over the experts, of a stack
 
 
 class KappaTuneSelector:

@@ -23,7 +23,7 @@ from peft.core.adapter import Adapter
 from peft.core.combine.combined import check_auxiliary, checked_weights
 from peft.core.combine.names import CombinationType, Vote, idle
 from peft.core.combine.ways import Combination
-from peft.core.files.io import replacing
+from peft.core.files.io import CONFIG_NAME, replacing
 from peft.core.files.shards import INDEX, Entry, Shards, ShardWriter, dtype_of, has_weights
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.weight import base_bias, effective, unmerged_weight
@@ -116,7 +116,8 @@ def merge_files(
         merge_files("SmolLM2-135M", {"tone": "runs/tone/adapter"}, "merged", dtype=torch.bfloat16)
 
     Raises:
-        ConfigError: no such base, ``output`` is its folder, or an argument that the combination does not use.
+        ConfigError: no such base, ``output`` is its folder or that of an adapter, or an argument that the combination
+            does not use.
         ValueError: the adapters cannot be merged or combined.
             Nothing is written then.
     """
@@ -127,6 +128,8 @@ def merge_files(
     folder = _folder_of(base)
     if os.path.abspath(folder) == os.path.abspath(output):
         raise ConfigError(f"the output {os.fspath(output)!r} is the folder of the base model: name another one.")
+    if os.path.isfile(os.path.join(output, CONFIG_NAME)):  # transformers would load it with the model, once more
+        raise ConfigError(f"the output {os.fspath(output)!r} is the folder of an adapter: name another one.")
     return _merge(_Job(folder, adapters, output, weights, combination, ways, dtype, safe_merge, quantized), tell)
 
 
@@ -227,19 +230,25 @@ class _Mixture(NamedTuple):
     combination: Combination
 
 
-def _adapted(base: nn.Module, job: _Job) -> tuple[Any, list[str], _Mixture | None]:
-    """The model with the adapters, those to merge active, their names; how they are combined, if they are no LoRAs."""
+def with_adapters(base: nn.Module, adapters: Mapping[str, str]) -> Any:
+    """The base model with saved adapters, the first one active; the base itself if there are none."""
     from peft.peft_model import PeftModel
 
+    model: Any = base
+    for name, folder in adapters.items():
+        if model is base:
+            model = PeftModel.from_pretrained(base, folder, adapter_name=name)
+        else:
+            model.load_adapter(folder, adapter_name=name)
+    return model.eval()
+
+
+def _adapted(base: nn.Module, job: _Job) -> tuple[Any, list[str], _Mixture | None]:
+    """The model with the adapters, those to merge active, their names; how they are combined, if they are no LoRAs."""
     if not job.adapters:
         raise ConfigError("no adapter to merge was given.")
-    model: Any = None
     with torch.random.fork_rng(devices=[]):  # what adapters draw before they are filled is no draw of the merging
-        for name, folder in job.adapters.items():
-            if model is None:
-                model = PeftModel.from_pretrained(base, folder, adapter_name=name)
-            else:
-                model.load_adapter(folder, adapter_name=name)
+        model = with_adapters(base, job.adapters)
     config = model.peft_config[next(iter(job.adapters))]
     method = str(value_of(config.peft_type))
     if config.is_prompt_learning:

@@ -11,9 +11,9 @@ from torch import nn
 
 from peft.compat.methods import AdaLoraCompat, LoraCompat
 from peft.config import option, resolve_pattern
-from peft.core.adapter import part, setting
+from peft.core.adapter import input_dropout, part, setting
 from peft.core.base.kinds import fan
-from peft.core.families import LowRank, Scaled, input_dropout
+from peft.core.families import LowRank, Scaled
 from peft.core.model.registry import define_tuner
 from peft.tuners.adalora_utils import Allocating, mask_of
 from peft.tuners.adalora_utils import RankAllocator as RankAllocator  # a name of the API
@@ -103,10 +103,8 @@ class AdaLora(LowRank, Scaled):
     lora_A, lora_B, lora_E = part(), part(), part()
     r = setting()
     ranknum = setting(nn.ParameterDict)
-    lora_alpha, scaling = setting(), setting()
-    lora_dropout = setting(nn.ModuleDict)
+    lora_alpha, scaling, lora_dropout = setting(), setting(), input_dropout()
     left = setting()
-    dropout: ClassVar[str] = "lora_dropout"
     loss_weight: ClassVar[str] = "orth_reg_weight"
 
     def create(self, config: AdaLoraConfig, key: str) -> None:
@@ -119,7 +117,7 @@ class AdaLora(LowRank, Scaled):
         # Others read it, so it has its value on the meta device too.
         self.ranknum = nn.Parameter(torch.tensor([float(config.init_r)], device="cpu"), requires_grad=False)
         self.lora_alpha = resolve_pattern(config.alpha_pattern, key, config.lora_alpha)
-        self.lora_dropout, self.scaling = input_dropout(config.lora_dropout), self.initial_scaling()
+        self.lora_dropout, self.scaling = config.lora_dropout, self.initial_scaling()
 
     def initial_scaling(self) -> float:
         return float(self.lora_alpha if self.lora_alpha > 0 else self.r)

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from peft.config import ExcludeModules, FanInFanOut, LayerSelection, ModulesToSave, TargetModules, TrainedBias, option
-from peft.core.adapter import part, setting
+from peft.core.adapter import input_dropout, part, setting
 from peft.core.base.kinds import fan
-from peft.core.families import Fold, input_dropout
+from peft.core.families import Fold
 from peft.core.layer.weight import wide
 from peft.core.model.registry import define_tuner
 from peft.utils.peft_types import PeftType
@@ -68,15 +68,14 @@ class Deft(Fold):
     """
 
     deft_P, deft_R = part(), part()
-    r, scaling = setting(), setting()
-    deft_dropout = setting(nn.ModuleDict)
+    r, scaling, deft_dropout = setting(), setting(), input_dropout()
     decomposition_method = setting()
     requires_dense_base = False
 
     def create(self, config: DeftConfig, key: str) -> None:
         out, inner = fan(self.shape)
         self.r, self.scaling = config.r, config.alpha / config.r if config.alpha else 1.0
-        self.decomposition_method, self.deft_dropout = config.decomposition_method, input_dropout(config.deft_dropout)
+        self.decomposition_method, self.deft_dropout = config.decomposition_method, config.deft_dropout
         self.deft_P = nn.Parameter(torch.randn(out, config.r) * 0.02)
         if config.para:
             return

@@ -97,6 +97,7 @@ class Poly(Sample):
             )
         a = torch.empty(skills, splits, r, columns // splits)
         b = torch.zeros(splits, skills, r, rows // splits)
+        # One by one: more dimensions would be read as a kernel's.
         for matrix in (*a.flatten(0, 1), *(() if config.init_weights else b.flatten(0, 1))):
             nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
         self.poly_lora_A, self.poly_lora_B = nn.Parameter(a.permute(1, 0, 3, 2).contiguous()), nn.Parameter(b)

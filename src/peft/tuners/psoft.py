@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from peft.config import ExcludeModules, FanInFanOut, LayerSelection, ModulesToSave, TargetModules, option
-from peft.core.adapter import part, setting
+from peft.core.adapter import input_dropout, part, setting
 from peft.core.base.kinds import fan
-from peft.core.families import LowRank, Scaled, input_dropout
+from peft.core.combine.ranks import halves, svd
+from peft.core.families import LowRank, Scaled
 from peft.core.layer.buffers import BufferDict
 from peft.core.layer.weight import wide
 from peft.core.model.registry import define_tuner
@@ -117,9 +118,7 @@ class Psoft(LowRank, Scaled):
 
     psoft_R = part(nn.ModuleDict)
     psoft_A, psoft_B = part(BufferDict, remade=True), part(BufferDict, remade=True)
-    r, psoft_alpha, scaling = setting(), setting(), setting()
-    psoft_dropout = setting(nn.ModuleDict)
-    dropout: ClassVar[str] = "psoft_dropout"
+    r, psoft_alpha, scaling, psoft_dropout = setting(), setting(), setting(), input_dropout()
 
     def create(self, config: PsoftConfig, key: str) -> None:
         self.r, self.psoft_alpha = config.r, config.psoft_alpha
@@ -129,9 +128,9 @@ class Psoft(LowRank, Scaled):
         if config.ab_svd_init == "psoft_init":
             a, b = v, u * s
         else:
-            a, b = s.sqrt()[:, None] * v, u * s.sqrt()
+            a, b = halves(u, s, v)
         self.psoft_A, self.psoft_B = a.contiguous(), b / self.scaling
-        self.psoft_R, self.psoft_dropout = PsoftRotation(self.r, config), input_dropout(config.psoft_dropout)
+        self.psoft_R, self.psoft_dropout = PsoftRotation(self.r, config), config.psoft_dropout
 
     def check_rank(self, key: str) -> None:
         """Raise ValueError where the weight has fewer singular values."""
@@ -146,8 +145,9 @@ class Psoft(LowRank, Scaled):
         """U ``[out, r]``, S ``[r]``, V^T ``[r, in * kernel]``."""
         weight, r = self.base_weight().detach().flatten(1).float(), config.r
         if config.psoft_svd == "full":
-            u, s, v = torch.linalg.svd(weight, full_matrices=False)
+            u, s, v = svd(weight)
             return u[:, :r], s[:r], v[:r]
+        # `svd_lowrank` draws from the global generator.
         with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
             torch.manual_seed(config.random_seed)
             u, s, v = torch.svd_lowrank(weight, q=r, niter=config.psoft_svd_lowrank_niter)

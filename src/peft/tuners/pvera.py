@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
 
 from peft.config import option
-from peft.core.adapter import part, setting, shared
+from peft.core.adapter import input_dropout, part, setting, shared
 from peft.core.base.kinds import fan
-from peft.core.families import LowRank, input_dropout
+from peft.core.families import LowRank
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.registry import define_tuner
 from peft.kernels import Factors
@@ -73,10 +72,8 @@ class Pvera(LowRank):
 
     pvera_lambda_b, pvera_lambda_d = part(), part()
     pvera_A, pvera_B = shared(frozen=True), shared(frozen=True)
-    r = setting()
-    pvera_dropout = setting(nn.ModuleDict)
+    r, pvera_dropout = setting(), input_dropout()
     sample_at_inference, pvera_generator = setting(), setting()
-    dropout: ClassVar[str] = "pvera_dropout"
     random_in_training = True
 
     @classmethod
@@ -90,7 +87,7 @@ class Pvera(LowRank):
         self.r, self.sample_at_inference = config.r, config.sample_at_inference
         self.pvera_generator = None if seed is None else torch.Generator("cpu").manual_seed(seed)
         self.pvera_lambda_b, self.pvera_lambda_d = vectors(self.shape[0], 2 * config.r, config)
-        self.pvera_dropout = input_dropout(config.pvera_dropout)
+        self.pvera_dropout = config.pvera_dropout
 
     def frozen(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A, for the mean and then for the log-variance, ``[2 r, in * kernel]``, and B ``[out, r]``, cut to here."""

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from peft.config import FanInFanOut, LayerSelection, ModulesToSave, TargetModules, TrainedBias, option
-from peft.core.adapter import part, setting, shared
+from peft.core.adapter import input_dropout, part, setting, shared
 from peft.core.base.kinds import fan
-from peft.core.families import LowRank, Scaled, input_dropout
+from peft.core.families import LowRank, Scaled
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.registry import define_tuner
 from peft.kernels.linear import is_transformed
@@ -97,8 +97,7 @@ class RandLora(LowRank, Scaled):
     randlora_lambda, randlora_gamma = part(), part()
     randlora_A, randlora_B = shared(frozen=True), shared(frozen=True)
     r, num_bases, randlora_alpha, scaling = setting(), setting(), setting(), setting()
-    randlora_dropout = setting(nn.ModuleDict)
-    dropout: ClassVar[str] = "randlora_dropout"
+    randlora_dropout = input_dropout()
 
     @classmethod
     def share(cls, config: RandLoraConfig, layers: Sequence[BaseTunerLayer]) -> dict[str, torch.Tensor]:
@@ -110,7 +109,7 @@ class RandLora(LowRank, Scaled):
     def create(self, config: RandLoraConfig, key: str) -> None:
         narrow, r = min(fan(self.shape)), config.r
         self.r, self.randlora_alpha, self.num_bases = r, config.randlora_alpha, -(-narrow // r)
-        self.scaling, self.randlora_dropout = self.initial_scaling(), input_dropout(config.randlora_dropout)
+        self.scaling, self.randlora_dropout = self.initial_scaling(), config.randlora_dropout
         bases = self.num_bases
         start = torch.zeros(r, bases) if config.init_weights else torch.randn(r, bases) * 0.1
         self.randlora_lambda = nn.Parameter(start)

@@ -85,7 +85,7 @@ class Shadow(BlockAdapter):
         projection = nn.Identity() if inner == width else nn.Linear(inner, width, bias=False)
         head = nn.Identity() if layers[0].head is None else deepcopy(layers[0].head)
         for module in (backbone, head):
-            module.requires_grad_(True)
+            module.requires_grad_(True)  # the copied head is as frozen as the base
         return {"shadow_backbone": backbone, "shadow_projection": projection, "shadow_head": head}
 
     def change(self, h: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
@@ -121,10 +121,12 @@ class ShadowTuner(BlockTuner):
     def _share(self, name: str, config: Any, layers: list[Any]) -> None:
         stack, root = locate(self.model, stack_of(self.model)).module, self.model
         head = next((m for key in SEQ_CLS_HEAD_NAMES if (m := getattr(root, key, None)) is not None), None)
+        # A head in modules_to_save is wrapped by then; the copy starts from the base's own.
         head = getattr(head, "original_module", head) if config.task_type == "SEQ_CLS" else None
         there = [layer for _, layer in layers_of(root) if isinstance(layer, ShadowLayer)]
         states = next((layer.states for layer in there if "states" in layer.__dict__), States())
         for layer in layers:
+            # As submodules they would hold the layer itself.
             layer.__dict__.update(states=states, stack=stack, head=head)
         super()._share(name, config, layers)
         self._watch(there)
@@ -138,6 +140,7 @@ class ShadowTuner(BlockTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
+        # The layer that had the hooks may be gone.
         self._watch([layer for _, layer in layers_of(self.model) if isinstance(layer, ShadowLayer)])
 
     def _layer(self) -> ShadowLayer:

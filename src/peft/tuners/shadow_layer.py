@@ -58,7 +58,7 @@ class ShadowLayer(BlockLayer, nn.Module):
         for name, rows in self.acting(call.embeds, self.networks()):
             state = call.run(name, self.shadow_backbone[name], rows)
             self.states.of[name] = [self.shadow_projection[name](state)] * 2
-        return (), call.kwargs
+        return (), call.kwargs  # with the cache that was made, and everything by name
 
     def networks(self) -> dict[str, str]:
         """The adapters that have a shadow network in the model, at this layer or not."""

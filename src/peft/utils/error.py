@@ -52,6 +52,12 @@ class UnknownAdapterError(PeftError, ValueError, KeyError):
     __str__ = BaseException.__str__  # a KeyError shows its message in quotation marks
 
 
+class AdapterNameError(PeftError, ValueError, KeyError):
+    """A name that an adapter cannot have, or that is taken."""
+
+    __str__ = BaseException.__str__
+
+
 class UnknownTokenError(PeftError, ValueError, IndexError):
     """An index of a token is outside the table of embeddings."""
 

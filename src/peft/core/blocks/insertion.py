@@ -20,8 +20,8 @@ and one that reads N(x + h) (Pfeiffer's) waits for the hook of ``norm`` in BERT,
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from threading import RLock, local
@@ -46,6 +46,7 @@ from peft.core.blocks.blocks import (
 from peft.core.layer.composed import Change
 from peft.core.model.walk import locate, parent_of
 from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.meanwhile import in_mode
 
 
 class Seen(local):
@@ -346,28 +347,24 @@ def _observe(block: nn.Module, shape: Block, args: tuple, kwargs: dict[str, Any]
     def note(name: str, module: nn.Module, given: tuple, output: Any) -> None:
         events.append(_Event("norm", name, given[0], output))
 
-    handles = []
-    for part in shape.sublayers:
-        first, last = (block.get_submodule(outermost(block, name)) for name in (part.first, part.last))
-        handles.append(first.register_forward_pre_hook(partial(enter, part), with_kwargs=True))
-        handles.append(last.register_forward_hook(partial(leave, part)))
-    for name in shape.norms:
-        norm = block.get_submodule(outermost(block, name))
-        handles.append(norm.register_forward_hook(partial(note, name)))
-    try:
-        with _resting(block), torch.no_grad():
-            # The least that works: a block may insist on its mask, or on the cache for which positions were made.
-            for seen in (_bare, _without_cache, _beside_cache):
-                try:
-                    output = block(*map(seen, args), **{k: seen(v, k) for k, v in kwargs.items()})
-                    break
-                except Exception:
-                    events.clear()
-                    if seen is _beside_cache:
-                        raise
-    finally:
-        for handle in handles:
-            handle.remove()
+    # Dropout would draw from the user's generator, and tensors that are compared would differ.
+    with ExitStack() as hooks, in_mode(block, training=False), torch.no_grad():
+        for part in shape.sublayers:
+            first, last = (block.get_submodule(outermost(block, name)) for name in (part.first, part.last))
+            hooks.enter_context(first.register_forward_pre_hook(partial(enter, part), with_kwargs=True))
+            hooks.enter_context(last.register_forward_hook(partial(leave, part)))
+        for name in shape.norms:
+            norm = block.get_submodule(outermost(block, name))
+            hooks.enter_context(norm.register_forward_hook(partial(note, name)))
+        # The least that works: a block may insist on its mask, or on the cache for which positions were made.
+        for seen in (_bare, _without_cache, _beside_cache):
+            try:
+                output = block(*map(seen, args), **{k: seen(v, k) for k, v in kwargs.items()})
+                break
+            except Exception:
+                events.clear()
+                if seen is _beside_cache:
+                    raise
     return events, first_output(output)
 
 
@@ -389,16 +386,3 @@ def _beside_cache(value: Any, name: str = "") -> Any:
         copied = list(map(copy.copy, held)) if key == "layers" else dict(held) if isinstance(held, dict) else held
         vars(twin)[key] = _beside_cache(copied)
     return twin
-
-
-@contextmanager
-def _resting(module: nn.Module) -> Iterator[None]:
-    """A module in evaluation mode, for a while."""
-    # Dropout would draw from the user's generator, and tensors that are compared would differ.
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, mode in modes:
-            m.training = mode

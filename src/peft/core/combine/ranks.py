@@ -87,6 +87,14 @@ def svd(matrix: torch.Tensor, driver: str | None = None) -> tuple[torch.Tensor, 
     return torch.linalg.svd(matrix, full_matrices=False, driver=driver)
 
 
+def halves(
+    u: torch.Tensor, s: torch.Tensor, vh: torch.Tensor, rank: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A = sqrt(S) V^T ``[rank, in]`` and B = U sqrt(S) ``[out, rank]``, of the largest singular values or all."""
+    root = s[:rank].sqrt()
+    return root[:, None] * vh[:rank], u[:, :rank] * root
+
+
 def product_svd(
     down: torch.Tensor, up: torch.Tensor, driver: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

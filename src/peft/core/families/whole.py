@@ -20,6 +20,7 @@ class Copy(Adapter):
     """A trained copy of the whole module stands in for it. A method declares one part, a module."""
 
     any_module = True
+    labelled_inside = True
     adds: ClassVar[Addition] = Replaces()
 
     def stand_in(self) -> nn.Module:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft.core.adapter import Adapter
+from peft.core.adapter import LABEL, Adapter
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.rewritten import brought_weight, stand_on
 from peft.core.model.auxiliary import bias_state, biases_of
@@ -81,6 +81,11 @@ def anatomy(model: nn.Module) -> tuple[nn.Module, str]:
     return (model.base_model, "base_model.") if prompts_of(model) else (model, "")
 
 
+def configs_of(model: nn.Module) -> dict[str, Any]:
+    """The configs of a model's adapters; none where the model has none, or was adapted without one."""
+    return getattr(model, "peft_config", None) or {}
+
+
 def prompts_of(model: nn.Module) -> PromptTuner | None:
     """What manages a model's prompts; None where its adapters change weights alone."""
     tuner = tuner_of(model)
@@ -122,7 +127,7 @@ def entries(model: nn.Module, adapter: str) -> Iterator[Entry]:
     for attribute, container in shared.items():
         value, memory = container[adapter], f"base_model.{attribute}.{adapter}"
         if isinstance(value, nn.Module):
-            label = "default." if labelled else ""
+            label = f"{LABEL}." if labelled else ""
             for sub, tensor in value.state_dict(keep_vars=True).items():
                 yield Entry(f"base_model.{attribute}.{label}{sub}", f"{memory}.{sub}", tensor)
             continue

@@ -183,6 +183,7 @@ class TrainableTokens(Rows):
     """Trained vectors for some tokens of an embedding, or of an output head."""
 
     trainable_tokens_delta = part()
+    printed_as = "TrainableTokensLayer"
 
     def create(self, config: Any, key: str) -> None:
         self.replace(list(config.token_indices), config.init_weights)

@@ -189,11 +189,8 @@ class Calls:
                 return None  # another thread's call
             return (), {**named(module.forward, args, kwargs), **changed}
 
-        handle = receiver.register_forward_pre_hook(hook, with_kwargs=True)
-        try:
+        with receiver.register_forward_pre_hook(hook, with_kwargs=True):
             return self.model(**inputs)
-        finally:
-            handle.remove()
 
     # --- prefixes ---------------------------------------------------------------------------------------------
     def _forward_with_prefix(self, inputs: dict[str, Any]) -> Any:

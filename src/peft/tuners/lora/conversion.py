@@ -20,7 +20,7 @@ from peft.core.combine.combined import factorize, resized
 from peft.core.combine.names import CombinationType, Vote, idle
 from peft.core.combine.ranks import product_svd, shared_ranks
 from peft.core.combine.ways import Combination, Part
-from peft.core.files.entries import anatomy
+from peft.core.files.entries import anatomy, configs_of
 from peft.core.files.io import write_adapter
 from peft.core.files.state_dict import get_peft_model_state_dict
 from peft.core.layer.layer import BaseTunerLayer
@@ -136,7 +136,7 @@ def _converted(
     _check_names(model, root, names)
     _check_rank(rank)
     places = _places(root, names, _check_weights(names, weights))
-    if len(names) == 1 and type(_configs(model).get(names[0])) is LoraConfig:
+    if len(names) == 1 and type(configs_of(model).get(names[0])) is LoraConfig:
         warnings.warn(f"adapter {names[0]!r} is a LoRA already; it is factorised again, by the rank asked for.")
     if not places:
         raise ValueError(f"adapter {', '.join(map(repr, names))} adapts no layer by a weight: no LoRA is like it.")
@@ -219,19 +219,15 @@ def _check_names(model: nn.Module, root: nn.Module, names: list[str]) -> None:
             f"this {type(model).__name__} has no adapted layers, so there is nothing that a LoRA could do instead. "
             "Prompts cannot be converted."
         )
-    operations.require_adapters(root, names, _configs(model) or None)
+    operations.require_adapters(root, names, configs_of(model) or None)
     if len(set(names)) < len(names) or not names:
         raise ValueError(f"give each adapter once, got {names}.")
     _holder(model, root, names)
 
 
-def _configs(model: nn.Module) -> dict[str, Any]:
-    return getattr(model, "peft_config", None) or {}
-
-
 def _beside(model: nn.Module, root: nn.Module, name: str) -> dict[str, Any]:
     """What an adapter trains beside its layers: as its config says, or as is seen in a model that keeps no configs."""
-    if config := _configs(model).get(name):
+    if config := configs_of(model).get(name):
         return {
             field: getattr(config, field, None) for field in ("modules_to_save", "trainable_token_indices", "bias")
         }
@@ -249,7 +245,7 @@ def _beside(model: nn.Module, root: nn.Module, name: str) -> dict[str, Any]:
 def _kept(model: nn.Module, root: nn.Module, names: list[str], places: dict[Place, list[Part]]) -> dict[str, Any]:
     """The fields that the LoRA has in common with the adapters' configs."""
     holder = _holder(model, root, names)
-    config = _configs(model).get(holder)
+    config = configs_of(model).get(holder)
     known = {field.name for field in dataclasses.fields(config)} if config else set()
     kept = {field: getattr(config, field) for field in _KEPT if field in known}
     kept |= {field: value for field, value in _beside(model, root, holder).items() if value}

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from peft.core.combine.ranks import svd
 from peft.core.files.entries import anatomy
 from peft.core.files.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.core.layer.weight import base_weight
@@ -27,8 +28,8 @@ def without_intruders(
     Args:
         base, delta: ``[out, in]``.
     """
-    known, _, _ = torch.linalg.svd(base, full_matrices=False)
-    left, values, right = torch.linalg.svd(base + delta, full_matrices=False)
+    known, _, _ = svd(base)
+    left, values, right = svd(base + delta)
     intrudes = (known.mT @ left[:, :top_k]).abs().amax(0) < epsilon
     left, values, right = left[:, :top_k][:, intrudes], values[:top_k][intrudes], right[:top_k][intrudes]
     return delta - (1 - keep) * (left * values) @ right, int(intrudes.sum())
@@ -72,7 +73,7 @@ def reduce_intruder_dimension(
         change, count = without_intruders(base, delta, top_k, threshold_epsilon, mitigation_lambda)
         say(f"{path}: Intruders: {count}")
         if count:
-            write(path, *torch.linalg.svd(change / layer.scaling[new_adapter_name], full_matrices=False))
+            write(path, *svd(change / layer.scaling[new_adapter_name]))
     peft_model.set_adapter(new_adapter_name)
     say(f"Adapter {new_adapter_name!r} is active now.")
 

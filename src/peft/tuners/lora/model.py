@@ -26,6 +26,7 @@ from peft.core.combine.names import CombinationType, Vote, idle
 from peft.core.combine.ways import Combination
 from peft.core.files.io import load_peft_weights
 from peft.core.layer.weight import wide
+from peft.core.model import operations
 from peft.core.model.manager import check_adapter_name
 from peft.core.model.registry import define_tuner
 from peft.core.model.tuner import BaseTuner
@@ -133,6 +134,7 @@ class LoraTuner(LoraCompat, BaseTuner):
         own = os.path.join(path, adapter_name)
         start = load_peft_weights(own if os.path.isdir(own) else path, device="cpu")
         tensors = beside_start(self, adapter_name, tensors, start)
+        # Twice the rank halves the scale alpha / r, and takes the root of a half from alpha / sqrt(r).
         config, factor = copy.copy(config), math.sqrt(2) if config.use_rslora else 2
         config.r, config.lora_alpha, config.init_lora_weights = 2 * config.r, factor * config.lora_alpha, True
         config.rank_pattern = {key: 2 * r for key, r in (config.rank_pattern or {}).items()}
@@ -210,8 +212,7 @@ class LoraTuner(LoraCompat, BaseTuner):
     def _those(self, variant: type, adapter_names: str | Sequence[str] | None) -> list[Any]:
         """The adapters of a variant by these names, in all layers."""
         names = self.active_adapters if adapter_names is None else adapter_names
-        names = [names] if isinstance(names, str) else names
-        found = (layer.adapters.get(name) for _, layer in tuner_layers(self) for name in names)
+        found = (layer.adapters.get(n) for _, layer in tuner_layers(self) for n in operations.names_of(names))
         return [lora for lora in found if isinstance(lora, variant)]
 
 

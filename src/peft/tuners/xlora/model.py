@@ -50,7 +50,7 @@ class XLoraTuner(Scalings, BaseTuner):
         autocast_adapter_dtype: bool = True,
         **kwargs: Any,
     ) -> None:
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)  # BaseTuner's would give the layers an adapter of the router's
         self.peft_config = dict(config) if isinstance(config, dict) else {adapter_name: config}
         self.router, self.active_adapter = adapter_name, adapter_name
         self.model = model
@@ -68,7 +68,7 @@ class XLoraTuner(Scalings, BaseTuner):
         dtype = like.dtype if not autocast_adapter_dtype and like.dtype.itemsize > 1 else torch.float32
         self.internal_xlora_classifier.to(like.device, dtype)
         self.hook = model.register_forward_pre_hook(self._weigh, with_kwargs=True)
-        model.peft_config = self.peft_config
+        model.peft_config = self.peft_config  # in place of the experts' configs
         self.set_adapter(adapter_name, inference_mode=own.inference_mode)
 
     # --- calls ------------------------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ class XLoraTuner(Scalings, BaseTuner):
         context.begin()
         names = context.adapter_names
         context.set_adapter_names(None)  # the rows of the base model get the weight 0 instead
-        context.scalings = None
+        context.scalings = None  # of an earlier call; without any, experts are silent
         if next(layer for _, layer in layers_of(self.model)).disable_adapters:
             return
         if kwargs.get("past_key_values") is not None and length_of(kwargs["past_key_values"]):
@@ -105,7 +105,7 @@ class XLoraTuner(Scalings, BaseTuner):
         """The last hidden state of the first pass, ``[batch, tokens, hidden_size]``."""
         context, (layers, experts) = context_of(self.model), self._size()
         value = 1 / experts if self.config.scaling_pass_value is None else self.config.scaling_pass_value
-        first = {k: v for k, v in kwargs.items() if k != "labels"} | {
+        first = {k: v for k, v in kwargs.items() if k != "labels"} | {  # no loss of the first pass is needed
             "output_hidden_states": True,
             "return_dict": True,
         }
@@ -156,7 +156,7 @@ class XLoraTuner(Scalings, BaseTuner):
                 yield path, path, tensor
         if name == self.router and self.config.use_trainable_adapters:
             for path, adapter in self._placed():
-                for _, memory, tensor in Adapter.state(adapter):
+                for _, memory, tensor in Adapter.state(adapter):  # an expert's own is nothing beneath a router
                     yield f"base_model.model.{path}.{memory}", f"base_model.model.{path}.{memory}", tensor
 
     def _placed(self) -> Iterator[tuple[str, Adapter]]:

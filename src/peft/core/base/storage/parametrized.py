@@ -13,6 +13,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from peft.core.base.storage.plain import Storage
+from peft.utils.meanwhile import in_mode
 
 
 class _Given(nn.Module):
@@ -40,14 +41,8 @@ class Parametrized(Storage):
 
     def read(self, m: nn.Module, attribute: str) -> torch.Tensor:
         f = self._function(m, attribute)
-        modes = [(part, part.training) for part in f.modules()]
-        f.eval()  # some of them count how often they are asked while they train
-        try:
-            with torch.no_grad():
-                return f().detach()
-        finally:
-            for part, mode in modes:
-                part.training = mode
+        with in_mode(f, training=False), torch.no_grad():  # some count how often they are asked while they train
+            return f().detach()
 
     def write(self, m: nn.Module, attribute: str, value: torch.Tensor, shared: bool = False) -> None:
         before = self.keep(m, attribute)
