@@ -480,6 +480,13 @@ class TestOtherCommands:
         assert found["runs"][1]["trainable"] < found["runs"][0]["trainable"]
         assert {"comparison.json", "comparison.png", "loss.svg"} <= set(found["files"])
 
+    def test_a_list_of_one_needs_no_brackets(self, peft_, adapters, tmp_path):
+        status, _ = peft_("merge", "base", "one", "--weights", "0", "-o", tmp_path / "none")
+        merged, base = (
+            LlamaForCausalLM.from_pretrained(folder).state_dict() for folder in (tmp_path / "none", "base")
+        )
+        assert status == 0 and all(torch.equal(merged[name], base[name]) for name in base)
+
     def test_convert_extract_and_resize(self, peft_, adapters, tmp_path):
         assert peft_("merge", "base", "one", "-o", tmp_path / "tuned")[0] == 0
         status, found = peft_("extract", "base", tmp_path / "tuned", "--rank=3", "-o", tmp_path / "lora")

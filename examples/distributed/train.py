@@ -2,8 +2,8 @@
 
     accelerate launch --config_file examples/distributed/fsdp2.yaml examples/distributed/train.py --output adapter
 
-The files are for two processes. On CPUs those of FSDP work as DDP does, as accelerate shards on accelerators only. On
-GPUs take out `use_cpu`, and set mixed_precision to bf16 and num_processes to the number of cards.
+The files are for two processes. accelerate shards, and starts DeepSpeed, on accelerators only: there take out
+`use_cpu`, and set mixed_precision to bf16 and num_processes to the number of cards.
 """
 
 from __future__ import annotations
@@ -34,6 +34,15 @@ def model() -> torch.nn.Module:
     return get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
 
 
+def data(steps: int) -> torch.Tensor:
+    """Rows of eight tokens, four for each step: two for each of two processes."""
+    return torch.randint(1, 32, (4 * steps, 8), generator=torch.Generator().manual_seed(0))
+
+
+def optimizer_of(net: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2, foreach=False)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", required=True, help="folder for the adapter")
@@ -41,10 +50,8 @@ def main() -> None:
     args = parser.parse_args()
     accelerator = Accelerator(cpu=not torch.cuda.is_available() and not by_deepspeed())
     net = model()
-    data = torch.randint(1, 32, (4 * args.steps, 8), generator=torch.Generator().manual_seed(0))
-    loader = torch.utils.data.DataLoader(data, batch_size=2)
-    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2, foreach=False)
-    net, optimizer, loader = accelerator.prepare(net, optimizer, loader)
+    loader = torch.utils.data.DataLoader(data(args.steps), batch_size=2)
+    net, optimizer, loader = accelerator.prepare(net, optimizer_of(net), loader)
     for ids in loader:
         loss = net(input_ids=ids, labels=ids).loss
         accelerator.backward(loss)

@@ -59,7 +59,7 @@ def vectors(out: int, ranks: int, config: SharedPairConfig) -> tuple[nn.Paramete
 class ScaledTable(torch.autograd.Function):
     """``diag(rows) table diag(columns)``, of which autograd keeps the two vectors and the frozen table, no product."""
 
-    generate_vmap_rule = True
+    generate_vmap_rule = True  # torch.func.vmap refuses a function without a rule
 
     @staticmethod
     def forward(rows: torch.Tensor, table: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
@@ -159,7 +159,7 @@ class Raised(torch.autograd.Function):
         table: torch.Tensor,
         keeps: bool,
     ) -> torch.Tensor:
-        ctx.mark_dirty(y)
+        ctx.mark_dirty(y)  # the base's output, which nothing else reads, is added to in place
         u, z, flat = None, _times(h, d), y.view(-1, y.shape[-1])
         if keeps:
             u = torch.mm(z, table.T)
@@ -177,6 +177,7 @@ class Raised(torch.autograd.Function):
         if needs_h or needs_d:  # b goes to the smaller one
             dz = torch.mm(dy, table * b[:, None]) if len(dy) > table.shape[1] else torch.mm(dy * b, table)
             dh, dd = _times(dz, d), (dz * h).sum(0) if needs_d else None
+        # What is kept of u has no graph, and a second derivative needs one.
         if needs_b and (u is None or torch.is_grad_enabled()):
             db = (torch.mm(dy.T, _times(h, d)) * table).sum(1)
         elif needs_b:

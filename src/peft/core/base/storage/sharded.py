@@ -106,6 +106,7 @@ class Team:
     def whole(self, part: torch.Tensor, size: int) -> torch.Tensor:
         """All parts, put together; ``size`` is the length of the last axis then."""
         shape = torch.Size((*part.shape[:-1], size))
+        # Of the whole: the sizes of the parts do not tell it where they differ.
         stride = torch.empty(shape, device="meta").stride()
         parts = self.of.DTensor.from_local(
             part.contiguous(), self.mesh, [self.of.Shard(-1)], run_check=False, shape=shape, stride=stride
