@@ -361,7 +361,7 @@ class TestMerge:
         assert len(shards) >= 8
         merged = peak(lambda: merge_files(tmp_path / "base", {"a": str(tmp_path / "adapter")}, tmp_path / "out"))
         loaded = peak(lambda: [p + 0 for p in LlamaForCausalLM.from_pretrained(tmp_path / "base").parameters()])
-        assert merged < 2.8 * max(shards) < 0.5 * loaded
+        assert merged < 3.5 * max(shards) < 0.5 * loaded
         assert len(list((tmp_path / "out").glob("*.safetensors"))) == len(shards)
 
 

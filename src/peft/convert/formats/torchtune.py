@@ -1,4 +1,4 @@
-"""torchtune: ``layers.0.attn.q_proj.lora_a.weight``, q and k with their rows in pairs (LLaMA's order), not of Qwen2."""
+"""torchtune: ``layers.0.attn.q_proj.lora_a.weight``, q and k with their rows in pairs (LLaMA's order), but Qwen2's."""
 
 from __future__ import annotations
 
