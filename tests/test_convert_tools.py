@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -165,3 +166,30 @@ def test_an_alpha_that_float32_rounds_changes_no_tensor_of_a_gguf_file(dtype: to
     there, back = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("lora", "back"))
     assert next(iter(back.values())).dtype == (torch.float16 if dtype == torch.float16 else torch.float32)
     same_tensors({name: tensor.to(back[name].dtype) for name, tensor in there.items()}, back)
+
+
+# --- torchtune ----------------------------------------------------------------------------------------------------
+
+
+def test_torchtune_keeps_the_rows_of_qwen2(tmp_path: Path) -> None:
+    cases = golden("torchtune_qwen2")
+    sizes = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2", **sizes)).eval()
+    base.load_state_dict(cases["base"])
+    wanted = cases["lora"].pop("output")
+    torch.save(cases["lora"], tmp_path / "adapter_model.pt")
+    config = {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj"], "peft_type": "LORA"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    convert_adapter(tmp_path, "peft", tmp_path / "peft", base=base)
+    torch.testing.assert_close(loaded(base, tmp_path / "peft")(IDS).logits, wanted, atol=2e-6, rtol=1e-5)
+    convert_adapter(tmp_path / "peft", "torchtune", tmp_path / "back", base=base)
+    same_tensors(cases["lora"], torch.load(tmp_path / "back" / "adapter_model.pt"))
+
+
+def test_a_model_that_torchtune_keeps_in_a_way_unknown_here_is_refused(tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model("olmo2", hidden_size=16, num_hidden_layers=1,
+                                            num_attention_heads=2, intermediate_size=8, vocab_size=30))  # fmt: skip
+    get_peft_model(copy.deepcopy(base), LoraConfig(target_modules=["v_proj"])).save_pretrained(tmp_path / "lora")
+    with pytest.raises(ConfigError, match="matrices of 'olmo2' is not known here"):
+        convert_adapter(tmp_path / "lora", "torchtune", tmp_path / "out", base=base)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +11,8 @@ from torch import nn
 
 from peft.convert.formats import FORMATS
 from peft.convert.formats.flux import as_in, flux_encoders
-from peft.convert.held import Held, beyond_pairs, held_of, is_lora, magnitude_of, pairs_of
-from peft.convert.source import Base, Files, Format, Job, Source
+from peft.convert.held import PREFIX, Held, beyond_pairs, held_of, is_lora, magnitude_of, modules_of, pairs_of
+from peft.convert.source import ENDS, WEIGHTS, Base, Bundle, Files, Format, Job, Source
 from peft.core.files.io import replacing
 from peft.utils.error import ConfigError, nearest
 
@@ -83,6 +84,7 @@ def convert_adapter(
             key = f"{component}_{name}" if component and len(read) > 1 else component or name
             bundle[key] = _fitted(held, job)
     bundle = flux_encoders(bundle)
+    job.lost.update(_not_in_base(bundle, job))
     if target.name != "peft":
         for held in filter(is_lora, bundle.values()):
             beyond = beyond_pairs(held.config)
@@ -122,10 +124,28 @@ def _shaped(held: Held, base: Base) -> Held:
     return held_of(found, held.config) if changed else held
 
 
+def _not_in_base(bundle: Bundle, job: Job) -> dict[str, str]:
+    """The modules of a LoRA that the base model lacks; of the several adapters of a pipeline they are not asked."""
+    held = bundle.get("")
+    if job.base is None or held is None or not is_lora(held) or held.config.use_gating:
+        return {}
+    known = {name for name, _ in job.base.model.named_modules()}
+    names = {
+        module: ".".join(word for word in module.split(".") if word != "base_layer") for module in modules_of(held)
+    }
+    return {module: "the base model has no such module" for module, name in names.items() if name not in known}
+
+
 def _detected(source: Source) -> Format:
     for format in FORMATS:
         if format.matches(source):
             return format
+    if source.path.with_name("config.json").is_file() and not source.config:
+        raise ConfigError(
+            f"{source.path} is of a model, not of an adapter: extract_adapter makes a LoRA of two models."
+        )
+    if any(name.startswith(PREFIX) for name in source.tensors):
+        raise ConfigError(f"{source.path} needs its adapter_config.json beside it, which says method and scale.")
     shown = ", ".join(list(source.tensors)[:4]) or "nothing"
     raise ConfigError(f"{source.path} is no adapter of a format that is known here; it holds {shown}.")
 
@@ -138,11 +158,26 @@ def _write(target: Format, files: Files, output: Path) -> str:
         where = output / next(iter(files))
     else:
         where = output
+        if output.suffix[1:] in ENDS and not output.is_dir():
+            what = f"a file that ends in {target.single}" if target.single else "a folder"
+            raise ConfigError(f"{target.name} is written as {what}, and the output is called {output}.")
     folders: dict[Path, Files] = {}
     for name, write in files.items():
         folders.setdefault((output / name).parent, {})[os.path.basename(name)] = write
+    if target.single is None:
+        for folder, inside in folders.items():
+            _check_alone(folder, {*inside, "adapter_model.bin"} if target.name == "peft" else {*inside})
     for folder, inside in folders.items():
         with replacing(folder) as path:
             for name, write in inside.items():
                 write(path(name))
     return os.fspath(where)
+
+
+def _check_alone(folder: Path, names: Collection[str]) -> None:
+    """Raise ConfigError where a folder holds the weights of another adapter, whose config would be replaced."""
+    if others := [name for name in WEIGHTS if name not in names and (folder / name).is_file()]:
+        raise ConfigError(
+            f"{folder} holds another adapter ({', '.join(others)}), whose adapter_config.json would be replaced: name "
+            "another folder."
+        )

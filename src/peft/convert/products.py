@@ -43,7 +43,13 @@ class Product:
         return len(self.blocks[0][0])
 
     def values(self) -> list[torch.Tensor]:
-        """The singular values of each block."""
+        """The singular values of each block.
+
+        Raises:
+            ValueError: a factor has entries that are not finite.
+        """
+        if not all(torch.isfinite(factor).all() for block in self.blocks for factor in block):
+            raise ValueError(f"{self.module}: the adapter has NaN or infinite entries: it is broken.")
         return [product_svd(*block)[1] * abs(self.scale) for block in self.blocks]
 
     def cut(self, rank: int) -> float:
@@ -97,13 +103,17 @@ def pairs_by_name(held: Held, names: Sequence[tuple[str, str]]) -> Iterator[tupl
     Raises:
         ValueError: a pair lacks its half.
     """
-    for down, up in names:
+    for tails in names:
         for name in held.tensors:
-            module = name.removesuffix("." + down)
-            if module != name:
-                if (other := f"{module}.{up}") not in held.tensors:
-                    raise ValueError(f"the adapter has {name} and no {other}: its file is incomplete.")
-                yield module.removeprefix(PREFIX), name, other
+            tail = next((tail for tail in tails if name.endswith(f".{tail}")), None)
+            if tail is None:
+                continue
+            module = name.removesuffix(f".{tail}")
+            down, up = (f"{module}.{one}" for one in tails)
+            if other := {down, up} - held.tensors.keys():
+                raise ValueError(f"the adapter has {name} and no {other.pop()}: its file is incomplete.")
+            if name == down:
+                yield module.removeprefix(PREFIX), down, up
 
 
 def _putting(
@@ -141,7 +151,10 @@ def pairs_in(held: Held) -> list[tuple[str, str, str]]:
         raise ValueError(f"the adapter is {kind}, whose file is no list of pairs A and B.")
     found = [*pairs_by_name(held, _NAMES[kind])]
     for module, down, up in found:
-        if held.tensors[up].shape[1] != len(held.tensors[down]):
+        a, b = held.tensors[down], held.tensors[up]
+        if b.shape[1] != len(a) and a.dim() == 2:
+            raise ValueError(f"{module}: A is {list(a.shape)} and B {list(b.shape)}: the file is damaged.")
+        if b.shape[1] != len(a):
             raise ValueError(f"{module} is a grouped convolution, whose pair is no single product.")
     return found
 

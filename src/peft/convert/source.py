@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from peft.config import read_json
 from peft.convert.extract import skeleton
 from peft.convert.held import Held
 from peft.core.files.io import checked_tensors, torch_load
@@ -22,12 +22,12 @@ from peft.utils.error import CheckpointError, ConfigError
 
 
 # The weights that a folder is looked through for, the best known names first.
-_NAMES = ("adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors", "adapter.safetensors",
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors", "adapter.safetensors",
           "pytorch_adapter.bin", "pytorch_model_adapter_fusion.bin", "model_adapter_fusion.safetensors",
           "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin",
           "adapter_model.pt")  # fmt: skip
 _CONFIGS = ("adapter_config.json", "adapter_fusion_config.json")
-_ENDS = ("safetensors", "sft", "gguf", "bin", "pt", "pth", "ckpt")
+ENDS = ("safetensors", "sft", "gguf", "bin", "pt", "pth", "ckpt")
 Bundle = dict[str, Held]  # by component of a pipeline: "unet", "text_encoder", ...; "" where there is one model
 Files = dict[str, Callable[[str], None]]  # name of a file -> what writes it to a path
 
@@ -52,13 +52,14 @@ class Source:
         """Read a file, or the one file of weights in a folder.
 
         Raises:
-            ConfigError: there is none, or there are several.
+            ConfigError: there is none, or there are several; or the config beside it is damaged.
+            CheckpointError: the file is damaged, or none of weights.
         """
         path = _weights_in(Path(where))
         config: dict[str, Any] = {}
         for name in _CONFIGS:
             if (file := path.with_name(name)).is_file():
-                config = json.loads(file.read_text(encoding="utf-8"))
+                config = read_json(os.fspath(file))
         if path.name.endswith(".index.json"):
             shards = Shards(path.parent)
             return cls(path, {name: shards[name] for name in shards.entries}, {}, config)
@@ -80,6 +81,10 @@ class Source:
 
 def _tensors_of(path: Path, start: bytes) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The tensors of a file and the metadata of its header, whatever it is called."""
+    if not start:
+        raise CheckpointError(f"{path} is empty.")
+    if start[8:] != b"{" and not start.startswith((b"PK", b"\x80")):  # archives, and pickles
+        raise CheckpointError(f"{path} is no file of weights: neither safetensors, a pickle of tensors nor GGUF.")
     try:
         if start[8:] == b"{":  # after its length the header of safetensors begins
             with safe_open(path, "pt") as opened:
@@ -97,12 +102,12 @@ def _weights_in(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise ConfigError(f"{path} is neither a file nor a folder.")
-    for name in _NAMES:
+    for name in WEIGHTS:
         if (path / name).is_file():
             return path / name
     if index := next(iter(sorted(path.glob("*.safetensors.index.json"))), None):
         return index
-    found = sorted(file for end in _ENDS for file in path.glob(f"*.{end}"))
+    found = sorted(file for end in ENDS for file in path.glob(f"*.{end}"))
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
         raise ConfigError(f"{path} should hold one file of adapter weights, and there are: {names}. Name the file.")

@@ -23,7 +23,7 @@ from peft.core.adapter import Adapter
 from peft.core.combine.combined import check_auxiliary, checked_weights
 from peft.core.combine.names import CombinationType, Vote, idle
 from peft.core.combine.ways import Combination
-from peft.core.files.io import replacing
+from peft.core.files.io import CONFIG_NAME, replacing
 from peft.core.files.shards import INDEX, Entry, Shards, ShardWriter, dtype_of, has_weights
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.weight import base_bias, effective, unmerged_weight
@@ -116,7 +116,8 @@ def merge_files(
         merge_files("SmolLM2-135M", {"tone": "runs/tone/adapter"}, "merged", dtype=torch.bfloat16)
 
     Raises:
-        ConfigError: no such base, ``output`` is its folder, or an argument that the combination does not use.
+        ConfigError: no such base, ``output`` is its folder or that of an adapter, or an argument that the combination
+            does not use.
         ValueError: the adapters cannot be merged or combined.
             Nothing is written then.
     """
@@ -127,6 +128,8 @@ def merge_files(
     folder = _folder_of(base)
     if os.path.abspath(folder) == os.path.abspath(output):
         raise ConfigError(f"the output {os.fspath(output)!r} is the folder of the base model: name another one.")
+    if os.path.isfile(os.path.join(output, CONFIG_NAME)):  # transformers would load it with the model, once more
+        raise ConfigError(f"the output {os.fspath(output)!r} is the folder of an adapter: name another one.")
     return _merge(_Job(folder, adapters, output, weights, combination, ways, dtype, safe_merge, quantized), tell)
 
 

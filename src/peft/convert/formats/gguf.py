@@ -13,7 +13,7 @@ import torch
 from peft.convert.held import Held, Pair, Pairs, held_of, pairs_of
 from peft.convert.rotary import as_halves, as_pairs
 from peft.convert.source import Base, Bundle, Files, Format, Job, Source, one
-from peft.utils.error import ConfigError
+from peft.utils.error import CheckpointError, ConfigError
 
 
 # transformers' model types -> llama.cpp's architecture, where matrices are kept as they are, but for q, k of ROTARY.
@@ -139,7 +139,10 @@ def _save(path: str, arch: str, alpha: float, tensors: dict[str, torch.Tensor], 
 
 def _read(source: Source, job: Job) -> Bundle:
     gguf = _gguf()
-    reader = gguf.GGUFReader(source.path)
+    try:
+        reader = gguf.GGUFReader(source.path)
+    except Exception as error:
+        raise CheckpointError(f"{source.path} is damaged, or no GGUF file that this gguf reads ({error}).") from error
     said = {key: field.contents() for key, field in reader.fields.items()}
     if said.get("general.type") != "adapter" or said.get(gguf.Keys.Adapter.TYPE) != "lora":
         raise ConfigError(f"{source.path} is a GGUF file, but no LoRA: it says {said.get('general.type')!r}.")

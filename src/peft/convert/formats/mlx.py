@@ -78,9 +78,6 @@ def _read(source: Source, job: Job) -> Bundle:
     heads: dict[str, torch.Tensor] = {}
     for name, found in parts.items():
         module = _renamed(name, job, back=True)
-        if job.base is not None and module not in job.base.names:
-            job.lost[name] = "the base model has no such module"
-            continue
         if not {"lora_a", "lora_b"} <= found.keys():
             raise ConfigError(f"the file has only {', '.join(found)} of a LoRA at {module}.")
         down, up = found["lora_a"].T.contiguous(), found["lora_b"].T.contiguous()

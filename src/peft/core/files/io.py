@@ -246,6 +246,7 @@ def replacing(folder: str | os.PathLike, *stale: str) -> Iterator[Callable[[str]
     folder = os.fspath(folder)
     if os.path.isfile(folder):
         raise ConfigFileError(f"Cannot save to {folder!r}: it is a file, and a folder is needed.")
+    new = not os.path.isdir(folder)
     os.makedirs(folder, exist_ok=True)
     _settle(folder, clear=True)
     staging = tempfile.mkdtemp(prefix=_PENDING, dir=folder)
@@ -255,6 +256,9 @@ def replacing(folder: str | os.PathLike, *stale: str) -> Iterator[Callable[[str]
             _commit(folder, staging, stale)
         except BaseException:
             _drop(folder, staging)
+            if new:
+                with suppress(OSError):  # something else was written there
+                    os.rmdir(folder)
             raise
 
 

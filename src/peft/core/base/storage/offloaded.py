@@ -28,7 +28,7 @@ from peft.kernels.autocast import is_autocast
 def offloading_hook(m: nn.Module) -> Any:
     """accelerate's hook that keeps the tensors of a module elsewhere, also within a ``SequentialHook``; else None."""
     hooks = [m.__dict__.get("_hf_hook")]
-    for hook in hooks:
+    for hook in hooks:  # it grows: some hold others
         if getattr(hook, "offload", False) and hasattr(hook, "weights_map"):
             return hook
         hooks += getattr(hook, "hooks", ())
