@@ -361,7 +361,7 @@ class TestMerge:
         assert len(shards) >= 8
         merged = peak(lambda: merge_files(tmp_path / "base", {"a": str(tmp_path / "adapter")}, tmp_path / "out"))
         loaded = peak(lambda: [p + 0 for p in LlamaForCausalLM.from_pretrained(tmp_path / "base").parameters()])
-        assert merged < 2.8 * max(shards) < 0.5 * loaded
+        assert merged < 3.5 * max(shards) < 0.5 * loaded
         assert len(list((tmp_path / "out").glob("*.safetensors"))) == len(shards)
 
 
@@ -479,6 +479,13 @@ class TestOtherCommands:
         assert found["runs"][0] == first["runs"][0], "the first was trained again"
         assert found["runs"][1]["trainable"] < found["runs"][0]["trainable"]
         assert {"comparison.json", "comparison.png", "loss.svg"} <= set(found["files"])
+
+    def test_a_list_of_one_needs_no_brackets(self, peft_, adapters, tmp_path):
+        status, _ = peft_("merge", "base", "one", "--weights", "0", "-o", tmp_path / "none")
+        merged, base = (
+            LlamaForCausalLM.from_pretrained(folder).state_dict() for folder in (tmp_path / "none", "base")
+        )
+        assert status == 0 and all(torch.equal(merged[name], base[name]) for name in base)
 
     def test_convert_extract_and_resize(self, peft_, adapters, tmp_path):
         assert peft_("merge", "base", "one", "-o", tmp_path / "tuned")[0] == 0

@@ -14,9 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_convert_formats import GOLDEN, IDS, golden, llama, loaded, lora, same_tensors
 from torch import nn
+from toys import tiny_llama
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from peft import LoHaConfig, LoraConfig, PeftMixedModel, get_peft_model
+from peft import Average, BottleneckConfig, Fuse, LoHaConfig, LoraConfig, PeftMixedModel, PeftModel, get_peft_model
 from peft.convert import convert_adapter, format_of
 from peft.utils.error import ConfigError
 
@@ -191,7 +192,7 @@ def test_nothing_of_an_adapter_is_lost_in_silence(target: str, what: str, tmp_pa
     if (target, what) == ("diffusers", "lora_bias"):
         convert_adapter(tmp_path / "lora", target, tmp_path / "out", base=base)
         return
-    with pytest.raises(ConfigError, match="cannot be carried over|one rank and one alpha"):
+    with pytest.raises(ConfigError, match="cannot be carried over|one rank and one alpha|matrices of 'mixtral'"):
         convert_adapter(tmp_path / "lora", target, tmp_path / "out", base=base)
     assert not (tmp_path / "out").exists()
 
@@ -272,10 +273,14 @@ def causal(kind: str) -> nn.Module:
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).eval()
 
 
-# type -> whether llama.cpp keeps the rows of q and k in pairs, as its converters of these models write them
+# type -> whether llama.cpp keeps the rows of q and k in pairs, as its converters of these models write them. With each
+# it gave the adapted model's logits.
 PAIRED = {"llama": True, "mistral": True, "mixtral": True, "granite": True, "smollm3": True, "olmo": True,
           "olmo2": False, "qwen2": False, "qwen3": False, "gemma": False, "gemma2": False, "gemma3_text": False,
-          "phi": False, "phi3": False, "stablelm": False, "starcoder2": False, "cohere": False}  # fmt: skip
+          "phi": False, "phi3": False, "stablelm": False, "starcoder2": False, "cohere": False, "arcee": True,
+          "granitemoe": True, "olmo3": False, "olmoe": False, "glm4": False, "nemotron": False, "exaone4": False,
+          "ernie4_5": False, "hunyuan_v1_dense": False, "seed_oss": False, "apertus": False,
+          "gpt_oss": False}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", PAIRED)
@@ -284,7 +289,8 @@ def test_gguf_of_an_architecture(kind: str, tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
     base = causal(kind)
     query = "qkv_proj" if kind == "phi3" else "q_proj"
-    config = LoraConfig(r=2, lora_alpha=3, target_modules=[query, "down_proj", "fc1"], init_lora_weights=False)
+    others = [] if "moe" in kind else ["down_proj", "fc1"]  # of experts
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=[query, *others], init_lora_weights=False)
     model = get_peft_model(copy.deepcopy(base), config).eval()
     model.save_pretrained(tmp_path / "lora")
     convert_adapter(tmp_path / "lora", "gguf", tmp_path / "lora.gguf", base=base)
@@ -466,21 +472,23 @@ def test_other_algorithms_under_names_with_dots(kind: str, tmp_path: Path) -> No
 
 
 def test_flux_attention_processors_as_diffusers_reads_them(tmp_path: Path) -> None:
-    """The names of x-flux, of which those of single blocks are no LoRAs of a matrix."""
+    """The names of x-flux, whose single blocks adapt query, key and value, and not the rest of their matrix."""
     diffusers = pytest.importorskip("diffusers")
     given = {}
     for name in ("qkv_lora1", "qkv_lora2", "proj_lora1", "proj_lora2"):
         key = f"double_blocks.0.processor.{name}"
         given |= {f"{key}.down.weight": torch.randn(2, 3072)}
         given |= {f"{key}.up.weight": torch.randn(3072 * (3 if "qkv" in name else 1), 2)}
+    for name, inner, out in (("qkv_lora", 3072, 9216), ("proj_lora", 15360, 3072)):
+        key = f"single_blocks.0.processor.{name}"
+        given |= {f"{key}.down.weight": torch.randn(2, inner), f"{key}.up.weight": torch.randn(out, 2)}
     save_file(given, tmp_path / "file.safetensors")
     convert_adapter(tmp_path / "file.safetensors", "diffusers", tmp_path / "out.safetensors")
     same_tensors(load_file(tmp_path / "out.safetensors"), diffusers.FluxPipeline.lora_state_dict(dict(given)))
-    save_file(
-        given | {"single_blocks.0.processor.proj_lora.up.weight": torch.ones(2, 2)}, tmp_path / "file.safetensors"
-    )
-    with pytest.raises(ConfigError, match="proj_lora.up.weight: it is no part of a LoRA"):
-        convert_adapter(tmp_path / "file.safetensors", "diffusers", tmp_path / "none.safetensors")
+    convert_adapter(tmp_path / "file.safetensors", "kohya", tmp_path / "kohya.safetensors")
+    rows = load_file(tmp_path / "kohya.safetensors")["lora_unet_single_blocks_0_linear1.lora_up.weight"]
+    assert torch.equal(rows[:9216], given["single_blocks.0.processor.qkv_lora.up.weight"])
+    assert rows.shape == (7 * 3072, 2) and not rows[9216:].any()
 
 
 # --- unions and gates of adapters ---------------------------------------------------------------------------------
@@ -519,17 +527,68 @@ def test_unions_and_gates_of_adapters(case: str, tmp_path: Path) -> None:
         torch.testing.assert_close(loaded(base, tmp_path / "again")(IDS).logits, wanted, atol=2e-6, rtol=1e-5)
 
 
-def test_heads_and_fusions_of_adapters_are_named(tmp_path: Path) -> None:
+def fusion_files(case: str, folder: Path) -> torch.Tensor:
+    """The files of a fusion and its members, as adapters wrote them; the outputs."""
+    cases = golden("adapters_fusion")
+    with safe_open(GOLDEN / "adapters_fusion.safetensors", "pt") as file:
+        said = file.metadata()
+    for part in ("a", "b", "fused"):
+        fused = part == "fused"
+        (folder / part).mkdir(parents=True)
+        weights = "pytorch_model_adapter_fusion.bin" if fused else "pytorch_adapter.bin"
+        torch.save(cases[f"{case}.{part}"], folder / part / weights)
+        config = folder / part / f"adapter_{'fusion_' if fused else ''}config.json"
+        config.write_text(said[f"{case}.{part}"])
+    return cases[case]["output"]
+
+
+@pytest.mark.parametrize("case", ["dynamic", "static"])
+def test_a_fusion_of_adapters(case: str, tmp_path: Path) -> None:
+    wanted = fusion_files(case, tmp_path / "there")
+    base = llama(golden("adapters")["base"], num_hidden_layers=2, num_attention_heads=2)
+    found = convert_adapter(tmp_path / "there", "peft", tmp_path / "peft", base=base)
+    assert found.components == ["a", "b", "fused"] and "beside its members" in found.notes[0]
+    model = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "peft" / "fused", adapter_name="fused").eval()
+    torch.testing.assert_close(model(IDS).logits, wanted, atol=2e-6, rtol=1e-5)
+    convert_adapter(tmp_path / "peft", "adapters", tmp_path / "back", base=base)
+    for part in ("a", "b", "fused"):
+        there, back = ([*(tmp_path / side / part).iterdir()] for side in ("there", "back"))
+        assert {file.name for file in there} == {file.name for file in back}
+        configs = [json.loads(next(f for f in files if f.suffix == ".json").read_text()) for files in (there, back)]
+        assert [c["name"] for c in configs] == [configs[0]["name"]] * 2
+        if part == "fused":
+            differing = {k for k, v in configs[0]["config"].items() if bool(configs[1]["config"][k]) != bool(v)}
+            assert (differing, configs[0]["adapter_names"]) == (set(), configs[1]["adapter_names"])
+        same_tensors(*(torch.load(next(f for f in files if f.suffix == ".bin")) for files in (there, back)))
+
+
+def test_what_a_fusion_has_beyond_the_formula_is_named(tmp_path: Path) -> None:
+    fusion_files("static", tmp_path)
+    config = tmp_path / "fused" / "adapter_fusion_config.json"
+    said = json.loads(config.read_text())
+    said["config"] |= {"residual_before": True, "temperature": True}
+    config.write_text(json.dumps(said))
+    with pytest.raises(ConfigError, match=r"residual_before: .*temperature: a fusion here is as with"):
+        convert_adapter(tmp_path / "fused", "peft", tmp_path / "x")
+    model = get_peft_model(tiny_llama(), BottleneckConfig(), "a")
+    model.add_composition("mean", Average("a", "__base__"))
+    model.save_pretrained(tmp_path / "mean")
+    model.add_adapter("b", BottleneckConfig(preset="houlsby"))
+    model.delete_adapter("mean")
+    model.add_composition("fused", Fuse("a", "b"))
+    model.save_pretrained(tmp_path / "ours")
+    with pytest.raises(ConfigError, match="members: adapters fuses what stands at the same places of a block"):
+        convert_adapter(tmp_path / "ours", "adapters", tmp_path / "x", base=tiny_llama())
+    with pytest.raises(ConfigError, match=r"files of fusions of adapters alone, and this is Average\('a'"):
+        convert_adapter(tmp_path / "mean" / "mean", "adapters", tmp_path / "x", base=tiny_llama())
+
+
+def test_heads_of_adapters_are_named(tmp_path: Path) -> None:
     base, _, _ = of_adapters("bn_gated", tmp_path / "there")
     torch.save({"heads.x.1.weight": torch.ones(2, 2)}, tmp_path / "there" / "pytorch_model_head.bin")
     with pytest.raises(ConfigError, match="pytorch_model_head.bin: a prediction head"):
         convert_adapter(tmp_path / "there", "peft", tmp_path / "peft", base=base)
     convert_adapter(tmp_path / "there", "peft", tmp_path / "peft", base=base, lossy=True)
-    (tmp_path / "fusion").mkdir()
-    torch.save({"x": torch.ones(1)}, tmp_path / "fusion" / "pytorch_model_adapter_fusion.bin")
-    (tmp_path / "fusion" / "adapter_fusion_config.json").write_text("{}")
-    with pytest.raises(ConfigError, match="a fusion of adapters.*Fuse"):
-        convert_adapter(tmp_path / "fusion", "peft", tmp_path / "x", base=base)
 
 
 def test_matrices_without_a_place_in_adapters_are_named(tmp_path: Path) -> None:

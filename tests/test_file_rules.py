@@ -19,6 +19,7 @@ from toys import tiny_llama as any_llama
 from transformers.pytorch_utils import Conv1D
 
 from peft import (
+    AdaLoraConfig,
     HiraConfig,
     IA3Config,
     LoraConfig,
@@ -26,8 +27,12 @@ from peft import (
     OFTConfig,
     PeftConfig,
     PeftModel,
+    PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
+    PveraConfig,
+    RandLoraConfig,
+    VeraConfig,
     get_peft_model,
     get_peft_model_state_dict,
     inject_adapter_in_model,
@@ -107,6 +112,43 @@ METHODS = {
         tiny_llama(), PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, encoder_hidden_size=8)
     ),
 }
+
+
+# what 0.21.2 has twice in a whole model's state, by the config
+TWICE = {
+    "vera": (lambda: VeraConfig(target_modules=["q_proj", "k_proj"], r=2), ("vera_A", "vera_B")),
+    "pvera": (lambda: PveraConfig(target_modules=["q_proj", "k_proj"], r=2), ("pvera_A", "pvera_B")),
+    "randlora": (lambda: RandLoraConfig(target_modules=["q_proj", "k_proj"], r=2), ("randlora_A", "randlora_B")),
+    "prompts": (lambda: PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), ()),
+    "prefix": (lambda: PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), ()),
+}
+
+
+@pytest.mark.parametrize("case", TWICE)
+def test_a_whole_state_of_the_reference_loads(case):
+    """As `accelerator.load_state` loads it, which is strict."""
+    config, shared = TWICE[case]
+    model = shaken(get_peft_model(tiny_llama(), config()))
+    state = dict(model.state_dict())
+    for matrix in shared:
+        value = state[f"base_model.{matrix}.default"]
+        for path in ("self_attn.q_proj", "self_attn.k_proj"):
+            state[f"base_model.model.model.layers.0.{path}.{matrix}.default"] = value
+    if not shared:
+        state["word_embeddings.weight"] = model.get_input_embeddings().weight
+    other = get_peft_model(tiny_llama(), config()).eval()
+    other.load_state_dict(state)
+    nn.ModuleDict({"wrapped": other}).load_state_dict({f"wrapped.{name}": t for name, t in state.items()})
+    assert torch.equal(other(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        other.load_state_dict({**state, "word_embedding.weight": torch.zeros(1)})
+
+
+def test_the_states_of_an_optimizer_find_their_parameters():
+    """AdaLoRA's, whose parameters have no order of their own: it is that of 0.21.2."""
+    model = get_peft_model(tiny_llama(), AdaLoraConfig(target_modules=["q_proj"], total_step=10))
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert [name.split(".")[-2] for name in trained[:3]] == ["lora_A", "lora_B", "lora_E"]
 
 
 def _padded():

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from peft import FourierFTConfig, LoraConfig, ShiraConfig, get_peft_model
 from peft.kernels import Factors, adapted_norm, dora_linear, is_plain, low_rank_linear, plain, spectral
 from peft.kernels.dropout import Dropped, draw_seed
+from peft.kernels.grouped import GroupedLowRank, grouped_linear
 from peft.kernels.linear import composed
 from peft.kernels.remake import recipe_of
 from peft.kernels.sparse import sparse_linear
@@ -142,14 +143,15 @@ class Fixed(nn.Module):
         return x * Dropped(self.p, self.seed).zero_(torch.ones(x.shape)) / (1 - self.p)
 
 
-def test_dropout_equals_the_plain_path_with_the_same_mask():
-    model, x = adapted(lora_dropout=0.3), batch(5, 4)
+@pytest.mark.parametrize("rate", [0.05, 0.3, 0.7])
+def test_dropout_equals_the_plain_path_with_the_same_mask(rate):
+    model, x = adapted(lora_dropout=rate), batch(5, 4)
     torch.manual_seed(5)
     got = run(model, x)
     torch.manual_seed(5)
     order = ["first", "gate", "up", "down", "transposed"]
     for name in order:
-        getattr(model.base_model.model, name).lora_dropout["default"] = Fixed(0.3, draw_seed())
+        getattr(model.base_model.model, name).lora_dropout["default"] = Fixed(rate, draw_seed())
     assert_equal(got, run(model, x))
 
 
@@ -165,6 +167,25 @@ def test_masks_drop_each_entry_independently(p):
     assert abs(halves[0] - halves[1]) < 10 * math.sqrt(p * (1 - p) / n)
     assert torch.equal(mask, Dropped(p, 3).zero_(torch.ones(n)))
     assert not torch.equal(mask, Dropped(p, 4).zero_(torch.ones(n)))
+
+
+def test_places_that_were_kept_are_those_drawn_again():
+    x = torch.ones(30, 40)
+    first = Dropped(0.05, 3)
+    zeros = first.copy(x)
+    places = first.few()
+    assert places.dtype == torch.int32 and 16 * places.numel() < 1.5 * x.numel()
+    assert torch.equal(Dropped(0.05, 4, places).copy(x), zeros)
+    often = Dropped(0.3, 3)
+    often.copy(x)
+    assert often.few() is None
+
+
+def test_masks_may_change_when_checkpointing_computes_again():
+    torch.manual_seed(0)
+    model, x = adapted(lora_dropout=0.05), batch(40, 30).requires_grad_()
+    checkpoint(model, x, use_reentrant=False, preserve_rng_state=False).sum().backward()
+    assert x.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
@@ -487,7 +508,6 @@ def run_mixed(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
 def grouped_calls(monkeypatch) -> list[int]:
     """Rows of each call of the grouped product."""
     from peft.core.layer import rows
-    from peft.kernels.grouped import grouped_linear
 
     calls = []
 
@@ -512,6 +532,23 @@ def test_rows_with_different_adapters_equal_a_loop_over_them(shape, dtype, toler
     with torch.no_grad():
         for _ in range(2):  # the second call uses the stacks of the first
             assert_equal({"y": model(x, adapter_names=NAMES)}, {"y": wanted["y"]}, tolerance)
+
+
+@pytest.mark.parametrize("index", [[0, 1, 2], [2, 0, 1], [0, 0, 1, 1, 2, 2], [1, 0, 0, 0, 2], [1, 1]], ids=str)
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_rows_are_put_together_whatever_their_order(index, tokens):
+    """Of one token each they stand by their updates; rows of nine gather the factors, of rank 2, instead."""
+    torch.manual_seed(0)
+    x, y = torch.randn(len(index), tokens, 3).double(), torch.randn(len(index), tokens, 4).double()
+    down, up = torch.randn(3, 2, 3).double(), torch.randn(3, 2, 4).double()
+    inputs = [t.requires_grad_() for t in (x, down, up)]
+    wanted = torch.stack([y[i] + x[i] @ down[g].T @ up[g] for i, g in enumerate(index)])
+
+    def grouped(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return GroupedLowRank.apply(x, y.clone(), down, up, torch.tensor(index), None)
+
+    torch.testing.assert_close(grouped(*inputs), wanted)
+    assert torch.autograd.gradcheck(grouped, inputs)
 
 
 @pytest.mark.parametrize("length", [1, 40])

@@ -1118,3 +1118,22 @@ def test_new_modules_train_until_the_model_evaluates(tmp_path: Path) -> None:
     assert layer.lora_dropout["third"].training and not layer.lora_dropout["default"].training
     plain = peft.inject_adapter_in_model(lora("lin0", lora_dropout=0.9, init_lora_weights=False), Mlp().eval())
     assert not torch.equal(plain(X), plain(X)) and torch.equal(plain.eval()(X), plain(X))
+
+
+def test_a_load_sets_the_mode_of_all_that_acts_by_it(tmp_path: Path) -> None:
+    """Linear parts, which have no use for a mode, follow their layer; a dropout is set also where that stays."""
+    model = mlp(lora("lin0", lora_dropout=0.9))
+    model.save_pretrained(tmp_path / "dropping")
+    mlp(lora("lin0")).save_pretrained(tmp_path / "plain")
+    layer = model.get_base_model().lin0
+    for folder in ("dropping", "plain"):
+        model.load_adapter(tmp_path / folder, folder)  # from a model that trains
+        assert not any(module.training for module in model.modules())
+        model.load_adapter(tmp_path / folder, f"{folder} again")  # from one that does not
+        assert not any(module.training for module in model.modules())
+        layer.lora_dropout["default"].train()
+        layer.lora_dropout.training = layer.base_layer.training = True
+        model.load_adapter(tmp_path / folder, f"{folder} still")
+        assert not any(module.training for module in model.modules())
+        model.train()
+        assert all(module.training for module in model.modules())

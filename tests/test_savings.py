@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 import peft
 from peft import LoraConfig, get_peft_model
 from peft.kernels import loss
-from peft.tools import savings
+from peft.tools import heap, savings
 
 
 @pytest.fixture(autouse=True)
@@ -154,7 +154,7 @@ def test_parts_add_up():
 def test_outputs_look_the_same_unless_asked():
     model, ids = peft_model(), torch.randint(3, 30, (2, 7))
     before = model.train()(input_ids=ids, labels=ids).logits
-    assert peft.enable_memory_savings(model) == peft.MemorySavings(True, True, False, False)
+    assert peft.enable_memory_savings(model) == peft.MemorySavings(True, True, False, False, trim=heap.can_trim())
     torch.testing.assert_close(model(input_ids=ids, labels=ids).logits, before)
     peft.enable_memory_savings(model, chunked_loss=True)
     assert model(input_ids=ids, labels=ids).logits.shape[1] == 1
@@ -241,18 +241,86 @@ def test_offloading(monkeypatch):
 
 def test_what_cannot_be_is_refused():
     plain = nn.Sequential(nn.Linear(3, 3))
-    assert peft.enable_memory_savings(plain) == peft.MemorySavings(True, False, False, False)
+    assert peft.enable_memory_savings(plain) == peft.MemorySavings(True, False, False, False, heap.can_trim())
     assert peft.enable_memory_savings(nn.DataParallel(plain)).recompute
     with pytest.raises(ValueError, match="no blocks"):
         peft.enable_memory_savings(plain, checkpointing=True)
     with pytest.raises(ValueError, match="checkpointing is off"):
         peft.enable_memory_savings(plain, offload=True)
+    with pytest.raises(ValueError, match="recompute is off"):
+        peft.enable_memory_savings(plain, trim=True, recompute=False)
+    with pytest.raises(ValueError, match="not on a CPU"):
+        peft.enable_memory_savings(nn.Linear(3, 3, device="meta"), trim=True)
     before = state(plain)
     with pytest.raises(ValueError, match="no head"):
         peft.enable_memory_savings(plain, chunked_loss=True)
     assert state(plain) == before
     peft.disable_memory_savings(plain)
     assert not vars(plain).get("_peft_record")
+
+
+@pytest.fixture
+def trims(monkeypatch) -> list[int]:
+    """What the process takes whenever its heap is trimmed; it grows by a MiB each time that it is looked at."""
+    held, found = [400 * heap.LARGE], []
+
+    def grown() -> int:
+        held[0] += heap.LARGE
+        return held[0]
+
+    def trim(pad: int) -> int:
+        found.append(held[0])
+        held[0] -= 50 * heap.LARGE
+        return 1
+
+    monkeypatch.setattr(heap, "resident", grown)
+    monkeypatch.setattr(heap, "_trim", lambda: trim)
+    return found
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_heap_is_trimmed_as_the_process_grows(trims, monkeypatch, checkpointing):
+    """Seen where tensors are kept and used, those of checkpointed blocks too; small ones are not looked at."""
+    model = peft_model()
+    wanted = step(model)
+    peft.enable_memory_savings(model, checkpointing=checkpointing)
+    torch.testing.assert_close(step(model), wanted)
+    assert not trims
+    monkeypatch.setattr(heap, "LARGE", 1)
+    monkeypatch.setattr(heap, "LEAST", 1)
+    monkeypatch.setattr(heap, "SHARE", 100 * 2**20)
+    torch.testing.assert_close(step(model), wanted)
+    assert trims
+    found = len(trims)
+    peft.enable_memory_savings(model, checkpointing=checkpointing, trim=False)
+    torch.testing.assert_close(step(model), wanted)
+    assert len(trims) == found
+
+
+def test_when_the_heap_is_trimmed(trims, monkeypatch):
+    """When a quarter has been added to the least that the process has had since the last time, and 64 MiB."""
+    sizes = iter([400, 499, 380, 474, 475, 300, 374, 375, 100, 163, 164, 90])  # after 475, 375 and 164 it is trimmed
+    monkeypatch.setattr(heap, "resident", lambda: next(sizes) * 2**20)
+    watch, at = heap.Trimmed(), []
+    for look in range(9):
+        before = len(trims)
+        watch(heap.LARGE)
+        watch(heap.LARGE - 1)
+        at += [look] * (len(trims) - before)
+    assert at == [4, 6, 8] and not list(sizes)
+
+
+@pytest.mark.skipif(not heap.can_trim(), reason="another C library than glibc")
+def test_holes_go_back_to_the_system():
+    """Every second tensor of 1 MiB is freed: their pages leave the process, the others keep their values."""
+    torch.ones(31 << 18)  # once freed, tensors of 1 MiB come from the heap
+    tensors = [torch.full((1 << 18,), float(i)) for i in range(200)]
+    watch, full = heap.Trimmed(), heap.resident()
+    watch.least = 1  # as if the process had grown
+    del tensors[::2]
+    watch(heap.LARGE)
+    assert heap.resident() < full - 80 * 2**20 and watch.least == pytest.approx(heap.resident(), rel=0.05)
+    assert all(t.eq(2 * i + 1).all() for i, t in enumerate(tensors))
 
 
 def test_changes_in_place_are_still_seen():

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft import import_utils
 from peft.utils import constants, integrations, other
+from peft.utils.meanwhile import having, in_mode
 
 
 def llama(dtype=torch.bfloat16, layers=1, **marks):
@@ -326,3 +327,22 @@ def test_availability_is_found_without_importing(monkeypatch, tmp_path):
         for check in checks:
             check.cache_clear()
     assert "torchao" not in sys.modules
+
+
+# ---- For a while ----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_otherwise_for_a_while_is_as_before_afterwards_even_after_an_error():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout()).train()
+    model[1].eval()  # a module may be in another mode than the one around it
+    model[0].bias.requires_grad_(False)
+    with (
+        pytest.raises(RuntimeError),
+        in_mode(model, training=False),
+        having(model.parameters(), requires_grad=True, grad=None),
+    ):
+        assert not any(module.training for module in model.modules())
+        assert all(p.requires_grad for p in model.parameters())
+        raise RuntimeError
+    assert [module.training for module in model.modules()] == [True, True, False]
+    assert [p.requires_grad for p in model.parameters()] == [True, False]

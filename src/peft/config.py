@@ -68,7 +68,12 @@ def _to_json(value: Any) -> Any:
     raise TypeError(f"a {type(value).__name__} cannot be written to json: {value!r}")
 
 
-def _read_json(path: str) -> dict[str, Any]:
+def read_json(path: str) -> dict[str, Any]:
+    """What an ``adapter_config.json`` holds.
+
+    Raises:
+        ConfigFileError: it cannot be read, is damaged, or holds no object of fields.
+    """
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
@@ -400,7 +405,7 @@ class PeftConfigMixin(Options):
         Raises:
             ConfigFileError: the file is missing, damaged, or holds no object; the message names it.
         """
-        values = _read_json(os.fspath(path_json_file))
+        values = read_json(os.fspath(path_json_file))
         return _of_no_process(cls, values)
 
     @classmethod

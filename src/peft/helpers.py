@@ -7,7 +7,7 @@ import json
 import math
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from numbers import Real
 from typing import Any
 
@@ -21,6 +21,7 @@ from peft.tools.condition_numbers import find_kappa_target_modules as find_kappa
 from peft.tuners.lora.model import LoraTuner
 from peft.tuners.lora.norm_cache import DoraCaching as DoraCaching
 from peft.tuners.lora.surgery import spectral_surgery as spectral_surgery
+from peft.utils.meanwhile import having
 
 
 @contextmanager
@@ -53,14 +54,13 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float | int) -> Iterator
         yield
     finally:
         for layer, scaling in zip(layers, before, strict=True):
-            for name in scaling.keys() - set(layer.adapter_names):
+            for name in scaling.keys() - set(layer.adapter_names):  # gone, or come, within the context
                 del scaling[name]
             scaling.update({name: value for name, value in layer.scaling.items() if name not in scaling})
             layer.scaling = scaling
 
 
-@contextmanager
-def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
+def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> AbstractContextManager[None]:
     """A context in which adapters take their input as it is, instead of in their own dtype.
 
     For models whose hooks change dtypes by themselves, such as diffusers' layerwise casting.
@@ -70,14 +70,7 @@ def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterat
         active: False makes the context do nothing.
     """
     layers = [layer for _, layer in layers_of(anatomy(model)[0])] if active else []
-    before = [layer.cast_input_dtype_enabled for layer in layers]
-    try:
-        for layer in layers:
-            layer.cast_input_dtype_enabled = False
-        yield
-    finally:
-        for layer, enabled in zip(layers, before, strict=True):
-            layer.cast_input_dtype_enabled = enabled
+    return having(layers, cast_input_dtype_enabled=False)
 
 
 def update_forward_signature(model: nn.Module) -> None:
@@ -113,12 +106,11 @@ def _show_base_method(model: nn.Module, name: str) -> None:
         return
     method = _stand_in(name)
     signature = inspect.signature(origin)
-    me = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    me = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     rest = [
         p.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD) if p.kind is inspect.Parameter.POSITIONAL_ONLY else p
         for p in signature.parameters.values()
     ]
-    me = me.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
     method.__signature__ = signature.replace(parameters=[me, *rest])  # type: ignore[attr-defined]
     method.__doc__, method.__name__ = origin.__doc__, name
     object.__setattr__(model, name, types.MethodType(method, model))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+from collections.abc import Callable
 from functools import lru_cache
 from importlib.machinery import PathFinder
 
@@ -13,6 +14,27 @@ from packaging.version import Version
 
 def _present(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
+
+
+def _asks(name: str, library: str) -> Callable[[], bool]:
+    """A function that tells whether a package can be imported."""
+
+    @lru_cache
+    def is_available() -> bool:
+        return _present(name)
+
+    is_available.__doc__ = f"Whether {library} is installed."
+    return is_available
+
+
+is_aqlm_available = _asks("aqlm", "AQLM")
+is_bnb_available = _asks("bitsandbytes", "bitsandbytes")
+is_diffusers_available = _asks("diffusers", "diffusers")
+is_eetq_available = _asks("eetq", "EETQ")
+is_hqq_available = _asks("hqq", "HQQ")
+is_inc_available = _asks("neural_compressor", "Intel Neural Compressor")
+is_optimum_available = _asks("optimum", "optimum")
+is_te_available = _asks("transformer_engine", "TransformerEngine")
 
 
 def _require(name: str, minimum: str, needed_for: str | None = None) -> None:
@@ -32,33 +54,9 @@ def _require(name: str, minimum: str, needed_for: str | None = None) -> None:
 
 
 @lru_cache
-def is_aqlm_available() -> bool:
-    """Whether AQLM is installed."""
-    return _present("aqlm")
-
-
-@lru_cache
-def is_bnb_available() -> bool:
-    """Whether bitsandbytes is installed."""
-    return _present("bitsandbytes")
-
-
-@lru_cache
 def is_bnb_4bit_available() -> bool:
     """Whether bitsandbytes is installed with 4-bit layers, i.e. in version 0.39 or above."""
     return is_bnb_available() and Version(importlib.metadata.version("bitsandbytes")) >= Version("0.39.0")
-
-
-@lru_cache
-def is_diffusers_available() -> bool:
-    """Whether diffusers is installed."""
-    return _present("diffusers")
-
-
-@lru_cache
-def is_eetq_available() -> bool:
-    """Whether EETQ is installed."""
-    return _present("eetq")
 
 
 @lru_cache
@@ -73,30 +71,6 @@ def is_gptqmodel_available() -> bool:
     _require("gptqmodel", "7.0.0")
     _require("optimum", "1.24.0", needed_for="gptqmodel")
     return True
-
-
-@lru_cache
-def is_hqq_available() -> bool:
-    """Whether HQQ is installed."""
-    return _present("hqq")
-
-
-@lru_cache
-def is_inc_available() -> bool:
-    """Whether Intel Neural Compressor is installed."""
-    return _present("neural_compressor")
-
-
-@lru_cache
-def is_optimum_available() -> bool:
-    """Whether optimum is installed."""
-    return _present("optimum")
-
-
-@lru_cache
-def is_te_available() -> bool:
-    """Whether TransformerEngine is installed."""
-    return _present("transformer_engine")
 
 
 @lru_cache

@@ -183,6 +183,7 @@ class ModelFiles:
             with _naming(model_id, "adapter_model", config):
                 peft_model._load(adapter_name, weights, config.peft_version, kwargs, filling.skipped, **placing)
         except Exception:
+            # Unloading freezes the base, and what trained before is to train again.
             peft_model._tuner.unload().requires_grad_(True)
             for p in frozen:
                 p.requires_grad_(False)
@@ -334,7 +335,7 @@ def _naming(where: str | os.PathLike, part: str, config: PeftConfig) -> Iterator
     """A context in which errors name the files that they are about; those that no check foresaw are of our kind."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except torch.OutOfMemoryError:  # a RuntimeError, but none of the files'
         raise
     except (ValueError, OSError, PeftError) as error:
         if len(error.args) == 1 and os.fspath(where) not in str(error):

@@ -164,6 +164,7 @@ class Options:
     """A group of fields declared with `option`, validated when an instance is made."""
 
     def __new__(cls, *args: Any, **kwargs: Any):
+        # Before `__init__`, whose own error would not name the nearest field.
         known = cls._known_keywords()
         unknown = [name for name in kwargs if name not in known]
         if unknown:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -18,8 +18,8 @@ from peft.core.composition.config import CompositionConfig
 from peft.core.composition.dividing import divided
 from peft.core.composition.expressions import Composition
 from peft.core.composition.model import Compositions
-from peft.core.files.entries import prompts_of
-from peft.core.layer.rows import require_unmerged
+from peft.core.files.entries import leave_out_repeats, prompts_of
+from peft.core.layer.rows import require_unmerged, without_fast_path
 from peft.core.model import operations
 from peft.core.model.context import BASE
 from peft.core.model.manager import INTERFACE, check_adapter_name
@@ -120,6 +120,7 @@ class PeftModel(ModelCompat, ModelFiles, Compositions, PushToHubMixin, nn.Module
             if len(args) > len(cls._inputs):
                 raise TypeError(f"forward() takes {len(cls._inputs)} positional inputs, got {len(args)}.")
             given = dict(zip(cls._inputs, args), **kwargs)
+            # What is not given is not handed on: base models differ in the inputs that they know.
             return PeftModel.forward(self, **{k: v for k, v in given.items() if v is not None or k not in cls._inputs})
 
         keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -129,6 +130,10 @@ class PeftModel(ModelCompat, ModelFiles, Compositions, PushToHubMixin, nn.Module
         forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         forward.__doc__ = f"The base model's forward with the active adapters; {PeftModel.forward.__doc__}"
         cls.forward = forward  # type: ignore[method-assign]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        leave_out_repeats(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -282,6 +287,7 @@ class PeftModel(ModelCompat, ModelFiles, Compositions, PushToHubMixin, nn.Module
             self._check_unmerged()
         tasks = kwargs.pop("task_ids", None)
         context = context_of(self.get_base_model())
+        context.begin()
         before, tasks_before, held = context.adapter_names, context.task_ids, context.held
         if names is None and tasks is None and before is None and tasks_before is None:
             return function(*args, **kwargs)
@@ -292,12 +298,10 @@ class PeftModel(ModelCompat, ModelFiles, Compositions, PushToHubMixin, nn.Module
         context.set_adapter_names(names)
         context.task_ids = tasks
         context.held = names is not None or tasks is not None
-        fast_path = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(fast_path and names is None)  # it knows one weight for all rows
         try:
-            return function(*args, **kwargs)
+            with nullcontext() if names is None else without_fast_path():  # which knows one weight for all rows
+                return function(*args, **kwargs)
         finally:
-            torch.backends.mha.set_fastpath_enabled(fast_path)
             context.held = held
             if not keep:  # a backward may still need them
                 context.set_adapter_names(before)

@@ -116,31 +116,36 @@ def add_fields(parser: ArgumentParser, cls: type, prefix: str = "", skip: Iterab
 
 
 def bracketed(cls: type, argv: list[str]) -> list[str]:
-    """Arguments whose lists are in brackets: ``--methods lora,ia3`` as ``--methods [lora,ia3]``."""
-    flags, words = {*_lists(cls)}, []
+    """Arguments whose lists are in brackets: ``--methods lora,ia3`` as ``--methods [lora,ia3]``; lists of one, too."""
+    flags, words = dict(_lists(cls)), []
     for place, word in enumerate(argv):
         flag, is_pair, value = word.partition("=")
-        if is_pair and flag in flags and _bare_list(value):
+        if is_pair and flag in flags and _bare_list(value, flags[flag]):
             word = f"{flag}=[{value}]"
-        elif place and argv[place - 1] in flags and _bare_list(word):
+        elif place and argv[place - 1] in flags and _bare_list(word, flags[argv[place - 1]]):
             word = f"[{word}]"
         words.append(word)
     return words
 
 
-def _bare_list(value: str) -> bool:
-    return "," in value and not value.startswith(("[", "{", "-"))
+def _bare_list(value: str, alone: bool) -> bool:
+    """Whether a value is a list without brackets. alone: the flag takes nothing but lists, so one entry is one."""
+    return ("," in value or (alone and value not in ("", "null"))) and not value.startswith(("[", "{", "--"))
 
 
-def _lists(cls: type, prefix: str = "") -> Iterable[str]:
-    """Flags of the fields of a dataclass that take lists."""
+def _lists(cls: type, prefix: str = "") -> Iterable[tuple[str, bool]]:
+    """Flags of the fields of a dataclass that take lists, and whether they take nothing else."""
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         inner = field.metadata.get("nested")
         if inner is not None and issubclass(inner, Options) and not prefix:
             yield from _lists(inner, f"{field.name}.")
-        elif any(typing.get_origin(hint) is list for hint in (hints[field.name], *typing.get_args(hints[field.name]))):
-            yield f"--{prefix}{field.name}"
+            continue
+        hint = hints[field.name]
+        kinds = {hint} if typing.get_origin(hint) is list else {*typing.get_args(hint)} - {type(None)}
+        lists = {kind for kind in kinds if typing.get_origin(kind) is list}
+        if lists:
+            yield f"--{prefix}{field.name}", lists == kinds
 
 
 def make(cls: type, values: dict[str, Any]) -> Any:

@@ -66,7 +66,7 @@ def _run(options: CompareOptions, method: str, rate: float | str, output: Output
             return {"folder": folder, **json.load(file)}
     try:
         return {"folder": folder, **train.act(recipe, output)["metrics"]}
-    except (PeftError, ValueError, RuntimeError) as error:
+    except (PeftError, ValueError, RuntimeError) as error:  # out of memory too: the others may do
         output.warn(f"{method}: {error}")
         return {"folder": folder, "error": str(error)}
 

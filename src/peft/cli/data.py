@@ -142,6 +142,7 @@ def _classes(train: Any, held: Any | None, options: DataOptions) -> Data:
     feature = train.features[name]
     names: Sequence[Any] = getattr(feature, "names", None) or sorted(set(train[name]))
     known = {value: place for place, value in enumerate(names)}
+    # A ClassLabel column holds numbers.
     known.update({place: place for place in range(len(names)) if hasattr(feature, "names")})
 
     def row(values: dict[str, Any]) -> dict[str, Any]:

@@ -112,6 +112,7 @@ def _largest(config: Any, options: EstimateOptions, setting: dict[str, Any], lim
     one, two = total(1), total(2)
     if one > limit:
         return 0
+    # Memory is nearly linear in the batch: a guess a little above, and down from there.
     guess = max(1, int((limit - one) // max(1, two - one)) + 1)
     while guess > 1 and total(guess) > limit:
         guess -= max(1, guess // 100)

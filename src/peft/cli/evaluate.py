@@ -14,6 +14,7 @@ from peft.cli.command import Command, argument, need
 from peft.cli.output import Output
 from peft.cli.recipe import TASKS, DataOptions, ModelOptions, Recipe, TrainerOptions
 from peft.config import Options, option
+from peft.tools.merging import with_adapters
 from peft.utils.error import ConfigError
 
 
@@ -45,9 +46,7 @@ class EvalOptions(Options):
 def act(options: EvalOptions, output: Output) -> dict[str, Any]:
     """Measure the base and each adapter."""
     adapters = models.pairs(options.adapters or [])
-    base = ModelOptions(name=options.base)
-    if options.base is None and adapters:
-        base, _ = models.base_of(next(iter(adapters.values())))
+    base = models.base_for(options.base, adapters)
     base.quantization = options.quantization
     if options.recipe is not None:
         recipe = Recipe.load(options.recipe)
@@ -67,7 +66,7 @@ def _of_data(options: EvalOptions, base: ModelOptions, adapters: dict[str, str],
     from transformers.trainer_callback import PrinterCallback
 
     if options.data.train is None:
-        options.data.train = options.data.eval
+        options.data.train = options.data.eval  # loading wants some, and takes the classes from it
     data = datasets.load(options.data, options.task)
     if data.eval is None:
         raise ConfigError("there is nothing to evaluate on: say --data.eval FILE, or --data.held_out ROWS.")
@@ -77,12 +76,12 @@ def _of_data(options: EvalOptions, base: ModelOptions, adapters: dict[str, str],
     model = models.load_base(base, TASKS[options.task], options.trainer.device, **more)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    model = models.with_adapters(model, adapters)
+    model = with_adapters(model, adapters)
     with tempfile.TemporaryDirectory() as folder:
-        options.trainer.learning_rate = 0.0
+        options.trainer.learning_rate = 0.0  # nothing trains, so none has to be found
         recipe = Recipe(task=options.task, model=base, data=options.data, trainer=options.trainer, output=folder)
         trainer = training.make_trainer(model, tokenizer, data, recipe)
-        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(PrinterCallback)  # stdout is for the results
         found = {}
         for name in names:
             with _active(model, name, bool(adapters)):
@@ -109,7 +108,7 @@ def _of_tasks(options: EvalOptions, base: ModelOptions, adapters: dict[str, str]
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    model = models.with_adapters(models.load_base(base, device=options.trainer.device), adapters)
+    model = with_adapters(models.load_base(base, device=options.trainer.device), adapters)
     tokenizer = models.load_tokenizer(base)
     found: dict[str, dict[str, float]] = {}
     for name in names:

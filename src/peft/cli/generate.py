@@ -12,6 +12,7 @@ from peft.cli import models
 from peft.cli.command import Command, argument
 from peft.cli.output import Output
 from peft.config import Options, option
+from peft.tools.merging import with_adapters
 from peft.utils.error import ConfigError, nearest
 
 
@@ -47,12 +48,10 @@ def act(options: GenerateOptions, output: Output) -> dict[str, Any]:
         raise ConfigError("say what to answer: --prompt TEXT, or --prompts FILE.")
     adapters = models.pairs(options.adapters or [])
     requests = _requests(options, adapters)
-    base = models.ModelOptions(name=options.base)
-    if options.base is None and adapters:
-        base, _ = models.base_of(next(iter(adapters.values())))
+    base = models.base_for(options.base, adapters)
     base.dtype, base.quantization = options.dtype, options.quantization
     tokenizer = models.load_tokenizer(base)
-    model = models.with_adapters(models.load_base(base, device=options.device), adapters)
+    model = with_adapters(models.load_base(base, device=options.device), adapters)
     transformers.set_seed(options.seed)
     for start in range(0, len(requests), options.batch_size):
         _answer(model, tokenizer, requests[start : start + options.batch_size], options, output, bool(adapters))
@@ -110,7 +109,7 @@ def _answer(model: Any, tokenizer: Any, batch: list[dict[str, Any]], options: Ge
             )
             for text in texts
         ]
-    tokenizer.padding_side = "left"
+    tokenizer.padding_side = "left"  # what is new comes right after the prompt
     inputs = tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False,
                        add_special_tokens=not options.chat).to(model.device)  # fmt: skip
     how: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "pad_token_id": tokenizer.pad_token_id,

@@ -28,6 +28,7 @@ def act(options: InspectOptions, output: Output) -> dict[str, Any]:
     from peft.tools.inspection import inspect_adapter
 
     report = inspect_adapter(options.adapter, options.base)
+    # Nothing is downloaded unasked.
     if options.base is None and report.base is not None and os.path.isdir(report.base):
         report = inspect_adapter(options.adapter, report.base)
     servers = {name: dataclasses.asdict(found) for name, found in check_serving(options.adapter).items()}

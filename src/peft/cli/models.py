@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def load_tokenizer(options: ModelOptions) -> Any:
             options.name, revision=options.revision, trust_remote_code=options.trust_remote_code
         )
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token = tokenizer.eos_token  # batches need one
     return tokenizer
 
 
@@ -86,20 +87,16 @@ def _quantization(options: ModelOptions) -> Any:
     )
 
 
-class _named:
+@contextmanager
+def _named(options: ModelOptions) -> Iterator[None]:
     """A context in which errors of transformers about a model that is not there name it in a line."""
-
-    def __init__(self, options: ModelOptions) -> None:
-        self.name = options.name
-
-    def __enter__(self) -> None:
-        if self.name is None:
-            raise ConfigError("the base model is missing: say it with --model NAME, or as model.name in the recipe.")
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, OSError):
-            reason = str(error).strip().splitlines()[0]
-            raise ConfigError(f"the model {self.name!r} cannot be loaded: {reason}") from error
+    if options.name is None:
+        raise ConfigError("the base model is missing: say it with --model NAME, or as model.name in the recipe.")
+    try:
+        yield
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"the model {options.name!r} cannot be loaded: {reason}") from error
 
 
 def pairs(given: list[str], what: str = "adapter") -> dict[str, str]:
@@ -121,24 +118,13 @@ def pairs(given: list[str], what: str = "adapter") -> dict[str, str]:
     return found
 
 
-def base_of(folder: str) -> tuple[ModelOptions, PeftConfig]:
-    """The base model that an adapter names, and the adapter's config.
+def base_for(name: str | None, adapters: Mapping[str, str]) -> ModelOptions:
+    """The base model of this name; without one, that which the first adapter names.
 
     Raises:
         ConfigError: there is no such adapter.
     """
-    config = PeftConfig.from_pretrained(folder)
-    return ModelOptions(name=config.base_model_name_or_path, revision=config.revision), config
-
-
-def with_adapters(base: Any, adapters: Mapping[str, str]) -> Any:
-    """The base model with saved adapters, the first one active; the base itself if there are none."""
-    from peft.peft_model import PeftModel
-
-    model: Any = base
-    for name, folder in adapters.items():
-        if model is base:
-            model = PeftModel.from_pretrained(base, folder, adapter_name=name)
-        else:
-            model.load_adapter(folder, adapter_name=name)
-    return model.eval()
+    if name is not None or not adapters:
+        return ModelOptions(name=name)
+    config = PeftConfig.from_pretrained(next(iter(adapters.values())))
+    return ModelOptions(name=config.base_model_name_or_path, revision=config.revision)

@@ -18,6 +18,7 @@ from peft.cli.recipe import NOT_IN_A_RECIPE, config_class
 from peft.utils.error import ConfigError, nearest
 
 
+# Said here as well as by the commands, so that help imports none of them.
 COMMANDS = {
     "train": "Train an adapter from a recipe, or from flags alone.",
     "eval": "Loss and accuracy on held-out data, of the base model and of adapters side by side.",
@@ -83,9 +84,9 @@ def run(argv: list[str]) -> int:
 
 
 def _act(chosen: Command, options: Any, output: Output) -> int:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loaders of data fork, of which tokenizers warn
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", FutureWarning)  # what libraries tell each other
         warnings.showwarning = lambda message, *_: output.warn(f"warning: {message}")  # type: ignore[assignment]
         found = chosen.act(options, output)
     output.json(found)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from peft.cli.command import Command
-from peft.cli.output import Output
+from peft.cli.output import Output, shown
 from peft.cli.recipe import Recipe
 from peft.cli.training import prepare, unfinished, write_json
 from peft.core.files.card import CARD_NAME
@@ -91,7 +91,7 @@ def _complete_card(folder: str, recipe: Recipe, metrics: dict[str, Any]) -> None
     card = Path(folder, CARD_NAME)
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
     recipe.save(folder)
-    rows = "\n".join(f"| {name} | {_short(value)} |" for name, value in metrics.items())
+    rows = "\n".join(f"| {name} | {shown(value)} |" for name, value in metrics.items())
     told = f"## Training\n\n{recipe.method} by `peft train` with `recipe.yaml`.\n\n| | |\n|---|---|\n{rows}\n"
     mark = "### Framework versions"
     before, found, after = text.partition(mark)
@@ -100,15 +100,11 @@ def _complete_card(folder: str, recipe: Recipe, metrics: dict[str, Any]) -> None
         Path(path(CARD_NAME)).write_text(text, encoding="utf-8")
 
 
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
-
-
 def _shown_progress(trainer: Any, output: Output) -> Any:
     """A progress bar for a trainer, with lines of its log; a context."""
     import transformers
 
-    trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
+    trainer.remove_callback(transformers.trainer_callback.PrinterCallback)  # stdout is for the results
     progress = output.progress()
     bar = progress.add_task("training")
 

@@ -53,7 +53,7 @@ def prepare(recipe: Recipe, output: Output) -> Training:
     data = datasets.load(recipe.data, recipe.task)
     output.say(f"{len(data.train):,} samples to train on, {len(data.eval or ()):,} to evaluate on")
     tokenizer = models.load_tokenizer(recipe.model)
-    transformers.set_seed(recipe.trainer.seed)  # the adapter is drawn from it
+    transformers.set_seed(recipe.trainer.seed)  # a new head is drawn from it
     more = {} if data.labels is None else class_names(data.labels)
     base = models.load_base(recipe.model, TASKS[recipe.task], recipe.trainer.device, **more)
     if recipe.model.quantization is not None:
@@ -62,7 +62,7 @@ def prepare(recipe: Recipe, output: Output) -> Training:
         base = prepare_model_for_kbit_training(base, recipe.trainer.gradient_checkpointing)
     if base.config.pad_token_id is None:
         base.config.pad_token_id = tokenizer.pad_token_id
-    transformers.set_seed(recipe.trainer.seed)
+    transformers.set_seed(recipe.trainer.seed)  # and the adapter, whatever loading has drawn
     model = get_peft_model(base, recipe.adapter_config())
     memory, remarks = _of_memory(model, recipe)
     if recipe.trainer.shard and not _shards(recipe):
@@ -292,6 +292,7 @@ def last_checkpoint(folder: str) -> str | None:
 
 def _is_complete(folder: str) -> bool:
     """Whether the trainer's state, which is written last, can be read, and each process has left its random state."""
+    # One for each process.
     states = sum(name.startswith("rng_state") for name in os.listdir(folder))
     try:
         with open(os.path.join(folder, "trainer_state.json"), encoding="utf-8") as file:

@@ -102,6 +102,8 @@ def alias_submodules(module: ModuleType) -> None:
         if sys.modules.setdefault(f"{package}.{part}", module) is module:
             vars(sys.modules[package]).setdefault(part, module)
     for old, cls in _old_classes(method, module).items():
+        if old in OLD_LAYER_NAMES.get(method, ()):
+            cls.__name__ = old  # what a printed model and a status report show
         for holder in (module, sys.modules[package]):
             vars(holder).setdefault(old, cls)
     if method in ELSEWHERE:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ class LayerCompat:
     """What others call, read or set on adapted layers; a mixin of ``BaseTunerLayer``."""
 
     _modules: dict[str, Any]
+    adapter_cls: ClassVar[Any]
     adapters: dict[str, Any]
     cast_input_dtype_enabled: bool
     get_base_layer: Any
@@ -26,6 +27,13 @@ class LayerCompat:
     merged_adapters: list[str]
     storage: Any
     unmerge: Any
+
+    def _get_name(self) -> str:
+        """How a printed model and a status report name the layer: method and class, ``"lora.Linear"``."""
+        package, _, method = type(self).__module__.partition("peft.tuners.")
+        known = method and not package
+        name = type(self).__name__
+        return self.adapter_cls.printed_as or (f"{method.partition('.')[0]}.{name}" if known else name)
 
     @Asked
     def fan_in_fan_out(self) -> bool:

@@ -212,6 +212,7 @@ class PolyCompat:
         if task_ids is None:
             return function(*args, **kwargs)
         context: Context = context_of(self.model)
+        context.begin()
         before, held = context.task_ids, context.held
         context.task_ids, context.held = torch.as_tensor(task_ids).reshape(-1), True
         try:

@@ -17,8 +17,3 @@ class ModelCompat:
     def base_model_prepare_inputs_for_generation(self) -> Callable[..., Any] | None:
         """The base model's own preparation of a step of generation. Subclasses of others set it, and call it."""
         return None if isinstance(self, type) else self.get_base_model().prepare_inputs_for_generation
-
-    @property
-    def _is_prompt_learning(self) -> bool:
-        """Whether the active adapter is a prompt. No caller is known: a name of 0.21."""
-        return self.is_prompt_learning  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassi
 
 from peft.core.blocks.blocks import first_output
 from peft.core.blocks.side_caches import FOLLOWED
-from peft.tuners.shadow_utils import loss_of
+from peft.tuners.shadow_utils import last_of, loss_of
 
 
 @dataclass(slots=True)
@@ -132,10 +132,3 @@ class DetachedShadowModel(PreTrainedModel, GenerationMixin):
         loss = None if labels is None else loss_of(logits, labels, attention_mask)
         cache = getattr(output, "past_key_values", None)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache, **given)
-
-
-def last_of(values: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """Of ``[batch, tokens, n]`` the last token of each row that is no padding, ``[batch, n]``."""
-    mask = torch.ones(values.shape[:2], device=values.device) if attention_mask is None else attention_mask
-    last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(-1)
-    return values[torch.arange(len(values), device=values.device), last]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +11,8 @@ from torch import nn
 
 from peft.convert.formats import FORMATS
 from peft.convert.formats.flux import as_in, flux_encoders
-from peft.convert.held import Held, beyond_pairs, held_of, is_lora, pairs_of
-from peft.convert.source import Base, Files, Format, Job, Source
+from peft.convert.held import PREFIX, Held, beyond_pairs, held_of, is_lora, magnitude_of, modules_of, pairs_of
+from peft.convert.source import ENDS, WEIGHTS, Base, Bundle, Files, Format, Job, Source
 from peft.core.files.io import replacing
 from peft.utils.error import ConfigError, nearest
 
@@ -78,12 +79,16 @@ def convert_adapter(
     job, bundle = Job(None if base is None else Base.of(base)), {}
     for component, found in Source.each(source).items():
         origin = _detected(found)
-        for name, held in origin.read(found, job).items():
-            bundle[component or name] = _fitted(held, job)
+        read = origin.read(found, job)
+        for name, held in read.items():
+            key = f"{component}_{name}" if component and len(read) > 1 else component or name
+            bundle[key] = _fitted(held, job)
     bundle = flux_encoders(bundle)
+    job.lost.update(_not_in_base(bundle, job))
     if target.name != "peft":
         for held in filter(is_lora, bundle.values()):
-            job.lost.update(beyond_pairs(held.config))
+            beyond = beyond_pairs(held.config)
+            job.lost.update({name: why for name, why in beyond.items() if name not in target.holds})
     files = target.write(bundle, job)
     if job.lost and not lossy:
         listed = "; ".join(f"{name}: {why}" for name, why in list(job.lost.items())[:8])
@@ -114,15 +119,33 @@ def _shaped(held: Held, base: Base) -> Held:
         ones = [1] * (axes - 2)
         pair.down, pair.up = (tensor.view(*tensor.shape[:2], *ones) for tensor in (pair.down, pair.up))
         if pair.magnitude is not None:
-            pair.magnitude = pair.magnitude.view(1, -1, *ones) if ones else pair.magnitude.flatten()
+            pair.magnitude = magnitude_of(pair.magnitude, pair.down)
         changed = True
     return held_of(found, held.config) if changed else held
+
+
+def _not_in_base(bundle: Bundle, job: Job) -> dict[str, str]:
+    """The modules of a LoRA that the base model lacks; of the several adapters of a pipeline they are not asked."""
+    held = bundle.get("")
+    if job.base is None or held is None or not is_lora(held) or held.config.use_gating:
+        return {}
+    known = {name for name, _ in job.base.model.named_modules()}
+    names = {
+        module: ".".join(word for word in module.split(".") if word != "base_layer") for module in modules_of(held)
+    }
+    return {module: "the base model has no such module" for module, name in names.items() if name not in known}
 
 
 def _detected(source: Source) -> Format:
     for format in FORMATS:
         if format.matches(source):
             return format
+    if source.path.with_name("config.json").is_file() and not source.config:
+        raise ConfigError(
+            f"{source.path} is of a model, not of an adapter: extract_adapter makes a LoRA of two models."
+        )
+    if any(name.startswith(PREFIX) for name in source.tensors):
+        raise ConfigError(f"{source.path} needs its adapter_config.json beside it, which says method and scale.")
     shown = ", ".join(list(source.tensors)[:4]) or "nothing"
     raise ConfigError(f"{source.path} is no adapter of a format that is known here; it holds {shown}.")
 
@@ -135,11 +158,26 @@ def _write(target: Format, files: Files, output: Path) -> str:
         where = output / next(iter(files))
     else:
         where = output
+        if output.suffix[1:] in ENDS and not output.is_dir():
+            what = f"a file that ends in {target.single}" if target.single else "a folder"
+            raise ConfigError(f"{target.name} is written as {what}, and the output is called {output}.")
     folders: dict[Path, Files] = {}
     for name, write in files.items():
         folders.setdefault((output / name).parent, {})[os.path.basename(name)] = write
+    if target.single is None:
+        for folder, inside in folders.items():
+            _check_alone(folder, {*inside, "adapter_model.bin"} if target.name == "peft" else {*inside})
     for folder, inside in folders.items():
         with replacing(folder) as path:
             for name, write in inside.items():
                 write(path(name))
     return os.fspath(where)
+
+
+def _check_alone(folder: Path, names: Collection[str]) -> None:
+    """Raise ConfigError where a folder holds the weights of another adapter, whose config would be replaced."""
+    if others := [name for name in WEIGHTS if name not in names and (folder / name).is_file()]:
+        raise ConfigError(
+            f"{folder} holds another adapter ({', '.join(others)}), whose adapter_config.json would be replaced: name "
+            "another folder."
+        )

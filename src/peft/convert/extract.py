@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,19 +12,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft.convert.held import named
+from peft.convert.held import named, patterned
 from peft.convert.resize import check_size
 from peft.core.base.kinds import kind_of
-from peft.core.combine.ranks import leading_svd, randomized_svd, shared_ranks
+from peft.core.combine.ranks import halves, leading_svd, randomized_svd, shared_ranks
 from peft.core.files.io import write_adapter
 from peft.core.files.shards import Shards
+from peft.core.layer.weight import wide
 from peft.core.model.targeting import exact_targets
-from peft.core.model.walk import embeddings_of, join
+from peft.core.model.walk import embeddings_of, join, shares_embeddings
 from peft.tools.architecture import build
 from peft.tools.footprint import meta_copy
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.conversion import lora_tensors
 from peft.utils.error import nearest
+
+
+_DENSE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass
@@ -78,9 +82,14 @@ def extract_adapter(
 
     Raises:
         ValueError: no rank; files that do not belong together; tensors of different shapes, such as a vocabulary that
-            grew; nothing changed. Nothing is written then.
+            grew; quantised weights, or some that are not finite; nothing changed. Nothing is written then.
     """
     check_size(rank, energy)
+    for what, folder in (("base", base), ("fine-tuned", tuned)):
+        if os.path.realpath(folder) == os.path.realpath(
+            output
+        ):  # transformers loads an adapter beside a model with it
+            raise ValueError(f"the output {os.fspath(output)!r} is the folder of the {what} model: name another one.")
     job = _Extractor(Shards(base), Shards(tuned), skeleton(base, model), rank, energy, seed)
     job.read()
     config, tensors, report = job.adapter(os.fspath(base), os.fspath(output), dtype)
@@ -97,7 +106,10 @@ def skeleton(base: str | os.PathLike, model: nn.Module | None) -> nn.Module:
     if model is not None:
         return meta_copy(model)
     if not Path(base, "config.json").is_file():
-        raise ValueError(f"{base} has no config.json that says its architecture: give it as model=, e.g. on meta.")
+        what = f"{base} is no folder with a config.json, which says the architecture of a base model"
+        if Path(base, "adapter_config.json").is_file():
+            what = f"{base} is the folder of an adapter, not of a base model"
+        raise ValueError(f"{what}. In Python the model itself will do, also on meta.")
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(base)
@@ -105,6 +117,16 @@ def skeleton(base: str | os.PathLike, model: nn.Module | None) -> nn.Module:
         made = build(config)
     made.tie_weights()
     return made
+
+
+def _check_dense(key: str, *pair: torch.Tensor) -> None:
+    for what, tensor in zip(("base", "fine-tuned model"), pair):
+        if tensor.dtype not in _DENSE and tensor.dim() > 1:
+            kept = str(tensor.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{key} is kept as {kept} in the {what}, which is quantised: save the dense weights first, of both "
+                "models."
+            )
 
 
 class _Extractor:
@@ -129,6 +151,7 @@ class _Extractor:
         for path, module, name, key in self._parameters():
             seen.add(key)
             before, after = self.base[key], self.tuned[key]
+            _check_dense(key, before, after)
             if before.shape != after.shape:
                 raise ValueError(
                     f"{key} is {list(before.shape)} in the base and {list(after.shape)} in the fine-tuned model; "
@@ -140,8 +163,8 @@ class _Extractor:
             kind = kind_of(module)
             if kind is not None and name == kind.weight and not kind.opaque and kind.refusal(module) is None:
                 self.dtypes.add(after.dtype)
-                change = after.to(torch.promote_types(after.dtype, torch.float32))
-                del after
+                change = wide(after)
+                del after  # three of the matrix at once would be the peak
                 change -= before
                 del before
                 self._decompose(path, kind, module, change)
@@ -159,16 +182,21 @@ class _Extractor:
 
     def _parameters(self) -> Iterator[tuple[str, nn.Module, str, str]]:
         """(path of the module, module, name in it, name in the files) of each parameter once, ties by their first."""
-        given, done = self._renaming(), set()
+        given, done, absent = self._renaming(), set(), {}
         for path, module in self.model.named_modules():
             for name, p in module._parameters.items():
                 if p is None or id(p) in done:
                     continue
                 key = given(join(path, name))
                 if key is None:
+                    absent[id(p)] = join(path, name)
                     continue
                 done.add(id(p))
                 yield path, module, name, key
+        prefix = f"{getattr(self.model, 'base_model_prefix', '')}."
+        there = {name for key in self.base.entries for name in (key, prefix + key)}
+        if lacks := [name for p, name in absent.items() if p not in done and name in there]:
+            raise ValueError(f"the base has tensors that the fine-tuned model lacks: {named(lacks)}.")
 
     def _renaming(self) -> Any:
         """What a parameter is called in the files, where a part of the model may have been saved alone."""
@@ -190,13 +218,15 @@ class _Extractor:
         if getattr(module, "groups", 1) > 1:
             self.saved[path] = module  # the LoRA of a grouped convolution is made of blocks
             return
+        self.norms[path] = float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
+        if not math.isfinite(self.norms[path]):
+            raise ValueError(f"{path} has NaN or infinite entries in one of the models.")
         if self.energy is None:
             u, s, vh = randomized_svd(matrix, self.rank or 1, generator=self.generator)
         else:
             u, s, vh = leading_svd(matrix, self.energy, self.rank, self.generator)
-        self.norms[path] = float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
         self.found[path] = u.clone(), s, vh.clone()
-        matrix.addmm_(u * s, vh, alpha=-1)
+        matrix.addmm_(u * s, vh, alpha=-1)  # what is left of the change, in its own memory
         self.rests[path] = float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
 
     def adapter(
@@ -211,8 +241,8 @@ class _Extractor:
         kept_as = dtype or next(iter(self.dtypes), torch.float32)
         for path, (u, s, vh) in self.found.items():
             r = ranks[path] = min(ranks[path], len(s))
-            root = s[:r].sqrt()
-            pairs[path, "weight"] = ((root[:, None] * vh[:r])[None].to(kept_as), (u[:, :r] * root)[None].to(kept_as))
+            down, up = (factor[None].to(kept_as) for factor in halves(u, s, vh, r))
+            pairs[path, "weight"] = down, up
             rest = self.rests[path] ** 2 + float(s[r:].double().square().sum())
             errors[path] = rest**0.5 / self.norms[path]
             lost += rest
@@ -220,7 +250,7 @@ class _Extractor:
         tensors = lora_tensors(self.model, config, "default", pairs, {})
         for name, value in tensors.items():
             if value.is_meta:
-                tensors[name] = self.tuned[self._file_name(name)]
+                tensors[name] = self.tuned[self._file_name(name)]  # what is trained whole
         total = sum(norm**2 for norm in self.norms.values())
         report = Extraction(
             output,
@@ -241,10 +271,8 @@ class _Extractor:
         return key
 
     def _config(self, ranks: dict[str, int], base: str) -> LoraConfig:
-        common = max(set(ranks.values()), key=list(ranks.values()).count) if ranks else 1
-        others = {re.escape(path): r for path, r in ranks.items() if r != common}
-        first, last = embeddings_of(self.model)
-        tied = first is not None and getattr(first, "weight", 0) is getattr(last, "weight", 1)
+        common, others = patterned(ranks) if ranks else (1, {})
+        first = embeddings_of(self.model)[0]
         adapted = any(self.model.get_submodule(path) is first for path in ranks)
         targets = exact_targets(self.model, set(ranks))
         return LoraConfig(
@@ -255,7 +283,7 @@ class _Extractor:
             target_modules=list(targets) if isinstance(targets, set) else targets,
             modules_to_save=sorted(self.saved) or None,
             bias="all" if self.biases else "none",
-            ensure_weight_tying=tied and adapted,
+            ensure_weight_tying=adapted and shares_embeddings(self.model),
             base_model_name_or_path=base,
             inference_mode=True,
         )

@@ -16,6 +16,7 @@ from peft.core.files.io import load_peft_weights, write_adapter
 from peft.options import value_of
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.initialize import rewrites
+from peft.utils.error import ConfigError
 
 
 PREFIX = "base_model.model."
@@ -135,7 +136,7 @@ def pairs_of(held: Held) -> Pairs:
     """A LoRA's file as pairs.
 
     Raises:
-        ValueError: the adapter is no LoRA, or a pair lacks its half.
+        ValueError: the adapter is no LoRA, or a pair lacks its half, or A and B are of different ranks.
     """
     config = held.config
     if not is_lora(held):
@@ -150,6 +151,7 @@ def pairs_of(held: Held) -> Pairs:
     for name, tensor in held.tensors.items():
         words = name.removeprefix(PREFIX).split(".")
         part, size = next(((_PARTS[tail], n) for n in (1, 2) if (tail := tuple(words[-n:])) in _PARTS), ("", 0))
+        # Between the pairs of a stack.
         place = ".".join(("", *(word for word in words[:-size] if word != "base_layer")))
         if not part or (stacks and place.endswith(stacks)):  # pairs of stacked experts are no pairs of a module
             others[name] = tensor
@@ -164,7 +166,17 @@ def pairs_of(held: Held) -> Pairs:
             raise ValueError(f"the adapter has only {', '.join(parts)} of a LoRA at {module}: its file is incomplete.")
         alpha = resolve_pattern(config.alpha_pattern, module, config.lora_alpha)
         pairs[module] = Pair(alpha=alpha, table=module in tables, **parts)
+    if not config.use_bdlora:  # keeps one factor as blocks
+        _check_ranks(pairs)
     return Pairs(pairs, others, config.use_rslora)
+
+
+def _check_ranks(pairs: Mapping[str, Pair]) -> None:
+    """Raise ConfigError where A and B are of different ranks; B of a grouped convolution has a part of the rank."""
+    for module, pair in pairs.items():
+        a, b = list(pair.down.shape), list(pair.up.shape)
+        if pair.rank != b[1] and (len(a) == 2 or pair.rank % b[1]):
+            raise ConfigError(f"{module}: A is {a} and B {b}, whose ranks differ: the file is damaged.")
 
 
 def held_of(found: Pairs, like: LoraConfig | None = None) -> Held:
@@ -174,6 +186,8 @@ def held_of(found: Pairs, like: LoraConfig | None = None) -> Held:
         like: whose other fields are kept; by default the config targets the modules of the pairs by their names.
     """
     pairs, tensors = found.pairs, dict(found.others)
+    if like is None:
+        _check_ranks(pairs)
     for module, pair in pairs.items():
         a, b = ("lora_embedding_A", "lora_embedding_B") if pair.table else ("lora_A.weight", "lora_B.weight")
         tensors[f"{PREFIX}{module}.{a}"], tensors[f"{PREFIX}{module}.{b}"] = pair.down, pair.up
@@ -195,6 +209,11 @@ def held_of(found: Pairs, like: LoraConfig | None = None) -> Held:
     return Held(config, tensors)
 
 
+def magnitude_of(scale: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """A magnitude of DoRA as files of PEFT have it beside A: ``[out]``, or ``[1, out, 1, ...]`` at a convolution."""
+    return scale.flatten() if down.dim() == 2 else scale.reshape(1, -1, *[1] * (down.dim() - 2))
+
+
 def patterned(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The most frequent value, and a pattern for each module that has another."""
     if not values:
@@ -202,6 +221,12 @@ def patterned(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     given = list(values.values())
     common = max(dict.fromkeys(given), key=given.count)
     return common, {re.escape(module): value for module, value in values.items() if value != common}
+
+
+def alpha_of_scale(scale: float, rank: int) -> float:
+    """The alpha that over the rank is a scale: a whole number where one is, which the product may miss by a bit."""
+    near = round(scale * rank)
+    return near if near / rank == scale else scale * rank
 
 
 def whole(number: float) -> float:

@@ -37,7 +37,7 @@ _SINGLE = {
     "roberta",
 }
 # fmt: on
-_PARTS = sorted((tuple(name.split("_")) for name in _COMPOUND), key=len, reverse=True)
+_PARTS = sorted((tuple(name.split("_")) for name in _COMPOUND), key=len, reverse=True)  # the longest compound first
 
 
 def flat(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ import torch
 
 from peft.config import resolve_pattern
 from peft.convert.held import PREFIX, Held, patterned, whole
-from peft.core.combine.ranks import product_svd
+from peft.core.combine.ranks import halves, product_svd
+from peft.core.layer.weight import wide
 from peft.tuners.lora.layer import Lora
 
 
@@ -41,7 +43,13 @@ class Product:
         return len(self.blocks[0][0])
 
     def values(self) -> list[torch.Tensor]:
-        """The singular values of each block."""
+        """The singular values of each block.
+
+        Raises:
+            ValueError: a factor has entries that are not finite.
+        """
+        if not all(torch.isfinite(factor).all() for block in self.blocks for factor in block):
+            raise ValueError(f"{self.module}: the adapter has NaN or infinite entries: it is broken.")
         return [product_svd(*block)[1] * abs(self.scale) for block in self.blocks]
 
     def cut(self, rank: int) -> float:
@@ -95,23 +103,33 @@ def pairs_by_name(held: Held, names: Sequence[tuple[str, str]]) -> Iterator[tupl
     Raises:
         ValueError: a pair lacks its half.
     """
-    for down, up in names:
+    for tails in names:
         for name in held.tensors:
-            module = name.removesuffix("." + down)
-            if module != name:
-                if (other := f"{module}.{up}") not in held.tensors:
-                    raise ValueError(f"the adapter has {name} and no {other}: its file is incomplete.")
-                yield module.removeprefix(PREFIX), name, other
+            tail = next((tail for tail in tails if name.endswith(f".{tail}")), None)
+            if tail is None:
+                continue
+            module = name.removesuffix(f".{tail}")
+            down, up = (f"{module}.{one}" for one in tails)
+            if other := {down, up} - held.tensors.keys():
+                raise ValueError(f"the adapter has {name} and no {other.pop()}: its file is incomplete.")
+            if name == down:
+                yield module.removeprefix(PREFIX), down, up
 
 
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+def _putting(
+    held: Held, names: Sequence[str], made: Callable[[Sequence[Svd]], Sequence[torch.Tensor]]
+) -> Callable[[Sequence[Svd]], None]:
+    """What puts decompositions of a module's blocks back: as the tensors that are made of them, under these names."""
+
+    def put(found: Sequence[Svd]) -> None:
+        for name, new in zip(names, made(found)):
+            held.tensors[name] = new.to(held.tensors[name].dtype).contiguous()
+
+    return put
 
 
-def _halves(svd: Svd) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B of equal norms."""
-    u, s, vh = svd
-    return s.sqrt()[:, None] * vh, u * s.sqrt()
+def _halves_of_one(found: Sequence[Svd]) -> tuple[torch.Tensor, torch.Tensor]:
+    return halves(*found[0])
 
 
 # --- LoRA, HiRA --------------------------------------------------------------------------------------------------
@@ -133,7 +151,10 @@ def pairs_in(held: Held) -> list[tuple[str, str, str]]:
         raise ValueError(f"the adapter is {kind}, whose file is no list of pairs A and B.")
     found = [*pairs_by_name(held, _NAMES[kind])]
     for module, down, up in found:
-        if held.tensors[up].shape[1] != len(held.tensors[down]):
+        a, b = held.tensors[down], held.tensors[up]
+        if b.shape[1] != len(a) and a.dim() == 2:
+            raise ValueError(f"{module}: A is {list(a.shape)} and B {list(b.shape)}: the file is damaged.")
+        if b.shape[1] != len(a):
             raise ValueError(f"{module} is a grouped convolution, whose pair is no single product.")
     return found
 
@@ -144,16 +165,12 @@ def _read_pairs(held: Held) -> Iterator[Product]:
     for module, down, up in pairs_in(held):
         a, b = held.tensors[down], held.tensors[up]
 
-        def put(found: Sequence[Svd], down: str = down, up: str = up) -> None:
-            for name, axis, new in zip((down, up), (0, 1), _halves(found[0])):
-                like = held.tensors[name]
-                shape = [*like.shape]
-                shape[axis] = new.shape[axis]
-                held.tensors[name] = new.reshape(shape).to(like.dtype)
+        def made(found: Sequence[Svd], a: torch.Tensor = a, b: torch.Tensor = b) -> tuple[torch.Tensor, torch.Tensor]:
+            new_a, new_b = halves(*found[0])  # [r, in * kernel], [out, r]
+            return new_a.reshape(-1, *a.shape[1:]), new_b.reshape(len(b), -1, *b.shape[2:])
 
-        yield Product(
-            module, [(_wide(a).flatten(1), _wide(b).flatten(1))], _lora_scale(held.config, module, len(a)), put
-        )
+        blocks = [(wide(a).flatten(1), wide(b).flatten(1))]
+        yield Product(module, blocks, _lora_scale(held.config, module, len(a)), _putting(held, (down, up), made))
 
 
 def _fixed(config: Any) -> str | None:
@@ -194,15 +211,10 @@ def _read_adalora(held: Held) -> Iterator[Product]:
     config = held.config
     for module, down, up in pairs_by_name(held, [("lora_A", "lora_B")]):
         middle = f"{PREFIX}{module}.lora_E"
-        a, e, b = (_wide(held.tensors[name]) for name in (down, middle, up))
+        a, e, b = (wide(held.tensors[name]) for name in (down, middle, up))
         alpha = resolve_pattern(config.alpha_pattern, module, config.lora_alpha)
         scale = (alpha if alpha > 0 else config.init_r) / (config.init_r + 1e-5)
-
-        def put(found: Sequence[Svd], names: tuple[str, str, str] = (down, middle, up)) -> None:
-            u, s, vh = found[0]
-            for name, new in zip(names, (vh, s[:, None], u)):
-                held.tensors[name] = new.to(held.tensors[name].dtype)
-
+        put = _putting(held, (down, middle, up), lambda found: (found[0][2], found[0][1][:, None], found[0][0]))
         yield Product(module, [(a * e, b)], scale, put)
 
 
@@ -227,12 +239,8 @@ def _read_lokr(held: Held) -> Iterator[Product]:
     for module, up, down in pairs_by_name(held, [("lokr_w2_a", "lokr_w2_b")]):
         alpha = resolve_pattern(held.config.alpha_pattern, module, held.config.alpha)
         scale = alpha / len(tensors[down]) * float(tensors[f"{PREFIX}{module}.lokr_w1"].double().norm())
-
-        def put(found: Sequence[Svd], names: tuple[str, str] = (down, up)) -> None:
-            for name, new in zip(names, _halves(found[0])):
-                tensors[name] = new.to(tensors[name].dtype)
-
-        yield Product(module, [(_wide(tensors[down]), _wide(tensors[up]))], scale, put)
+        put = _putting(held, (down, up), _halves_of_one)
+        yield Product(module, [(wide(tensors[down]), wide(tensors[up]))], scale, put)
 
 
 def _say_lokr(held: Held, old: dict[str, int], new: dict[str, int]) -> None:
@@ -250,13 +258,13 @@ def _read_gralora(held: Held) -> Iterator[Product]:
     """k x k blocks: columns n, j of A ``[k, in / k, r]`` and rows n of B_j ``[k, r, out / k]``, of rank r / k each."""
     config = held.config
     for module, down, up in pairs_by_name(held, [("gralora_A", "gralora_B")]):
-        a, b = _wide(held.tensors[down]), _wide(held.tensors[up])
+        a, b = wide(held.tensors[down]), wide(held.tensors[up])
         k = len(a)
         pieces_a, pieces_b = a.unflatten(2, (k, -1)), b.unflatten(1, (k, -1))  # [n, in, j, r / k], [j, n, r / k, out]
         blocks = [(pieces_a[n, :, j].mT, pieces_b[j, n].mT) for n in range(k) for j in range(k)]
 
         def put(found: Sequence[Svd], names: tuple[str, str] = (down, up), k: int = k) -> None:
-            pairs = [_halves(svd) for svd in found]
+            pairs = [halves(*svd) for svd in found]
             a = torch.stack([down.mT for down, _ in pairs]).unflatten(0, (k, k))  # [n, j, in, r / k]
             b = torch.stack([up.mT for _, up in pairs]).unflatten(0, (k, k))  # [n, j, r / k, out]
             ratio = (k * a.shape[-1] + config.hybrid_r) / (config.r + config.hybrid_r)  # alpha, an int, stays
@@ -280,18 +288,8 @@ def _read_dylora(held: Held) -> Iterator[Product]:
     """The ranks in use of B A; afterwards the first ranks are again the best ones."""
     used = held.config.rank or held.config.r
     for module, down, up in pairs_by_name(held, [("dylora_A", "dylora_B")]):
-        a, b = _wide(held.tensors[down])[:used], _wide(held.tensors[up])[:, :used]
-        yield Product(module, [(a, b)], held.config.alpha / used, _putting(held, down, up))
-
-
-def _putting(held: Held, down: str, up: str) -> Callable[[Sequence[Svd]], None]:
-    """What writes A and B as they are."""
-
-    def put(found: Sequence[Svd]) -> None:
-        for name, new in zip((down, up), _halves(found[0])):
-            held.tensors[name] = new.to(held.tensors[name].dtype)
-
-    return put
+        a, b = wide(held.tensors[down])[:used], wide(held.tensors[up])[:, :used]
+        yield Product(module, [(a, b)], held.config.alpha / used, _putting(held, (down, up), _halves_of_one))
 
 
 def _say_dylora(held: Held, old: dict[str, int], new: dict[str, int]) -> None:
@@ -305,13 +303,8 @@ def _read_lora_xs(held: Held) -> Iterator[Product]:
     """B R A; R becomes the singular values, A and B the vectors."""
     for module, down, up in pairs_by_name(held, [("xs_A", "xs_B")]):
         middle = f"{PREFIX}{module}.xs_R"
-        a, r, b = (_wide(held.tensors[name]) for name in (down, middle, up))
-
-        def put(found: Sequence[Svd], names: tuple[str, str, str] = (down, middle, up)) -> None:
-            u, s, vh = found[0]
-            for name, new in zip(names, (vh, s.diag(), u)):
-                held.tensors[name] = new.to(held.tensors[name].dtype).contiguous()
-
+        a, r, b = (wide(held.tensors[name]) for name in (down, middle, up))
+        put = _putting(held, (down, middle, up), lambda found: (found[0][2], found[0][1].diag(), found[0][0]))
         yield Product(module, [(a, b @ r)], held.config.alpha / len(a), put)
 
 
@@ -319,14 +312,14 @@ def _read_mix_lora(held: Held) -> Iterator[Product]:
     """A ``[experts * r, in]`` and B ``[out, experts * r]``: a product of each expert. Their routers stay."""
     experts = held.config.num_experts
     for module, down, up in pairs_by_name(held, [("mix_A", "mix_B")]):
-        a, b = _wide(held.tensors[down]).chunk(experts), _wide(held.tensors[up]).chunk(experts, 1)
-
-        def put(found: Sequence[Svd], names: tuple[str, str] = (down, up)) -> None:
-            downs, ups = zip(*map(_halves, found))
-            for name, new in zip(names, (torch.cat(downs), torch.cat(ups, 1))):
-                held.tensors[name] = new.to(held.tensors[name].dtype)
-
+        a, b = wide(held.tensors[down]).chunk(experts), wide(held.tensors[up]).chunk(experts, 1)
+        put = _putting(held, (down, up), _side_by_side)
         yield Product(module, [*zip(a, b)], held.config.alpha / held.config.r, put)
+
+
+def _side_by_side(found: Sequence[Svd]) -> tuple[torch.Tensor, torch.Tensor]:
+    downs, ups = zip(*itertools.starmap(halves, found))
+    return torch.cat(downs), torch.cat(ups, 1)
 
 
 def _read_poly(held: Held) -> Iterator[Product]:
@@ -335,17 +328,16 @@ def _read_poly(held: Held) -> Iterator[Product]:
     What any mixture of the skills does is made of these products, so that one of all A and all B is cut.
     """
     for module, down, up in pairs_by_name(held, [("poly_lora_A", "poly_lora_B")]):
-        a, b = _wide(held.tensors[down]), _wide(held.tensors[up])
+        a, b = wide(held.tensors[down]), wide(held.tensors[up])
 
-        def put(found: Sequence[Svd], names: tuple[str, str] = (down, up), b: torch.Tensor = b) -> None:
-            new_a, new_b = _halves(found[0])
-            rank = len(new_a)
-            shapes = (new_a.mT.reshape(*b.shape[:2], -1, rank),
-                      new_b.reshape(*b.shape[:2], -1, rank).transpose(2, 3) * (rank / b.shape[2]))  # fmt: skip
-            for name, new in zip(names, shapes):
-                held.tensors[name] = new.to(held.tensors[name].dtype).contiguous()
+        def made(found: Sequence[Svd], b: torch.Tensor = b) -> tuple[torch.Tensor, torch.Tensor]:
+            new_a, new_b = halves(*found[0])
+            rank, pieces = len(new_a), b.shape[:2]
+            scaled = new_b.reshape(*pieces, -1, rank).transpose(2, 3) * (rank / b.shape[2])  # the scale is 1 / r
+            return new_a.mT.reshape(*pieces, -1, rank), scaled
 
-        yield Product(module, [(a.flatten(0, 2).mT, b.transpose(2, 3).flatten(0, 2))], 1 / a.shape[-1], put)
+        blocks = [(a.flatten(0, 2).mT, b.transpose(2, 3).flatten(0, 2))]
+        yield Product(module, blocks, 1 / a.shape[-1], _putting(held, (down, up), made))
 
 
 def _say_uniform(held: Held, old: dict[str, int], new: dict[str, int]) -> None:

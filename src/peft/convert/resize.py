@@ -68,7 +68,7 @@ def resize_adapter(
     for p in products:
         most = [p.rank, *([] if rank is None else [-(-rank // p.side)])]
         new[p.module] = min(*most, max((r for (module, _), r in shared.items() if module == p.module), default=p.rank))
-    if method.uniform:
+    if method.uniform:  # one rank for all: the largest
         new = dict.fromkeys(new, max(new.values()))
     errors = {p.module: p.cut(new[p.module]) for p in products}
     total = sum(float(value.double().square().sum()) for value in values.values())

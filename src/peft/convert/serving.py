@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
+from peft.convert.formats.gguf import GGUF
 from peft.convert.held import GATED, Held, Pairs, beyond_pairs, named, pairs_of
 
 
@@ -112,10 +113,10 @@ def _no_others(facts: _Facts) -> None:
     facts.refuse(convolved, f"it has no LoRAs of convolutions ({named(convolved, 3)})")
 
 
-def _no_variants(facts: _Facts) -> None:
+def _no_variants(facts: _Facts, but: Collection[str] = ()) -> None:
     """What servers pass over in a config: the outputs would be others, in silence."""
-    for why in beyond_pairs(facts.config).values():
-        facts.problems.append(f"it knows plain LoRAs alone, and of this one {why}")
+    for name, why in beyond_pairs(facts.config).items():
+        facts.refuse(name not in but, f"it knows plain LoRAs alone, and of this one {why}")
 
 
 def _one_scale(facts: _Facts) -> None:
@@ -198,6 +199,9 @@ def _only(known: set[str]) -> Callable[[_Facts], None]:
 
 
 def _llama_cpp(facts: _Facts) -> None:
+    _no_variants(facts, but=GGUF.holds)
+    if tables := [module for module, pair in facts.found.pairs.items() if pair.table]:
+        facts.needs.append(f"it stops at LoRAs of {named(tables)} if the head of the base model shares that weight")
     facts.needs.append("convert_adapter(..., 'gguf', ..., base=...) makes its file; the base is a GGUF, too")
 
 
@@ -214,5 +218,5 @@ RULES: dict[str, tuple[Callable[[_Facts], None], ...]] = {
     "sglang": (_no_variants, _no_dora, _no_modules, _no_others, _one_scale, _sglang),
     "tgi": (_no_variants, _no_dora, _no_modules, _no_others, _one_scale, _punica, _only(_TGI)),
     "lorax": (_no_variants, _no_dora, _no_modules, _no_others, _one_scale, _punica, _only(_LORAX)),
-    "llama.cpp": (_no_variants, _no_dora, _no_modules, _no_others, _llama_cpp),
+    "llama.cpp": (_no_dora, _no_modules, _no_others, _llama_cpp),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,19 +12,22 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from peft.config import read_json
 from peft.convert.extract import skeleton
 from peft.convert.held import Held
 from peft.core.files.io import checked_tensors, torch_load
 from peft.core.files.shards import Shards, has_weights
+from peft.core.model.walk import embeddings_of, shares_embeddings
 from peft.utils.error import CheckpointError, ConfigError
 
 
 # The weights that a folder is looked through for, the best known names first.
-_NAMES = ("adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors", "adapter.safetensors",
-          "pytorch_adapter.bin", "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin",
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors", "adapter.safetensors",
+          "pytorch_adapter.bin", "pytorch_model_adapter_fusion.bin", "model_adapter_fusion.safetensors",
+          "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin",
           "adapter_model.pt")  # fmt: skip
-_CONFIGS = ("adapter_config.json",)
-_ENDS = ("safetensors", "sft", "gguf", "bin", "pt", "pth", "ckpt")
+_CONFIGS = ("adapter_config.json", "adapter_fusion_config.json")
+ENDS = ("safetensors", "sft", "gguf", "bin", "pt", "pth", "ckpt")
 Bundle = dict[str, Held]  # by component of a pipeline: "unet", "text_encoder", ...; "" where there is one model
 Files = dict[str, Callable[[str], None]]  # name of a file -> what writes it to a path
 
@@ -50,18 +52,19 @@ class Source:
         """Read a file, or the one file of weights in a folder.
 
         Raises:
-            ConfigError: there is none, or there are several.
+            ConfigError: there is none, or there are several; or the config beside it is damaged.
+            CheckpointError: the file is damaged, or none of weights.
         """
         path = _weights_in(Path(where))
         config: dict[str, Any] = {}
         for name in _CONFIGS:
             if (file := path.with_name(name)).is_file():
-                config = json.loads(file.read_text(encoding="utf-8"))
+                config = read_json(os.fspath(file))
         if path.name.endswith(".index.json"):
             shards = Shards(path.parent)
             return cls(path, {name: shards[name] for name in shards.entries}, {}, config)
         with open(path, "rb") as opened:
-            start = opened.read(9)
+            start = opened.read(9)  # a file's first bytes tell its format; its name may lie
         if start.startswith(b"GGUF"):
             return cls(path, {}, {}, config, gguf=True)
         return cls(path, *_tensors_of(path, start), config)
@@ -70,14 +73,18 @@ class Source:
     def each(cls, where: str | os.PathLike) -> dict[str, Source]:
         """The sources in a folder, by the components of a pipeline as this library writes them; else one, as ""."""
         folder = Path(where)
-        inside = sorted(file.parent for file in folder.glob("*/adapter_config.json")) if folder.is_dir() else []
-        if not inside or (folder / _CONFIGS[0]).is_file():
+        inside = sorted({file.parent for name in _CONFIGS for file in folder.glob(f"*/{name}")})
+        if not inside or any((folder / name).is_file() for name in _CONFIGS):
             return {"": cls.open(where)}
         return {path.name: cls.open(path) for path in inside}
 
 
 def _tensors_of(path: Path, start: bytes) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The tensors of a file and the metadata of its header, whatever it is called."""
+    if not start:
+        raise CheckpointError(f"{path} is empty.")
+    if start[8:] != b"{" and not start.startswith((b"PK", b"\x80")):  # archives, and pickles
+        raise CheckpointError(f"{path} is no file of weights: neither safetensors, a pickle of tensors nor GGUF.")
     try:
         if start[8:] == b"{":  # after its length the header of safetensors begins
             with safe_open(path, "pt") as opened:
@@ -95,17 +102,12 @@ def _weights_in(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise ConfigError(f"{path} is neither a file nor a folder.")
-    for name in _NAMES:
+    for name in WEIGHTS:
         if (path / name).is_file():
             return path / name
-    if (path / "adapter_fusion_config.json").is_file():
-        raise ConfigError(
-            f"{path} is a fusion of adapters, which acts between those that it fuses: convert these one by one, and "
-            "put them together here, set_adapter(Fuse(...)), whose weights are trained anew."
-        )
     if index := next(iter(sorted(path.glob("*.safetensors.index.json"))), None):
         return index
-    found = sorted(file for end in _ENDS for file in path.glob(f"*.{end}"))
+    found = sorted(file for end in ENDS for file in path.glob(f"*.{end}"))
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
         raise ConfigError(f"{path} should hold one file of adapter weights, and there are: {names}. Name the file.")
@@ -158,6 +160,15 @@ class Base:
         weight = next((m for name, m in self.model.named_modules() if name == module), nn.Identity())._parameters
         return weight["weight"].dim() if weight.get("weight") is not None else None
 
+    @property
+    def tied(self) -> tuple[str, str] | None:
+        """The names of the input and the output embedding, if these share their weight."""
+        if not shares_embeddings(self.model):
+            return None
+        first, last = embeddings_of(self.model)
+        names = {module: name for name, module in self.model.named_modules()}
+        return (names[first], names[last]) if first in names and last in names else None
+
     def has_bias(self, module: str) -> bool:
         """Whether a module has a bias."""
         return self.model.get_submodule(module)._parameters.get("bias") is not None
@@ -180,12 +191,13 @@ class Job:
 
     Attributes:
         base: the base model, where given. lost: what the target cannot hold, with the reason. notes: what else is to
-            be known of the result.
+            be known of the result. name: what a written adapter is called, where a format names it.
     """
 
     base: Base | None = None
     lost: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    name: str = "adapter"
 
     def need_base(self, why: str) -> Base:
         """The base model.
@@ -204,7 +216,8 @@ class Format:
 
     Attributes:
         name: what users say. matches: whether a source is of it. read: to adapters of this library. write: from them,
-            the files of the result. single: the extension of the one file that it is, if it is one file.
+            the files of the result. single: the extension of the one file that it is, if it is one file. holds:
+            fields of a LoRA's config beyond its A and B that it has a place for, see :func:`beyond_pairs`.
     """
 
     name: str
@@ -212,6 +225,7 @@ class Format:
     read: Callable[[Source, Job], Bundle]
     write: Callable[[Bundle, Job], Files]
     single: str | None = None
+    holds: frozenset[str] = frozenset()
 
 
 def one(bundle: Bundle, what: str) -> Held:

@@ -19,6 +19,7 @@ from peft.core.addition import Addition, NoSum
 from peft.core.base.storage.sharded import tensors_in
 from peft.core.layer import weight as weights
 from peft.core.layer.buffers import BufferDict
+from peft.core.parts import input_dropout as input_dropout
 from peft.core.parts import part, setting, shared
 
 
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
     from peft.kernels.linear import Factors
 
 
+LABEL = "default"
+"""What files of some methods say in the place of an adapter's name."""
+
+
 class Adapter:
     """An adapter at one layer. A method declares parts and settings, and overrides hooks; nothing else.
 
@@ -39,6 +44,7 @@ class Adapter:
         layer_base: the class of layers that can hold it, if not any adapted layer.
         split: what :meth:`as_saved` appends to the name of a tensor that it writes as several.
         labelled: files say "default" in the names of tensors, in the place of the adapter's name.
+        labelled_inside: files say it in the names of tensors of modules inside a part, where 0.21 leaves the name.
         random_in_training: a training step draws random numbers, even without dropout.
         reversible: :meth:`unfold` undoes :meth:`fold`; otherwise the original weight is kept while merged.
         requires_dense_base: the forward computes with the dense base weight.
@@ -47,6 +53,7 @@ class Adapter:
         follows_ties: modules tied to a targeted embedding get the same adapter.
         untrained: parts that a variant holds constant, though its method trains them: saved as ever, never trained.
         held_in: where :meth:`factors` finds bare linear layers A and B, a dropout and s, if it does nothing else.
+        printed_as: how a printed model names its layers, if not by method and kind.
         loss_weight: the config's field that weighs the mean of :meth:`loss_term` over layers; without one, their sum.
     """
 
@@ -57,10 +64,12 @@ class Adapter:
     parts: ClassVar[dict[str, part]] = {}
     settings: ClassVar[dict[str, setting]] = {}
     common: ClassVar[dict[str, shared]] = {}
+    declares: ClassVar[frozenset[str]] = frozenset(__slots__)
     adds: ClassVar[Addition] = NoSum()
     layer_base: ClassVar[Any] = None
     split: ClassVar[tuple[str, ...]] = ()
     labelled: ClassVar[bool] = False
+    labelled_inside: ClassVar[bool] = False
     random_in_training: ClassVar[bool] = False
     reversible: ClassVar[bool] = True
     requires_dense_base: ClassVar[bool] = False
@@ -68,32 +77,31 @@ class Adapter:
     any_module: ClassVar[bool] = False
     follows_ties: ClassVar[bool] = False
     untrained: ClassVar[frozenset[str]] = frozenset()
+    printed_as: ClassVar[str] = ""
     loss_weight: ClassVar[str] = ""
     changes_input: ClassVar[bool] = False
     held_in: ClassVar[tuple[str, str, str, str] | None] = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        # From the base to the class itself: what a variant declares again takes the place of its method's declaration.
         found = {name: value for base in reversed(cls.__mro__) for name, value in vars(base).items()}
         cls.parts = {name: value for name, value in found.items() if isinstance(value, part)}
         cls.settings = {name: value for name, value in found.items() if isinstance(value, setting)}
         cls.common = {name: value for name, value in found.items() if isinstance(value, shared)}
+        cls.declares = frozenset((*cls.parts, *cls.settings, *Adapter.__slots__))
         cls.changes_input = cls.input is not Adapter.input
 
     def __init__(self, layer: BaseTunerLayer, name: str) -> None:
-        object.__setattr__(self, "layer", layer)
-        object.__setattr__(self, "name", name)
+        self.layer, self.name = layer, name
 
     def __setattr__(self, attribute: str, value: Any) -> None:
-        if (declared := self.settings.get(attribute) or self.parts.get(attribute)) is not None:
-            declared.__set__(self, value)
-        elif attribute in Adapter.__slots__:
-            object.__setattr__(self, attribute, value)
-        else:
+        if attribute not in self.declares:
             raise AttributeError(
                 f"{type(self).__name__} declares no {attribute!r}, so nothing keeps it. Add a line to the "
                 f"class: `{attribute} = part()` for a tensor that trains, `{attribute} = setting()` for anything else."
             )
+        object.__setattr__(self, attribute, value)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r})"
@@ -285,7 +293,7 @@ class Adapter:
     def cast(self, x: torch.Tensor) -> torch.Tensor:
         """x in the dtype of the adapter, which may be wider than the activations'."""
         if self.layer.cast_input_dtype_enabled and x.is_floating_point():
-            for p in self.parameters():
+            for p in self.parameters():  # the first tells: an adapter has one dtype
                 return x if p.dtype == x.dtype or not p.is_floating_point() else x.to(p.dtype)
         return x
 
@@ -306,11 +314,11 @@ class Adapter:
         return isinstance(dropout, nn.Dropout) and dropout.training
 
     # --- state ----------------------------------------------------------------------------------------------
-    def held(self) -> Iterator[tuple[str, part, Any]]:
+    def held(self) -> list[tuple[str, part, Any]]:
         """Its parts: attribute of the layer, declaration, what is there."""
-        for declared in type(self).parts.values():
-            if (value := declared.read(self.layer, self.name)) is not None:
-                yield declared.attribute(self.layer), declared, value
+        layer, name = self.layer, self.name
+        found = [(declared, declared.read(layer, name)) for declared in self.parts.values()]
+        return [(declared.attribute(layer), declared, value) for declared, value in found if value is not None]
 
     def parameters(self) -> Iterator[torch.Tensor]:
         """The trained tensors, those in common with other layers included."""
@@ -343,7 +351,8 @@ class Adapter:
                 yield attribute, f"{attribute}.{self.name}", value
                 continue
             for sub, tensor in _saved_tensors(value):
-                within = f"default.{sub}" if self.labelled else sub
+                labelled = self.labelled or (self.labelled_inside and "." in sub)
+                within = f"{LABEL}.{sub}" if labelled else sub
                 saved = attribute if declared.bare else f"{attribute}.{within}"
                 yield saved, f"{attribute}.{self.name}.{sub}", tensor
 
@@ -352,6 +361,7 @@ def _saved_tensors(item: nn.Module) -> list[tuple[str, torch.Tensor]]:
     """The tensors that a module is saved with."""
     if item._modules or item._buffers or item._state_dict_hooks:
         return list(tensors_in(item).items())
+    # `state_dict` gives the same for a bare module, and takes many times as long: a model has thousands of them.
     return [(name, p) for name, p in item._parameters.items() if p is not None]
 
 

@@ -69,8 +69,8 @@ def blank(cls: type[nn.Module], *args: Any, **kwargs: Any) -> Any:
     """
     if cls not in _FIRST:
         first = {k: type(v)() if k == "_parameters" else v for k, v in cls(*args, **kwargs).__dict__.items()}
-        held = [(key, value) for key, value in first.items() if isinstance(value, dict | set)]
-        _FIRST[cls] = first, [(key, value.copy if value else type(value)) for key, value in held]
+        held = {k: v.copy if v else type(v) for k, v in first.items() if isinstance(v, dict | set)}
+        _FIRST[cls] = [(k, v) for k, v in first.items() if k not in held], list(held.items())
     module: nn.Module = object.__new__(cls)
     _fill(module, cls)
     return module
@@ -84,21 +84,22 @@ def make_module(module: nn.Module) -> None:
 
 
 def _fill(module: nn.Module, cls: type[nn.Module]) -> None:
-    first, own_ones = _FIRST[cls]
+    values, own_ones = _FIRST[cls]
     own = module.__dict__
-    own.update(first)
+    for key, value in values:  # one by one: then all modules of a class share the table of their keys, half the memory
+        own[key] = value
     for key, make in own_ones:
         own[key] = make()
 
 
-_FIRST: dict[type[nn.Module], tuple[dict[str, Any], list[tuple[str, Callable[[], Any]]]]] = {}
+_FIRST: dict[type[nn.Module], tuple[list[tuple[str, Any]], list[tuple[str, Callable[[], Any]]]]] = {}
 """What a module of each class holds, and what gives it its own dicts and sets."""
 
 
 def unfilled(cls: type[nn.Module], *args: Any, **kwargs: Any) -> Any:
     """A module of torch with memory for its parameters, in which no initial values are drawn."""
     module = _UNFILLED[cls](*args, **kwargs)
-    module.__class__ = cls
+    module.__class__ = cls  # pickles and isinstance should know no other
     return module
 
 
@@ -111,7 +112,8 @@ _UNFILLED = {
 def unfilled_linear(inner: int, out: int, bias: bool = False) -> nn.Linear:
     """The same for a linear layer, ``[out, inner]``."""
     module = blank(nn.Linear, 1, 1, device="meta")
-    module.__dict__.update(in_features=inner, out_features=out)
+    own = module.__dict__
+    own["in_features"], own["out_features"] = inner, out
     module._parameters["weight"] = nn.Parameter(torch.empty(out, inner))
     module._parameters["bias"] = nn.Parameter(torch.empty(out)) if bias else None
     return module

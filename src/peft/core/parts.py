@@ -97,6 +97,20 @@ class setting:
             adapter.layer.put(adapter.name, **{self.name: value})
 
 
+class input_dropout(setting):
+    """Declares the dropout on an adapter's input, to which its probability is assigned: ``drop = input_dropout()``."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.ModuleDict)
+
+    def __set_name__(self, owner: Any, name: str) -> None:
+        super().__set_name__(owner, name)
+        owner.dropout = name  # by which a LowRank method drops
+
+    def __set__(self, adapter: Any, value: float) -> None:
+        super().__set__(adapter, nn.Dropout(value) if value else blank(nn.Identity))
+
+
 class shared:
     """Declares tensors that all layers of a model have in common, by adapter: ``vera_A = shared(frozen=True)``.
 

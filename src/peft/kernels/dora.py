@@ -13,7 +13,8 @@ import torch
 from torch.autograd import Function
 
 from peft.kernels.dropout import Dropped, draw_seed
-from peft.kernels.linear import Factors, accumulate, in_dtype, no_autocast, product_dtype, scaled_mm
+from peft.kernels.linear import Factors, in_dtype, no_autocast, product_dtype
+from peft.kernels.products import accumulate, plus_product, product
 from peft.kernels.remake import kept
 
 
@@ -29,7 +30,7 @@ def adapted_norm(weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, sca
     dtype = torch.promote_types(up.dtype, torch.float32)
     wide, a, b = (in_dtype(dtype, t) for t in (weight, down, up))
     squares = torch.linalg.vector_norm(wide, dim=1).square()
-    cross = (b * (wide @ a.t())).sum(1)
+    cross = (b * product(wide, a.t())).sum(1)
     own = (b * (b @ (a @ a.t()))).sum(1)
     return (squares + 2 * scale * cross + scale**2 * own).clamp_min(0).sqrt().to(up.dtype)
 
@@ -73,9 +74,9 @@ class DoraLinear(Function):
         y = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
         recomputes = len(weight) * NARROW <= weight.shape[1]
         ctx.scale, ctx.shape = scale, x.shape
-        ctx.kept = kept(x) if down.requires_grad or recomputes else None
+        ctx.kept, tensor = kept(x, down.requires_grad or recomputes)
         output = y if magnitude.requires_grad and not recomputes else None
-        ctx.save_for_backward(ctx.kept and ctx.kept.tensor, weight, bias, down, up, magnitude, norm, hidden, output)
+        ctx.save_for_backward(tensor, weight, bias, down, up, magnitude, norm, hidden, output)
         return y
 
     @staticmethod
@@ -101,14 +102,16 @@ class DroppedDoraLinear(Function):
         drop: tuple[float, int],
     ) -> torch.Tensor:
         norm, rows, left = adapted_norm(weight, down, up, scale), x.reshape(-1, x.shape[-1]), 1 / (1 - drop[0])
-        factor, dropped = magnitude / norm, Dropped(*drop).copy(rows)
-        y = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
-        y.addcmul_(torch.mm(dropped, weight.t()), in_dtype(y.dtype, (factor - 1) * left))
+        factor, dropping = magnitude / norm, Dropped(*drop)
+        dropped = dropping.copy(rows)
+        y = product(rows, weight.t(), bias=bias)
+        y.addcmul_(product(dropped, weight.t()), in_dtype(y.dtype, (factor - 1) * left))
         dtype = product_dtype(y)
-        hidden = torch.mm(in_dtype(dtype, dropped), in_dtype(dtype, down).t())
+        hidden = product(in_dtype(dtype, dropped), in_dtype(dtype, down).t())
         accumulate(y, hidden, in_dtype(dtype, up * factor[:, None]).t(), scale * left)
-        ctx.scale, ctx.drop, ctx.shape, ctx.kept = scale, drop, x.shape, kept(x)
-        ctx.save_for_backward(ctx.kept.tensor, weight, down, up, magnitude, norm, hidden)
+        ctx.scale, ctx.drop, ctx.shape = scale, drop, x.shape
+        ctx.kept, tensor = kept(x)
+        ctx.save_for_backward(tensor, weight, down, up, magnitude, norm, hidden, dropping.few())
         return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
     @staticmethod
@@ -119,26 +122,26 @@ class DroppedDoraLinear(Function):
 
 
 def _dropped_backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    saved, weight, down, up, magnitude, norm, hidden = ctx.saved_tensors
+    saved, weight, down, up, magnitude, norm, hidden, places = ctx.saved_tensors
     needs_x, _, _, needs_down, needs_up, needs_magnitude, *_ = ctx.needs_input_grad
     left, factor = 1 / (1 - ctx.drop[0]), magnitude / norm
     dy, dtype = gradient.reshape(-1, gradient.shape[-1]), product_dtype(gradient)
-    drop = Dropped(*ctx.drop)
+    drop = Dropped(ctx.drop[0], ctx.drop[1], places)
     dropped = drop.copy(ctx.kept.get(saved).reshape(-1, ctx.shape[-1]))
     dz = in_dtype(dtype, dy * in_dtype(dy.dtype, factor * left))
-    dh = scaled_mm(dz, in_dtype(dtype, up), ctx.scale)
+    dh = product(dz, in_dtype(dtype, up), ctx.scale)
     dx = d_down = d_up = d_magnitude = None
     if needs_magnitude:
-        product = _product(dropped, weight, down, up, ctx.scale)[0]
-        d_magnitude = product.mul_(dy).sum(0, dtype=magnitude.dtype) * left / norm
+        before = _product(dropped, weight, down, up, ctx.scale)[0]
+        d_magnitude = before.mul_(dy).sum(0, dtype=magnitude.dtype) * left / norm
     if needs_down:
-        d_down = in_dtype(down.dtype, torch.mm(dh.t(), in_dtype(dtype, dropped)))
+        d_down = in_dtype(down.dtype, product(dh.t(), in_dtype(dtype, dropped)))
     if needs_up:
-        d_up = in_dtype(up.dtype, scaled_mm(hidden.t(), dz, ctx.scale).t())
+        d_up = in_dtype(up.dtype, product(hidden.t(), dz, ctx.scale).t())
     if needs_x:
-        part = torch.mm(dy * in_dtype(dy.dtype, (factor - 1) * left), weight)
+        part = product(dy * in_dtype(dy.dtype, (factor - 1) * left), weight)
         part = drop.zero_(accumulate(part, dh, in_dtype(dtype, down), 1.0))
-        dx = part.addmm_(dy, weight).view(ctx.shape)
+        dx = plus_product(part, dy, weight).view(ctx.shape)
     return dx, None, None, d_down, d_up, d_magnitude, None, None
 
 
@@ -147,9 +150,9 @@ def _product(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """W x + s B A x, ``[n, out]``, and A x, ``[n, r]``."""
     rows = x.reshape(-1, x.shape[-1])
-    y = torch.mm(rows, weight.t())
+    y = product(rows, weight.t())
     dtype = product_dtype(y)
-    hidden = torch.mm(in_dtype(dtype, rows), in_dtype(dtype, down).t())
+    hidden = product(in_dtype(dtype, rows), in_dtype(dtype, down).t())
     return accumulate(y, hidden, in_dtype(dtype, up).t(), scale), hidden
 
 
@@ -160,18 +163,18 @@ def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ..
     dy, factor = gradient.reshape(-1, gradient.shape[-1]), magnitude / norm
     d_magnitude = _magnitude_gradient(tensors, ctx.scale, x, dy, factor) if needs_magnitude else None
     dz = dy * in_dtype(dy.dtype, factor)
-    dx = torch.mm(dz, weight) if needs_x else None
+    dx = product(dz, weight) if needs_x else None
     dtype = product_dtype(dz)
     wide = in_dtype(dtype, dz)
-    dh = scaled_mm(wide, in_dtype(dtype, up), ctx.scale)
+    dh = product(wide, in_dtype(dtype, up), ctx.scale)
     d_down = d_up = None
     if dx is not None:
         dx = accumulate(dx, dh, in_dtype(dtype, down), 1.0).view(ctx.shape)
     if needs_down:
         assert x is not None
-        d_down = in_dtype(down.dtype, torch.mm(dh.t(), in_dtype(dtype, x.reshape(-1, x.shape[-1]))))
+        d_down = in_dtype(down.dtype, product(dh.t(), in_dtype(dtype, x.reshape(-1, x.shape[-1]))))
     if needs_up:
-        d_up = in_dtype(up.dtype, scaled_mm(hidden.t(), wide, ctx.scale).t())
+        d_up = in_dtype(up.dtype, product(hidden.t(), wide, ctx.scale).t())
     return dx, None, None, d_down, d_up, d_magnitude, None
 
 
@@ -192,8 +195,8 @@ def _magnitude_gradient(
     if gone.any():  # these outputs are their bias and tell nothing of the product
         rows = gone.nonzero().squeeze(1)
         x = x if x is not None else _missing()
-        product = _product(x, weight[rows], down, up[rows], scale)[0]
-        total[rows] = (dy[:, rows] * product).sum(0, dtype=dtype)
+        before = _product(x, weight[rows], down, up[rows], scale)[0]
+        total[rows] = (dy[:, rows] * before).sum(0, dtype=dtype)
     return total / norm
 
 

@@ -1,7 +1,8 @@
-"""Dropout whose mask is not kept for the backward pass but drawn again from its seed.
+"""Dropout of which no mask is kept for the backward pass: it is drawn again from its seed.
 
 Each entry is dropped with probability p, independently, as by :class:`torch.nn.Dropout`. On the CPU the distances
-between dropped entries are drawn, which are geometric: the work is p times that of one number for each entry.
+between dropped entries are drawn, which are geometric: the work is p times that of one number for each entry. Where
+few are dropped their places are kept, a sixteenth of what a float32 input takes or less: drawing costs more.
 """
 
 from __future__ import annotations
@@ -10,6 +11,12 @@ import math
 
 import numpy as np
 import torch
+
+from peft.kernels.products import accumulate
+from peft.kernels.remake import is_recomputed
+
+
+FEW = 1 / 16  # of the entries dropped, at most, where places are kept
 
 
 def draw_seed() -> int:
@@ -21,16 +28,27 @@ class Dropped:
     """The entries that a dropout sets to zero: the same for the same seed, p and number of entries.
 
     Those that stay are not scaled. What is drawn is held as long as the object: each pass makes one of its own.
+
+    Attributes:
+        places: what :meth:`few` of the pass before has given, so that they are not drawn again.
     """
 
-    def __init__(self, p: float, seed: int) -> None:
+    def __init__(self, p: float, seed: int, places: torch.Tensor | None = None) -> None:
         self.p, self.seed = p, seed
-        self._places: np.ndarray | None = None
+        self._places: np.ndarray | None = None if places is None else places.numpy().astype(np.int64)
         self._mask: torch.Tensor | None = None
+
+    def few(self) -> torch.Tensor | None:
+        """The places of the dropped entries where they take little memory, ``[n]``, int32; None if they are many."""
+        places = self._places
+        # what checkpointing computes again must have the shapes it had, and a user may let it draw other masks
+        if places is None or self.p > FEW or (len(places) and places[-1] >= 2**31) or is_recomputed():
+            return None
+        return torch.from_numpy(places.astype(np.int32))
 
     def zero_(self, x: torch.Tensor) -> torch.Tensor:
         """Set the dropped entries of a contiguous ``x`` to zero, in place."""
-        if self.has_places(x):
+        if self._has_places(x):
             _entries(x)[self._drawn(x)] = 0
             return x
         if x.is_meta:
@@ -47,18 +65,19 @@ class Dropped:
             return x * self.zero_(torch.ones_like(x, memory_format=torch.contiguous_format, requires_grad=False))
         return self.zero_(x.clone(memory_format=torch.contiguous_format))
 
-    def has_places(self, x: torch.Tensor) -> bool:
+    def add_product(self, y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """``y + drop(a b)``, in the place of a contiguous y."""
+        if not self._has_places(y) or torch.is_grad_enabled():
+            return y.add_(self.copy(torch.mm(a, b)))
+        entries, places = _entries(y), self._drawn(y)
+        before = entries[places]
+        accumulate(y, a, b, 1.0)
+        entries[places] = before
+        return y
+
+    def _has_places(self, x: torch.Tensor) -> bool:
         """Whether the dropped entries of ``x`` are known by their places, so that few of them cost little."""
-        return x.device.type == "cpu" and self.p <= 0.5
-
-    def take(self, x: torch.Tensor) -> np.ndarray:
-        """The dropped entries of a contiguous ``x`` that :meth:`has_places`, for :meth:`put`."""
-        return _entries(x)[self._drawn(x)]
-
-    def put(self, x: torch.Tensor, entries: np.ndarray) -> torch.Tensor:
-        """Set the dropped entries of ``x`` to what they were, in place."""
-        _entries(x)[self._drawn(x)] = entries
-        return x
+        return x.is_cpu and self.p <= 0.5
 
     def _drawn(self, x: torch.Tensor) -> np.ndarray:
         if self._places is None:
@@ -68,7 +87,7 @@ class Dropped:
 
 def _entries(x: torch.Tensor) -> np.ndarray:
     """The bits of a tensor's entries, for reading and writing: NumPy does so faster, but has no bfloat16."""
-    return x.detach().view(-1).view(_BITS[x.dtype.itemsize]).numpy()
+    return x.detach().view(_BITS[x.dtype.itemsize]).numpy().reshape(-1)
 
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

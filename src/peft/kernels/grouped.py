@@ -1,8 +1,8 @@
 """A batch whose rows have different low-rank updates: y_i = W x_i + b + s_g B_g A_g drop(x_i), g the update of row i.
 
-The factors of all updates are stacked, lower ranks filled up with zeros, and each layer does one product with the
-stack. Short rows multiply by the whole stack, and what belongs to other updates is set to zero; long rows multiply by
-factors gathered row by row. Stacks of adapters that do not train are kept until one of their tensors changes.
+The factors of all updates are stacked, lower ranks filled up with zeros, and each layer does one batched product with
+the stack. Short rows are put together by their updates; for long rows, which cost more to move, the factors of each
+are gathered instead. Stacks of adapters that do not train are kept until one of their tensors changes.
 """
 
 from __future__ import annotations
@@ -22,9 +22,6 @@ from peft.kernels import gpu
 from peft.kernels.dropout import Dropped, draw_seed
 from peft.kernels.linear import Factors, base_output, in_dtype, is_eager, no_autocast, product_dtype
 from peft.kernels.remake import kept
-
-
-SHORT = 32  # tokens of a row times updates, up to which the whole stack is multiplied
 
 
 @dataclass(slots=True)
@@ -140,39 +137,69 @@ def _stack(factors: Sequence[Factors | None], dtype: torch.dtype) -> Stack:
     return Stack(torch.stack(downs), torch.stack(ups))
 
 
-def _is_short(x: torch.Tensor, stack: Stack) -> bool:
-    return x.numel() // (x.shape[0] * x.shape[-1]) * len(stack.down) <= SHORT
+@dataclass(slots=True)
+class _Places:
+    """Where rows stand when they are put together by their updates, as many places for each as the largest needs.
+
+    Attributes:
+        most: the places of an update. slots: the place of each row ``[rows]``; None where the rows stand so already.
+        rows: the row at each place, any where none is. empty: those places.
+    """
+
+    most: int
+    slots: torch.Tensor | None
+    rows: torch.Tensor
+    empty: torch.Tensor
+
+    @classmethod
+    def of(cls, index: torch.Tensor, groups: int) -> _Places:
+        counts = index.bincount(minlength=groups)
+        most, order = int(counts.max()), index.argsort(stable=True)
+        own, count = index[order], torch.arange(len(index), device=index.device)
+        filled = own * most + count - (counts.cumsum(0) - counts)[own]
+        rows, slots = index.new_full((groups * most,), -1), torch.empty_like(index)
+        rows[filled], slots[order] = order, filled
+        stand = len(index) == len(rows) and torch.equal(slots, count)
+        return cls(most, None if stand else slots, rows.clamp(min=0), (rows < 0).nonzero().flatten())
+
+    def put(self, given: torch.Tensor, groups: int) -> torch.Tensor:
+        """``[rows, S, f]`` as ``[G, most * S, f]``, zeros where no row stands."""
+        if self.slots is not None:
+            given = given.index_select(0, self.rows)
+            if len(self.empty):
+                given.index_fill_(0, self.empty, 0)
+        return given.reshape(groups, -1, given.shape[-1])
+
+    def take(self, placed: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """The inverse, with the shape of ``like``."""
+        placed = placed.view(-1, *like.shape[1:])
+        return placed if self.slots is None else placed.index_select(0, self.slots)
 
 
-def _others(x: torch.Tensor, stack: Stack, index: torch.Tensor) -> torch.Tensor:
-    """Which entries of ``x A^T`` for all updates belong to other updates than the row's: ``[tokens, G * r]``."""
+def _places(rows: torch.Tensor, stack: Stack, index: torch.Tensor) -> _Places | None:
+    """How to put rows ``[rows, S, f]`` together; None where that would move more numbers than gathering factors."""
     groups, rank = stack.down.shape[:2]
-    tokens = x.numel() // (x.shape[0] * x.shape[-1])
-    masks = _MASKS.setdefault(index, {})
-    if (tokens, rank) not in masks:
-        own = index.repeat_interleave(tokens) if tokens > 1 else index
-        masks[tokens, rank] = own.unsqueeze(1) != torch.arange(groups, device=index.device).repeat_interleave(rank)
-    return masks[tokens, rank]
+    known = _PLACES.setdefault(index, {})
+    places = known.get(groups) or known.setdefault(groups, _Places.of(index, groups))
+    return places if groups * places.most * rows.shape[1] <= len(rows) * rank else None
 
 
-_MASKS = WeakIdKeyDictionary()  # by index: all layers of a call share their masks
+_PLACES = WeakIdKeyDictionary()  # by index: all layers of a call share their places
 
 
 def _add(y: torch.Tensor, x: torch.Tensor, stack: Stack, index: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-    """y += scale * the updates of x, in place; returns x A^T, ``[tokens, G * r]`` (short rows) or ``[rows, S, r]``."""
+    """y += scale * the updates of x, in place; returns x A^T, ``[rows, S, r]``, or ``[G, n, r]`` by update."""
     dtype = stack.down.dtype
     if gpu.can_run(x, stack.down):
         return gpu.add_low_rank_(y, in_dtype(dtype, x), stack.down, stack.up, scale, index)
-    if _is_short(x, stack):
-        hidden = in_dtype(dtype, x).reshape(-1, x.shape[-1]) @ stack.down.flatten(0, 1).t()
-        hidden.masked_fill_(_others(x, stack, index), 0)
-        flat = y.view(-1, y.shape[-1])
-        up = stack.up.flatten(0, 1)
-        flat.addmm_(hidden, up, alpha=scale) if y.dtype == dtype else flat.add_(hidden @ up, alpha=scale)
+    x = in_dtype(dtype, x).reshape(len(index), -1, x.shape[-1])
+    rows, places = y.view(len(index), -1, y.shape[-1]), _places(x, stack, index)
+    down, up = (stack.down, stack.up) if places else (stack.down[index], stack.up[index])
+    hidden = torch.bmm(places.put(x, len(down)) if places else x, down.mT)
+    if places is not None and places.slots is not None:
+        rows.add_(places.take(torch.bmm(hidden, up), rows), alpha=scale)
         return hidden
-    rows = y.view(len(index), -1, y.shape[-1])
-    hidden = torch.bmm(in_dtype(dtype, x).reshape(len(index), -1, x.shape[-1]), stack.down[index].mT)
-    up = stack.up[index]
+    rows = rows.view(len(hidden), -1, y.shape[-1])
     rows.baddbmm_(hidden, up, alpha=scale) if y.dtype == dtype else rows.add_(torch.bmm(hidden, up), alpha=scale)
     return hidden
 
@@ -194,9 +221,8 @@ class GroupedLowRank(Function):
         ctx.scale, ctx.drop = 1.0 if drop is None else 1 / (1 - drop[0]), drop
         inner = x if drop is None else Dropped(*drop).copy(x)
         hidden = _add(y, inner, Stack(down, up), index, ctx.scale)
-        ctx.kept = kept(x) if down.requires_grad else None
         ctx.shape = x.shape
-        tensor = None if ctx.kept is None else ctx.kept.tensor
+        ctx.kept, tensor = kept(x, down.requires_grad)
         ctx.save_for_backward(tensor, down, up, index, hidden if up.requires_grad else None)
         return y
 
@@ -226,8 +252,9 @@ class GroupedLowRank(Function):
 
 def _outer(h: torch.Tensor, v: torch.Tensor, stack: Stack, index: torch.Tensor, scale: float) -> torch.Tensor:
     """scale * h^T v for each update: ``[G, r, features of v]``."""
-    groups, rank = stack.down.shape[:2]
-    if h.dim() == 2:
-        return (h.t() @ v.reshape(len(h), -1)).mul_(scale).unflatten(0, (groups, rank))
-    parts = torch.bmm(h.mT, v.reshape(len(index), -1, v.shape[-1]))
-    return parts.new_zeros(groups, rank, v.shape[-1]).index_add_(0, index, parts, alpha=scale)
+    v = v.reshape(len(index), -1, v.shape[-1])
+    places = None if gpu.can_run(v, stack.down) else _places(v, stack, index)
+    if places:
+        return torch.bmm(h.mT, places.put(v, len(stack.down))).mul_(scale)
+    parts = torch.bmm(h.mT, v)
+    return parts.new_zeros(len(stack.down), h.shape[-1], v.shape[-1]).index_add_(0, index, parts, alpha=scale)

@@ -16,6 +16,7 @@ from torch.autograd import Function
 
 from peft.kernels.autocast import is_autocast
 from peft.kernels.linear import Joint, Share, in_dtype, into_gradient, is_eager, product_dtype
+from peft.kernels.products import product
 from peft.kernels.remake import is_recomputed, kept
 
 
@@ -44,10 +45,10 @@ class ReadTogether(Function):
         ctx.joint, ctx.shape, ctx.dtype = joint, x.shape, dtype
         hidden: Sequence[torch.Tensor] = ()
         if downs:
-            product = torch.mm(in_dtype(dtype, x.reshape(-1, x.shape[-1])), _stacked(downs, dtype).t())
-            hidden = product.split([len(down) for down in downs], 1)
-        ctx.kept = kept(x) if any(down.requires_grad for down in downs) else None
-        ctx.save_for_backward(None if ctx.kept is None else ctx.kept.tensor, *downs)
+            whole = product(in_dtype(dtype, x.reshape(-1, x.shape[-1])), _stacked(downs, dtype).t())
+            hidden = whole.split([len(down) for down in downs], 1)
+        ctx.kept, tensor = kept(x, any(down.requires_grad for down in downs))
+        ctx.save_for_backward(tensor, *downs)
         return x, *hidden
 
     @staticmethod
@@ -68,7 +69,7 @@ class ReadTogether(Function):
                 dx = into_gradient(dx, dh, _stacked([downs[i] for i in there], ctx.dtype), None, dh.dtype)
             if any(needs[i] for i in there):
                 x = in_dtype(ctx.dtype, ctx.kept.get(saved).reshape(-1, ctx.shape[-1]))
-                parts = torch.mm(dh.t(), x).split([len(downs[i]) for i in there])
+                parts = product(dh.t(), x).split([len(downs[i]) for i in there])
                 for i, part in zip(there, parts):
                     grads[i] = in_dtype(downs[i].dtype, part) if needs[i] else None
         return None, dx.view(ctx.shape) if needs_x and dx is not None else None, None, *grads

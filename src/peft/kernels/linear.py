@@ -22,6 +22,7 @@ from torch.autograd import Function
 
 from peft.kernels.autocast import is_autocast
 from peft.kernels.dropout import Dropped, draw_seed
+from peft.kernels.products import accumulate, plus_product, product
 from peft.kernels.remake import kept
 
 
@@ -259,13 +260,6 @@ def in_dtype(dtype: torch.dtype, tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
-def accumulate(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
-    """y += scale * a b, in place; y may be narrower than a and b."""
-    if a.dtype == y.dtype:
-        return y.addmm_(a, b, alpha=scale)
-    return y.add_(torch.mm(a, b), alpha=scale)
-
-
 def no_autocast(x: torch.Tensor) -> Any:
     """The products choose their dtypes themselves."""
     kind = x.device.type
@@ -319,15 +313,16 @@ class LowRankLinear(Function):
         rows, needed, reads = in_dtype(dtype, x.reshape(-1, x.shape[-1])), [], False
         for i, drop in enumerate(drops):
             a, b, hidden = parts[3 * i : 3 * i + 3]
+            dropped = None if drop is None else Dropped(*drop)
             if hidden is None:
-                hidden = torch.mm(rows if drop is None else Dropped(*drop).copy(rows), in_dtype(dtype, a).t())
+                hidden = product(rows if dropped is None else dropped.copy(rows), in_dtype(dtype, a).t())
                 reads |= a.requires_grad
             accumulate(out, hidden, in_dtype(dtype, b).t(), scales[i])
-            needed += [a, b, hidden if b.requires_grad else None]
+            needed += [a, b, hidden if b.requires_grad else None, dropped and dropped.few()]
         ctx.scales, ctx.drops, ctx.dtype, ctx.shape, ctx.given = scales, drops, dtype, x.shape, y is not None
         ctx.joint = joint
-        ctx.kept = kept(x if joint is None else joint.x()) if reads else None
-        ctx.save_for_backward(None if ctx.kept is None else ctx.kept.tensor, weight, *needed)
+        ctx.kept, tensor = kept(x if joint is None else joint.x(), reads)
+        ctx.save_for_backward(tensor, weight, *needed)
         return result
 
     @staticmethod
@@ -338,9 +333,8 @@ class LowRankLinear(Function):
 
 def fresh_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """W x + b, never as a view: outputs of a layer may be changed in place."""
-    if bias is None or x.dim() == 2:
-        return F.linear(x, weight, bias)
-    out = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight.t())
+    rows = x.reshape(-1, x.shape[-1])
+    out = product(rows, weight.t(), bias=bias)
     return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], out.shape[-1]))
 
 
@@ -348,7 +342,7 @@ def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ..
     saved, weight, *rest = ctx.saved_tensors
     dtype = ctx.dtype
     twice = torch.is_grad_enabled()  # a gradient of the gradient will be asked for
-    if twice and ctx.kept is None and any(a is not None for a in rest[::3]):
+    if twice and ctx.kept is None and any(a is not None for a in rest[::4]):
         raise RuntimeError(
             "second derivatives of a low-rank update with a frozen down-projection need its input, which is not kept. "
             "Compute them within `with peft.kernels.plain():`."
@@ -361,24 +355,24 @@ def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ..
     joint = ctx.joint if needs_x and not twice else None
     dx = None if joint is None else joint.known()
     if needs_x and weight is not None:
-        dx = torch.mm(dy, weight) if dx is None else accumulate(dx, dy, weight, 1.0)
+        dx = product(dy, weight) if dx is None else plus_product(dx, dy, weight)
     dy = in_dtype(dtype, dy)
     for i, (scale, drawn) in enumerate(zip(ctx.scales, ctx.drops)):
-        a, b, hidden = rest[3 * i : 3 * i + 3]
-        drop = None if drawn is None else Dropped(*drawn)
+        a, b, hidden, places = rest[4 * i : 4 * i + 4]
+        drop = None if drawn is None else Dropped(drawn[0], drawn[1], places)
         dropped = inner if drop is None or inner is None else drop.copy(inner)
         d_down = d_up = d_hidden = None
         if (needs_x and a is not None) or needs[3 * i] or needs[3 * i + 2]:
-            dh = scaled_mm(dy, in_dtype(dtype, b), scale)
+            dh = product(dy, in_dtype(dtype, b), scale)
             d_hidden = dh if needs[3 * i + 2] else None
             if needs[3 * i]:
-                d_down = in_dtype(a.dtype, torch.mm(dh.t(), dropped))
+                d_down = in_dtype(a.dtype, product(dh.t(), dropped))
             if needs_x and a is not None:
                 dx = into_gradient(dx, dh, in_dtype(dtype, a), drop, gradient.dtype)
         if needs[3 * i + 1]:
             if twice and a is not None:
                 hidden = torch.mm(dropped, in_dtype(dtype, a).t())
-            d_up = in_dtype(b.dtype, scaled_mm(hidden.t(), dy, scale).t())
+            d_up = in_dtype(b.dtype, product(hidden.t(), dy, scale).t())
         grads += [d_down, d_up, d_hidden]
     if joint is not None:
         joint.gradient, dx = dx, None  # the node that all layers of this input share gives it on
@@ -386,27 +380,11 @@ def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ..
     return dx, (gradient if ctx.given else None), None, None, None, None, None, *grads
 
 
-def scaled_mm(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
-    """scale * a b in one call."""
-    key = a.dtype, a.device
-    if key not in _NOTHING:
-        _NOTHING[key] = torch.zeros((), dtype=a.dtype, device=a.device)
-    return torch.addmm(_NOTHING[key], a, b, beta=0, alpha=scale)
-
-
-_NOTHING: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
-
-
 def into_gradient(
     dx: torch.Tensor | None, dh: torch.Tensor, a: torch.Tensor, drop: Dropped | None, dtype: torch.dtype
 ) -> torch.Tensor:
     """dx + drop(dh A), in place where there is a dx."""
     if dx is None:
-        part = torch.mm(dh, a)
+        part = product(dh, a)
         return in_dtype(dtype, part if drop is None else drop.copy(part))
-    if drop is None:
-        return accumulate(dx, dh, a, 1.0)
-    if not drop.has_places(dx) or torch.is_grad_enabled():
-        return dx.add_(drop.copy(torch.mm(dh, a)))
-    before = drop.take(dx)
-    return drop.put(accumulate(dx, dh, a, 1.0), before)
+    return accumulate(dx, dh, a, 1.0) if drop is None else drop.add_product(dx, dh, a)

@@ -19,6 +19,7 @@ from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
 from peft.kernels.linear import bare_weight, no_autocast
+from peft.utils.meanwhile import having
 
 
 CHUNK = 2**24  # logits in memory at a time; the weight is read once for each chunk
@@ -182,7 +183,7 @@ def chunked_loss(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: if the model has no output head, a loss of its own, or does with its logits what is not known here.
     """
-    head, own = require_usual_loss(model), model.loss_function
+    head = require_usual_loss(model)
     seen: list[torch.Tensor] = []
 
     def shorten(module: nn.Module, args: tuple) -> tuple:
@@ -194,13 +195,8 @@ def chunked_loss(model: nn.Module) -> Iterator[None]:
     def loss(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **kwargs: Any) -> torch.Tensor:
         return _model_loss(model, head, seen[0], logits, labels, **kwargs)
 
-    hook = head.register_forward_pre_hook(shorten)
-    model.loss_function = loss
-    try:
+    with head.register_forward_pre_hook(shorten), having([model], loss_function=loss):
         yield
-    finally:
-        model.loss_function = own
-        hook.remove()
 
 
 def is_chunked(model: nn.Module) -> bool:

@@ -41,8 +41,9 @@ def made_product(
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kind: Kind, base: nn.Module, make: Callable, x: torch.Tensor, *trained: Any) -> torch.Tensor:
-        ctx.kind, ctx.base, ctx.make, ctx.kept = kind, base, make, kept(x)
-        ctx.save_for_backward(ctx.kept.tensor, *trained)
+        ctx.kind, ctx.base, ctx.make = kind, base, make
+        ctx.kept, tensor = kept(x)
+        ctx.save_for_backward(tensor, *trained)
         return kind.apply(base, x, make())
 
     @staticmethod

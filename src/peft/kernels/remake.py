@@ -37,15 +37,14 @@ def remade(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torc
 
 
 class Kept:
-    """A layer's input for its backward pass: the tensor, or how to make it.
+    """How the backward pass of a layer comes by the layer's input: see :func:`kept`.
 
     All layers that read the same input share one, and while their backward passes follow each other the input is made
-    once. Made inside :meth:`torch.autograd.Function.forward`; ``tensor`` goes through ``ctx.save_for_backward``.
+    once.
     """
 
     def __init__(self, x: torch.Tensor) -> None:
         self.recipe = recipe_of(x)
-        self.tensor = x if self.recipe is None else None
         self.users = self.left = 0
         self.made: dict[Form, torch.Tensor] = {}
 
@@ -70,8 +69,22 @@ class Kept:
         return value
 
 
-def kept(x: torch.Tensor) -> Kept:
-    """What to keep of ``x``: shared with the other layers that read it."""
+def kept(x: torch.Tensor, wanted: bool = True) -> tuple[Kept | None, torch.Tensor | None]:
+    """What to keep of ``x`` for a backward pass that asks for it, made inside :meth:`torch.autograd.Function.forward`.
+
+    Returns:
+        What gives ``x`` then, None if it is not ``wanted``; and the tensor that it wants to have been kept, None where
+        ``x`` is made again. The tensor goes through ``ctx.save_for_backward`` and must not be held in any other way:
+        gradient checkpointing and offloading let go of what autograd keeps, and of nothing else.
+    """
+    if not wanted:
+        return None, None
+    found = _shared(x)
+    return found, x if found.recipe is None else None
+
+
+def _shared(x: torch.Tensor) -> Kept:
+    """What gives ``x``, shared with the other layers that read it."""
     node = x.grad_fn
     if node is None:
         return Kept(x)
@@ -112,31 +125,36 @@ def _hooks() -> tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tenso
 
 
 @contextmanager
-def recomputed() -> Iterator[None]:
+def recomputed(watch: Callable[[int], None] | None = None) -> Iterator[None]:
     """A context in which autograd keeps no tensor that can be made again from others that it keeps.
 
     The output of an activation between two products is one: autograd keeps its input too. Hooks of a context around
     this one see what is kept. Within gradient checkpointing, which keeps nothing, and within itself it does nothing.
+
+    Args:
+        watch: called with the bytes of each tensor that autograd is given to keep, and gets back.
     """
     outer = _hooks()
     itself = outer is not None and getattr(outer[0], "func", None) is _Saved
     if itself or is_recomputed() or not torch._C._autograd._saved_tensors_hooks_is_enabled():
         yield
         return
-    with saved_tensors_hooks(partial(_Saved, outer), _Saved.unpack):
+    with saved_tensors_hooks(partial(_Saved, outer, watch), _Saved.unpack):
         yield
 
 
 class _Saved:
     """A tensor that a node of autograd keeps: how to make it, or itself as the hooks around give it back."""
 
-    __slots__ = ("kept", "packed", "unpacks", "version", "view")
+    __slots__ = ("kept", "packed", "unpacks", "version", "view", "watch")
 
-    def __init__(self, outer: tuple[Callable, Callable] | None, x: torch.Tensor) -> None:
+    def __init__(
+        self, outer: tuple[Callable, Callable] | None, watch: Callable[[int], None] | None, x: torch.Tensor
+    ) -> None:
         whole, self.view = x, None
         if x._is_view() and _is_plain_view(x, x._base):
             whole, self.view = x._base, (x.size(), x.stride(), x.storage_offset())
-        found = kept(whole) if whole.output_nr == 0 else None
+        found = _shared(whole) if whole.output_nr == 0 else None
         self.kept = found if found is not None and found.recipe is not None else None
         self.packed, self.unpacks, self.version = None, None if outer is None else outer[1], x._version
         if self.kept is None:
@@ -144,9 +162,18 @@ class _Saved:
             # of what it has gathered into it, which another name for the memory would hold.
             itself = x if x.grad_fn is None else x.detach()
             self.packed = itself if outer is None else outer[0](x)
+        self.watch = watch
+        if watch is not None:
+            watch(x.nbytes)
 
     def unpack(self) -> torch.Tensor:
         """The tensor, for the node."""
+        tensor = self._found()
+        if self.watch is not None:
+            self.watch(tensor.nbytes)
+        return tensor
+
+    def _found(self) -> torch.Tensor:
         if self.kept is not None:
             return self._seen(self.kept.get(None))
         return self._checked() if self.unpacks is None else self.unpacks(self.packed)

@@ -84,8 +84,8 @@ class SparseLinear(Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
-        ctx.kept = kept(x) if values.requires_grad else None
-        ctx.save_for_backward(None if ctx.kept is None else ctx.kept.tensor, values, positions, weight)
+        ctx.kept, tensor = kept(x, values.requires_grad)
+        ctx.save_for_backward(tensor, values, positions, weight)
         return _forward(x, values, positions, weight, bias)
 
     @staticmethod

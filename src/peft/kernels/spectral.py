@@ -130,8 +130,9 @@ class SpectralLinear(Function):
         weight: torch.Tensor | None,
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
-        ctx.kept, ctx.shape = kept(x) if values.requires_grad else None, shape
-        ctx.save_for_backward(None if ctx.kept is None else ctx.kept.tensor, values, u, v, weight)
+        ctx.shape = shape
+        ctx.kept, tensor = kept(x, values.requires_grad)
+        ctx.save_for_backward(tensor, values, u, v, weight)
         return _forward(x, values, (u, v), shape, weight, bias)
 
     @staticmethod

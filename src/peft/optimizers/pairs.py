@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from peft.core.files.entries import anatomy
+from peft.core.layer.weight import wide
 from peft.core.model.walk import layers_of
 from peft.tuners.lora.factors import factors_of
 from peft.tuners.lora.layer import LoraLayer
@@ -49,8 +50,8 @@ def damped_inverses(factors: list[torch.Tensor], damping: float) -> list[torch.T
     """
     grams = []
     for factor in factors:
-        wide = factor.detach().to(torch.promote_types(factor.dtype, torch.float32))
-        grams.append(wide @ wide.mT + damping * torch.eye(wide.shape[-2], dtype=wide.dtype, device=wide.device))
+        f = wide(factor.detach())
+        grams.append(f @ f.mT + damping * torch.eye(f.shape[-2], dtype=f.dtype, device=f.device))
     groups: dict[tuple, list[int]] = {}
     for index, gram in enumerate(grams):
         groups.setdefault((gram.shape, gram.dtype, gram.device), []).append(index)

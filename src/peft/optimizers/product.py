@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from peft.core.layer.weight import wide
 from peft.optimizers.adamw import adamw
 from peft.optimizers.closure import loss_of
 from peft.optimizers.pairs import pairs_of, require_whole
@@ -87,9 +88,8 @@ class ProductOptimizer(Optimizer):
 
     def _step(self, a: nn.Parameter, b: nn.Parameter, s: float, group: dict[str, Any]) -> None:
         require_whole(a, self.what)
-        wide = torch.promote_types(a.dtype, torch.float32)
-        x, y = b.flatten(1).to(wide), a.flatten(1).T.to(wide) * s
-        gx, gy = b.grad.flatten(1).to(wide), a.grad.flatten(1).T.to(wide) / s
+        x, y = wide(b.flatten(1)), wide(a.flatten(1)).T * s
+        gx, gy = wide(b.grad.flatten(1)), wide(a.grad.flatten(1)).T / s
         dx, dy = self.step_of_pair(x, y, gx, gy, (self.state[b], self.state[a]), group)
         # decay of the product by 1 - lr * weight_decay, half of it in each factor, and none in what is added to it
         shrink = math.sqrt(1 - group["lr"] * group["weight_decay"])

@@ -13,6 +13,7 @@ import io
 import re
 import tempfile
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from unittest import mock
 
 import torch
 from safetensors.torch import load_file
+from torch.utils.checkpoint import checkpoint
 
 from peft.core.families import Copy, Output, Rotation, Rows, Scale
 from peft.core.files.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
@@ -204,6 +206,7 @@ def a_row_of_a_mixed_batch_has_the_value_of_its_adapter_alone(cell: Cell) -> Non
 def a_row_of_a_mixed_batch_has_the_gradient_of_its_adapter_alone(cell: Cell) -> None:
     """3, in training mode, but where that draws random numbers."""
     model = cell.adapted("one", "two")
+    # No two passes would draw alike.
     model.train(not any(type(layer.adapters["one"]).random_in_training for _, layer in layers(model)))
     _rows_train_their_adapters(cell, model)
 
@@ -609,10 +612,26 @@ def the_gradient_is_that_of_the_merged_weight(cell: Cell) -> None:
         with torch.no_grad():
             for p, step in zip(parameters_of(other, "one"), steps):
                 p.add_(step, alpha=sign)
-        with torch.no_grad():
             moved.append(cell.loss(other.merge_and_unload()).item())
     expected = sum((gradient(p) * step).sum() for p, step in zip(own, steps)).item()
     assert abs((moved[0] - moved[1]) / 2 - expected) <= max(0.03 * abs(expected), 3e-6)
+
+
+@law(precisions=ONE, each_layer=False, when=lambda cell: cell.inputs()[0].is_floating_point())
+def inputs_are_held_through_autograd_alone(cell: Cell) -> None:
+    """11, at its price: what a checkpointed block takes back from autograd is gone, no layer holds on to its input."""
+    mixes = cell.refusal("mixed") is None
+    model = cell.adapted("one", "two").train() if mixes else cell.adapted("one").train()
+    for kwargs in ({}, {"adapter_names": ROWS})[: 1 + mixes]:
+        seen: list[weakref.ref[torch.Tensor]] = []
+        note = lambda module, args: seen.append(weakref.ref(args[0]))  # noqa: B023, E731
+        hooks = [layer.register_forward_pre_hook(note) for _, layer in layers(model)]
+        run = lambda x, *others: model(x * 1, *others, **kwargs)  # noqa: B023, E731
+        y = checkpoint(run, *cell.inputs(), use_reentrant=False)
+        assert seen and y.requires_grad
+        assert all(x() is None for x in seen), f"inputs are held, {kwargs}"
+        for hook in hooks:
+            hook.remove()
 
 
 # --- 12: copies -----------------------------------------------------------------------------------------------

@@ -47,6 +47,7 @@ def methods() -> list[Method]:
         Method(str(value_of(key)).lower(), config, PEFT_TYPE_TO_TUNER_MAPPING[key])
         for key, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()
     ]
+    # LoRA first, the others by name, (IA)3 among those with I.
     return sorted(found, key=lambda entry: (entry.key != "lora", entry.words[0].lower().strip("(")))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 from peft.core.files.entries import prompts_of
 from peft.core.model.walk import layers_of, wrappers_of
 from peft.tools.status import count_parameters
+from peft.utils.meanwhile import in_mode
 
 
 LOW_LEARNING_RATE = 5e-5
@@ -256,7 +257,6 @@ def _of_gradients(grads: list[tuple[str, torch.Tensor | None]]) -> Iterator[Find
 def _starved_blocks(model: nn.Module) -> Iterator[list[str]]:
     """Names of the modules under reentrant checkpointing that are called with inputs that require no grad."""
     starved: list[str] = []
-    hooks = []
 
     def watch(name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -266,30 +266,23 @@ def _starved_blocks(model: nn.Module) -> Iterator[list[str]]:
 
         return hook
 
-    for name, module in model.named_modules():
-        if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func"):
-            if getattr(module._gradient_checkpointing_func, "keywords", {}).get("use_reentrant", True):
-                hooks.append(module.register_forward_pre_hook(watch(name), with_kwargs=True))
-    try:
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func"):
+                if getattr(module._gradient_checkpointing_func, "keywords", {}).get("use_reentrant", True):
+                    hooks.enter_context(module.register_forward_pre_hook(watch(name), with_kwargs=True))
         yield starved
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
     """Training mode with gradients on; modes, buffers and random states are put back."""
-    modes = {module: module.training for module in model.modules()}
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]  # running means move in a forward
     devices = sorted({p.device.index for p in model.parameters() if p.is_cuda and p.device.index is not None})
-    with torch.random.fork_rng(devices=devices), torch.enable_grad():
+    with torch.random.fork_rng(devices=devices), torch.enable_grad(), in_mode(model, training=True):
         try:
-            model.train()
             yield
         finally:
-            for module, mode in modes.items():
-                module.training = mode
             with torch.no_grad():
                 for buffer, value in buffers:
                     buffer.copy_(value)

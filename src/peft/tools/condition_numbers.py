@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from peft.core.base.kinds import kind_of
 from peft.core.base.storage import storage_of
+from peft.core.layer.weight import wide
 from peft.core.model.walk import join, walk
 
 
@@ -21,8 +22,8 @@ MOE_SUFFIXES = (".gate_up_proj", ".down_proj", ".gate_proj", ".up_proj")
 
 def condition_number(weight: torch.Tensor) -> float:
     """Largest over smallest singular value of a matrix, computed in float32; of a stack ``[n, a, b]`` the mean."""
-    values = torch.linalg.svdvals(weight.detach().to(torch.promote_types(weight.dtype, torch.float32)))
-    return float((values[..., 0] / values[..., -1]).mean())
+    values = torch.linalg.svdvals(wide(weight.detach()))
+    return float((values[..., 0] / values[..., -1]).mean())  # over the experts, of a stack
 
 
 class KappaTuneSelector:

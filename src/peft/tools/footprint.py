@@ -53,6 +53,7 @@ def meta_copy(model: nn.Module) -> nn.Module:
         bias = getattr(site.module, "bias", None) is not None
         memo[id(site.module)] = nn.Linear(inner, out, bias, device="meta", dtype=kept).requires_grad_(False)
     for p in model.parameters():
+        # What is no plain parameter (codes, tensor subclasses) is copied as it is.
         memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) if _is_dense(p) else None
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
@@ -126,6 +127,7 @@ class _KeepsAs(TorchFunctionMode):
             given = {**dict(zip(names, args)), **kwargs}
             if self.fuses or not given.get("dropout_p"):
                 return _fused_attention(**given)
+        # Models ask whether a mask is full, which has no answer without values: the usual one is given.
         elif func in _QUESTIONS and len(args) == 1 and not kwargs and args[0].is_meta:
             return torch.tensor(_QUESTIONS[func])
         elif (

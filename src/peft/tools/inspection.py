@@ -163,6 +163,6 @@ def spectrum(matrix: torch.Tensor) -> torch.Tensor:
         return matrix.new_zeros(0)
     if min(matrix.shape) <= _WHOLE_SPECTRUM:
         return torch.linalg.svdvals(matrix)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # the same figures each time
         torch.manual_seed(0)
         return torch.svd_lowrank(matrix, q=_SOME, niter=4)[1]

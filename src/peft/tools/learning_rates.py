@@ -19,11 +19,12 @@ class Rate(NamedTuple):
     source: str
 
 
-_LIKE_LORA = "a low-rank update at LoRA's scale: LoRA's rate, not searched for here"
+_LIKE_LORAS = ("comol", "deft", "dylora", "gralora", "lily", "loha", "miss", "mix_lora", "mtl_lora", "peanut")
 _VECTORS = "scales and shifts that start at 1 or 0, like IA3's: not searched for here"
 
 LEARNING_RATES = {
     "lora": Rate(2e-4, "QLoRA, arXiv 2305.14314, section 4 (2e-4 up to 13 B parameters, 1e-4 above)"),
+    **dict.fromkeys(_LIKE_LORAS, Rate(2e-4, "a low-rank update at LoRA's scale: LoRA's rate, not searched for here")),
     "abba": Rate(1e-3, "a product of two pairs with small factors (arXiv 2505.14238): not searched for here"),
     "adalora": Rate(1e-3, "arXiv 2303.10512, appendix (about 5e-4 to 2e-3 on GLUE)"),
     "adamss": Rate(1e-3, "subspaces of few numbers: between LoRA and VeRA, not searched for here"),
@@ -33,33 +34,23 @@ LEARNING_RATES = {
     "bottleneck": Rate(1e-3, "measured (examples/tutorial.py); arXiv 2005.00247 uses 1e-4"),
     "c3a": Rate(3e-1, "the docstring of its config: 0.1 to 0.3"),
     "cartridge": Rate(2e-2, "key-value prefixes that start from a text (arXiv 2506.06266): not searched for here"),
-    "comol": Rate(2e-4, _LIKE_LORA),
     "compacter": Rate(1e-3, "a bottleneck adapter made of few numbers: not searched for here"),
     "cpt": Rate(1e-4, "trained embeddings that start from a text: small steps, not searched for here"),
-    "deft": Rate(2e-4, _LIKE_LORA),
     "delora": Rate(1e-3, "its norm is bounded, so steps larger than LoRA's do no harm: not searched for here"),
-    "dylora": Rate(2e-4, _LIKE_LORA),
     "fourierft": Rate(5e-2, "coefficients of a spectrum (arXiv 2405.03003): not searched for here"),
     "frod": Rate(1e-2, "few numbers over frozen bases, as VeRA: not searched for here"),
     "glora": Rate(1e-3, "scales and shifts with small factors: not searched for here"),
-    "gralora": Rate(2e-4, _LIKE_LORA),
     "hira": Rate(1e-3, "an update times the weight's entries, which are small: more than LoRA, not searched for here"),
     "hra": Rate(1e-3, "reflections, as rotations: not searched for here"),
     "ia3": Rate(3e-3, "T-Few, arXiv 2205.05638, with Adafactor; 1e-2 measured"),
     "invertible": Rate(1e-4, "arXiv 2005.00052, section 4, for adapters of languages"),
-    "lily": Rate(2e-4, _LIKE_LORA),
     "ln_tuning": Rate(1e-3, _VECTORS),
-    "loha": Rate(2e-4, _LIKE_LORA),
     "lokr": Rate(5e-4, "two small factors: a little more than LoRA, not searched for here"),
     "lora_xs": Rate(4e-3, "few numbers between frozen factors (arXiv 2405.17604): not searched for here"),
-    "miss": Rate(2e-4, _LIKE_LORA),
-    "mix_lora": Rate(2e-4, _LIKE_LORA),
-    "mtl_lora": Rate(2e-4, _LIKE_LORA),
     "multitask_prompt_tuning": Rate(3e-1, "arXiv 2303.02861, with Adafactor"),
     "oft": Rate(5e-4, "rotations that start at the identity: not searched for here"),
     "osf": Rate(5e-5, "trains the weight's own singular vectors: a rate of full fine-tuning"),
     "p_tuning": Rate(1e-3, "an encoder makes the prompts, so its weights take small steps: not searched for here"),
-    "peanut": Rate(2e-4, _LIKE_LORA),
     "poly": Rate(1e-3, "a router over LoRAs (arXiv 2202.13914): not searched for here"),
     "prefix_tuning": Rate(3e-2, "measured (examples/tutorial.py), without projection"),
     "prompt_tuning": Rate(3e-2, "measured (examples/tutorial.py); arXiv 2104.08691 uses 0.3 with Adafactor"),

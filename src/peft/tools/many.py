@@ -122,7 +122,7 @@ class MultiAdapterTrainer(Trainer):
         )
         given = None if eval_datasets is None else dict(eval_datasets)
         super().__init__(model, args, train_dataset=rounds, eval_dataset=given, **kwargs)
-        self.loss_is_scaled_for_ga = True
+        self.loss_is_scaled_for_ga = True  # the Trainer leaves the sum as it is
         self._evaluated: str | None = None
         self.add_callback(_StopWhenAllHave(rounds))
 
@@ -224,7 +224,7 @@ class MultiAdapterTrainer(Trainer):
             curves = {}
             for name, steps in self._rounds.steps.items():
                 steps = min(steps, num_training_steps)
-                scratch = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+                scratch = torch.optim.SGD([torch.zeros(1)], lr=1.0)  # of which only the curve is wanted
                 made = get_scheduler(
                     self.args.lr_scheduler_type,
                     scratch,
@@ -242,6 +242,7 @@ class MultiAdapterTrainer(Trainer):
         return self.lr_scheduler
 
     def _clip_grad_norm(self, model: Any) -> Any:
+        # Each adapter on its own: no other one's spike shrinks its step.
         norms = [self.accelerator.clip_grad_norm_(own, self.args.max_grad_norm) for own in self._own.values()]
         return max(norms)
 

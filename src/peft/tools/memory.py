@@ -205,6 +205,7 @@ def _unit(model: nn.Module, stored: int) -> int:
     """Bytes of the largest block, or of what is outside of all, in the share in which the whole is stored."""
     blocks = [sum(p.nbytes for p in block.parameters()) for block in blocks_of(model)]
     dense = sum(p.nbytes for p in model.parameters())
+    # What is quantised takes less than its dense form, in every block alike.
     return int(max([dense - sum(blocks), *blocks]) * min(1.0, stored / max(dense, 1)))
 
 
@@ -253,10 +254,11 @@ def _inputs(model: nn.Module, task: Any, batch: int, length: int) -> dict[str, A
         size = config.image_size if isinstance(config.image_size, list | tuple) else [config.image_size] * 2
         given = {main: torch.zeros(batch, config.num_channels, *size, device="meta", dtype=_dtype(base))}
     name = type(base).__name__
-    if config.is_encoder_decoder and not name.endswith("ForConditionalGeneration"):
+    if config.is_encoder_decoder and not name.endswith("ForConditionalGeneration"):  # these make them of the labels
         given["decoder_input_ids"] = ids
     one = torch.zeros(batch, dtype=torch.long, device="meta")
     if "SequenceClassification" in name or "ImageClassification" in name:
+        # A classifier looks for the last token by it.
         config.pad_token_id = 0 if config.pad_token_id is None else config.pad_token_id
         given["labels"] = one
     elif "QuestionAnswering" in name:

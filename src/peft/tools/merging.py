@@ -23,13 +23,13 @@ from peft.core.adapter import Adapter
 from peft.core.combine.combined import check_auxiliary, checked_weights
 from peft.core.combine.names import CombinationType, Vote, idle
 from peft.core.combine.ways import Combination
-from peft.core.files.io import replacing
+from peft.core.files.io import CONFIG_NAME, replacing
 from peft.core.files.shards import INDEX, Entry, Shards, ShardWriter, dtype_of, has_weights
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.weight import base_bias, effective, unmerged_weight
 from peft.core.model.auxiliary import AuxiliaryTrainingWrapper, biases_of
 from peft.core.model.declared import new_biases
-from peft.core.model.walk import embeddings_of, join, walk
+from peft.core.model.walk import embeddings_of, join, shares_embeddings, walk
 from peft.options import value_of
 from peft.tools.architecture import build, class_of
 from peft.utils.error import ConfigError, NoEqualWeightError
@@ -116,7 +116,8 @@ def merge_files(
         merge_files("SmolLM2-135M", {"tone": "runs/tone/adapter"}, "merged", dtype=torch.bfloat16)
 
     Raises:
-        ConfigError: no such base, ``output`` is its folder, or an argument that the combination does not use.
+        ConfigError: no such base, ``output`` is its folder or that of an adapter, or an argument that the combination
+            does not use.
         ValueError: the adapters cannot be merged or combined.
             Nothing is written then.
     """
@@ -127,6 +128,8 @@ def merge_files(
     folder = _folder_of(base)
     if os.path.abspath(folder) == os.path.abspath(output):
         raise ConfigError(f"the output {os.fspath(output)!r} is the folder of the base model: name another one.")
+    if os.path.isfile(os.path.join(output, CONFIG_NAME)):  # transformers would load it with the model, once more
+        raise ConfigError(f"the output {os.fspath(output)!r} is the folder of an adapter: name another one.")
     return _merge(_Job(folder, adapters, output, weights, combination, ways, dtype, safe_merge, quantized), tell)
 
 
@@ -197,7 +200,7 @@ def _without_memory(config: Any, entries: dict[str, Entry], dtype: torch.dtype |
 
     with init_empty_weights():
         model = build(config)
-    model.tie_weights()
+    model.tie_weights()  # a tied tensor is in the files once
     index = {}
     for name, entry in entries.items():
         kept = str(dtype_of(entry, dtype)).removeprefix("torch.")
@@ -227,19 +230,25 @@ class _Mixture(NamedTuple):
     combination: Combination
 
 
-def _adapted(base: nn.Module, job: _Job) -> tuple[Any, list[str], _Mixture | None]:
-    """The model with the adapters, those to merge active, their names; how they are combined, if they are no LoRAs."""
+def with_adapters(base: nn.Module, adapters: Mapping[str, str]) -> Any:
+    """The base model with saved adapters, the first one active; the base itself if there are none."""
     from peft.peft_model import PeftModel
 
+    model: Any = base
+    for name, folder in adapters.items():
+        if model is base:
+            model = PeftModel.from_pretrained(base, folder, adapter_name=name)
+        else:
+            model.load_adapter(folder, adapter_name=name)
+    return model.eval()
+
+
+def _adapted(base: nn.Module, job: _Job) -> tuple[Any, list[str], _Mixture | None]:
+    """The model with the adapters, those to merge active, their names; how they are combined, if they are no LoRAs."""
     if not job.adapters:
         raise ConfigError("no adapter to merge was given.")
-    model: Any = None
     with torch.random.fork_rng(devices=[]):  # what adapters draw before they are filled is no draw of the merging
-        for name, folder in job.adapters.items():
-            if model is None:
-                model = PeftModel.from_pretrained(base, folder, adapter_name=name)
-            else:
-                model.load_adapter(folder, adapter_name=name)
+        model = with_adapters(base, job.adapters)
     config = model.peft_config[next(iter(job.adapters))]
     method = str(value_of(config.peft_type))
     if config.is_prompt_learning:
@@ -273,9 +282,8 @@ def _needs_more(model: nn.Module, names: list[str]) -> str | None:
     """What merging changes beside the weights that are in the files."""
     if biases_of(model) is not None:
         return "the adapter trains biases of the base model"
-    first, last = embeddings_of(model)
-    ends = [site for site in walk(model) if site.wrappers and site.module in (first, last)]
-    if ends and first is not None and getattr(first, "weight", 0) is getattr(last, "weight", 1):
+    ends = [site for site in walk(model) if site.wrappers and site.module in embeddings_of(model)]
+    if ends and shares_embeddings(model):
         return "the adapter is on one end of a tied embedding"
     if new_biases(model, names):
         return "merging gives layers a bias"
@@ -400,7 +408,7 @@ def _copy_rest(job: _Job, target: str) -> None:
     config = Path(target, "config.json")
     if job.dtype is not None and config.is_file():
         values = json.loads(config.read_text(encoding="utf-8"))
-        values.pop("torch_dtype", None)
+        values.pop("torch_dtype", None)  # its name in older configs
         values["dtype"] = str(job.dtype).removeprefix("torch.")
         config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 

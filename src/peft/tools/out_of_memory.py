@@ -55,14 +55,12 @@ def explain_out_of_memory(model: nn.Module) -> Iterator[None]:
         if not torch.compiler.is_compiling():
             given[:] = on_meta(args), on_meta(kwargs)  # their shapes, so that no batch is kept
 
-    handle = model.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        yield
-    except RuntimeError as error:
-        add_way_out(error, model, *given)
-        raise
-    finally:
-        handle.remove()
+    with model.register_forward_pre_hook(note, with_kwargs=True):
+        try:
+            yield
+        except RuntimeError as error:
+            add_way_out(error, model, *given)
+            raise
 
 
 def add_way_out(error: Exception, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

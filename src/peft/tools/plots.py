@@ -149,7 +149,7 @@ def update_map(
         from matplotlib.colors import LogNorm, Normalize
 
         low, high = min(finite, default=0.0), max(finite, default=1.0)
-        wide = 0 < low < high / 50
+        wide = 0 < low < high / 50  # a linear scale would show the largest alone
         axes = figure.subplots()
         values = [[table.get((row, column), math.nan) for column in columns] for row in rows]
         scale = LogNorm(low, high) if wide else Normalize(min(0.0, low), high or 1.0)
@@ -322,7 +322,7 @@ def _smoothed(losses: tuple[float, ...]) -> tuple[float, ...]:
 def _style(place: int, colours: Mapping[str, Any]) -> tuple[str, Any, str]:
     """Colour, line and marker of the series at a place; they repeat after different counts."""
     series = colours["series"]
-    turn = place + place // len(series)
+    turn = place + place // len(series)  # a colour comes again with another line
     return series[place % len(series)], _LINES[turn % len(_LINES)], _MARKERS[place % len(_MARKERS)]
 
 

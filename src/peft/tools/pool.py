@@ -175,7 +175,7 @@ class AdapterPool:
         if len(self._places) >= self.capacity:
             oldest = next(name for name in self._places if name not in wanted)
             place = self._places.pop(oldest)
-            if self._known[oldest].kind != adapter.kind:
+            if self._known[oldest].kind != adapter.kind:  # its tensors have other shapes, or other places
                 self._remove(place)
                 place = None
         if place is None:

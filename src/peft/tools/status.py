@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from peft.core.files.entries import anatomy, tuner_of
+from peft.core.files.entries import anatomy, configs_of, tuner_of
 from peft.core.layer.layer import BaseTunerLayer
-from peft.core.model.auxiliary import AuxiliaryTrainingWrapper, TrainableTokens, TrainableTokensWrapper
+from peft.core.model.auxiliary import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from peft.core.model.walk import join, wrappers_of
 from peft.options import value_of
 from peft.utils.error import NoAdaptedLayersError
@@ -26,7 +26,7 @@ class TunerLayerStatus:
 
     Attributes:
         name: its path in the model (``model.`` in front where a tuner is around it).
-        module_type: method and kind, ``"lora.Linear"``.
+        module_type: method and class, ``"lora.Linear"``, as a printed model has it.
         enabled: whether its adapters are switched on.
         active_adapters: those that act in the forward.
         merged_adapters: those that are in the base weight now.
@@ -92,11 +92,11 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 def weights_of(p: torch.Tensor) -> int:
     """How many weights a parameter stands for: bitsandbytes packs two in a 4-bit byte, DeepSpeed keeps a shard."""
     sharded = getattr(p, "ds_numel", None)
-    count = p.numel() or sharded or 0
+    count = p.numel() or sharded or 0  # DeepSpeed leaves nothing in a sharded one
     if type(p).__name__ != "Params4bit":
         return count
     stored = getattr(p, "quant_storage", None) or p.dtype
-    return count * 2 * stored.itemsize
+    return count * 2 * stored.itemsize  # two weights in a byte
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
@@ -177,7 +177,7 @@ def _adapted(model: nn.Module) -> list[tuple[str, BaseTunerLayer | AuxiliaryTrai
             path, wrapper = join(path, "token_adapter"), wrapper.token_adapter
         found.append((f"{prefix}.{path}" if prefix and path else prefix or path, wrapper))
     if not found:
-        config = next(iter((getattr(model, "peft_config", None) or {}).values()), None)
+        config = next(iter(configs_of(model).values()), None)
         reason = " Prompt learning adapts no layers." if getattr(config, "is_prompt_learning", False) else ""
         raise NoAdaptedLayersError(
             f"No adapter layers found in this {type(model).__name__}.{reason} Give it adapters with get_peft_model or "
@@ -192,7 +192,7 @@ def _layer_status(name: str, layer: BaseTunerLayer | AuxiliaryTrainingWrapper) -
     tuner_layer = isinstance(layer, BaseTunerLayer)
     return TunerLayerStatus(
         name=name,
-        module_type=layer_type(layer),
+        module_type=layer._get_name(),
         enabled=not layer.disable_adapters,
         active_adapters=[adapter for adapter in layer.active_adapters if adapter in layer],
         merged_adapters=list(layer.merged_adapters) if tuner_layer else [],
@@ -201,15 +201,6 @@ def _layer_status(name: str, layer: BaseTunerLayer | AuxiliaryTrainingWrapper) -
         devices={adapter: sorted({str(p.device) for p in tensors[adapter]}) for adapter in names},
         quantization_backend=layer.storage.name if tuner_layer and not layer.kind.whole else None,
     )
-
-
-def layer_type(layer: nn.Module) -> str:
-    """Method and kind of an adapted layer, ``"lora.Linear"``; the class name of what belongs to no method."""
-    if issubclass(getattr(layer, "adapter_cls", object), TrainableTokens):
-        return "TrainableTokensLayer"
-    package, _, method = type(layer).__module__.partition("peft.tuners.")
-    name = type(layer).__name__
-    return f"{method.partition('.')[0]}.{name}" if method and not package else name
 
 
 def _common(values: Iterable[Any], empty: Any = None) -> Any:

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from peft.config import ExcludeModules, LayerSelection, ModulesToSave, TargetModules, option
-from peft.core.adapter import part, setting
+from peft.core.adapter import input_dropout, part, setting
 from peft.core.base.kinds import fan
-from peft.core.families import LowRank, input_dropout
+from peft.core.combine.ranks import halves, svd
+from peft.core.families import LowRank
 from peft.core.filling import draw_like_linear, skip_values
 from peft.core.model.registry import define_tuner
 
@@ -51,21 +52,19 @@ class Abba(LowRank):
     """A1 ``[r1, in * kernel]`` and B1 ``[out, r1]``, A2 and B2 likewise; B1 A1 starts as the best W of its rank."""
 
     abba_A1, abba_B1, abba_A2, abba_B2 = part(), part(), part(), part()
-    abba_scale, abba_dropout = setting(), setting(nn.ModuleDict)
-    dropout = "abba_dropout"
+    abba_scale, abba_dropout = setting(), input_dropout()
 
     def create(self, config: AbbaConfig, key: str) -> None:
         (out, columns), r2 = fan(self.shape), config.r2
         r1 = min(config.r1, out, columns)
         a1, b1, a2, b2 = (torch.empty(size) for size in ((r1, columns), (out, r1), (r2, columns), (out, r2)))
         if not skip_values():
-            u, s, v = torch.linalg.svd(self.base_weight().detach().flatten(1).float(), full_matrices=False)
-            a1, b1 = s[:r1].sqrt()[:, None] * v[:r1], u[:, :r1] * s[:r1].sqrt()
+            a1, b1 = halves(*svd(self.base_weight().detach().flatten(1).float()), r1)
             draw_like_linear(a2)
             nn.init.zeros_(b2) if config.init_weights else draw_like_linear(b2)
         self.abba_A1, self.abba_B1 = nn.Parameter(a1), nn.Parameter(b1)
         self.abba_A2, self.abba_B2 = nn.Parameter(a2), nn.Parameter(b2)
-        self.abba_scale, self.abba_dropout = config.alpha / math.sqrt(r1 * r2), input_dropout(config.dropout)
+        self.abba_scale, self.abba_dropout = config.alpha / math.sqrt(r1 * r2), config.dropout
 
     def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
         a, b = khatri_rao(self.abba_A1, self.abba_B1, self.abba_A2, self.abba_B2)

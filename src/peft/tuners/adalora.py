@@ -11,9 +11,9 @@ from torch import nn
 
 from peft.compat.methods import AdaLoraCompat, LoraCompat
 from peft.config import option, resolve_pattern
-from peft.core.adapter import part, setting
+from peft.core.adapter import input_dropout, part, setting
 from peft.core.base.kinds import fan
-from peft.core.families import LowRank, Scaled, input_dropout
+from peft.core.families import LowRank, Scaled
 from peft.core.model.registry import define_tuner
 from peft.tuners.adalora_utils import Allocating, mask_of
 from peft.tuners.adalora_utils import RankAllocator as RankAllocator  # a name of the API
@@ -99,16 +99,12 @@ class AdaLora(LowRank, Scaled):
     ``left`` holds the ranks that the budget has left, once they are settled: the others take no part any more.
     """
 
-    lora_A = part()
-    lora_E = part()
-    lora_B = part()
+    # E last, as in 0.21.2: the states of an optimizer go by the order of parameters
+    lora_A, lora_B, lora_E = part(), part(), part()
     r = setting()
     ranknum = setting(nn.ParameterDict)
-    lora_alpha = setting()
-    scaling = setting()
-    lora_dropout = setting(nn.ModuleDict)
+    lora_alpha, scaling, lora_dropout = setting(), setting(), input_dropout()
     left = setting()
-    dropout: ClassVar[str] = "lora_dropout"
     loss_weight: ClassVar[str] = "orth_reg_weight"
 
     def create(self, config: AdaLoraConfig, key: str) -> None:
@@ -118,9 +114,10 @@ class AdaLora(LowRank, Scaled):
         self.lora_B = nn.Parameter(torch.randn(out, rank) * 0.02)
         self.lora_E = nn.Parameter(torch.zeros(rank, 1) if config.init_lora_weights else torch.randn(rank, 1))
         self.r, self.left = config.init_r, None
+        # Others read it, so it has its value on the meta device too.
         self.ranknum = nn.Parameter(torch.tensor([float(config.init_r)], device="cpu"), requires_grad=False)
         self.lora_alpha = resolve_pattern(config.alpha_pattern, key, config.lora_alpha)
-        self.lora_dropout, self.scaling = input_dropout(config.lora_dropout), self.initial_scaling()
+        self.lora_dropout, self.scaling = config.lora_dropout, self.initial_scaling()
 
     def initial_scaling(self) -> float:
         return float(self.lora_alpha if self.lora_alpha > 0 else self.r)

@@ -88,8 +88,7 @@ class Adamss(LowRank, Shift):
     in their places.
     """
 
-    adamss_A = part(nn.ModuleDict)
-    adamss_B = part(nn.ModuleDict)
+    adamss_A, adamss_B = part(nn.ModuleDict), part(nn.ModuleDict)
     adamss_newB = part(BufferDict)
     adamss_places = part(BufferDict, remade=True)
     num_subspaces = setting()
@@ -145,6 +144,7 @@ def cluster(rows: torch.Tensor, count: int) -> list[torch.Tensor]:
         from sklearn.cluster import KMeans
     except ImportError:
         raise ConfigError("AdaMSS clusters the rows of weights by scikit-learn: pip install scikit-learn.") from None
+    # One seed for all: the clusters are in no file.
     means = KMeans(min(count, len(rows)), init="random", n_init=1, random_state=123456789)
     labels = torch.from_numpy(means.fit(rows.numpy()).labels_)
     found = ((labels == k).nonzero()[:, 0] for k in range(means.n_clusters))
@@ -187,6 +187,7 @@ class AdamssTuner(BudgetTuner):
         done = (step - config.init_warmup) / (config.final_warmup - config.init_warmup)
         count = budget_at(done, len(pairs), config.asa_target_subspaces, config.asa_schedule_exponent)
         scores = {i: sum(by.score((i, place)).mean().item() for place in (0, 1)) for i in left}
+        # A pair that was left out never comes back.
         return sorted(sorted(left, key=scores.__getitem__, reverse=True)[:count])
 
 

@@ -69,8 +69,7 @@ class AdaptionPrompt(BlockAdapter):
     """A prompt P ``[1, adapter_len, width]``, of which the attention's own projections make K_p = W_k P and
     V_p = W_v P without a rotation for positions, and a gate g ``[1]`` that starts at zero."""
 
-    adaption_prompt = part()
-    adaption_gate = part()
+    adaption_prompt, adaption_gate = part(), part()
 
     def create(self, config: AdaptionPromptConfig, key: str) -> None:
         self.adaption_prompt = nn.Parameter(torch.randn(1, config.adapter_len, width_of(self.base)))
@@ -104,6 +103,7 @@ class AdaptedAttention(BlockLayer, nn.Module):
             for adapter, rows, pair in acting:
                 seen = adapter.seen(pair, query, rows, options.get("scaling"), output.dtype)
                 update = update + seen if rows is None else update.index_add(0, rows, seen)
+            # Where the output projection keeps its weight transposed (GPT-2), what is added comes after it.
             if self.projects:
                 return output + update, weights
             unprojected.append(update)

@@ -13,6 +13,7 @@ from torch import nn
 from peft.config import ExcludeModules, FanInFanOut, LayerSelection, ModulesToSave, TargetModules, TrainedBias, option
 from peft.core.adapter import part, setting
 from peft.core.families import Rotation
+from peft.core.layer.weight import wide
 from peft.core.model.registry import define_tuner
 from peft.kernels.made_again import made_again
 from peft.utils.error import ConfigError
@@ -55,8 +56,9 @@ def boft_blocks(q: torch.Tensor) -> torch.Tensor:
 
     This is the convention of exact OFT, and the transpose of (I + S)(I - S)^-1, which others use.
     """
-    wide = q.float() if q.dtype.itemsize < 4 else q  # there is no solver for 16 bits
-    skew, eye = (wide - wide.mT) / 2, torch.eye(q.shape[-1], device=q.device, dtype=wide.dtype)
+    skew = wide(q)  # there is no solver for 16 bits
+    skew = (skew - skew.mT) / 2
+    eye = torch.eye(q.shape[-1], device=q.device, dtype=skew.dtype)
     return torch.linalg.solve(eye + skew, eye - skew, left=False).to(q.dtype)
 
 
@@ -86,8 +88,7 @@ class BOFT(Rotation):
     ``boft_R`` is ``[m, blocks, b, b]``: any square matrices, which :func:`boft_blocks` makes rotations of.
     """
 
-    boft_R = part()
-    boft_s = part()
+    boft_R, boft_s = part(), part()
     boft_dropout = setting()
     reversible = False  # a scale may be zero
     last_comes_first = True

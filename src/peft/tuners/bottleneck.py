@@ -72,8 +72,7 @@ class BottleneckConfig(NetworkFields):
 class Bottlenecks(Networks):
     """One bottleneck for each kind of sub-layer that the config names."""
 
-    bottleneck_attention = part(nn.ModuleDict)
-    bottleneck_cross = part(nn.ModuleDict)
+    bottleneck_attention, bottleneck_cross = part(nn.ModuleDict), part(nn.ModuleDict)
     bottleneck_feedforward = part(nn.ModuleDict)
     stem: ClassVar[str] = "bottleneck"
     network: ClassVar[type[Bottleneck]] = Bottleneck

@@ -83,6 +83,7 @@ class Bottleneck(nn.Module):
             u = self.gate.apply_to(u, h, context)
         u = F.dropout(u, config.dropout, self.training)
         if self.training and config.stochastic_depth:
+            # One draw for each sample.
             kept = torch.rand(len(u), *[1] * (u.dim() - 1), device=u.device) >= config.stochastic_depth
             u = u * kept / (1 - config.stochastic_depth)
         if self.norm_after is None:

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from peft.config import ExcludeModules, LayerSelection, ModulesToSave, TargetModules, option
-from peft.core.adapter import part, setting
+from peft.core.adapter import input_dropout, part, setting
 from peft.core.base.kinds import fan
-from peft.core.families import Sample, input_dropout
+from peft.core.families import Sample
 from peft.core.filling import draw_like_linear
 from peft.core.model.registry import define_tuner
 from peft.tuners.routing import top_weights
@@ -54,7 +54,7 @@ class Comol(Sample):
     """
 
     comol_A, comol_B, comol_cores, comol_router = part(), part(), part(), part()
-    comol_scale, comol_top_k, comol_dropout = setting(), setting(), setting(nn.ModuleDict)
+    comol_scale, comol_top_k, comol_dropout = setting(), setting(), input_dropout()
     because = "its cores are mixed by the input"
 
     def create(self, config: ComolConfig, key: str) -> None:
@@ -66,7 +66,7 @@ class Comol(Sample):
         self.comol_A, self.comol_B = nn.Parameter(a), nn.Parameter(b)
         self.comol_cores, self.comol_router = nn.Parameter(cores), nn.Parameter(router)
         self.comol_scale, self.comol_top_k = config.alpha / r, config.top_k
-        self.comol_dropout = input_dropout(config.dropout)
+        self.comol_dropout = config.dropout
 
     def update(self, x: torch.Tensor) -> torch.Tensor:
         kind, base = self.kind, self.base

@@ -111,7 +111,7 @@ class Phm(nn.Module):
             sizes = {"W_left": (n, inner // n, k), "W_right": (n, k, outer // n)}
         for name, size in sizes.items():
             values = torch.empty(size)
-            for each in values:
+            for each in values:  # each factor is drawn like a matrix of its own
                 nn.init.xavier_normal_(each)
             self.register_parameter(name, nn.Parameter(values))
         self.bias = nn.Parameter(torch.zeros(outer)) if config.phm_bias else None
@@ -136,8 +136,7 @@ class PhmBottleneck(Bottleneck):
 class Compacter(Networks):
     """One bottleneck for each kind of sub-layer that the config names; the rule is ``[n, n, n]``."""
 
-    compacter_attention = part(nn.ModuleDict)
-    compacter_cross = part(nn.ModuleDict)
+    compacter_attention, compacter_cross = part(nn.ModuleDict), part(nn.ModuleDict)
     compacter_feedforward = part(nn.ModuleDict)
     compacter_rule = shared()
     stem: ClassVar[str] = "compacter"

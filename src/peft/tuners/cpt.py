@@ -125,7 +125,7 @@ class CPTEmbedding(VirtualTokens):
         bounds, moves = self.get_epsilon().to(delta)[:, None], self._moves.to(delta.device)[:, None]
         norm = delta.detach().norm(dim=1, keepdim=True).clamp(min=FIXED)
         projected = delta * (bounds / norm).clamp(max=1)
-        return torch.where(moves, projected, projected.detach())
+        return torch.where(moves, projected, projected.detach())  # tokens that stay get no gradient
 
     def forward(self, indices: torch.Tensor, task_ids: torch.Tensor | None = None) -> torch.Tensor:
         return self.embedding(indices) + self.get_projection()[indices]

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from peft.config import ExcludeModules, FanInFanOut, LayerSelection, ModulesToSave, TargetModules, TrainedBias, option
-from peft.core.adapter import part, setting
+from peft.core.adapter import input_dropout, part, setting
 from peft.core.base.kinds import fan
-from peft.core.families import Fold, input_dropout
+from peft.core.families import Fold
+from peft.core.layer.weight import wide
 from peft.core.model.registry import define_tuner
 from peft.utils.peft_types import PeftType
 
@@ -55,8 +56,7 @@ def deft_directions(p: torch.Tensor, method: str) -> tuple[torch.Tensor, torch.T
     """Q and P, ``[out, r]``: the trained matrix and its positive part, or its orthonormal basis twice."""
     if method == "relu":
         return p, p.relu()
-    wide = p.float() if p.dtype.itemsize < 4 else p  # there is no decomposition for 16 bits
-    q = torch.linalg.qr(wide)[0].to(p.dtype)
+    q = torch.linalg.qr(wide(p))[0].to(p.dtype)  # there is no decomposition for 16 bits
     return q, q
 
 
@@ -67,22 +67,19 @@ class Deft(Fold):
     its rows read different channels: there the weight is formed.
     """
 
-    deft_P = part()
-    deft_R = part()
-    r = setting()
-    scaling = setting()
-    deft_dropout = setting(nn.ModuleDict)
+    deft_P, deft_R = part(), part()
+    r, scaling, deft_dropout = setting(), setting(), input_dropout()
     decomposition_method = setting()
     requires_dense_base = False
 
     def create(self, config: DeftConfig, key: str) -> None:
         out, inner = fan(self.shape)
         self.r, self.scaling = config.r, config.alpha / config.r if config.alpha else 1.0
-        self.decomposition_method, self.deft_dropout = config.decomposition_method, input_dropout(config.deft_dropout)
+        self.decomposition_method, self.deft_dropout = config.decomposition_method, config.deft_dropout
         self.deft_P = nn.Parameter(torch.randn(out, config.r) * 0.02)
         if config.para:
             return
-        if config.init_weights and not self.deft_P.is_meta:
+        if config.init_weights and not self.deft_P.is_meta:  # on meta, a file brings both
             base = self.base_weight().flatten(1)
             with torch.no_grad():
                 r = self.directions()[1].to(base).T @ base / self.scaling

@@ -18,9 +18,9 @@ from peft.config import (
     option,
     resolve_pattern,
 )
-from peft.core.adapter import part, setting
+from peft.core.adapter import input_dropout, part, setting
 from peft.core.base.kinds import fan
-from peft.core.families import LowRank, input_dropout
+from peft.core.families import LowRank
 from peft.core.layer.buffers import BufferDict
 from peft.core.model.registry import define_tuner
 from peft.kernels.made_again import made_again
@@ -58,20 +58,16 @@ def delora_pair(
     Args:
         a, b: ``[r, in * kernel]`` and ``[out, r]``. strength: lambda ``[1]``. w_norm: norms of W's columns.
     """
-    norms = a.norm(dim=1).clamp_min(1e-4) * b.norm(dim=0).clamp_min(1e-4)
+    norms = a.norm(dim=1).clamp_min(1e-4) * b.norm(dim=0).clamp_min(1e-4)  # B starts at 0
     return made_again(torch.mul, a, w_norm.to(a.dtype)), made_again(torch.mul, b, strength / (len(a) * norms))
 
 
 class Delora(LowRank):
     """A ``[r, in * kernel]``, B ``[out, r]``, lambda ``[1]``; ``delora_w_norm`` holds the norms of W's columns."""
 
-    delora_A = part()
-    delora_B = part()
-    delora_lambda = part()
+    delora_A, delora_B, delora_lambda = part(), part(), part()
     delora_w_norm = part(BufferDict)
-    r = setting()
-    delora_dropout = setting(nn.ModuleDict)
-    dropout: ClassVar[str] = "delora_dropout"
+    r, delora_dropout = setting(), input_dropout()
 
     def create(self, config: DeloraConfig, key: str) -> None:
         r, (rows, columns) = resolve_pattern(config.rank_pattern, key, config.r), fan(self.shape)
@@ -82,7 +78,7 @@ class Delora(LowRank):
         if not self.delora_A.is_meta:  # otherwise the file brings it
             norm = self.base_weight().detach().flatten(1).norm(dim=0)
         self.delora_w_norm, self.delora_lambda = norm, nn.Parameter(torch.full((1,), strength))
-        self.delora_dropout = input_dropout(config.module_dropout)
+        self.delora_dropout = config.module_dropout
 
     def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
         return delora_pair(self.delora_A, self.delora_B, self.delora_lambda, self.delora_w_norm)

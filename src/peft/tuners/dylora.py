@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from peft.config import ExcludeModules, LayerSelection, ModulesToSave, TargetModules, option
-from peft.core.adapter import part, setting
+from peft.core.adapter import input_dropout, part, setting
 from peft.core.base.kinds import fan
 from peft.core.combine.combined import tuner_layers
-from peft.core.families import LowRank, input_dropout
+from peft.core.families import LowRank
 from peft.core.filling import draw_like_linear
 from peft.core.model.registry import define_tuner
 from peft.core.model.tuner import BaseTuner
@@ -64,8 +64,7 @@ class DyLora(LowRank):
 
     dylora_A, dylora_B = part(), part()
     dylora_alpha, dylora_range, dylora_rank, dylora_last = setting(), setting(), setting(), setting()
-    dylora_dropout = setting(nn.ModuleDict)
-    dropout = "dylora_dropout"
+    dylora_dropout = input_dropout()
     random_in_training = True
 
     def create(self, config: DyLoraConfig, key: str) -> None:
@@ -75,7 +74,7 @@ class DyLora(LowRank):
             draw_like_linear(matrix)
         self.dylora_A, self.dylora_B = nn.Parameter(a), nn.Parameter(b)
         self.dylora_alpha, self.dylora_range, self.dylora_rank = config.alpha, (config.min_r, r), config.rank or r
-        self.dylora_last, self.dylora_dropout = config.last_only, input_dropout(config.dropout)
+        self.dylora_last, self.dylora_dropout = config.last_only, config.dropout
 
     def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
         return first_ranks(self.dylora_A, self.dylora_B, self.dylora_rank, self.dylora_alpha)
@@ -84,7 +83,7 @@ class DyLora(LowRank):
         if not self.training:
             return self.pair()
         least, most = self.dylora_range
-        drawn = int(torch.randint(least, most + 1, ()))
+        drawn = int(torch.randint(least, most + 1, ()))  # on the CPU, and once for each layer
         return first_ranks(self.dylora_A, self.dylora_B, drawn, self.dylora_alpha, self.dylora_last)
 
 

@@ -73,9 +73,7 @@ class FourierFT(Scaled):
 
     fourierft_spectrum = part()
     fourierft_places = part(BufferDict, remade=True)
-    fourierft_n_frequency = setting()
-    configured = setting()
-    scaling = setting()
+    fourierft_n_frequency, configured, scaling = setting(), setting(), setting()
     adds = LinearIn("fourierft_spectrum")
 
     def create(self, config: FourierFTConfig, key: str) -> None:

@@ -13,16 +13,21 @@ from torch import nn
 from tqdm import tqdm
 
 from peft.config import FanInFanOut, LayerSelection, ModulesToSave, TargetModules, TrainedBias, option
-from peft.core.adapter import part, setting, shared
-from peft.core.families import LowRank, input_dropout
+from peft.core.adapter import input_dropout, part, setting, shared
+from peft.core.families import LowRank
 from peft.core.filling import skip_values
 from peft.core.layer.buffers import BufferDict
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.weight import base_bias, sums_exactly
 from peft.core.model.registry import define_tuner
-from peft.tuners.frod_utils import categories, common_basis, coordinates, directions, sparse_product
-from peft.tuners.spectra import random_places
-from peft.utils.error import CheckpointError
+from peft.tuners.frod_utils import (
+    categories,
+    common_basis,
+    coordinates,
+    directions,
+    off_diagonal_places,
+    sparse_product,
+)
 from peft.utils.peft_types import PeftType
 
 
@@ -43,9 +48,11 @@ class FrodConfig(TargetModules, FanInFanOut, TrainedBias, ModulesToSave, LayerSe
     )
     frod_dropout: float = option(0.0, "Dropout on the input of the update.", minimum=0, below=1)
     init_weights: bool = option(True, "Start with W' = W; otherwise random numbers are added to l and S.")
-    sparse_rate: float = option(0.01, "Share of the entries of S that train.", minimum=0, maximum=1)
+    sparse_rate: float = option(
+        0.01, "Share of the entries of S that train; none is on the diagonal, where l is.", minimum=0, maximum=1
+    )
     regularization_alpha: float = option(
-        1e-3, "Added to the diagonal of each W^T W, which has no inverse otherwise where W has fewer rows.", minimum=0
+        1e-3, "Added to the diagonal of each layer's share of the basis, so that it has an inverse.", minimum=0
     )
     progressbar: bool = option(True, "Show a progress bar while the basis is made.")
     runtime_offload_base_weight: bool = option(
@@ -80,24 +87,18 @@ class Frod(LowRank):
     model, such as ``self_attn.q_proj``. Tables of embeddings are transposed: V turns their vectors.
     """
 
-    frod_lambda_l = part()
-    frod_lambda_s_values = part()
-    frod_U = part(BufferDict, remade=True)
-    frod_start = part(BufferDict, remade=True)
-    frod_V = shared(frozen=True)
-    frod_s_indices = shared(frozen=True)
-    frod_s_size = shared(frozen=True)
-    category = setting()
-    frod_dropout = setting(nn.ModuleDict)
+    frod_lambda_l, frod_lambda_s_values = part(), part()
+    frod_U, frod_start = part(BufferDict, remade=True), part(BufferDict, remade=True)
+    frod_V, frod_s_indices, frod_s_size = shared(frozen=True), shared(frozen=True), shared(frozen=True)
+    category, frod_dropout = setting(), input_dropout()
     save_projection = setting()
-    dropout: ClassVar[str] = "frod_dropout"
 
     @classmethod
     def share(cls, config: FrodConfig, layers: Sequence[BaseTunerLayer]) -> dict[str, Any]:
         return projections(config, layers)
 
     def create(self, config: FrodConfig, key: str) -> None:
-        self.frod_dropout, self.save_projection = input_dropout(config.frod_dropout), config.save_projection
+        self.frod_dropout, self.save_projection = config.frod_dropout, config.save_projection
         if config.save_projection and skip_values():
             self.frod_U, self.frod_start = torch.empty(0), torch.empty(len(self.basis))
         else:
@@ -105,18 +106,12 @@ class Frod(LowRank):
         values = torch.zeros(self.places.shape[1])
         scales = self.frod_start.to(values.device)  # on the meta device a file brings the values
         if not config.init_weights:
-            scales, values = scales + 0.1 * torch.randn(len(scales)), 0.1 * torch.randn(len(values))
+            values = 0.1 * torch.randn(len(values))
+            scales = scales + 0.1 * torch.randn(len(scales))
         self.frod_lambda_l, self.frod_lambda_s_values = nn.Parameter(scales.clone()), nn.Parameter(values)
 
     def loaded(self) -> None:
         self.frod_U, self.frod_start = coordinates(directions(self.layer), self.basis)
-
-    def upgrade(self, written_by: str) -> None:
-        if written_by.startswith("0.") and not self.save_projection:
-            raise CheckpointError(
-                f"the file was written by version {written_by} with save_projection=False, and that version drew what "
-                "it left out in a way of its own. Save the adapter there with save_projection=True."
-            )
 
     @property
     def basis(self) -> torch.Tensor:
@@ -159,16 +154,16 @@ def projections(config: FrodConfig, layers: Sequence[BaseTunerLayer]) -> dict[st
     """V ``[n, n]``, the places of S ``[2, nnz]`` and its size, by category, and the category of each layer."""
     names = categories(layers)
     v, places, sizes = (BufferDict(None, persistent=config.save_projection) for _ in range(3))
-    for name in dict.fromkeys(names):
+    generator = torch.Generator("cpu").manual_seed(config.projection_prng_key)
+    for name in sorted(set(names)):
         members = [layer for layer, own in zip(layers, names) if own == name]
         n = directions(members[0]).shape[1]
         if config.save_projection and skip_values():
             v[name] = torch.empty(n, n)
         else:
             shown = tqdm(members, disable=not config.progressbar, desc=f"FROD: basis of {name}")
-            v[name] = common_basis((directions(layer).cpu() for layer in shown), config.regularization_alpha)
-        chosen = random_places(n * n, int(config.sparse_rate * n * n), config.projection_prng_key)
-        places[name], sizes[name] = torch.stack([chosen // n, chosen % n]), torch.tensor([n, n])
+            v[name] = common_basis([directions(layer).cpu() for layer in shown], config.regularization_alpha)
+        places[name], sizes[name] = off_diagonal_places(n, config.sparse_rate, generator), torch.tensor([n, n])
     return {"frod_V": v, "frod_s_indices": places, "frod_s_size": sizes, "category": names}
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from peft.core.base.kinds import fan
@@ -36,38 +35,55 @@ def directions(layer: Any) -> torch.Tensor:
     return weight.T if layer.kind.lookup else weight
 
 
-def common_basis(weights: Iterable[torch.Tensor], alpha: float) -> torch.Tensor:
-    """V ``[n, n]`` of the higher-order generalised singular value decomposition (arXiv 1108.3371, section 3).
+def common_basis(weights: Sequence[torch.Tensor], alpha: float) -> torch.Tensor:
+    """V ``[n, n]`` of a higher-order generalised singular value decomposition (arXiv 2102.09822, section 3).
 
-    Its columns are the eigenvectors, of length 1, of the mean over pairs of D_i D_j^-1, D = W^T W + alpha I. That is
-    A B but for a shift and a factor, A and B the sums of all D and of all D^-1; with A = L L^T they are L times those
-    of the symmetric L^T B L. One weight alone has its right singular vectors.
+    The stacked weights ``[rows, n]`` are Q R, each weight Q_i R; V = R^T Z, the columns of Z the eigenvectors of the
+    mean of (Q_i^T Q_i + alpha I)^-1. So V V^T is the sum of all W^T W. Fewer rows than n have no such R: there V has
+    the right singular vectors of the stack.
+
+    It is computed in single precision and in this order because one weight alone, or weights without a direction in
+    common, leave Z to rounding, and files of 0.21.2 depend on what it makes of that.
 
     Raises:
-        ConfigError: some D has no inverse.
+        ConfigError: some Q_i^T Q_i + alpha I has no inverse.
     """
-    total, inverses, count = 0, 0, 0
-    for weight in weights:
-        wide = weight.double()
-        d = wide.T @ wide + alpha * torch.eye(wide.shape[1], dtype=torch.double)
-        factor, failed = torch.linalg.cholesky_ex(d)
-        if failed:
-            raise ConfigError(f"FrodConfig: with regularization_alpha={alpha} W^T W has no inverse. Raise it.")
-        total, inverses, count = total + d, inverses + torch.cholesky_inverse(factor), count + 1
-    if count == 1:
-        v = torch.linalg.eigh(total)[1]
-    else:
-        factor = torch.linalg.cholesky(total)
-        v = F.normalize(factor @ torch.linalg.eigh(factor.T @ inverses @ factor)[1], dim=0)
-    largest = v.gather(0, v.abs().argmax(0, keepdim=True))
-    return (v * largest.sign()).float().contiguous()  # the same signs on every machine
+    stack = torch.cat([weight.float() for weight in weights])
+    n = stack.shape[1]
+    if len(stack) < n:
+        return torch.linalg.svd(stack)[2].T.contiguous()
+    q, r = torch.linalg.qr(stack)
+    parts = q.split([len(weight) for weight in weights])
+    try:
+        inverses = [torch.linalg.inv(part.T @ part + alpha * torch.eye(n)) for part in parts]
+    except torch.linalg.LinAlgError:
+        raise ConfigError(
+            f"FrodConfig: with regularization_alpha={alpha} there is no common basis, since a layer has fewer outputs "
+            "than inputs. Raise it."
+        ) from None
+    return (r.T @ torch.linalg.eigh(torch.stack(inverses).mean(0))[1]).contiguous()
+
+
+def off_diagonal_places(n: int, rate: float, generator: torch.Generator) -> torch.Tensor:
+    """Rows and columns ``[2, nnz]`` of different entries beside the diagonal of an ``[n, n]`` matrix.
+
+    nnz is ``rate`` of all n^2 entries, rounded down, but one at least where the rate is above zero.
+    """
+    others = n * (n - 1)
+    count = min(max(int(rate * n * n), 1 if rate > 0 else 0), others)
+    chosen = torch.randperm(others, generator=generator, device="cpu")[:count]
+    rows, columns = chosen // max(n - 1, 1), chosen % max(n - 1, 1)
+    return torch.stack([rows, columns + (columns >= rows)])
 
 
 def coordinates(weight: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """U ``[out, n]``, with columns of length 1, and l ``[n]`` for which W = U diag(l) V^T."""
-    u = torch.linalg.solve(v.to(weight.device, torch.double), weight.double().T).T.contiguous()
+    wide, target = v.to(weight.device, torch.double), weight.double().T
+    solved, failed = torch.linalg.solve_ex(wide, target)
+    u = (torch.linalg.lstsq(wide.cpu(), target.cpu(), driver="gelsd").solution.to(wide) if failed else solved).T
     scales = u.norm(dim=0)
-    return (u / scales.clamp_min(1e-30)).float(), scales.float()
+    u = (u / scales.clamp_min(1e-30)).float()  # a direction that W lacks has no length
+    return u.contiguous(), scales.float()
 
 
 def sparse_product(h: torch.Tensor, values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:

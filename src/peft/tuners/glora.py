@@ -109,12 +109,10 @@ def glora_shift(
 class Glora(Fold):
     """A and B are ``[out, in * kernel]``, C ``[in * kernel, 1]``, D and E ``[out]``; without a bias only A and B."""
 
-    glora_A = part(nn.ModuleDict)
-    glora_B = part(nn.ModuleDict)
-    glora_C = part(nn.ModuleDict)
-    glora_D = part(nn.ModuleDict)
-    glora_E = part(nn.ModuleDict)
+    glora_A, glora_B, glora_C = part(nn.ModuleDict), part(nn.ModuleDict), part(nn.ModuleDict)
+    glora_D, glora_E = part(nn.ModuleDict), part(nn.ModuleDict)
     r = setting()
+    # A term that is "none" is one zero here, and a whole matrix of zeros in files: as_saved and as_loaded turn it.
     split: ClassVar[tuple[str, ...]] = ("",)
     adds = LinearIn(*(f"glora_{term}.{tensor}" for term in "ABCDE" for tensor in ("X", "Xu")))
 

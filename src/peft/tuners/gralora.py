@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from peft.config import FanInFanOut, LayerSelection, ModulesToSave, TargetModules, TrainedBias, option
-from peft.core.adapter import part, setting
+from peft.core.adapter import input_dropout, part, setting
 from peft.core.base.kinds import fan
-from peft.core.families import Scaled, input_dropout, padded
+from peft.core.families import Scaled, padded
 from peft.core.model.registry import define_tuner
 from peft.utils.error import ConfigError
 from peft.utils.peft_types import PeftType
@@ -72,14 +72,9 @@ class Gralora(Scaled):
     A ``[k, in / k, r]`` and B ``[k, r, out / k]``, rounded up where k does not divide.
     """
 
-    gralora_A = part()
-    gralora_B = part()
-    gralora_A_general = part(nn.ModuleDict)
-    gralora_B_general = part(nn.ModuleDict)
-    alpha = setting()
-    ranks = setting()
-    scaling = setting()
-    gralora_dropout = setting(nn.ModuleDict)
+    gralora_A, gralora_B = part(), part()
+    gralora_A_general, gralora_B_general = part(nn.ModuleDict), part(nn.ModuleDict)
+    alpha, ranks, scaling, gralora_dropout = setting(), setting(), setting(), input_dropout()
 
     def create(self, config: GraloraConfig, key: str) -> None:
         k, r, (rows, columns) = config.gralora_k, config.r, fan(self.shape)
@@ -90,7 +85,7 @@ class Gralora(Scaled):
                 nn.init.kaiming_uniform_(b[n], a=math.sqrt(5))
         self.gralora_A, self.gralora_B = nn.Parameter(a.mT.contiguous()), nn.Parameter(b.mT.contiguous())
         self.alpha, self.ranks = config.alpha, r + config.hybrid_r
-        self.gralora_dropout, self.scaling = input_dropout(config.gralora_dropout), self.initial_scaling()
+        self.gralora_dropout, self.scaling = config.gralora_dropout, self.initial_scaling()
         if config.hybrid_r:
             down, up = nn.Linear(columns, config.hybrid_r, bias=False), nn.Linear(config.hybrid_r, rows, bias=False)
             nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))

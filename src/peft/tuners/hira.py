@@ -19,9 +19,9 @@ from peft.config import (
     option,
     resolve_pattern,
 )
-from peft.core.adapter import part, setting
+from peft.core.adapter import input_dropout, part, setting
 from peft.core.addition import SideBySide
-from peft.core.families import Fold, input_dropout
+from peft.core.families import Fold
 from peft.core.model.registry import define_tuner
 from peft.utils.peft_types import PeftType
 
@@ -51,8 +51,7 @@ class Hira(Fold):
 
     hira_A = part(table="hira_embedding_A")
     hira_B = part(table="hira_embedding_B")
-    r = setting()
-    hira_dropout = setting(nn.ModuleDict)
+    r, hira_dropout = setting(), input_dropout()
     adds = SideBySide("hira_B", hira_A=0, hira_B=1)
 
     def create(self, config: HiraConfig, key: str) -> None:
@@ -66,7 +65,7 @@ class Hira(Fold):
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
             b.zero_()
         self.hira_A, self.hira_B = nn.Parameter(a), nn.Parameter(b)
-        self.hira_dropout = input_dropout(config.hira_dropout)
+        self.hira_dropout = config.hira_dropout
 
     def product(self) -> torch.Tensor:
         """B A, in the shape of W."""

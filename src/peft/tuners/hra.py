@@ -57,8 +57,7 @@ class HRA(Rotation):
     """
 
     hra_u = part()
-    hra_r = setting()
-    hra_apply_GS = setting()
+    hra_r, hra_apply_GS = setting(), setting()
     last_comes_first = True
 
     def create(self, config: HRAConfig, key: str) -> None:
@@ -66,7 +65,7 @@ class HRA(Rotation):
         u = torch.empty(self.rotated_features, config.r // 2 if paired else config.r)
         nn.init.kaiming_uniform_(u, a=math.sqrt(5))
         if paired:
-            u = u.repeat_interleave(2, dim=1)
+            u = u.repeat_interleave(2, dim=1)  # two equal reflections are none
         self.hra_u, self.hra_r, self.hra_apply_GS = nn.Parameter(u), config.r, config.apply_GS
 
     def rotate(self, x: torch.Tensor, back: bool = False, drawn: bool = False) -> torch.Tensor:

@@ -58,6 +58,7 @@ class IA3(Scale):
         self.feedforward = matches(config.feedforward_modules, key)
         size = self.in_features if self.feedforward else self.out_features
         ones = [1] * (len(self.shape) - 2)
+        # Drawn in any case: what is drawn later is the same.
         start = torch.randn((1, size, *ones) if self.feedforward or ones else (size, 1))
         self.ia3_l = nn.Parameter(start.fill_(1) if config.init_ia3_weights else start)
 

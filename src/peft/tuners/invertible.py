@@ -124,7 +124,7 @@ class CouplingLayer(BlockLayer, nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x = first_input(self.base_layer, args, kwargs)
         acting = self.acting(x)
-        for adapter, rows in reversed(acting) if self.at_head else acting:
+        for adapter, rows in reversed(acting) if self.at_head else acting:  # what came last is undone first
             new = adapter.change(adapter.cast(x if rows is None else x.index_select(0, rows))).to(x.dtype)
             x = new if rows is None else x.index_copy(0, rows, new)
         args, kwargs = with_first_input(self.base_layer, args, kwargs, x) if acting else (args, kwargs)

@@ -48,6 +48,7 @@ class LilyConfig(TargetModules, ExcludeModules, ModulesToSave, LayerSelection):
     @classmethod
     def check_kwargs(cls, /, **kwargs: Any) -> dict:
         """Files without ``routing`` come from an implementation that averages over the batch."""
+        # Files that do not say it are older.
         return {"routing": "batch", **kwargs} if "peft_version" in kwargs else kwargs
 
 
@@ -76,13 +77,8 @@ class Lily(Sample):
     ``[num_B, r]``.
     """
 
-    lily_A = part(nn.ModuleDict)
-    lily_B = part(nn.ModuleDict)
-    lily_router = part(nn.ModuleDict)
-    r = setting()
-    num_B = setting()
-    scaling = setting()
-    routing = setting()
+    lily_A, lily_B, lily_router = part(nn.ModuleDict), part(nn.ModuleDict), part(nn.ModuleDict)
+    r, num_B, scaling, routing = setting(), setting(), setting(), setting()
     because = "its routing depends on the sample"
 
     @classmethod

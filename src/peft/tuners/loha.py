@@ -63,11 +63,7 @@ class LoHa(Lycoris):
     is ``[r, in]``.
     """
 
-    hada_w1_a = part()
-    hada_w1_b = part()
-    hada_w2_a = part()
-    hada_w2_b = part()
-    hada_t1 = part()
+    hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b, hada_t1 = part(), part(), part(), part(), part()
     hada_t2 = part()
 
     def create(self, config: LoHaConfig, key: str) -> None:

@@ -79,13 +79,8 @@ class LoKr(Lycoris):
     as ``[out, in, kernel]``, row by row.
     """
 
-    lokr_w1 = part()
-    lokr_w1_a = part()
-    lokr_w1_b = part()
-    lokr_w2 = part()
-    lokr_w2_a = part()
-    lokr_w2_b = part()
-    lokr_t2 = part()
+    lokr_w1, lokr_w1_a, lokr_w1_b, lokr_w2, lokr_w2_a = part(), part(), part(), part(), part()
+    lokr_w2_b, lokr_t2 = part(), part()
 
     def create(self, config: LoKrConfig, key: str) -> None:
         super().create(config, key)

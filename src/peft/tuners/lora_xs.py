@@ -12,6 +12,7 @@ from peft.config import ExcludeModules, LayerSelection, ModulesToSave, TargetMod
 from peft.core.adapter import part, setting
 from peft.core.addition import LinearIn
 from peft.core.base.kinds import fan
+from peft.core.combine.ranks import svd
 from peft.core.families import LowRank
 from peft.core.layer.buffers import BufferDict
 from peft.core.model.registry import define_tuner
@@ -39,7 +40,7 @@ class LoraXs(LowRank):
 
     def create(self, config: LoraXsConfig, key: str) -> None:
         r = min(config.r, *fan(self.shape))
-        u, s, v = torch.linalg.svd(self.base_weight().detach().flatten(1).float(), full_matrices=False)
+        u, s, v = svd(self.base_weight().detach().flatten(1).float())
         self.xs_A, self.xs_B = v[:r].contiguous(), u[:, :r] * s[:r]
         self.xs_R, self.xs_scale = nn.Parameter(torch.zeros(r, r)), config.alpha / r
 

@@ -50,12 +50,8 @@ class LycorisLayer(ScaledLayer):
 class Lycoris(Scaled):
     """dW, scaled by alpha / r. A method defines :meth:`delta_weight` and, where cheaper, :meth:`product`."""
 
-    r = setting()
-    alpha = setting()
-    scaling = setting()
-    rank_dropout = setting()
-    rank_dropout_scale = setting()
-    module_dropout = setting()
+    r, alpha, scaling, rank_dropout = setting(), setting(), setting(), setting()
+    rank_dropout_scale, module_dropout = setting(), setting()
     layer_base: ClassVar[Any] = LycorisLayer
 
     @classmethod

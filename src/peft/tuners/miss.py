@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from peft.config import ExcludeModules, LayerSelection, ModulesToSave, TargetModules, TrainedBias, option
-from peft.core.adapter import part, setting
+from peft.core.adapter import input_dropout, part, setting
 from peft.core.addition import LinearIn
 from peft.core.base.kinds import fan
-from peft.core.families import Delta, input_dropout, padded
+from peft.core.families import Delta, padded
 from peft.core.model.registry import define_tuner
 from peft.utils.peft_types import PeftType
 
@@ -101,9 +101,7 @@ class Miss(Delta):
     """``miss_block`` is D ``[r, out]``, for "mini" ``[r, mini_r]``, for "bat" M ``[out / r, r, r]``."""
 
     miss_block = part()
-    miss_r = setting()
-    form = setting()
-    miss_dropout = setting(nn.ModuleDict)
+    miss_r, form, miss_dropout = setting(), setting(), input_dropout()
     adds = LinearIn("miss_block")
 
     def create(self, config: MissConfig, key: str) -> None:
@@ -113,7 +111,7 @@ class Miss(Delta):
         if form is False:
             nn.init.kaiming_uniform_(block, a=5**0.5)
         self.miss_r, self.form, self.miss_block = r, form, nn.Parameter(block)
-        self.miss_dropout = input_dropout(config.miss_dropout)
+        self.miss_dropout = config.miss_dropout
 
     def keeps_base(self) -> bool:
         return self.form == "bat"

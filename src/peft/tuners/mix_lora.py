@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from peft.config import ExcludeModules, LayerSelection, ModulesToSave, TargetModules, option
-from peft.core.adapter import part, setting
+from peft.core.adapter import input_dropout, part, setting
 from peft.core.base.kinds import fan
-from peft.core.families import Sample, input_dropout
+from peft.core.families import Sample
 from peft.core.filling import draw_like_linear
 from peft.core.model.registry import define_tuner
 from peft.tuners.routing import imbalance, top_weights
@@ -49,7 +49,7 @@ class MixLora(Sample):
     """A is ``[experts * r, in * kernel]``, B ``[out, experts * r]``, the router ``[experts, in * kernel]``."""
 
     mix_A, mix_B, mix_router = part(), part(), part()
-    mix_scale, mix_top_k, mix_uneven, mix_dropout = setting(), setting(), setting(), setting(nn.ModuleDict)
+    mix_scale, mix_top_k, mix_uneven, mix_dropout = setting(), setting(), setting(), input_dropout()
     because = "its experts are picked by the input"
     loss_weight: ClassVar[str] = "balance"
 
@@ -60,7 +60,7 @@ class MixLora(Sample):
             draw_like_linear(matrix)
         self.mix_A, self.mix_B, self.mix_router = nn.Parameter(a), nn.Parameter(b), nn.Parameter(router)
         self.mix_scale, self.mix_top_k = config.alpha / r, config.top_k
-        self.mix_dropout = input_dropout(config.dropout)
+        self.mix_dropout = config.dropout
 
     def update(self, x: torch.Tensor) -> torch.Tensor:
         kind, base, experts = self.kind, self.base, len(self.mix_router)

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from peft.config import ExcludeModules, LayerSelection, ModulesToSave, TargetModules, option
-from peft.core.adapter import part, setting
+from peft.core.adapter import input_dropout, part, setting
 from peft.core.base.kinds import fan
-from peft.core.families import Sample, input_dropout
+from peft.core.families import Sample
 from peft.core.model.registry import define_tuner
 
 
@@ -59,12 +59,8 @@ def task_matrices(w: torch.Tensor, b: torch.Tensor, d: torch.Tensor, sharpness: 
 class MtlLora(Sample):
     """y' = y + s (sum_j p_j B_j) D_t A drop(x). A is ``[r, in * kernel]``, B ``[n, out, r]``."""
 
-    mtl_lora_A = part()
-    mtl_lora_B = part()
-    mtl_lora_D = part()
-    mtl_lora_weights = part()
-    n_tasks, scaling, sharpness = setting(), setting(), setting()
-    mtl_lora_dropout = setting(nn.ModuleDict)
+    mtl_lora_A, mtl_lora_B, mtl_lora_D, mtl_lora_weights = part(), part(), part(), part()
+    n_tasks, scaling, sharpness, mtl_lora_dropout = setting(), setting(), setting(), input_dropout()
     because = "its update depends on the task of the sample"
 
     def create(self, config: MtlLoraConfig, key: str) -> None:
@@ -76,7 +72,7 @@ class MtlLora(Sample):
         self.mtl_lora_A, self.mtl_lora_B, self.mtl_lora_D = nn.Parameter(a), nn.Parameter(b), nn.Parameter(d)
         self.mtl_lora_weights = nn.Parameter(torch.ones(tasks, config.n_up_projection))
         self.n_tasks, self.scaling, self.sharpness = tasks, config.alpha / r, config.weights_sharpness
-        self.mtl_lora_dropout = input_dropout(config.dropout)
+        self.mtl_lora_dropout = config.dropout
 
     def update(self, x: torch.Tensor) -> torch.Tensor:
         tasks = self.context.tasks_of(self.n_tasks, len(x), x.device)

@@ -21,6 +21,7 @@ from peft.config import (
 )
 from peft.core.adapter import part, setting
 from peft.core.families import Rotation
+from peft.core.layer.weight import wide
 from peft.core.model.registry import define_tuner
 from peft.tuners.cayley import cayley_series
 from peft.utils.error import ConfigError
@@ -91,8 +92,8 @@ class OFTRotation(nn.Module):
         q = self.skew()
         eye = torch.eye(self.size, device=q.device, dtype=q.dtype)
         if self.terms is None:
-            wide = q.float() if q.dtype.itemsize < 4 else q  # there is no solver for 16 bits
-            rotation = torch.linalg.solve(eye + wide, eye - wide, left=False).to(q.dtype)
+            skew = wide(q)  # there is no solver for 16 bits
+            rotation = torch.linalg.solve(eye + skew, eye - skew, left=False).to(q.dtype)
         else:
             rotation = cayley_series(q, terms=self.terms)  # made again, it would take more time than memory is worth
         if drawn and self.dropout and self.training:
@@ -105,8 +106,7 @@ class OFT(Rotation):
     """W' = W R^T with R = blockdiag(R_1, ..., R_D). Embeddings rotate their output."""
 
     oft_R = part(nn.ModuleDict, table="oft_embedding_R")
-    r = setting()
-    oft_block_size = setting()
+    r, oft_block_size = setting(), setting()
 
     def create(self, config: OFTConfig, key: str) -> None:
         features = self.rotated_features

@@ -11,6 +11,7 @@ from torch import nn
 from peft.config import ModulesToSave, TargetModules, option, resolve_pattern
 from peft.core.adapter import part, setting
 from peft.core.base.kinds import fan
+from peft.core.combine.ranks import svd
 from peft.core.families import Fold
 from peft.core.layer.buffers import BufferDict
 from peft.core.model.registry import define_tuner
@@ -79,8 +80,7 @@ class OSF(Fold):
     """
 
     osf_svd_params = part(nn.ModuleDict)
-    osf_U_high = part(BufferDict, remade=True)
-    osf_V_high = part(BufferDict, remade=True)
+    osf_U_high, osf_V_high = part(BufferDict, remade=True), part(BufferDict, remade=True)
     osf_high = part(BufferDict, remade=True)
     effective_rank = setting()
 
@@ -94,7 +94,7 @@ class OSF(Fold):
                 f"{key or type(self.base).__name__!r}, and nothing is left to train. Lower it there, by "
                 "rank_pattern, or leave that module out of target_modules."
             )
-        u, s, v = torch.linalg.svd(self.base_weight().detach().flatten(1).float(), full_matrices=False)
+        u, s, v = svd(self.base_weight().detach().flatten(1).float())
         low: Any = u[:, top:], s[top:], v[top:]
         if not config.init_weights:
             low = tuple(torch.randn(tensor.shape) for tensor in low)

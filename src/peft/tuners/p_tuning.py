@@ -60,7 +60,7 @@ class PromptEncoder(VirtualTokens):
         super().__init__()
         width, hidden = config.token_dim, config.encoder_hidden_size or config.token_dim
         self.embedding = nn.Embedding(self.count(config), width)
-        if config.inference_mode:
+        if config.inference_mode:  # its file holds what the network gave, not the network
             return
         if config.encoder_reparameterization_type == PromptEncoderReparameterizationType.LSTM:
             layers, dropout = config.encoder_num_layers, config.encoder_dropout

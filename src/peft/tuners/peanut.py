@@ -66,12 +66,9 @@ def peanut(
 class Peanut(LowRank, Scaled):
     """dW = s B H^T with H ``[in * kernel, r]`` that a network makes of the weight: :func:`peanut`."""
 
-    peanut_A = part(nn.ModuleDict)
-    peanut_B = part(nn.ModuleDict)
-    peanut_encoders = part(nn.ModuleDict)
+    peanut_A, peanut_B, peanut_encoders = part(nn.ModuleDict), part(nn.ModuleDict), part(nn.ModuleDict)
     peanut_decoders = part(nn.ModuleDict)
-    configured = setting()
-    scaling = setting()
+    configured, scaling = setting(), setting()
     act_fn = setting(nn.ModuleDict)
     reversible = False  # while merged, the network would read another weight
     requires_dense_base = True

@@ -83,12 +83,8 @@ class Poly(Sample):
     """
 
     poly_router = part(nn.ModuleDict)
-    poly_lora_A = part()
-    poly_lora_B = part()
-    r = setting()
-    n_tasks = setting()
-    n_skills = setting()
-    n_splits = setting()
+    poly_lora_A, poly_lora_B = part(), part()
+    r, n_tasks, n_skills, n_splits = setting(), setting(), setting(), setting()
     random_in_training = True
     because = "its update depends on the task of the sample"
 
@@ -101,6 +97,7 @@ class Poly(Sample):
             )
         a = torch.empty(skills, splits, r, columns // splits)
         b = torch.zeros(splits, skills, r, rows // splits)
+        # One by one: more dimensions would be read as a kernel's.
         for matrix in (*a.flatten(0, 1), *(() if config.init_weights else b.flatten(0, 1))):
             nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
         self.poly_lora_A, self.poly_lora_B = nn.Parameter(a.permute(1, 0, 3, 2).contiguous()), nn.Parameter(b)

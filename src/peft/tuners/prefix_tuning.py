@@ -48,6 +48,7 @@ class PrefixEncoder(VirtualTokens):
     def __init__(self, config: PrefixTuningConfig, word_embeddings: nn.Module | None = None) -> None:
         super().__init__()
         out = 2 * int(config.num_layers or 0) * config.token_dim
+        # A file holds what the network gave, so that none is made for inference.
         self.prefix_projection = config.prefix_projection and not config.inference_mode
         self.gates_each = (1 if config.shared_gating else 2) if config.use_gating else 0
         if self.prefix_projection:

@@ -64,7 +64,7 @@ class StartedPrompt(VirtualTokens):
         super().__init__()
         count = self.count(config)
         self.embedding = nn.Embedding(count, config.token_dim)
-        if config.inference_mode:
+        if config.inference_mode:  # the file brings the rows
             return
         if config.prompt_tuning_init == "SAMPLE_VOCAB":
             ids = torch.randint(0, word_embeddings.weight.shape[0], (count,))
@@ -77,7 +77,7 @@ class StartedPrompt(VirtualTokens):
 
 def rows_of(word_embeddings: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """Embeddings of token ids ``[n]`` as the model reads them, ``[n, width]`` in float32."""
-    if ids.is_meta:
+    if ids.is_meta:  # a skeleton, whose rows a file brings
         return torch.empty(len(ids), word_embeddings.weight.shape[1], device="meta")
     with torch.no_grad():
         return word_embeddings(ids.to(word_embeddings.weight.device)).detach().float().clone()

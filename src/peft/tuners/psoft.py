@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 from peft.config import ExcludeModules, FanInFanOut, LayerSelection, ModulesToSave, TargetModules, option
-from peft.core.adapter import part, setting
+from peft.core.adapter import input_dropout, part, setting
 from peft.core.base.kinds import fan
-from peft.core.families import LowRank, Scaled, input_dropout
+from peft.core.combine.ranks import halves, svd
+from peft.core.families import LowRank, Scaled
 from peft.core.layer.buffers import BufferDict
+from peft.core.layer.weight import wide
 from peft.core.model.registry import define_tuner
 from peft.kernels.made_again import made_again
 from peft.tuners.cayley import cayley_series
@@ -82,8 +84,8 @@ class PsoftRotation(nn.Module):
     def cayley(self) -> torch.Tensor:
         """C of the triangle, ``[r, r]``."""
         upper = torch.ones(self.r, self.r, dtype=torch.bool, device=self.weight.device).triu(1)
-        wide = self.weight.float() if self.weight.dtype.itemsize < 4 else self.weight  # no solver has 16 bits
-        q = wide.new_zeros(self.r, self.r).masked_scatter(upper, wide)  # keeps less than with indices
+        weight = wide(self.weight)  # there is no solver for 16 bits
+        q = weight.new_zeros(self.r, self.r).masked_scatter(upper, weight)  # keeps less than with indices
         q, eye = q - q.T, torch.eye(self.r, device=q.device, dtype=q.dtype)
         if self.terms is None:
             return torch.linalg.solve(eye - q, eye + q, left=False).to(self.weight.dtype)
@@ -115,13 +117,8 @@ class Psoft(LowRank, Scaled):
     """dW = s B (R - I) A with s B A the best approximation of W of rank r: A = V^T and B = U S / s of its SVD."""
 
     psoft_R = part(nn.ModuleDict)
-    psoft_A = part(BufferDict, remade=True)
-    psoft_B = part(BufferDict, remade=True)
-    r = setting()
-    psoft_alpha = setting()
-    scaling = setting()
-    psoft_dropout = setting(nn.ModuleDict)
-    dropout: ClassVar[str] = "psoft_dropout"
+    psoft_A, psoft_B = part(BufferDict, remade=True), part(BufferDict, remade=True)
+    r, psoft_alpha, scaling, psoft_dropout = setting(), setting(), setting(), input_dropout()
 
     def create(self, config: PsoftConfig, key: str) -> None:
         self.r, self.psoft_alpha = config.r, config.psoft_alpha
@@ -131,9 +128,9 @@ class Psoft(LowRank, Scaled):
         if config.ab_svd_init == "psoft_init":
             a, b = v, u * s
         else:
-            a, b = s.sqrt()[:, None] * v, u * s.sqrt()
+            a, b = halves(u, s, v)
         self.psoft_A, self.psoft_B = a.contiguous(), b / self.scaling
-        self.psoft_R, self.psoft_dropout = PsoftRotation(self.r, config), input_dropout(config.psoft_dropout)
+        self.psoft_R, self.psoft_dropout = PsoftRotation(self.r, config), config.psoft_dropout
 
     def check_rank(self, key: str) -> None:
         """Raise ValueError where the weight has fewer singular values."""
@@ -148,8 +145,9 @@ class Psoft(LowRank, Scaled):
         """U ``[out, r]``, S ``[r]``, V^T ``[r, in * kernel]``."""
         weight, r = self.base_weight().detach().flatten(1).float(), config.r
         if config.psoft_svd == "full":
-            u, s, v = torch.linalg.svd(weight, full_matrices=False)
+            u, s, v = svd(weight)
             return u[:, :r], s[:r], v[:r]
+        # `svd_lowrank` draws from the global generator.
         with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
             torch.manual_seed(config.random_seed)
             u, s, v = torch.svd_lowrank(weight, q=r, niter=config.psoft_svd_lowrank_niter)

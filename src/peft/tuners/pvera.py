@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
 
 from peft.config import option
-from peft.core.adapter import part, setting, shared
+from peft.core.adapter import input_dropout, part, setting, shared
 from peft.core.base.kinds import fan
-from peft.core.families import LowRank, input_dropout
+from peft.core.families import LowRank
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.registry import define_tuner
 from peft.kernels import Factors
@@ -71,15 +70,10 @@ class Pvera(LowRank):
     As a weight it is that of the mean: dW = diag(b) B diag(d) A with the first halves of d and A.
     """
 
-    pvera_lambda_b = part()
-    pvera_lambda_d = part()
-    pvera_A = shared(frozen=True)
-    pvera_B = shared(frozen=True)
-    r = setting()
-    pvera_dropout = setting(nn.ModuleDict)
-    sample_at_inference = setting()
-    pvera_generator = setting()
-    dropout: ClassVar[str] = "pvera_dropout"
+    pvera_lambda_b, pvera_lambda_d = part(), part()
+    pvera_A, pvera_B = shared(frozen=True), shared(frozen=True)
+    r, pvera_dropout = setting(), input_dropout()
+    sample_at_inference, pvera_generator = setting(), setting()
     random_in_training = True
 
     @classmethod
@@ -93,7 +87,7 @@ class Pvera(LowRank):
         self.r, self.sample_at_inference = config.r, config.sample_at_inference
         self.pvera_generator = None if seed is None else torch.Generator("cpu").manual_seed(seed)
         self.pvera_lambda_b, self.pvera_lambda_d = vectors(self.shape[0], 2 * config.r, config)
-        self.pvera_dropout = input_dropout(config.pvera_dropout)
+        self.pvera_dropout = config.pvera_dropout
 
     def frozen(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A, for the mean and then for the log-variance, ``[2 r, in * kernel]``, and B ``[out, r]``, cut to here."""

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from peft.config import FanInFanOut, LayerSelection, ModulesToSave, TargetModules, TrainedBias, option
-from peft.core.adapter import part, setting, shared
+from peft.core.adapter import input_dropout, part, setting, shared
 from peft.core.base.kinds import fan
-from peft.core.families import LowRank, Scaled, input_dropout
+from peft.core.families import LowRank, Scaled
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.registry import define_tuner
 from peft.kernels.linear import is_transformed
@@ -65,8 +65,8 @@ class WeightedBases(torch.autograd.Function):
 
 
 def weighted_bases(weights: torch.Tensor, basis: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
-    """What :class:`WeightedBases` gives, by plain operations where ``torch.func`` is at work."""
-    if is_transformed():
+    """What :class:`WeightedBases` gives, by plain operations where ``torch.func`` or a compiler is at work."""
+    if is_transformed() or torch.compiler.is_compiling():  # an exported program may run where gradients are on
         return (basis[:, None] * gamma * weights[:, :, None]).flatten(0, 1)
     return WeightedBases.apply(weights, basis, gamma)
 
@@ -94,16 +94,10 @@ class RandLora(LowRank, Scaled):
     B' and A' are sums of products in an order that is not the paper's: see :func:`randlora_pair`.
     """
 
-    randlora_lambda = part()
-    randlora_gamma = part()
-    randlora_A = shared(frozen=True)
-    randlora_B = shared(frozen=True)
-    r = setting()
-    num_bases = setting()
-    randlora_alpha = setting()
-    scaling = setting()
-    randlora_dropout = setting(nn.ModuleDict)
-    dropout: ClassVar[str] = "randlora_dropout"
+    randlora_lambda, randlora_gamma = part(), part()
+    randlora_A, randlora_B = shared(frozen=True), shared(frozen=True)
+    r, num_bases, randlora_alpha, scaling = setting(), setting(), setting(), setting()
+    randlora_dropout = input_dropout()
 
     @classmethod
     def share(cls, config: RandLoraConfig, layers: Sequence[BaseTunerLayer]) -> dict[str, torch.Tensor]:
@@ -115,7 +109,7 @@ class RandLora(LowRank, Scaled):
     def create(self, config: RandLoraConfig, key: str) -> None:
         narrow, r = min(fan(self.shape)), config.r
         self.r, self.randlora_alpha, self.num_bases = r, config.randlora_alpha, -(-narrow // r)
-        self.scaling, self.randlora_dropout = self.initial_scaling(), input_dropout(config.randlora_dropout)
+        self.scaling, self.randlora_dropout = self.initial_scaling(), config.randlora_dropout
         bases = self.num_bases
         start = torch.zeros(r, bases) if config.init_weights else torch.randn(r, bases) * 0.1
         self.randlora_lambda = nn.Parameter(start)

@@ -79,6 +79,7 @@ class ReftConfig(ModulesToSave):
         if not self.prefix_positions + self.suffix_positions:
             raise ConfigError("ReftConfig: prefix_positions and suffix_positions are both 0, so nothing is edited.")
         if self.layers != "all":
+            # What is no list fails below.
             chosen: Any = self.layers if isinstance(self.layers, list | tuple | range) else [None]
             if not all(type(number) is int and number >= 0 for number in chosen):
                 raise ConfigError(f"ReftConfig: layers should be 'all' or numbers of blocks, not {self.layers!r}.")
@@ -88,8 +89,7 @@ class ReftConfig(ModulesToSave):
 class Reft(BlockAdapter):
     """The edits after one block: of the first positions, and of the last ones unless those are tied to them."""
 
-    reft_prefix = part(nn.ModuleDict)
-    reft_suffix = part(nn.ModuleDict)
+    reft_prefix, reft_suffix = part(nn.ModuleDict), part(nn.ModuleDict)
     positions = setting()
 
     def create(self, config: ReftConfig, key: str) -> None:
@@ -107,7 +107,7 @@ class Reft(BlockAdapter):
         """What is added at the positions: ``[batch, positions, width]``, the first ones before the last."""
         first, last = self.positions
         units = [(self.reft_prefix, first), (self.reft_suffix, last)]
-        units = [(self.reft_prefix, first + last)] if self.reft_suffix is None else units
+        units = [(self.reft_prefix, first + last)] if self.reft_suffix is None else units  # tied, or no suffix
         parts = h.split([count for _, count in units], 1)
         return torch.cat([unit(x) for (unit, count), x in zip(units, parts) if count], 1)
 

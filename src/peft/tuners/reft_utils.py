@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from peft.core.layer.weight import wide
 from peft.kernels.autocast import is_autocast
 from peft.tuners.activations import activation
 
@@ -38,7 +39,7 @@ def orthonormal(p: torch.Tensor) -> torch.Tensor:
     """
     kind = p.device.type
     with torch.autocast(kind, enabled=False) if is_autocast(kind) else nullcontext():
-        p = p if p.dtype == torch.float64 else p.float()
+        p = wide(p)
         return torch.linalg.solve_triangular(torch.linalg.cholesky(p @ p.T), p, upper=False)
 
 

@@ -58,10 +58,8 @@ def road_rotated(y: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, half
 class Road(Output):
     """y' = M y with M made of 2 x 2 blocks; theta and alpha are ``[out / 2]``, ``[out]`` or ``[2 out]``."""
 
-    road_theta = part()
-    road_alpha = part()
-    variant = setting()
-    group_size = setting()
+    road_theta, road_alpha = part(), part()
+    variant, group_size = setting(), setting()
 
     def create(self, config: RoadConfig, key: str) -> None:
         out, group = self.shape[0], config.group_size

@@ -25,7 +25,7 @@ from peft.core.model import operations
 from peft.core.model.registry import define_tuner
 from peft.core.model.targeting import selected
 from peft.core.model.walk import embeddings_of, layers_of, locate
-from peft.tuners.shadow_layer import ShadowLayer, shadow_state, shadow_update
+from peft.tuners.shadow_layer import ShadowLayer, States, shadow_state, shadow_update
 from peft.tuners.shadow_utils import Network, loss_of, network_for, stack_of
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.error import NoMatchingPeftModuleError
@@ -58,13 +58,9 @@ class ShadowConfig(TargetModules, ExcludeModules, LayerSelection, ModulesToSave,
 class Shadow(BlockAdapter):
     """The bottleneck, and T and G, of one block. The shadow network is shared by all; the first layer runs it."""
 
-    shadow_down = part(nn.ModuleDict)
-    shadow_up = part(nn.ModuleDict)
-    shadow_update_transform = part(nn.ModuleDict)
-    shadow_update_gate = part(nn.ModuleDict)
-    shadow_backbone = shared()
-    shadow_projection = shared()
-    shadow_head = shared()
+    shadow_down, shadow_up = part(nn.ModuleDict), part(nn.ModuleDict)
+    shadow_update_transform, shadow_update_gate = part(nn.ModuleDict), part(nn.ModuleDict)
+    shadow_backbone, shadow_projection, shadow_head = shared(), shared(), shared()
     shadow_dropout = setting(nn.ModuleDict)
     alpha = setting()
     labelled = True
@@ -89,7 +85,7 @@ class Shadow(BlockAdapter):
         projection = nn.Identity() if inner == width else nn.Linear(inner, width, bias=False)
         head = nn.Identity() if layers[0].head is None else deepcopy(layers[0].head)
         for module in (backbone, head):
-            module.requires_grad_(True)
+            module.requires_grad_(True)  # the copied head is as frozen as the base
         return {"shadow_backbone": backbone, "shadow_projection": projection, "shadow_head": head}
 
     def change(self, h: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
@@ -125,10 +121,12 @@ class ShadowTuner(BlockTuner):
     def _share(self, name: str, config: Any, layers: list[Any]) -> None:
         stack, root = locate(self.model, stack_of(self.model)).module, self.model
         head = next((m for key in SEQ_CLS_HEAD_NAMES if (m := getattr(root, key, None)) is not None), None)
+        # A head in modules_to_save is wrapped by then; the copy starts from the base's own.
         head = getattr(head, "original_module", head) if config.task_type == "SEQ_CLS" else None
         there = [layer for _, layer in layers_of(root) if isinstance(layer, ShadowLayer)]
-        states = next((layer.states for layer in there if "states" in layer.__dict__), {})
+        states = next((layer.states for layer in there if "states" in layer.__dict__), States())
         for layer in layers:
+            # As submodules they would hold the layer itself.
             layer.__dict__.update(states=states, stack=stack, head=head)
         super()._share(name, config, layers)
         self._watch(there)
@@ -142,6 +140,7 @@ class ShadowTuner(BlockTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
+        # The layer that had the hooks may be gone.
         self._watch([layer for _, layer in layers_of(self.model) if isinstance(layer, ShadowLayer)])
 
     def _layer(self) -> ShadowLayer:
@@ -157,7 +156,7 @@ class ShadowTuner(BlockTuner):
     ) -> torch.Tensor | None:
         """The loss of the shadow network alone in the last call, None where it did not run; see :func:`loss_of`."""
         name, layer = self.active_adapters[0], self._layer()
-        return loss_of(layer.logits(name, self.model), labels, attention_mask) if name in layer.states else None
+        return loss_of(layer.logits(name, self.model), labels, attention_mask) if name in layer.states.of else None
 
     def unload_shadow(self, adapter_name: str | None = None, copy: bool = False) -> DetachedShadowModel:
         """An adapter's shadow network (default: the active one's) as a small model that stands alone.

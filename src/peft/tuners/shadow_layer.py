@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from threading import local
 from typing import Any
 
 import torch
@@ -32,19 +33,32 @@ def shadow_state(s: torch.Tensor, gate: torch.Tensor, new: torch.Tensor) -> torc
     return (1 - g) * s + g * new
 
 
+class States(local):
+    """The states of a thread's last call, common to all layers: adapter -> s before the first block, s now.
+
+    A copied or pickled model has not been called, and its states are of no graph.
+    """
+
+    def __init__(self) -> None:
+        self.of: dict[str, list[torch.Tensor]] = {}
+
+    def __reduce__(self) -> Any:
+        return States, ()
+
+
 class ShadowLayer(BlockLayer, nn.Module):
     """Wraps a decoder block."""
 
-    states: dict[str, list[torch.Tensor]]  # common to all layers: adapter -> s before the first block, s now
+    states: States
 
     def start(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Hook of the transformer: run the shadow network on what it is called with."""
         call = Call(module, args, kwargs)
-        self.states.clear()
+        self.states.of.clear()
         for name, rows in self.acting(call.embeds, self.networks()):
             state = call.run(name, self.shadow_backbone[name], rows)
-            self.states[name] = [self.shadow_projection[name](state)] * 2
-        return (), call.kwargs
+            self.states.of[name] = [self.shadow_projection[name](state)] * 2
+        return (), call.kwargs  # with the cache that was made, and everything by name
 
     def networks(self) -> dict[str, str]:
         """The adapters that have a shadow network in the model, at this layer or not."""
@@ -70,18 +84,18 @@ class ShadowLayer(BlockLayer, nn.Module):
     def logits(self, name: str, model: Any) -> torch.Tensor:
         """What the shadow network said alone in the last call."""
         head = self.head_of(name, model)
-        return head(self.states[name][0].to(next(head.parameters()).dtype))
+        return head(self.states.of[name][0].to(next(head.parameters()).dtype))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         h = args[0] if args else kwargs.pop("hidden_states")
         acting = self.acting(h)
         for adapter, rows in acting:
             own = adapter.cast(h if rows is None else h.index_select(0, rows))
-            new = adapter.change(own, self.states[adapter.name][1]).to(h.dtype)
+            new = adapter.change(own, self.states.of[adapter.name][1]).to(h.dtype)
             h = h + new if rows is None else h.index_add(0, rows, new)
         output = self.base_layer(h, *args[1:], **kwargs)
         for adapter, rows in acting:
-            y, states = first_output(output), self.states[adapter.name]
+            y, states = first_output(output), self.states.of[adapter.name]
             y = adapter.cast(y if rows is None else y.index_select(0, rows))
             states[1] = adapter.next_state(states[1], y)
         return output

@@ -45,11 +45,11 @@ def mirrored(config: Any, **fields: int | None) -> Any:
         if value is not None:
             setattr(small, name, value)
     heads, groups = small.num_attention_heads, getattr(small, "num_key_value_heads", None)
-    if groups is not None and heads % groups:
+    if groups is not None and heads % groups:  # of the base, too many for fewer heads
         small.num_key_value_heads = heads
     kinds = getattr(small, "layer_types", None)
     if kinds is not None:
-        small.layer_types = list(kinds)[: small.num_hidden_layers]
+        small.layer_types = list(kinds)[: small.num_hidden_layers]  # transformers wants one for each layer
     return small
 
 
@@ -64,7 +64,7 @@ def network_for(config: Any, stack: nn.Module, width: int) -> nn.Module:
     small = mirrored(stack.config, **{**given, "num_hidden_layers": config.shadow_num_hidden_layers or 1})
     network = type(stack)(small)
     if config.share_embeddings and small.hidden_size == width:
-        network.set_input_embeddings(None)
+        network.set_input_embeddings(None)  # it is given the base's embeddings
     return network
 
 
@@ -85,6 +85,7 @@ class Call:
         embeds, embedding = self.kwargs.get("inputs_embeds"), embeddings_of(module)[0]
         self.embeds: Any = embedding(self.kwargs["input_ids"]) if embeds is None and embedding is not None else embeds
         self.config = module.config
+        # Transformers then keeps no cache.
         checkpointed = module.training and getattr(module, "gradient_checkpointing", False)
         wanted = self.kwargs.get("use_cache")
         self.caches = (module.config.use_cache if wanted is None else wanted) and not checkpointed
@@ -120,6 +121,11 @@ def loss_of(logits: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Te
     """Cross entropy of a language model (labels ``[batch, tokens]``) or of a classifier's last token (``[batch]``)."""
     if labels.dim() > 1:
         return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
-    mask = torch.ones(logits.shape[:2], device=logits.device) if attention_mask is None else attention_mask
+    return F.cross_entropy(last_of(logits, attention_mask).float(), labels)
+
+
+def last_of(values: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Of ``[batch, tokens, n]`` the last token of each row that is no padding, ``[batch, n]``."""
+    mask = torch.ones(values.shape[:2], device=values.device) if attention_mask is None else attention_mask
     last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(-1)
-    return F.cross_entropy(logits[torch.arange(len(logits)), last].float(), labels)
+    return values[torch.arange(len(values), device=values.device), last]

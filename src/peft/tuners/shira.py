@@ -29,6 +29,7 @@ def random_mask(base_layer: nn.Module, r: int, random_seed: int | None = None, *
     shape = base_layer.weight.shape
     rows, columns = fan(tuple(shape))
     generator = None if random_seed is None else torch.Generator("cpu").manual_seed(random_seed)
+    # On the CPU: a seed means the same mask on every device, and a skeleton has none to draw on.
     chosen = torch.randperm(rows * columns, generator=generator, device="cpu")[: r * (rows + columns)]
     return torch.zeros(rows * columns, device="cpu").index_fill(0, chosen, 1).view(shape)
 
@@ -105,6 +106,7 @@ class Shira(Sparse, Scaled):
 def chosen_entries(config: ShiraConfig, base: nn.Module, kind: Kind, shape: tuple[int, int]) -> torch.Tensor:
     """Rows and columns ``[2, n]`` of the entries that a config trains of a weight ``[out, in * kernel]``."""
     (rows, columns), count = shape, config.r * sum(shape)
+    # A file brings the entries, so that nothing has to choose them.
     if config.mask_type != "random" and config.mask_fn is random_mask and not skip_values():
         raise ValueError(
             f"mask_type={config.mask_type!r} needs a function that chooses the entries: set config.mask_fn to it, or "

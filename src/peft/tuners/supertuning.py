@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from peft.config import ModulesToSave, TargetModules, option
-from peft.core.adapter import part, setting
+from peft.core.adapter import input_dropout, part, setting
 from peft.core.addition import LinearIn
 from peft.core.base.kinds import fan
-from peft.core.families import Sparse, input_dropout
+from peft.core.families import Sparse
 from peft.core.families.delta import floating
 from peft.core.layer.buffers import BufferDict
 from peft.core.layer.layer import BaseTunerLayer
@@ -76,11 +76,8 @@ class Supertuning(Sparse):
 
     supertuning_values = part()
     supertuning_indices = part(BufferDict)
-    supertuning_lora_A = part(nn.ModuleDict)
-    supertuning_lora_B = part(nn.ModuleDict)
-    save_indices = setting()
-    lora_scaling = setting()
-    supertuning_lora_dropout = setting(nn.ModuleDict)
+    supertuning_lora_A, supertuning_lora_B = part(nn.ModuleDict), part(nn.ModuleDict)
+    save_indices, lora_scaling, supertuning_lora_dropout = setting(), setting(), input_dropout()
     adds = LinearIn("supertuning_values", "supertuning_lora_B")
 
     def create(self, config: SupertuningConfig, key: str) -> None:
@@ -97,7 +94,7 @@ class Supertuning(Sparse):
             self.supertuning_lora_A, self.supertuning_lora_B = low_rank_pair(config, rows, columns)
             assert config.lora_alpha is not None
             self.lora_scaling = config.lora_alpha / config.r
-            self.supertuning_lora_dropout = input_dropout(config.lora_dropout)
+            self.supertuning_lora_dropout = config.lora_dropout
 
     def entries(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.supertuning_indices.long(), self.supertuning_values

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from peft.config import FanInFanOut, LayerSelection, ModulesToSave, TargetModules, TrainedBias, option
-from peft.core.adapter import part, setting, shared
+from peft.core.adapter import input_dropout, part, setting, shared
 from peft.core.addition import LinearIn
 from peft.core.base.kinds import fan
-from peft.core.families import LowRank, input_dropout
+from peft.core.combine.ranks import halves, svd
+from peft.core.families import LowRank
 from peft.core.layer.buffers import BufferDict
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.registry import define_tuner
@@ -59,31 +60,17 @@ def tinylora_core(v: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     return torch.einsum("u,uij->ij", v, p)
 
 
-def principal(weight: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A = sqrt(S) V^T and B = U sqrt(S) of a matrix, for its r largest singular values."""
-    u, s, v = torch.linalg.svd(weight, full_matrices=False)
-    a, b = s[:r].sqrt()[:, None] * v[:r], u[:, :r] * s[:r].sqrt()
-    return a.contiguous(), b.contiguous()  # as they come from a file, to the last bit of a product
-
-
 class TinyLora(LowRank):
     """dW = B M A with A = sqrt(S) V^T and B = U sqrt(S) of the weight's SVD, M = sum_k v_k P_k ``[r, r]``.
 
     Of an embedding A and B are those of the table ``[tokens, dim]``.
     """
 
-    tinylora_A = part(BufferDict)
-    tinylora_B = part(BufferDict)
-    tinylora_P = part(BufferDict)
+    tinylora_A, tinylora_B, tinylora_P = part(BufferDict), part(BufferDict), part(BufferDict)
     tinylora_v = shared()
-    r = setting()
-    u = setting()
-    layer_index = setting()
-    tinylora_v_key = setting()
-    save_projection = setting()
-    tinylora_dropout = setting(nn.ModuleDict)
+    r, u, layer_index, tinylora_v_key, save_projection = setting(), setting(), setting(), setting(), setting()
+    tinylora_dropout = input_dropout()
     adds = LinearIn("tinylora_v")
-    dropout: ClassVar[str] = "tinylora_dropout"
 
     @classmethod
     def share(cls, config: TinyLoraConfig, layers: Sequence[BaseTunerLayer]) -> dict[str, Any]:
@@ -92,6 +79,7 @@ class TinyLora(LowRank):
         bound = 0.0 if config.init_weights is True else config.init_v_bound
         start = (torch.empty(config.u).uniform_(-bound, bound) for _ in range(groups))
         vectors = nn.ParameterDict({str(i): nn.Parameter(v) for i, v in enumerate(start)})
+        # The last group has what is left over.
         keys = [str(min(i // (len(layers) // groups), groups - 1)) for i in range(len(layers))]
         return {"tinylora_v": vectors, "tinylora_v_key": keys, "layer_index": list(range(len(layers)))}
 
@@ -99,14 +87,16 @@ class TinyLora(LowRank):
         self.r = r = min(config.r, *fan(self.shape))
         self.u, self.save_projection = config.u, config.save_projection
         generator = torch.Generator("cpu").manual_seed(config.projection_seed + self.layer_index)
+        # On the CPU even for a skeleton: a file need not hold it (save_projection=False).
         self.tinylora_P = torch.empty(config.u, r, r, device="cpu").normal_(0, 1 / math.sqrt(r), generator=generator)
         sizes = fan(self.shape)[::-1] if self.kind.lookup else fan(self.shape)
         a, b = torch.empty(r, sizes[1]), torch.empty(sizes[0], r)
         if not a.is_meta:  # otherwise the file brings them
             weight = self.base_weight().detach().flatten(1).float()
-            a, b = principal(weight.T if self.kind.lookup else weight, r)
-        self.tinylora_A, self.tinylora_B = a, b
-        self.tinylora_dropout = input_dropout(config.tinylora_dropout)
+            a, b = halves(*svd(weight.T if self.kind.lookup else weight), r)
+        # As they come from a file, to the last bit of a product.
+        self.tinylora_A, self.tinylora_B = a.contiguous(), b.contiguous()
+        self.tinylora_dropout = config.tinylora_dropout
 
     def vector(self) -> torch.Tensor:
         """v, ``[u]``, of the group of layers that this one is in."""

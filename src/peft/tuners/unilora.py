@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from peft.config import FanInFanOut, LayerSelection, ModulesToSave, TargetModules, TrainedBias, option
-from peft.core.adapter import part, setting, shared
+from peft.core.adapter import input_dropout, part, setting, shared
 from peft.core.base.kinds import fan
-from peft.core.families import LowRank, input_dropout
+from peft.core.families import LowRank
 from peft.core.layer.buffers import BufferDict
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.registry import define_tuner
@@ -55,15 +55,10 @@ def unilora_spread(theta: torch.Tensor, indices: torch.Tensor, scales: torch.Ten
 class UniLora(LowRank):
     """dW = B A with A and B = theta[indices] * scales, scales = 1 / sqrt(how often the number is used)."""
 
-    unilora_indices_A = part(BufferDict)
-    unilora_indices_B = part(BufferDict)
-    unilora_scales_A = part(BufferDict)
-    unilora_scales_B = part(BufferDict)
+    unilora_indices_A, unilora_indices_B = part(BufferDict), part(BufferDict)
+    unilora_scales_A, unilora_scales_B = part(BufferDict), part(BufferDict)
     unilora_theta_d = shared()
-    r = setting()
-    save_indices = setting()
-    unilora_dropout = setting(nn.ModuleDict)
-    dropout: ClassVar[str] = "unilora_dropout"
+    r, save_indices, unilora_dropout = setting(), setting(), input_dropout()
 
     @classmethod
     def share(cls, config: UniLoraConfig, layers: Sequence[BaseTunerLayer]) -> dict[str, Any]:
@@ -72,7 +67,7 @@ class UniLora(LowRank):
         shapes = [((config.r, columns), (rows, config.r)) for rows, columns in (fan(x.shape) for x in layers)]
         sizes = [a * b for pair in shapes for a, b in pair]
         indices = generate_index(sum(sizes), length, config.proj_seed)
-        scales = indices.bincount(minlength=length).clamp(min=1).float().rsqrt()
+        scales = indices.bincount(minlength=length).clamp(min=1).float().rsqrt()  # a number may be used nowhere
         pieces = list(indices.split(sizes))
         a = [piece.view(shape) for piece, (shape, _) in zip(pieces[0::2], shapes)]
         b = [piece.view(shape) for piece, (_, shape) in zip(pieces[1::2], shapes)]
@@ -88,7 +83,7 @@ class UniLora(LowRank):
 
     def create(self, config: UniLoraConfig, key: str) -> None:
         self.r, self.save_indices = config.r, config.save_indices
-        self.unilora_dropout = input_dropout(config.unilora_dropout)
+        self.unilora_dropout = config.unilora_dropout
 
     def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
         theta = self.unilora_theta_d

@@ -122,6 +122,7 @@ class UnionConfig(ModulesToSave):
                 if not isinstance(method, str) or not isinstance(name, str) or method.upper() == cls.METHOD:
                     raise ConfigError(f"{cls.__name__}: {part!r:.80} is no part: its peft_type names a method.")
                 held = {field: value for field, value in part.items() if field != "name"}
+                # Without a name it has its method's.
                 made[name.lower() if name == method else name] = PeftConfig.of_file({**shared, **held})
             kwargs["parts"] = made
         return kwargs

@@ -12,9 +12,9 @@ from torch import nn
 
 from peft.compat.methods import VBLoRACompat
 from peft.config import ExcludeModules, FanInFanOut, LayerSelection, ModulesToSave, TargetModules, TrainedBias, option
-from peft.core.adapter import part, setting, shared
+from peft.core.adapter import input_dropout, part, setting, shared
 from peft.core.base.kinds import fan
-from peft.core.families import LowRank, input_dropout
+from peft.core.families import LowRank
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.registry import define_tuner
 from peft.core.model.tuner import BaseTuner
@@ -72,16 +72,11 @@ def vblora_pieces(logits: torch.Tensor, bank: torch.Tensor, topk: int) -> torch.
 class VBLoRA(LowRank):
     """dW = B A, of which each piece of ``vector_length`` entries is a mixture of the bank's vectors."""
 
-    vblora_logits_A = part()
-    vblora_logits_B = part()
+    vblora_logits_A, vblora_logits_B = part(), part()
     vblora_vector_bank = shared()
-    r = setting()
-    topk = setting()
-    save_only_topk_weights = setting()
-    is_partial = setting()
-    vblora_dropout = setting(nn.ModuleDict)
+    r, topk, save_only_topk_weights, is_partial = setting(), setting(), setting(), setting()
+    vblora_dropout = input_dropout()
     split = ("_topk_indices", "_topk_weights")
-    dropout: ClassVar[str] = "vblora_dropout"
 
     @classmethod
     def share(cls, config: VBLoRAConfig, layers: Sequence[BaseTunerLayer]) -> dict[str, torch.Tensor]:
@@ -96,7 +91,7 @@ class VBLoRA(LowRank):
         self.vblora_logits_A = nn.Parameter(torch.empty(config.r, columns, n).normal_(0, std))
         self.vblora_logits_B = nn.Parameter(torch.empty(rows, config.r, n).normal_(0, std))
         self.r, self.topk, self.save_only_topk_weights = config.r, config.topk, config.save_only_topk_weights
-        self.vblora_dropout = input_dropout(config.vblora_dropout)
+        self.vblora_dropout = config.vblora_dropout
 
     def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
         self._refuse_to_train_on()
@@ -121,7 +116,7 @@ class VBLoRA(LowRank):
         return logits.scatter(-1, place, weights.log())
 
     def loaded(self) -> None:
-        self.is_partial = None
+        self.is_partial = None  # asked again at the next call
 
     def _refuse_to_train_on(self) -> None:
         """A file of the largest weights alone leaves the other logits at minus infinity, where nothing moves them."""

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
 
 from peft.config import option
-from peft.core.adapter import part, setting, shared
+from peft.core.adapter import input_dropout, part, setting, shared
 from peft.core.base.kinds import fan
-from peft.core.families import LowRank, input_dropout
+from peft.core.families import LowRank
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.registry import define_tuner
 from peft.kernels.remake import recomputed
@@ -40,13 +39,9 @@ class Vera(LowRank):
     A convolution is its matrix ``[out, in * kernel]``.
     """
 
-    vera_lambda_b = part()
-    vera_lambda_d = part()
-    vera_A = shared(frozen=True)
-    vera_B = shared(frozen=True)
-    r = setting()
-    vera_dropout = setting(nn.ModuleDict)
-    dropout: ClassVar[str] = "vera_dropout"
+    vera_lambda_b, vera_lambda_d = part(), part()
+    vera_A, vera_B = shared(frozen=True), shared(frozen=True)
+    r, vera_dropout = setting(), input_dropout()
 
     @classmethod
     def share(cls, config: VeraConfig, layers: Sequence[BaseTunerLayer]) -> dict[str, torch.Tensor]:
@@ -55,7 +50,7 @@ class Vera(LowRank):
         return {"vera_A": a, "vera_B": b}
 
     def create(self, config: VeraConfig, key: str) -> None:
-        self.r, self.vera_dropout = config.r, input_dropout(config.vera_dropout)
+        self.r, self.vera_dropout = config.r, config.vera_dropout
         self.vera_lambda_b, self.vera_lambda_d = vectors(self.shape[0], config.r, config)
 
     def frozen(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -60,7 +60,7 @@ def vectors(out: int, ranks: int, config: SharedPairConfig) -> tuple[nn.Paramete
 class ScaledTable(torch.autograd.Function):
     """``diag(rows) table diag(columns)``, of which autograd keeps the two vectors and the frozen table, no product."""
 
-    generate_vmap_rule = True
+    generate_vmap_rule = True  # torch.func.vmap refuses a function without a rule
 
     @staticmethod
     def forward(rows: torch.Tensor, table: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
@@ -142,7 +142,7 @@ class Raised(torch.autograd.Function):
     def forward(
         ctx: Any, y: torch.Tensor, z: torch.Tensor, b: torch.Tensor, table: torch.Tensor, keeps: bool
     ) -> torch.Tensor:
-        ctx.mark_dirty(y)
+        ctx.mark_dirty(y)  # the base's output, which nothing else reads, is added to in place
         u, flat = None, y.view(-1, y.shape[-1])
         if keeps:
             u = torch.mm(z, table.T)
@@ -158,6 +158,7 @@ class Raised(torch.autograd.Function):
         dy, dz, db = gradient.reshape(-1, len(b)), None, None
         if ctx.needs_input_grad[1]:  # b goes to the smaller one
             dz = torch.mm(dy, table * b[:, None]) if len(dy) > table.shape[1] else torch.mm(dy * b, table)
+        # What is kept of u has no graph, and a second derivative needs one.
         if ctx.needs_input_grad[2] and (u is None or torch.is_grad_enabled()):
             db = (torch.mm(dy.T, z) * table).sum(1)
         elif ctx.needs_input_grad[2]:

@@ -118,11 +118,8 @@ class WaveFT(Sparse, Scaled):
 
     waveft_spectrum = part()
     waveft_places = part(BufferDict, remade=True)
-    waveft_n_frequency = setting()
-    waveft_wavelet = setting()
-    share_of_budget = setting()
-    configured = setting()
-    scaling = setting()
+    waveft_n_frequency, waveft_wavelet, share_of_budget = setting(), setting(), setting()
+    configured, scaling = setting(), setting()
     adds = LinearIn("waveft_spectrum")
 
     @classmethod

@@ -52,6 +52,12 @@ class UnknownAdapterError(PeftError, ValueError, KeyError):
     __str__ = BaseException.__str__  # a KeyError shows its message in quotation marks
 
 
+class AdapterNameError(PeftError, ValueError, KeyError):
+    """A name that an adapter cannot have, or that is taken."""
+
+    __str__ = BaseException.__str__
+
+
 class UnknownTokenError(PeftError, ValueError, IndexError):
     """An index of a token is outside the table of embeddings."""
 
@@ -61,7 +67,7 @@ class NoEqualWeightError(PeftError, ValueError, NotImplementedError):
 
 
 class MeaninglessError(PeftError, AttributeError, ValueError):
-    """An operation that means nothing for the model's method; to ``hasattr`` it does not exist."""
+    """What means nothing for the model's method, or for a layer of its kind; to ``hasattr`` it does not exist."""
 
 
 class CheckpointError(PeftError, ValueError, RuntimeError):

@@ -2,18 +2,20 @@
 
 In blocks are bottlenecks, Compacter and invertible adapters. A file that has one of the latter beside the others is
 read as two adapters, ``bottleneck`` (or ``compacter``) and ``invertible``, to be active together in a mixed model; a
-union of configs (MAM, UniPELT) as a union.
+union of configs (MAM, UniPELT) as a union; a fusion as a composition, with its members if they stand beside it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
 from peft.config import PeftConfig
+from peft.convert.formats.fusion import CONFIG_NAME, WEIGHTS_NAME, is_fusion, read_fusion, write_fusion
 from peft.convert.formats.mlx import as_json
 from peft.convert.held import PREFIX, Held, Pair, Pairs, held_of, pairs_of
 from peft.convert.rotary import rotated
@@ -43,9 +45,9 @@ _OWN = {
     - {"preset", "modules_to_save", *(field.name for field in dataclasses.fields(PeftConfig))}
     for kind, config in _CONFIGS.items()
 }
+_AT, _IN_BLOCKS = ("mh_adapter", "output_adapter", "cross_adapter"), ("BOTTLENECK", "COMPACTER")
 _NORMALISES_LAST = ("albert", "bart", "bert", "bert-generation", "deberta", "deberta-v2", "distilbert", "electra",
                     "plbart", "roberta", "xlm-roberta")  # fmt: skip
-_NAME = "adapter"  # what a written adapter is called
 
 
 # What stands in the names of a kind's tensors, there and here.
@@ -64,7 +66,7 @@ def _matches(source: Source) -> bool:
 def _kind(config: dict[str, Any]) -> str:
     kind = config.get("architecture")
     if kind is None and "reduction_factor" in config:
-        if not any(config.get(place) for place in ("mh_adapter", "output_adapter", "cross_adapter")):
+        if not any(config.get(place) for place in _AT):
             return "invertible"
         return "compacter" if config.get("phm_layer") else "bottleneck"
     if kind == "lora":
@@ -73,6 +75,8 @@ def _kind(config: dict[str, Any]) -> str:
 
 
 def _read(source: Source, job: Job) -> Bundle:
+    if is_fusion(source.config):
+        return {"": read_fusion(source, _PLACES, job)}
     _name_what_stands_beside(source, job)
     config = source.config["config"]
     if config.get("architecture") != "union":
@@ -257,15 +261,34 @@ def _write(bundle: Bundle, job: Job) -> Files:
     if len(bundle) == 2 and "invertible" in bundle:  # as they are read, see above
         parts = UnionConfig({name: held.config for name, held in bundle.items()})
         bundle = {"": Held(parts, {name: t for held in bundle.values() for name, t in held.tensors.items()})}
-    held = one(bundle, "an adapter of adapters")
-    config, tensors = _write_union(held, job) if held.method == "UNION" else _write_one(held, job)
+    if all(held.method != "COMPOSITION" for held in bundle.values()):
+        bundle = {"": one(bundle, "an adapter of adapters")}
+    elif (
+        len({tuple(getattr(h.config, place) for place in _AT) for h in bundle.values() if h.method in _IN_BLOCKS}) > 1
+    ):
+        job.lost["members"] = f"adapters fuses what stands at the same places of a block, and {', '.join(_AT)} differ"
+    files: Files = {}
+    for component, held in bundle.items():  # a fusion and its members have a folder each, which is their name
+        job.name = component or job.name
+        for name, write in _files_of(held, base, job).items():
+            files[os.path.join(component, name)] = write
+    return files
+
+
+def _files_of(held: Held, base: Base, job: Job) -> Files:
+    weights, config_name, more, name = "pytorch_adapter.bin", "adapter_config.json", {}, job.name
+    if held.method == "COMPOSITION":
+        config, tensors, names = write_fusion(held, _PLACES, job)
+        weights, config_name, more, name = WEIGHTS_NAME, CONFIG_NAME, {"adapter_names": names}, ",".join(names)
+    else:
+        config, tensors = _write_union(held, job) if held.method == "UNION" else _write_one(held, job)
     said = {
-        "config": config, "hidden_size": base.number("hidden_size", "n_embd"),
+        **more, "config": config, "hidden_size": base.number("hidden_size", "n_embd"),
         "model_class": type(base.model).__name__,
         "model_name": base.config.get("_name_or_path", ""), "model_type": base.config.get("model_type"),
-        "name": _NAME, "version": "adapters.1.3.0",
+        "name": name, "version": "adapters.1.3.0",
     }  # fmt: skip
-    return {"pytorch_adapter.bin": lambda path: torch.save(tensors, path), "adapter_config.json": as_json(said)}
+    return {weights: lambda path: torch.save(tensors, path), config_name: as_json(said)}
 
 
 def _write_one(held: Held, job: Job) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -320,7 +343,7 @@ def _write_lora(held: Held, job: Job) -> tuple[dict[str, Any], dict[str, torch.T
     found, tensors = pairs_of(held), {}
     for name, tensor in gates.items():
         module, _, tail = name.removeprefix(PREFIX).partition(".lora_gate.")
-        tensors[f"{module}.loras.{_NAME}.gate.{tail}"] = tensor
+        tensors[f"{module}.loras.{job.name}.gate.{tail}"] = tensor
     ranks = {pair.rank for pair in found.pairs.values()}
     scales = {found.scale(module) for module in found.pairs}
     if len(ranks) > 1 or len(scales) > 1:
@@ -335,7 +358,7 @@ def _write_lora(held: Held, job: Job) -> tuple[dict[str, Any], dict[str, torch.T
             if getattr(pair, part) is not None:
                 job.lost[f"{module}.{part}"] = "LoRAs of adapters are A and B alone in these files"
         for part, tensor in (("lora_A", pair.down), ("lora_B", pair.up)):
-            tensors[f"{module}.loras.{_NAME}.{part}"] = tensor
+            tensors[f"{module}.loras.{job.name}.{part}"] = tensor
     job.lost.update(dict.fromkeys(found.others, "adapters keeps heads and embeddings in other files"))
     rank = ranks.pop()
     return {
@@ -400,7 +423,7 @@ def _write_ia3(held: Held, job: Job) -> tuple[dict[str, Any], dict[str, torch.Te
             job.lost[module] = _NO_PLACE
             continue
         modules.append(module)
-        tensors[f"{module}.loras.{_NAME}.lora_B"] = tensor
+        tensors[f"{module}.loras.{job.name}.lora_B"] = tensor
     return {**_LORA, **_sites(modules, job), "composition_mode": "scale", "r": 1, "alpha": 1}, tensors
 
 
@@ -412,7 +435,7 @@ def _write_network(held: Held, job: Job) -> tuple[dict[str, Any], dict[str, torc
         if name.startswith("base_model.compacter_rule."):
             base = job.need_base("adapters keeps what layers share in the base model").model.base_model_prefix
             rule = tails[f"rule.{name.rpartition('.')[2]}"]
-            tensors[f"{base}.shared_parameters.{_NAME}.{rule}"] = tensor
+            tensors[f"{base}.shared_parameters.{job.name}.{rule}"] = tensor
             continue
         block, found, rest = name.removeprefix(PREFIX).partition(f".{kind}_")
         role, _, rest = rest.partition(".")
@@ -421,7 +444,7 @@ def _write_network(held: Held, job: Job) -> tuple[dict[str, Any], dict[str, torc
             job.lost[name] = f"it is no part of a {kind}"
             continue
         tail = tails.get(tail, tail) if kind == "compacter" else tail
-        tensors[f"{block}.{places[role]}.adapters.{_NAME}.{pieces[piece]}.{tail}"] = tensor
+        tensors[f"{block}.{places[role]}.adapters.{job.name}.{pieces[piece]}.{tail}"] = tensor
     config = {key: value for key, value in held.config.to_dict().items() if key in _OWN[kind]}
     _tell_what_is_read(config, job.need_base("adapters names the model").config.get("model_type"), job)
     factor = config["reduction_factor"]
@@ -435,7 +458,7 @@ def _write_invertible(held: Held, job: Job) -> tuple[dict[str, Any], dict[str, t
     networks = {here: there for there, here in (_GLOW if config.coupling == "glow" else _NETWORKS).items()}
     for name, tensor in held.tensors.items():
         network, _, rest = name.partition(".invertible_coupling.")[2].partition(".")
-        tensors[f"{base}.invertible_adapters.{_NAME}.{networks[network]}.{rest}"] = tensor
+        tensors[f"{base}.invertible_adapters.{job.name}.{networks[network]}.{rest}"] = tensor
     if config.invert_output:
         job.lost["invert_output"] = "adapters applies the inverse before heads of its own alone"
     said = BottleneckConfig(mh_adapter=False, output_adapter=False, non_linearity=config.non_linearity).to_dict()
@@ -452,11 +475,11 @@ def _write_prefix(held: Held, job: Job) -> tuple[dict[str, Any], dict[str, torch
     table = _turned(table, -length, length, config.num_layers, config.num_attention_heads, base)
     own = [name for name, _ in base.model.named_modules() if name.rpartition(".")[2] in ("self_attn", "attention")]
     holders = [*(f"{name}.prefix_tuning.pool" for name in own), "model.prefix_tuning"]
-    tensors = {f"{holder}.prefix_tunings.{_NAME}.self_prefix.control_trans": table.flatten() for holder in holders}
+    tensors = {f"{holder}.prefix_tunings.{job.name}.self_prefix.control_trans": table.flatten() for holder in holders}
     for name, tensor in held.tensors.items():
         if name.startswith("prefix_gates."):
             _, layer, tail = name.split(".")
-            tensors[f"{own[int(layer)]}.prefix_tuning.prefix_gates.{_NAME}.{tail}"] = tensor
+            tensors[f"{own[int(layer)]}.prefix_tuning.prefix_gates.{job.name}.{tail}"] = tensor
     said = {"architecture": "prefix_tuning", "flat": True, "prefix_length": length, "bottleneck_size": 512,
             "cross_prefix": True, "encoder_prefix": True, "dropout": 0.0, "leave_out": [], "non_linearity": "tanh",
             "shared_gating": config.shared_gating, "use_gating": config.use_gating,

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from peft.config import resolve_pattern
-from peft.convert.formats.flux import is_original, to_diffusers
+from peft.convert.formats.flux import is_original, to_diffusers, with_all_rows
 from peft.convert.formats.kohya import ALGORITHMS, by_method, saver
-from peft.convert.held import Held, Pair, Pairs, held_of, modules_of, pairs_of, patterned, whole
+from peft.convert.held import Held, Pair, Pairs, held_of, magnitude_of, modules_of, pairs_of, patterned, whole
 from peft.convert.names import component_of
 from peft.convert.source import Bundle, Files, Format, Job, Source
 from peft.options import value_of
@@ -55,7 +55,9 @@ _PROCESSORS = {
     "qkv_lora2": "txt_attn.qkv",
     "proj_lora1": "img_attn.proj",
     "proj_lora2": "txt_attn.proj",
-}  # fmt: skip  (the last four are x-flux's, of Flux)
+    "qkv_lora": "linear1",
+    "proj_lora": "linear2",
+}  # fmt: skip  (the last six are x-flux's, of Flux)
 
 
 def split(name: str) -> tuple[str, str, str] | None:
@@ -142,9 +144,8 @@ def _pairs(modules: dict[str, dict[str, torch.Tensor]], config: dict[str, Any], 
         if known is not None:
             alpha = resolve_pattern(known.alpha_pattern, module, known.lora_alpha)
         if (scale := parts.get("magnitude")) is not None:
-            shape = (-1,) if parts["down"].dim() == 2 else (1, -1, *[1] * (parts["down"].dim() - 2))
-            parts["magnitude"] = scale.reshape(shape)
-        pairs[module] = Pair(alpha=alpha, **parts)
+            parts["magnitude"] = magnitude_of(scale, parts["down"])
+        pairs[module] = with_all_rows(module, Pair(alpha=alpha, **parts))
     return Pairs(pairs, rslora=known is not None and known.use_rslora)
 
 

@@ -83,6 +83,15 @@ def _whole_of(module: str) -> tuple[str, int] | None:
     return next(((name, 0) for name, parts in _OUTSIDE.items() if module in parts), None)
 
 
+def with_all_rows(module: str, pair: Pair) -> Pair:
+    """The LoRA of a single block's ``linear1``, also where a file has its query, key and value alone (x-flux)."""
+    inner = pair.down.shape[1]
+    if re.fullmatch(r"single_blocks\.\d+\.linear1", module) is None or len(pair.up) != 3 * inner:
+        return pair
+    up = torch.cat([pair.up, pair.up.new_zeros(_MLP_RATIO * inner, pair.rank)])
+    return dataclasses.replace(pair, up=up)
+
+
 def weight_in(base: Base, module: str) -> torch.Tensor:
     """The weight of a module of a base model, put together of diffusers' where the module is one of the authors'."""
     parts = _parts_of(module) if is_diffusers(base.names) else None
@@ -123,6 +132,8 @@ def to_diffusers(held: Held) -> Held:
         sizes = _sizes(parts, len(pair.up), pair.down.shape[1])
         rows = _swapped(pair) if module == _SWAPPED else pair
         for part, at in zip(parts, torch.arange(len(pair.up)).split(sizes)):
+            if pair.magnitude is None and pair.up.any() and not pair.up[at].any():
+                continue  # zeros stand for a part that is not adapted
             made[part] = _rows(rows, at)
     return held_of(Pairs(made, found.others, found.rslora))
 
@@ -205,7 +216,7 @@ def _loha_of(held: Held, modules: dict[str, dict[str, torch.Tensor]], scales: di
 
 def _sizes(parts: tuple[str, ...], out: int, inner: int) -> list[int]:
     if len(parts) == 4:
-        return [inner, inner, inner, out - 3 * inner]
+        return [inner, inner, inner, out - 3 * inner]  # q, k and v are square; the rest is the MLP's
     return [out // len(parts)] * len(parts)
 
 

@@ -1,6 +1,7 @@
 """llama.cpp's GGUF LoRAs: tensors ``blk.0.attn_q.weight.lora_a`` and ``.lora_b``, one alpha, each pair its own rank.
 
 LLaMA's q and k have their rows in pairs there, so the rows of B move; the A of the token table stands transposed.
+The tokens that an aLoRA begins at have a key of their own.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from peft.convert.held import Held, Pair, Pairs, held_of, pairs_of
 from peft.convert.rotary import as_halves, as_pairs
 from peft.convert.source import Base, Bundle, Files, Format, Job, Source, one
-from peft.utils.error import ConfigError
+from peft.utils.error import CheckpointError, ConfigError
 
 
 # transformers' model types -> llama.cpp's architecture, where matrices are kept as they are, but for q, k of ROTARY.
@@ -20,9 +21,14 @@ ARCHITECTURES = {
     "llama": "llama", "mistral": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
     "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "gemma": "gemma", "gemma2": "gemma2", "gemma3_text": "gemma3",
     "phi": "phi2", "phi3": "phi3", "starcoder2": "starcoder2", "gpt2": "gpt2", "stablelm": "stablelm", "olmo": "olmo",
-    "olmo2": "olmo2", "granite": "granite", "smollm3": "smollm3", "cohere": "command-r",
+    "olmo2": "olmo2", "olmo3": "olmo2", "olmoe": "olmoe", "granite": "granite", "granitemoe": "granitemoe",
+    "smollm3": "smollm3", "cohere": "command-r", "glm4": "glm4", "nemotron": "nemotron", "gpt_oss": "gpt-oss",
+    "exaone4": "exaone4", "ernie4_5": "ernie4_5", "hunyuan_v1_dense": "hunyuan-dense", "seed_oss": "seed_oss",
+    "apertus": "apertus", "arcee": "arcee", "gpt_bigcode": "starcoder",
 }  # fmt: skip
-ROTARY = {"llama", "olmo", "granite", "smollm3"}
+ROTARY = {"llama", "olmo", "granite", "granitemoe", "smollm3", "arcee"}
+_KEPT = {"F16": "float16", "BF16": "bfloat16"}  # other kinds are read as float32
+_TIED = "llama.cpp stops at a LoRA of an embedding that is the head's weight too; merge the adapter instead"
 
 
 def _gguf() -> Any:
@@ -68,19 +74,23 @@ def _heads(module: str, base: Base, arch: str) -> int | None:
 
 def _write(bundle: Bundle, job: Job) -> Files:
     _gguf()
-    found, base = pairs_of(one(bundle, "a GGUF file")), job.need_base("GGUF names tensors by the architecture")
-    arch = _architecture(base)
+    held, base = one(bundle, "a GGUF file"), job.need_base("GGUF names tensors by the architecture")
+    found, arch = pairs_of(held), _architecture(base)
     names, alpha = _tensor_names(base, arch), _common_alpha(found)
     tensors: dict[str, torch.Tensor] = {}
     for module, pair in found.pairs.items():
         for part, what in (("magnitude", "llama.cpp computes no DoRA"), ("bias", "llama.cpp's B has no bias")):
             if getattr(pair, part) is not None:
                 job.lost[f"{module}.{part}"] = what
+        if module in (base.tied or ()):
+            job.lost[module] = _TIED
+            continue
         if module not in names:
             job.lost[module] = f"llama.cpp has no such matrix in {arch}"
             continue
         down, up = _wide(pair.down), _wide(pair.up)
-        if (own := found.scale(module) * pair.rank) != alpha:
+        own = found.scale(module) * pair.rank
+        if _as_kept(own) != alpha:
             up = up.float() * (own / alpha)
             job.notes.append(
                 f"{module}: its scale is other than the file's alpha says, so B is multiplied by the rest"
@@ -90,13 +100,19 @@ def _write(bundle: Bundle, job: Job) -> Files:
         tensors[f"{names[module]}.lora_a"] = down.T if pair.table else down
         tensors[f"{names[module]}.lora_b"] = up
     job.lost.update(dict.fromkeys(found.others, "llama.cpp's adapters hold LoRAs alone"))
-    return {"adapter.gguf": lambda path: _save(path, arch, alpha, tensors)}
+    invocation = held.config.alora_invocation_tokens
+    return {"adapter.gguf": lambda path: _save(path, arch, alpha, tensors, invocation)}
 
 
 def _common_alpha(found: Pairs) -> float:
-    """The most frequent alpha, with which the scale is alpha over the rank; as float32, which the file holds."""
-    alphas = [found.scale(module) * pair.rank for module, pair in found.pairs.items()]
-    return float(torch.tensor(max(dict.fromkeys(alphas), key=alphas.count), dtype=torch.float32))
+    """The most frequent alpha, with which the scale is alpha over the rank."""
+    alphas = [_as_kept(found.scale(module) * pair.rank) for module, pair in found.pairs.items()]
+    return max(dict.fromkeys(alphas), key=alphas.count)
+
+
+def _as_kept(alpha: float) -> float:
+    """A number as float32, which the file holds."""
+    return float(torch.tensor(alpha, dtype=torch.float32))
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
@@ -104,12 +120,15 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
 
 
-def _save(path: str, arch: str, alpha: float, tensors: dict[str, torch.Tensor]) -> None:
+def _save(path: str, arch: str, alpha: float, tensors: dict[str, torch.Tensor], invocation: list[int] | None) -> None:
     gguf = _gguf()
     writer = gguf.GGUFWriter(path, arch)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    if invocation:
+        kinds = gguf.GGUFValueType
+        writer.add_key_value(gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS, invocation, kinds.ARRAY, kinds.UINT32)
     for name, tensor in tensors.items():
         writer.add_tensor(name, tensor.detach().contiguous().numpy())
     writer.write_header_to_file()
@@ -120,7 +139,10 @@ def _save(path: str, arch: str, alpha: float, tensors: dict[str, torch.Tensor]) 
 
 def _read(source: Source, job: Job) -> Bundle:
     gguf = _gguf()
-    reader = gguf.GGUFReader(source.path)
+    try:
+        reader = gguf.GGUFReader(source.path)
+    except Exception as error:
+        raise CheckpointError(f"{source.path} is damaged, or no GGUF file that this gguf reads ({error}).") from error
     said = {key: field.contents() for key, field in reader.fields.items()}
     if said.get("general.type") != "adapter" or said.get(gguf.Keys.Adapter.TYPE) != "lora":
         raise ConfigError(f"{source.path} is a GGUF file, but no LoRA: it says {said.get('general.type')!r}.")
@@ -136,12 +158,16 @@ def _read(source: Source, job: Job) -> Bundle:
             job.lost[tensor.name] = "it is no part of a LoRA of this base model"
             continue
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        kept = torch.float16 if tensor.tensor_type == gguf.GGMLQuantizationType.F16 else torch.float32
+        kept = getattr(torch, _KEPT.get(tensor.tensor_type.name, "float32"))
         parts.setdefault(modules[name], {})[part] = torch.from_numpy(values.copy()).to(kept)
-    return {"": _held(parts, float(said[gguf.Keys.Adapter.LORA_ALPHA]), base, arch)}
+    invocation = [int(token) for token in said.get(gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS, ())]
+    extra = {"alora_invocation_tokens": invocation} if invocation else {}
+    return {"": _held(parts, float(said[gguf.Keys.Adapter.LORA_ALPHA]), base, arch, extra)}
 
 
-def _held(parts: dict[str, dict[str, torch.Tensor]], alpha: float, base: Base, arch: str) -> Held:
+def _held(
+    parts: dict[str, dict[str, torch.Tensor]], alpha: float, base: Base, arch: str, extra: dict[str, Any]
+) -> Held:
     pairs = {}
     for module, pair in parts.items():
         if len(pair) < 2:
@@ -151,7 +177,7 @@ def _held(parts: dict[str, dict[str, torch.Tensor]], alpha: float, base: Base, a
         if (heads := _heads(module, base, arch)) is not None:
             up = as_halves(up, heads)
         pairs[module] = Pair(down, up, alpha or down.shape[0], table=table)
-    return held_of(Pairs(pairs))
+    return held_of(Pairs(pairs, extra=extra))
 
 
-GGUF = Format("gguf", _matches, _read, _write, ".gguf")
+GGUF = Format("gguf", _matches, _read, _write, ".gguf", frozenset({"alora_invocation_tokens"}))

@@ -27,7 +27,7 @@ from peft.convert.formats.lycoris import (
     whole_pair,
     with_norms,
 )
-from peft.convert.held import PREFIX, Held, Pair, Pairs, held_of, modules_of, pairs_of, patterned, whole
+from peft.convert.held import PREFIX, Held, Pair, Pairs, held_of, magnitude_of, modules_of, pairs_of, patterned, whole
 from peft.convert.names import TRANSFORMERS, component_of, dotted, flat, is_t5
 from peft.convert.source import Bundle, Files, Format, Job, Source
 from peft.core.files.io import separate
@@ -144,21 +144,15 @@ def _low_rank(module: str, parts: Parts, job: Job) -> Pair:
         down = torch.einsum("ij...,jn->in...", mid.to(core), down.flatten(1).to(core)).to(down.dtype)
         job.notes.append(f"{module}: its core (lora_mid) is multiplied into A")
     if (scale := parts.get("dora_scale")) is not None:
-        scale = scale.reshape((-1,) if down.dim() == 2 else (1, -1, *[1] * (down.dim() - 2)))
+        scale = magnitude_of(scale, down)
     return Pair(down, up, alpha_of(parts, len(down)), scale)
 
 
 def _loha(modules: dict[str, Parts], job: Job) -> Held:
-    cores = {module: "hada_t1" in parts for module, parts in modules.items()}
     ranks = {module: len(parts["hada_w1_b"]) for module, parts in modules.items()}
-    if len({cores[m] for m, parts in modules.items() if _is_kernel(parts)}) > 1:
-        raise ConfigError("some convolutions have a Tucker core and others none, which one LoHa config cannot say.")
-    tensors = _renamed(modules, _LOHA)
-    return Held(LoHaConfig(**_fields(modules, ranks), use_effective_conv2d=any(cores.values())), tensors)
-
-
-def _is_kernel(parts: Parts) -> bool:
-    return "hada_t1" in parts or "lokr_t2" in parts
+    effective = any("hada_t1" in parts for parts in modules.values())
+    config = LoHaConfig(**_fields(modules, ranks), use_effective_conv2d=effective)
+    return Held(config, _renamed(modules, _LOHA))
 
 
 def _factor(modules: dict[str, Parts]) -> int | None:
@@ -329,7 +323,7 @@ def _flat_ia3(held: Held, prefix: str, job: Job) -> dict[str, torch.Tensor]:
 
 def number(value: float, dtype: torch.dtype) -> torch.Tensor:
     """A number as a tensor, in the first dtype that holds it: that of the weights, float32, float64."""
-    for kind in (dtype, torch.float32):
+    for kind in (dtype, torch.float32):  # 16 bits round some alphas
         tensor = torch.tensor(value, dtype=kind)
         if float(tensor) == value:
             return tensor

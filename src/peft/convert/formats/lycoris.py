@@ -14,6 +14,7 @@ import torch
 from peft.convert.formats.flux import weight_in
 from peft.convert.held import PREFIX, Held, Pair
 from peft.convert.source import Job
+from peft.core.layer.weight import wide
 from peft.tuners.ia3 import IA3Config
 from peft.tuners.ln_tuning import LNTuningConfig
 from peft.tuners.loha import loha_weight
@@ -34,6 +35,7 @@ NORMS = {"w_norm": "weight", "b_norm": "bias"}
 def alpha_of(parts: Parts, rank: int) -> float:
     """alpha of a module: the scale is alpha over the rank; without one, or with 0, it is 1."""
     alpha = float(parts["alpha"]) if "alpha" in parts else 0.0
+    # LyCORIS takes an alpha of 0 for none.
     return (alpha or rank) * (float(parts["scalar"]) if "scalar" in parts else 1.0)
 
 
@@ -54,9 +56,8 @@ def change_of(module: str, parts: Parts, job: Job) -> torch.Tensor:
     if "diff" in parts:
         return parts["diff"]
     if "dora_scale" not in parts and parts.keys() & {"lokr_w1", "lokr_w1_a"}:
-        return kronecker({name: t if t.dtype == torch.float64 else t.float() for name, t in parts.items()})
-    given = weight_in(job.need_base(f"{module} is changed by a factor of its weight"), module)
-    weight = given if given.dtype == torch.float64 else given.float()
+        return kronecker({name: wide(t) for name, t in parts.items()})
+    weight = wide(weight_in(job.need_base(f"{module} is changed by a factor of its weight"), module))
     alpha, parts = parts.get("alpha"), {name: tensor.to(weight.dtype) for name, tensor in parts.items()}
     if "oft_blocks" in parts:
         rotated = _rotated(weight, parts["oft_blocks"], 0.0 if alpha is None else float(alpha))
@@ -109,7 +110,7 @@ def decomposed(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     Args:
         scale: the norms, ``[out, 1, ...]`` of rows or ``[1, in, ...]`` of columns.
     """
-    axes = [axis for axis in range(weight.dim()) if axis != int(len(scale) == 1)]
+    axes = [axis for axis in range(weight.dim()) if axis != int(len(scale) == 1)]  # norms of rows, or of columns
     norms = torch.linalg.vector_norm(weight, dim=axes, keepdim=True) + torch.finfo(weight.dtype).eps
     return weight * (scale.view([*scale.shape, *[1] * (weight.dim() - scale.dim())]) / norms)
 

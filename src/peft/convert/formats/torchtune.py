@@ -1,4 +1,4 @@
-"""torchtune: ``layers.0.attn.q_proj.lora_a.weight``, q and k with their rows in pairs (LLaMA's order)."""
+"""torchtune: ``layers.0.attn.q_proj.lora_a.weight``, q and k with their rows in pairs (LLaMA's order), but Qwen2's."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from peft.utils.error import ConfigError
 _NAMES = {"attn": "self_attn", "output_proj": "o_proj", "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _ENDS = {"output": "lm_head", "tok_embeddings": "model.embed_tokens"}
 _BACK = {theirs: ours for ours, theirs in (*_NAMES.items(), *_ENDS.items())}
+_IN_PAIRS = {"llama": True, "mistral": True, "gemma": True, "gemma2": True, "qwen2": False}  # rows of q and k
 _PARTS = {("lora_a", "weight"): "down", ("lora_b", "weight"): "up", ("magnitude",): "magnitude"}
 
 
@@ -62,7 +63,14 @@ def _ours(module: str) -> str:
 
 
 def _heads(module: str, base: Base) -> int | None:
-    leaf = module.rpartition(".")[2]
+    """The heads by which the rows of a module are ordered otherwise, or None."""
+    kind, leaf = base.config.get("model_type"), module.rpartition(".")[2]
+    if kind not in _IN_PAIRS:
+        raise ConfigError(
+            f"how torchtune keeps the matrices of {kind!r} is not known here; there are {', '.join(_IN_PAIRS)}."
+        )
+    if not _IN_PAIRS[kind]:
+        return None
     if leaf == "q_proj":
         return base.number("num_attention_heads")
     return base.number("num_key_value_heads", "num_attention_heads") if leaf == "k_proj" else None

@@ -16,7 +16,7 @@ from torch import nn
 
 from peft.core.base.storage import foreign_linear
 from peft.core.filling import unfilled, unfilled_linear
-from peft.utils.error import NoEqualWeightError
+from peft.utils.error import MeaninglessError, NoEqualWeightError
 
 
 class Kind:
@@ -86,6 +86,7 @@ class Kind:
         """Gradients of x and of W from that of :meth:`apply`'s output, those that are wanted."""
         if not any(wanted):
             return None, None
+        # Backward passes run without gradients, and this one needs a graph of its own.
         with torch.enable_grad():
             inputs = [t.detach().requires_grad_(want) if want else t for t, want in zip((x, w), wanted)]
             y = self.apply(m, *inputs)
@@ -167,6 +168,7 @@ class Linear(Kind):
         return of_x, rows.T @ x.reshape(-1, x.shape[-1]) if wanted[1] else None
 
     def matches(self, m: nn.Module) -> bool:
+        # The special kinds below mean one class each; whatever else is linear is of the general kind.
         return isinstance(m, self.types) or (type(self) is Linear and foreign_linear(m) is not None)
 
     def shape(self, m: nn.Module) -> tuple[int, ...]:
@@ -187,6 +189,7 @@ class TransposedLinear(Linear):
     fan_in_fan_out = True
 
     def matches(self, m: nn.Module) -> bool:
+        # Who has such a layer has imported the library, so the question imports nothing.
         pytorch_utils = sys.modules.get("transformers.pytorch_utils")
         return pytorch_utils is not None and isinstance(m, pytorch_utils.Conv1D)
 
@@ -218,7 +221,7 @@ class Conv(Kind):
         return m.in_channels, m.out_channels
 
     def apply(self, m: nn.Module, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        return m._conv_forward(x, w, None)
+        return m._conv_forward(x, w, None)  # knows of padding modes, unlike F.conv
 
     def down(self, m: nn.Module, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         a = a.view(-1, *self.shape(m)[1:])
@@ -244,6 +247,7 @@ class Conv(Kind):
                 f"{m.groups}, for instance with rank_pattern."
             )
         conv = self.types[0]
+        # A moves over the input as the base's kernel does; B looks at one place of what A gives.
         options = {"stride": m.stride, "padding": m.padding, "dilation": m.dilation, "padding_mode": m.padding_mode}
         down = unfilled(conv, m.in_channels, r, m.kernel_size, bias=False, **options)
         return down, unfilled(conv, r, m.out_channels, 1, groups=m.groups, bias=bias)
@@ -291,14 +295,14 @@ class Embedding(Kind):
     restore = orient
 
     def apply(self, m: nn.Module, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        y = F.embedding(x, w.T, m.padding_idx)
+        y = F.embedding(x, w.T, m.padding_idx)  # padding_idx matters for gradients alone
         return self.scaled(m, y)
 
     def scaled(self, m: nn.Module, y: torch.Tensor) -> torch.Tensor:
         scale = getattr(m, "embed_scale", None)
         if scale is None:
             return y
-        return y * (scale.to(y.dtype) if isinstance(scale, torch.Tensor) else scale)
+        return y * (scale.to(y.dtype) if isinstance(scale, torch.Tensor) else scale)  # a float32 buffer would widen y
 
 
 class Attention(Kind):
@@ -329,6 +333,7 @@ class Attention(Kind):
             call[name] = call[name].index_select(self.batch_axis(m), rows)
         if call.get("key_padding_mask") is not None:
             call["key_padding_mask"] = call["key_padding_mask"].index_select(0, rows)
+        # Of three dimensions, it holds a mask for each head: batch and heads share the first axis.
         mask = call.get("attn_mask")
         if mask is not None and mask.dim() == 3:
             call["attn_mask"] = mask.unflatten(0, (batch, -1)).index_select(0, rows).flatten(0, 1)
@@ -353,7 +358,7 @@ class Whole(Kind):
     whole = True
 
     def shape(self, m: nn.Module) -> tuple[int, ...]:
-        raise ValueError(
+        raise MeaninglessError(  # torch.jit asks modules for all of their properties
             f"{type(m).__name__} is none of {', '.join(kind_names())}, so there is no one weight of it to read, fold "
             "or merge. modules_to_save, and methods that train a copy of a module, can take it."
         )

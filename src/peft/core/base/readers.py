@@ -40,10 +40,12 @@ def _weights_read(cls: Any) -> frozenset[str]:
     """The names x of which the methods of a class read ``x.weight``, for more than its dtype or shape."""
     found: set[str] = set()
     for owner in cls.__mro__:
+        # Those of torch are known: MultiheadAttention has a kind for what it reads, TransformerEncoderLayer is asked
+        # above.
         if owner.__module__.partition(".")[0] != "torch":
             for name, function in vars(owner).items():
                 code = getattr(inspect.unwrap(function) if callable(function) else None, "__code__", None)
-                if isinstance(code, CodeType) and name != "__init__":
+                if isinstance(code, CodeType) and name != "__init__":  # which fills or ties weights
                     found.update(_reads(code))
     return frozenset(found)
 
@@ -55,7 +57,7 @@ def _reads(code: CodeType) -> Iterator[str]:
         if before[1] == "weight" and before[0] is not None and attribute not in _LOOKED_AT:
             yield before[0]
         before = [before[1], attribute]
-    for constant in code.co_consts:
+    for constant in code.co_consts:  # inner functions, comprehensions
         if isinstance(constant, CodeType):
             yield from _reads(constant)
 
@@ -68,6 +70,7 @@ class NoWeight(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        # Of a property it is the getter that arrives here; what it gets is the name of its owner.
         name = getattr(func, "__name__", "")
         looked_at = getattr(getattr(func, "__self__", None), "__name__", name) in _LOOKED_AT
         if looked_at or name in _LOOKED_AT:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
+from threading import RLock
 from typing import Any
 
 import torch
 from torch import nn
 
 
+_EXCHANGING = RLock()  # one thread at a time: all of them see the config that is exchanged for a call
 REGISTERED = "peft|watched"  # the name under which transformers finds `_watched`
 
 # What an attention function is called with, and what it gives: outputs [batch, tokens, heads, features], weights.
@@ -22,7 +25,7 @@ def _source(module: nn.Module) -> Callable:
 
 def can_watch(module: nn.Module) -> bool:
     """Whether an attention computes by the functions that transformers lets one exchange (eager, sdpa, ...)."""
-    names = _source(module).__globals__
+    names = _source(module).__globals__  # the file of the model imports the table so
     return "ALL_ATTENTION_FUNCTIONS" in names and hasattr(module, "config")
 
 
@@ -50,17 +53,20 @@ def watched(module: nn.Module, around: Callable[..., Any], args: tuple, kwargs: 
     from transformers.modeling_utils import AttentionInterface
 
     AttentionInterface.register(REGISTERED, _watched)
-    config, names = module.config, _source(module).__globals__
-    attend = names["ALL_ATTENTION_FUNCTIONS"].get(config._attn_implementation, names.get("eager_attention_forward"))
+    with nullcontext() if torch.compiler.is_compiling() else _EXCHANGING:
+        config, names = module.config, _source(module).__globals__
+        attend = names["ALL_ATTENTION_FUNCTIONS"].get(
+            config._attn_implementation, names.get("eager_attention_forward")
+        )
 
-    def call(*given: Any, **options: Any) -> Any:
-        return around(attend, *given, **options)
+        def call(*given: Any, **options: Any) -> Any:
+            return around(attend, *given, **options)
 
-    module.config = _Watched(config, call)
-    try:
-        return module(*args, **kwargs)
-    finally:
-        module.config = config
+        module.config = _Watched(config, call)
+        try:
+            return module(*args, **kwargs)
+        finally:
+            module.config = config
 
 
 def keys_and_values(
@@ -84,6 +90,7 @@ def keys_and_values(
     call = {name: _neutral(name, value, x) for name, value in given.items()}
     names = list(inspect.signature(_source(module)).parameters)
     rest = given.get("kwargs") or {}
+    # Without `self` and the catch-all, of which only the positions matter.
     call = {name: value for name, value in call.items() if name not in (names[0], "kwargs")}
     call |= {name: _neutral(name, value, x) for name, value in rest.items() if name.startswith("position")}
     watched(module, keep, (), call | {names[1]: x})
@@ -99,4 +106,5 @@ def _neutral(name: str, value: Any, x: torch.Tensor) -> Any:
         return torch.ones_like(value[:1, :1].expand(1, x.shape[1], *value.shape[2:]))
     if name == "position_ids" and isinstance(value, torch.Tensor):
         return torch.zeros(1, x.shape[1], dtype=value.dtype, device=value.device)
+    # Flags (`use_cache`, `output_attentions`) are off; masks and caches are left out.
     return value if isinstance(value, str) else False if isinstance(value, bool) else None

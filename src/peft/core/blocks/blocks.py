@@ -70,7 +70,7 @@ def find_blocks(model: nn.Module) -> list[Block]:
     blocks: dict[str, Block] = {}
     for attention in attentions:
         for key in _entries(attention, sites):
-            if key in blocks:
+            if key in blocks:  # by another attention of it
                 break
             inside = [other for other in attentions if other.startswith(f"{key}.")]
             sublayers = _sublayers(key, sites, all_norms, inside)
@@ -135,6 +135,7 @@ def _sublayers(key: str, sites: dict[str, Site], norms: set[str], attentions: li
     for branch in _children(key, sites):
         held = [other for other in attentions if other == branch or other.startswith(f"{branch}.")]
         if held:
+            # The second attention of a block reads the encoder's output.
             found.append(_attention(branch, held[0], sites, norms, CROSS if found else ATTENTION))
         else:
             rest += [p for p in _parts(branch, sites, norms) if _weighty(p, sites) and p not in norms]
@@ -151,6 +152,7 @@ def _attention(branch: str, core: str, sites: dict[str, Site], norms: set[str], 
     """The attention in a branch of a block: the branch whole, or without the normalisation that it holds."""
     if branch == core or not _norms(branch, norms, [core]):
         return SubLayer(role, branch, branch, core)
+    # BERT's holds the norm of the sum as well: its output is that of the last matrix before this norm.
     outside = [k for k in sites if k.startswith(f"{branch}.") and not k.startswith(f"{core}.") and k != core]
     leaves = [k for k in outside if not sites[k].module._modules and _weighty(k, sites)]
     return SubLayer(role, core, leaves[-1] if leaves else core, core)

@@ -13,6 +13,7 @@ from peft.core.blocks.blocks import CROSS, find_blocks
 from peft.core.model.context import Context
 from peft.core.model.record import context_of, record_of
 from peft.core.model.sequence import ARGUMENTS, cache_of, length_of
+from peft.core.model.threads import Common, Facts
 from peft.core.model.walk import locate
 
 
@@ -58,7 +59,26 @@ def ends_of(bounds: Bounds, before: int, tokens: int, first: int, last: int) -> 
     return Positions(index.clamp(0, tokens - 1), valid)
 
 
-class Extent:
+class StackOfBlocks(Common):
+    """A stack of blocks.
+
+    Attributes:
+        writes, caches: its model generates, and keeps caches.
+        decodes: it is that of a decoder beside an encoder.
+    """
+
+    def __init__(self, context: Context, writes: bool, caches: bool, decodes: bool) -> None:
+        super().__init__()
+        self.context, self.writes, self.caches, self.decodes = context, writes, caches, decodes
+
+    def __reduce__(self) -> Any:
+        return StackOfBlocks, (self.context, self.writes, self.caches, self.decodes)
+
+    def nothing(self) -> dict[str, Any]:
+        return {"mask": None, "before": 0, "depth": 0, "found": {}}
+
+
+class Extent(Facts):
     """What the calls of the modules that hold a stack of blocks tell of its tokens.
 
     The prompt ends where ``generate`` begins to write, or, in a call with a label for each token, where labels begin
@@ -68,24 +88,28 @@ class Extent:
         mask: the ``attention_mask``, ``[batch, tokens]`` with those in the cache, or as a model prepares it,
             ``[batch, 1, tokens, tokens]``; None where nothing is padded.
         before: how many tokens stand in the cache.
-        decodes: the stack is that of a decoder beside an encoder.
+        depth: how far in the module is that told last.
+        found: what was worked out for the call.
     """
 
-    def __init__(self, context: Context, writes: bool, caches: bool, decodes: bool) -> None:
-        self.context, self.writes, self.caches, self.decodes = context, writes, caches, decodes
-        self.mask: torch.Tensor | None = None
-        self.before, self.depth = 0, 0
-        self.found: dict[tuple, Positions | None] = {}
+    common: StackOfBlocks
+    mask: torch.Tensor | None
+    before: int
+    depth: int
+    found: dict[tuple, Positions | None]
 
     def note(self, depth: int, names: tuple[str, ...], module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Hook of a module that holds the stack; one further in comes later, and knows better."""
+        self.begin()
         given = {**dict(zip(names, args)), **kwargs}
-        if depth <= self.depth:
+        if depth <= self.depth:  # a new call
             self.mask, self.before = None, 0
         self.depth = depth
         self.found.clear()
         mask, cache = given.get("attention_mask"), cache_of(given)
+        # one for each kind of attention, all padded alike
         mask = next(iter(mask.values()), None) if isinstance(mask, dict) else mask
+        # A mask of two dimensions says more than one that a model has prepared from it further in.
         if isinstance(mask, torch.Tensor) and (mask.dim() == 2 or self.mask is None):
             self.mask = mask
         if cache is not None:
@@ -102,6 +126,7 @@ class Extent:
         key = (first, last, h.shape[:2], h.device)
         if key not in self.found:
             self._check(h)
+            # Asking for any valid one waits for the device; a call that fills an empty cache always has some.
             found = ends_of(self._bounds(h), self.before, h.shape[1], first, last)
             self.found[key] = found if not self.before or bool(found.valid.any()) else None
         return self.found[key]
@@ -123,25 +148,26 @@ class Extent:
     def _bounds(self, h: torch.Tensor) -> Bounds:
         (batch, tokens), before = h.shape[:2], self.before
         width = before + tokens
-        most, lead = self.context.lead_of(self.decodes, batch, h.device)  # virtual tokens are no part of a text
+        context = self.common.context
+        most, lead = context.lead_of(self.common.decodes, batch, h.device)  # virtual tokens are no part of a text
         first, last = lead, torch.full_like(lead, width)
         if self.mask is not None:
-            mask = self.context.of_rows("attention_mask", _padding(self.mask, before, tokens), batch, h.device)
+            mask = context.of_rows("attention_mask", _padding(self.mask, before, tokens), batch, h.device)
             mask = mask & (torch.arange(width, device=h.device) >= lead[:, None])
-            first = mask.int().argmax(1)
+            first = mask.int().argmax(1)  # of equal ones it gives the first
             last = torch.where(mask.any(1), width - mask.flip(1).int().argmax(1), 0)
         return Bounds(first, last, self._prompt(first, last, tokens, most))
 
     def _prompt(self, first: torch.Tensor, last: torch.Tensor, tokens: int, lead: int) -> torch.Tensor:
         """The column behind the last of each prompt, ``[batch]``."""
-        ids, labels = self.context.prompt, self.context.labels
-        if ids is not None and self.caches:
+        ids, labels = self.common.context.prompt, self.common.context.labels
+        if ids is not None and self.common.caches:
             return last.clamp(max=lead + ids.shape[1])
-        if self.before > lead:
+        if self.before > lead:  # the prompt was in earlier calls
             return torch.zeros_like(last)
-        if labels is None or not self.writes or labels.shape[1] != tokens:
+        if labels is None or not self.common.writes or labels.shape[1] != tokens:
             return last
-        counts = self.context.of_rows("labels", labels, len(last), last.device) != -100
+        counts = self.common.context.of_rows("labels", labels, len(last), last.device) != -100
         start = self.before + counts.int().argmax(1)
         return torch.where(counts.any(1) & (start > first), start, last)
 
@@ -186,7 +212,9 @@ def extent_of(model: nn.Module, stack: str) -> Extent:
     signatures = [tuple(inspect.signature(module.forward).parameters) for module in holders]
     generates = getattr(model, "can_generate", None)
     caches = any(name in ARGUMENTS for names in signatures for name in names)
-    extent = extents[stack] = Extent(context_of(model), generates is not None and generates(), caches, decodes)
+    extent = extents[stack] = Extent(
+        StackOfBlocks(context_of(model), generates is not None and generates(), caches, decodes)
+    )
     record_of(model).hooks += tuple(
         module.register_forward_pre_hook(partial(extent.note, depth, names), with_kwargs=True)
         for depth, (module, names) in enumerate(zip(holders, signatures))

@@ -20,10 +20,11 @@ and one that reads N(x + h) (Pfeiffer's) waits for the hook of ``norm`` in BERT,
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from threading import RLock, local
 from typing import Any, ClassVar
 
 import torch
@@ -45,6 +46,17 @@ from peft.core.blocks.blocks import (
 from peft.core.layer.composed import Change
 from peft.core.model.walk import locate, parent_of
 from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.meanwhile import in_mode
+
+
+class Seen(local):
+    """Tensors of the call under way in this thread: the stream ``x``, and ``input``, the sub-layer's own input."""
+
+    x: torch.Tensor
+    input: torch.Tensor
+
+    def __reduce__(self) -> Any:
+        return Seen, ()
 
 
 @dataclass
@@ -55,14 +67,14 @@ class Place:
         stream: name of the normalisation whose input is x; None where the sub-layer reads x itself.
         out: name of the module whose output is h.
         norm: name of the normalisation N of the sum, None where there is none.
-        seen: tensors of the call under way: ``x``, and ``input``, the sub-layer's own input.
+        seen: tensors of the call under way.
     """
 
     part: SubLayer
     stream: str | None
     out: str
     norm: str | None
-    seen: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    seen: Seen = field(default_factory=Seen, repr=False)
 
 
 @dataclass(frozen=True)
@@ -104,6 +116,9 @@ _STREAMS = {
 }
 
 
+_FINDING = RLock()  # one thread at a time: what it hooks is called by all of them
+
+
 @dataclass(eq=False)
 class _Event:
     """A call noticed while a block was observed."""
@@ -132,9 +147,10 @@ class InsertLayer(BlockLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self._disable_adapters:
-            if not self._places:
-                self._places = find_places(self.base_layer, self.block, args, kwargs)
-            self._attach()
+            with _FINDING:
+                if not self._places:
+                    self._places = find_places(self.base_layer, self.block, args, kwargs)
+                self._attach()
         return self.base_layer(*args, **kwargs)
 
     # --- what becomes of the sums -----------------------------------------------------------------------------
@@ -153,7 +169,7 @@ class InsertLayer(BlockLayer):
             streams = _STREAMS[joint.kept, joint.sums]
             return Change(adapter.change(role, read, kept), read, streams * x if streams else None)
 
-        return self.added(h, h, step, place.seen["x"], place.seen["input"], place=role)
+        return self.added(h, h, step, place.seen.x, place.seen.input, place=role)
 
     def _at_norm(self, place: Place, z: torch.Tensor, y: torch.Tensor, norm: nn.Module) -> torch.Tensor:
         """y = N(z), where z = h + x."""
@@ -163,7 +179,7 @@ class InsertLayer(BlockLayer):
             joint = adapter.joint(role)
             if joint is None or not joint.needs_norm or inside != joint.sums:
                 return None
-            h = z - x
+            h = z - x  # z may be changed by members of a stack already
             kept, read = {"output": h, "sum": z, "normed": y}[joint.kept], y if joint.reads_sum else h
             replaced = h if inside else y
             return Change(adapter.change(role, read, kept), read, None if kept is replaced else kept - replaced)
@@ -174,9 +190,10 @@ class InsertLayer(BlockLayer):
         def outside(adapter: Insert, y: torch.Tensor, z: torch.Tensor, x: torch.Tensor) -> Change | None:
             return change(adapter, z, y, x, False)
 
-        inner = self.added(z, z, inside, y, place.seen["x"], place=role, derive=norm.forward)
+        inner = self.added(z, z, inside, y, place.seen.x, place=role, derive=norm.forward)
+        # By `forward`: this runs in a hook of the norm, and a call of it would start the hooks again.
         outer = y if inner is z else norm.forward(inner)
-        return self.added(outer, y, outside, z, place.seen["x"], place=role)
+        return self.added(outer, y, outside, z, place.seen.x, place=role)
 
     def widths(self, adapters: Sequence[Any]) -> dict[str, int]:
         width = width_of(self.get_base_layer())
@@ -215,27 +232,27 @@ class InsertLayer(BlockLayer):
 
     def _enter(self, place: Place, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if not self._disable_adapters:
-            place.seen["input"] = first_input(module, args, kwargs)
+            place.seen.input = first_input(module, args, kwargs)
             if place.stream is None:
-                place.seen["x"] = place.seen["input"]
+                place.seen.x = place.seen.input
 
     def _note_stream(self, place: Place, module: nn.Module, args: tuple) -> None:
         if not self._disable_adapters:
-            place.seen["x"] = args[0]
+            place.seen.x = args[0]
 
     def _leave(self, place: Place, module: nn.Module, args: tuple, output: Any) -> Any:
         if self._disable_adapters:
             return output
         output = with_first(output, self._at_output(place, first_output(output)))
         if place.norm is None:
-            place.seen.clear()
+            place.seen.__dict__.clear()
         return output
 
     def _normed(self, place: Place, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         if self._disable_adapters:
             return output
         output = self._at_norm(place, args[0], output, module)
-        place.seen.clear()
+        place.seen.__dict__.clear()
         return output
 
 
@@ -282,6 +299,7 @@ def outermost(block: nn.Module, name: str) -> str:
 def find_places(block: nn.Module, shape: Block, args: tuple, kwargs: dict[str, Any]) -> list[Place]:
     """Where the sub-layers of a block meet the residual stream, by one more call of the block, in evaluation mode."""
     events, output = _observe(block, shape, args, kwargs)
+    # Backwards, so that of equal marks the first stays.
     marks = {(event.what, event.name): i for i, event in reversed(list(enumerate(events)))}
     parts = [part for part in shape.sublayers if ("in", part.first) in marks and ("out", part.first) in marks]
     parts.sort(key=lambda part: marks["in", part.first])
@@ -329,27 +347,24 @@ def _observe(block: nn.Module, shape: Block, args: tuple, kwargs: dict[str, Any]
     def note(name: str, module: nn.Module, given: tuple, output: Any) -> None:
         events.append(_Event("norm", name, given[0], output))
 
-    handles = []
-    for part in shape.sublayers:
-        first, last = (block.get_submodule(outermost(block, name)) for name in (part.first, part.last))
-        handles.append(first.register_forward_pre_hook(partial(enter, part), with_kwargs=True))
-        handles.append(last.register_forward_hook(partial(leave, part)))
-    for name in shape.norms:
-        norm = block.get_submodule(outermost(block, name))
-        handles.append(norm.register_forward_hook(partial(note, name)))
-    try:
-        with _resting(block), torch.no_grad():
-            for seen in (_bare, _without_cache, _beside_cache):
-                try:
-                    output = block(*map(seen, args), **{k: seen(v, k) for k, v in kwargs.items()})
-                    break
-                except Exception:
-                    events.clear()
-                    if seen is _beside_cache:
-                        raise
-    finally:
-        for handle in handles:
-            handle.remove()
+    # Dropout would draw from the user's generator, and tensors that are compared would differ.
+    with ExitStack() as hooks, in_mode(block, training=False), torch.no_grad():
+        for part in shape.sublayers:
+            first, last = (block.get_submodule(outermost(block, name)) for name in (part.first, part.last))
+            hooks.enter_context(first.register_forward_pre_hook(partial(enter, part), with_kwargs=True))
+            hooks.enter_context(last.register_forward_hook(partial(leave, part)))
+        for name in shape.norms:
+            norm = block.get_submodule(outermost(block, name))
+            hooks.enter_context(norm.register_forward_hook(partial(note, name)))
+        # The least that works: a block may insist on its mask, or on the cache for which positions were made.
+        for seen in (_bare, _without_cache, _beside_cache):
+            try:
+                output = block(*map(seen, args), **{k: seen(v, k) for k, v in kwargs.items()})
+                break
+            except Exception:
+                events.clear()
+                if seen is _beside_cache:
+                    raise
     return events, first_output(output)
 
 
@@ -371,15 +386,3 @@ def _beside_cache(value: Any, name: str = "") -> Any:
         copied = list(map(copy.copy, held)) if key == "layers" else dict(held) if isinstance(held, dict) else held
         vars(twin)[key] = _beside_cache(copied)
     return twin
-
-
-@contextmanager
-def _resting(module: nn.Module) -> Iterator[None]:
-    """A module in evaluation mode, for a while."""
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, mode in modes:
-            m.training = mode

@@ -27,7 +27,7 @@ def beside(cache: Any, name: str, config: Any) -> Any:
             raise ValueError(f"the cache was filled without adapter {name!r}; start with an empty one.")
         for method in FOLLOWED:
             own = getattr(cache, method, None)
-            if own is not None and not others:
+            if own is not None and not others:  # the first one wraps them for all
                 setattr(cache, method, partial(_all, own, others, method))
         others[name] = DynamicCache(config=config)
     return others[name]

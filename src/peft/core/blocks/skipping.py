@@ -10,6 +10,7 @@ from torch import nn
 from peft.core.blocks.blocks import BlockLayer, find_blocks
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.walk import walk
+from peft.utils.meanwhile import having
 
 
 @contextmanager
@@ -42,12 +43,9 @@ def blocks_skipped(model: nn.Module, numbers: Iterable[int]) -> Iterator[None]:
     around = [layer for layer in left if isinstance(layer, BlockLayer) and not layer.skipped]
     for layer in apart:
         layer.enable_adapters(False)
-    for layer in around:
-        layer.skipped = True
     try:
-        yield
+        with having(around, skipped=True):
+            yield
     finally:
         for layer in apart:
             layer.enable_adapters(True)
-        for layer in around:
-            layer.skipped = False

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from peft.core.base.stack import Stack
+from peft.core.combine.ranks import product_svd, svd
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.rewritten import combine_starts
 from peft.core.model import operations
@@ -77,6 +78,7 @@ def combined_config(tuner: BaseTuner, adapters: Sequence[str], **changes: Any) -
     """
     configs = [tuner.peft_config[name] for name in adapters]
     check_auxiliary(tuner, adapters, configs)
+    # Started plainly: an initialisation from the base's weight would change the base once more.
     united = {"inference_mode": False, f"init_{tuner.prefix}weights": True, **_targets(tuner, adapters, configs)}
     for field in ("trainable_token_indices", "layer_replication"):
         united[field] = next((v for config in configs if (v := getattr(config, field, None))), None)
@@ -165,14 +167,14 @@ def add_combined(
     """
     check_adapter_name(adapter_name, [*tuner.peft_config, *operations.adapters_of(tuner.model)])
     sources = (p for _, layer in tuner_layers(tuner) for name in adapters for p in layer.adapter_parameters(name))
-    widen = not any(p.dtype in (torch.float16, torch.bfloat16) for p in sources)
+    widen = not any(p.dtype in (torch.float16, torch.bfloat16) for p in sources)  # what comes from 16 bits stays so
     tuner.peft_config[adapter_name] = config
     try:
         with torch.random.fork_rng(devices=[]):  # what a fresh adapter draws is overwritten
             tuner.inject_adapter(tuner.model, adapter_name, autocast_adapter_dtype=widen)
         with torch.no_grad():
             for _, layer in tuner_layers(tuner):
-                if adapter_name in layer and adapter_name not in layer.tied_to:
+                if adapter_name in layer and adapter_name not in layer.tied_to:  # a tied one shows the other's tensors
                     fill(layer)
                     combine_starts(layer, adapter_name, list(zip(adapters, weights)))
             _copy_auxiliary(tuner.model, adapters, adapter_name)
@@ -216,10 +218,7 @@ def factorize(
     Raises:
         ValueError: for a driver on a device that has none.
     """
-    if driver is not None and not weight.is_cuda:
-        raise ValueError(f"svd_driver={driver!r} chooses a routine of CUDA; leave it out on {weight.device.type}.")
-    # the singular vectors beyond min(out, in) would be cut off again
-    u, s, vh = torch.linalg.svd(weight, full_matrices=False, driver=driver)
+    u, s, vh = svd(weight, driver)
     return _truncated(vh, u * s.unsqueeze(-2), rank, clamp)
 
 
@@ -231,12 +230,8 @@ def factorize_product(
     Args:
         down: ``[..., r, in]``. up: ``[..., out, r]``.
     """
-    if down.shape[-2] >= min(down.shape[-1], up.shape[-2]):
-        return factorize(up @ down, rank, clamp, driver)
-    q_up, r_up = torch.linalg.qr(up)
-    q_down, r_down = torch.linalg.qr(down.mT)
-    inner_down, inner_up = factorize(r_up @ r_down.mT, down.shape[-2], None, driver)
-    return _truncated(inner_down @ q_down.mT, q_up @ inner_up, rank, clamp)
+    u, s, vh = product_svd(down, up, driver)
+    return _truncated(vh, u * s.unsqueeze(-2), rank, clamp)
 
 
 def _truncated(

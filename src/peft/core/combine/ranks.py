@@ -24,7 +24,7 @@ def shared_ranks(values: Mapping[Key, torch.Tensor], share: float, total: float 
                values.items()}  # fmt: skip
     ordered = torch.cat([*squares.values()]).sort(descending=True).values
     wanted = share * (float(ordered.sum()) if total is None else total)
-    count = int((ordered.cumsum(0) < wanted * (1 - 1e-12)).sum()) + 1
+    count = int((ordered.cumsum(0) < wanted * (1 - 1e-12)).sum()) + 1  # rounding asks for no more than all
     least = ordered[min(count, len(ordered)) - 1]
     return {key: max(1, int((square >= least).sum())) for key, square in squares.items()}
 
@@ -43,9 +43,11 @@ def randomized_svd(
     """
     most = min(matrix.shape)
     width = min(rank + oversample, most)
+    # A sketch of half the matrix costs more than the whole decomposition.
     if 2 * width >= most:
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     else:
+        # Drawn on the CPU, as everywhere: a seed gives the same on each device.
         start = torch.randn(matrix.shape[1], width, generator=generator, dtype=matrix.dtype).to(matrix.device)
         basis = torch.linalg.qr(matrix @ start).Q
         for _ in range(iterations):
@@ -71,15 +73,39 @@ def leading_svd(
         rank *= 2
 
 
-def product_svd(down: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The singular value decomposition of ``up @ down``, never formed, by that of a matrix ``[r, r]``.
+def svd(matrix: torch.Tensor, driver: str | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The singular value decomposition of ``[..., out, in]``, without vectors beyond min(out, in).
 
     Args:
-        down: ``[r, in]``. up: ``[out, r]``.
+        driver: cuSOLVER's routine, for CUDA tensors.
+
+    Raises:
+        ValueError: for a driver on a device that has none.
     """
-    if down.shape[0] >= min(down.shape[1], up.shape[0]):
-        return torch.linalg.svd(up @ down, full_matrices=False)
+    if driver is not None and not matrix.is_cuda:
+        raise ValueError(f"svd_driver={driver!r} chooses a routine of CUDA; leave it out on {matrix.device.type}.")
+    return torch.linalg.svd(matrix, full_matrices=False, driver=driver)
+
+
+def halves(
+    u: torch.Tensor, s: torch.Tensor, vh: torch.Tensor, rank: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A = sqrt(S) V^T ``[rank, in]`` and B = U sqrt(S) ``[out, rank]``, of the largest singular values or all."""
+    root = s[:rank].sqrt()
+    return root[:, None] * vh[:rank], u[:, :rank] * root
+
+
+def product_svd(
+    down: torch.Tensor, up: torch.Tensor, driver: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The singular value decomposition of ``up @ down``, by that of a matrix ``[r, r]`` where the product is thin.
+
+    Args:
+        down: ``[..., r, in]``. up: ``[..., out, r]``. driver: as for :func:`svd`.
+    """
+    if down.shape[-2] >= min(down.shape[-1], up.shape[-2]):
+        return svd(up @ down, driver)
     q_up, r_up = torch.linalg.qr(up)
     q_down, r_down = torch.linalg.qr(down.mT)
-    u, s, vh = torch.linalg.svd(r_up @ r_down.mT, full_matrices=False)
+    u, s, vh = svd(r_up @ r_down.mT, driver)
     return q_up @ u, s, vh @ q_down.mT

@@ -88,13 +88,14 @@ def _difference(adapters: Sequence[Adapter]) -> str | None:
         return None
     one, adds = adapters[0], adapters[0].adds
     first, *rest = [dict(adapter.tensors()) for adapter in adapters]
-    for other in rest if not adds.aligns else ():
+    for other in rest if not adds.aligns else ():  # what is aligned first may be of other shapes
         for key in {**first, **other}:
             if key not in first or key not in other or first[key].shape != other[key].shape:
                 return f"the shape of {key}"
             if not _is_linear(one, key) and not torch.equal(first[key], other[key]):
                 return key
     for name, declared in one.settings.items():
+        # A scaling is no part of the comparison: it goes into the adapter's weight.
         if declared.container is dict and name not in ("scaling", *adds.aligns):
             if any(declared.__get__(adapter) != declared.__get__(one) for adapter in adapters[1:]):
                 return name
@@ -102,6 +103,7 @@ def _difference(adapters: Sequence[Adapter]) -> str | None:
 
 
 def _rank(tuner: BaseTuner, adapter: Any) -> int:
+    # The rank in this layer, which a pattern may have changed.
     held = adapter.r if "r" in adapter.settings else None
     return int(tuner.peft_config[adapter.name].r if held is None else held)
 
@@ -114,12 +116,14 @@ def _factor(adapter: Any, new: Any) -> float:
 def _sum(given: list[tuple[Adapter, float]], total: float, new: Adapter) -> None:
     """Each tensor is the weighted sum, or the base's and the weighted sum of the differences to it."""
     parts = [(adapter.aligned(new), weight * _factor(adapter, new)) for adapter, weight in given]
+    # What those that are not in this layer would bring: an adapter that changes nothing is not zero everywhere.
     missing = new.adds.neutral * (total - sum(weight for _, weight in given))
     origin = new.origin()
     for key, tensor in new.tensors():
         if _is_linear(new, key) and tensor.is_floating_point():
             start = wide(origin[key].to(tensor.device)) if key in origin else torch.zeros_like(wide(tensor))
             tensor.copy_(start + missing + sum(weight * (wide(part[key]) - start) for part, weight in parts))
+        # Equal in all of them, so the first one's will do; what layers share is then written once.
         elif parts and not torch.equal(tensor, parts[0][0][key]):
             tensor.copy_(parts[0][0][key])
 

@@ -66,6 +66,7 @@ class Combination:
             yield
             return
         with torch.random.fork_rng(devices=[]):
+            # By crc32 and not by `hash`, which Python salts anew in each process.
             torch.random.default_generator.manual_seed(self.seed ^ crc32(f"{layer.key}.{layer.kind.weight}".encode()))
             yield
 
@@ -89,14 +90,14 @@ class Combination:
         """Pruned tensors as one."""
         factors = torch.tensor(weights, dtype=tensors[0].dtype, device=tensors[0].device)
         if self.way.election:
-            return ties(list(tensors), factors, density=1, majority_sign_method=self.vote)
+            return ties(list(tensors), factors, density=1, majority_sign_method=self.vote)  # pruned already
         return task_arithmetic(list(tensors), factors)
 
     def merged(self, updates: Iterable[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
         """Updates as one: matrices ``[..., out, in]``, or vectors. They are pruned as they come."""
         basis = None
         if self.way.align:
-            updates = list(updates)
+            updates = list(updates)  # one basis for all: they cannot come one by one
             if updates[0].dim() > 1:
                 basis, updates = aligned(updates)
         merged = self.summed([self.pruned(update) for update in updates], weights)

@@ -106,6 +106,7 @@ class Composition:
 
 def _of(kind: type[Composition], members: Sequence[str | Composition], fields: dict[str, Any]) -> Composition:
     """An expression with its fields as they are kept: weights that are normalised already, for example."""
+    # Past the constructor of the class, which would normalise weights once more.
     made = object.__new__(kind)
     Composition.__init__(made, *members, **fields)
     return made

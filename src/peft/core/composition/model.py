@@ -21,6 +21,7 @@ def beside(model_id: Any, name: str, options: dict[str, Any]) -> tuple[Any, dict
     """Where an adapter was saved together with another one: folder or repository, and options; None if it was not."""
     if options.get("subfolder"):
         parent = os.path.dirname(options["subfolder"])
+        # `save_pretrained` puts an adapter called "default" into the folder itself, and others into folders below it.
         folder = parent if name == "default" else os.path.join(parent, name)
         return model_id, {"subfolder": folder or None}
     parent = os.path.dirname(os.path.abspath(os.fspath(model_id)))

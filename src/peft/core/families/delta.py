@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from peft.core.adapter import Adapter
-from peft.core.filling import blank
 from peft.core.layer import routes
 from peft.core.layer.scaled import ScaledLayer
 from peft.core.layer.weight import base_bias, sums_exactly
@@ -39,7 +37,8 @@ class Delta(Adapter):
 
     def delta(self, x: torch.Tensor) -> torch.Tensor:
         """dW x."""
-        return self.multiplied(x, lambda: self.delta_weight().to(dtype=floating(x)))
+        dtype = floating(x)  # not within the function: it is held until the backward pass, and would hold x
+        return self.multiplied(x, lambda: self.delta_weight().to(dtype=dtype))
 
     def prefers_folding(self) -> bool:
         return type(self).delta is Delta.delta and self.sums_exactly()
@@ -57,7 +56,7 @@ class Delta(Adapter):
 class LowRank(Delta):
     """dW = B A with a pair of matrices that the method makes of its parameters: :meth:`pair`.
 
-    The weight is the matrix ``[out, in * kernel]``. ``dropout`` names the setting with the dropout on the input.
+    The weight is the matrix ``[out, in * kernel]``. ``dropout`` names its ``input_dropout``, if any.
     """
 
     dropout: ClassVar[str] = ""
@@ -77,6 +76,7 @@ class LowRank(Delta):
     @classmethod
     def kernel(cls, layer: BaseTunerLayer, adapters: Sequence[Any], x: torch.Tensor) -> torch.Tensor | None:
         """The fused products, of which autograd keeps no pair that can be made again."""
+        # Without gradients nothing is kept, and the layer's own low-rank route computes the same.
         if not (torch.is_grad_enabled() and is_eager(x)):
             return None
         with recomputed():
@@ -151,11 +151,6 @@ def weight_to_add_to(layer: BaseTunerLayer, adapters: Sequence[Adapter], x: torc
 def padded(x: torch.Tensor, size: int) -> torch.Tensor:
     """x with its last axis filled with zeros up to ``size``."""
     return x if x.shape[-1] == size else F.pad(x, (0, size - x.shape[-1]))
-
-
-def input_dropout(p: float) -> nn.Module:
-    """Dropout with the probability ``p``, which costs nothing where that is 0."""
-    return nn.Dropout(p) if p else blank(nn.Identity)
 
 
 def floating(x: torch.Tensor) -> torch.dtype | None:

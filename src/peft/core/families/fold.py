@@ -54,12 +54,13 @@ class Fold(Shift):
 
     def delta(self, x: torch.Tensor) -> torch.Tensor:
         """(f(W) - W) x."""
-        return self.multiplied(x, lambda: self.change(floating(x)))
+        dtype = floating(x)  # not within the function: it is held until the backward pass, and would hold x
+        return self.multiplied(x, lambda: self.change(dtype))
 
     def output(self, x: torch.Tensor, y: torch.Tensor, base_y: torch.Tensor) -> torch.Tensor:
         return self.shifted(y + self.delta(x))
 
     def fold(self, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-        if weight is base:
+        if weight is base:  # the first to be folded in: no difference to round
             return self.folded(base)
         return weight + (self.folded(base) - base).to(weight.dtype)

@@ -19,6 +19,7 @@ def by_output(
         x: the input of the adapter, which the layer gets by way of :meth:`Adapter.input`.
     """
     layer = adapter.layer
+    # Beside others, y is not what the base layer gives, and could not be had again from x.
     alone = not layer.context.is_mixed and len(layer.current()) == 1
     if is_plain() or not alone or not layer.kind.matrix or not layer.base_is_fresh():
         return None

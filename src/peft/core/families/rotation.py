@@ -63,7 +63,8 @@ class Rotation(Adapter):
         if s is None:
             return y
         if bias is not None:
-            return torch.addcmul(bias - bias * s, y, s)
+            return torch.addcmul(bias - bias * s, y, s)  # s scales W x alone: (y - b) s + b
+        # It computes y once more in the backward pass, where a draw would come out otherwise.
         changed = None if self.draws() else by_output(self, x, y, s)
         return y * s if changed is None else changed
 

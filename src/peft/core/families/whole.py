@@ -20,6 +20,7 @@ class Copy(Adapter):
     """A trained copy of the whole module stands in for it. A method declares one part, a module."""
 
     any_module = True
+    labelled_inside = True
     adds: ClassVar[Addition] = Replaces()
 
     def stand_in(self) -> nn.Module:
@@ -140,6 +141,7 @@ class Rows(Adapter):
             if (bias := base_bias(self.layer)) is not None:
                 trained = trained + bias[index]
             return y.index_copy(-1, index, trained.to(y.dtype))
+        # By search: to compare each token with each trained row takes as many times the memory.
         ordered, rank = index.sort()
         found = torch.searchsorted(ordered, x).clamp_(max=len(index) - 1)
         trained = kind.scaled(base, rows[rank[found]].to(y.dtype))

@@ -36,6 +36,7 @@ def _places(root: nn.Module) -> Iterator[_Place]:
     """The parameters and persistent buffers of the base model; a tied tensor once for each of its names."""
     shared = {id(getattr(layer, name, None)) for _, layer in layers_of(root) for name in layer.adapter_cls.common}
     for site in walk(root, repeated=True):
+        # What layers share hangs on the model, and is none of its own.
         if id(site.module) in shared:
             continue
         module = site.module

@@ -45,6 +45,7 @@ def create_or_update_model_card(model: nn.Module, output_dir: str | os.PathLike)
     for name, value in _facts(model, list(card.data.get("tags") or ())).items():
         card.data[name] = value
     card.text = _with_versions(_with_quantization(card.text, model))
+    # Without `newline`, the line ends that a user's card has would be translated.
     with replacing(output_dir) as path, open(path(CARD_NAME), "w", encoding="utf-8", newline="") as out:
         out.write(str(card))
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft.core.adapter import Adapter
+from peft.core.adapter import LABEL, Adapter
 from peft.core.base.storage.sharded import tensors_in
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.rewritten import brought_weight, stand_on
@@ -82,6 +82,11 @@ def anatomy(model: nn.Module) -> tuple[nn.Module, str]:
     return (model.base_model, "base_model.") if prompts_of(model) else (model, "")
 
 
+def configs_of(model: nn.Module) -> dict[str, Any]:
+    """The configs of a model's adapters; none where the model has none, or was adapted without one."""
+    return getattr(model, "peft_config", None) or {}
+
+
 def prompts_of(model: nn.Module) -> PromptTuner | None:
     """What manages a model's prompts; None where its adapters change weights alone."""
     tuner = tuner_of(model)
@@ -114,6 +119,7 @@ def entries(model: nn.Module, adapter: str) -> Iterator[Entry]:
     prompts: Any = prompts_of(model)
     for saved, memory, tensor in prompts.adapter_state(adapter) if prompts else ():
         held = f"base_model.{memory}" if memory and tuner_of(model) else memory
+        # What an encoder makes of its parameters is in the file, and no module holds it: it has its own way back.
         yield Entry(saved, held, tensor, put=None if memory else partial(prompts.load_prompt, adapter))
     for saved, memory, tensor in tuner.adapter_state(adapter) if (tuner := tuner_of(model)) else ():
         yield Entry(saved, memory, tensor)
@@ -122,12 +128,25 @@ def entries(model: nn.Module, adapter: str) -> Iterator[Entry]:
     for attribute, container in shared.items():
         value, memory = container[adapter], f"base_model.{attribute}.{adapter}"
         if isinstance(value, nn.Module):
-            label = "default." if labelled else ""
+            label = f"{LABEL}." if labelled else ""
             for sub, tensor in tensors_in(value).items():
                 yield Entry(f"base_model.{attribute}.{label}{sub}", f"{memory}.{sub}", tensor)
             continue
         put = None if isinstance(value, nn.Parameter) else _setter(container, adapter)
         yield Entry(f"base_model.{attribute}", memory, value, tuple(join(p, attribute) for p in repeated), put)
+
+
+def leave_out_repeats(model: nn.Module, state: dict[str, Any], prefix: str = "") -> None:
+    """Take from a whole model's state, made by 0.21.2, the tensors that it has twice and a model here holds once.
+
+    They are the matrices that layers share, again at each layer, and the embedding of words that prompts look at.
+    """
+    if prompts_of(model):
+        state.pop(f"{prefix}word_embeddings.weight", None)
+    for adapter in model.peft_config:
+        for entry in entries(model, adapter):
+            for alias in entry.aliases if entry.put else ():  # parameters are at each layer here too
+                state.pop(f"{prefix}{alias}.{adapter}", None)
 
 
 def _setter(container: Any, adapter: str) -> Callable[[torch.Tensor], None]:

@@ -246,6 +246,7 @@ def replacing(folder: str | os.PathLike, *stale: str) -> Iterator[Callable[[str]
     folder = os.fspath(folder)
     if os.path.isfile(folder):
         raise ConfigFileError(f"Cannot save to {folder!r}: it is a file, and a folder is needed.")
+    new = not os.path.isdir(folder)
     os.makedirs(folder, exist_ok=True)
     _settle(folder, clear=True)
     staging = tempfile.mkdtemp(prefix=_PENDING, dir=folder)
@@ -255,6 +256,9 @@ def replacing(folder: str | os.PathLike, *stale: str) -> Iterator[Callable[[str]
             _commit(folder, staging, stale)
         except BaseException:
             _drop(folder, staging)
+            if new:
+                with suppress(OSError):  # something else was written there
+                    os.rmdir(folder)
             raise
 
 
@@ -263,6 +267,7 @@ def _commit(folder: str, staging: str, stale: Iterable[str]) -> None:
     for name in names:
         path = os.path.join(staging, name)
         os.chmod(path, 0o644)
+        # On the disk before it is renamed: after a crash of the machine, a new name must not mean an empty file.
         with open(path, "rb") as file:
             os.fsync(file.fileno())
     gone = [name for name in stale if os.path.exists(os.path.join(folder, name))]
@@ -406,6 +411,7 @@ def separate(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     result = {}
     for name, tensor in tensors.items():
         tensor = tensor.detach().contiguous()
+        # Tensors on meta, and empty ones, have no address, so they have no memory in common.
         memory = tensor.device, 0 if tensor.is_meta else tensor.untyped_storage().data_ptr()
         result[name] = tensor.clone() if memory in seen and memory[1] else tensor
         seen.add(memory)

@@ -16,9 +16,11 @@ from typing import Any
 
 from torch import nn
 
+from peft.core.adapter import LABEL
 from peft.core.files.io import renamed
 from peft.core.model.targeting import matches
-from peft.core.model.walk import walk
+from peft.core.model.walk import plain, walk
+from peft.utils.peft_types import RENAMED_METHODS
 
 
 _FIELDS = ("target_modules", "exclude_modules", "modules_to_save", "feedforward_modules")
@@ -117,3 +119,34 @@ def _meant(targets: str | list[str], old: dict[str, set[str]]) -> list[str]:
     tails = {key.rpartition(".")[2] for key in keys}
     short = isinstance(targets, list) and len(tails) == 1 and not next(iter(tails)).isdigit()
     return sorted(tails) if short and "." not in targets[0] else keys
+
+
+def of_today(state_dict: dict[str, Any], config: Any) -> dict[str, Any]:
+    """A state dict under plain names, those of a method that had another name in older files as they are today."""
+    given = {plain(name): value for name, value in state_dict.items()}
+    for now, old, new in RENAMED_METHODS.values():
+        if config is not None and config.peft_type == now:
+            given = {
+                ".".join([new + p[len(old) :] if p.startswith(old) else p for p in name.split(".")]): value
+                for name, value in given.items()
+            }
+    return given
+
+
+def names_today(name: str, tails: set[str], current: Callable[[str], Iterator[str]]) -> Iterator[str]:
+    """What a tensor may be called today; a renaming may be of the whole name, or of the module with the adapter."""
+    yield from current(name)
+    parts = name.split(".")
+    for cut in range(1, len(parts)):
+        if (tail := ".".join(parts[cut:])) in tails:
+            for new in current(".".join((*parts[:cut], "weight"))):
+                yield f"{new.removesuffix('.weight')}.{tail}"
+
+
+def relabelled(name: str, labelled: set[str]) -> Iterator[str]:
+    """What a tensor is called that an older file has under the name of the adapter, or under none."""
+    parts = name.split(".")
+    for i, part in enumerate(parts[:-1], 1):
+        if part in labelled:
+            yield ".".join([*parts[:i], LABEL, *parts[i + 1 :]])
+            yield ".".join([*parts[:i], LABEL, *parts[i:]])

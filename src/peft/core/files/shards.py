@@ -108,7 +108,7 @@ class ShardWriter:
             begin, end = end, end + torch.Size(shape).numel() * dtype.itemsize
             header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
         text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
-        text += b" " * (-len(text) % 8)
+        text += b" " * (-len(text) % 8)  # so that tensors begin at multiples of 8
         self.file = open(file, "wb")  # noqa: SIM115  (closed by __exit__)
         self.file.write(len(text).to_bytes(8, "little") + text)
 
@@ -127,6 +127,7 @@ class ShardWriter:
         dtype, shape = self.plan[name]
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} is {tuple(tensor.shape)} when merged, and {shape} in the base's files.")
+        # as bytes: numpy has no bfloat16
         flat = tensor.detach().to("cpu", dtype).contiguous().reshape(-1).view(torch.uint8)
         self.file.write(memoryview(flat.numpy()))
         return flat.numel()

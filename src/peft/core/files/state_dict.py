@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,10 +13,10 @@ from torch import nn
 
 from peft.core.base.storage.sharded import fill, gathered, is_dtensor, partitioned, whole
 from peft.core.files.along import base_places, train_along, weights_under
-from peft.core.files.entries import Entry, anatomy, entries, prompts_of
+from peft.core.files.entries import Entry, anatomy, configs_of, entries, prompts_of
 from peft.core.files.flattened import filling_units, standing_in, taken_out
 from peft.core.files.io import separate
-from peft.core.files.renaming import current_name
+from peft.core.files.renaming import current_name, names_today, of_today, relabelled
 from peft.core.files.vocabulary import is_resized
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.rewritten import stand_on
@@ -35,7 +35,6 @@ from peft.core.model.walk import (
 )
 from peft.core.prompts import PromptTuner
 from peft.utils.error import CheckpointError
-from peft.utils.peft_types import RENAMED_METHODS
 
 
 class LoadResult(NamedTuple):
@@ -76,7 +75,7 @@ def get_peft_model_state_dict(
     """
     outer, model = unreplicated(model), bare(model)
     root, prefix = anatomy(model)
-    config = (getattr(model, "peft_config", None) or {}).get(adapter_name)
+    config = configs_of(model).get(adapter_name)
     if config is None:
         operations.require_adapters(root, [adapter_name])
     if state_dict is None and (pieces := partitioned(entry.tensor for entry in entries(model, adapter_name))):
@@ -90,6 +89,7 @@ def get_peft_model_state_dict(
         found, seen = {}, set()
         own = list(entries(model, adapter_name))  # held until the end: an id is that of a living tensor only
         for entry in own:
+            # Projections that a seed gives again (`put`) are saved where the config says so.
             if id(entry.tensor) in seen or (entry.put is not None and not getattr(config, "save_projection", True)):
                 continue
             seen.add(id(entry.tensor))
@@ -155,6 +155,7 @@ def _require_all(model: nn.Module, adapter: str, absent: dict[int, str]) -> None
     if absent:
         prompts = prompts_of(model)
         encoder = prompts.adapter_parameters(adapter) if prompts and adapter in prompts.adapter_names else []
+        # What an encoder gives is in no state dict, so the state dict has to have the encoder.
         held = [*encoder, *(entry.tensor for entry in entries(model, adapter) if not encoder or entry.memory)]
         lacking = [absent[id(tensor)] for tensor in held if id(tensor) in absent]
     if lacking:
@@ -179,6 +180,7 @@ def _embeddings(root: nn.Module, prefix: str, adapter: str, always: bool) -> dic
     found = {}
     for site, weight in _embedding_sites(root):
         around = [w for _, w in site.wrappers if isinstance(w, BaseTunerLayer) and adapter in w]
+        # Trained rows, and copies of whole modules, are tensors of the adapter itself.
         adapted = any(not (w.adapter_cls.follows_ties or w.adapter_cls.any_module) for w in around)
         copied = any(isinstance(w, ModulesToSaveWrapper) and adapter in w for _, w in site.wrappers)
         if adapted or (always and not copied):
@@ -237,7 +239,7 @@ def _put(
     if found.wrong:
         names = ", ".join(entry.saved for entry, _ in found.wrong)
         warnings.warn(f"these tensors have another shape and were left out: {names}")
-    _unmerge_for(root, adapter_name)
+    unmerge_for(root, adapter_name)
     with torch.no_grad():
         for entry, value in sorted(found.fits, key=lambda item: item[0].put is None):  # exact ones after rounded ones
             _write(model, entry, value, assign)
@@ -286,6 +288,7 @@ class Match:
     def missing(self) -> list[Entry]:
         """Tensors of the adapter for which there is nothing; what layers share has a place in each."""
         there = {id(entry.tensor) for entry, _ in (*self.fits, *self.wrong)}
+        # What has a `put` of its own can be made again, so a file may lack it.
         return [entry for entry in self.own if id(entry.tensor) not in there and entry.put is None]
 
 
@@ -302,8 +305,9 @@ def match(model: nn.Module, adapter: str, state_dict: dict[str, torch.Tensor]) -
     known = {name: entry for entry in own for name in entry.names()}
     found = Match(own, [], [], [], [], [])
     rest: dict[str, torch.Tensor] = {}
-    config = (getattr(model, "peft_config", None) or {}).get(adapter)
-    for name, value in joined(_of_today(state_dict, config), own, prefix).items():
+    config = configs_of(model).get(adapter)
+    for name, value in joined(of_today(state_dict, config), own, prefix).items():
+        # From a file with the prefix into a plain model that was adapted in place, and the other way round.
         place = known.get(name) or known.get(prefix + name) or known.get(name.removeprefix("base_model.model."))
         if place is None:
             rest[name] = value
@@ -324,24 +328,14 @@ def match(model: nn.Module, adapter: str, state_dict: dict[str, torch.Tensor]) -
     return found
 
 
-def _of_today(state_dict: dict[str, Any], config: Any) -> dict[str, Any]:
-    """A state dict under plain names, those of a method that had another name in older files as they are today."""
-    given = {plain(name): value for name, value in state_dict.items()}
-    for now, old, new in RENAMED_METHODS.values():
-        if config is not None and config.peft_type == now:
-            given = {
-                ".".join([new + p[len(old) :] if p.startswith(old) else p for p in name.split(".")]): value
-                for name, value in given.items()
-            }
-    return given
-
-
 def _match_rest(found: Match, root: nn.Module, prefix: str, known: dict[str, Entry], rest: dict[str, Any]) -> None:
     """Find a place for names of older versions, and for other tensors of the base model."""
     places, current = base_places(root, prefix), current_name(root)
     tails = {entry.tail for entry in found.own if entry.tail}
+    labelled = {e.tail.partition(".")[0] for e in found.own if e.owner is not None and e.owner.labelled_inside}
     for name, value in rest.items():
-        names = [name, *(prefix + new for new in _today(name.removeprefix(prefix), tails, current))]
+        tail = name.removeprefix(prefix)
+        names = [name, *(prefix + new for new in (*names_today(tail, tails, current), *relabelled(tail, labelled)))]
         place = next((known[n] for n in names if n in known), None)
         base = next((places[n] for n in names if n in places), None)
         if place is not None:
@@ -352,16 +346,6 @@ def _match_rest(found: Match, root: nn.Module, prefix: str, known: dict[str, Ent
             found.wrong.append((Entry(name, "", getattr(*base)), value))
         else:
             found.unexpected.append(name)
-
-
-def _today(name: str, tails: set[str], current: Callable[[str], Iterator[str]]) -> Iterator[str]:
-    """What a tensor may be called today; a renaming may be of the whole name, or of the module with the adapter."""
-    yield from current(name)
-    parts = name.split(".")
-    for cut in range(1, len(parts)):
-        if (tail := ".".join(parts[cut:])) in tails:
-            for new in current(".".join((*parts[:cut], "weight"))):
-                yield f"{new.removesuffix('.weight')}.{tail}"
 
 
 def joined(state_dict: dict[str, torch.Tensor], own: list[Entry], prefix: str) -> dict[str, torch.Tensor]:
@@ -391,7 +375,7 @@ def base_weights(root: nn.Module, prefix: str) -> dict[str, Entry]:
 
 def _mismatch(model: nn.Module, adapter: str, wrong: list[tuple[Entry, torch.Tensor]]) -> str:
     entry, value = wrong[0]
-    config = (getattr(model, "peft_config", None) or {}).get(adapter)
+    config = configs_of(model).get(adapter)
     base = getattr(config, "base_model_name_or_path", None)
     return (
         f"size mismatch for {entry.saved}: "
@@ -403,7 +387,7 @@ def _mismatch(model: nn.Module, adapter: str, wrong: list[tuple[Entry, torch.Ten
     )
 
 
-def _unmerge_for(root: nn.Module, adapter: str) -> None:
+def unmerge_for(root: nn.Module, adapter: str) -> None:
     """An adapter that is in the base weights comes out before its tensors change."""
     for _, layer in layers_of(root):
         if adapter in layer.merged_adapters:
@@ -417,6 +401,7 @@ def _write(model: nn.Module, entry: Entry, value: torch.Tensor, assign: bool) ->
         if entry.tensor.device.type != "meta":
             fill(entry.tensor, value)
     elif (
+        # A DTensor keeps its part of the values; a whole tensor in its place would be none.
         (assign and not is_dtensor(entry.tensor))
         or entry.tensor.device.type == "meta"
         or entry.tensor.shape != value.shape

@@ -39,5 +39,5 @@ class BufferDict(nn.Module, MutableMapping):
     def __contains__(self, name: object) -> bool:
         return name in self._buffers
 
-    __hash__ = nn.Module.__hash__
+    __hash__ = nn.Module.__hash__  # a mapping is equal by what it holds, a module only to itself
     __eq__ = nn.Module.__eq__

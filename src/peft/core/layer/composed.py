@@ -127,7 +127,7 @@ class Composed(Adapter):
         change = self.change(y, step)
         return y if change is None else y + change.total
 
-    def cast(self, x: torch.Tensor) -> torch.Tensor:
+    def cast(self, x: torch.Tensor) -> torch.Tensor:  # each member has a dtype of its own
         return x
 
     def prefers_folding(self) -> bool:
@@ -168,7 +168,7 @@ class Chain(Composed):
         yield from in_order(self.here())
 
     def change(self, state: torch.Tensor, step: Step, place: str = "output") -> Change | None:
-        if self.only_folds():
+        if self.only_folds():  # what one makes of the weight, the next one reads
             return step(self, state)
         first, total = None, None
         for member in self.here():
@@ -257,7 +257,7 @@ class Attention(nn.Module):
             nn.init.zeros_(linear.bias)
         self.value = nn.Linear(width, width, bias=False) if dynamic else None
         if self.value is not None:
-            nn.init.constant_(self.value.weight, 1e-6)
+            nn.init.constant_(self.value.weight, 1e-6)  # the start that the library adapters has
             with torch.no_grad():
                 self.value.weight.fill_diagonal_(1.0)
 

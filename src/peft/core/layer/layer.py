@@ -20,7 +20,7 @@ from peft.core.layer.lean import Noted, Seen, lean, noted
 from peft.core.layer.placement import settle
 from peft.core.layer.read import ReadThrough
 from peft.core.layer.rewritten import Rewritten, follow, give_back, give_back_unmerged, include, keep_merged
-from peft.core.layer.room import held_constant, make_more_room, make_room, names_held, set_mode
+from peft.core.layer.room import held_constant, hold, make_more_room, make_room, names_held, set_mode
 from peft.core.layer.rows import mixed
 from peft.core.model.context import Context
 from peft.kernels.grouped import forget
@@ -82,7 +82,7 @@ class BaseTunerLayer(ReadThrough):
         context: Context | None = None,
         **kwargs: Any,
     ) -> None:
-        if "_modules" not in self.__dict__:
+        if "_modules" not in self.__dict__:  # else a third party's class has started the module
             make_module(self)
         self._modules["base_layer"] = base_layer
         base, cls = self.get_base_layer(), self.adapter_cls
@@ -181,7 +181,7 @@ class BaseTunerLayer(ReadThrough):
                     del container[name]
                 continue
             if type(container) is nn.ModuleDict:
-                container._modules[name] = value  # the name of an adapter has been checked
+                hold(self, container, name, value)
             else:
                 container[name] = value
 
@@ -230,7 +230,7 @@ class BaseTunerLayer(ReadThrough):
         if not args and not (self.kind.whole or self.kind.opaque):
             args, kwargs = routes.input_first(self, kwargs)
         if self._disable_adapters:
-            if self.merged_adapters:
+            if self.merged_adapters:  # switched off means the base's output
                 self.unmerge()
             return self.base_layer(*args, **kwargs)
         if rows is not None and self.context.current is None:

@@ -67,10 +67,6 @@ def as_whole(
         cut.append(True)
         return team.whole(y, layer.out_features)
 
-    handles = base.register_forward_pre_hook(before), base.register_forward_hook(after)  # type: ignore[union-attr]
-    try:
+    with base.register_forward_pre_hook(before), base.register_forward_hook(after):  # type: ignore[union-attr]
         y = compute(x if x.shape[-1] == layer.in_features else team.whole(x, layer.in_features))
-    finally:
-        for handle in handles:
-            handle.remove()
     return team.part(y) if cut else y

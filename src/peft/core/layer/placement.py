@@ -25,7 +25,7 @@ def settle(layer: BaseTunerLayer, adapter: Adapter, device: torch.device | None 
         device: put them there instead, in the dtypes that they have.
     """
     place = _place(layer) if device is None else (device, None)
-    for attribute, _, item in list(adapter.held()):
+    for attribute, _, item in adapter.held():
         tensors, has_rules = _all_tensors(item), _has_rules(item)
         if not has_rules and _are_at(tensors, *place):  # nearly always: the rest need not be asked
             continue

@@ -38,6 +38,7 @@ class ReadThrough(LayerCompat, Switch, _Module):
         except AttributeError:
             kind = self.__dict__.get("kind")
             delegates = "base_layer" in self.__dict__.get("_modules", ()) and name != "base_layer"
+            # Of opaque modules torch reads private names as well, such as `_qkv_same_embed_dim` of an attention.
             if not delegates or name in MARKS or (name.startswith("_") and not (kind is not None and kind.opaque)):
                 raise
         return self._read(name)

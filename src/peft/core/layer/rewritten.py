@@ -200,7 +200,7 @@ def _place(layer: BaseTunerLayer, names: tuple[str, ...]) -> None:
     record = layer.rewritten
     if record is None or record.inside == names:
         return
-    if len(record.inside) == 1:
+    if len(record.inside) == 1:  # of several, the sum can be made again
         record.own[record.inside[0]] = _taken(layer)
     wanted = [kept for name in names if (kept := record.own[name]) is not None]
     _put(layer, wanted[0] if len(names) == 1 else record.original)

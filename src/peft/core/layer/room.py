@@ -52,16 +52,33 @@ def make_more_room(layer: BaseTunerLayer, cls: type[Adapter]) -> None:
         layer.__dict__[attribute] = tuple(dict.fromkeys((*getattr(layer, attribute), *names)))
 
 
+def hold(layer: BaseTunerLayer, container: nn.ModuleDict, name: str, module: nn.Module) -> None:
+    """Put a module into a container of a layer, under the name of an adapter, which has been checked."""
+    container._modules[name] = module
+    if type(module) in _INERT:
+        module.__dict__["training"] = layer.__dict__["training"]
+
+
 _CONTAINERS = (nn.ModuleDict, nn.ParameterDict, BufferDict)
+_INERT = frozenset((nn.Linear, nn.Identity))
+"""Classes of parts that compute the same in both modes."""
 
 
 def set_mode(layer: BaseTunerLayer, training: bool) -> None:
-    """Set the mode of a layer and of all that it holds, as ``train`` of a module does; a container has none to ask."""
+    """Set the mode of a layer and of all that it holds, as ``train`` of a module does; a container has none to ask.
+
+    Inert parts have the mode of their layer since they came, so while that stays they are passed over: with thirty
+    adapters they are ten thousand modules, and just to look at each takes longer than all else that a load does.
+    """
+    same = layer.__dict__["training"] is training
     for child in layer._modules.values():
         if child is None:
             continue
-        held = child._modules.values() if isinstance(child, _CONTAINERS) else [child]
+        contained = isinstance(child, _CONTAINERS)
+        held = child._modules.values() if contained else [child]
         child.__dict__["training"] = training
+        if same and contained and _INERT.issuperset(map(type, held)):
+            continue
         for module in held:
             if module._modules or type(module).train is not nn.Module.train:
                 module.train(training)

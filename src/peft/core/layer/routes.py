@@ -121,12 +121,16 @@ class Folded(Route):
         below = weights.adapters_below(layer)
         y = layer.base_layer(*args, **kwargs)
         made_of = leaves_of([*adapters, *(adapter for inner in below for adapter in inner)])
-        change = weights.multiplied(layer, x, lambda: self._change(layer, adapters, below, x), made_of)
+        dtype = x.dtype if x.is_floating_point() else None  # what is made again in the backward must not hold x
+        change = weights.multiplied(layer, x, lambda: self._change(layer, adapters, below, dtype), made_of)
         return (y + change).to(y.dtype)
 
     @staticmethod
     def _change(
-        layer: BaseTunerLayer, adapters: Sequence[Adapter], below: tuple[Sequence[Adapter], ...], x: torch.Tensor
+        layer: BaseTunerLayer,
+        adapters: Sequence[Adapter],
+        below: tuple[Sequence[Adapter], ...],
+        dtype: torch.dtype | None,
     ) -> torch.Tensor:
         inner, rest = weights.layer_inside(layer), below[1:]
         before = weights.wide(
@@ -135,7 +139,7 @@ class Folded(Route):
         after, base = before, weights.unmerged_weight(layer)
         for adapter in weights.fold_order(adapters):
             after = adapter.fold(after, base)
-        return (after - before).to(x.dtype if x.is_floating_point() else before.dtype)
+        return (after - before).to(dtype or before.dtype)
 
 
 class Updates(Route):
@@ -208,7 +212,7 @@ def attribute_of(layer: BaseTunerLayer, module: nn.Module, name: str) -> Any:
     """An attribute of a module that stands in, in the base module's dtype: the parent may compute with it itself."""
     value, dtype = getattr(module, name), other_dtype(layer, module)
     if dtype is not None and isinstance(value, nn.Module):
-        return copy.deepcopy(value).to(dtype)
+        return copy.deepcopy(value).to(dtype)  # the one that trains keeps its dtype
     return value if dtype is None else in_dtype(dtype, value)
 
 

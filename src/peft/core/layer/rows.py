@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -81,6 +83,27 @@ def require_unmerged(layer: BaseTunerLayer) -> None:
     """Raise ValueError where adapters are merged: they would act on every row."""
     if layer.merged_adapters:
         raise ValueError("adapter_names cannot be used while adapters are merged; call unmerge_adapter() first.")
+
+
+_fast_path = Lock()
+_calls: list[bool] = []  # for each mixed call under way, whether torch's fast path was on before
+
+
+@contextmanager
+def without_fast_path() -> Iterator[None]:
+    """While a mixed call is computed: ``nn.TransformerEncoder`` would take one weight for all rows.
+
+    The switch is one for all threads, so the first of several calls turns it off and the last one back.
+    """
+    with _fast_path:
+        _calls.append(torch.backends.mha.get_fastpath_enabled() if not _calls else _calls[0])
+        torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        with _fast_path:
+            before = _calls.pop()
+            torch.backends.mha.set_fastpath_enabled(before and not _calls)
 
 
 def split(layer: BaseTunerLayer, groups: Groups, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -30,6 +30,7 @@ class ScaledLayer(BaseTunerLayer):
 
     def _rescale(self, scaling: dict[str, Any]) -> None:
         """What is merged is taken out by the scale that it went in by, and put back by the new one."""
+        # With the old scale in the weight.
         merged = list(self.merged_adapters) if set(scaling) & set(self.merged_adapters) else []
         if merged:
             self.unmerge()

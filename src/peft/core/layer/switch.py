@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from peft.core.model.context import Context
+from peft.core.model.context import Context, Known
 
 
 class Switch:
@@ -19,7 +19,9 @@ class Switch:
     _paused: list[torch.Tensor]
 
     def _start(self, context: Context | None = None) -> None:
-        self.__dict__.update(context=context or Context(), _active_adapter=[], _disable_adapters=False, _paused=[])
+        self.__dict__.update(
+            context=context or Context(Known()), _active_adapter=[], _disable_adapters=False, _paused=[]
+        )
 
     @property
     def adapter_names(self) -> list[str]:
@@ -110,7 +112,7 @@ class Switch:
         """Choose whether these adapters train, active or not."""
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             for p in self.adapter_parameters(name):
-                if p.is_floating_point():
+                if p.requires_grad is not requires_grad and p.is_floating_point():
                     p.requires_grad_(requires_grad)
 
     def _forget(self, name: str) -> None:

@@ -89,7 +89,7 @@ def sums_exactly(layer: BaseTunerLayer) -> bool:
 
 
 def wide(weight: torch.Tensor) -> torch.Tensor:
-    """Sixteen-bit weights are folded in float32 and rounded once."""
+    """In float32 what has 16 bits: so weights are folded, and rounded once, and matrices decomposed."""
     return weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
 
 
@@ -278,6 +278,7 @@ def merge(layer: BaseTunerLayer, new: Adapters, safe_merge: bool) -> None:
     if any(adapter.stand_in() is not None for adapter in new):
         _swap(layer, adapters, safe_merge)
         return
+    # What is merged already is folded again beside the new: each sees the unmerged W.
     unmerge(layer)
     check_writable(layer)
     stored, bias = base_weight(layer), base_bias(layer)

@@ -162,7 +162,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     def __len__(self) -> int:
         return len(self._module())
 
-    def __bool__(self) -> bool:
+    def __bool__(self) -> bool:  # an empty Sequential is there all the same
         return True
 
     def _read_part(self, read: Callable[[Any], Any]) -> Any:
@@ -183,6 +183,7 @@ class TrainableTokens(Rows):
     """Trained vectors for some tokens of an embedding, or of an output head."""
 
     trainable_tokens_delta = part()
+    printed_as = "TrainableTokensLayer"
 
     def create(self, config: Any, key: str) -> None:
         self.replace(list(config.token_indices), config.init_weights)
@@ -335,7 +336,7 @@ class TrainedBiases:
         if self.applied is not None:
             for place, p in self.parameters(self.applied):
                 self.values[self.applied][place] = p.data
-                p.data = self.originals[place].to(p)
+                p.data = self.originals[place].to(p)  # the model may have moved, or been cast, since
                 p.requires_grad_(False)
         self.applied = name if name in self.values else None
         if self.applied is not None:

@@ -58,7 +58,7 @@ def _wrap_modules_to_save(model: nn.Module, name: str, modules: list[str], confi
     names, holders = names_of_modules(model), holders_of(model)
     chosen: dict[str, nn.Module] = {}
     for site in walk(model):
-        inside = site.key.startswith(tuple(f"{key}." for key in chosen))
+        inside = site.key.startswith(tuple(f"{key}." for key in chosen))  # copied along with it
         meant = [key for key in names.get(id(site.module), [site.key]) if ends_with(modules, key)]
         if site.key and meant and not inside:
             chosen[site.key] = site.module
@@ -148,6 +148,7 @@ def wrapper_of(model: nn.Module, key: str, cls: type[AuxiliaryTrainingWrapper], 
     for _, wrapper in site.wrappers:
         if isinstance(wrapper, cls):
             return wrapper
+    # What adapts a whole module acts on what this gives: the copy takes its place inside of that.
     inside = (at for at in site.wrappers if not (isinstance(at[1], BaseTunerLayer) and at[1].kind.whole))
     path, module = next(inside, (site.path, site.module))
     wrapper = cls(module)

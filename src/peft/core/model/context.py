@@ -1,7 +1,8 @@
 """What one forward call carries to the adapted layers: one small object, shared by all layers of a model.
 
 The facts stay until the next call replaces them, for what recomputes by means of its own; the blocks that a model of
-transformers recomputes get those of the call that they repeat, see :meth:`Context.as_noted`.
+transformers recomputes get those of the call that they repeat, see :meth:`Context.as_noted`. Each thread has facts of
+its own, see :mod:`peft.core.model.threads`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from peft.core.composition.expressions import Composition, Fuse, alternatives
 from peft.core.layer.together import Readers
 from peft.core.model.sequence import Tokens, note_in_cache, tokens_of
+from peft.core.model.threads import Common, Facts
 
 
 BASE = "__base__"  # the adapter name of rows that use no adapter
@@ -34,12 +36,36 @@ class Groups(NamedTuple):
     index: torch.Tensor
 
 
-class Context:
-    """Facts of the current forward call.
+class Known(Common):
+    """What the calls of all threads share.
+
+    Attributes:
+        compositions: the adapters of the model that are made of others: name -> expression.
+        reads_tokens: some adapter reads the tokens of calls; without one they are not looked at.
+    """
+
+    def __init__(self, compositions: dict[str, Composition] | None = None, reads_tokens: bool = False) -> None:
+        super().__init__()
+        self.compositions: dict[str, Composition] = compositions or {}
+        self.reads_tokens = reads_tokens
+
+    def __reduce__(self) -> Any:
+        return Known, (self.compositions, self.reads_tokens)
+
+    def nothing(self) -> dict[str, Any]:
+        none = ("adapter_names", "task_ids", "scalings", "mask", "labels", "current", "rows", "tokens", "prompt")
+        facts: dict[str, Any] = dict.fromkeys(none)
+        return facts | {
+            **{"held": False, "looks_ahead": False, "_led": False},
+            **{"worked_out": {}, "leads": {}, "_groups": {}, "readers": Readers()},
+        }
+
+
+class Context(Facts):
+    """Facts of the current forward call of this thread.
 
     Attributes:
         adapter_names: one adapter for each row of the batch (:data:`BASE` for none; or an expression), or None.
-        compositions: the adapters of the model that are made of others: name -> expression.
         task_ids: one task number for each row, ``[batch]``, or None.
         scalings: weights of routed adapters, ``[batch, tokens, layers, adapters]``; None: they give nothing.
         mask: the model's ``attention_mask``, ``[batch, tokens]``, 0 where padded, or None.
@@ -47,8 +73,8 @@ class Context:
         current: while a group of rows is computed, the adapters of that group; else None.
         rows: while rows of a mixed batch are computed, which they are, and how many there are in all; else None.
         held: a call that carries such facts is under way.
+        looks_ahead: the call under way only finds out what the call that is wanted needs.
         readers: which layers read one input, see :mod:`peft.core.layer.together`.
-        reads_tokens: some adapter reads the tokens of calls; without one they are not looked at.
         tokens: those of the call, None where it has no ids.
         prompt: while ``generate`` runs, the ids that it was given, else None.
         worked_out: what adapters have worked out from the facts of this call, for the layers after them.
@@ -56,24 +82,29 @@ class Context:
             most, and in each row. True: of a decoder beside an encoder, False: of the encoder or the only stack.
     """
 
-    def __init__(self) -> None:
-        self.adapter_names: tuple[Any, ...] | None = None
-        self.compositions: dict[str, Composition] = {}
-        self.task_ids: torch.Tensor | None = None
-        self.scalings: torch.Tensor | None = None
-        self.mask: torch.Tensor | None = None
-        self.labels: torch.Tensor | None = None
-        self.current: list[Any] | None = None
-        self.rows: tuple[torch.Tensor, int] | None = None
-        self.held = False
-        self.readers = Readers()
-        self.reads_tokens = False
-        self.tokens: Tokens | None = None
-        self.prompt: torch.Tensor | None = None
-        self.worked_out: dict[tuple, Any] = {}
-        self.leads: dict[bool, tuple[int, torch.Tensor | None]] = {}
-        self._led = False
-        self._groups: dict[tuple, Groups] = {}
+    adapter_names: tuple[Any, ...] | None
+    task_ids: torch.Tensor | None
+    scalings: torch.Tensor | None
+    mask: torch.Tensor | None
+    labels: torch.Tensor | None
+    current: list[Any] | None
+    rows: tuple[torch.Tensor, int] | None
+    held: bool
+    looks_ahead: bool
+    readers: Readers
+    tokens: Tokens | None
+    prompt: torch.Tensor | None
+    worked_out: dict[tuple, Any]
+    leads: dict[bool, tuple[int, torch.Tensor | None]]
+    _led: bool
+    _groups: dict[tuple, Groups]
+
+    common: Known
+
+    @property
+    def compositions(self) -> dict[str, Composition]:
+        """The adapters of the model that are made of others: name -> expression."""
+        return self.common.compositions
 
     def noted(self) -> dict[str, Any] | None:
         """All facts of this moment for :meth:`as_noted`, None where the call says nothing that layers ask for."""
@@ -89,6 +120,7 @@ class Context:
         try:
             yield
         finally:
+            self.__dict__.clear()  # a thread of autograd has no facts of its own
             self.__dict__.update(now)
 
     @property
@@ -119,6 +151,7 @@ class Context:
     @contextmanager
     def prompted(self, ids: Any) -> Iterator[None]:
         """While ``generate`` goes on with these ids, ``[batch, tokens]``; what it adds is no part of the prompt."""
+        self.begin()
         known = isinstance(ids, torch.Tensor) and ids.dim() == 2 and not ids.is_floating_point()
         outer, self.prompt = self.prompt, ids if known else None
         try:
@@ -154,6 +187,7 @@ class Context:
 
     def lead(self, decoder: bool, most: int, each: torch.Tensor | None) -> None:
         """Note virtual tokens for the next call of the model: ``most``, or of ``each`` row its own, ``[batch]``."""
+        self.begin()
         self.leads, self._led = {**(self.leads if self._led else {}), decoder: (most, each)}, True
 
     def lead_of(self, decoder: bool, batch: int, device: torch.device) -> tuple[int, torch.Tensor]:
@@ -165,8 +199,10 @@ class Context:
 
     def forget(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         """Hook of the model: a call that says nothing of adapters or tasks does not use those of an earlier one."""
+        self.begin()
         self.rows = None
         self.leads, self._led = self.leads if self._led else {}, False
+        # Of two sequences, the mask and the labels are not of the tokens that a layer sees.
         two_lengths = getattr(getattr(module, "config", None), "is_encoder_decoder", False)
         by_token = (kwargs.get(name) for name in ("attention_mask", "labels"))
         self.mask, self.labels = (
@@ -176,7 +212,7 @@ class Context:
         text = next((x for x in texts if isinstance(x, torch.Tensor) and x.dim() > 1), None)
         if self.mask is not None and text is not None:
             self.mask = self.mask[:, -text.shape[1] :]  # the columns before are those of tokens in the cache
-        if self.reads_tokens:
+        if self.common.reads_tokens:
             self.tokens = tokens_of(args, kwargs, self.prompt)
             self.worked_out = {}  # what was worked out for earlier calls may be needed to recompute them
         if self.held:
@@ -187,7 +223,7 @@ class Context:
 
     def note(self, module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """Hook of the model, after the call: its cache knows the tokens that it now holds."""
-        if self.reads_tokens:
+        if self.common.reads_tokens:
             note_in_cache(self.tokens, kwargs, output)
 
     def tasks(self, batch: int, device: torch.device) -> torch.Tensor | None:
@@ -214,7 +250,8 @@ class Context:
                     "each sample, model(..., task_ids=torch.tensor([...]))."
                 )
             return torch.zeros(batch, dtype=torch.long, device=device)
-        if bool(((tasks < 0) | (tasks >= count)).any()):
+        compiling = torch.compiler.is_compiling()  # which cannot look at values
+        if not compiling and bool(((tasks < 0) | (tasks >= count)).any()):
             raise ValueError(f"task_ids={tasks.tolist()} names a task outside 0..{count - 1} (n_tasks).")
         return tasks
 

@@ -73,7 +73,7 @@ class InputGrads:
         for module in self.switches:
             if module.gradient_checkpointing and module.training:
                 function = getattr(module, FUNCTION, None)
-                return getattr(function, "keywords", {}).get("use_reentrant", True)
+                return getattr(function, "keywords", {}).get("use_reentrant", True)  # torch's own default
         return False
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:

@@ -12,6 +12,7 @@ from peft.core.model import operations
 from peft.core.model.gradient_checkpointing import stop_watching, watch_checkpointing
 from peft.core.model.record import drop_record
 from peft.core.model.walk import surveyed
+from peft.utils.error import AdapterNameError
 
 
 INTERFACE = (
@@ -116,13 +117,13 @@ class Manager:
 
 
 def check_adapter_name(name: str, taken: Sequence[str] = ()) -> None:
-    """Raise ValueError for a name that cannot be a module name, or that is taken."""
-    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
-        raise ValueError(
+    """Raise AdapterNameError for a name that cannot be a module name, or that is taken."""
+    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
+        raise AdapterNameError(
             f"{name!r} cannot be the name of an adapter: names are non-empty, have no dot, and are not those of "
-            "methods of nn.ModuleDict (such as 'keys' or 'pop')."
+            "what an nn.ModuleDict has (such as 'keys' or 'training')."
         )
     if name in taken:
-        raise ValueError(
+        raise AdapterNameError(
             f"an adapter called {name!r} already exists; choose another name, or call delete_adapter({name!r}) first."
         )

@@ -306,6 +306,7 @@ class MixedModel(BaseTuner):
             nn.Module.__init__(part)
             configs = MembersOf(self.peft_config, method)
             part.__dict__.update(peft_config=configs, active_adapter=[])
+            # Past `nn.Module`, which would register the model as a part of each of these tuners.
             part.__dict__["model"] = self.model
             parts[method] = part
         return parts[method]

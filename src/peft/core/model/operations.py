@@ -22,7 +22,15 @@ from peft.core.model.declared import declare_biases, new_biases, set_declared
 from peft.core.model.dequantize import dequantize
 from peft.core.model.record import behind, drop_compositions, record_of
 from peft.core.model.replicate import restore_layers, separate_layers
-from peft.core.model.walk import embeddings_of, holders_of, layers_of, replace_module, walk, wrappers_of
+from peft.core.model.walk import (
+    embeddings_of,
+    holders_of,
+    layers_of,
+    replace_module,
+    shares_embeddings,
+    walk,
+    wrappers_of,
+)
 from peft.utils.error import UnknownAdapterError
 
 
@@ -77,6 +85,7 @@ def set_adapter(
         require_adapters(model, names, [*held, *known])
     for wrapper in wrappers:
         wrapper.check_active_rows(names)
+    # Asked before anything changes, for it may refuse.
     bias = record.choose(behind(model, names)) if record else None
     if any(isinstance(w, BaseTunerLayer) and w.merged for w in wrappers):
         warnings.warn("adapters are merged into the base model; they are unmerged before others are activated.")
@@ -272,7 +281,7 @@ def merge(
     _check_together(model, adapter_names)
     mark_shared_weights(model)
     layers = [item for item in layers_of(model) if left is None or not left(item[1])][::-1]
-    # those that will refuse come first: while nothing is merged there is nothing to undo
+    # inner ones first, as they adapt the weight before those around them; before all, what will refuse
     layers.sort(key=lambda item: not _refuses(item[1], adapter_names, safe_merge))
     before = [list(layer.merged_adapters) for _, layer in layers]
     for path, layer in layers:
@@ -365,7 +374,7 @@ def unload(
         _check_together(model, adapter_names)
         declared = declare_biases(model, new_biases(model, adapter_names))
     record = biases_of(model)
-    tied = _tied_embeddings(model)
+    tied = hasattr(model, "config") and shares_embeddings(model)
     if merge_first:
         active = active_of(model)
         back = dequantize(model, adapter_names) if dequantize_first else None
@@ -402,12 +411,6 @@ def unload(
     separate_layers(model) if merge_first else restore_layers(model)
     drop_compositions(model)
     return model
-
-
-def _tied_embeddings(model: nn.Module) -> bool:
-    first, last = embeddings_of(model)
-    weight = getattr(first, "weight", None)
-    return hasattr(model, "config") and isinstance(weight, nn.Parameter) and weight is getattr(last, "weight", None)
 
 
 def _tie_or_untie(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from peft.core.base.storage import keep_differentiable
 from peft.core.layer.buffers import BufferDict
-from peft.core.model.context import Context
+from peft.core.model.context import Context, Known
 
 
 class Record:
@@ -93,7 +93,7 @@ def context_of(model: nn.Module) -> Context:
     """The object through which all adapted layers of a model learn about the current call."""
     record = record_of(model)
     if record.context is None:
-        context = record.context = Context()
+        context = record.context = Context(Known())
         record.hooks = (
             model.register_forward_pre_hook(_let_gradients_through),
             model.register_forward_pre_hook(context.forget, with_kwargs=True),

@@ -46,7 +46,7 @@ def define_tuner(
     module = sys.modules[adapter_cls.__module__]
     stem = config_cls.__name__.removesuffix("Config")
     layer_cls = layer_class(adapter_cls, layer, layer_name or f"{stem}Layer")
-    vars(module).setdefault(layer_cls.__name__, layer_cls)
+    vars(module).setdefault(layer_cls.__name__, layer_cls)  # where pickles and clients look for it
     for name, cls in layer_cls.by_name.items():
         vars(module).setdefault(name, cls)
     method = str(value_of(config_cls.METHOD))

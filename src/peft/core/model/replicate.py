@@ -70,7 +70,7 @@ def replicate_layers(model: nn.Module, layer_map: Sequence[Sequence[int]]) -> bo
         raise ValueError(f"layer_replication has the ranges {wrong}, but the model has the layers 0 to {depth - 1}.")
     record = record_of(model).replication = Replication(model, lists[0], ranges)
     order = [i for start, end in ranges for i in range(start, end)]
-    first = {i: place for place, i in reversed(list(enumerate(order)))}
+    first = {i: place for place, i in reversed(list(enumerate(order)))}  # where it stays itself; later ones are copies
     stack = [
         record.originals[i] if first[i] == place else clone_module(record.originals[i], share_weights=True)
         for place, i in enumerate(order)

@@ -50,7 +50,7 @@ def tokens_of(args: tuple, kwargs: dict[str, Any], prompt: torch.Tensor | None) 
     cache = cache_of(kwargs)
     before = length_of(cache)
     if prompt is not None:
-        ids = prompt.to(own.device).repeat_interleave(max(1, len(own) // len(prompt)), 0)
+        ids = prompt.to(own.device).repeat_interleave(max(1, len(own) // len(prompt)), 0)  # beams repeat it
         return Tokens(ids, before, own.shape[1])
     known = getattr(cache, "_peft_token_ids", own[:, :0])[:, :before].to(own.device)
     if len(known) != len(own):

@@ -81,6 +81,7 @@ def selected(config: Any, key: str) -> bool:
         return False
     layers, pattern = getattr(config, "layers_to_transform", None), getattr(config, "layers_pattern", None)
     layers = [layers] if isinstance(layers, int) else layers
+    # A regex selects layers itself, and a name in full means its module.
     if not layers or isinstance(targets, str) or key in targets:
         return True
     index = layer_index(key, pattern)

@@ -52,7 +52,7 @@ def _values_needed(config: Any) -> Iterator[None]:
     try:
         yield
     except NotImplementedError as error:
-        if "meta tensor" not in str(error):
+        if "meta tensor" not in str(error):  # torch's words for reading a tensor without values
             raise
         raise ConfigError(
             f"{type(config).__name__} makes the adapter of the base weights, which have no values yet (they are on "
@@ -196,6 +196,7 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
                 (target, self.make_elsewhere(config, name, target, holders) if elsewhere(target.module) else None)
                 for target in targets
             ]
+            # All are there before the first is filled: what they share is made of all, a tied one has its source.
             layers = [(target, layer or self._layer_for(model, target, holders)) for target, layer in made]
             self._share(name, config, [layer for _, layer in layers])
             self._fill(model, name, config, layers)
@@ -257,8 +258,8 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
         layer = cls(module, kind=target.kind, context=context_of(model))
         layer.__dict__["key"] = target.key
         places = holders.get(id(module), [(parent, name)])
-        kind = target.kind
-        if any(not isinstance(p, BaseTunerLayer) and reads_weight_of(p, n, kind) for p, n in places):
+        # A parent that computes with the weight instead of calling the layer has to get the adapted one.
+        if any(not isinstance(p, BaseTunerLayer) and reads_weight_of(p, n, target.kind) for p, n in places):
             layer.read_by_parent = True
         replace_at((parent, name), layer, holders)
         return layer
@@ -337,6 +338,7 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
     def targeted_parameter_names(self) -> list[str]:
         """Names of the single parameters that adapters adapt (``target_parameters``)."""
         stacks = [layer for _, layer in layers_of(self.model) if isinstance(layer.kind, Stack)]
+        # in the order of registration: they nest
         return [join(layer.key, layer.kind.weight) for layer in reversed(stacks)]
 
     # --- life of the adapters ---------------------------------------------------------------------------------
@@ -410,9 +412,7 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
     @staticmethod
     def get_model_config(model: nn.Module) -> dict:
         """The model's config as a dict; ``{"model_type": "custom"}`` where it has none."""
-        config = getattr(model, "config", None)
-        if config is None:
-            return {"model_type": "custom"}
+        config = getattr(model, "config", None) or {"model_type": "custom"}
         return config.to_dict() if hasattr(config, "to_dict") else dict(config)
 
 
@@ -420,10 +420,8 @@ def _fitting(
     layer_cls: type[BaseTunerLayer], target: Target, wrappers: list[tuple[str, nn.Module]]
 ) -> BaseTunerLayer | None:
     """The layer among these that holds adapters of a method for the target's weight."""
-    for _, w in wrappers:
-        if isinstance(w, layer_cls) and (target.kind is None or w.kind.whole or w.kind.weight == target.kind.weight):
-            return w
-    return None
+    fits = (w for _, w in wrappers if isinstance(w, layer_cls))
+    return next((w for w in fits if target.kind is None or w.kind.whole or w.kind.weight == target.kind.weight), None)
 
 
 def keys_of(model: nn.Module, state_dict: dict[str, Any], layer_cls: type[BaseTunerLayer]) -> set[str]:
@@ -438,6 +436,7 @@ def keys_of(model: nn.Module, state_dict: dict[str, Any], layer_cls: type[BaseTu
     names = "|".join(re.escape(name) for part in parts for name in part.names)
     found = set()
     for key in state_dict:
+        # Beside adapters of other methods, files have a `base_layer` between a module's name and the tensor's.
         split = re.match(rf"(?:base_model\.model\.)?(.+?)(?:\.base_layer)*\.(?:{names})(?:\.|$)", key)
         if split and split.group(1) in known:
             found.add(known[split.group(1)])

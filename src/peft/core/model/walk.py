@@ -96,6 +96,12 @@ def embeddings_of(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]
     return ends[0], ends[1]
 
 
+def shares_embeddings(model: nn.Module) -> bool:
+    """Whether the output embedding of a transformer has the weight of the input embedding."""
+    first, last = (getattr(module, "weight", None) for module in embeddings_of(model))
+    return isinstance(first, nn.Parameter) and first is last
+
+
 Holders = dict[int, list[tuple[nn.Module, str]]]
 
 

@@ -23,6 +23,7 @@ from peft.core.prompts.sizes import settle_sizes
 from peft.core.prompts.tokens import ENCODER, VirtualTokens
 from peft.options import value_of
 from peft.utils.error import MeaninglessError
+from peft.utils.meanwhile import in_mode
 from peft.utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING
 
 
@@ -216,9 +217,8 @@ class PromptTuner(Manager):
         if name not in self.prompts.encoders:
             return
         encoder = self.prompts.encoders[name]
-        training = encoder.training
-        state = list(encoder.eval().adapter_state())
-        encoder.train(training)
+        with in_mode(encoder, training=False):  # a dropout would be saved with it
+            state = list(encoder.adapter_state())
         for file, memory, tensor in state:
             yield file, f"{ENCODER}{name}.{memory}" if memory else "", tensor
 

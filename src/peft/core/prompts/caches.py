@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from peft.core.model.sequence import ARGUMENTS
+from peft.utils.meanwhile import having
 
 
 def cache_argument(function: Callable) -> str | None:
@@ -103,7 +104,7 @@ def kept_by_checkpoints(model: nn.Module) -> Iterator[None]:
     for layer, function in layers.items():
         layer.__dict__["forward"] = partial(_checkpoint, function, layer, layer.forward)
     try:
-        with _not_checkpointing(model.modules()):
+        with _not_checkpointing(model):
             yield
     finally:
         for layer, forward in before.items():
@@ -138,20 +139,12 @@ def _checkpoint(function: Any, layer: nn.Module, forward: Callable, *args: Any, 
 
 def _run(layer: nn.Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:
     """A layer's forward, all of whose arguments reach the modules in it."""
-    with _not_checkpointing(layer.modules()):
+    with _not_checkpointing(layer):
         return forward(*args, **kwargs)
 
 
-@contextmanager
-def _not_checkpointing(modules: Iterable[nn.Module]) -> Iterator[None]:
-    on = [module for module in modules if _is_switched_on(module)]
-    for module in on:
-        module.gradient_checkpointing = False  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for module in on:
-            module.gradient_checkpointing = True  # type: ignore[assignment]
+def _not_checkpointing(module: nn.Module) -> AbstractContextManager[None]:
+    return having(filter(_is_switched_on, module.modules()), gradient_checkpointing=False)
 
 
 def _is_switched_on(module: nn.Module) -> bool:

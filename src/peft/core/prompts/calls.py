@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -133,6 +134,7 @@ class Calls:
         if mask is None and feed.needs_mask:
             mask = torch.ones(text.shape, dtype=torch.long, device=text.device)
         if positions is None and feed.lengths is not None and not left:
+            # Asked also where the model counts by the mask: it refuses models that would count the padding.
             positions = self._positions(text, position_name)
             positions = None if counted else positions
         if mask is not None:
@@ -180,14 +182,15 @@ class Calls:
         if receiver is self.model:
             return self.model(**{**inputs, **changed})
 
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        own = get_ident()
+
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+            if get_ident() != own:
+                return None  # another thread's call
             return (), {**named(module.forward, args, kwargs), **changed}
 
-        handle = receiver.register_forward_pre_hook(hook, with_kwargs=True)
-        try:
+        with receiver.register_forward_pre_hook(hook, with_kwargs=True):
             return self.model(**inputs)
-        finally:
-            handle.remove()
 
     # --- prefixes ---------------------------------------------------------------------------------------------
     def _forward_with_prefix(self, inputs: dict[str, Any]) -> Any:

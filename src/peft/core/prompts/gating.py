@@ -55,7 +55,7 @@ class GatedPrefix:
         for name, state, gate in zip(("keys", "values"), self.states[number], self.prompts.gates(number, h).unbind(1)):
             state = state.repeat_interleave(len(h) // len(state), 0)[:, :, gone:]
             gated, old = (state * gate.view(-1, 1, 1, 1)).to(state.dtype), getattr(held, name)
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled():  # the graph may need the old values
                 setattr(held, name, torch.cat([gated.to(old.device), old[:, :, state.shape[2] :]], 2))
             else:
                 old[:, :, : state.shape[2]] = gated

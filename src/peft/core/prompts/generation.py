@@ -58,6 +58,7 @@ class Generation:
             "prepare_inputs_for_generation": step,
             "_prepare_cache_for_generation": partial(self._with_more_room, model._prepare_cache_for_generation),
         }
+        # On the instance, for this call: `generate` finds them before those of the class.
         vars(model).update(wrapped)
         try:
             yield

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +19,7 @@ from peft.core.prompts.gating import GatedPrefix, let_attentions_gate
 from peft.core.prompts.sizes import key_sizes
 from peft.core.prompts.tokens import VirtualTokens
 from peft.utils.error import ConfigError
+from peft.utils.meanwhile import having
 
 
 class Prompts:
@@ -71,14 +71,9 @@ class Prompts:
             )
         return module
 
-    @contextmanager
-    def switched_off(self) -> Iterator[None]:
+    def switched_off(self) -> AbstractContextManager[None]:
         """A context in which no row gets a prompt."""
-        before, self.disabled = self.disabled, True
-        try:
-            yield
-        finally:
-            self.disabled = before
+        return having([self], disabled=True)
 
     @property
     def in_use(self) -> list[str]:
@@ -167,7 +162,7 @@ class Prompts:
         index = self.tokens[name].to(next(encoder.parameters()).device)
         if encoder.uses_tasks:
             return encoder(index.expand(batch, -1), tasks)
-        return encoder(index[None]).expand(batch, -1, -1)
+        return encoder(index[None]).expand(batch, -1, -1)  # computed once for all rows
 
     def feed(self, batch: int, stack: int = 0) -> Feed | None:
         """What the rows of a call get: the active prompt, or each row its own. None: nothing.

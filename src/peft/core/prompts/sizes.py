@@ -24,7 +24,7 @@ def settle_sizes(config: Any, model: nn.Module, as_prefix: bool) -> None:
     found = sizes_of(model, as_prefix)
     for field, value in found.items():
         given = getattr(config, field)
-        binding = as_prefix or field == "token_dim"
+        binding = as_prefix or field == "token_dim"  # before a text, the width alone matters
         if given is not None and value is not None and given != value and binding:
             raise ConfigError(
                 f"the prompt has {field}={given}, but {type(model).__name__} has {value}: it was made for another "

@@ -81,11 +81,11 @@ class ALora(Lora):
     def create(self, config: LoraConfig, key: str) -> None:
         super().create(config, key)
         self.alora_invocation_tokens = tuple(config.alora_invocation_tokens or ())
-        self.context.reads_tokens = True
+        self.context.common.reads_tokens = True
 
     def output(self, x: torch.Tensor, y: torch.Tensor, base_y: torch.Tensor) -> torch.Tensor:
         tokens = self.context.tokens
-        if tokens is None:
+        if tokens is None:  # embeddings were given
             warnings.warn(
                 f"the model was called without token ids (input_ids), so the invocation tokens of {self.name!r} "
                 "cannot be found in its input, and the adapter does nothing in this call."

@@ -70,8 +70,7 @@ class Arrow(Lora):
     The router trains nothing. Its own A and B take part in nothing; they stand in its file, as others write it.
     """
 
-    arrow_config = setting()
-    arrow_experts = setting()
+    arrow_config, arrow_experts = setting(), setting()
     untrained: ClassVar[frozenset[str]] = frozenset({"lora_A", "lora_B"})
     excludes: ClassVar[dict[str, str]] = dict.fromkeys(
         ("Dora", "Kasa", "VeLora", "MonteCLora", "BdLora", "QaLora", "Mica"),

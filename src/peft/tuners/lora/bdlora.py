@@ -66,8 +66,7 @@ class BdLora(Lora):
     and down projections), A is cut, and the shards' updates go through the sum that the layer makes anyway.
     """
 
-    bdlora_side = setting()
-    bdlora_blocks = setting()
+    bdlora_side, bdlora_blocks = setting(), setting()
     fixed_rank: ClassVar[bool] = True
     excludes: ClassVar[dict[str, str]] = {
         "Mica": "MiCA's B holds singular vectors of the whole weight, which a factor made of blocks cannot"

@@ -20,10 +20,11 @@ from peft.core.combine.combined import factorize, resized
 from peft.core.combine.names import CombinationType, Vote, idle
 from peft.core.combine.ranks import product_svd, shared_ranks
 from peft.core.combine.ways import Combination, Part
-from peft.core.files.entries import anatomy
+from peft.core.files.entries import anatomy, configs_of
 from peft.core.files.io import write_adapter
 from peft.core.files.state_dict import get_peft_model_state_dict
 from peft.core.layer.layer import BaseTunerLayer
+from peft.core.layer.weight import wide
 from peft.core.model import operations
 from peft.core.model.auxiliary import ModulesToSaveWrapper, TrainableTokensWrapper, bias_sites, biases_of
 from peft.core.model.targeting import exact_targets
@@ -135,7 +136,7 @@ def _converted(
     _check_names(model, root, names)
     _check_rank(rank)
     places = _places(root, names, _check_weights(names, weights))
-    if len(names) == 1 and type(_configs(model).get(names[0])) is LoraConfig:
+    if len(names) == 1 and type(configs_of(model).get(names[0])) is LoraConfig:
         warnings.warn(f"adapter {names[0]!r} is a LoRA already; it is factorised again, by the rank asked for.")
     if not places:
         raise ValueError(f"adapter {', '.join(map(repr, names))} adapts no layer by a weight: no LoRA is like it.")
@@ -146,8 +147,9 @@ def _converted(
         if across_layers and isinstance(rank, float):
             wanted = _shared(places, combination, rank)
         for place, parts in tqdm(places.items(), disable=not progressbar, desc="Converting to LoRA"):
-            name = ".".join(filter(None, (place[0], "" if place[1] == "weight" else place[1])))
-            pairs[place], errors[name] = _pair(parts, combination, wanted.get(place, rank), decompose, bool(wanted))
+            pairs[place], errors[_name(place)] = _pair(
+                parts, combination, wanted.get(place, rank), decompose, bool(wanted)
+            )
             shifts[place] = combination.of_bias(parts)
     _check_fixed(rank, pairs)
     ranks = {
@@ -202,6 +204,12 @@ def _combination(name: CombinationType, density: float | None, vote: Vote) -> Co
     return found
 
 
+def _name(place: Place) -> str:
+    """How a config's patterns, and reports, call a weight: as its module, unless it is one of several parameters."""
+    key, weight = place
+    return ".".join(filter(None, (key, "" if weight == "weight" else weight)))
+
+
 # --- what is converted ----------------------------------------------------------------------------------------
 
 
@@ -211,19 +219,15 @@ def _check_names(model: nn.Module, root: nn.Module, names: list[str]) -> None:
             f"this {type(model).__name__} has no adapted layers, so there is nothing that a LoRA could do instead. "
             "Prompts cannot be converted."
         )
-    operations.require_adapters(root, names, _configs(model) or None)
+    operations.require_adapters(root, names, configs_of(model) or None)
     if len(set(names)) < len(names) or not names:
         raise ValueError(f"give each adapter once, got {names}.")
     _holder(model, root, names)
 
 
-def _configs(model: nn.Module) -> dict[str, Any]:
-    return getattr(model, "peft_config", None) or {}
-
-
 def _beside(model: nn.Module, root: nn.Module, name: str) -> dict[str, Any]:
     """What an adapter trains beside its layers: as its config says, or as is seen in a model that keeps no configs."""
-    if config := _configs(model).get(name):
+    if config := configs_of(model).get(name):
         return {
             field: getattr(config, field, None) for field in ("modules_to_save", "trainable_token_indices", "bias")
         }
@@ -241,7 +245,7 @@ def _beside(model: nn.Module, root: nn.Module, name: str) -> dict[str, Any]:
 def _kept(model: nn.Module, root: nn.Module, names: list[str], places: dict[Place, list[Part]]) -> dict[str, Any]:
     """The fields that the LoRA has in common with the adapters' configs."""
     holder = _holder(model, root, names)
-    config = _configs(model).get(holder)
+    config = configs_of(model).get(holder)
     known = {field.name for field in dataclasses.fields(config)} if config else set()
     kept = {field: getattr(config, field) for field in _KEPT if field in known}
     kept |= {field: value for field, value in _beside(model, root, holder).items() if value}
@@ -323,10 +327,7 @@ def _pair(
         inner_rank: the rank is that of each block.
     """
     one, product = parts[0][0], _product(parts, combination)
-    if product is None:
-        blocks = _change(parts, combination)
-    else:
-        blocks = product[1] @ product[0]
+    blocks = _change(parts, combination) if product is None else product[1] @ product[0]
     groups = 1 if inner_rank or _experts(one) > 1 else len(blocks)
     most = min(blocks.shape[1:]) if product is None else min(*blocks.shape[1:], product[0].shape[1])
     if isinstance(rank, float):
@@ -344,7 +345,7 @@ def _pair(
 def _change(parts: list[Part], combination: Combination) -> torch.Tensor:
     """dW of a layer as matrices ``[blocks, out, in]``."""
     change = combination.of_weight(parts)
-    return _blocks(parts[0][0], change.to(torch.promote_types(change.dtype, torch.float32)))
+    return _blocks(parts[0][0], wide(change))
 
 
 def _product(parts: list[Part], combination: Combination) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -399,11 +400,7 @@ def _explaining(values: torch.Tensor, share: float) -> int:
 
 def _lora_config(kept: dict[str, Any], ranks: dict[Place, int], biased: bool) -> LoraConfig:
     common = max(set(ranks.values()), key=list(ranks.values()).count)
-    others = {
-        re.escape(".".join(filter(None, (key, "" if weight == "weight" else weight)))): r
-        for (key, weight), r in ranks.items()
-        if r != common
-    }
+    others = {re.escape(_name(place)): r for place, r in ranks.items() if r != common}
     kept = {**kept, "lora_bias": True} if biased else kept
     return LoraConfig(r=common, lora_alpha=common, rank_pattern=others, alpha_pattern=dict(others), **kept)
 

@@ -68,6 +68,7 @@ def preprocess_corda(
         write_cache(covariances, options.covariance_file)
     for name, target in tqdm(targets.items(), desc="CorDA", disable=not options.verbose and len(targets) < 32):
         rank = resolve_pattern(lora_config.rank_pattern, name, lora_config.r)
+        # Each is `[in, in]`: none is kept longer than it is needed.
         covariance = covariances[name] if not options.prune_temporary_fields else covariances.pop(name)
         target.module.__dict__["eigens"] = _eigens(target, covariance, rank, options)
         if not options.prune_temporary_fields:

@@ -10,6 +10,7 @@ from torch import nn
 
 from peft.core.base.kinds import Kind
 from peft.core.families import kernel_weight
+from peft.core.families.delta import floating
 from peft.core.filling import skip_values
 from peft.core.layer.weight import base_bias, layer_inside
 from peft.kernels import adapted_norm, dora_linear, is_hooked
@@ -49,6 +50,7 @@ class Dora(Lora):
             if not ((is_drawn(config) and skip_values()) or self.pair()[0].is_meta):
                 base = self.base_weight()  # without values where another process has them, and will send them
                 norm = norm.to("meta") if base.is_meta else self.norm(base)
+        # As files of convolutions have it.
         shaped = norm if len(self.shape) == 2 else norm.view(1, -1, *[1] * (len(self.shape) - 2))
         self.lora_magnitude_vector = Magnitude(shaped)
 
@@ -91,17 +93,14 @@ class Dora(Lora):
         dropped = self.drops(self.lora_dropout) and not self.kind.lookup
         if dropped:
             x = self.lora_dropout(x)
-        if dropped or layer.merged or layer_inside(layer) is not None:
-            inner = self.multiplied(x, lambda: self._base_for(x))
+        if dropped or layer.merged or layer_inside(layer) is not None:  # base_y is then no W x of this x
+            dtype = floating(x)  # not within the function, which may be held and would hold x
+            inner = self.multiplied(x, lambda: self.base_weight().to(dtype=dtype))
         else:
             bias = base_bias(layer)
             inner = base_y if bias is None else base_y - self.along_channels(bias)
         delta = self.update(x) if dropped else self.delta(x)
         return y + (g * (inner + delta) - inner)  # one product with g, which keeps one tensor for the gradient of m
-
-    def _base_for(self, x: torch.Tensor) -> torch.Tensor:
-        base = self.base_weight()
-        return base.to(x.dtype) if x.is_floating_point() else base
 
     def fold(self, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         g = self.factor(base).view(-1, *[1] * (base.dim() - 1))

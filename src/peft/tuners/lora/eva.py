@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from peft.config import resolve_pattern
+from peft.core.files.entries import configs_of
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.walk import layers_of
 from peft.tuners.lora.anew import start_from
@@ -88,7 +89,7 @@ def get_eva_state_dict(
     Raises:
         ValueError: if there is no config, no layer, or a layer saw no input.
     """
-    config = peft_config or getattr(model, "peft_config", {}).get(adapter_name)
+    config = peft_config or configs_of(model).get(adapter_name)
     if config is None:
         raise ValueError("peft_config is needed for a model without adapters.")
     options = config.eva_config or EvaConfig()
@@ -151,7 +152,7 @@ def initialize_lora_eva_weights(
         >>> peft_model = get_peft_model(model, config)
         >>> initialize_lora_eva_weights(peft_model, dataloader)
     """
-    config = getattr(model, "peft_config", {}).get(adapter_name)
+    config = configs_of(model).get(adapter_name)
     if not isinstance(config, LoraConfig):
         raise ValueError(f"the model has no LoRA called {adapter_name!r}: call get_peft_model first.")
     if config.init_lora_weights != "eva":

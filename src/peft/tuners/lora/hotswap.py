@@ -19,9 +19,9 @@ from torch import nn
 
 from peft.config import PeftConfig, resolve_pattern
 from peft.core.base.stack import Stack
-from peft.core.files.entries import Entry, anatomy
+from peft.core.files.entries import Entry, anatomy, configs_of
 from peft.core.files.io import load_peft_weights
-from peft.core.files.state_dict import match
+from peft.core.files.state_dict import match, unmerge_for
 from peft.core.model.walk import bare, join, layers_of, plain, surveyed, walk
 from peft.options import value_of
 from peft.tuners.lora.layer import LoraLayer
@@ -134,16 +134,15 @@ def hotswap_adapter_from_state_dict(
     """
     model = bare(model)
     root, prefix = anatomy(model)
-    old = (getattr(model, "peft_config", None) or {}).get(adapter_name)
+    old = configs_of(model).get(adapter_name)
     if old is not None:
         check_hotswap_configs_compatible(old, config)
     given = _Given(model, adapter_name, state_dict)
     layers = [found for found in _lora_layers(root) if adapter_name in found.layer]
     pairs = [_pair(given, found, prefix, adapter_name, config) for found in layers]
+    # All of this refuses before anything is written.
     copies = given.rest()
-    for _, layer in layers_of(root):
-        if adapter_name in layer.merged_adapters:
-            layer.unmerge()
+    unmerge_for(root, adapter_name)
     with torch.no_grad():
         for found, pair in zip(layers, pairs):
             _swap_pair(found, pair, adapter_name, config)
@@ -308,7 +307,7 @@ def _swap_pair(found: _Found, pair: tuple[torch.Tensor, torch.Tensor] | None, na
                 layer.lora_B[name].bias.zero_()
     alpha = resolve_pattern(config.alpha_pattern, key, config.lora_alpha)
     layer.put(name, r=rank, lora_alpha=alpha, use_rslora=config.use_rslora)
-    if isinstance(layer.scaling[name], torch.Tensor):
+    if isinstance(layer.scaling[name], torch.Tensor):  # prepared: a compiled graph reads this tensor
         layer.scaling[name].fill_(layer._initial(name))
     else:
         layer.scaling[name] = layer._initial(name)
@@ -320,7 +319,7 @@ def _make_room(lora: Any, rank: int) -> None:
         return
     pair = lora.held_pair()
     for parameter, tensor in zip(pair, of_rank(lora, rank, *(p.detach() for p in pair))):
-        parameter.data, parameter.grad = tensor.contiguous(), None
+        parameter.data, parameter.grad = tensor.contiguous(), None  # optimizers know the parameter
     if lora.kind.lookup:
         return
     width = pair[0].shape[0]
@@ -374,8 +373,8 @@ def prepare_model_for_compiled_hotswap(
         for key, layer, name in pairs:
             _check_room(key, layer, name, target_rank)
     configs = list(config.values()) if isinstance(config, dict) else [] if config is None else [config]
-    for name, own in (getattr(model, "peft_config", None) or {}).items():
-        if any(own is given for given in configs):
+    for name, own in configs_of(model).items():
+        if any(own is given for given in configs):  # which is widened below; the adapter keeps its rank
             _set_config(model, name, copy.deepcopy(own))
     with torch.no_grad():
         for _, layer, name in pairs:
@@ -414,6 +413,7 @@ def _prepare_pair(layer: LoraLayer, name: str, target_rank: int | None) -> None:
     if target_rank is not None and lora.tied_to is None:
         _make_room(lora, target_rank)
     dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
+    # A number would be a constant of the graph.
     layer.scaling[name] = torch.as_tensor(layer.scaling[name], dtype=dtype, device=a.device)
 
 

@@ -150,7 +150,7 @@ def _unprepared(lora: Lora, init: str) -> None:
 
 def _gradient(lora: Lora, like: torch.Tensor) -> torch.Tensor:
     """The gradient that was taken of the weight, as the weight is cut; the module lets go of it."""
-    taken = lora.base.__dict__.pop(PREPARED["lora_ga"][0])
+    taken = lora.base.__dict__.pop(PREPARED["lora_ga"][0])  # as large as the weight, and read once
     return lora.kind.orient(taken, lora.base).flatten(1).to(like).view_as(like)
 
 

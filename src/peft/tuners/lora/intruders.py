@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from peft.core.combine.ranks import svd
 from peft.core.files.entries import anatomy
 from peft.core.files.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.core.layer.weight import base_weight
 from peft.core.model.walk import layers_of
 from peft.tuners.lora.factors import factors_of
 from peft.tuners.lora.layer import LoraLayer
@@ -26,8 +28,8 @@ def without_intruders(
     Args:
         base, delta: ``[out, in]``.
     """
-    known, _, _ = torch.linalg.svd(base, full_matrices=False)
-    left, values, right = torch.linalg.svd(base + delta, full_matrices=False)
+    known, _, _ = svd(base)
+    left, values, right = svd(base + delta)
     intrudes = (known.mT @ left[:, :top_k]).abs().amax(0) < epsilon
     left, values, right = left[:, :top_k][:, intrudes], values[:top_k][intrudes], right[:top_k][intrudes]
     return delta - (1 - keep) * (left * values) @ right, int(intrudes.sum())
@@ -67,11 +69,11 @@ def reduce_intruder_dimension(
     write = beside(peft_model, old_adapter_name, new_adapter_name)
     for path, layer in layers:
         delta = layer.kind.orient(layer.get_delta_weight(old_adapter_name), layer.get_base_layer()).flatten(1)
-        base = _base_weight(layer).to(delta)
+        base = base_weight(layer).flatten(1).to(delta)
         change, count = without_intruders(base, delta, top_k, threshold_epsilon, mitigation_lambda)
         say(f"{path}: Intruders: {count}")
         if count:
-            write(path, *torch.linalg.svd(change / layer.scaling[new_adapter_name], full_matrices=False))
+            write(path, *svd(change / layer.scaling[new_adapter_name]))
     peft_model.set_adapter(new_adapter_name)
     say(f"Adapter {new_adapter_name!r} is active now.")
 
@@ -119,12 +121,6 @@ def beside(model: Any, old: str, new: str) -> Callable[[str, torch.Tensor, torch
         b[:, :rank] = (left[:, :rank] * root).view(-1, rank, *b.shape[2:])
 
     return write
-
-
-def _base_weight(layer: LoraLayer) -> torch.Tensor:
-    """``[out, in * kernel]``."""
-    base = layer.get_base_layer()
-    return layer.kind.orient(layer.storage.read(base, layer.kind.weight), base).flatten(1)
 
 
 @torch.no_grad()

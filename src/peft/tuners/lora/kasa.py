@@ -9,6 +9,7 @@ from torch import nn
 
 from peft.core.adapter import part, setting
 from peft.core.base.kinds import Kind, fan
+from peft.core.combine.ranks import svd
 from peft.core.filling import skip_values
 from peft.core.layer.buffers import BufferDict
 from peft.kernels import Factors
@@ -22,7 +23,7 @@ def minor_part(weight: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor
 
     W minus their product is the best approximation of W by a matrix with r singular values less.
     """
-    u, s, v = torch.linalg.svd(weight.float(), full_matrices=False)
+    u, s, v = svd(weight.float())
     return v[-r:].contiguous(), u[:, -r:] * s[-r:]
 
 
@@ -47,8 +48,7 @@ class Kasa(Lora):
     """
 
     lora_diag = part()
-    kasa_V = part(BufferDict, remade=True)
-    kasa_US = part(BufferDict, remade=True)
+    kasa_V, kasa_US = part(BufferDict, remade=True), part(BufferDict, remade=True)
     ties: ClassVar[bool] = False
     kasa_options = setting()
     fixed_rank: ClassVar[bool] = True

@@ -12,10 +12,10 @@ from torch import nn
 
 from peft.compat.methods import LoraLayerCompat
 from peft.config import resolve_pattern
-from peft.core.adapter import Adapter, part, setting
+from peft.core.adapter import Adapter, input_dropout, part, setting
 from peft.core.base.kinds import Kind
 from peft.core.base.stack import Stack
-from peft.core.families import Scaled, input_dropout
+from peft.core.families import Scaled
 from peft.core.filling import skip_values
 from peft.core.layer.rewritten import for_a_start, give_back
 from peft.core.layer.scaled import ScaledLayer
@@ -44,18 +44,12 @@ class Lora(Scaled):
         agrees: hooks of a variant that give the same wherever :meth:`product` gives factors.
     """
 
-    lora_A = part(nn.ModuleDict)
-    lora_B = part(nn.ModuleDict)
-    lora_embedding_A = part()
-    lora_embedding_B = part()
+    lora_A, lora_B = part(nn.ModuleDict), part(nn.ModuleDict)
+    lora_embedding_A, lora_embedding_B = part(), part()
     lora_magnitude_vector = part(nn.ModuleDict, bare=True)
-    r = setting()
-    lora_alpha = setting()
-    scaling = setting()
-    lora_dropout = setting(nn.ModuleDict)
-    use_rslora = setting()
-    use_dora = setting()
-    lora_bias = setting()
+    r, lora_alpha, scaling = setting(), setting(), setting()
+    lora_dropout = input_dropout()
+    use_rslora, use_dora, lora_bias = setting(), setting(), setting()
 
     variants: ClassVar[list[type[Lora]]] = []
     excludes: ClassVar[dict[str, str]] = {}
@@ -127,7 +121,7 @@ class Lora(Scaled):
     def create(self, config: LoraConfig, key: str) -> None:
         self.r = resolve_pattern(config.rank_pattern, key, config.r)
         self.lora_alpha = resolve_pattern(config.alpha_pattern, key, config.lora_alpha)
-        self.lora_dropout = input_dropout(config.lora_dropout)
+        self.lora_dropout = config.lora_dropout
         self.use_rslora, self.use_dora, self.lora_bias = config.use_rslora, config.use_dora, config.lora_bias
         self.scaling = self.initial_scaling()
         self.make_pair(config)

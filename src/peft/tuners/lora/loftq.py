@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from peft.core.combine.ranks import halves, svd
+
 
 BLOCK = 64
 """Entries that share a scale."""
@@ -38,6 +40,7 @@ def round_to_bits(weight: torch.Tensor, bits: int) -> torch.Tensor:
     return (table[codes] * scale).flatten()[: len(flat)].view_as(weight).to(weight.dtype)
 
 
+# The offset is that of bitsandbytes, whose tables these are.
 def _normal_table(bits: int, offset: float = 0.9677083) -> torch.Tensor:
     """2^bits ascending codes: quantiles of N(0, 1) on both sides of an exact zero, the largest scaled to 1."""
     half = 2 ** (bits - 1)
@@ -49,13 +52,6 @@ def _normal_table(bits: int, offset: float = 0.9677083) -> torch.Tensor:
 
 def _quantile(p: float) -> float:
     return float(torch.special.ndtri(torch.tensor(p, dtype=torch.float64)))
-
-
-def low_rank(weight: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A ``[r, in]`` and B ``[out, r]``, so that B A is the best approximation of rank r and both have equal norm."""
-    u, s, vh = torch.linalg.svd(weight.float(), full_matrices=False)
-    root = s[:r].sqrt()
-    return root[:, None] * vh[:r], u[:, :r] * root
 
 
 @torch.no_grad()
@@ -83,7 +79,7 @@ def loftq_init(
     pair, least = torch.zeros_like(wide), float("inf")
     for _ in range(num_iter):
         rounded = round_to_bits(wide - pair, num_bits)
-        a, b = low_rank(wide - rounded, reduced_rank)
+        a, b = halves(*svd(wide - rounded), reduced_rank)
         pair = b @ a
         error = float((wide - rounded - pair).norm())
         if error < least:  # at two bits a turn can make it worse

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from peft.core.model.targeting import Target
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.initialize import PREPARED
 from peft.tuners.lora.preparing import read_cache, targets_of, write_cache
+from peft.utils.meanwhile import having
 
 
 def preprocess_loraga(
@@ -61,26 +63,15 @@ def measured(model: nn.Module, targets: dict[str, Target], train_step: Callable[
 
     def take(p: torch.Tensor) -> None:
         assert p.grad is not None
-        gradient, p.grad = p.grad.float().cpu(), None
+        gradient, p.grad = p.grad.float().cpu(), None  # freed as it comes: no step holds all gradients
         sums[id(p)] = sums[id(p)].add_(gradient) if id(p) in sums else gradient
         calls[id(p)] = calls.get(id(p), 0) + 1
 
-    wanted = {id(p) for p in weights.values()}
-    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    handles = []
-    try:
-        for p, _, _ in before:
-            p.grad = None
-            p.requires_grad_(id(p) in wanted)
-            if id(p) in wanted:
-                handles.append(p.register_post_accumulate_grad_hook(take))
+    with having(model.parameters(), requires_grad=False, grad=None), ExitStack() as hooks:
+        for p in {id(p): p for p in weights.values()}.values():  # one that is tied has several names
+            p.requires_grad_(True)
+            hooks.enter_context(p.register_post_accumulate_grad_hook(take))
         train_step()
-    finally:
-        for handle in handles:
-            handle.remove()
-        for p, trained, gradient in before:
-            p.requires_grad_(trained)
-            p.grad = gradient
     if unreached := [name for name, p in weights.items() if id(p) not in sums]:
         raise ValueError(
             f"{', '.join(unreached[:5])} got no gradient from train_step: it has to call backward() on a loss that "

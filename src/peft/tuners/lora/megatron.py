@@ -42,12 +42,13 @@ class ParallelLinear(Kind):
         config.perform_initialization = False
         options |= {name: getattr(m, name) for name in self.kept if hasattr(m, name)}
         made = cls(inner, out, config=config, init_method=_no_values, bias=False, skip_bias_add=True, **options)
-        made.__class__ = _as_part(cls)
+        made.__class__ = _as_part(cls)  # whose forward gives one tensor, not Megatron's pair
         return made
 
     def replicated(self, m: Any, inner: int, out: int) -> nn.Module:
         """The factor that all processes hold; split sequences give it the gradient of their own tokens."""
         made = unfilled_linear(inner, out)
+        # By which Megatron sums its gradient over the processes.
         made.weight.sequence_parallel = bool(m.config.sequence_parallel)
         return made
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from peft.core.base.kinds import Kind
+from peft.core.combine.ranks import svd
 from peft.core.filling import skip_values
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import Lora
@@ -25,7 +26,7 @@ def minor_directions(weight: torch.Tensor, r: int) -> torch.Tensor:
             f"init_lora_weights='mica' takes r singular vectors of each weight, and one of shape "
             f"{tuple(weight.shape)} has {min(weight.shape)}, fewer than r={r}. Lower the rank there, by rank_pattern."
         )
-    return torch.linalg.svd(weight.float(), full_matrices=False)[0][:, -r:]
+    return svd(weight.float())[0][:, -r:]
 
 
 class Mica(Lora):

@@ -25,6 +25,8 @@ from peft.core.combine.combined import (
 from peft.core.combine.names import CombinationType, Vote, idle
 from peft.core.combine.ways import Combination
 from peft.core.files.io import load_peft_weights
+from peft.core.layer.weight import wide
+from peft.core.model import operations
 from peft.core.model.manager import check_adapter_name
 from peft.core.model.registry import define_tuner
 from peft.core.model.tuner import BaseTuner
@@ -132,6 +134,7 @@ class LoraTuner(LoraCompat, BaseTuner):
         own = os.path.join(path, adapter_name)
         start = load_peft_weights(own if os.path.isdir(own) else path, device="cpu")
         tensors = beside_start(self, adapter_name, tensors, start)
+        # Twice the rank halves the scale alpha / r, and takes the root of a half from alpha / sqrt(r).
         config, factor = copy.copy(config), math.sqrt(2) if config.use_rslora else 2
         config.r, config.lora_alpha, config.init_lora_weights = 2 * config.r, factor * config.lora_alpha, True
         config.rank_pattern = {key: 2 * r for key, r in (config.rank_pattern or {}).items()}
@@ -187,7 +190,7 @@ class LoraTuner(LoraCompat, BaseTuner):
                 ranks.append(sum(held) if combination.name == "cat" else max(held))
                 groups = math.lcm(groups, pair_blocks(here[0])[1])
         rank = svd_rank if combination.way.dense and svd_rank is not None else max(ranks)
-        return math.ceil(rank / groups) * groups
+        return math.ceil(rank / groups) * groups  # groups share the ranks evenly
 
     def _get_kasa_loss(self, adapter_names: str | Sequence[str] | None = None) -> torch.Tensor | float:
         """What KaSA adds to the loss: the sum over layers of its penalty; 0.0 without KaSA.
@@ -209,8 +212,7 @@ class LoraTuner(LoraCompat, BaseTuner):
     def _those(self, variant: type, adapter_names: str | Sequence[str] | None) -> list[Any]:
         """The adapters of a variant by these names, in all layers."""
         names = self.active_adapters if adapter_names is None else adapter_names
-        names = [names] if isinstance(names, str) else names
-        found = (layer.adapters.get(name) for _, layer in tuner_layers(self) for name in names)
+        found = (layer.adapters.get(n) for _, layer in tuner_layers(self) for n in operations.names_of(names))
         return [lora for lora in found if isinstance(lora, variant)]
 
 
@@ -232,7 +234,7 @@ class Mixer:
             return
         scales = [float(lora.scaling) for lora, _ in parts]
         weights = [weight for _, weight in parts]
-        pairs = [tuple(map(_wide, lora.pair())) for lora, _ in parts]
+        pairs = [tuple(map(wide, lora.pair())) for lora, _ in parts]
         rank = split_pair(new, a, b)[0].shape[1]
         combine = self._from_updates if self.combination.way.dense or self.cat else self._from_factors
         down, up = combine(new, pairs, weights, scales, rank)
@@ -240,7 +242,7 @@ class Mixer:
             tensor.copy_(value)
         biased = [(lora, w, s) for (lora, w), s in zip(parts, scales) if lora.lora_bias]
         if biased:
-            shifts = [self.combination.pruned(_wide(lora.lora_B.bias) * scale) for lora, _, scale in biased]
+            shifts = [self.combination.pruned(wide(lora.lora_B.bias) * scale) for lora, _, scale in biased]
             bias.copy_(self.combination.summed(shifts, [weight for _, weight, _ in biased]))
 
     def _from_factors(
@@ -251,6 +253,7 @@ class Mixer:
         downs, ups = [self.combination.pruned(a) for a, _ in pairs], [self.combination.pruned(b) for _, b in pairs]
         split_pairs = [split_pair(new, a, b) for a, b in zip(downs, ups)]
         roots = [math.sqrt(abs(f)) for f in factors]
+        # A negative weight turns one of the factors.
         signed = [math.copysign(root, f) for root, f in zip(roots, factors)]
         down = self.combination.summed([resized(a, rank, 1) for a, _ in split_pairs], signed)
         return down, self.combination.summed([resized(b, rank, 2) for _, b in split_pairs], roots)
@@ -265,10 +268,6 @@ class Mixer:
             return (down, up) if self.cat else factorize_product(down, up, rank, self.clamp, self.driver)
         updates = [s * (b @ a) for (a, b), s in zip(split_pairs, scales)]
         return factorize(self.combination.merged(updates, weights), rank, self.clamp, self.driver)
-
-
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 LoraModel = define_tuner(Lora, LoraConfig, base=LoraTuner, layer=LoraLayer, __module__=__name__)

@@ -84,8 +84,7 @@ class MonteCLora(Lora):
     """
 
     lora_monteclora_sampler = part(nn.ModuleDict)
-    monteclora_options = setting()
-    monteclora_drawn = setting()
+    monteclora_options, monteclora_drawn = setting(), setting()
     fixed_rank: ClassVar[bool] = True
     random_in_training: ClassVar[bool] = True
     ties: ClassVar[bool] = False
@@ -136,6 +135,7 @@ class MonteCLora(Lora):
         """What the loss gets from this layer: the divergence of the last draw, and sum w^2 if that is asked for."""
         sampler, options = self.lora_monteclora_sampler, self.monteclora_options
         std, logits = sampler.std_prior.float(), sampler.expert_weights_prior.float()
+        # Before the first draw: what chi and z are in the mean.
         chi, z = self.monteclora_drawn or (torch.full_like(std, len(std)), torch.zeros_like(logits))
         paid = options.kl_loss_weight * divergence(std, logits, variances(std, chi), options.dirichlet_prior)
         return paid + mixture(logits, z).square().sum() if options.use_entropy else paid

@@ -41,6 +41,7 @@ class DoraCaching:
 
 def stamp_of(tensors: Iterable[torch.Tensor]) -> tuple:
     """What changes when one of the tensors does."""
+    # Inference tensors have no version.
     return tuple((t.data_ptr(), t.dtype, None if t.is_inference() else t._version) for t in tensors)
 
 

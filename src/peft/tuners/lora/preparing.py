@@ -6,7 +6,7 @@ import copy
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from peft.core.base.kinds import Kind
 from peft.core.model.targeting import Target, find_targets, resolve_targets
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.model import LoraModel
+from peft.utils.meanwhile import in_mode
 
 
 def targets_of(model: nn.Module, config: LoraConfig, start: str) -> dict[str, Target]:
@@ -66,27 +67,15 @@ def seen_by(
 
         return before
 
-    handles: dict[str, Any] = {}
-    try:
-        for name, module in modules:
-            handles[name] = module.register_forward_pre_hook(hook(name), with_kwargs=True)
-        yield handles
-    finally:
-        for handle in handles.values():
-            handle.remove()
+    with ExitStack() as hooks:
+        yield {n: hooks.enter_context(m.register_forward_pre_hook(hook(n), with_kwargs=True)) for n, m in modules}
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """A context in which a model is in evaluation mode, without gradients; each module is as before after it."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
+    with in_mode(model, training=False), torch.no_grad():
+        yield
 
 
 def read_cache(path: str | None, names: set[str]) -> dict[str, torch.Tensor] | None:
@@ -111,4 +100,4 @@ def write_cache(tensors: dict[str, torch.Tensor], path: str | None) -> None:
     if path is not None:
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         torch.save({name: tensor.detach().cpu() for name, tensor in tensors.items()}, f"{path}.new")
-        os.replace(f"{path}.new", path)
+        os.replace(f"{path}.new", path)  # whole, or not at all

@@ -12,11 +12,11 @@ from torch import nn
 from transformers.utils import cached_file
 
 from peft.core.base.storage.quantized import Quantized
+from peft.core.combine.ranks import halves, svd
 from peft.core.files.shards import SINGLE, Shards
 from peft.core.layer.weight import unmerged_weight
 from peft.core.model.walk import layers_of
 from peft.tuners.lora.layer import LoraLayer
-from peft.tuners.lora.loftq import low_rank
 from peft.tuners.lora.model import LoraTuner
 
 
@@ -58,7 +58,8 @@ def replace_lora_weights_loftq(
         lora: Any = layer.adapters[adapter_name]
         pair = lora.held_pair()
         before = [t.detach().clone() for t in pair]
-        fitted = low_rank(full - unmerged_weight(layer).float(), layer.r[adapter_name])
+        lost = full - unmerged_weight(layer).float()  # by quantisation
+        fitted = halves(*svd(lost), layer.r[adapter_name])
         for old, new, factor in zip(pair, fitted, (1.0, 1 / layer.scaling[adapter_name])):
             old.copy_(new * factor)
         if callback is not None and not callback(peft_model, name):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from peft.core.files.entries import configs_of
 from peft.core.layer.rewritten import give_back
 from peft.core.model.operations import adapters_disabled
 from peft.core.model.walk import layers_of
@@ -65,7 +66,7 @@ def initialize(
         >>> peft.initialize(peft_model, "pissa_niter_4")
         >>> peft.initialize(peft_model, "eva", dataloader=batches, rho=1.5)
     """
-    config = getattr(model, "peft_config", {}).get(adapter_name)
+    config = configs_of(model).get(adapter_name)
     if not isinstance(config, LoraConfig):
         raise ValueError(
             f"the model has no LoRA called {adapter_name!r}: call get_peft_model with a LoraConfig first."
@@ -77,7 +78,7 @@ def initialize(
         _check(path, layer, adapter_name, new)
     plain: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     for _, layer in layers:
-        give_back(layer, adapter_name)
+        give_back(layer, adapter_name)  # what the old start took out of the weight
     with adapters_disabled(plain):
         if start == "corda":
             preprocess_corda(plain, new, run_model)

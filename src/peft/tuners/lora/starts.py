@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
+from peft.core.combine.ranks import halves, svd
+
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -24,12 +26,9 @@ def pissa(weight: torch.Tensor, r: int, niter: int | None = None) -> Pair:
         niter: approximate by a random projection with so many power iterations; by default the decomposition is exact.
     """
     if niter is None:
-        u, s, vt = torch.linalg.svd(weight, full_matrices=False)
-    else:
-        u, s, v = torch.svd_lowrank(weight, min(r, *weight.shape), niter=niter)
-        vt = v.T
-    root = s[:r].sqrt()
-    return root[:, None] * vt[:r], u[:, :r] * root
+        return halves(*svd(weight), r)
+    u, s, v = torch.svd_lowrank(weight, min(r, *weight.shape), niter=niter)
+    return halves(u, s, v.T)
 
 
 def olora(weight: torch.Tensor, r: int) -> Pair:
@@ -59,10 +58,11 @@ def corda(
     while True:
         damped = covariance + eye * (covariance.diagonal().mean() * damping)
         inverse, failed = torch.linalg.inv_ex(damped)
+        # Damped until the inverse is one; a covariance of zeros never has one, so there is an end.
         if damping > 1e6 or (not failed and torch.dist(damped @ inverse, eye) < 0.05):
             break
         damping *= 2
-    u, s, vt = torch.linalg.svd(weight @ damped, full_matrices=False)
+    u, s, vt = svd(weight @ damped)
     kept = slice(max(len(s) - r, 0), None) if least else slice(r)
     return u[:, kept], s[kept], (vt[kept] @ inverse).T
 
@@ -88,7 +88,7 @@ def lora_ga(
             "gd_scale": both divided by s; "unit": as they are.
     """
     most = min(gradient.shape)
-    q = min(4 * r, most)
+    q = min(4 * r, most)  # more than are used: the last ones of a projection are rough
     u, s, v = torch.svd_lowrank(gradient, q=q, niter=4)
     u, s, v = u[:, : 2 * r], s[: 2 * r], v[:, : 2 * r]
     count = len(s)

@@ -10,6 +10,7 @@ import torch
 from peft.core.combine.ranks import product_svd
 from peft.tuners.lora.factors import factors_of
 from peft.tuners.lora.intruders import beside, plain_layers
+from peft.utils.meanwhile import in_mode
 
 
 MODES = ("select", "smooth", "gradient")
@@ -105,19 +106,18 @@ def _measured(
     model: Any, name: str, losses: Iterable[torch.Tensor], factors: list[torch.nn.Parameter]
 ) -> list[list[torch.Tensor]]:
     """The gradients of each factor, one for each loss; the model's own gradients and modes stay as they are."""
-    active, training = list(model.active_adapters), model.training
+    active = list(model.active_adapters)
     frozen = [factor for factor in factors if not factor.requires_grad]
     found: list[list[torch.Tensor]] = []
     try:
         model.set_adapter(name)
-        model.eval()
         for factor in factors:
             factor.requires_grad_(True)
-        for loss in losses:
-            each = torch.autograd.grad(loss, factors, allow_unused=True)
-            found.append([torch.zeros_like(f) if g is None else g for f, g in zip(factors, each)])
+        with in_mode(model, training=False):
+            for loss in losses:
+                each = torch.autograd.grad(loss, factors, allow_unused=True)
+                found.append([torch.zeros_like(f) if g is None else g for f, g in zip(factors, each)])
     finally:
-        model.train(training)
         model.set_adapter(active if len(active) > 1 else active[0])
         for factor in frozen:
             factor.requires_grad_(False)

@@ -47,6 +47,7 @@ def load_experts(model: nn.Module, config: XLoraConfig, device: str | None, auto
             return ExpertModel
 
     experts: PeftModel | None = None
+    # Loading freezes all, and a failure has to undo that.
     frozen = [p for p in model.parameters() if not p.requires_grad]
     try:
         for name, path in (config.adapters or {}).items():
@@ -63,7 +64,7 @@ def load_experts(model: nn.Module, config: XLoraConfig, device: str | None, auto
             if experts is None:
                 experts = Experts.from_pretrained(model, path, name, **options)
             else:
-                options["peft_config"] = options.pop("config")
+                options["peft_config"] = options.pop("config")  # as load_adapter names it
                 experts.load_adapter(path, name, torch_device=device, **options)
     except Exception:
         if experts is not None:

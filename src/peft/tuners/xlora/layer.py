@@ -66,6 +66,7 @@ class Expert(Lora):
         if issubclass(variant, cls):
             return variant
         if variant not in cls.experts:
+            # The change by a variant with a forward pass of its own is weighed as a whole.
             alone = all(getattr(variant, name) is getattr(Lora, name) for name in ("output", "delta", "update"))
             members = {"__doc__": variant.__doc__, "__module__": cls.__module__, "weighs_rank": alone}
             cls.experts[variant] = type(f"{variant.__name__}Expert", (cls, variant), members)

@@ -50,7 +50,7 @@ class XLoraTuner(Scalings, BaseTuner):
         autocast_adapter_dtype: bool = True,
         **kwargs: Any,
     ) -> None:
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)  # BaseTuner's would give the layers an adapter of the router's
         self.peft_config = dict(config) if isinstance(config, dict) else {adapter_name: config}
         self.router, self.active_adapter = adapter_name, adapter_name
         self.model = model
@@ -67,9 +67,8 @@ class XLoraTuner(Scalings, BaseTuner):
         like = next(p for p in model.parameters() if p.is_floating_point())
         dtype = like.dtype if not autocast_adapter_dtype and like.dtype.itemsize > 1 else torch.float32
         self.internal_xlora_classifier.to(like.device, dtype)
-        self.scaling_pass = False
         self.hook = model.register_forward_pre_hook(self._weigh, with_kwargs=True)
-        model.peft_config = self.peft_config
+        model.peft_config = self.peft_config  # in place of the experts' configs
         self.set_adapter(adapter_name, inference_mode=own.inference_mode)
 
     # --- calls ------------------------------------------------------------------------------------------------
@@ -81,11 +80,13 @@ class XLoraTuner(Scalings, BaseTuner):
 
     def _weigh(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Hook of the model: find the weights by a first pass, and leave them in the context for the call itself."""
-        if self.scaling_pass:
+        context = context_of(self.model)
+        if context.looks_ahead:
             return
-        context, names = context_of(self.model), context_of(self.model).adapter_names
+        context.begin()
+        names = context.adapter_names
         context.set_adapter_names(None)  # the rows of the base model get the weight 0 instead
-        context.scalings = None
+        context.scalings = None  # of an earlier call; without any, experts are silent
         if next(layer for _, layer in layers_of(self.model)).disable_adapters:
             return
         if kwargs.get("past_key_values") is not None and length_of(kwargs["past_key_values"]):
@@ -104,18 +105,18 @@ class XLoraTuner(Scalings, BaseTuner):
         """The last hidden state of the first pass, ``[batch, tokens, hidden_size]``."""
         context, (layers, experts) = context_of(self.model), self._size()
         value = 1 / experts if self.config.scaling_pass_value is None else self.config.scaling_pass_value
-        first = {k: v for k, v in kwargs.items() if k != "labels"} | {
+        first = {k: v for k, v in kwargs.items() if k != "labels"} | {  # no loss of the first pass is needed
             "output_hidden_states": True,
             "return_dict": True,
         }
         if value:
             given = next(v for v in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if v is not None)
             context.scalings = torch.full((*given.shape[:2], layers, experts), float(value), device=given.device)
-        self.scaling_pass = True
+        context.looks_ahead = True
         try:
             states = getattr(self.model(*args, **first), "hidden_states", None)
         finally:
-            self.scaling_pass = False
+            context.looks_ahead = False
         if not states:
             raise ValueError(f"X-LoRA reads hidden_states, which {type(self.model).__name__} does not give.")
         return states[-1]
@@ -155,7 +156,7 @@ class XLoraTuner(Scalings, BaseTuner):
                 yield path, path, tensor
         if name == self.router and self.config.use_trainable_adapters:
             for path, adapter in self._placed():
-                for _, memory, tensor in Adapter.state(adapter):
+                for _, memory, tensor in Adapter.state(adapter):  # an expert's own is nothing beneath a router
                     yield f"base_model.model.{path}.{memory}", f"base_model.model.{path}.{memory}", tensor
 
     def _placed(self) -> Iterator[tuple[str, Adapter]]:

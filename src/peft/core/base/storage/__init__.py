@@ -39,7 +39,7 @@ _STORAGES: list[Storage] = [
     FSDP1(),
     Distributed(),
     ZeRO3(),
-    Plain(),
+    Plain(),  # takes whatever is left
 ]
 
 
@@ -85,6 +85,7 @@ def storage_key(m: nn.Module, attribute: str) -> tuple:
     own = m.__dict__
     weight = own["_parameters"].get(attribute)
     hook = own.get("_hf_hook")
+    # DeepSpeed marks a parameter in place; weight norms and pruning come as hooks before the forward.
     return type(m), type(weight), hook, hasattr(weight, "ds_id"), len(own["_forward_pre_hooks"])
 
 

@@ -63,6 +63,7 @@ class BitsAndBytes4bit(Quantized):
             value = value.to(getattr(state, "original_dtype", None) or state.dtype)
         if not hasattr(old, "quant_storage"):
             raise ImportError(f"bitsandbytes is too old to write 4-bit weights; pip install -U {self.install}")
+        # Moving to a device is what quantises; `module` is given so that its state becomes the new one too.
         new = type(old)(
             value.contiguous(),
             requires_grad=False,
@@ -109,7 +110,8 @@ class BitsAndBytes8bit(Quantized):
     def write(self, m: nn.Module, attribute: str, value: torch.Tensor, shared: bool = False) -> None:
         old: Any = m.weight
         fp16 = m.state.has_fp16_weights
+        # quantised on the way back
         new = type(old)(value.contiguous().cpu(), requires_grad=False, has_fp16_weights=fp16)
-        state = copy.copy(m.state)
+        state = copy.copy(m.state)  # the old one may be kept for unmerging
         state.CB = state.SCB = None
         m.weight, m.state = new.to(old.device) if old.dtype == torch.int8 else new.to(old.device, old.dtype), state

@@ -35,6 +35,7 @@ class HQQ(Quantized):
         meta = m.meta
         out, inner = meta["shape"]
         group = meta["group_size"] or inner
+        # Only zero points that are numbers of their own, one for each group along the inputs, can hold the change.
         own = meta["axis"] == 1 and size % group == 0 and meta["zero"].is_floating_point() and "zero_q" not in meta
         if not own or meta["scale"].shape != meta["zero"].shape:
             return False

@@ -28,7 +28,7 @@ from peft.kernels.autocast import is_autocast
 def offloading_hook(m: nn.Module) -> Any:
     """accelerate's hook that keeps the tensors of a module elsewhere, also within a ``SequentialHook``; else None."""
     hooks = [m.__dict__.get("_hf_hook")]
-    for hook in hooks:
+    for hook in hooks:  # it grows: some hold others
         if getattr(hook, "offload", False) and hasattr(hook, "weights_map"):
             return hook
         hooks += getattr(hook, "hooks", ())
@@ -134,6 +134,7 @@ class Offloaded(Storage):
         try:
             with torch.no_grad() if hook.no_grad else nullcontext():
                 output = self.inner.call(m, tensors, args, kwargs)
+        # What the hook brought has to go on an error too; otherwise it is given the output, hence no `finally`.
         except BaseException:
             hook.post_forward(m, None)
             raise
@@ -201,6 +202,7 @@ def _entry(hook: Any, name: str) -> list[Any] | None:
 def _put_entry(hook: Any, name: str, entry: list[Any]) -> None:
     """Put what :func:`_entry` gave, or a new entry of that form, where the hook finds it at the next call."""
     mapping, key = _place(hook, name)
+    # A map that cannot be written: what changes goes into one of the hook's own, in front of it.
     if not _is_loader(mapping) and not isinstance(mapping, MutableMapping):
         mapping, key = ChainMap({}, hook.weights_map), name
         hook.weights_map = mapping

@@ -13,6 +13,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from peft.core.base.storage.plain import Storage
+from peft.utils.meanwhile import in_mode
 
 
 class _Given(nn.Module):
@@ -40,14 +41,8 @@ class Parametrized(Storage):
 
     def read(self, m: nn.Module, attribute: str) -> torch.Tensor:
         f = self._function(m, attribute)
-        modes = [(part, part.training) for part in f.modules()]
-        f.eval()  # some of them count how often they are asked while they train
-        try:
-            with torch.no_grad():
-                return f().detach()
-        finally:
-            for part, mode in modes:
-                part.training = mode
+        with in_mode(f, training=False), torch.no_grad():  # some count how often they are asked while they train
+            return f().detach()
 
     def write(self, m: nn.Module, attribute: str, value: torch.Tensor, shared: bool = False) -> None:
         before = self.keep(m, attribute)
@@ -56,6 +51,7 @@ class Parametrized(Storage):
             got, reason = self.read(m, attribute), "it constrains the weight, and the merged one is not of that form"
         except Exception as error:
             got, reason = None, f"it has no right inverse for the merged weight ({type(error).__name__}: {error})"
+        # Asked by "not <=", so that NaN counts as different.
         if got is None or not (got - value).abs().max() <= 8 * torch.finfo(value.dtype).eps * value.abs().max():
             self.put_back(m, attribute, before)
             raise ValueError(
@@ -141,7 +137,7 @@ class HookedNorm(Parametrized):
         return made.detach()
 
     def _slots(self, m: nn.Module, attribute: str) -> list[tuple[dict, str, torch.Tensor]]:
-        names = [f"{attribute}_{part}" for part in ("g", "v", "orig", "u")]
+        names = [f"{attribute}_{part}" for part in ("g", "v", "orig", "u")]  # weight_norm; spectral_norm and prune
         return [(held, n, held[n]) for held in (m._parameters, m._buffers) for n in names if held.get(n) is not None]
 
     def _assign(self, m: nn.Module, attribute: str, value: torch.Tensor) -> None:
@@ -169,6 +165,7 @@ class HookedNorm(Parametrized):
             yield
         finally:
             m.__dict__.update(own)
+            # Emptied first, so that the hooks keep their order.
             m._forward_pre_hooks.clear()
             m._forward_pre_hooks.update(hooks)
 

@@ -143,6 +143,7 @@ class Storage:
             anchor = next(itertools.chain(m.parameters(), m.buffers()), None)
         if anchor is None:
             return None, None
+        # float8 is no dtype to train in
         floating = self.name is None and anchor.is_floating_point() and anchor.dtype.itemsize > 1
         return None if anchor.is_meta else anchor.device, anchor.dtype if floating else None
 
@@ -186,11 +187,12 @@ class Plain(Storage):
         if shared:
             setattr(m, attribute, nn.Parameter(value.contiguous(), requires_grad=False))
         else:
-            getattr(m, attribute).data = value.contiguous()
+            getattr(m, attribute).data = value.contiguous()  # the same Parameter, for whoever holds it
 
     def overwrite(self, m: nn.Module, attribute: str, value: torch.Tensor) -> bool:
         old = getattr(m, attribute).data
         same = old.shape == value.shape and old.dtype == value.dtype and old.device == value.device
+        # Writing into a tensor of inference mode is an error outside of it.
         if not same or old.is_meta or type(old) is not torch.Tensor or old.is_inference():
             return False
         old.copy_(value)
@@ -203,6 +205,7 @@ class Plain(Storage):
         return weight if bias is None or type(bias) is nn.Parameter else None
 
     def holds_updates_exactly(self, m: nn.Module, attribute: str) -> bool:
+        # Under autocast the product has 16 bits, whatever the weight has.
         weight = getattr(m, attribute, None)
         return isinstance(weight, torch.Tensor) and weight.dtype.itemsize >= 4 and not is_autocast(weight.device.type)
 
@@ -232,6 +235,7 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
                 yield from tensors_in(part) if isinstance(part, torch.Tensor) else ()  # a mesh of devices is none
             return
         yield value
+        # What bitsandbytes, of 8 and of 4 bits, and ZeRO-3 hang on the parameter itself.
         for beside in ("SCB", "quant_state", "ds_tensor"):
             yield from tensors_in(getattr(value, beside, None))
     elif isinstance(value, dict):

@@ -24,7 +24,7 @@ class Quanto(Quantized):
         frozen = m.frozen
         m.weight = nn.Parameter(value.contiguous(), requires_grad=False)
         if frozen:
-            m.weight = nn.Parameter(m.qweight, requires_grad=False)
+            m.weight = nn.Parameter(m.qweight, requires_grad=False)  # which quantises it
 
     def compute_dtype(self, m: nn.Module, attribute: str) -> torch.dtype | None:
         return m.weight.dtype

@@ -86,7 +86,7 @@ def is_dtensor(value: Any) -> bool:
 
 def whole(value: torch.Tensor) -> torch.Tensor:
     """A tensor with all of its parts, on every process; all have to take part. Others are as they were."""
-    if hasattr(value, "ds_id"):
+    if value.shape != getattr(value, "ds_shape", value.shape):  # where a context around has it whole, it stays so
         with gathered([value]):
             return value.detach().clone()
     return value.detach().full_tensor() if is_dtensor(value) else value  # type: ignore[operator]
@@ -132,6 +132,7 @@ class Team:
     def whole(self, part: torch.Tensor, size: int) -> torch.Tensor:
         """All parts, put together; ``size`` is the length of the last axis then."""
         shape = torch.Size((*part.shape[:-1], size))
+        # Of the whole: the sizes of the parts do not tell it where they differ.
         stride = torch.empty(shape, device="meta").stride()
         parts = self.of.DTensor.from_local(
             part.contiguous(), self.mesh, [self.of.Shard(-1)], run_check=False, shape=shape, stride=stride
@@ -258,8 +259,8 @@ def gathered(parameters: list[Any], modifier_rank: int | None = None) -> Iterato
     Args:
         modifier_rank: the process whose changes all get on leaving; None if nothing is changed.
     """
-    if modifier_rank is None:  # whoever has gathered one (a module that computes, a context around) needs it whole
-        parameters = [p for p in parameters if p.shape != getattr(p, "ds_shape", p.shape)]
+    if modifier_rank is None:  # a module that computes has its own whole, and DeepSpeed refuses to free them
+        parameters = [p for p in parameters if not getattr(p, "ds_active_sub_modules", ())]
     if not parameters:
         yield
         return

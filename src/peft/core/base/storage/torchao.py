@@ -35,6 +35,7 @@ class TorchAO(Quantized):
         """The value in the format of the old weight, whose class makes it (``from_hp``) from the same options."""
         make = getattr(type(old), "from_hp", None)
         options: dict[str, Any] = {}
+        # All but the first, which is the value.
         for name, parameter in list(inspect.signature(make).parameters.items())[1:] if make else ():
             if name == "granularity":
                 granularity = self.library("torchao.quantization.granularity")

@@ -78,7 +78,7 @@ def _were_linear(model: nn.Module, fused: list[Fused]) -> set[str]:
 def _check_options(config: Any, paths: tuple[str, ...]) -> None:
     """Raise ValueError for options that have no meaning for a parameter. Dropout is none where nothing trains."""
     if config.inference_mode:
-        config.lora_dropout = 0.0
+        config.lora_dropout = 0.0  # inference has none, and a parameter cannot
     if field := config.needs_a_layer():
         raise ValueError(
             f"target_modules mean what this version of transformers keeps in the parameter {paths[0]!r}, and "
