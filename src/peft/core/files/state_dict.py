@@ -80,8 +80,7 @@ def get_peft_model_state_dict(
         operations.require_adapters(root, [adapter_name])
     if state_dict is None and (pieces := partitioned(entry.tensor for entry in entries(model, adapter_name))):
         with gathered(pieces):
-            given = outer.state_dict()
-            return get_peft_model_state_dict(outer, given, adapter_name, unwrap_compiled, save_embedding_layers)
+            return get_peft_model_state_dict(outer, outer.state_dict(), adapter_name, False, save_embedding_layers)
     if not (given := outer.state_dict() if state_dict is None else state_dict):
         return {}
     with standing_in(model, taken_out(model, given)), _holding(model, given) as absent:
