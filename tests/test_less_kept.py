@@ -12,7 +12,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from peft import BOFTConfig, IA3Config, PveraConfig, RoadConfig, VeraConfig, get_peft_model
-from peft.kernels import plain
+from peft.kernels import channels, plain
 from peft.kernels.channels import mixed_by_output
 from peft.kernels.made_again import made_again
 from peft.kernels.remake import recomputed
@@ -84,6 +84,12 @@ def gated(x: torch.Tensor) -> torch.Tensor:
     return F.silu(x) * torch.linspace(0.5, 1.5, x.shape[-1], dtype=x.dtype)
 
 
+@pytest.fixture
+def no_output_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channels, "LARGE", 0)
+
+
+@pytest.mark.usefixtures("no_output_is_small")
 @pytest.mark.parametrize("pairs", [False, True])
 @pytest.mark.parametrize("lead", [(), (3,), (2, 3)], ids=str)
 def test_scales_are_had_from_the_output(pairs: bool, lead: tuple[int, ...]) -> None:
@@ -93,8 +99,8 @@ def test_scales_are_had_from_the_output(pairs: bool, lead: tuple[int, ...]) -> N
         c.abs_().add_(1)
 
     def output(x: torch.Tensor, c: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        h, options = gated(x), (s, 2) if pairs else ()
-        mixed = mixed_by_output(F.linear(h, weight), h, lambda h: F.linear(h, weight), c, *options)
+        h, scales = gated(x), (c.view(2, 2, 2), s.view(2, 2, 2)) if pairs else (c,)
+        mixed = mixed_by_output(F.linear(h, weight), h, lambda h: F.linear(h, weight), *scales)
         assert mixed is not None
         return mixed
 
@@ -130,6 +136,7 @@ def gradients_of(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     return [*torch.autograd.grad(model(x).square().sum(), [x, *trained])]
 
 
+@pytest.mark.usefixtures("no_output_is_small")
 @pytest.mark.parametrize("inplace", [False, True], ids=["kept", "inplace"])
 @pytest.mark.parametrize("zero", [False, True], ids=["", "zero"])
 @pytest.mark.parametrize("method", CONFIGS)

@@ -59,3 +59,16 @@ def test_operations_are_counted_as_torchs_own(onednn, monkeypatch):
         found.append(counter.get_total_flops())
         monkeypatch.setattr(products, "LARGE", 2**40)
     assert found[0] == found[1]
+
+
+def test_torchs_switch_leaves_products_to_torch(onednn, monkeypatch):
+    def fail(*_):
+        raise AssertionError("called")
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", fail)
+    model, x = adapted(), batch(4)
+    with monkeypatch.context() as switched:
+        switched.setattr(torch.backends.mkldnn, "enabled", False)
+        run(model, x)
+    with pytest.raises(AssertionError, match="called"):
+        run(model, x)

@@ -298,8 +298,8 @@ def test_the_heap_is_trimmed_as_the_process_grows(trims, monkeypatch, checkpoint
 
 
 def test_when_the_heap_is_trimmed(trims, monkeypatch):
-    """When a quarter has been added to the least that the process has had since the last time, and 64 MiB."""
-    sizes = iter([400, 499, 380, 474, 475, 300, 374, 375, 100, 163, 164, 90])  # after 475, 375 and 164 it is trimmed
+    """When half has been added to the least that the process has had since the last time, and 64 MiB."""
+    sizes = iter([400, 599, 380, 569, 570, 300, 449, 450, 100, 163, 164, 90])  # after 570, 450 and 164 it is trimmed
     monkeypatch.setattr(heap, "resident", lambda: next(sizes) * 2**20)
     watch, at = heap.Trimmed(), []
     for look in range(9):

@@ -45,6 +45,8 @@ class Adapter:
         split: what :meth:`as_saved` appends to the name of a tensor that it writes as several.
         labelled: files say "default" in the names of tensors, in the place of the adapter's name.
         labelled_inside: files say it in the names of tensors of modules inside a part, where 0.21 leaves the name.
+        spares_input: its :meth:`input` and :meth:`output` see to it that autograd keeps no x which can be made again
+            (:func:`peft.kernels.made_again.reading`); otherwise the layer does, and looks at all that is kept.
         random_in_training: a training step draws random numbers, even without dropout.
         reversible: :meth:`unfold` undoes :meth:`fold`; otherwise the original weight is kept while merged.
         requires_dense_base: the forward computes with the dense base weight.
@@ -80,6 +82,7 @@ class Adapter:
     printed_as: ClassVar[str] = ""
     loss_weight: ClassVar[str] = ""
     changes_input: ClassVar[bool] = False
+    spares_input: ClassVar[bool] = False
     held_in: ClassVar[tuple[str, str, str, str] | None] = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -182,6 +185,11 @@ class Adapter:
     def factors(self) -> Factors | None:
         """dW of a linear layer as s B A, which may be computed, with dropout on the input; None for anything else."""
         return None
+
+    def training_factors(self) -> Sequence[Factors] | None:
+        """The same for a training step, in as many parts as cost the least: what is frozen apart, a matrix between."""
+        factors = self.factors()
+        return None if factors is None else (factors,)
 
     def stand_in(self) -> nn.Module | None:
         """A module that acts in the place of the whole base module, where the method has one."""

@@ -35,11 +35,7 @@ class part:
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Attributes of a layer that may hold it."""
-        return (self.name,) if self.table is None else (self.name, self.table)
+        self.names = (name,) if self.table is None else (name, self.table)  # attributes of a layer that may hold it
 
     def empty(self) -> Any:
         """A container for it; frozen tensors that a file holds belong to the state dict, too."""
@@ -74,13 +70,14 @@ class setting:
 
     def __init__(self, container: type = dict) -> None:
         self.container = container
+        self.of_modules = issubclass(container, nn.Module)
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
     def empty(self) -> Any:
         """A container for what it keeps."""
-        return blank(self.container) if issubclass(self.container, nn.Module) else self.container()
+        return blank(self.container) if self.of_modules else self.container()
 
     def __get__(self, adapter: Any, owner: type | None = None) -> Any:
         if adapter is None:

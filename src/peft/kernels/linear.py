@@ -28,22 +28,33 @@ from peft.kernels.remake import kept
 
 @dataclass(slots=True)
 class Factors:
-    """An update dW = scale * up @ down of a linear layer, on an input with dropout.
+    """An update dW = scale * up @ middle @ down of a linear layer, on an input with dropout.
 
     Attributes:
         down, up: A ``[r, in]`` and B ``[out, r]``, floating point.
         scale: a number. dropout: the probability with which entries of the input are dropped now.
+        middle: M ``[r, r]``, or its diagonal ``[r]``; None where there is none. A step multiplies the ``[n, r]``
+            products by it, which is less than a matrix B M and its gradient.
     """
 
     down: torch.Tensor
     up: torch.Tensor
     scale: float = 1.0
     dropout: float = 0.0
+    middle: torch.Tensor | None = None
 
     @property
     def trains(self) -> bool:
-        """Whether a gradient is asked for of A or of B."""
-        return self.down.requires_grad or self.up.requires_grad
+        """Whether a gradient is asked for of A, of B or of M."""
+        middle = self.middle is not None and self.middle.requires_grad
+        return self.down.requires_grad or self.up.requires_grad or middle
+
+    def whole(self) -> Factors:
+        """The same as two matrices."""
+        m = self.middle
+        if m is None:
+            return self
+        return Factors(self.down, self.up @ m if m.dim() == 2 else self.up * m, self.scale, self.dropout)
 
 
 class Joint:
@@ -113,9 +124,9 @@ def low_rank_linear(
         share: what other layers that read x have made of it for this one.
     """
     if not is_eager(x):
-        return composed(base(x), x, factors)
+        return composed(base(x), x, [f.whole() for f in factors])
     if not (torch.is_grad_enabled() and _trains(x, factors)):
-        return _infer(base, x, factors, weight, fresh)
+        return _infer(base, x, [f.whole() for f in factors], weight, fresh)
     if weight is not None and not is_autocast(x.device.type) and x.dtype == weight.dtype:
         return _apply(x, None, weight, base.bias, factors, share)
     return _apply(x, base_output(base, x, None, fresh), None, None, factors, share)
@@ -280,11 +291,11 @@ def _apply(
     scales = [f.scale / (1 - f.dropout) for f in factors]
     drops = [(f.dropout, draw_seed()) if f.dropout else None for f in factors]
     dtype, joint = product_dtype(x if y is None else y), None
-    parts = [(f.down, f.up, None) for f in factors]
+    parts = [(f.down, f.up, None, f.middle) for f in factors]
     if share is not None:
         x, joint = share.source, share.joint
         found = [(f, share.of(f, dtype)) for f in factors]
-        parts = [(f.down if hidden is None else None, f.up, hidden) for f, hidden in found]
+        parts = [(f.down if hidden is None else None, f.up, hidden, f.middle) for f, hidden in found]
     with no_autocast(x):
         return LowRankLinear.apply(x, y, weight, bias, scales, drops, joint, *(t for part in parts for t in part))
 
@@ -312,13 +323,14 @@ class LowRankLinear(Function):
         out, dtype = result.view(-1, result.shape[-1]), product_dtype(result)
         rows, needed, reads = in_dtype(dtype, x.reshape(-1, x.shape[-1])), [], False
         for i, drop in enumerate(drops):
-            a, b, hidden = parts[3 * i : 3 * i + 3]
+            a, b, hidden, m = parts[4 * i : 4 * i + 4]
             dropped = None if drop is None else Dropped(*drop)
             if hidden is None:
                 hidden = product(rows if dropped is None else dropped.copy(rows), in_dtype(dtype, a).t())
                 reads |= a.requires_grad
-            accumulate(out, hidden, in_dtype(dtype, b).t(), scales[i])
-            needed += [a, b, hidden if b.requires_grad else None, dropped and dropped.few()]
+            accumulate(out, _through(hidden, m), in_dtype(dtype, b).t(), scales[i])
+            keeps = b.requires_grad or (m is not None and m.requires_grad)
+            needed += [a, b, hidden if keeps else None, m, dropped and dropped.few()]
         ctx.scales, ctx.drops, ctx.dtype, ctx.shape, ctx.given = scales, drops, dtype, x.shape, y is not None
         ctx.joint = joint
         ctx.kept, tensor = kept(x if joint is None else joint.x(), reads)
@@ -342,7 +354,7 @@ def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ..
     saved, weight, *rest = ctx.saved_tensors
     dtype = ctx.dtype
     twice = torch.is_grad_enabled()  # a gradient of the gradient will be asked for
-    if twice and ctx.kept is None and any(a is not None for a in rest[::4]):
+    if twice and ctx.kept is None and any(a is not None for a in rest[::5]):
         raise RuntimeError(
             "second derivatives of a low-rank update with a frozen down-projection need its input, which is not kept. "
             "Compute them within `with peft.kernels.plain():`."
@@ -350,7 +362,7 @@ def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ..
     dy = gradient.reshape(-1, gradient.shape[-1])
     needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[7:]
     inner, grads = None, []
-    if ctx.kept is not None and (twice or any(needs[::3])):
+    if ctx.kept is not None and (twice or any(needs[::4])):
         inner = in_dtype(dtype, ctx.kept.get(saved).reshape(-1, ctx.shape[-1]))
     joint = ctx.joint if needs_x and not twice else None
     dx = None if joint is None else joint.known()
@@ -358,26 +370,38 @@ def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ..
         dx = product(dy, weight) if dx is None else plus_product(dx, dy, weight)
     dy = in_dtype(dtype, dy)
     for i, (scale, drawn) in enumerate(zip(ctx.scales, ctx.drops)):
-        a, b, hidden, places = rest[4 * i : 4 * i + 4]
+        a, b, hidden, m, places = rest[5 * i : 5 * i + 5]
+        needs_a, needs_b, needs_hidden, needs_m = needs[4 * i : 4 * i + 4]
         drop = None if drawn is None else Dropped(drawn[0], drawn[1], places)
         dropped = inner if drop is None or inner is None else drop.copy(inner)
-        d_down = d_up = d_hidden = None
-        if (needs_x and a is not None) or needs[3 * i] or needs[3 * i + 2]:
+        d_down = d_up = d_hidden = d_middle = None
+        if twice and a is not None and (needs_b or needs_m):
+            hidden = torch.mm(dropped, in_dtype(dtype, a).t())
+        if needs_b:
+            d_up = in_dtype(b.dtype, product(_through(hidden, m).t(), dy, scale).t())
+        if (needs_x and a is not None) or needs_a or needs_hidden or needs_m:
             dh = product(dy, in_dtype(dtype, b), scale)
-            d_hidden = dh if needs[3 * i + 2] else None
-            if needs[3 * i]:
+            if needs_m:
+                d_middle = in_dtype(m.dtype, dh.t() @ hidden if m.dim() == 2 else (dh * hidden).sum(0))
+            dh = _through(dh, m, back=True)
+            d_hidden = dh if needs_hidden else None
+            if needs_a:
                 d_down = in_dtype(a.dtype, product(dh.t(), dropped))
             if needs_x and a is not None:
                 dx = into_gradient(dx, dh, in_dtype(dtype, a), drop, gradient.dtype)
-        if needs[3 * i + 1]:
-            if twice and a is not None:
-                hidden = torch.mm(dropped, in_dtype(dtype, a).t())
-            d_up = in_dtype(b.dtype, product(hidden.t(), dy, scale).t())
-        grads += [d_down, d_up, d_hidden]
+        grads += [d_down, d_up, d_hidden, d_middle]
     if joint is not None:
         joint.gradient, dx = dx, None  # the node that all layers of this input share gives it on
     dx = None if dx is None else dx.view(ctx.shape)
     return dx, (gradient if ctx.given else None), None, None, None, None, None, *grads
+
+
+def _through(h: torch.Tensor, middle: torch.Tensor | None, back: bool = False) -> torch.Tensor:
+    """M h of products ``[n, r]``, or M^T h."""
+    if middle is None:
+        return h
+    m = in_dtype(h.dtype, middle)
+    return h * m if m.dim() == 1 else h @ (m if back else m.t())
 
 
 def into_gradient(

@@ -7,7 +7,7 @@ product's backward pass. Here it keeps d, and what B is made of.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from peft.kernels.autocast import is_autocast
 from peft.kernels.linear import is_eager
-from peft.kernels.remake import is_recomputed
+from peft.kernels.remake import is_recomputed, recomputed
 from peft.kernels.strict import is_plain
 
 
@@ -35,6 +35,12 @@ def made_again(make: Make, *tensors: torch.Tensor) -> torch.Tensor:
     if not trains or is_plain() or is_recomputed() or not all(is_eager(t) for t in tensors):
         return make(*tensors)
     return make(*tensors) if is_autocast(tensors[0].device.type) else MadeAgain.apply(make, *tensors)
+
+
+def reading(x: torch.Tensor) -> AbstractContextManager[None]:
+    """A context for an operation that reads x: autograd keeps no x for it that x's own graph can give back."""
+    may = x.requires_grad and torch.is_grad_enabled() and is_eager(x) and not is_plain()
+    return recomputed() if may else nullcontext()
 
 
 class MadeAgain(Function):

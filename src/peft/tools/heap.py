@@ -15,8 +15,9 @@ from collections.abc import Callable
 from functools import cache
 
 
-LEAST, SHARE = 64 * 2**20, 4
-"""By how much a process has to grow: 64 MiB, and a quarter. Pages that were returned cost time when used again."""
+LEAST, SHARE = 64 * 2**20, 2
+"""By how much a process has to grow: 64 MiB, and by half. Pages that were returned cost time when used again: with a
+quarter the peak is a fifth lower, and a step takes three hundredths longer (benchmarks/RESULTS.md)."""
 LARGE = 2**20  # bytes of a tensor at which to look at all
 
 

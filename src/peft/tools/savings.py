@@ -60,8 +60,8 @@ def enable_memory_savings(
         offload: those inputs wait in CPU memory. None: if the model is on an accelerator.
         chunked_loss: a causal LM computes its loss without the logits of the whole batch; the logits in the output of
             a training call are then the last token's, which is why it is off.
-        trim: on a CPU, holes in the heap of C's library are given back to the system when the process has grown by a
-            quarter; they are often more than what is in use. None: with ``recompute``, which sees when, on glibc.
+        trim: on a CPU, holes in the heap of C's library are given back to the system when the process has grown by
+            half; they are often more than what is in use. None: with ``recompute``, which sees when, on glibc.
 
     Returns:
         What is on now.

@@ -23,7 +23,6 @@ from peft.core.base.kinds import fan
 from peft.core.families import LowRank
 from peft.core.layer.buffers import BufferDict
 from peft.core.model.registry import define_tuner
-from peft.kernels.made_again import made_again
 from peft.tuners.lycoris_utils import kaiming, zeros
 from peft.utils.peft_types import PeftType
 
@@ -48,18 +47,16 @@ class DeloraConfig(TargetModules, ExcludeModules, TrainedBias, ModulesToSave, La
     )
 
 
-def delora_pair(
-    a: torch.Tensor, b: torch.Tensor, strength: torch.Tensor, w_norm: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """dW = B diag(lambda / (r |a_k| |b_k|)) A diag(|w_j|) as a pair of matrices, the diagonals in them.
+def delora_core(a: torch.Tensor, b: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
+    """The first diagonal ``[r]`` of dW = B diag(lambda / (r |a_k| |b_k|)) A diag(|w_j|).
 
     Norms of a_k and b_k below 1e-4 count as that.
 
     Args:
-        a, b: ``[r, in * kernel]`` and ``[out, r]``. strength: lambda ``[1]``. w_norm: norms of W's columns.
+        a, b: ``[r, in * kernel]`` and ``[out, r]``. strength: lambda ``[1]``.
     """
     norms = a.norm(dim=1).clamp_min(1e-4) * b.norm(dim=0).clamp_min(1e-4)  # B starts at 0
-    return made_again(torch.mul, a, w_norm.to(a.dtype)), made_again(torch.mul, b, strength / (len(a) * norms))
+    return strength / (len(a) * norms)
 
 
 class Delora(LowRank):
@@ -80,8 +77,11 @@ class Delora(LowRank):
         self.delora_w_norm, self.delora_lambda = norm, nn.Parameter(torch.full((1,), strength))
         self.delora_dropout = config.module_dropout
 
-    def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return delora_pair(self.delora_A, self.delora_B, self.delora_lambda, self.delora_w_norm)
+    def outer(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.delora_A * self.delora_w_norm.to(self.delora_A.dtype), self.delora_B
+
+    def core(self) -> torch.Tensor:
+        return delora_core(self.delora_A, self.delora_B, self.delora_lambda)
 
 
 DeloraModel = define_tuner(Delora, DeloraConfig)

@@ -14,6 +14,7 @@ from peft.core.adapter import input_dropout, part, setting
 from peft.core.base.kinds import fan
 from peft.core.families import Scaled, padded
 from peft.core.model.registry import define_tuner
+from peft.kernels.made_again import reading
 from peft.utils.error import ConfigError
 from peft.utils.peft_types import PeftType
 
@@ -42,12 +43,12 @@ class GraloraConfig(TargetModules, FanInFanOut, TrainedBias, ModulesToSave, Laye
             raise ConfigError(f"GraloraConfig: r={self.r} must be a multiple of gralora_k={self.gralora_k}.")
 
 
-def gralora(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """h_n = x_n A_n for the k chunks of x; piece j of each h_n goes to chunk j of the output: y_j = [h_nj]_n B_j.
+def gralora(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """h_n = x_n A_n for the k chunks of x; piece j of each h_n goes to chunk j of the output: y_j = s [h_nj]_n B_j.
 
     Args:
         x: ``[..., in]``; a: ``[k, in / k, r]``; b: ``[k, r, out / k]``; in / k and out / k are rounded up where k does
-            not divide, and x is filled up with zeros.
+            not divide, and x is filled up with zeros. scale: s.
 
     Returns:
         ``[..., k * (out / k)]``.
@@ -55,8 +56,9 @@ def gralora(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     k, width, r = a.shape
     rows = math.prod(x.shape[:-1])
     chunks = padded(x, k * width).reshape(rows, k, width).transpose(0, 1)  # [n, row of x, in / k]
-    pieces = (chunks @ a).unflatten(2, (k, r // k))  # [n, row of x, j, r / k]
-    y = pieces.permute(2, 1, 0, 3).flatten(2) @ b  # [j, row of x, out / k]
+    with reading(x):
+        pieces = (chunks @ a).unflatten(2, (k, r // k))  # [n, row of x, j, r / k]
+    y = (pieces.permute(2, 1, 0, 3).flatten(2) * scale) @ b  # [j, row of x, out / k]
     return y.transpose(0, 1).flatten(1).unflatten(0, x.shape[:-1])
 
 
@@ -72,6 +74,7 @@ class Gralora(Scaled):
     A ``[k, in / k, r]`` and B ``[k, r, out / k]``, rounded up where k does not divide.
     """
 
+    spares_input = True
     gralora_A, gralora_B = part(), part()
     gralora_A_general, gralora_B_general = part(nn.ModuleDict), part(nn.ModuleDict)
     alpha, ranks, scaling, gralora_dropout = setting(), setting(), setting(), input_dropout()
@@ -107,7 +110,7 @@ class Gralora(Scaled):
         x = x if self.kind.lookup else self.gralora_dropout(x)
         if not self.kind.matrix:
             return super().delta(x)
-        y = gralora(x, self.gralora_A, self.gralora_B * self.scaling)[..., : self.shape[0]]
+        y = gralora(x, self.gralora_A, self.gralora_B, self.scaling)[..., : self.shape[0]]
         if self.gralora_A_general is not None:
             y = y + self.gralora_B_general(self.gralora_A_general(x)) * self.scaling
         return y

@@ -44,9 +44,11 @@ class LoraXs(LowRank):
         self.xs_A, self.xs_B = v[:r].contiguous(), u[:, :r] * s[:r]
         self.xs_R, self.xs_scale = nn.Parameter(torch.zeros(r, r)), config.alpha / r
 
-    def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
-        a, b = self.xs_A.to(self.xs_R.dtype), self.xs_B.to(self.xs_R.dtype)
-        return a, self.xs_scale * (b @ self.xs_R)
+    def outer(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.xs_A.to(self.xs_R.dtype), self.xs_B.to(self.xs_R.dtype)
+
+    def core(self) -> torch.Tensor:
+        return self.xs_scale * self.xs_R
 
 
 LoraXsModel = define_tuner(LoraXs, LoraXsConfig)

@@ -23,6 +23,7 @@ from peft.core.adapter import part, setting
 from peft.core.families import Rotation
 from peft.core.layer.weight import wide
 from peft.core.model.registry import define_tuner
+from peft.kernels.made_again import reading
 from peft.tuners.cayley import cayley_series
 from peft.utils.error import ConfigError
 from peft.utils.peft_types import PeftType
@@ -107,6 +108,7 @@ class OFT(Rotation):
 
     oft_R = part(nn.ModuleDict, table="oft_embedding_R")
     r, oft_block_size = setting(), setting()
+    spares_input = True
 
     def create(self, config: OFTConfig, key: str) -> None:
         features = self.rotated_features
@@ -123,7 +125,8 @@ class OFT(Rotation):
 
     def rotate(self, x: torch.Tensor, back: bool = False, drawn: bool = False) -> torch.Tensor:
         blocks = self.oft_R(drawn).expand(self.r, -1, -1).to(x.dtype)
-        return block_rotated(x, blocks.mT if back else blocks)
+        with reading(x):
+            return block_rotated(x, blocks.mT if back else blocks)
 
 
 def block_rotated(x: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from peft.core.base.kinds import fan
 from peft.core.families import Sample
 from peft.core.model.registry import define_tuner
 from peft.core.model.tuner import BaseTuner
+from peft.kernels.made_again import reading
 from peft.utils.peft_types import PeftType
 
 
@@ -86,6 +87,7 @@ class Poly(Sample):
     poly_lora_A, poly_lora_B = part(), part()
     r, n_tasks, n_skills, n_splits = setting(), setting(), setting(), setting()
     random_in_training = True
+    spares_input = True
     because = "its update depends on the task of the sample"
 
     def create(self, config: PolyConfig, key: str) -> None:
@@ -111,7 +113,8 @@ class Poly(Sample):
         if self.kind.lookup or len(self.shape) > 2:
             return self.each_up(self.mixed_after(x, a, weights), poly_up(weights, b) / self.r)
         down, up = poly_matrices(weights, a, b)
-        h = x.reshape(len(x), math.prod(x.shape[1:-1]), x.shape[-1]) @ down  # [batch, positions, r]
+        with reading(x):
+            h = x.reshape(len(x), math.prod(x.shape[1:-1]), x.shape[-1]) @ down  # [batch, positions, r]
         return self.each_up(h.view(*x.shape[:-1], h.shape[-1]), up / self.r)
 
     def mixed_after(self, x: torch.Tensor, a: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -120,7 +123,8 @@ class Poly(Sample):
         full = a.new_zeros(splits, skills, r, splits, inner)
         for split in range(splits):
             full[split, :, :, split] = a[split].mT
-        h = self.kind.channels_last(self.kind.down(self.base, x, full.view(-1, splits * inner)))
+        with reading(x):
+            h = self.kind.channels_last(self.kind.down(self.base, x, full.view(-1, splits * inner)))
         pieces = h.unflatten(-1, (-1, splits, skills, r)).flatten(1, -4)  # positions and groups together
         mixed = torch.einsum("bpqsr,bqs->bpr", pieces, weights)
         return self.kind.channels_back(mixed.reshape(*h.shape[:-1], h.shape[-1] // (splits * skills)))

@@ -16,7 +16,6 @@ from peft.core.families import LowRank, Scaled
 from peft.core.layer.buffers import BufferDict
 from peft.core.layer.weight import wide
 from peft.core.model.registry import define_tuner
-from peft.kernels.made_again import made_again
 from peft.tuners.cayley import cayley_series
 from peft.utils.peft_types import PeftType
 
@@ -88,7 +87,8 @@ class PsoftRotation(nn.Module):
         q = weight.new_zeros(self.r, self.r).masked_scatter(upper, weight)  # keeps less than with indices
         q, eye = q - q.T, torch.eye(self.r, device=q.device, dtype=q.dtype)
         if self.terms is None:
-            return torch.linalg.solve(eye - q, eye + q, left=False).to(self.weight.dtype)
+            # (I + Q)(I - Q)^-1 = 2 (I - Q)^-1 - I, of which autograd keeps one matrix instead of three
+            return (2 * torch.linalg.inv(eye - q) - eye).to(self.weight.dtype)
         if self.radius is not None:
             q = q * (self.radius / q.norm().clamp_min(1e-30)).clamp(max=1)
         return cayley_series(q, self.terms).to(self.weight.dtype)
@@ -99,18 +99,6 @@ class PsoftRotation(nn.Module):
         if "vector_b" in self._parameters:
             r = self.vector_b[:, None] * r
         return r * self.vector_a if "vector_a" in self._parameters else r
-
-
-def psoft_pair(
-    a: torch.Tensor, b: torch.Tensor, rotation: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B' of dW = s B (R - I) A = B' A.
-
-    Args:
-        a: ``[r, in * kernel]``. b: ``[out, r]``. rotation: R ``[r, r]``. scale: s.
-    """
-    eye = torch.eye(len(rotation), device=rotation.device, dtype=rotation.dtype)
-    return a, made_again(lambda b, rotation: b @ ((rotation - eye) * scale), b, rotation)
 
 
 class Psoft(LowRank, Scaled):
@@ -156,9 +144,14 @@ class Psoft(LowRank, Scaled):
     def initial_scaling(self) -> float:
         return self.psoft_alpha / self.r
 
-    def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def outer(self) -> tuple[torch.Tensor, torch.Tensor]:
+        dtype = self.psoft_R.weight.dtype
+        return self.psoft_A.to(dtype), self.psoft_B.to(dtype)
+
+    def core(self) -> torch.Tensor:
+        """s (R - I)."""
         rotation = self.psoft_R()
-        return psoft_pair(self.psoft_A.to(rotation.dtype), self.psoft_B.to(rotation.dtype), rotation, self.scaling)
+        return (rotation - torch.eye(self.r, device=rotation.device, dtype=rotation.dtype)) * self.scaling
 
 
 PsoftModel = define_tuner(Psoft, PsoftConfig)

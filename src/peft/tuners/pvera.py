@@ -15,8 +15,6 @@ from peft.core.families import LowRank
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.registry import define_tuner
 from peft.kernels import Factors
-from peft.kernels.made_again import made_again
-from peft.kernels.remake import recomputed
 from peft.tuners.vera_utils import SharedPairConfig, fused, projected, raised, shared_pair, vectors, vera_pair
 from peft.utils.peft_types import PeftType
 
@@ -104,11 +102,10 @@ class Pvera(LowRank):
         if pvera is None or not pvera.samples():
             return super().kernel(layer, adapters, x)
         a, b = pvera.frozen()
-        with recomputed():
-            h, _ = projected(layer, pvera.dropped(x), a)
-            noise = pvera.noise(h.new_empty(()).expand(len(h), pvera.r))
-            z = made_again(Drawn.apply, h, pvera.pvera_lambda_d, noise)
-            return raised(layer, x, z, pvera.pvera_lambda_b, b, keeps=False)
+        h, made = projected(layer, pvera.dropped(x), a)
+        noise = pvera.noise(h.new_empty(()).expand(len(h), pvera.r))
+        z = Drawn.apply(h, pvera.pvera_lambda_d, noise)
+        return raised(layer, x, z, None, pvera.pvera_lambda_b, b, keeps=not made)
 
     def factors(self) -> Factors | None:
         return None if self.samples() else super().factors()

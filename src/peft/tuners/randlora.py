@@ -14,10 +14,11 @@ from peft.config import FanInFanOut, LayerSelection, ModulesToSave, TargetModule
 from peft.core.adapter import input_dropout, part, setting, shared
 from peft.core.base.kinds import fan
 from peft.core.families import LowRank, Scaled
+from peft.core.layer import routes
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.registry import define_tuner
 from peft.kernels.linear import is_transformed
-from peft.kernels.made_again import made_again
+from peft.kernels.made_again import made_again, reading
 from peft.utils.peft_types import PeftType
 
 
@@ -117,6 +118,12 @@ class RandLora(LowRank, Scaled):
 
     def initial_scaling(self) -> float:
         return self.randlora_alpha / self.r
+
+    @classmethod
+    def kernel(cls, layer: BaseTunerLayer, adapters: Sequence[Any], x: torch.Tensor) -> torch.Tensor | None:
+        """The fused products, of which autograd keeps no A', which is as large as the weight."""
+        with reading(x):
+            return routes.LowRank().output(layer, adapters, (x,), {})
 
     def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
         weights, (out, inner) = self.randlora_lambda, fan(self.shape)

@@ -60,6 +60,7 @@ class Road(Output):
 
     road_theta, road_alpha = part(), part()
     variant, group_size = setting(), setting()
+    spares_input = True
 
     def create(self, config: RoadConfig, key: str) -> None:
         out, group = self.shape[0], config.group_size
@@ -92,17 +93,13 @@ class Road(Output):
         cosine, sine = alpha * theta.cos(), alpha * theta.sin()
         return (cosine[:, :2], sine[:, 2:]) if self.variant == "road_4" else (cosine, sine)
 
-    def vectors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same for each channel, ``[out]``."""
-        cosine, sine = (c.expand(-1, 2, self.group_size // 2).flatten() for c in self.coefficients())
-        return cosine, sine
-
     def map_output(self, y: torch.Tensor) -> torch.Tensor:
-        cosine, sine = (c.to(y.dtype) for c in self.vectors())
+        # the same for each channel, [out]
+        cosine, sine = (c.to(y.dtype).expand(-1, 2, self.group_size // 2).flatten() for c in self.coefficients())
         return road_rotated(y, cosine, sine, self.group_size // 2)
 
     def output(self, x: torch.Tensor, y: torch.Tensor, base_y: torch.Tensor) -> torch.Tensor:
-        changed = by_output(self, x, y, *self.vectors(), self.group_size // 2)
+        changed = by_output(self, x, y, *self.coefficients())
         return super().output(x, y, base_y) if changed is None else changed
 
 

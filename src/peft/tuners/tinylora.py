@@ -19,7 +19,6 @@ from peft.core.families import LowRank
 from peft.core.layer.buffers import BufferDict
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.registry import define_tuner
-from peft.kernels.made_again import made_again
 from peft.utils.peft_types import PeftType
 
 
@@ -102,11 +101,19 @@ class TinyLora(LowRank):
         """v, ``[u]``, of the group of layers that this one is in."""
         return self.tinylora_v[self.tinylora_v_key]
 
-    def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def outer(self) -> tuple[torch.Tensor, torch.Tensor]:
+        dtype = self.vector().dtype
+        return self.tinylora_A.to(dtype), self.tinylora_B.to(dtype)
+
+    def core(self) -> torch.Tensor:
         v = self.vector()
-        a, b, p = (t.to(v.dtype) for t in (self.tinylora_A, self.tinylora_B, self.tinylora_P))
-        core = tinylora_core(v, p)
-        return (b.T, made_again(torch.mm, core, a).T) if self.kind.lookup else (a, made_again(torch.mm, b, core))
+        return tinylora_core(v, self.tinylora_P.to(v.dtype))
+
+    def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.kind.lookup:
+            return super().pair()
+        (a, b), core = self.outer(), self.core()
+        return b.T, (core @ a).T
 
     def parameters(self) -> Iterator[torch.Tensor]:
         yield self.vector()

@@ -14,7 +14,6 @@ from peft.core.base.kinds import fan
 from peft.core.families import LowRank
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.registry import define_tuner
-from peft.kernels.remake import recomputed
 from peft.tuners.vera_utils import SharedPairConfig, fused, projected, raised, shared_pair, vectors, vera_pair
 from peft.utils.peft_types import PeftType
 
@@ -68,10 +67,9 @@ class Vera(LowRank):
         if vera is None:
             return super().kernel(layer, adapters, x)
         a, b = vera.frozen()
-        with recomputed():
-            h, made = projected(layer, vera.dropped(x), a)
-            # what another layer's A x has saved is spent on keeping less
-            return raised(layer, x, h * vera.vera_lambda_d, vera.vera_lambda_b, b, keeps=not made)
+        h, made = projected(layer, vera.dropped(x), a)
+        # what another layer's A x has saved is spent on keeping less
+        return raised(layer, x, h, vera.vera_lambda_d, vera.vera_lambda_b, b, keeps=not made)
 
     def delta(self, x: torch.Tensor) -> torch.Tensor:
         base, kind, d, (a, b) = self.base, self.kind, self.vera_lambda_d, self.frozen()

@@ -18,7 +18,6 @@ from peft.core.base.kinds import fan
 from peft.core.layer.layer import BaseTunerLayer
 from peft.kernels.autocast import is_autocast
 from peft.kernels.linear import base_output, is_eager
-from peft.kernels.made_again import made_again
 from peft.kernels.remake import is_recomputed
 
 
@@ -86,7 +85,7 @@ def vera_pair(
     Args:
         a: A ``[r, in]``. b: B ``[out, r]``. lambda_d: d ``[r]``. lambda_b: b ``[out]``.
     """
-    return a, made_again(ScaledTable.apply, lambda_b, b, lambda_d)
+    return a, ScaledTable.apply(lambda_b, b, lambda_d)
 
 
 _READ = WeakTensorKeyDictionary()
@@ -122,45 +121,65 @@ def fused(layer: BaseTunerLayer, adapters: Sequence[Any], x: torch.Tensor) -> An
 
 
 def raised(
-    layer: BaseTunerLayer, x: torch.Tensor, z: torch.Tensor, b: torch.Tensor, table: torch.Tensor, keeps: bool
-) -> torch.Tensor | None:
-    """The layer's output and ``b * (B z)``.
+    layer: BaseTunerLayer,
+    x: torch.Tensor,
+    h: torch.Tensor,
+    d: torch.Tensor | None,
+    b: torch.Tensor,
+    table: torch.Tensor,
+    keeps: bool,
+) -> torch.Tensor:
+    """The layer's output and ``b * (B (d * h))``.
 
     Args:
-        x: ``[..., in]``. z: ``[n, r]``. b: ``[out]``. table: B ``[out, r]``, frozen.
-        keeps: keep B z for the gradient of b, and do not multiply once more.
+        x: ``[..., in]``. h: ``[n, r]``. d: ``[r]``, or None for ones. b: ``[out]``. table: B ``[out, r]``, frozen.
+        keeps: keep B (d * h) for the gradient of b, and do not multiply once more.
     """
     weight = layer.bypass_matrix(x)
     y = base_output(layer._modules["base_layer"], x, weight, weight is None and layer.base_is_fresh())
-    return Raised.apply(y, z, b, table, keeps) if y.dtype == z.dtype else y + (F.linear(z, table) * b).view_as(y)
+    if y.dtype == h.dtype:
+        return Raised.apply(y, h, d, b, table, keeps)
+    return y + (F.linear(_times(h, d), table) * b).view_as(y)
+
+
+def _times(h: torch.Tensor, d: torch.Tensor | None) -> torch.Tensor:
+    return h if d is None else h * d
 
 
 class Raised(torch.autograd.Function):
-    """y + b * (B z), in place of y; see :func:`raised`."""
+    """y + b * (B (d * h)), in place of y; see :func:`raised`."""
 
     @staticmethod
     def forward(
-        ctx: Any, y: torch.Tensor, z: torch.Tensor, b: torch.Tensor, table: torch.Tensor, keeps: bool
+        ctx: Any,
+        y: torch.Tensor,
+        h: torch.Tensor,
+        d: torch.Tensor | None,
+        b: torch.Tensor,
+        table: torch.Tensor,
+        keeps: bool,
     ) -> torch.Tensor:
         ctx.mark_dirty(y)  # the base's output, which nothing else reads, is added to in place
-        u, flat = None, y.view(-1, y.shape[-1])
+        u, z, flat = None, _times(h, d), y.view(-1, y.shape[-1])
         if keeps:
             u = torch.mm(z, table.T)
             flat.addcmul_(u, b)
         else:
             flat.addmm_(z, (table * b[:, None]).T)
-        ctx.save_for_backward(z, b, table, u)
+        ctx.save_for_backward(h, d, b, table, u)
         return y
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        z, b, table, u = ctx.saved_tensors
-        dy, dz, db = gradient.reshape(-1, len(b)), None, None
-        if ctx.needs_input_grad[1]:  # b goes to the smaller one
+        h, d, b, table, u = ctx.saved_tensors
+        _, needs_h, needs_d, needs_b, *_ = ctx.needs_input_grad
+        dy, dh, dd, db = gradient.reshape(-1, len(b)), None, None, None
+        if needs_h or needs_d:  # b goes to the smaller one
             dz = torch.mm(dy, table * b[:, None]) if len(dy) > table.shape[1] else torch.mm(dy * b, table)
+            dh, dd = _times(dz, d), (dz * h).sum(0) if needs_d else None
         # What is kept of u has no graph, and a second derivative needs one.
-        if ctx.needs_input_grad[2] and (u is None or torch.is_grad_enabled()):
-            db = (torch.mm(dy.T, z) * table).sum(1)
-        elif ctx.needs_input_grad[2]:
+        if needs_b and (u is None or torch.is_grad_enabled()):
+            db = (torch.mm(dy.T, _times(h, d)) * table).sum(1)
+        elif needs_b:
             db = (dy * u).sum(0)
-        return gradient, dz, db, None, None
+        return gradient, dh, dd, db, None, None

@@ -9,12 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from peft.core.adapter import Adapter
-from peft.core.layer import routes
 from peft.core.layer.scaled import ScaledLayer
 from peft.core.layer.weight import base_bias, sums_exactly
 from peft.kernels.autocast import is_autocast
 from peft.kernels.linear import Factors, active_rate, is_eager
-from peft.kernels.remake import recomputed
 from peft.kernels.sparse import sparse_linear, with_entries
 
 
@@ -56,13 +54,24 @@ class Delta(Adapter):
 class LowRank(Delta):
     """dW = B A with a pair of matrices that the method makes of its parameters: :meth:`pair`.
 
-    The weight is the matrix ``[out, in * kernel]``. ``dropout`` names its ``input_dropout``, if any.
+    Or dW = B M A, with a pair :meth:`outer` and a small M between them, :meth:`core`: a step multiplies by M the
+    products of rank r, which are few, and makes no B M. The weight is the matrix ``[out, in * kernel]``. ``dropout``
+    names its ``input_dropout``, if any.
     """
 
     dropout: ClassVar[str] = ""
 
     def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A ``[r, in * kernel]`` and B ``[out, r]``, in the dtype of the adapter."""
+        (a, b), core = self.outer(), self.core()
+        return a, b * core if core.dim() == 1 else b @ core
+
+    def outer(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B of dW = B M A, in the same shapes."""
+        raise NotImplementedError
+
+    def core(self) -> torch.Tensor:
+        """M of dW = B M A, ``[r, r]``, or the diagonal of one, ``[r]``."""
         raise NotImplementedError
 
     def acting_pair(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,19 +82,21 @@ class LowRank(Delta):
         """x after dropout, which indices do not have."""
         return x if self.kind.lookup or not self.dropout else getattr(self, self.dropout)(x)
 
-    @classmethod
-    def kernel(cls, layer: BaseTunerLayer, adapters: Sequence[Any], x: torch.Tensor) -> torch.Tensor | None:
-        """The fused products, of which autograd keeps no pair that can be made again."""
-        # Without gradients nothing is kept, and the layer's own low-rank route computes the same.
-        if not (torch.is_grad_enabled() and is_eager(x)):
+    def _rate(self) -> float | None:
+        """The dropout that acts now, where the factors of dW say all."""
+        if type(self).output is not Delta.output:  # more than dW x is added
             return None
-        with recomputed():
-            return routes.LowRank().output(layer, adapters, (x,), {})
+        return active_rate(getattr(self, self.dropout)) if self.dropout else 0.0
 
     def factors(self) -> Factors | None:
-        rate = active_rate(getattr(self, self.dropout)) if self.dropout else 0.0
-        alone = type(self).output is Delta.output  # or else more than dW x is added
-        return Factors(*self.acting_pair(), 1.0, rate) if alone and rate is not None else None
+        rate = self._rate()
+        return None if rate is None else Factors(*self.acting_pair(), 1.0, rate)
+
+    def training_factors(self) -> Sequence[Factors] | None:
+        if type(self).core is LowRank.core:
+            return super().training_factors()
+        rate = self._rate()
+        return None if rate is None else (Factors(*self.outer(), 1.0, rate, self.core()),)
 
     def delta(self, x: torch.Tensor) -> torch.Tensor:
         base, (a, b) = self.base, self.acting_pair()

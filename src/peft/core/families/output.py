@@ -7,13 +7,14 @@ import torch
 from peft.core.adapter import Adapter
 from peft.core.families.fold import Shift
 from peft.kernels.channels import mixed_by_output
+from peft.kernels.made_again import reading
 from peft.kernels.strict import is_plain
 
 
 def by_output(
-    adapter: Adapter, x: torch.Tensor, y: torch.Tensor, c: torch.Tensor, s: torch.Tensor | None = None, half: int = 0
+    adapter: Adapter, x: torch.Tensor, y: torch.Tensor, c: torch.Tensor, s: torch.Tensor | None = None
 ) -> torch.Tensor | None:
-    """What :func:`mixed_by_output` gives of the output y of a frozen linear layer; None where y has to be kept.
+    """What :func:`mixed_by_output` gives of the output y of a frozen linear layer; None where that is not asked.
 
     Args:
         x: the input of the adapter, which the layer gets by way of :meth:`Adapter.input`.
@@ -23,7 +24,7 @@ def by_output(
     alone = not layer.context.is_mixed and len(layer.current()) == 1
     if is_plain() or not alone or not layer.kind.matrix or not layer.base_is_fresh():
         return None
-    return mixed_by_output(y, x, lambda x: layer.base_layer(adapter.input(x)), c, s, half)
+    return mixed_by_output(y, x, lambda x: layer.base_layer(adapter.input(x)), c, s)
 
 
 class Output(Shift):
@@ -61,6 +62,7 @@ class Scale(Adapter):
     """
 
     reversible = False  # a scale may be zero
+    spares_input = True
 
     def scale_in(self) -> torch.Tensor | None:
         return None
@@ -70,7 +72,10 @@ class Scale(Adapter):
 
     def input(self, x: torch.Tensor) -> torch.Tensor:
         scale = None if self.kind.lookup else self.scale_in()
-        return x if scale is None else x * self.along_channels(scale)
+        if scale is None:
+            return x
+        with reading(x):
+            return x * self.along_channels(scale)
 
     def output(self, x: torch.Tensor, y: torch.Tensor, base_y: torch.Tensor) -> torch.Tensor:
         inner, scale = self.scale_in() if self.kind.lookup else None, self.scale_out()

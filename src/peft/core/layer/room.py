@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -33,12 +33,13 @@ def held_constant(adapter: Adapter) -> Iterator[torch.Tensor]:
 
 def make_room(layer: BaseTunerLayer, cls: type[Adapter]) -> None:
     """Give a layer the containers that it lacks for such adapters: a variant may declare more than its method does."""
+    modules, own = layer._modules, layer.__dict__
     for part in cls.parts.values():
         for name in part.names:
-            if name not in layer._modules:
-                layer._modules[name] = part.empty()
+            if name not in modules:
+                modules[name] = part.empty()
     for name, setting in cls.settings.items():
-        place = layer._modules if issubclass(setting.container, nn.Module) else layer.__dict__
+        place: dict[str, Any] = modules if setting.of_modules else own
         if name not in place:
             place[name] = setting.empty()
 

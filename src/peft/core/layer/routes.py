@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from peft.core.layer import parallel
 from peft.core.layer import weight as weights
 from peft.core.layer.composed import leaves_of
 from peft.kernels.linear import Factors, is_eager, low_rank_linear
-from peft.kernels.remake import recomputed
+from peft.kernels.made_again import reading
 from peft.kernels.strict import is_plain
 
 
@@ -91,7 +92,8 @@ class LowRank(Route):
     def output(self, layer: BaseTunerLayer, adapters: Sequence[Adapter], args: tuple, kwargs: dict[str, Any]) -> Any:
         if len(args) != 1 or kwargs:
             return None
-        factors = all_factors(layer, adapters, args[0])
+        trains = torch.is_grad_enabled() and is_eager(args[0])
+        factors = all_factors(layer, adapters, args[0], trains)
         if factors is None:
             return None
         weight = layer.bypass_matrix(args[0])
@@ -146,10 +148,9 @@ class Updates(Route):
     """The base layer on an input that adapters may change, and what they make of its output, one after another."""
 
     def output(self, layer: BaseTunerLayer, adapters: Sequence[Adapter], args: tuple, kwargs: dict[str, Any]) -> Any:
-        if args[0].requires_grad and torch.is_grad_enabled() and is_eager(args[0]) and not is_plain():
-            with recomputed():  # of an input that its own graph can give back, adapters keep nothing
-                return self._updated(layer, adapters, args, kwargs)
-        return self._updated(layer, adapters, args, kwargs)
+        # looking at all that autograd keeps takes longer than adapters do that see to it themselves
+        with nullcontext() if all(adapter.spares_input for adapter in adapters) else reading(args[0]):
+            return self._updated(layer, adapters, args, kwargs)
 
     def _updated(self, layer: BaseTunerLayer, adapters: Sequence[Adapter], args: tuple, kwargs: dict[str, Any]) -> Any:
         x, *rest = args
@@ -187,18 +188,27 @@ def input_first(layer: BaseTunerLayer, kwargs: dict[str, Any]) -> tuple[tuple, d
     raise TypeError(f"{type(layer).__name__} is called without its input: give it first, or by name, {own}=...")
 
 
-def all_factors(layer: BaseTunerLayer, adapters: Sequence[Adapter], x: torch.Tensor) -> list[Factors] | None:
-    """The factors of adapters, if all have them and the fused kernels can be used for this input."""
+def all_factors(
+    layer: BaseTunerLayer, adapters: Sequence[Adapter], x: torch.Tensor, trains: bool = False
+) -> list[Factors] | None:
+    """The factors of adapters, if all have them and the fused kernels can be used for this input.
+
+    One for each adapter, or with ``trains`` as many as its :meth:`training_factors` are.
+    """
     if not layer.kind.matrix or layer.kind.opaque or not x.is_floating_point():
         return None
-    found = []
+    found: list[Factors] = []
     for adapter in adapters:
         if adapter.changes_input:
             return None
-        factors = adapter.factors()
-        if factors is None or not (layer.cast_input_dtype_enabled or factors.down.dtype == x.dtype):
+        if trains:
+            parts = adapter.training_factors()
+        else:
+            factors = adapter.factors()
+            parts = None if factors is None else (factors,)
+        if parts is None or not (layer.cast_input_dtype_enabled or parts[0].down.dtype == x.dtype):
             return None
-        found.append(factors)
+        found += parts
     return found
 
 

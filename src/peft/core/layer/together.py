@@ -89,7 +89,7 @@ class Readers:
 
 def _shareable(factors: Sequence[Factors]) -> list[torch.Tensor]:
     """The A that multiply the input as it is, and that are there from call to call."""
-    return [f.down for f in factors if not f.dropout and type(f.down) is nn.Parameter]
+    return [f.down for f in factors if not f.dropout and f.down.grad_fn is None]
 
 
 def _fits(down: torch.Tensor, x: torch.Tensor) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -96,6 +98,17 @@ class Kasa(Lora):
 
     def product(self) -> Factors | None:
         return None if self.drops(self.lora_dropout) else super().product()
+
+    def training_factors(self) -> Sequence[Factors] | None:
+        """What trains, with sigma between A and B, and what is taken from W: of that no gradients are made."""
+        cls = type(self)
+        alone = (cls.pair, cls.acting_pair, cls.product) == (Kasa.pair, Lora.acting_pair, Kasa.product)
+        if not alone or not self.adds_product or self.drops(self.lora_dropout):
+            return super().training_factors()
+        held = self.held_product()
+        if held is None:
+            return None
+        return replace(held, middle=self.lora_diag), Factors(self.kasa_V, self.kasa_US, -1.0)
 
     def delta(self, x: torch.Tensor) -> torch.Tensor:
         if self.kind.lookup or not self.drops(self.lora_dropout):

@@ -183,6 +183,13 @@ class Lora(Scaled):
 
     def product(self) -> Factors | None:
         """The update of a linear layer as factors; None where calling its parts does more than multiply."""
+        held = self.held_product()
+        if held is None or not self.computes_pair:
+            return held
+        return Factors(*self.acting_pair(), held.scale, held.dropout)
+
+    def held_product(self) -> Factors | None:
+        """The same of A and B as they are held, whatever a variant makes of them."""
         layer, name = self.layer, self.name
         modules = layer._modules
         up = modules["lora_B"]._modules.get(name)
@@ -193,8 +200,6 @@ class Lora(Scaled):
         rate = 0.0 if type(dropout) is nn.Identity else active_rate(dropout)
         if rate is None:
             return None
-        if self.computes_pair:
-            return Factors(*self.acting_pair(), layer.scaling[name], rate)
         return Factors(a, b, layer.scaling[name], rate)
 
     def delta_weight(self) -> torch.Tensor:
