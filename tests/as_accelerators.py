@@ -18,13 +18,14 @@ from unittest import mock
 import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from accelerate.utils import dataclasses
-from torch.distributed.fsdp import _init_utils
+from torch.distributed.fsdp import _init_utils, _optim_utils
 from torch.distributed.fsdp._flat_param import FlatParamHandle
 
 
 @contextmanager
 def as_accelerators() -> Iterator[None]:
     """Within this, accelerate finds several accelerators. Its state is new, within and after."""
+    unflatten = _optim_utils._unflatten_orig_param_states  # (..., cpu_offload)
     replaced = (
         (PartialState, "_prepare_backend", lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)),
         # FSDP with sync_module_states asks for the device by itself
@@ -32,8 +33,10 @@ def as_accelerators() -> Iterator[None]:
         (torch.cuda, "current_device", lambda: torch.device("cpu")),
         # torch's FSDP 1 sends no tensors that lie on the CPU, which gloo can
         (_init_utils, "_check_module_states_for_sync_module_states", lambda states: None),
-        # it would move gathered weights to the CPU, where they are, and free what it has moved: a segmentation fault
+        # it moves what it has gathered to the CPU, and takes it for copied there: it lets go of the weights (a
+        # segmentation fault), and gathers the next state of the optimizer into the same memory
         (FlatParamHandle, "to_cpu", lambda self: nullcontext()),
+        (_optim_utils, "_unflatten_orig_param_states", lambda *args: unflatten(*args[:-1], False)),
     )
     AcceleratorState._reset_state(reset_partial_state=True)
     with mock.patch.dict(os.environ, ACCELERATE_TORCH_DEVICE="cpu"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from as_accelerators import as_accelerators
 from torch import nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import (
@@ -22,7 +24,15 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import peft
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -83,7 +93,8 @@ def adapted(folder: str, method: str, load: Callable[[str], nn.Module] | None = 
 
 def optimizer_for(model: nn.Module) -> torch.optim.Optimizer:
     """Adam with an epsilon that does not blow up what is not quite zero."""
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, eps=1e-3, foreach=False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=1e-2, eps=1e-3, weight_decay=0.0, foreach=False)
 
 
 def train(model: Any, optimizer: Any, steps: range, rows: slice = slice(None)) -> list[float]:
@@ -240,6 +251,24 @@ class TP(Engine):
         return model
 
 
+def zero(stage: int, rows: int | str = "auto") -> dict[str, Any]:
+    """A configuration of DeepSpeed that keeps no gathered weight longer than a layer needs it."""
+    return {
+        "train_micro_batch_size_per_gpu": rows,
+        "zero_optimization": {
+            "stage": stage,
+            "stage3_param_persistence_threshold": 0,
+            "stage3_max_live_parameters": 0,  # by default it keeps what it may need again soon
+            "stage3_max_reuse_distance": 0,
+            "stage3_prefetch_bucket_size": 0,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        },
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,  # by default it clips
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
 class ZeRO(Engine):
     """DeepSpeed's own partitioning of optimizer states and gradients (2), and of parameters (3)."""
 
@@ -250,23 +279,8 @@ class ZeRO(Engine):
         import deepspeed
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled first, for minutes
-        return deepspeed.initialize(
-            model=model,
-            optimizer=optimizer_for(model),
-            config={
-                "train_micro_batch_size_per_gpu": 2,
-                "zero_optimization": {
-                    "stage": self.stage,
-                    "stage3_param_persistence_threshold": 0,
-                    "stage3_max_live_parameters": 0,  # by default it keeps what it may need again soon
-                    "stage3_max_reuse_distance": 0,
-                    "stage3_prefetch_bucket_size": 0,
-                },
-                "zero_allow_untested_optimizer": True,
-                "gradient_clipping": 0.0,  # by default it clips
-                "zero_force_ds_cpu_optimizer": False,
-            },
-        )[0]
+        config = zero(self.stage, 4 // torch.distributed.get_world_size())
+        return deepspeed.initialize(model=model, optimizer=optimizer_for(model), config=config)[0]
 
     def optimizer(self, wrapped: Any) -> Any:
         return wrapped
@@ -278,10 +292,7 @@ class ZeRO(Engine):
         wrapped.load_checkpoint(where, load_module_strict=False)
 
     def tensors(self, wrapped: Any) -> dict[str, torch.Tensor]:
-        state = wrapped._zero3_consolidated_16bit_state_dict() if self.stage == 3 else None
-        if self.stage == 3 and torch.distributed.get_rank() != 0:
-            return {}
-        return get_peft_model_state_dict(wrapped.module, state)
+        return get_peft_model_state_dict(wrapped.module)
 
 
 ENGINES: dict[str, Engine] = {
@@ -517,6 +528,62 @@ def bytes_of_each(folder: str) -> None:
         assert abs(found - said) <= 0.34 * min(estimate.gradients, said) + 0.02 * said, (found, said)
 
 
+# --- transformers' Trainer ---------------------------------------------------------------------------------------
+
+
+def fsdp(version: int, **options: Any) -> dict[str, Any]:
+    layers = {"transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}
+    return {"fsdp": True, "fsdp_config": {"version": version, **layers, **options}}
+
+
+TRAINERS: dict[str, dict[str, Any]] = {
+    "zero2": {"deepspeed": zero(2)},
+    "zero3": {"deepspeed": zero(3)},
+    "fsdp1": fsdp(1, use_orig_params=False),  # the Trainer gives it our fsdp_auto_wrap_policy
+    "fsdp1_one_unit": fsdp(1, use_orig_params=True),
+    "fsdp2": fsdp(2),
+    "fsdp2_parts": fsdp(2, state_dict_type="SHARDED_STATE_DICT"),
+}
+"""What a user gives to TrainingArguments."""
+
+
+def trainer(folder: str, engine: str, method: str, where: str) -> None:
+    """`Trainer` by its arguments: three steps, what it saves, and the third step from its checkpoint of two."""
+    losses, adapter = alone(folder, method, None)
+    rows = [dict(zip(data, row)) for data in map(batch, range(STEPS)) for row in zip(*data.values())]
+    for resumed in (False, True):
+        given = copy.deepcopy(TRAINERS[engine])
+        with as_accelerators():
+            arguments = TrainingArguments(
+                where,
+                per_device_train_batch_size=4 // torch.distributed.get_world_size(),
+                train_sampling_strategy="sequential",
+                max_steps=STEPS,
+                logging_steps=1,
+                save_steps=STEPS - 1,
+                learning_rate=1e-2,
+                adam_epsilon=1e-3,
+                lr_scheduler_type="constant",
+                max_grad_norm=0.0,
+                report_to=[],
+                disable_tqdm=True,
+                **given,
+            )
+            run = Trainer(adapted(folder, method), arguments, train_dataset=rows)
+            run.train(resume_from_checkpoint=f"{where}/checkpoint-{STEPS - 1}" if resumed else None)
+            if engine == "fsdp2_parts":  # of which transformers saves checkpoints only
+                run.model.save_pretrained(f"{where}/adapter", is_main_process=run.is_world_process_zero())
+            else:
+                run.save_model(f"{where}/adapter")
+            unset_hf_deepspeed_config()
+        found = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(losses), rtol=1e-4, atol=1e-4)
+        torch.distributed.barrier()
+        loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), f"{where}/adapter")
+        same(get_peft_model_state_dict(loaded), adapter)
+        torch.distributed.barrier()  # the next run writes over it
+
+
 # --- processes -------------------------------------------------------------------------------------------------
 
 
@@ -553,13 +620,14 @@ class Crew:
         """Let all of them do it; AssertionError with what went wrong in each, or if one does not answer."""
         for pipe in self.pipes:
             pipe.send(job)
-        answers = []
+        answers, until = [], time.monotonic() + seconds
         for rank, pipe in enumerate(self.pipes):
-            if not pipe.poll(seconds if not any(answers) else 5):
-                self.stop()
-                answers.append(f"process {rank} hangs in {job}")
-                break
-            answers.append(pipe.recv())
+            late = not pipe.poll(max(0.0, until - time.monotonic()))
+            answers.append(f"process {rank} hangs in {job}" if late else pipe.recv())
+            if answers[-1]:  # the others may wait for this one, or have a word on why it hangs
+                until = min(until, time.monotonic() + 5)
+        if any(str(answer).endswith(f"hangs in {job}") for answer in answers):
+            self.stop()
         assert not any(answers), "\n".join(filter(None, answers))
 
     def stop(self) -> None:

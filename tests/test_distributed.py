@@ -72,6 +72,14 @@ def test_savings_change_nothing(crew: distributed.Crew, folder: str, engine: str
     crew.run("savings", folder, engine, "lora")
 
 
+@pytest.mark.parametrize("engine", distributed.TRAINERS)
+def test_the_trainer(crew: distributed.Crew, folder: str, tmp_path: Path, engine: str) -> None:
+    """By `fsdp`, `fsdp_config` and `deepspeed` of its arguments, as accelerate does it on accelerators."""
+    needs(engine)
+    for method in ("lora", "modules_to_save"):
+        crew.run("trainer", folder, engine, method, str(tmp_path / method))
+
+
 def test_values_on_the_first_process_alone(crew: distributed.Crew, folder: str) -> None:
     """By ``set_model_state_dict(broadcast_from_rank0=True)``; the others have the base on the meta device."""
     for method in ("lora", "dora", "modules_to_save", "prompt"):

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from peft.core.addition import Addition, NoSum
+from peft.core.base.storage.sharded import tensors_in
 from peft.core.layer import weight as weights
 from peft.core.layer.buffers import BufferDict
 from peft.core.parts import input_dropout as input_dropout
@@ -344,7 +345,7 @@ class Adapter:
         held += [(name, container[self.name]) for name, container in of_all if self.name in container]
         for attribute, value in held:
             if isinstance(value, nn.Module):
-                for sub, tensor in value.state_dict(keep_vars=True).items():
+                for sub, tensor in tensors_in(value).items():
                     yield f"{attribute}.{sub}", tensor
             else:
                 yield attribute, value
@@ -367,7 +368,7 @@ class Adapter:
 def _saved_tensors(item: nn.Module) -> list[tuple[str, torch.Tensor]]:
     """The tensors that a module is saved with."""
     if item._modules or item._buffers or item._state_dict_hooks:
-        return list(item.state_dict(keep_vars=True).items())
+        return list(tensors_in(item).items())
     # `state_dict` gives the same for a bare module, and takes many times as long: a model has thousands of them.
     return [(name, p) for name, p in item._parameters.items() if p is not None]
 

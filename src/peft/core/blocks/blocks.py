@@ -116,7 +116,8 @@ def _norms(key: str, norms: set[str], attentions: list[str]) -> list[str]:
 
 def _weighty(key: str, sites: dict[str, Site]) -> bool:
     """Whether a module holds a matrix; one that only scales or shifts is no part of its own."""
-    return any(p.dim() > 1 for p in sites[key].module.parameters())
+    shapes = [getattr(p, "ds_shape", p.shape) for p in sites[key].module.parameters()]  # ZeRO-3 leaves them empty
+    return any(len(shape) > 1 for shape in shapes)
 
 
 def _parts(key: str, sites: dict[str, Site], norms: set[str]) -> list[str]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from peft.core.adapter import LABEL, Adapter
+from peft.core.base.storage.sharded import tensors_in
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.rewritten import brought_weight, stand_on
 from peft.core.model.auxiliary import bias_state, biases_of
@@ -128,7 +129,7 @@ def entries(model: nn.Module, adapter: str) -> Iterator[Entry]:
         value, memory = container[adapter], f"base_model.{attribute}.{adapter}"
         if isinstance(value, nn.Module):
             label = f"{LABEL}." if labelled else ""
-            for sub, tensor in value.state_dict(keep_vars=True).items():
+            for sub, tensor in tensors_in(value).items():
                 yield Entry(f"base_model.{attribute}.{label}{sub}", f"{memory}.{sub}", tensor)
             continue
         put = None if isinstance(value, nn.Parameter) else _setter(container, adapter)

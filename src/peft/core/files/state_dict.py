@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from peft.core.base.storage.sharded import fill, is_dtensor, whole
+from peft.core.base.storage.sharded import fill, gathered, is_dtensor, partitioned, whole
 from peft.core.files.along import base_places, train_along, weights_under
 from peft.core.files.entries import Entry, anatomy, configs_of, entries, prompts_of
+from peft.core.files.flattened import filling_units, standing_in, taken_out
 from peft.core.files.io import separate
 from peft.core.files.renaming import current_name, names_today, of_today, relabelled
 from peft.core.files.vocabulary import is_resized
@@ -55,8 +56,8 @@ def get_peft_model_state_dict(
     Args:
         model: a :class:`PeftModel`, or any module with adapters; compiled, or wrapped by FSDP, if need be.
         state_dict: take the values from this state dict of the whole model, as FSDP or ZeRO-3 have gathered it, and
-            read no tensor of the model itself. By default it is ``model.state_dict()``. An empty one, which is what
-            other ranks than the first get, gives an empty result.
+            read no tensor of the model itself. By default it is ``model.state_dict()``, for which all processes have
+            to call this. An empty one, which other ranks than the first get (FSDP), gives an empty result.
         unwrap_compiled: not needed; what ``torch.compile`` puts around a module never shows in names.
         save_embedding_layers: also give the base weights of the embeddings; "auto": of those that are adapted, and of
             all if the vocabulary has another size than that of the base model's config (which is looked up in its
@@ -77,9 +78,12 @@ def get_peft_model_state_dict(
     config = configs_of(model).get(adapter_name)
     if config is None:
         operations.require_adapters(root, [adapter_name])
-    if state_dict is not None and not state_dict:
+    if state_dict is None and (pieces := partitioned(entry.tensor for entry in entries(model, adapter_name))):
+        with gathered(pieces):
+            return get_peft_model_state_dict(outer, outer.state_dict(), adapter_name, False, save_embedding_layers)
+    if not (given := outer.state_dict() if state_dict is None else state_dict):
         return {}
-    with _holding(model, outer.state_dict() if state_dict is None else state_dict) as absent:
+    with standing_in(model, taken_out(model, given)), _holding(model, given) as absent:
         _require_all(model, adapter_name, absent)
         found, seen = {}, set()
         own = list(entries(model, adapter_name))  # held until the end: an id is that of a living tensor only
@@ -182,7 +186,7 @@ def _embeddings(root: nn.Module, prefix: str, adapter: str, always: bool) -> dic
             # the file format names the place below trained tokens, not that of the plain table
             here = [(p, w) for p, w in site.wrappers if not (isinstance(w, TrainableTokensWrapper) and adapter in w)]
             path = file_path(join(site.path, "weight"), adapter, [*site.above, *here])
-            found[prefix + plain(path)] = whole(weight.detach())
+            found[prefix + plain(path)] = whole(weight).detach()
     return found
 
 
@@ -213,12 +217,23 @@ def set_peft_model_state_dict(
         >>> found.unexpected_keys
         []
     """
-    model = bare(model)
+    with filling_units(model):
+        found = _put(bare(model), adapter_name, peft_model_state_dict, ignore_mismatched_sizes, low_cpu_mem_usage)
+    had_none = any(entry.tensor.is_meta for entry in found.own)
+    left = entries(bare(model), adapter_name) if had_none else ()
+    if empty := [entry.key for entry in left if entry.tensor.is_meta]:
+        warnings.warn(f"these tensors of adapter {adapter_name!r} have no values yet: {', '.join(empty[:8])}.")
+    return LoadResult([entry.key for entry in found.missing], found.unexpected)
+
+
+def _put(
+    model: nn.Module, adapter_name: str, peft_model_state_dict: dict[str, torch.Tensor], ignore: bool, assign: bool
+) -> Match:
     root, _ = anatomy(model)
     if (prompts := prompts_of(model)) and adapter_name in prompts.adapter_names:
         prompts.make_room(adapter_name, peft_model_state_dict)
     found = match(model, adapter_name, peft_model_state_dict)
-    if found.wrong and not ignore_mismatched_sizes:
+    if found.wrong and not ignore:
         raise CheckpointError(_mismatch(model, adapter_name, found.wrong))
     if found.wrong:
         names = ", ".join(entry.saved for entry, _ in found.wrong)
@@ -226,7 +241,7 @@ def set_peft_model_state_dict(
     unmerge_for(root, adapter_name)
     with torch.no_grad():
         for entry, value in sorted(found.fits, key=lambda item: item[0].put is None):  # exact ones after rounded ones
-            _write(model, entry, value, low_cpu_mem_usage)
+            _write(model, entry, value, assign)
         if found.base:
             train_along(root, adapter_name, found.base, _acting(root, prompts))
         for layer, value in found.weights:
@@ -234,10 +249,7 @@ def set_peft_model_state_dict(
         for _, layer in layers_of(root):
             if adapter_name in layer:
                 layer.adapters[adapter_name].loaded()
-    had_none = any(entry.tensor.is_meta for entry in found.own)
-    if had_none and (empty := [entry.key for entry in entries(model, adapter_name) if entry.tensor.is_meta]):
-        warnings.warn(f"these tensors of adapter {adapter_name!r} have no values yet: {', '.join(empty[:8])}.")
-    return LoadResult([entry.key for entry in found.missing], found.unexpected)
+    return found
 
 
 def _acting(root: nn.Module, prompts: PromptTuner | None) -> list[str]:
@@ -395,7 +407,7 @@ def _write(model: nn.Module, entry: Entry, value: torch.Tensor, assign: bool) ->
     ):
         path, _, name = entry.memory.rpartition(".")
         holder = model if hasattr(model, "base_model") or not entry.memory.startswith("base_model.") else None
-        parent = (holder or model).get_submodule(path if holder else path.removeprefix("base_model."))
+        parent = bare((holder or model).get_submodule(path if holder else path.removeprefix("base_model.")))
         old = parent._parameters.get(name, entry.tensor)
         device = _device_near(model, entry) if old.device.type == "meta" else old.device
         value = value.to(device, old.dtype)

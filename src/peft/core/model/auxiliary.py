@@ -12,7 +12,7 @@ from torch import nn
 from peft.core.adapter import part
 from peft.core.base.kinds import WHOLE, Kind, kind_of
 from peft.core.base.storage import copied
-from peft.core.base.storage.sharded import MARKS
+from peft.core.base.storage.sharded import MARKS, tensors_in
 from peft.core.composition.expressions import Composition, Stack
 from peft.core.families import Rows
 from peft.core.layer.classes import class_for, layer_class
@@ -91,7 +91,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
 
     def adapter_state(self, name: str) -> Iterator[tuple[str, str, torch.Tensor]]:
         if name in self.modules_to_save:
-            for key, tensor in self.modules_to_save[name].state_dict(keep_vars=True).items():
+            for key, tensor in tensors_in(self.modules_to_save[name]).items():
                 yield key, f"modules_to_save.{name}.{key}", tensor
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from peft.compat import alias_submodules
+from peft.core.base.storage.sharded import tensors_in
 from peft.utils.peft_types import register_peft_method
 
 
@@ -109,7 +110,7 @@ class VirtualTokens(nn.Module):
     def adapter_state(self) -> Iterator[tuple[str, str, torch.Tensor]]:
         """(name in the file, name in memory, tensor); a tensor that is computed has no name in memory."""
         made = ("embedding", *self.network) if self.has_network else ()
-        for name, tensor in self.state_dict(keep_vars=True).items():
+        for name, tensor in tensors_in(self).items():
             if name.partition(".")[0] in made:
                 yield ENCODER + name, name, tensor
             elif name != "embedding.weight":

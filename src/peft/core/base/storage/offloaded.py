@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from peft.core.base.storage.plain import Storage
-from peft.core.base.storage.sharded import is_dtensor
+from peft.core.base.storage.sharded import is_dtensor, whole
 from peft.kernels.autocast import is_autocast
 
 
@@ -52,7 +52,11 @@ def onloaded(m: nn.Module) -> Iterator[None]:
 def copied(module: nn.Module) -> nn.Module:
     """A deep copy of a module with its tensors where it computes, without accelerate's hooks."""
     memo = hooks_of(module)
-    parts = {id(p): nn.Parameter(p.detach().clone(), p.requires_grad) for p in module.parameters() if is_dtensor(p)}
+    parts = {  # neither kind of part is one that deepcopy can copy
+        id(p): nn.Parameter(whole(p) if hasattr(p, "ds_id") else p.detach().clone(), p.requires_grad)
+        for p in module.parameters()
+        if is_dtensor(p) or hasattr(p, "ds_id")
+    }
     with ExitStack() as stack:
         for m in module.modules() if memo else ():
             stack.enter_context(onloaded(m))

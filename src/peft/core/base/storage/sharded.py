@@ -7,7 +7,7 @@ is gathered for methods whose forward needs no dense weight.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import nn
 from peft.core.base.storage.plain import Storage
 
 
+FSDP1_INNER = "_fsdp_wrapped_module"
 # What DeepSpeed ZeRO-3 leaves on every module. It asks by `hasattr` whether one has them already, so a wrapper must
 # not answer for the module that it wraps.
 MARKS = frozenset({"pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt"})
@@ -85,7 +86,32 @@ def is_dtensor(value: Any) -> bool:
 
 def whole(value: torch.Tensor) -> torch.Tensor:
     """A tensor with all of its parts, on every process; all have to take part. Others are as they were."""
+    if value.shape != getattr(value, "ds_shape", value.shape):  # where a context around has it whole, it stays so
+        with gathered([value]):
+            return value.detach().clone()
     return value.detach().full_tensor() if is_dtensor(value) else value  # type: ignore[operator]
+
+
+def partitioned(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Those of which DeepSpeed ZeRO-3 has left a process its part."""
+    return [t for t in tensors if hasattr(t, "ds_id")] if "deepspeed" in sys.modules else []
+
+
+def is_fsdp1(module: nn.Module) -> bool:
+    """Whether this is a ``FullyShardedDataParallel``, which stands around a module."""
+    return FSDP1_INNER in module._modules and hasattr(module, "_handle")
+
+
+def tensors_in(module: nn.Module) -> dict[str, torch.Tensor]:
+    """``module.state_dict(keep_vars=True)``, without what FSDP 1 gathers for it, and its names."""
+    if not any(is_fsdp1(m) for m in module.modules()):
+        return module.state_dict(keep_vars=True)
+    found = {}
+    for path, m in module.named_modules():
+        start = "".join([f"{part}." for part in path.split(".") if part and part != FSDP1_INNER])
+        kept = {n: b for n, b in m._buffers.items() if n not in m._non_persistent_buffers_set}
+        found.update({start + name: t for name, t in (m._parameters | kept).items() if t is not None})
+    return found
 
 
 def fill(old: torch.Tensor, value: torch.Tensor) -> None:
@@ -148,7 +174,7 @@ class FSDP1(Storage):
     """A module that is a unit of ``FullyShardedDataParallel``: its parameters are there while it is called."""
 
     def matches(self, m: nn.Module, attribute: str) -> bool:
-        return "_fsdp_wrapped_module" in m._modules and hasattr(m, "_handle")
+        return is_fsdp1(m)
 
     def read(self, m: nn.Module, attribute: str) -> torch.Tensor:
         unit = sys.modules["torch.distributed.fsdp"].FullyShardedDataParallel
