@@ -511,9 +511,9 @@ def grouped_calls(monkeypatch) -> list[int]:
 
     calls = []
 
-    def count(owner, base, x, *args):
+    def count(base, x, *args):
         calls.append(len(x))
-        return grouped_linear(owner, base, x, *args)
+        return grouped_linear(base, x, *args)
 
     monkeypatch.setattr(rows, "grouped_linear", count)
     return calls
@@ -530,7 +530,7 @@ def test_rows_with_different_adapters_equal_a_loop_over_them(shape, dtype, toler
     assert len(grouped_calls) == len(LAYERS)
     assert_equal(got, wanted, tolerance)
     with torch.no_grad():
-        for _ in range(2):  # the second call uses the stacks of the first
+        for _ in range(2):  # the second call knows where the rows stand
             assert_equal({"y": model(x, adapter_names=NAMES)}, {"y": wanted["y"]}, tolerance)
 
 
@@ -585,7 +585,7 @@ def test_different_rates_of_dropout_fall_back_to_the_loop(grouped_calls):
     assert not grouped_calls
 
 
-def test_stacks_follow_their_adapters():
+def test_mixed_rows_follow_their_adapters():
     model, x = several().eval(), batch(6, 2)
 
     def check() -> torch.Tensor:
@@ -598,7 +598,7 @@ def test_stacks_follow_their_adapters():
     before = check()
     layer = model.base_model.model.down
     changes = [
-        lambda: (layer.lora_A["a1"].weight.data.fill_(1), model.eval()),  # the version does not tell: .data
+        lambda: layer.lora_A["a1"].weight.data.fill_(1),  # no version tells what is written to .data
         lambda: nn.init.ones_(layer.lora_B["default"].weight),
         lambda: setattr(layer.lora_A["default"].weight, "data", torch.ones(3, 12)),
         lambda: layer.set_scale("a1", 3.0),
