@@ -332,7 +332,10 @@ class Adapter:
         """The trained tensors, those in common with other layers included."""
         for attribute, declared, value in self.held():
             if attribute not in type(self).untrained and declared.container is not BufferDict:
-                yield from _tensors_that_train(value) if isinstance(value, nn.Module) else (value,)
+                if isinstance(value, nn.Module):
+                    yield from _tensors_that_train(value)
+                else:  # yielded as it is: torch 2.14 does not compile `yield from` a tuple that is left early
+                    yield value
         for name in type(self).common:
             if (container := self.layer._modules.get(name)) is not None and self.name in container:
                 value = container[self.name]
