@@ -511,9 +511,9 @@ def grouped_calls(monkeypatch) -> list[int]:
 
     calls = []
 
-    def count(base, x, *args):
+    def count(owner, base, x, *args):
         calls.append(len(x))
-        return grouped_linear(base, x, *args)
+        return grouped_linear(owner, base, x, *args)
 
     monkeypatch.setattr(rows, "grouped_linear", count)
     return calls

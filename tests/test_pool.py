@@ -81,6 +81,21 @@ def test_memory_is_that_of_the_adapters_in_use(folders):
     assert pool.in_use == ["5", "6"]
 
 
+def test_stacks_are_kept_while_a_batch_names_the_same(folders, monkeypatch):
+    import peft.kernels.grouped as grouped
+
+    made: list[int] = []
+    stack = grouped._stack
+    monkeypatch.setattr(grouped, "_stack", lambda *args: made.append(1) or stack(*args))
+    pool, x = AdapterPool(net(), capacity=4), torch.randn(2, 6)
+    for name in ("user0", "user2"):
+        pool.register(name, folders[name])
+    with torch.no_grad():
+        for _ in range(3):
+            pool(x, adapter_names=["user0", "user2"])
+    assert len(made) == 2, "one for each layer"
+
+
 def test_tensors_in_memory_and_new_ones_under_an_old_name(folders):
     model = PeftModel.from_pretrained(net(), folders["user0"])
     tensors = get_peft_model_state_dict(model)

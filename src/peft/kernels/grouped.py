@@ -1,17 +1,17 @@
 """A batch whose rows have different low-rank updates: y_i = W x_i + b + s_g B_g A_g drop(x_i), g the update of row i.
 
-Where updates train, and on GPUs, the factors of all are stacked, lower ranks filled up with zeros, and each layer does
-one batched product with the stack. Short rows are put together by their updates; for long rows, which cost more to
-move, the factors of each are gathered instead. On CPUs without gradients the rows of each update are multiplied by its
-own factors: no stack is made, and none is kept, which could not see what is written to ``parameter.data``.
+The factors of all updates are stacked, lower ranks filled up with zeros, and each layer does one batched product with
+the stack. Short rows are put together by their updates; for long rows, which cost more to move, the factors of each
+are gathered instead. Stacks are made anew for each call, as nothing tells what is written to ``parameter.data``; those
+of layers whose adapters belong to a pool are kept until it puts others in their place.
 """
 
 from __future__ import annotations
 
-import itertools
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from peft.kernels import gpu
 from peft.kernels.dropout import Dropped, draw_seed
 from peft.kernels.linear import Factors, base_output, in_dtype, is_eager, no_autocast, product_dtype
-from peft.kernels.products import accumulate
 from peft.kernels.remake import kept
-
-
-SHORT = 8  # tokens of a row
 
 
 @dataclass(slots=True)
@@ -45,6 +41,7 @@ def can_group(x: torch.Tensor, factors: Sequence[Factors | None]) -> bool:
 
 
 def grouped_linear(
+    owner: nn.Module | None,
     base: nn.Module,
     x: torch.Tensor,
     index: torch.Tensor,
@@ -55,6 +52,7 @@ def grouped_linear(
     """The output of ``base``, each row with its own update.
 
     Args:
+        owner: the layer for which the stack is kept, if it is.
         base, weight, fresh: as in :func:`peft.kernels.linear.low_rank_linear`.
         x: ``[rows, ..., in]``. index: the update of each row, ``[rows]``, integers below ``len(factors)``.
         factors: the updates; None for rows that have none. All have the same rate of dropout.
@@ -62,34 +60,86 @@ def grouped_linear(
     rate = next(f.dropout for f in factors if f is not None)
     y = base_output(base, x, weight, fresh)
     with no_autocast(x):
-        dtype, drop = product_dtype(y), (rate, draw_seed()) if rate else None
-        trains = torch.is_grad_enabled() and (x.requires_grad or any(f is not None and f.trains for f in factors))
-        if trains or not x.is_cpu:
-            stack = _stack(factors, dtype)
-            if trains:
-                return GroupedLowRank.apply(x, y, stack.down, stack.up, index, drop)
-        x = x if drop is None else Dropped(*drop).copy(x)
-        if x.is_cpu:
-            _add_each(y, in_dtype(dtype, x), factors, index)
-        else:
-            _add(y, x, stack, index)
+        stack = stacked(owner, factors, product_dtype(y))
+        drop = (rate, draw_seed()) if rate else None
+        if torch.is_grad_enabled() and (x.requires_grad or stack.down.requires_grad or stack.up.requires_grad):
+            return GroupedLowRank.apply(x, y, stack.down, stack.up, index, drop)
+        _add(y, x if drop is None else Dropped(*drop).copy(x), stack, index)
     return y
+
+
+def stacked(owner: nn.Module | None, factors: Sequence[Factors | None], dtype: torch.dtype) -> Stack:
+    """The stack of these updates: the one that is kept for ``owner``, if it still holds."""
+    if owner is None:
+        return _stack(factors, dtype)
+    entry = _KEPT.get(owner)
+    if entry is not None and entry.holds(factors, dtype):
+        return entry.stack
+    trains = torch.is_grad_enabled() and any(f is not None and f.trains for f in factors)
+    made = any(type(t) is not nn.Parameter for f in factors if f is not None for t in (f.down, f.up))
+    if trains or made:
+        forget(owner)
+        return _stack(factors, dtype)
+    with torch.no_grad():
+        stack = _stack(factors, dtype)
+    _KEPT[owner] = _Entry(list(factors), dtype, [_state(f) for f in factors], stack)
+    return stack
+
+
+def forget(owner: nn.Module) -> None:
+    """Drop the stack that is kept for a layer."""
+    _KEPT.pop(owner, None)
+
+
+@dataclass(slots=True)
+class _Entry:
+    """A stack and what it was made of."""
+
+    factors: list[Factors | None]
+    dtype: torch.dtype
+    states: list[tuple | None]
+    stack: Stack
+
+    def holds(self, factors: Sequence[Factors | None], dtype: torch.dtype) -> bool:
+        if dtype != self.dtype or len(factors) != len(self.factors):
+            return False
+        grad = torch.is_grad_enabled()
+        for old, new, state in zip(self.factors, factors, self.states):
+            if old is None or new is None:
+                if old is not new:
+                    return False
+            elif old.down is not new.down or old.up is not new.up or _state(new) != state or (grad and new.trains):
+                return False
+        return True
+
+
+_KEPT: weakref.WeakKeyDictionary[nn.Module, _Entry] = weakref.WeakKeyDictionary()
+
+
+def _state(f: Factors | None) -> tuple | None:
+    """What changes when the tensors of an update do."""
+    if f is None:
+        return None
+    down, up = f.down, f.up
+    return down._version, down.data_ptr(), up._version, up.data_ptr(), f.scale
 
 
 def _stack(factors: Sequence[Factors | None], dtype: torch.dtype) -> Stack:
     found = [f for f in factors if f is not None]
-    rank = max(f.down.shape[0] for f in found)
-    downs, ups = [], []
-    for f in factors:
-        if f is None:
-            downs.append(found[0].down.new_zeros(rank, found[0].down.shape[1], dtype=dtype))
-            ups.append(found[0].up.new_zeros(rank, found[0].up.shape[0], dtype=dtype))
-            continue
-        missing = rank - f.down.shape[0]
-        down, up = in_dtype(dtype, f.down), in_dtype(dtype, f.up).t() * f.scale
-        downs.append(F.pad(down, (0, 0, 0, missing)) if missing else down)
-        ups.append(F.pad(up, (0, 0, 0, missing)) if missing else up)
-    return Stack(torch.stack(downs), torch.stack(ups))
+    like, rank = found[0], max(f.down.shape[0] for f in found)
+    nothing: Any = None
+    if len(found) < len(factors):
+        nothing = like.down.new_zeros(rank, like.down.shape[1]), like.up.new_zeros(like.up.shape[0], rank)
+    pairs = [nothing if f is None else (f.down, f.up) for f in factors]
+    if any(len(down) < rank for down, _ in pairs):
+        short = [rank - len(down) for down, _ in pairs]
+        pairs = [(F.pad(a, (0, 0, 0, n)), F.pad(b, (0, n))) if n else (a, b) for (a, b), n in zip(pairs, short)]
+    down = torch.stack([in_dtype(dtype, a) for a, _ in pairs])
+    up = torch.stack([in_dtype(dtype, b) for _, b in pairs])
+    scales = [1.0 if f is None else f.scale for f in factors]
+    if any(scale != 1 for scale in scales):
+        up = up * torch.tensor(scales, dtype=dtype, device=up.device)[:, None, None]
+    return Stack(down, up.mT if up.is_cpu else up.mT.contiguous())  # as the kernel for GPUs reads it
 
 
 @dataclass(slots=True)
@@ -140,49 +190,6 @@ def _places(rows: torch.Tensor, stack: Stack, index: torch.Tensor) -> _Places | 
 
 
 _PLACES = WeakIdKeyDictionary()  # by index: all layers of a call share their places
-
-
-class _Runs(NamedTuple):
-    """Neighbouring rows with one update: of the batch as it is, or of ``rows`` of it, put together by their updates.
-
-    Attributes:
-        updates: the update of each run. sizes: its number of rows. rows: None for the batch as it is.
-    """
-
-    updates: list[int]
-    sizes: list[int]
-    rows: torch.Tensor | None
-
-    @classmethod
-    def of(cls, index: torch.Tensor, there: Sequence[bool], together: bool) -> _Runs:
-        """Of all rows, or together those whose update is there."""
-        of_row, rows = index.tolist(), None
-        if together:
-            places = sorted((i for i, g in enumerate(of_row) if there[g]), key=of_row.__getitem__)
-            rows, of_row = index.new_tensor(places), [of_row[i] for i in places]
-        runs = [(g, len(list(run))) for g, run in itertools.groupby(of_row)]
-        return cls([g for g, _ in runs], [size for _, size in runs], rows)
-
-
-def _add_each(y: torch.Tensor, x: torch.Tensor, factors: Sequence[Factors | None], index: torch.Tensor) -> None:
-    """y += the updates of x, in place, by the factors as they are."""
-    dtype, each = x.dtype, x.numel() // max(len(index) * x.shape[-1], 1)
-    there = tuple(f is not None for f in factors)
-    key = there, each < SHORT  # then moving rows takes less time than more calls
-    known = _PLACES.setdefault(index, {})
-    updates, sizes, chosen = known.get(key) or known.setdefault(key, _Runs.of(index, *key))
-    flat, rows = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-    if chosen is not None:
-        flat = x.reshape(len(index), -1).index_select(0, chosen).view(-1, x.shape[-1])
-        rows = y.new_zeros(len(flat), y.shape[-1])
-    counts = [size * each for size in sizes]
-    for g, own, target in zip(updates, flat.split(counts), rows.split(counts)):
-        f = factors[g]
-        if f is not None:
-            hidden = F.linear(own, in_dtype(dtype, f.down))
-            accumulate(target, hidden, in_dtype(dtype, f.up).t(), f.scale)
-    if chosen is not None:
-        y.view(len(index), -1).index_add_(0, chosen, rows.view(len(chosen), -1))
 
 
 def _add(y: torch.Tensor, x: torch.Tensor, stack: Stack, index: torch.Tensor, scale: float = 1.0) -> torch.Tensor:

@@ -19,6 +19,7 @@ from peft.core.files.io import load_peft_weights
 from peft.core.files.state_dict import set_peft_model_state_dict
 from peft.core.filling import filled_later
 from peft.core.model.context import BASE
+from peft.core.model.record import context_of
 from peft.core.model.walk import layers_of
 from peft.mapping_func import get_peft_model
 from peft.utils.error import CheckpointError, nearest
@@ -195,6 +196,7 @@ class AdapterPool:
         with filled_later():
             if self.model is None:
                 self.model = get_peft_model(self.base, config, adapter_name=place).eval()
+                context_of(self.model.get_base_model()).common.pooled = True
             else:
                 self.model.add_adapter(place, config)
         own = list(entries(self.model, place))

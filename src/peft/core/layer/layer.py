@@ -24,6 +24,7 @@ from peft.core.layer.rewritten import Rewritten, follow, give_back, give_back_un
 from peft.core.layer.room import held_constant, hold, make_more_room, make_room, names_held, set_mode
 from peft.core.layer.rows import mixed
 from peft.core.model.context import Context
+from peft.kernels.grouped import forget
 
 
 _UNREADABLE = (
@@ -114,6 +115,7 @@ class BaseTunerLayer(ReadThrough):
             self.set_adapter(adapter_name)
 
     def train(self, mode: bool = True) -> BaseTunerLayer:
+        forget(self)
         set_mode(self, mode)
         return self
 
@@ -196,6 +198,7 @@ class BaseTunerLayer(ReadThrough):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; if it was merged, the layer is unmerged first."""
+        forget(self)
         if adapter_name in self.merged_adapters:
             self.unmerge()
         self._drop(adapter_name)

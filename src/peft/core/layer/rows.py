@@ -136,7 +136,8 @@ def _grouped(
         return None
     weight = layer.bypass_matrix(x)
     base, fresh = layer._modules["base_layer"], weight is None and layer.base_is_fresh()
-    return grouped_linear(base, x, groups.index, factors, weight, fresh)
+    owner = layer if layer.context.common.pooled else None
+    return grouped_linear(owner, base, x, groups.index, factors, weight, fresh)
 
 
 def _updates(

@@ -42,12 +42,13 @@ class Known(Common):
     Attributes:
         compositions: the adapters of the model that are made of others: name -> expression.
         reads_tokens: some adapter reads the tokens of calls; without one they are not looked at.
+        pooled: the adapters belong to a pool, and nothing else writes into their tensors.
     """
 
     def __init__(self, compositions: dict[str, Composition] | None = None, reads_tokens: bool = False) -> None:
         super().__init__()
         self.compositions: dict[str, Composition] = compositions or {}
-        self.reads_tokens = reads_tokens
+        self.reads_tokens, self.pooled = reads_tokens, False
 
     def __reduce__(self) -> Any:
         return Known, (self.compositions, self.reads_tokens)
