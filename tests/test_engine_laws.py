@@ -272,7 +272,7 @@ class Wrong(Delta):
 def test_an_undeclared_setting_is_named_with_the_line_to_add() -> None:
     cls = layer_class(Wrong, name="WrongLayer").by_name["Linear"]
     with pytest.raises(AttributeError, match=r"Wrong declares no 'scale'.*`scale = part\(\)`.*`scale = setting\(\)`"):
-        cls(nn.Linear(2, 2), "one", None)
+        cls(nn.Linear(2, 2)).add_adapter("one", None)
 
 
 def test_a_failed_creation_leaves_no_adapter() -> None:
