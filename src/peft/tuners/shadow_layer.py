@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from threading import local
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from peft.core.blocks.blocks import BlockLayer, first_output
+from peft.core.model.threads import OfThread
 from peft.tuners.shadow_utils import Call, loss_of
 
 
@@ -33,17 +33,11 @@ def shadow_state(s: torch.Tensor, gate: torch.Tensor, new: torch.Tensor) -> torc
     return (1 - g) * s + g * new
 
 
-class States(local):
-    """The states of a thread's last call, common to all layers: adapter -> s before the first block, s now.
-
-    A copied or pickled model has not been called, and its states are of no graph.
-    """
+class States(OfThread):
+    """The states of a thread's last call, common to all layers: adapter -> s before the first block, s now."""
 
     def __init__(self) -> None:
         self.of: dict[str, list[torch.Tensor]] = {}
-
-    def __reduce__(self) -> Any:
-        return States, ()
 
 
 class ShadowLayer(BlockLayer, nn.Module):

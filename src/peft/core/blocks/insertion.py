@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from threading import RLock, local
+from threading import RLock
 from typing import Any, ClassVar
 
 import torch
@@ -44,19 +44,17 @@ from peft.core.blocks.blocks import (
     with_first,
 )
 from peft.core.layer.composed import Change
+from peft.core.model.threads import OfThread
 from peft.core.model.walk import locate, parent_of
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.meanwhile import in_mode
 
 
-class Seen(local):
+class Seen(OfThread):
     """Tensors of the call under way in this thread: the stream ``x``, and ``input``, the sub-layer's own input."""
 
     x: torch.Tensor
     input: torch.Tensor
-
-    def __reduce__(self) -> Any:
-        return Seen, ()
 
 
 @dataclass
@@ -146,7 +144,7 @@ class InsertLayer(BlockLayer):
         self._handles: list[Any] = []
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._disable_adapters:
+        if not self._disable_adapters and not self._is_attached():
             with _FINDING:
                 if not self._places:
                     self._places = find_places(self.base_layer, self.block, args, kwargs)
@@ -201,33 +199,39 @@ class InsertLayer(BlockLayer):
         return {role: width for role in roles if any(adapter.joint(role) is not None for adapter in adapters)}
 
     # --- hooks ------------------------------------------------------------------------------------------------
+    def _is_attached(self) -> bool:
+        """Whether the modules of the block are hooked as they are now: others may have wrapped them meanwhile."""
+        return bool(self._slots) and all(parent._modules.get(name) is m for parent, name, m in self._slots)
+
     def _attach(self) -> None:
-        """Hook the modules of the block as they are now: others may have wrapped them meanwhile."""
-        if self._slots and all(parent._modules.get(name) is module for parent, name, module in self._slots):
+        """Hook the modules of the block, unless another thread has done so."""
+        if self._is_attached():
             return
         self.release()
+        slots: list[tuple[nn.Module, str, nn.Module]] = []
         for place in self._places:
-            first = self._slot(place.part.first)
+            first = self._slot(place.part.first, slots)
             self._handles.append(first.register_forward_pre_hook(partial(self._enter, place), with_kwargs=True))
             if place.stream is not None:
-                stream = self._slot(place.stream)
+                stream = self._slot(place.stream, slots)
                 self._handles.append(stream.register_forward_pre_hook(partial(self._note_stream, place)))
-            self._handles.append(self._slot(place.out).register_forward_hook(partial(self._leave, place)))
+            self._handles.append(self._slot(place.out, slots).register_forward_hook(partial(self._leave, place)))
             if place.norm is not None:
-                self._handles.append(self._slot(place.norm).register_forward_hook(partial(self._normed, place)))
+                self._handles.append(self._slot(place.norm, slots).register_forward_hook(partial(self._normed, place)))
+        self._slots = slots  # last, as threads that find them do not wait for the hooks
 
     def release(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles, self._slots = [], []
 
-    def _slot(self, name: str) -> nn.Module:
-        """The module called so, with all wrappers around it."""
+    def _slot(self, name: str, slots: list[tuple[nn.Module, str, nn.Module]]) -> nn.Module:
+        """The module called so, with all wrappers around it; it is noted among the slots."""
         path = outermost(self.base_layer, name)
         parent, attribute = parent_of(self.base_layer, path)
         module = parent._modules[attribute]
         assert module is not None
-        self._slots.append((parent, attribute, module))
+        slots.append((parent, attribute, module))
         return module
 
     def _enter(self, place: Place, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -6,6 +6,13 @@ from threading import local
 from typing import Any
 
 
+class OfThread(local):
+    """Attributes that each thread has for itself; copies and pickles begin without any."""
+
+    def __reduce__(self) -> Any:
+        return type(self), ()
+
+
 class Common:
     """What all threads share of such facts; copies and pickles of it know of no call.
 
@@ -21,7 +28,7 @@ class Common:
         raise NotImplementedError
 
 
-class Facts(local):
+class Facts(OfThread):
     """Facts of the current call of this thread, as attributes.
 
     A thread that has begun no call sees those of the last one: autograd runs the backward passes of a device in
