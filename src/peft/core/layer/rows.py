@@ -85,8 +85,12 @@ def require_unmerged(layer: BaseTunerLayer) -> None:
         raise ValueError("adapter_names cannot be used while adapters are merged; call unmerge_adapter() first.")
 
 
-_fast_path = Lock()
-_calls: list[bool] = []  # for each mixed call under way, whether torch's fast path was on before
+class _FastPath:
+    """Torch's switch, one for all threads: how many mixed calls are under way, and whether it was on before them."""
+
+    lock = Lock()
+    was_on = True
+    calls = 0
 
 
 @contextmanager
@@ -95,15 +99,19 @@ def without_fast_path() -> Iterator[None]:
 
     The switch is one for all threads, so the first of several calls turns it off and the last one back.
     """
-    with _fast_path:
-        _calls.append(torch.backends.mha.get_fastpath_enabled() if not _calls else _calls[0])
-        torch.backends.mha.set_fastpath_enabled(False)
+    switch = torch.backends.mha
+    with _FastPath.lock:
+        if not _FastPath.calls:
+            _FastPath.was_on = switch.get_fastpath_enabled()
+            switch.set_fastpath_enabled(False)
+        _FastPath.calls += 1
     try:
         yield
     finally:
-        with _fast_path:
-            before = _calls.pop()
-            torch.backends.mha.set_fastpath_enabled(before and not _calls)
+        with _FastPath.lock:
+            _FastPath.calls -= 1
+            if not _FastPath.calls:
+                switch.set_fastpath_enabled(_FastPath.was_on)
 
 
 def split(layer: BaseTunerLayer, groups: Groups, args: tuple, kwargs: dict[str, Any]) -> Any:
