@@ -115,7 +115,6 @@ class BaseTunerLayer(ReadThrough):
             self.set_adapter(adapter_name)
 
     def train(self, mode: bool = True) -> BaseTunerLayer:
-        forget(self)
         set_mode(self, mode)
         return self
 

@@ -42,7 +42,7 @@ class Known(Common):
     Attributes:
         compositions: the adapters of the model that are made of others: name -> expression.
         reads_tokens: some adapter reads the tokens of calls; without one they are not looked at.
-        pooled: the adapters belong to a pool, and nothing else writes into their tensors.
+        pooled: the adapters belong to a pool, and nothing else writes into their tensors; a copy belongs to none.
     """
 
     def __init__(self, compositions: dict[str, Composition] | None = None, reads_tokens: bool = False) -> None:
