@@ -1,11 +1,11 @@
-"""What VeRA and PVeRA share: config fields, the frozen random pair of the whole model, how vectors start, kernels."""
+"""What VeRA and PVeRA share: config fields, adapters with the frozen random pair of the whole model, their kernel."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakSet
 
 import torch
@@ -15,6 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from peft.config import FanInFanOut, LayerSelection, ModulesToSave, TargetModules, TrainedBias, option
 from peft.core.base.kinds import fan
+from peft.core.families import LowRank
 from peft.core.layer.layer import BaseTunerLayer
 from peft.kernels.autocast import is_autocast
 from peft.kernels.linear import base_output, is_eager
@@ -32,28 +33,6 @@ class SharedPairConfig(TargetModules, FanInFanOut, TrainedBias, ModulesToSave, L
     )
     d_initial: float = option(0.1, "What d starts at.", needs="init_weights", stuck=0)
     init_weights: bool = option(True, "Start with b = 0, so that nothing changes; otherwise b = 1 and d is random.")
-
-
-def shared_pair(
-    rows: int, columns: int, seed: int, layers: Sequence[BaseTunerLayer]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A ``[rows, largest in]`` and B ``[largest out, columns]``, uniform in +-sqrt(6 / second size)."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> torch.Tensor:
-        bound = math.sqrt(6 / shape[1])
-        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
-
-    sizes = [fan(layer.shape) for layer in layers]
-    return draw(rows, max(inner for _, inner in sizes)), draw(max(out for out, _ in sizes), columns)
-
-
-def vectors(out: int, ranks: int, config: SharedPairConfig) -> tuple[nn.Parameter, nn.Parameter]:
-    """b ``[out]`` and d ``[ranks]`` as they start."""
-    b, d = torch.ones(out), torch.randn(ranks)
-    if config.init_weights:
-        b, d = torch.zeros(out), d.fill_(config.d_initial)
-    return nn.Parameter(b), nn.Parameter(d)
 
 
 class ScaledTable(torch.autograd.Function):
@@ -112,42 +91,17 @@ def projected(layer: BaseTunerLayer, x: torch.Tensor, a: torch.Tensor) -> tuple[
     return h, False
 
 
-def fused(layer: BaseTunerLayer, adapters: Sequence[Any], x: torch.Tensor) -> Any | None:
-    """The one adapter of a linear layer in a training step, if it may compute the whole layer with x; else None."""
-    if len(adapters) > 1 or not torch.is_grad_enabled() or not is_eager(x) or is_autocast(x.device.type):
-        return None
-    matrix = layer.kind.matrix and not layer.kind.opaque and x.dtype == adapters[0].dtype
-    return adapters[0] if matrix and not is_recomputed() else None
-
-
-def raised(
-    layer: BaseTunerLayer,
-    x: torch.Tensor,
-    h: torch.Tensor,
-    d: torch.Tensor | None,
-    b: torch.Tensor,
-    table: torch.Tensor,
-    keeps: bool,
-) -> torch.Tensor:
-    """The layer's output and ``b * (B (d * h))``.
-
-    Args:
-        x: ``[..., in]``. h: ``[n, r]``. d: ``[r]``, or None for ones. b: ``[out]``. table: B ``[out, r]``, frozen.
-        keeps: keep B (d * h) for the gradient of b, and do not multiply once more.
-    """
-    weight = layer.bypass_matrix(x)
-    y = base_output(layer._modules["base_layer"], x, weight, weight is None and layer.base_is_fresh())
-    if y.dtype == h.dtype:
-        return Raised.apply(y, h, d, b, table, keeps)
-    return y + (F.linear(_times(h, d), table) * b).view_as(y)
-
-
 def _times(h: torch.Tensor, d: torch.Tensor | None) -> torch.Tensor:
     return h if d is None else h * d
 
 
 class Raised(torch.autograd.Function):
-    """y + b * (B (d * h)), in place of y; see :func:`raised`."""
+    """y + b * (B (d * h)), in place of y.
+
+    Args:
+        y: ``[..., out]``. h: ``[n, r]``. d: ``[r]``, or None for ones. b: ``[out]``. table: B ``[out, r]``, frozen.
+        keeps: keep B (d * h) for the gradient of b, and do not multiply once more.
+    """
 
     @staticmethod
     def forward(
@@ -183,3 +137,79 @@ class Raised(torch.autograd.Function):
         elif needs_b:
             db = (dy * u).sum(0)
         return gradient, dh, dd, db, None, None
+
+
+class SharedPair(LowRank):
+    """b * (B z), z made of d * (A x): A and B are frozen and of the whole model, b and d of one layer.
+
+    A method declares b and d, in this order, and A and B. A convolution is its matrix ``[out, in * kernel]``, and each
+    of its groups has its own A x.
+
+    Attributes:
+        draws: z ``[r]`` is made of so many vectors of its size.
+    """
+
+    draws: ClassVar[int] = 1
+
+    @classmethod
+    def share(cls, config: Any, layers: Sequence[BaseTunerLayer]) -> dict[str, torch.Tensor]:
+        """A ``[draws * r, largest in]`` and B ``[largest out, r]``, uniform in +-sqrt(6 / second size)."""
+        generator = torch.Generator().manual_seed(config.projection_prng_key)
+
+        def draw(*shape: int) -> torch.Tensor:
+            bound = math.sqrt(6 / shape[1])
+            return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+        outs, inners = zip(*(fan(layer.shape) for layer in layers))
+        return dict(zip(cls.common, (draw(cls.draws * config.r, max(inners)), draw(max(outs), config.r))))
+
+    def start(self, config: SharedPairConfig) -> None:
+        """Make b ``[out]`` and d ``[draws * r]``."""
+        b, d = torch.ones(self.shape[0]), torch.randn(self.draws * config.r)
+        if config.init_weights:
+            b, d = torch.zeros_like(b), d.fill_(config.d_initial)
+        for name, vector in zip(self.parts, (b, d)):
+            setattr(self, name, nn.Parameter(vector))
+
+    def vectors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """b ``[out]`` and d ``[draws * r]``."""
+        b, d = (getattr(self, name) for name in self.parts)
+        return b, d
+
+    def frozen(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The leading columns of A, ``[draws * r, in * kernel]``, and rows of B, ``[out, r]``."""
+        (rows, columns), (a, b), d = fan(self.shape), (getattr(self, name) for name in self.common), self.vectors()[1]
+        return a[:, :columns].to(d), b[:rows].to(d)
+
+    def drawn(self, h: torch.Tensor, d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What z is made of in a step: z = d * h of h = A x ``[n, draws * r]``; of another z, that and None."""
+        return h, d
+
+    def inner(self, h: torch.Tensor) -> torch.Tensor:
+        """z of ``d * (A x)``, with the channels where the layer has them."""
+        return h
+
+    @classmethod
+    def kernel(cls, layer: BaseTunerLayer, adapters: Sequence[Any], x: torch.Tensor) -> torch.Tensor | None:
+        if len(adapters) > 1 or not torch.is_grad_enabled() or not is_eager(x) or is_autocast(x.device.type):
+            return None
+        (adapter,) = adapters
+        matrix = layer.kind.matrix and not layer.kind.opaque and x.dtype == adapter.dtype
+        if not matrix or is_recomputed():
+            return None
+        (b, d), (a, table) = adapter.vectors(), adapter.frozen()
+        h, made = projected(layer, adapter.dropped(x), a)
+        h, d = adapter.drawn(h, d)
+        weight = layer.bypass_matrix(x)
+        y = base_output(layer._modules["base_layer"], x, weight, weight is None and layer.base_is_fresh())
+        if y.dtype == h.dtype:
+            return Raised.apply(
+                y, h, d, b, table, not made
+            )  # what another layer's A x has saved is spent on keeping less
+        return y + (F.linear(_times(h, d), table) * b).view_as(y)
+
+    def delta(self, x: torch.Tensor) -> torch.Tensor:
+        base, kind, (b, d), (a, table) = self.base, self.kind, self.vectors(), self.frozen()
+        groups = getattr(base, "groups", 1)
+        h = kind.down(base, self.dropped(x), a) * self.along_channels(d if groups == 1 else d.repeat(groups))
+        return kind.up(base, self.inner(h), table) * self.along_channels(b)
