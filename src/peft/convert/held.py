@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -232,9 +232,3 @@ def alpha_of_scale(scale: float, rank: int) -> float:
 def whole(number: float) -> float:
     """A number as an int where it is one, as configs are written."""
     return int(number) if float(number).is_integer() else float(number)
-
-
-def named(names: Iterable[str], count: int = 8) -> str:
-    """Some names for a message."""
-    given = sorted(names)
-    return ", ".join(given[:count]) + (f" and {len(given) - count} more" if len(given) > count else "")

@@ -15,6 +15,7 @@ from peft.core.base.storage.sharded import tensors_in
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.rewritten import brought_weight, stand_on
 from peft.core.model.auxiliary import bias_state, biases_of
+from peft.core.model.record import known_record
 from peft.core.model.tuner import BaseTuner
 from peft.core.model.walk import file_path, join, plain, walk
 from peft.core.prompts import PromptTuner
@@ -143,7 +144,8 @@ def leave_out_repeats(model: nn.Module, state: dict[str, Any], prefix: str = "")
     """
     if prompts_of(model):
         state.pop(f"{prefix}word_embeddings.weight", None)
-    for adapter in model.peft_config:
+    record = known_record(anatomy(model)[0])
+    for adapter in model.peft_config if record is not None and record.shared.containers else ():
         for entry in entries(model, adapter):
             for alias in entry.aliases if entry.put else ():  # parameters are at each layer here too
                 state.pop(f"{prefix}{alias}.{adapter}", None)

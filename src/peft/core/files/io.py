@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from peft.utils.error import CheckpointError, ConfigFileError, MissingFileError
+from peft.utils.error import CheckpointError, ConfigFileError, MissingFileError, some
 
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def locate(where: str | os.PathLike, *names: str, subfolder: str | None = None, 
         if (path := _current(folder, name)) is not None:
             return path
     inside = sorted(n for n in os.listdir(folder) if any(os.path.isfile(os.path.join(folder, n, x)) for x in names))
-    there = ", ".join(sorted(n for n in os.listdir(folder) if not n.startswith("."))[:8]) or "nothing"
+    there = some(n for n in os.listdir(folder) if not n.startswith(".")) or "nothing"
     hint = f"Adapters are in its sub-folders {inside}: name one as `subfolder`." if inside else f"It holds {there}."
     raise MissingFileError(f"Can't find {_any_of(names)} in the folder {folder!r}. {hint}")
 

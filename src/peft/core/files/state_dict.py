@@ -34,7 +34,7 @@ from peft.core.model.walk import (
     walk,
 )
 from peft.core.prompts import PromptTuner
-from peft.utils.error import CheckpointError
+from peft.utils.error import CheckpointError, some
 
 
 class LoadResult(NamedTuple):
@@ -159,7 +159,7 @@ def _require_all(model: nn.Module, adapter: str, absent: dict[int, str]) -> None
         lacking = [absent[id(tensor)] for tensor in held if id(tensor) in absent]
     if lacking:
         raise CheckpointError(
-            f"the state dict lacks {', '.join(lacking[:5])} of adapter {adapter!r}"
+            f"the state dict lacks {some(lacking)} of adapter {adapter!r}"
             + (f" (and {len(lacking) - 5} more)" if len(lacking) > 5 else "")
             + ". Give one of the whole model, gathered from all ranks, or leave state_dict out."
         )
@@ -222,7 +222,7 @@ def set_peft_model_state_dict(
     had_none = any(entry.tensor.is_meta for entry in found.own)
     left = entries(bare(model), adapter_name) if had_none else ()
     if empty := [entry.key for entry in left if entry.tensor.is_meta]:
-        warnings.warn(f"these tensors of adapter {adapter_name!r} have no values yet: {', '.join(empty[:8])}.")
+        warnings.warn(f"these tensors of adapter {adapter_name!r} have no values yet: {some(empty)}.")
     return LoadResult([entry.key for entry in found.missing], found.unexpected)
 
 

@@ -42,7 +42,7 @@ from peft.core.model.walk import (
     surveyed,
     walk,
 )
-from peft.utils.error import ConfigError
+from peft.utils.error import ConfigError, some
 from peft.utils.usage import recording, remark
 
 
@@ -442,7 +442,6 @@ def keys_of(model: nn.Module, state_dict: dict[str, Any], layer_cls: type[BaseTu
             found.add(known[split.group(1)])
     if not found:
         raise ValueError(
-            f"the state dict has no tensors of {layer_cls.__name__} for modules of this model "
-            f"({', '.join(list(state_dict)[:3])}, ...)."
+            f"the state dict has no tensors of {layer_cls.__name__} for modules of this model ({some(state_dict, 3)})."
         )
     return found
