@@ -20,7 +20,7 @@ from peft.core.files.io import write_adapter
 from peft.core.files.shards import Shards
 from peft.core.layer.weight import wide
 from peft.core.model.targeting import exact_targets
-from peft.core.model.walk import embeddings_of, join, shares_embeddings
+from peft.core.model.walk import PREFIX, embeddings_of, join, shares_embeddings
 from peft.tools.architecture import build
 from peft.tools.footprint import meta_copy
 from peft.tuners.lora.config import LoraConfig
@@ -242,7 +242,7 @@ class _Extractor:
         for path, (u, s, vh) in self.found.items():
             r = ranks[path] = min(ranks[path], len(s))
             down, up = (factor[None].to(kept_as) for factor in halves(u, s, vh, r))
-            pairs[path, "weight"] = down, up
+            pairs[path] = down, up
             rest = self.rests[path] ** 2 + float(s[r:].double().square().sum())
             errors[path] = rest**0.5 / self.norms[path]
             lost += rest
@@ -264,7 +264,7 @@ class _Extractor:
         return config, tensors, report
 
     def _file_name(self, name: str) -> str:
-        words = name.removeprefix("base_model.model.").split(".")
+        words = name.removeprefix(PREFIX).split(".")
         key = self._renaming()(".".join(word for word in words if word != "base_layer"))
         if key is None:
             raise ValueError(f"the fine-tuned model's files have no tensor for {name}.")

@@ -13,13 +13,13 @@ import torch
 
 from peft.config import PeftConfig, resolve_pattern
 from peft.core.files.io import load_peft_weights, write_adapter
+from peft.core.model.walk import PREFIX
 from peft.options import value_of
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.initialize import rewrites
 from peft.utils.error import ConfigError
 
 
-PREFIX = "base_model.model."
 GATED = "the adapter has gates (use_gating), which depend on the sample, so no pair of matrices does what it does"
 _PARTS = {
     ("lora_A", "weight"): "down",

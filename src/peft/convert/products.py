@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 
 from peft.config import resolve_pattern
-from peft.convert.held import PREFIX, Held, patterned, whole
+from peft.convert.held import Held, patterned, whole
 from peft.core.combine.ranks import halves, product_svd
 from peft.core.layer.weight import wide
+from peft.core.model.walk import PREFIX
 from peft.tuners.lora.layer import Lora
 
 

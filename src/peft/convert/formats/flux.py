@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from peft.config import resolve_pattern
-from peft.convert.held import PREFIX, Held, Pair, Pairs, held_of, is_lora, modules_of, pairs_of, patterned
+from peft.convert.held import Held, Pair, Pairs, held_of, is_lora, modules_of, pairs_of, patterned
 from peft.convert.source import Base, Bundle
+from peft.core.model.walk import PREFIX
 from peft.tuners.loha import face_splitting
 from peft.utils.error import ConfigError, some
 

@@ -17,7 +17,7 @@ from peft.core.layer.rewritten import brought_weight, stand_on
 from peft.core.model.auxiliary import bias_state, biases_of
 from peft.core.model.record import known_record
 from peft.core.model.tuner import BaseTuner
-from peft.core.model.walk import file_path, join, plain, walk
+from peft.core.model.walk import PREFIX, file_path, join, plain, walk
 from peft.core.prompts import PromptTuner
 
 
@@ -79,7 +79,7 @@ def tuner_of(model: nn.Module) -> BaseTuner | None:
 def anatomy(model: nn.Module) -> tuple[nn.Module, str]:
     """The adapted base model, and the prefix of its names in files."""
     if (tuner := tuner_of(model)) is not None:
-        return tuner.model, "base_model.model."
+        return tuner.model, PREFIX
     return (model.base_model, "base_model.") if prompts_of(model) else (model, "")
 
 

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
+from peft.core.model.walk import PREFIX
 from peft.utils.error import CheckpointError, ConfigFileError, MissingFileError, some
 
 
@@ -203,8 +204,7 @@ def checked_tensors(file: str, tensors: Any) -> dict[str, torch.Tensor]:
 
 def _mapped(name: str, key_mapping: dict[str, str]) -> str:
     """A name of a file after a mapping, whose patterns may be of names in the base model or in the file."""
-    prefix = "base_model.model."
-    inside = name.removeprefix(prefix)
+    inside = name.removeprefix(PREFIX)
     new = renamed(inside, key_mapping)
     return name[: len(name) - len(inside)] + new if new != inside else renamed(name, key_mapping)
 

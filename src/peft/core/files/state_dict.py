@@ -23,6 +23,7 @@ from peft.core.layer.rewritten import stand_on
 from peft.core.model import operations
 from peft.core.model.auxiliary import ModulesToSaveWrapper, TrainableTokensWrapper
 from peft.core.model.walk import (
+    PREFIX,
     Site,
     bare,
     embeddings_of,
@@ -307,7 +308,7 @@ def match(model: nn.Module, adapter: str, state_dict: dict[str, torch.Tensor]) -
     config = configs_of(model).get(adapter)
     for name, value in joined(of_today(state_dict, config), own, prefix).items():
         # From a file with the prefix into a plain model that was adapted in place, and the other way round.
-        place = known.get(name) or known.get(prefix + name) or known.get(name.removeprefix("base_model.model."))
+        place = known.get(name) or known.get(prefix + name) or known.get(name.removeprefix(PREFIX))
         if place is None:
             rest[name] = value
         else:

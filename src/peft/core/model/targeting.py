@@ -259,7 +259,7 @@ def _with_ties(found: list[Target], sites: list[Site], config: Any, layer_cls: t
     for site in sites:
         if (weight := site.module._parameters.get("weight")) is not None:
             by_weight.setdefault(id(weight), []).append(site)
-    result: dict[str, Target] = {_name_of(target): target for target in found}
+    result = {target.kind.target_name(target.key) if target.kind else target.key: target for target in found}
     for target in found:
         group = by_weight.get(id(target.module._parameters.get("weight")), [])
         if len(group) < 2:
@@ -277,11 +277,6 @@ def _with_ties(found: list[Target], sites: list[Site], config: Any, layer_cls: t
                 result[site.key] = module_target(config, site, layer_cls)
                 result[site.key].tied_to = first.key
     return sorted(result.values(), key=lambda target: target.tied_to is not None)  # after what they follow is made
-
-
-def _name_of(target: Target) -> str:
-    """The name of a module, or of a parameter, in the plain model."""
-    return join(target.key, target.kind.weight) if isinstance(target.kind, Stack) else target.key
 
 
 def note_tying(config: Any) -> None:

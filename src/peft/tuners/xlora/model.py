@@ -14,7 +14,7 @@ from peft.core.model.record import context_of
 from peft.core.model.registry import define_tuner
 from peft.core.model.sequence import length_of
 from peft.core.model.tuner import BaseTuner
-from peft.core.model.walk import layers_of
+from peft.core.model.walk import PREFIX, layers_of
 from peft.tuners.xlora.config import XLoraConfig
 from peft.tuners.xlora.experts import check, load_experts
 from peft.tuners.xlora.layer import Expert, Routing, XLoraClassifier, XLoraLayer
@@ -157,7 +157,7 @@ class XLoraTuner(Scalings, BaseTuner):
         if name == self.router and self.config.use_trainable_adapters:
             for path, adapter in self._placed():
                 for _, memory, tensor in Adapter.state(adapter):  # an expert's own is nothing beneath a router
-                    yield f"base_model.model.{path}.{memory}", f"base_model.model.{path}.{memory}", tensor
+                    yield f"{PREFIX}{path}.{memory}", f"{PREFIX}{path}.{memory}", tensor
 
     def _placed(self) -> Iterator[tuple[str, Adapter]]:
         """All experts, each with the name of its layer."""

@@ -10,7 +10,7 @@ from torch import nn
 
 from peft.core.files.entries import anatomy
 from peft.core.model.targeting import matches
-from peft.core.model.walk import join, walk
+from peft.core.model.walk import PREFIX, join, walk
 from peft.tuners.lora.experts.fused import Fused, aliases, conversions_of, fused_in, understood
 from peft.tuners.lora.experts.operations import (
     Concatenate,
@@ -183,7 +183,7 @@ def convert_peft_adapter_state_dict_for_transformers(
     if not parts:
         return result if result.keys() != adapter_state_dict.keys() else adapter_state_dict
     for f in fused:
-        for prefix in ("base_model.model.", ""):
+        for prefix in (PREFIX, ""):
             if prefix + f.path in parts:
                 name = prefix + _wrapper_path(root, f.path, fused, parts, prefix, peft_config)
                 a, b = _stack(f, parts[prefix + f.path])
