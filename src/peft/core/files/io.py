@@ -17,6 +17,7 @@ Nothing here imports torch, safetensors or huggingface_hub until it is needed.
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import re
 import shutil
@@ -41,6 +42,7 @@ except ImportError:  # not on Windows: there the owner of a leftover is taken to
 CONFIG_NAME = "adapter_config.json"
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
 WEIGHTS_NAME = "adapter_model.bin"
+INDEX_NAME = "adapter_model.safetensors.index.json"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 
 SMALL = 64 << 20
@@ -125,9 +127,33 @@ def _download(repo_id: str, names: tuple[str, ...], subfolder: str | None, hub: 
     raise MissingFileError(start + reason) from cause
 
 
-def locate_weights(where: str | os.PathLike, subfolder: str | None = None, **hub: Any) -> str:
-    """Path of an adapter's weights; `MissingFileError` if there are none."""
-    return locate(where, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, subfolder=subfolder, **hub)
+def locate_weights(where: str | os.PathLike, subfolder: str | None = None, **hub: Any) -> list[str]:
+    """Paths of an adapter's weights: one file, or those that an index names.
+
+    Raises:
+        MissingFileError: there are none, or not all that the index names.
+        CheckpointError: the index is damaged.
+    """
+    path = locate(where, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, INDEX_NAME, subfolder=subfolder, **hub)
+    if os.path.basename(path) != INDEX_NAME:
+        return [path]
+    return [locate(where, name, subfolder=subfolder, **hub) for name in named_by_index(path)]
+
+
+def named_by_index(path: str | os.PathLike) -> list[str]:
+    """Names of the files over which an index spreads tensors, each once and in their order.
+
+    Raises:
+        CheckpointError: it is no index, or names files outside of its folder.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            names = sorted({*json.load(file)["weight_map"].values()})
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged or no index of files ({type(error).__name__}: {error}).") from error
+    if outside := [name for name in names if os.path.basename(name) != name]:
+        raise CheckpointError(f"{path} names {outside[0]!r}, which is not a file beside it.")
+    return names
 
 
 # --- reading ---------------------------------------------------------------------------------------------------
@@ -147,8 +173,8 @@ def load_peft_weights(
             first that matches counts.
 
     Raises:
-        FileNotFoundError: if there is no file of weights.
-        ValueError: if the file is damaged, or a key of ``key_mapping`` is no regular expression.
+        FileNotFoundError: if there is no file of weights, or one that an index names is missing.
+        ValueError: if a file is damaged, or a key of ``key_mapping`` is no regular expression.
 
     Examples:
         >>> model.save_pretrained("adapter")
@@ -156,7 +182,8 @@ def load_peft_weights(
         >>> list(tensors)[0]
         'base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight'
     """
-    tensors = read_tensors(locate_weights(model_id, **hf_hub_download_kwargs), device)
+    files = locate_weights(model_id, **hf_hub_download_kwargs)
+    tensors = {name: tensor for file in files for name, tensor in read_tensors(file, device).items()}
     return tensors if not key_mapping else {_mapped(name, key_mapping): t for name, t in tensors.items()}
 
 
@@ -390,7 +417,7 @@ def write_adapter(
 ) -> None:
     """Write an adapter's tensors and its config into a folder; what was there stays until all is written."""
     stale = WEIGHTS_NAME if safe_serialization else SAFETENSORS_WEIGHTS_NAME
-    with replacing(folder, stale) as path:
+    with replacing(folder, stale, INDEX_NAME) as path:
         write_weights(path, tensors, safe_serialization)
         config.save_pretrained(path(""))
 
