@@ -13,8 +13,7 @@ from peft.convert.formats import FORMATS
 from peft.convert.formats.flux import as_in, flux_encoders
 from peft.convert.held import Held, beyond_pairs, held_of, is_lora, magnitude_of, modules_of, pairs_of
 from peft.convert.source import ENDS, WEIGHTS, Base, Bundle, Files, Format, Job, Source
-from peft.core.files.io import replacing
-from peft.core.model.walk import PREFIX
+from peft.core.files.io import PREFIX, replacing
 from peft.utils.error import ConfigError, nearest, some
 
 

@@ -16,11 +16,11 @@ from peft.convert.held import patterned
 from peft.convert.resize import check_size
 from peft.core.base.kinds import kind_of
 from peft.core.combine.ranks import halves, leading_svd, randomized_svd, shared_ranks
-from peft.core.files.io import write_adapter
+from peft.core.files.io import PREFIX, write_adapter
 from peft.core.files.shards import Shards
 from peft.core.layer.weight import wide
 from peft.core.model.targeting import exact_targets
-from peft.core.model.walk import PREFIX, embeddings_of, join, shares_embeddings
+from peft.core.model.walk import embeddings_of, join, shares_embeddings
 from peft.tools.architecture import build
 from peft.tools.footprint import meta_copy
 from peft.tuners.lora.config import LoraConfig

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from peft.config import PeftConfig, resolve_pattern
-from peft.core.files.io import load_peft_weights, write_adapter
-from peft.core.model.walk import PREFIX
+from peft.core.files.io import PREFIX, load_peft_weights, write_adapter
 from peft.options import value_of
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.initialize import rewrites

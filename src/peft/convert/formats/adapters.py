@@ -21,7 +21,7 @@ from peft.convert.held import Held, Pair, Pairs, held_of, pairs_of
 from peft.convert.rotary import rotated
 from peft.convert.source import Base, Bundle, Files, Format, Job, Source, one
 from peft.core.blocks.blocks import find_blocks
-from peft.core.model.walk import PREFIX
+from peft.core.files.io import PREFIX
 from peft.tuners.bottleneck import BottleneckConfig
 from peft.tuners.compacter import CompacterConfig
 from peft.tuners.ia3 import IA3Config

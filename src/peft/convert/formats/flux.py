@@ -18,7 +18,7 @@ import torch
 from peft.config import resolve_pattern
 from peft.convert.held import Held, Pair, Pairs, held_of, is_lora, modules_of, pairs_of, patterned
 from peft.convert.source import Base, Bundle
-from peft.core.model.walk import PREFIX
+from peft.core.files.io import PREFIX
 from peft.tuners.loha import face_splitting
 from peft.utils.error import ConfigError, some
 

@@ -14,7 +14,7 @@ from peft.convert.held import Held
 from peft.convert.source import Job, Source
 from peft.core.composition.config import CompositionConfig
 from peft.core.composition.expressions import Fuse
-from peft.core.model.walk import PREFIX
+from peft.core.files.io import PREFIX
 from peft.utils.error import ConfigError
 
 

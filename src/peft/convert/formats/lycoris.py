@@ -14,8 +14,8 @@ import torch
 from peft.convert.formats.flux import weight_in
 from peft.convert.held import Held, Pair
 from peft.convert.source import Job
+from peft.core.files.io import PREFIX
 from peft.core.layer.weight import wide
-from peft.core.model.walk import PREFIX
 from peft.tuners.ia3 import IA3Config
 from peft.tuners.ln_tuning import LNTuningConfig
 from peft.tuners.loha import loha_weight

@@ -12,12 +12,13 @@ from torch import nn
 
 from peft.core.adapter import LABEL, Adapter
 from peft.core.base.storage.sharded import tensors_in
+from peft.core.files.io import PREFIX
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.rewritten import brought_weight, stand_on
 from peft.core.model.auxiliary import bias_state, biases_of
 from peft.core.model.record import known_record
 from peft.core.model.tuner import BaseTuner
-from peft.core.model.walk import PREFIX, file_path, join, plain, walk
+from peft.core.model.walk import file_path, join, plain, walk
 from peft.core.prompts import PromptTuner
 
 

@@ -26,7 +26,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from peft.core.model.walk import PREFIX
 from peft.utils.error import CheckpointError, ConfigFileError, MissingFileError, some
 
 
@@ -44,6 +43,9 @@ SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
 WEIGHTS_NAME = "adapter_model.bin"
 INDEX_NAME = "adapter_model.safetensors.index.json"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
+
+PREFIX = "base_model.model."
+"""What the names of an adapter's tensors start with in files, before the name of their module in the plain model."""
 
 SMALL = 64 << 20
 """Bytes of a file that may be in memory twice for a moment."""
@@ -87,7 +89,7 @@ def locate(where: str | os.PathLike, *names: str, subfolder: str | None = None, 
         if (path := _current(folder, name)) is not None:
             return path
     inside = sorted(n for n in os.listdir(folder) if any(os.path.isfile(os.path.join(folder, n, x)) for x in names))
-    there = some(n for n in os.listdir(folder) if not n.startswith(".")) or "nothing"
+    there = some({n for n in os.listdir(folder) if not n.startswith(".")}, 8) or "nothing"
     hint = f"Adapters are in its sub-folders {inside}: name one as `subfolder`." if inside else f"It holds {there}."
     raise MissingFileError(f"Can't find {_any_of(names)} in the folder {folder!r}. {hint}")
 

@@ -15,7 +15,7 @@ from peft.core.base.storage.sharded import fill, gathered, is_dtensor, partition
 from peft.core.files.along import base_places, train_along, weights_under
 from peft.core.files.entries import Entry, anatomy, configs_of, entries, prompts_of
 from peft.core.files.flattened import filling_units, standing_in, taken_out
-from peft.core.files.io import separate
+from peft.core.files.io import PREFIX, separate
 from peft.core.files.renaming import current_name, names_today, of_today, relabelled
 from peft.core.files.vocabulary import is_resized
 from peft.core.layer.layer import BaseTunerLayer
@@ -23,7 +23,6 @@ from peft.core.layer.rewritten import stand_on
 from peft.core.model import operations
 from peft.core.model.auxiliary import ModulesToSaveWrapper, TrainableTokensWrapper
 from peft.core.model.walk import (
-    PREFIX,
     Site,
     bare,
     embeddings_of,

@@ -253,10 +253,6 @@ def layers_of(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
             yield join(path, wrapper.inner.rpartition(".")[0]), layer
 
 
-PREFIX = "base_model.model."
-"""What the names of an adapter's tensors start with in files, before the name of their module in the plain model."""
-
-
 def file_path(path: str, adapter: str, around: list[tuple[str, nn.Module]], wrapper: nn.Module | None = None) -> str:
     """The path that a module would have if ``adapter`` were the only adapter of the model.
 

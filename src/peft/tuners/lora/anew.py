@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft.core.files.io import PREFIX
 from peft.core.layer.placement import settle
 from peft.core.layer.rewritten import for_a_start
 from peft.core.model.targeting import exact_targets
-from peft.core.model.walk import PREFIX, holders_of, replace_module
+from peft.core.model.walk import holders_of, replace_module
 from peft.tuners.lora.config import EvaConfig, LoraConfig
 
 

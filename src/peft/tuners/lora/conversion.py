@@ -21,14 +21,14 @@ from peft.core.combine.names import CombinationType, Vote, idle
 from peft.core.combine.ranks import product_svd, shared_ranks
 from peft.core.combine.ways import Combination, Part
 from peft.core.files.entries import anatomy, configs_of
-from peft.core.files.io import write_adapter
+from peft.core.files.io import PREFIX, write_adapter
 from peft.core.files.state_dict import get_peft_model_state_dict
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.weight import wide
 from peft.core.model import operations
 from peft.core.model.auxiliary import ModulesToSaveWrapper, TrainableTokensWrapper, bias_sites, biases_of
 from peft.core.model.targeting import exact_targets
-from peft.core.model.walk import PREFIX, bare, layers_of, walk
+from peft.core.model.walk import bare, layers_of, walk
 from peft.tools.footprint import meta_copy
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import LoraLayer

@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from peft.core.adapter import Adapter
+from peft.core.files.io import PREFIX
 from peft.core.model import operations
 from peft.core.model.record import context_of
 from peft.core.model.registry import define_tuner
 from peft.core.model.sequence import length_of
 from peft.core.model.tuner import BaseTuner
-from peft.core.model.walk import PREFIX, layers_of
+from peft.core.model.walk import layers_of
 from peft.tuners.xlora.config import XLoraConfig
 from peft.tuners.xlora.experts import check, load_experts
 from peft.tuners.xlora.layer import Expert, Routing, XLoraClassifier, XLoraLayer

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from peft.core.files.entries import anatomy
+from peft.core.files.io import PREFIX
 from peft.core.model.targeting import matches
-from peft.core.model.walk import PREFIX, join, walk
+from peft.core.model.walk import join, walk
 from peft.tuners.lora.experts.fused import Fused, aliases, conversions_of, fused_in, understood
 from peft.tuners.lora.experts.operations import (
     Concatenate,
