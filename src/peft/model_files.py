@@ -15,6 +15,7 @@ from torch import nn
 
 from peft.config import PeftConfig
 from peft.core.composition.config import CompositionConfig
+from peft.core.composition.model import Compositions
 from peft.core.files.card import create_or_update_model_card
 from peft.core.files.entries import entries
 from peft.core.files.io import CONFIG_NAME, hub_options, load_peft_weights, write_adapter
@@ -34,25 +35,8 @@ if TYPE_CHECKING:
     from peft.peft_model import PeftModel
 
 
-class ModelFiles:
+class ModelFiles(Compositions):
     """Mixin of :class:`PeftModel`: an adapter as files, written, read, and put around a base model."""
-
-    peft_config: Any
-    base_model: Any
-    active_adapters: Any
-    get_base_model: Any
-    state_dict: Any
-    eval: Any
-    add_adapter: Any
-    set_adapter: Any
-    delete_adapter: Any
-    set_requires_grad: Any
-    _tuner: Any
-    _class_for: Any
-    _check_method: Any
-    _check_expression: Any
-    _from_composition: Any
-    _load_members: Any
 
     def save_pretrained(
         self,

@@ -17,7 +17,6 @@ from peft.core.blocks.skipping import blocks_skipped
 from peft.core.composition.config import CompositionConfig
 from peft.core.composition.dividing import divided
 from peft.core.composition.expressions import Composition
-from peft.core.composition.model import Compositions
 from peft.core.files.entries import leave_out_repeats, prompts_of
 from peft.core.layer.rows import require_unmerged, without_fast_path
 from peft.core.model import operations
@@ -41,7 +40,7 @@ from peft.tools.status import (
 from peft.tuners.lora.experts import convert_config_for
 
 
-class PeftModel(ModelCompat, ModelFiles, Compositions, PushToHubMixin, nn.Module):
+class PeftModel(ModelCompat, ModelFiles, PushToHubMixin, nn.Module):
     """A base model with adapters of one method around it.
 
     Args:
