@@ -40,6 +40,7 @@ class Lora(Scaled):
         computes_pair: A and B are computed from what is held, see :meth:`pair`.
         adds_product: the output is the base layer's and s B A drop(x), nothing else, so the fused kernels may give it.
         fixed_rank: zeros cannot fill its tensors up to a larger rank, so only files of its rank take their place.
+        needs_dense_pair: what a variant needs a weight for that the pair equals; "" where it needs none.
         ties: a head tied to an embedding may follow it, with the transposed pair.
         agrees: hooks of a variant that give the same wherever :meth:`product` gives factors.
     """
@@ -59,6 +60,7 @@ class Lora(Scaled):
     fixed_rank: ClassVar[bool] = False
     agrees: ClassVar[frozenset[str]] = frozenset()
     ties: ClassVar[bool] = True
+    needs_dense_pair: ClassVar[str] = ""
     held_in: ClassVar[tuple[str, str, str, str] | None] = ("lora_A", "lora_B", "lora_dropout", "scaling")
     layer_base: ClassVar[Any] = ScaledLayer
     more_kinds: ClassVar[tuple[Kind, ...]] = PARALLEL
@@ -116,7 +118,8 @@ class Lora(Scaled):
     @classmethod
     def refuses(cls, kind: Kind, module: nn.Module, config: LoraConfig) -> str | None:
         """Why a variant has no meaning on such a layer, or None."""
-        return None
+        reason = kind.no_dense_pair(module) if cls.needs_dense_pair else None
+        return f"{cls.needs_dense_pair}, but {reason}" if reason else None
 
     def create(self, config: LoraConfig, key: str) -> None:
         self.r = resolve_pattern(config.rank_pattern, key, config.r)
