@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -20,7 +19,7 @@ from peft.core.filling import skip_values
 from peft.core.layer.rewritten import for_a_start, give_back
 from peft.core.layer.scaled import ScaledLayer
 from peft.kernels import Factors, active_rate, bare_weight
-from peft.tuners.lora.config import LoraConfig
+from peft.tuners.lora.config import LoraConfig, divisor
 from peft.tuners.lora.initialize import initialize, is_drawn, refusal
 from peft.tuners.lora.megatron import PARALLEL, ParallelLinear
 from peft.tuners.lora.pairs import split_pair, without_padding
@@ -235,7 +234,7 @@ class Lora(Scaled):
 
     def initial_scaling(self) -> float:
         """lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA (arXiv 2312.03732)."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+        return self.lora_alpha / divisor(self.r, self.use_rslora)
 
     # --- files ------------------------------------------------------------------------------------------------
     def as_saved(self, saved: str, tensor: torch.Tensor) -> torch.Tensor:
