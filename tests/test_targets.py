@@ -433,16 +433,23 @@ class TestTheNameAnew:
         expected, weights, names = model(X).detach(), base_weights(model), [n for n, _ in net.named_modules()]
 
         def fail(*args: object) -> None:
-            raise RuntimeError("half way")
+            raise KeyboardInterrupt  # a user who does not want to wait; any error is no other
 
         monkeypatch.setattr("peft.core.model.tuner.add_auxiliary", fail)
-        with warnings.catch_warnings(), pytest.raises(RuntimeError, match="half way"):
+        with warnings.catch_warnings(), pytest.raises(KeyboardInterrupt):
             warnings.simplefilter("ignore")
             get_peft_model(net, LoraConfig(target_modules=["blocks.0.layer"], bias="all"))
-        assert [n for n, _ in net.named_modules()] == names
+        with pytest.raises(KeyboardInterrupt):
+            model.add_adapter("second", config_of(method, **fields))
+        assert [n for n, _ in net.named_modules()] == names and list(model.peft_config) == ["default"]
         torch.testing.assert_close(model(X), expected)
         for name, weight in base_weights(model).items():
             torch.testing.assert_close(weight, weights[name])
+        fresh = base()
+        with pytest.raises(KeyboardInterrupt):
+            get_peft_model(fresh, config_of(method, **fields))
+        assert [n for n, _ in fresh.named_modules()] == [n for n, _ in base().named_modules()]
+        assert not fresh._forward_pre_hooks and "_peft_record" not in fresh.__dict__
 
 
 class TestMerged:

@@ -183,7 +183,7 @@ class ModelFiles:
         try:
             with _naming(model_id, "adapter_model", config):
                 peft_model._load(adapter_name, weights, config.peft_version, kwargs, filling.skipped, **placing)
-        except Exception:
+        except BaseException:
             # Unloading freezes the base, and what trained before is to train again.
             peft_model._tuner.unload().requires_grad_(True)
             for p in frozen:
@@ -242,7 +242,7 @@ class ModelFiles:
         try:
             with _naming(model_id, "adapter_model", config):
                 result = self._load(adapter_name, weights, config.peft_version, kwargs, filling.skipped, **placing)
-        except Exception:
+        except BaseException:
             if fresh:
                 self.delete_adapter(adapter_name)
             raise

@@ -125,7 +125,7 @@ class MixedModel(BaseTuner):
                             setattr(self, attribute, getattr(part, attribute))
                 if config not in config.members:
                     add_auxiliary(model, adapter_name, config)
-            except Exception:
+            except BaseException:
                 self._forget_prompt(adapter_name)
                 self._take_back(model, adapter_name)
                 raise

@@ -287,7 +287,7 @@ def merge(
     for path, layer in layers:
         try:
             layer.merge(safe_merge, adapter_names)
-        except Exception as error:
+        except BaseException as error:
             for (_, other), names in zip(layers, before):
                 if other.merged_adapters != names:
                     other.unmerge()
@@ -380,7 +380,7 @@ def unload(
         back = dequantize(model, adapter_names) if dequantize_first else None
         try:
             merge(model, adapter_names, safe_merge, _unloads_itself)
-        except Exception:
+        except BaseException:
             if back is not None:
                 back()
             raise

@@ -169,7 +169,7 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
                 keys = None if state_dict is None else keys_of(model, state_dict, self.layer_cls)
                 self.prepare_config(config, model, keys)
                 self._adapt(model, name, config, low_cpu_mem_usage)
-            except Exception:
+            except BaseException:
                 self._take_back(model, name)
                 if replicated:
                     restore_layers(model)
@@ -221,7 +221,7 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
         self.peft_config[name] = config
         try:
             self.inject_adapter(self.model, name, False, low_cpu_mem_usage, state_dict)
-        except Exception:
+        except BaseException:
             self.peft_config.pop(name)
             self.peft_config.update({name: before} if before else {})
             raise

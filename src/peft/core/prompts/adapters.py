@@ -102,7 +102,7 @@ class PromptTuner(Manager):
             with torch.device("meta") if low_cpu_mem_usage else nullcontext():
                 encoder = self._made(cls, config, word_embeddings)
                 add_auxiliary(model, adapter_name, config)
-        except Exception:
+        except BaseException:
             operations.remove(model, adapter_name)
             raise
         self.prompts.add(adapter_name, encoder, autocast_adapter_dtype)
