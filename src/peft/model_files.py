@@ -17,7 +17,7 @@ from peft.config import PeftConfig
 from peft.core.composition.config import CompositionConfig
 from peft.core.files.card import create_or_update_model_card
 from peft.core.files.entries import entries
-from peft.core.files.io import CONFIG_NAME, hub_options, load_peft_weights, write_adapter
+from peft.core.files.io import CONFIG_NAME, HUB_KEYWORDS, hub_options, load_peft_weights, write_adapter
 from peft.core.files.state_dict import LoadResult, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.core.filling import filled_later
 from peft.core.model import operations
@@ -27,11 +27,16 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.options import value_of
 from peft.tuners.lora.experts import convert_peft_adapter_state_dict_for_transformers
 from peft.utils.error import CheckpointError, ConfigError, ConfigFileError, PeftError
+from peft.utils.usage import tell_misspelt
 from peft.utils.warning import PeftWarning
 
 
 if TYPE_CHECKING:
     from peft.peft_model import PeftModel
+
+
+_ALSO_READ = ("torch_device", "ignore_mismatched_sizes", "peft_config", "subfolder", *HUB_KEYWORDS)
+"""Keywords that loading reads beside its parameters."""
 
 
 class ModelFiles:
@@ -88,6 +93,7 @@ class ModelFiles:
         """
         if os.path.isfile(save_directory):
             raise ConfigFileError(f"{save_directory} is a file; save_pretrained needs a folder.")
+        tell_misspelt(ModelFiles.save_pretrained, kwargs, ["state_dict"])
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         operations.require_adapters(self, names, self.peft_config)
         if not is_main_process and kwargs.get("state_dict") is not None:
@@ -168,6 +174,7 @@ class ModelFiles:
             >>> model = PeftModel.from_pretrained(base, "adapter", is_trainable=True)
         """
         hub = hub_options(kwargs)
+        tell_misspelt(ModelFiles.from_pretrained, kwargs, _ALSO_READ)
         model = plain_model(model, adapter_name)
         config = _read_config(model_id, config, is_trainable, hub)
         if isinstance(config, CompositionConfig):
@@ -226,6 +233,7 @@ class ModelFiles:
         """
         hub = hub_options(kwargs)
         config = _read_config(model_id, kwargs.pop("peft_config", None), is_trainable, hub)
+        tell_misspelt(ModelFiles.load_adapter, kwargs, _ALSO_READ)
         _start_from_file(config)
         weights = load_peft_weights(model_id, torch_device, key_mapping, **hub)
         fresh = adapter_name not in self.peft_config

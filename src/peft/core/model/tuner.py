@@ -26,6 +26,7 @@ from peft.core.model.beside import TASK_HEADS, add_auxiliary
 from peft.core.model.losses import adds_to_loss, extra_loss
 from peft.core.model.manager import Manager, check_adapter_name
 from peft.core.model.record import context_of, drop_record, record_of
+from peft.core.model.replacing import replacing
 from peft.core.model.replicate import replicate_layers, restore_layers
 from peft.core.model.targeting import Target, find_targets, resolve_targets, tell_no_ties
 from peft.core.model.unfilled import refuse_unfilled
@@ -149,7 +150,7 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
             ValueError: if the config does not fit the model; the model is unchanged.
         """
         check_adapter_name(adapter_name)
-        with operations.replacing(model, adapter_name):
+        with replacing(model, adapter_name):
             self.place(model, adapter_name, low_cpu_mem_usage, state_dict)
         self.settle(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
 
