@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers.utils import PushToHubMixin
 
+from peft._lazy import also_known
 from peft.compat.model import ModelCompat
 from peft.config import PeftConfig
 from peft.core.blocks.skipping import blocks_skipped
@@ -544,3 +545,6 @@ MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
     "QUESTION_ANS": PeftModelForQuestionAnswering,
     "FEATURE_EXTRACTION": PeftModelForFeatureExtraction,
 }
+
+
+also_known(__name__)
