@@ -128,7 +128,7 @@ def brought(load_thirtieth: Callable[[], dict[str, float]], shape: dict[str, int
 
 # --- routed --------------------------------------------------------------------------------------------------
 EXPERTS, CHOSEN = 8, 2
-SIZES = {"widths": [576, 1024, 2048, 4096], "ranks": [8, 16, 32, 64, 128], "tokens": [1, 8, 64, 512, 4096]}
+SIZES = {"widths": [576, 1024, 4096], "ranks": [8, 16, 32, 64, 128], "tokens": [1, 8, 64, 512, 2048]}
 
 
 def routed(width: int, rank: int, count: int, backward: bool) -> tuple[float, float]:
@@ -151,7 +151,7 @@ def routed(width: int, rank: int, count: int, backward: bool) -> tuple[float, fl
     layer = model.base_model.model[0]
     router, experts = layer.adapters["router"], [layer.adapters[name] for name in names]
     pairs = [(a.detach(), b.detach()) for a, b in (expert.pair() for expert in experts)]
-    directions, stack = router.experts(experts).directions, stacked(pairs, once=False)
+    directions, stack = router.experts(experts).directions, stacked(pairs, [1.0] * EXPERTS, once=False)
     x, dy = torch.randn(count, width).requires_grad_(backward), torch.randn(count, width)
 
     def in_turn_of_experts() -> torch.Tensor:

@@ -151,7 +151,7 @@ def test_what_was_not_chosen_is_not_computed(tokens: int, once: bool) -> None:
     size, experts, ranks = 32, 8, [4, 3] * 4
     x, pairs = torch.randn(tokens, size), [(torch.randn(r, size) / r, torch.randn(size, r)) for r in ranks]
     x.requires_grad_()
-    directions, stack = torch.stack([direction(*pair) for pair in pairs]), stacked(pairs, once)
+    directions, stack = torch.stack([direction(*pair) for pair in pairs]), stacked(pairs, [1.0] * experts, once)
     each = torch.stack([x @ a.T @ b.T for a, b in pairs], 1)  # [tokens, experts, size]
     flops = []
     for k in (2, 8):
@@ -172,14 +172,14 @@ def test_what_was_not_chosen_is_not_computed(tokens: int, once: bool) -> None:
         flops.append(ways[mixed_by_token])
         if tokens == 1:
             with torch.no_grad():
-                one = mixed_for_one(x, directions, k, 1.0, pairs, stack.ups, [1.0] * experts)
+                one = mixed_for_one(x, directions, k, 1.0, pairs, stack.ups)
             torch.testing.assert_close(one, found)
 
 
 def test_few_tokens_and_low_ranks_go_through_all_experts() -> None:
     def cheaper(tokens: int, r: int, width: int = 1024) -> bool:
         pairs = [(torch.empty(r, width, device="meta"), torch.empty(width, r, device="meta"))] * 8
-        return is_stack_cheaper(tokens, stacked(pairs, True), 2)
+        return is_stack_cheaper(tokens, stacked(pairs, [1.0] * 8, True), 2)
 
     assert [cheaper(*shape) for shape in ((4096, 16), (8, 64), (512, 64), (64, 128))] == [True, True, False, False]
 

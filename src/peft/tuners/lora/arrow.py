@@ -15,7 +15,6 @@ from peft.kernels.autocast import is_autocast
 from peft.kernels.linear import is_eager
 from peft.tuners.lora.arrow_products import (
     Pairs,
-    Stack,
     is_stack_cheaper,
     mixed_by_stack,
     mixed_by_token,
@@ -34,14 +33,13 @@ class Experts(NamedTuple):
 
     Attributes:
         pairs: A ``[r, in]`` and B ``[out, r]`` of each expert. directions: ``[experts, in]``.
-        stack: the same pairs in a :class:`Stack`. scales: s of each, ``[experts]``.
+        stack: the same pairs in a :class:`Stack`.
         stamp: changes when something does that they were made of. trains: gradients flow into the pairs.
     """
 
     pairs: Pairs
     directions: torch.Tensor
     stack: Any
-    scales: torch.Tensor
     stamp: tuple
     trains: bool
 
@@ -107,13 +105,12 @@ class Arrow(Lora):
         flat, stack = adapters[0].cast(x).reshape(-1, x.shape[-1]), experts.stack
         routing, eager = (experts.directions, options.top_k, options.router_temperature), is_eager(x)
         if eager and len(flat) == 1 and not torch.is_grad_enabled() and not is_autocast(x.device.type):
-            y = mixed_for_one(flat, *routing, experts.pairs, stack.ups, [adapter.scaling for adapter in adapters])
+            y = mixed_for_one(flat, *routing, experts.pairs, stack.ups)
         else:
             chosen, weights = route(flat, *routing)
-            weights = (weights * experts.scales[chosen]).to(flat.dtype)
             # What is traced may not depend on how many tokens chose an expert.
             way = mixed_by_stack if not eager or is_stack_cheaper(len(flat), stack, options.top_k) else mixed_by_token
-            y = way(flat, chosen, weights, stack)
+            y = way(flat, chosen, weights.to(flat.dtype), stack)
         return self.lora_dropout(y).view(*x.shape[:-1], -1)
 
     def experts(self, adapters: Sequence[Lora]) -> Experts:
@@ -134,7 +131,7 @@ class Arrow(Lora):
                 pairs = without_common(pairs, [adapter.pair() for adapter in general])
             known = kept is not None and kept.stamp == stamp
             directions = kept.directions if known else torch.stack([direction(a, b) for a, b in pairs])
-            made = Experts(pairs, directions, stacked(pairs, trains), directions.new_tensor(scales), stamp, trains)
+            made = Experts(pairs, directions, stacked(pairs, scales, trains), stamp, trains)
         self.arrow_experts = made._replace(pairs=[], stack=None) if trains else made  # no graph outlives its call
         return made
 

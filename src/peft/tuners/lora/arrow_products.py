@@ -27,7 +27,7 @@ class Stack(NamedTuple):
     """The factors of all experts beside each other, turned, by which thin products are up to four times as fast.
 
     Attributes:
-        down: all A^T, ``[in, sum of r]``. up: all B^T, ``[sum of r, out]``. owner: the expert of each rank.
+        down: all A^T, ``[in, sum of r]``. up: all s B^T, ``[sum of r, out]``. owner: the expert of each rank.
         downs, ups: the parts of each expert, views of them.
     """
 
@@ -38,14 +38,15 @@ class Stack(NamedTuple):
     ups: tuple[torch.Tensor, ...]
 
 
-def stacked(pairs: Pairs, once: bool) -> Stack:
-    """The stack of experts with A ``[r, in]`` and B ``[out, r]``.
+def stacked(pairs: Pairs, scales: Sequence[float], once: bool) -> Stack:
+    """The stack of experts with A ``[r, in]``, B ``[out, r]`` and s.
 
     Args:
         once: for one call. Turning the numbers takes longer than that gains.
     """
     ranks = [len(a) for a, _ in pairs]
-    down, up = torch.cat([a for a, _ in pairs]).t(), torch.cat([b for _, b in pairs], 1).t()
+    down = torch.cat([a for a, _ in pairs]).t()
+    up = torch.cat([b if s == 1 else b * s for (_, b), s in zip(pairs, scales)], 1).t()
     if not once:
         down, up = down.contiguous(), up.contiguous()
     owner = torch.arange(len(pairs)).repeat_interleave(torch.tensor(ranks)).to(down.device)
@@ -78,7 +79,7 @@ def mixed_by_stack(x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor,
 
 
 def mixed_by_token(x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, stack: Stack) -> torch.Tensor:
-    """sum_e c_e B_e A_e x ``[tokens, out]``, each expert for the tokens that chose it.
+    """sum_e c_e s_e B_e A_e x ``[tokens, out]``, each expert for the tokens that chose it.
 
     Args:
         x: ``[tokens, in]``. chosen, c: ``[tokens, k]``.
@@ -103,19 +104,18 @@ def mixed_for_one(
     temperature: float,
     pairs: Pairs,
     ups: Sequence[torch.Tensor],
-    scales: Sequence[float],
 ) -> torch.Tensor:
     """The same for one token ``[1, in]``, routed as by :func:`route`, without gradients: as when text is generated.
 
     A handful of numbers is faster to choose from in Python than by operations on tensors.
 
     Args:
-        ups: B^T of each expert, ``[r, out]``. scales: s_e, by which c_e is multiplied.
+        ups: s B^T of each expert, ``[r, out]``.
     """
     likeness = torch.mm(x.to(directions.dtype), directions.t()).abs().flatten().tolist()
     chosen = sorted(range(len(likeness)), key=likeness.__getitem__, reverse=True)[:top_k]
     shares = [math.exp((likeness[e] - likeness[chosen[0]]) / temperature) for e in chosen]
-    y = x.new_zeros(1, ups[0].shape[1])
+    total, y = sum(shares), x.new_zeros(1, ups[0].shape[1])
     for e, share in zip(chosen, shares):
-        y.addmm_(torch.mm(x, pairs[e][0].t()), ups[e], alpha=share / sum(shares) * scales[e])
+        y.addmm_(torch.mm(x, pairs[e][0].t()), ups[e], alpha=share / total)
     return y
