@@ -38,6 +38,7 @@ from peft.utils.error import (
     NotSupportedYetError,
     UnknownMethodError,
     nearest,
+    some,
 )
 from peft.utils.peft_types import (
     CONFIGS_OF_NO_METHOD,
@@ -135,7 +136,7 @@ def _told_by(values: dict[str, Any]) -> str:
     for fields, what in _OTHER_TOOLS.items():
         if sum(field in values for field in fields) >= min(2, len(fields)):
             return f" As {', '.join(f for f in fields if f in values)} tell, {what}."
-    return f" It has the fields {', '.join(map(repr, list(values)[:5]))}." if values else " It is empty."
+    return f" It has the fields {some(map(repr, values))}." if values else " It is empty."
 
 
 _hints: Callable[[type], dict[str, Any]] = functools.cache(typing.get_type_hints)  # needed for each file

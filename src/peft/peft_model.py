@@ -288,24 +288,14 @@ class PeftModel(ModelCompat, ModelFiles, Compositions, PushToHubMixin, nn.Module
         tasks = kwargs.pop("task_ids", None)
         context = context_of(self.get_base_model())
         context.begin()
-        before, tasks_before, held = context.adapter_names, context.task_ids, context.held
-        if names is None and tasks is None and before is None and tasks_before is None:
+        if names is None and tasks is None and context.adapter_names is None and context.task_ids is None:
             return function(*args, **kwargs)
         if tasks is not None:
             tasks = torch.as_tensor(tasks).reshape(-1)
             if len(tasks) != 1:  # one stands for the batch
                 self._check_length("task_ids", len(tasks), args, kwargs)
-        context.set_adapter_names(names)
-        context.task_ids = tasks
-        context.held = names is not None or tasks is not None
-        try:
-            with nullcontext() if names is None else without_fast_path():  # which knows one weight for all rows
-                return function(*args, **kwargs)
-        finally:
-            context.held = held
-            if not keep:  # a backward may still need them
-                context.set_adapter_names(before)
-                context.task_ids = tasks_before
+        with context.told(names, tasks, keep), nullcontext() if names is None else without_fast_path():
+            return function(*args, **kwargs)  # the fast path knows one weight for all rows
 
     def _check_rows(self, names: Sequence[str], args: tuple, kwargs: dict) -> None:
         known = [*self.peft_config, BASE]

@@ -213,13 +213,8 @@ class PolyCompat:
             return function(*args, **kwargs)
         context: Context = context_of(self.model)
         context.begin()
-        before, held = context.task_ids, context.held
-        context.task_ids, context.held = torch.as_tensor(task_ids).reshape(-1), True
-        try:
+        with context.told(context.adapter_names, torch.as_tensor(task_ids).reshape(-1), torch.is_grad_enabled()):
             return function(*args, **kwargs)
-        finally:
-            context.task_ids = before
-            context.held = held or torch.is_grad_enabled()  # a backward may run the forward again
 
 
 class AdaptionPromptCompat:
