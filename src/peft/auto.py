@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from peft._lazy import also_known
 from peft.config import PeftConfig
 from peft.core.files.io import TOKENIZER_CONFIG_NAME, hub_options, locate
 from peft.options import value_of
@@ -224,3 +225,6 @@ class AutoPeftModelForFeatureExtraction(_BaseAutoPeftModel):
 
     auto_class = AUTO_CLASSES["FEATURE_EXTRACTION"]
     peft_class = PeftModelForFeatureExtraction
+
+
+also_known(__name__)

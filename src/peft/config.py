@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from peft._lazy import also_known
 from peft._version import __version__
 from peft.core.files.io import CONFIG_NAME, hub_options, locate, replacing
 from peft.options import Options, check_choice, check_regexes, compiled, option, value_of
@@ -663,3 +664,6 @@ def resolve_pattern(pattern: dict[str, Any] | None, key: str, default: Any) -> A
     matched = match_pattern(pattern, key)
     note(pattern, () if matched is None else (matched,))
     return default if matched is None else pattern[matched]
+
+
+also_known(__name__)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers.utils import PushToHubMixin
 
+from peft._lazy import also_known
 from peft.compat.model import ModelCompat
 from peft.config import PeftConfig
 from peft.core.blocks.skipping import blocks_skipped
@@ -355,7 +356,7 @@ class PeftModel(ModelCompat, ModelFiles, PushToHubMixin, nn.Module):
         self.peft_config[adapter_name] = peft_config
         try:
             self._tuner.inject_adapter(self.get_base_model(), adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
-        except Exception:
+        except BaseException:
             del self.peft_config[adapter_name]
             raise
         note_base(peft_config, self.get_base_model())
@@ -533,3 +534,6 @@ MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
     "QUESTION_ANS": PeftModelForQuestionAnswering,
     "FEATURE_EXTRACTION": PeftModelForFeatureExtraction,
 }
+
+
+also_known(__name__)
