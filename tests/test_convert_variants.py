@@ -17,8 +17,20 @@ from torch import nn
 from toys import tiny_llama
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from peft import Average, BottleneckConfig, Fuse, LoHaConfig, LoraConfig, PeftMixedModel, PeftModel, get_peft_model
-from peft.convert import convert_adapter, format_of
+from peft import (
+    Average,
+    BottleneckConfig,
+    Fuse,
+    LoHaConfig,
+    LoraConfig,
+    PeftMixedModel,
+    PeftModel,
+    get_peft_model,
+    load_peft_weights,
+)
+from peft.convert import convert_adapter, format_of, resize_adapter
+from peft.tools.inspection import inspect_adapter
+from peft.tools.merging import merge_files
 from peft.utils.error import ConfigError
 
 
@@ -229,17 +241,38 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
 
 
 def test_shards_are_read_by_their_index(tmp_path: Path) -> None:
+    """By whatever reads an adapter; saving one file over them takes the index away."""
     base, model = lora(tmp_path / "whole")
+    base.save_pretrained(tmp_path / "base")
     tensors = load_file(tmp_path / "whole" / "adapter_model.safetensors")
-    (tmp_path / "parts").mkdir()
+    parts = tmp_path / "parts"
+    parts.mkdir()
     places = {name: f"adapter_model-0000{1 + place % 2}-of-00002.safetensors" for place, name in enumerate(tensors)}
     for file in set(places.values()):
-        save_file({n: t for n, t in tensors.items() if places[n] == file}, tmp_path / "parts" / file)
-    index = tmp_path / "parts" / "adapter_model.safetensors.index.json"
+        save_file({n: t for n, t in tensors.items() if places[n] == file}, parts / file)
+    index = parts / "adapter_model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    (tmp_path / "parts" / "adapter_config.json").write_bytes((tmp_path / "whole" / "adapter_config.json").read_bytes())
-    convert_adapter(tmp_path / "parts", "peft", tmp_path / "one")
+    (parts / "adapter_config.json").write_bytes((tmp_path / "whole" / "adapter_config.json").read_bytes())
+    convert_adapter(parts, "peft", tmp_path / "one")
     same_tensors(tensors, load_file(tmp_path / "one" / "adapter_model.safetensors"))
+    same_tensors(tensors, load_peft_weights(parts))
+    assert inspect_adapter(parts).parameters == sum(t.numel() for t in tensors.values())
+    resize_adapter(parts, tmp_path / "small", rank=1)
+    merge_files(tmp_path / "base", {"default": str(parts)}, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(merged(IDS).logits, model(IDS).logits)
+    loaded = PeftModel.from_pretrained(base, parts)
+    torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits)
+    for damaged, words in (({"x": "../whole/adapter_model.safetensors"}, "not a file beside it"), (["x"], "no index")):
+        index.write_text(json.dumps({"weight_map": damaged}))
+        with pytest.raises(ValueError, match=words):
+            load_peft_weights(parts)
+    index.write_text(json.dumps({"weight_map": places}))
+    (parts / places[next(iter(places))]).unlink()
+    with pytest.raises(FileNotFoundError, match="adapter_model-00001-of-00002"):
+        inspect_adapter(parts)
+    loaded.save_pretrained(parts, save_embedding_layers=False)
+    assert not index.exists() and load_peft_weights(parts).keys() == tensors.keys()
 
 
 def test_components_come_back_into_one_file(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def dies_at(end, function, *args):
 
 def read(folder):
     """The marks in config and weights, as this package finds them."""
-    with open(locate(folder, CONFIG_NAME)) as config, open(locate_weights(folder)) as weights:
+    with open(locate(folder, CONFIG_NAME)) as config, open(*locate_weights(folder)) as weights:
         return json.load(config)["mark"], int(weights.read())
 
 

@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from peft._lazy import also_known
 from peft._version import __version__
 from peft.core.files.io import CONFIG_NAME, hub_options, locate, replacing
 from peft.options import Options, check_choice, check_regexes, compiled, option, value_of
@@ -38,6 +39,7 @@ from peft.utils.error import (
     NotSupportedYetError,
     UnknownMethodError,
     nearest,
+    some,
 )
 from peft.utils.peft_types import (
     CONFIGS_OF_NO_METHOD,
@@ -135,7 +137,7 @@ def _told_by(values: dict[str, Any]) -> str:
     for fields, what in _OTHER_TOOLS.items():
         if sum(field in values for field in fields) >= min(2, len(fields)):
             return f" As {', '.join(f for f in fields if f in values)} tell, {what}."
-    return f" It has the fields {', '.join(map(repr, list(values)[:5]))}." if values else " It is empty."
+    return f" It has the fields {some(map(repr, values))}." if values else " It is empty."
 
 
 _hints: Callable[[type], dict[str, Any]] = functools.cache(typing.get_type_hints)  # needed for each file
@@ -661,3 +663,6 @@ def resolve_pattern(pattern: dict[str, Any] | None, key: str, default: Any) -> A
     matched = match_pattern(pattern, key)
     note(pattern, () if matched is None else (matched,))
     return default if matched is None else pattern[matched]
+
+
+also_known(__name__)

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from peft._lazy import also_known
 from peft.core.files.entries import anatomy
 from peft.core.files.io import CONFIG_NAME, locate
 from peft.core.model.walk import layers_of
@@ -177,3 +178,6 @@ class KasaTrainerMixin(_PenaltyTrainerMixin):
     """
 
     penalty = "_get_kasa_loss"
+
+
+also_known(__name__)

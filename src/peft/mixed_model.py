@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from peft._lazy import also_known
 from peft.config import PeftConfig
 from peft.core.model.beside import add_auxiliary
 from peft.core.model.mixed import MixedModel
@@ -89,3 +90,6 @@ class PeftMixedModel(PeftModel):
     def unload(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Return the plain model, without any adapter."""
         return self.base_model.unload(*args, **kwargs)
+
+
+also_known(__name__)

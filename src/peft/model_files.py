@@ -15,6 +15,7 @@ from torch import nn
 
 from peft.config import PeftConfig
 from peft.core.composition.config import CompositionConfig
+from peft.core.composition.model import Compositions
 from peft.core.files.card import create_or_update_model_card
 from peft.core.files.entries import entries
 from peft.core.files.io import CONFIG_NAME, hub_options, load_peft_weights, write_adapter
@@ -26,7 +27,7 @@ from peft.core.model.walk import layers_of, surveyed, walk
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.options import value_of
 from peft.tuners.lora.experts import convert_peft_adapter_state_dict_for_transformers
-from peft.utils.error import CheckpointError, ConfigError, ConfigFileError, PeftError
+from peft.utils.error import CheckpointError, ConfigError, ConfigFileError, PeftError, some
 from peft.utils.warning import PeftWarning
 
 
@@ -34,25 +35,8 @@ if TYPE_CHECKING:
     from peft.peft_model import PeftModel
 
 
-class ModelFiles:
+class ModelFiles(Compositions):
     """Mixin of :class:`PeftModel`: an adapter as files, written, read, and put around a base model."""
-
-    peft_config: Any
-    base_model: Any
-    active_adapters: Any
-    get_base_model: Any
-    state_dict: Any
-    eval: Any
-    add_adapter: Any
-    set_adapter: Any
-    delete_adapter: Any
-    set_requires_grad: Any
-    _tuner: Any
-    _class_for: Any
-    _check_method: Any
-    _check_expression: Any
-    _from_composition: Any
-    _load_members: Any
 
     def save_pretrained(
         self,
@@ -168,31 +152,25 @@ class ModelFiles:
             >>> model = PeftModel.from_pretrained(base, "adapter", is_trainable=True)
         """
         hub = hub_options(kwargs)
+        placing = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
         model = plain_model(model, adapter_name)
         config = _read_config(model_id, config, is_trainable, hub)
         if isinstance(config, CompositionConfig):
-            placing = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
             return cls._from_composition(model, model_id, adapter_name, is_trainable, config, {**hub, **placing})
-        _start_from_file(config)
         weights = load_peft_weights(model_id, kwargs.get("torch_device"), key_mapping, **hub)
         held = [p for site in walk(model) for p in site.module._parameters.values() if p is not None]
         frozen = [p for p in held if not p.requires_grad]
-        placing = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
         with _naming(model_id, CONFIG_NAME, config), filled_later() as filling:
             peft_model = cls._class_for(config)(model, config, adapter_name, **placing)
         try:
-            with _naming(model_id, "adapter_model", config):
-                peft_model._load(adapter_name, weights, config.peft_version, kwargs, filling.skipped, **placing)
+            peft_model._load(model_id, adapter_name, config, is_trainable, weights, kwargs, filling.skipped, **placing)
         except Exception:
             # Unloading freezes the base, and what trained before is to train again.
             peft_model._tuner.unload().requires_grad_(True)
             for p in frozen:
                 p.requires_grad_(False)
             raise
-        config.inference_mode = not is_trainable
-        if is_trainable:
-            peft_model.set_requires_grad(adapter_name, True)
-        return peft_model if is_trainable else peft_model.eval()
+        return peft_model
 
     @surveyed()
     def load_adapter(
@@ -226,7 +204,6 @@ class ModelFiles:
         """
         hub = hub_options(kwargs)
         config = _read_config(model_id, kwargs.pop("peft_config", None), is_trainable, hub)
-        _start_from_file(config)
         weights = load_peft_weights(model_id, torch_device, key_mapping, **hub)
         fresh = adapter_name not in self.peft_config
         placing = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
@@ -240,49 +217,53 @@ class ModelFiles:
             else:
                 self._check_method(config)
         try:
-            with _naming(model_id, "adapter_model", config):
-                result = self._load(adapter_name, weights, config.peft_version, kwargs, filling.skipped, **placing)
+            return self._load(
+                model_id, adapter_name, config, is_trainable, weights, kwargs, filling.skipped, **placing
+            )
         except Exception:
             if fresh:
                 self.delete_adapter(adapter_name)
             raise
-        config.inference_mode = not is_trainable
-        if is_trainable:
-            self.set_requires_grad(adapter_name, True)
-        else:
-            self.eval()
-        return result
 
     def _load(
         self,
+        model_id: str | os.PathLike,
         name: str,
+        config: PeftConfig,
+        is_trainable: bool,
         weights: dict[str, torch.Tensor],
-        written_by: str | None,
         options: dict,
         without_values: bool,
         autocast_adapter_dtype: bool,
         low_cpu_mem_usage: bool,
     ) -> LoadResult:
-        ignore = options.get("ignore_mismatched_sizes", False)
-        weights = convert_peft_adapter_state_dict_for_transformers(self, self.peft_config[name], weights, name)
-        result = set_peft_model_state_dict(self, weights, name, ignore, low_cpu_mem_usage)
-        if result.missing_keys and result.unexpected_keys:
-            self._check_something_fits(name, result)
-        if without_values and (result.missing_keys or ignore) and not low_cpu_mem_usage:
-            self._start_over(name, autocast_adapter_dtype)  # what the file does not hold has to be drawn
-            result = set_peft_model_state_dict(self, weights, name, ignore)
-        left = entries(self, name) if low_cpu_mem_usage else ()
-        if empty := [entry.saved for entry in left if entry.tensor.device.type == "meta"]:
-            raise CheckpointError(
-                f"the file lacks {empty[:5]}, and low_cpu_mem_usage leaves nothing else to put there."
-            )
-        for _, layer in layers_of(self.get_base_model()):
-            if name in layer:
-                layer.adapters[name].upgrade(written_by or "0.0")  # older files do not say
+        """Give an adapter the values of a file; it then trains, or the model is in evaluation mode."""
+        with _naming(model_id, "adapter_model", config):
+            ignore = options.get("ignore_mismatched_sizes", False)
+            weights = convert_peft_adapter_state_dict_for_transformers(self, self.peft_config[name], weights, name)
+            result = set_peft_model_state_dict(self, weights, name, ignore, low_cpu_mem_usage)
+            if result.missing_keys and result.unexpected_keys:
+                self._check_something_fits(name, result)
+            if without_values and (result.missing_keys or ignore) and not low_cpu_mem_usage:
+                self._start_over(name, autocast_adapter_dtype)  # what the file does not hold has to be drawn
+                result = set_peft_model_state_dict(self, weights, name, ignore)
+            left = entries(self, name) if low_cpu_mem_usage else ()
+            if empty := [entry.saved for entry in left if entry.tensor.device.type == "meta"]:
+                raise CheckpointError(
+                    f"the file lacks {some(empty)}, and low_cpu_mem_usage leaves nothing else to put there."
+                )
+            for _, layer in layers_of(self.get_base_model()):
+                if name in layer:
+                    layer.adapters[name].upgrade(config.peft_version or "0.0")  # older files do not say
         if result.missing_keys:
             warnings.warn(_listed("Found missing adapter keys while loading the checkpoint", result.missing_keys))
         if result.unexpected_keys:
             warnings.warn(_listed("the checkpoint has tensors that the adapter does not", result.unexpected_keys))
+        config.inference_mode = not is_trainable
+        if is_trainable:
+            self.set_requires_grad(name, True)
+        else:
+            self.eval()
         return result
 
     def _check_something_fits(self, name: str, result: LoadResult) -> None:
@@ -353,7 +334,7 @@ def _naming(where: str | os.PathLike, part: str, config: PeftConfig) -> Iterator
 
 
 def _listed(what: str, names: list[str]) -> str:
-    return f"{what}: {names[:5]}" + (f" and {len(names) - 5} more." if len(names) > 5 else ".")
+    return f"{what}: {some(map(repr, names))}."
 
 
 def _read_config(model_id: str | os.PathLike, config: PeftConfig | None, is_trainable: bool, hub: dict) -> PeftConfig:
@@ -366,10 +347,6 @@ def _read_config(model_id: str | os.PathLike, config: PeftConfig | None, is_trai
         what = f"is a {config.peft_type} adapter" if config.peft_type else "has a config that names no peft_type"
         raise ConfigError(f"{model_id} {what}; this version has {', '.join(known)}.")
     config.inference_mode = not is_trainable
-    return config
-
-
-def _start_from_file(config: PeftConfig) -> None:
-    """Have virtual tokens start as the file says, not the config."""
-    for member in config.members:
+    for member in config.members:  # virtual tokens start as the file says, not the config
         member.inference_mode |= member.is_prompt_learning
+    return config

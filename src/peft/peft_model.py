@@ -11,13 +11,13 @@ import torch
 from torch import nn
 from transformers.utils import PushToHubMixin
 
+from peft._lazy import also_known
 from peft.compat.model import ModelCompat
 from peft.config import PeftConfig
 from peft.core.blocks.skipping import blocks_skipped
 from peft.core.composition.config import CompositionConfig
 from peft.core.composition.dividing import divided
 from peft.core.composition.expressions import Composition
-from peft.core.composition.model import Compositions
 from peft.core.files.entries import leave_out_repeats, prompts_of
 from peft.core.layer.rows import require_unmerged, without_fast_path
 from peft.core.model import operations
@@ -41,7 +41,7 @@ from peft.tools.status import (
 from peft.tuners.lora.experts import convert_config_for
 
 
-class PeftModel(ModelCompat, ModelFiles, Compositions, PushToHubMixin, nn.Module):
+class PeftModel(ModelCompat, ModelFiles, PushToHubMixin, nn.Module):
     """A base model with adapters of one method around it.
 
     Args:
@@ -289,24 +289,14 @@ class PeftModel(ModelCompat, ModelFiles, Compositions, PushToHubMixin, nn.Module
         tasks = kwargs.pop("task_ids", None)
         context = context_of(self.get_base_model())
         context.begin()
-        before, tasks_before, held = context.adapter_names, context.task_ids, context.held
-        if names is None and tasks is None and before is None and tasks_before is None:
+        if names is None and tasks is None and context.adapter_names is None and context.task_ids is None:
             return function(*args, **kwargs)
         if tasks is not None:
             tasks = torch.as_tensor(tasks).reshape(-1)
             if len(tasks) != 1:  # one stands for the batch
                 self._check_length("task_ids", len(tasks), args, kwargs)
-        context.set_adapter_names(names)
-        context.task_ids = tasks
-        context.held = names is not None or tasks is not None
-        try:
-            with nullcontext() if names is None else without_fast_path():  # which knows one weight for all rows
-                return function(*args, **kwargs)
-        finally:
-            context.held = held
-            if not keep:  # a backward may still need them
-                context.set_adapter_names(before)
-                context.task_ids = tasks_before
+        with context.told(names, tasks, keep), nullcontext() if names is None else without_fast_path():
+            return function(*args, **kwargs)  # the fast path knows one weight for all rows
 
     def _check_rows(self, names: Sequence[str], args: tuple, kwargs: dict) -> None:
         known = [*self.peft_config, BASE]
@@ -545,3 +535,6 @@ MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
     "QUESTION_ANS": PeftModelForQuestionAnswering,
     "FEATURE_EXTRACTION": PeftModelForFeatureExtraction,
 }
+
+
+also_known(__name__)

@@ -5,21 +5,20 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from peft.config import PeftConfig, resolve_pattern
-from peft.core.files.io import load_peft_weights, write_adapter
+from peft.core.files.io import PREFIX, load_peft_weights, write_adapter
 from peft.options import value_of
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.initialize import rewrites
 from peft.utils.error import ConfigError
 
 
-PREFIX = "base_model.model."
 GATED = "the adapter has gates (use_gating), which depend on the sample, so no pair of matrices does what it does"
 _PARTS = {
     ("lora_A", "weight"): "down",
@@ -232,9 +231,3 @@ def alpha_of_scale(scale: float, rank: int) -> float:
 def whole(number: float) -> float:
     """A number as an int where it is one, as configs are written."""
     return int(number) if float(number).is_integer() else float(number)
-
-
-def named(names: Iterable[str], count: int = 8) -> str:
-    """Some names for a message."""
-    given = sorted(names)
-    return ", ".join(given[:count]) + (f" and {len(given) - count} more" if len(given) > count else "")

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 
 from peft.config import resolve_pattern
-from peft.convert.held import PREFIX, Held, patterned, whole
+from peft.convert.held import Held, patterned, whole
 from peft.core.combine.ranks import halves, product_svd
+from peft.core.files.io import PREFIX
 from peft.core.layer.weight import wide
 from peft.tuners.lora.layer import Lora
 

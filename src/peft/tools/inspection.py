@@ -51,7 +51,7 @@ class AdapterReport:
 
     Attributes:
         method, base, task: as its config has them. settings: the fields that differ from their defaults.
-        parameters, bytes: of its file. dtypes: of its tensors.
+        parameters, bytes: of its file or files. dtypes: of its tensors.
         broken: tensors with NaN or infinite entries. zero: tensors of zeros alone.
         fits: whether it fits the base looked at; None where none was. why_not: the error, if not.
         layers: one for each weight, where there is a base.
@@ -100,7 +100,7 @@ def inspect_adapter(folder: str | os.PathLike, base: str | os.PathLike | None = 
         task=None if config.task_type is None else str(value_of(config.task_type)),
         settings=_settings(config),
         parameters=sum(t.numel() for t in tensors.values()),
-        bytes=os.path.getsize(locate_weights(folder)),
+        bytes=sum(map(os.path.getsize, locate_weights(folder))),
         dtypes=sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()}),
         broken=[name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()],
         zero=[name for name, t in tensors.items() if t.numel() and not t.any()],

@@ -22,7 +22,7 @@ from peft.core.model.context import BASE
 from peft.core.model.record import context_of
 from peft.core.model.walk import layers_of
 from peft.mapping_func import get_peft_model
-from peft.utils.error import CheckpointError, nearest
+from peft.utils.error import CheckpointError, nearest, some
 
 
 _ORIGIN = ("peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode")
@@ -211,8 +211,8 @@ class AdapterPool:
             result = set_peft_model_state_dict(self.model, dict(values), place)
             if result.missing_keys or result.unexpected_keys:
                 raise CheckpointError(
-                    f"the adapter does not fit its config: missing {result.missing_keys[:3]}, unexpected "
-                    f"{result.unexpected_keys[:3]}."
+                    f"the adapter does not fit its config: missing {some(result.missing_keys, 3)}, unexpected "
+                    f"{some(result.unexpected_keys, 3)}."
                 )
             own = None
         for key, tensor in (own or {}).items():

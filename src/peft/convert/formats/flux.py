@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from peft.config import resolve_pattern
-from peft.convert.held import PREFIX, Held, Pair, Pairs, held_of, is_lora, modules_of, named, pairs_of, patterned
+from peft.convert.held import Held, Pair, Pairs, held_of, is_lora, modules_of, pairs_of, patterned
 from peft.convert.source import Base, Bundle
+from peft.core.files.io import PREFIX
 from peft.tuners.loha import face_splitting
-from peft.utils.error import ConfigError
+from peft.utils.error import ConfigError, some
 
 
 _MLP_RATIO = 4  # of the hidden size, in all of Flux
@@ -165,7 +166,7 @@ def _modules(held: Held) -> dict[str, dict[str, torch.Tensor]]:
         module, _, part = name.removeprefix(PREFIX).rpartition(".")
         found.setdefault(module, {})[part] = tensor
     if saved := getattr(held.config, "modules_to_save", None):
-        raise ConfigError(f"whole modules have other names in Flux's two sets: {named(saved)}; take them out first.")
+        raise ConfigError(f"whole modules have other names in Flux's two sets: {some(saved)}; take them out first.")
     return found
 
 

@@ -12,8 +12,9 @@ from collections.abc import Iterable
 import torch
 
 from peft.convert.formats.flux import weight_in
-from peft.convert.held import PREFIX, Held, Pair
+from peft.convert.held import Held, Pair
 from peft.convert.source import Job
+from peft.core.files.io import PREFIX
 from peft.core.layer.weight import wide
 from peft.tuners.ia3 import IA3Config
 from peft.tuners.ln_tuning import LNTuningConfig

@@ -55,6 +55,10 @@ class Kind:
         """Why this very module cannot be adapted, or None."""
         return None
 
+    def target_name(self, key: str) -> str:
+        """What a config calls the weight that is adapted in the module of this name."""
+        return key
+
     def is_own(self, m: nn.Module) -> bool:
         """Whether the module's own forward is just :meth:`apply` with W as it is stored, and b."""
         return type(m) in self.types

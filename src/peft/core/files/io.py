@@ -17,6 +17,7 @@ Nothing here imports torch, safetensors or huggingface_hub until it is needed.
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import re
 import shutil
@@ -25,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from peft.utils.error import CheckpointError, ConfigFileError, MissingFileError
+from peft.utils.error import CheckpointError, ConfigFileError, MissingFileError, some
 
 
 if TYPE_CHECKING:
@@ -40,7 +41,11 @@ except ImportError:  # not on Windows: there the owner of a leftover is taken to
 CONFIG_NAME = "adapter_config.json"
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
 WEIGHTS_NAME = "adapter_model.bin"
+INDEX_NAME = "adapter_model.safetensors.index.json"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
+
+PREFIX = "base_model.model."
+"""What the names of an adapter's tensors start with in files, before the name of their module in the plain model."""
 
 SMALL = 64 << 20
 """Bytes of a file that may be in memory twice for a moment."""
@@ -84,7 +89,7 @@ def locate(where: str | os.PathLike, *names: str, subfolder: str | None = None, 
         if (path := _current(folder, name)) is not None:
             return path
     inside = sorted(n for n in os.listdir(folder) if any(os.path.isfile(os.path.join(folder, n, x)) for x in names))
-    there = ", ".join(sorted(n for n in os.listdir(folder) if not n.startswith("."))[:8]) or "nothing"
+    there = some({n for n in os.listdir(folder) if not n.startswith(".")}, 8) or "nothing"
     hint = f"Adapters are in its sub-folders {inside}: name one as `subfolder`." if inside else f"It holds {there}."
     raise MissingFileError(f"Can't find {_any_of(names)} in the folder {folder!r}. {hint}")
 
@@ -124,9 +129,33 @@ def _download(repo_id: str, names: tuple[str, ...], subfolder: str | None, hub: 
     raise MissingFileError(start + reason) from cause
 
 
-def locate_weights(where: str | os.PathLike, subfolder: str | None = None, **hub: Any) -> str:
-    """Path of an adapter's weights; `MissingFileError` if there are none."""
-    return locate(where, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, subfolder=subfolder, **hub)
+def locate_weights(where: str | os.PathLike, subfolder: str | None = None, **hub: Any) -> list[str]:
+    """Paths of an adapter's weights: one file, or those that an index names.
+
+    Raises:
+        MissingFileError: there are none, or not all that the index names.
+        CheckpointError: the index is damaged.
+    """
+    path = locate(where, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, INDEX_NAME, subfolder=subfolder, **hub)
+    if os.path.basename(path) != INDEX_NAME:
+        return [path]
+    return [locate(where, name, subfolder=subfolder, **hub) for name in named_by_index(path)]
+
+
+def named_by_index(path: str | os.PathLike) -> list[str]:
+    """Names of the files over which an index spreads tensors, each once and in their order.
+
+    Raises:
+        CheckpointError: it is no index, or names files outside of its folder.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            names = sorted({*json.load(file)["weight_map"].values()})
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged or no index of files ({type(error).__name__}: {error}).") from error
+    if outside := [name for name in names if os.path.basename(name) != name]:
+        raise CheckpointError(f"{path} names {outside[0]!r}, which is not a file beside it.")
+    return names
 
 
 # --- reading ---------------------------------------------------------------------------------------------------
@@ -146,8 +175,8 @@ def load_peft_weights(
             first that matches counts.
 
     Raises:
-        FileNotFoundError: if there is no file of weights.
-        ValueError: if the file is damaged, or a key of ``key_mapping`` is no regular expression.
+        FileNotFoundError: if there is no file of weights, or one that an index names is missing.
+        ValueError: if a file is damaged, or a key of ``key_mapping`` is no regular expression.
 
     Examples:
         >>> model.save_pretrained("adapter")
@@ -155,7 +184,8 @@ def load_peft_weights(
         >>> list(tensors)[0]
         'base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight'
     """
-    tensors = read_tensors(locate_weights(model_id, **hf_hub_download_kwargs), device)
+    files = locate_weights(model_id, **hf_hub_download_kwargs)
+    tensors = {name: tensor for file in files for name, tensor in read_tensors(file, device).items()}
     return tensors if not key_mapping else {_mapped(name, key_mapping): t for name, t in tensors.items()}
 
 
@@ -203,8 +233,7 @@ def checked_tensors(file: str, tensors: Any) -> dict[str, torch.Tensor]:
 
 def _mapped(name: str, key_mapping: dict[str, str]) -> str:
     """A name of a file after a mapping, whose patterns may be of names in the base model or in the file."""
-    prefix = "base_model.model."
-    inside = name.removeprefix(prefix)
+    inside = name.removeprefix(PREFIX)
     new = renamed(inside, key_mapping)
     return name[: len(name) - len(inside)] + new if new != inside else renamed(name, key_mapping)
 
@@ -390,7 +419,7 @@ def write_adapter(
 ) -> None:
     """Write an adapter's tensors and its config into a folder; what was there stays until all is written."""
     stale = WEIGHTS_NAME if safe_serialization else SAFETENSORS_WEIGHTS_NAME
-    with replacing(folder, stale) as path:
+    with replacing(folder, stale, INDEX_NAME) as path:
         write_weights(path, tensors, safe_serialization)
         config.save_pretrained(path(""))
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import safe_open
 
+from peft.core.files.io import named_by_index
 from peft.utils.error import MissingFileError
 
 
@@ -69,8 +70,7 @@ def _files(source: Path) -> list[Path]:
     if index is None:
         single = source / SINGLE
         return [single] if single.is_file() else sorted(source.glob("*.safetensors"))
-    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    files = [source / name for name in sorted(set(names))]
+    files = [source / name for name in named_by_index(index)]
     if lacks := [file.name for file in files if not file.is_file()]:
         raise MissingFileError(f"{source} lacks {lacks[0]}, which its {index.name} names: fetch the model again.")
     return files

@@ -32,7 +32,6 @@ from peft.core.model.unfilled import refuse_unfilled
 from peft.core.model.walk import (
     Holders,
     holders_of,
-    join,
     layers_of,
     locate,
     names_in,
@@ -42,7 +41,7 @@ from peft.core.model.walk import (
     surveyed,
     walk,
 )
-from peft.utils.error import ConfigError
+from peft.utils.error import ConfigError, some
 from peft.utils.usage import recording, remark
 
 
@@ -292,10 +291,8 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
                 source = locate(model, target.tied_to)
                 layer.tied_to[name] = next(w for _, w in source.wrappers if isinstance(w, self.layer_cls))
             key = target.called or target.key
-            if isinstance(target.kind, Stack):
-                key = f"{key}.{target.kind.weight}" if key else target.kind.weight
             if name not in layer.adapters:
-                self.give(layer, name, config, key)
+                self.give(layer, name, config, target.kind.target_name(key) if target.kind else key)
 
     def starts_slowly(self, config: Any) -> bool:
         """Whether making an adapter takes so long at each layer that progress is worth showing."""
@@ -339,7 +336,7 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
         """Names of the single parameters that adapters adapt (``target_parameters``)."""
         stacks = [layer for _, layer in layers_of(self.model) if isinstance(layer.kind, Stack)]
         # in the order of registration: they nest
-        return [join(layer.key, layer.kind.weight) for layer in reversed(stacks)]
+        return [layer.kind.target_name(layer.key) for layer in reversed(stacks)]
 
     # --- life of the adapters ---------------------------------------------------------------------------------
     def take_out(self, adapter_name: str) -> list[str]:
@@ -442,7 +439,6 @@ def keys_of(model: nn.Module, state_dict: dict[str, Any], layer_cls: type[BaseTu
             found.add(known[split.group(1)])
     if not found:
         raise ValueError(
-            f"the state dict has no tensors of {layer_cls.__name__} for modules of this model "
-            f"({', '.join(list(state_dict)[:3])}, ...)."
+            f"the state dict has no tensors of {layer_cls.__name__} for modules of this model ({some(state_dict, 3)})."
         )
     return found

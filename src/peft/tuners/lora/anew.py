@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft.core.files.io import PREFIX
 from peft.core.layer.placement import settle
 from peft.core.layer.rewritten import for_a_start
 from peft.core.model.targeting import exact_targets
@@ -19,7 +20,7 @@ def start_from(
     model: nn.Module, config: LoraConfig, name: str, layers: dict[str, Any], vectors: dict[str, torch.Tensor]
 ) -> None:
     """Give each layer its rank and its A; take the adapter from those that get none."""
-    paths = {path if path in vectors else path.removeprefix("base_model.model."): path for path in layers}
+    paths = {path if path in vectors else path.removeprefix(PREFIX): path for path in layers}
     if strange := [path for path in vectors if path not in paths]:
         raise ValueError(f"eva_state_dict has vectors for {strange[0]!r}, which is no layer with adapter {name!r}.")
     options = config.eva_config or EvaConfig()

@@ -26,7 +26,7 @@ from peft.core.model.walk import bare, join, layers_of, plain, surveyed, walk
 from peft.options import value_of
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.pairs import held_rank, of_rank, pair_blocks
-from peft.utils.error import CheckpointError, ConfigError
+from peft.utils.error import CheckpointError, ConfigError, some
 from peft.utils.peft_types import PeftType
 
 
@@ -167,16 +167,15 @@ class _Given:
         if any(entry.tensor.is_meta for entry in given.own):
             raise CheckpointError(f"adapter {adapter!r} has no values yet (low_cpu_mem_usage); load its file first.")
         if unexpected := given.unexpected:
-            more = f" and {len(unexpected) - 8} more" if len(unexpected) > 8 else ""
             raise CheckpointError(
-                f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(unexpected[:8])}{more}. "
+                f"Hot swapping the adapter did not succeed, unexpected keys found: {some(unexpected)}. "
                 "The adapter in the model needs all the targets of the new one: load the one with the most targets "
                 "first, or load the new one beside it with load_adapter."
             )
         if given.base:
             names = [attribute for (_, attribute), _ in given.base]
             raise CheckpointError(
-                f"Hot swapping the adapter did not succeed: the file has {names[:8]} of base layers, which no swap "
+                f"Hot swapping the adapter did not succeed: the file has {some(names)} of base layers, which no swap "
                 "can replace. Load it beside the other one with load_adapter."
             )
         views = {id(entry) for entry in given.own if not entry.memory}  # of the pair of another layer
@@ -202,7 +201,7 @@ class _Given:
         there = {id(entry.tensor) for entry, _ in self.found.values()}  # what layers share has a place in each
         missing = [e.saved for e in self.own.values() if id(e.tensor) not in there and e.put is None]
         if missing:
-            raise CheckpointError(f"Hot swapping the adapter did not succeed, missing keys: {', '.join(missing[:8])}.")
+            raise CheckpointError(f"Hot swapping the adapter did not succeed, missing keys: {some(missing)}.")
         for entry, value in self.found.values():
             if entry.tensor.shape != value.shape:
                 raise _mismatch(entry.saved, value.shape, entry.tensor.shape)
