@@ -52,7 +52,7 @@ class TunerModelStatus:
     """All adapters of a model; a field on which its layers differ is "irregular".
 
     Attributes:
-        base_model_type: class of the base model, or "other" for a model without a tuner around it that is not of transformers.
+        base_model_type: class of the base model; "other" for one without a tuner around it, unless transformers made it.
         adapter_model_type: class of the tuner, or "None".
         peft_types: adapter -> method.
         trainable_params: parameters that train now. total_params: all of them.
