@@ -52,7 +52,7 @@ class TunerModelStatus:
     """All adapters of a model; a field on which its layers differ is "irregular".
 
     Attributes:
-        base_model_type: class of the base model; "other" for one without a tuner around it, unless transformers made it.
+        base_model_type: class of the base model; "other" where no tuner is around it and it is not of transformers.
         adapter_model_type: class of the tuner, or "None".
         peft_types: adapter -> method.
         trainable_params: parameters that train now. total_params: all of them.
