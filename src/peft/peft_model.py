@@ -357,7 +357,7 @@ class PeftModel(ModelCompat, ModelFiles, PushToHubMixin, nn.Module):
         self.peft_config[adapter_name] = peft_config
         try:
             self._tuner.inject_adapter(self.get_base_model(), adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
-        except Exception:
+        except BaseException:
             del self.peft_config[adapter_name]
             raise
         note_base(peft_config, self.get_base_model())

@@ -183,7 +183,7 @@ class AdapterPool:
             place = self._make(config)
         try:
             self._fill(place, values, config)
-        except Exception:
+        except BaseException:
             self._remove(place)
             raise
         return place

@@ -18,6 +18,7 @@ from peft.core.model import operations
 from peft.core.model.beside import add_auxiliary
 from peft.core.model.manager import check_adapter_name
 from peft.core.model.record import behind
+from peft.core.model.replacing import replacing
 from peft.core.model.tuner import BaseTuner
 from peft.core.model.walk import layers_of
 from peft.core.prompts import NOTHING_TO_MERGE, PLAIN, PromptTuner, Task
@@ -111,21 +112,21 @@ class MixedModel(BaseTuner):
         check_adapter_name(adapter_name)
         if not config.members:
             raise ConfigError(f"{type(config).__name__} has no parts: give it the config of each.")
-        with operations.replacing(model, adapter_name):
+        with replacing(model, adapter_name):
             self._forget_prompt(adapter_name)
             try:
                 for member in config.members:
                     with _naming(config, member):
                         part = self._part(member)
                         if isinstance(part, PromptTuner):
-                            part.inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+                            part.place(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
                             continue
                         part.place(model, adapter_name, low_cpu_mem_usage, state_dict)
                         for attribute in part.layer_cls.adapter_cls.common:
                             setattr(self, attribute, getattr(part, attribute))
                 if config not in config.members:
                     add_auxiliary(model, adapter_name, config)
-            except Exception:
+            except BaseException:
                 self._forget_prompt(adapter_name)
                 self._take_back(model, adapter_name)
                 raise

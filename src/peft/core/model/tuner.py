@@ -26,6 +26,7 @@ from peft.core.model.beside import TASK_HEADS, add_auxiliary
 from peft.core.model.losses import adds_to_loss, extra_loss
 from peft.core.model.manager import Manager, check_adapter_name
 from peft.core.model.record import context_of, drop_record, record_of
+from peft.core.model.replacing import replacing
 from peft.core.model.replicate import replicate_layers, restore_layers
 from peft.core.model.targeting import Target, find_targets, resolve_targets, tell_no_ties
 from peft.core.model.unfilled import refuse_unfilled
@@ -148,7 +149,7 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
             ValueError: if the config does not fit the model; the model is unchanged.
         """
         check_adapter_name(adapter_name)
-        with operations.replacing(model, adapter_name):
+        with replacing(model, adapter_name):
             self.place(model, adapter_name, low_cpu_mem_usage, state_dict)
         self.settle(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
 
@@ -168,7 +169,7 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
                 keys = None if state_dict is None else keys_of(model, state_dict, self.layer_cls)
                 self.prepare_config(config, model, keys)
                 self._adapt(model, name, config, low_cpu_mem_usage)
-            except Exception:
+            except BaseException:
                 self._take_back(model, name)
                 if replicated:
                     restore_layers(model)
@@ -220,7 +221,7 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
         self.peft_config[name] = config
         try:
             self.inject_adapter(self.model, name, False, low_cpu_mem_usage, state_dict)
-        except Exception:
+        except BaseException:
             self.peft_config.pop(name)
             self.peft_config.update({name: before} if before else {})
             raise

@@ -15,6 +15,7 @@ from peft.core.gates import Gate
 from peft.core.model import operations
 from peft.core.model.beside import add_auxiliary
 from peft.core.model.manager import Manager, check_adapter_name
+from peft.core.model.replacing import replacing
 from peft.core.prompts.calls import PLAIN, Calls, Task
 from peft.core.prompts.gating import attentions
 from peft.core.prompts.generation import Generation
@@ -93,8 +94,15 @@ class PromptTuner(Manager):
         Raises:
             ValueError: if the config does not fit the model, which is then unchanged.
         """
-        config = self.peft_config[adapter_name]
         check_adapter_name(adapter_name, self.adapter_names)
+        with replacing(model, adapter_name):
+            self.place(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+
+    def place(
+        self, model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool, low_cpu_mem_usage: bool
+    ) -> None:
+        """Make them where nothing of that name is in the model, or only parts of the same adapter."""
+        config = self.peft_config[adapter_name]
         cls, word_embeddings = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type], self.word_embeddings
         settle_sizes(config, model, cls.as_prefix)
         cls.prepare_config(config)
@@ -102,7 +110,7 @@ class PromptTuner(Manager):
             with torch.device("meta") if low_cpu_mem_usage else nullcontext():
                 encoder = self._made(cls, config, word_embeddings)
                 add_auxiliary(model, adapter_name, config)
-        except Exception:
+        except BaseException:
             operations.remove(model, adapter_name)
             raise
         self.prompts.add(adapter_name, encoder, autocast_adapter_dtype)

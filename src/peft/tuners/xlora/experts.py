@@ -66,7 +66,7 @@ def load_experts(model: nn.Module, config: XLoraConfig, device: str | None, auto
             else:
                 options["peft_config"] = options.pop("config")  # as load_adapter names it
                 experts.load_adapter(path, name, torch_device=device, **options)
-    except Exception:
+    except BaseException:
         if experts is not None:
             experts.unload().requires_grad_(True)
             for p in frozen:
