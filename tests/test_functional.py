@@ -387,7 +387,7 @@ def test_state_dicts_that_do_not_fit_change_nothing():
     new = {name: tensor + 1 for name, tensor in before.items()}
     some = {name: tensor for name, tensor in new.items() if name != "lin0.bias"}
     for wrong, message in [
-        (some, "lacks \\['lin0.bias'\\]"),
+        (some, "lacks lin0.bias"),
         ({**new, "lin0.wieght": torch.ones(1)}, "Did you mean 'lin0.weight'"),
         ({**new, "lin1.bias": torch.ones(5)}, r"lin1.bias: \[5\] given, \[4\] in the model"),
     ]:
