@@ -455,6 +455,11 @@ class PeftConfigMixin(Options):
         return commit
 
     @property
+    def method_name(self) -> str:
+        """Its method as files name it, such as "LORA"."""
+        return str(value_of(self.peft_type))
+
+    @property
     def members(self) -> list[Any]:
         """One config for each method that the adapter is of: this one, unless it stands for several."""
         return [self]
@@ -468,6 +473,10 @@ class PeftConfigMixin(Options):
     def is_adaption_prompt(self) -> bool:
         """Whether the method is LLaMA-Adapter, which places prompts inside attention layers."""
         return self.peft_type == PeftType.ADAPTION_PROMPT
+
+
+ORIGIN = ("task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping")
+"""Fields of every config that say where an adapter is from and what for, and nothing of what it computes."""
 
 
 @dataclass

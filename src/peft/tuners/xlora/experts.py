@@ -9,7 +9,6 @@ from torch import nn
 from peft.config import PeftConfig
 from peft.core.model.replacing import restoring
 from peft.core.model.tuner import BaseTuner
-from peft.options import value_of
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.xlora.config import XLoraConfig
 from peft.tuners.xlora.layer import XLoraLayer
@@ -52,8 +51,9 @@ def load_experts(model: nn.Module, config: XLoraConfig, device: str | None, auto
         for name, path in (config.adapters or {}).items():
             found = PeftConfig.from_pretrained(path)
             if found.peft_type != PeftType.LORA:
-                kind = value_of(found.peft_type)
-                raise ConfigError(f"XLoraConfig: the expert {name!r} is a {kind} adapter; experts have to be LoRA.")
+                raise ConfigError(
+                    f"XLoraConfig: the expert {name!r} is a {found.method_name} adapter; experts have to be LoRA."
+                )
             if getattr(found, "modules_to_save", None) or getattr(found, "bias", "none") != "none":
                 raise ConfigError(
                     f"XLoraConfig: the expert {name!r} trains whole modules or biases, which cannot be weighed by "
