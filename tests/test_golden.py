@@ -34,7 +34,8 @@ AUTO = {
 }
 FRESH_DIFFERS = {"boft_llama": "the reference without its CUDA extension made one factor, though the config says two"}
 """Cases whose recorded adapter has other shapes than a fresh one; its files load all the same."""
-TIGHT = {"rtol": 1e-5, "atol": 1e-5}
+TIGHT = {"rtol": 1e-5, "atol": 5e-5}
+"""KaSA, OSF and PSOFT decompose the base, and two builds of LAPACK were seen to be 2e-5 apart in the outputs."""
 AMPLIFIED = {"randlora_llama": "steps along gradients of 15: the reference on two threads is 0.2 % off itself on one"}
 """Cases whose training is too unstable to be compared beyond the first step in float32."""
 OTHER_GRADIENT = {"c3a_llama": "the reference's gradient of the input is not that of its forward pass"}
