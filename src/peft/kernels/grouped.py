@@ -1,9 +1,9 @@
 """A batch whose rows have different low-rank updates: y_i = W x_i + b + s_g B_g A_g drop(x_i), g the update of row i.
 
-Without gradients the rows of each update are multiplied by its own factors. In training, and on GPUs, the factors of all
-are stacked, lower ranks filled up with zeros, and each layer does one batched product with the stack: short rows are
-put together by their updates; for long rows, which cost more to move, the factors of each are gathered instead. No
-stack outlives its call, as nothing tells what is written to ``parameter.data``; but those of layers whose adapters
+Without gradients the rows of each update are multiplied by its own factors. In training, and on GPUs, the factors of
+all are stacked, lower ranks filled up with zeros, and each layer does one batched product with the stack: short rows
+are put together by their updates; for long rows, which cost more to move, the factors of each are gathered instead.
+No stack outlives its call, as nothing tells what is written to ``parameter.data``; but those of layers whose adapters
 belong to a pool are kept until it puts others in their place.
 """
 
@@ -87,14 +87,17 @@ def _each(
         known[_TOGETHER] = order, order.argsort(), index.bincount(minlength=len(factors)).tolist()
     order, back, sizes = known[_TOGETHER]
     inner = x.index_select(0, order)
-    # a base that may be passed by computes each row alone; others, with hooks, may look at the batch
-    y = base_output(base, x, None, fresh).index_select(0, order) if weight is None else base_output(base, inner, weight)
+    if weight is not None:  # a base that may be passed by computes each row alone; others, with hooks, see the batch
+        y = base_output(base, inner, weight)
+    else:
+        y = base_output(base, x, None, fresh).index_select(0, order)
     with no_autocast(x):
         dtype, rows = product_dtype(y), y.view(-1, y.shape[-1])
         if drop is not None:
             inner = Dropped(*drop).copy(x).index_select(0, order)
         inner = in_dtype(dtype, inner).reshape(-1, x.shape[-1])
-        counts = [size * (len(inner) // len(index)) for size in sizes]
+        each = inner.shape[0] // index.shape[0]
+        counts = [size * each for size in sizes]
         for f, own, target in zip(factors, inner.split(counts), rows.split(counts)):
             if f is None:
                 continue
