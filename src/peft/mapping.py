@@ -141,7 +141,7 @@ def inject_adapter_in_model(
             state_dict=state_dict,
             autocast_adapter_dtype=False,
         )
-    except Exception:
+    except BaseException:
         if "peft_config" in model.__dict__:  # what clients such as diffusers look for, and remove, when they clean up
             model.peft_config.setdefault(adapter_name, peft_config)
         raise

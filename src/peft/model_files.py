@@ -18,21 +18,27 @@ from peft.core.composition.config import CompositionConfig
 from peft.core.composition.model import Compositions
 from peft.core.files.card import create_or_update_model_card
 from peft.core.files.entries import entries
-from peft.core.files.io import CONFIG_NAME, hub_options, load_peft_weights, write_adapter
+from peft.core.files.io import CONFIG_NAME, HUB_KEYWORDS, hub_options, load_peft_weights, write_adapter
 from peft.core.files.state_dict import LoadResult, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.core.filling import filled_later
 from peft.core.model import operations
+from peft.core.model.replacing import restoring
 from peft.core.model.tuner import BaseTuner
-from peft.core.model.walk import layers_of, surveyed, walk
+from peft.core.model.walk import layers_of, surveyed
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.options import value_of
 from peft.tuners.lora.experts import convert_peft_adapter_state_dict_for_transformers
 from peft.utils.error import CheckpointError, ConfigError, ConfigFileError, PeftError, some
+from peft.utils.usage import tell_misspelt
 from peft.utils.warning import PeftWarning
 
 
 if TYPE_CHECKING:
     from peft.peft_model import PeftModel
+
+
+_ALSO_READ = ("torch_device", "ignore_mismatched_sizes", "peft_config", "subfolder", *HUB_KEYWORDS)
+"""Keywords that loading reads beside its parameters."""
 
 
 class ModelFiles(Compositions):
@@ -72,6 +78,7 @@ class ModelFiles(Compositions):
         """
         if os.path.isfile(save_directory):
             raise ConfigFileError(f"{save_directory} is a file; save_pretrained needs a folder.")
+        tell_misspelt(ModelFiles.save_pretrained, kwargs, ["state_dict"])
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         operations.require_adapters(self, names, self.peft_config)
         if not is_main_process and kwargs.get("state_dict") is not None:
@@ -152,25 +159,19 @@ class ModelFiles(Compositions):
             >>> model = PeftModel.from_pretrained(base, "adapter", is_trainable=True)
         """
         hub = hub_options(kwargs)
+        tell_misspelt(ModelFiles.from_pretrained, kwargs, _ALSO_READ)
         placing = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
         model = plain_model(model, adapter_name)
         config = _read_config(model_id, config, is_trainable, hub)
         if isinstance(config, CompositionConfig):
-            return cls._from_composition(model, model_id, adapter_name, is_trainable, config, {**hub, **placing})
+            with restoring(model):
+                return cls._from_composition(model, model_id, adapter_name, is_trainable, config, {**hub, **placing})
         weights = load_peft_weights(model_id, kwargs.get("torch_device"), key_mapping, **hub)
-        held = [p for site in walk(model) for p in site.module._parameters.values() if p is not None]
-        frozen = [p for p in held if not p.requires_grad]
-        with _naming(model_id, CONFIG_NAME, config), filled_later() as filling:
-            peft_model = cls._class_for(config)(model, config, adapter_name, **placing)
-        try:
-            peft_model._load(model_id, adapter_name, config, is_trainable, weights, kwargs, filling.skipped, **placing)
-        except Exception:
-            # Unloading freezes the base, and what trained before is to train again.
-            peft_model._tuner.unload().requires_grad_(True)
-            for p in frozen:
-                p.requires_grad_(False)
-            raise
-        return peft_model
+        with restoring(model):
+            with _naming(model_id, CONFIG_NAME, config), filled_later() as filling:
+                made = cls._class_for(config)(model, config, adapter_name, **placing)
+            made._load(model_id, adapter_name, config, is_trainable, weights, kwargs, filling.skipped, **placing)
+        return made
 
     @surveyed()
     def load_adapter(
@@ -204,6 +205,7 @@ class ModelFiles(Compositions):
         """
         hub = hub_options(kwargs)
         config = _read_config(model_id, kwargs.pop("peft_config", None), is_trainable, hub)
+        tell_misspelt(ModelFiles.load_adapter, kwargs, _ALSO_READ)
         weights = load_peft_weights(model_id, torch_device, key_mapping, **hub)
         fresh = adapter_name not in self.peft_config
         placing = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
@@ -220,7 +222,7 @@ class ModelFiles(Compositions):
             return self._load(
                 model_id, adapter_name, config, is_trainable, weights, kwargs, filling.skipped, **placing
             )
-        except Exception:
+        except BaseException:
             if fresh:
                 self.delete_adapter(adapter_name)
             raise

@@ -161,7 +161,8 @@ class PeftModel(ModelCompat, ModelFiles, PushToHubMixin, nn.Module):
 
     @property
     def active_adapter(self) -> str | list[str]:
-        return self._tuner.active_adapter
+        """The first active adapter, which names an entry of ``peft_config``; an empty list if there is none."""
+        return self.active_adapters[0] if self.active_adapters else []
 
     @property
     def active_adapters(self) -> list[str]:
@@ -356,7 +357,7 @@ class PeftModel(ModelCompat, ModelFiles, PushToHubMixin, nn.Module):
         self.peft_config[adapter_name] = peft_config
         try:
             self._tuner.inject_adapter(self.get_base_model(), adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
-        except Exception:
+        except BaseException:
             del self.peft_config[adapter_name]
             raise
         note_base(peft_config, self.get_base_model())

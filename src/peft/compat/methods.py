@@ -242,7 +242,7 @@ class AdaptionPromptCompat:
         self.peft_config[adapter_name] = config
         try:
             self.inject_adapter(self.model, adapter_name)
-        except Exception:
+        except BaseException:
             del self.peft_config[adapter_name]
             raise
         self.set_adapter(adapter_name)

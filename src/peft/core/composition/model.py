@@ -73,7 +73,7 @@ class Compositions(ModelMixin):
             config.expression = adding.with_names(config.expression, self._name_of, known)
             self._check_no_prompts(config.expression)
             adding.add(model, name, config, list(self.peft_config), *options)
-        except Exception:
+        except BaseException:
             for other in [other for other in self.peft_config if other not in before]:
                 self.delete_adapter(other)
             raise

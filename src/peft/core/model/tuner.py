@@ -26,6 +26,7 @@ from peft.core.model.beside import TASK_HEADS, add_auxiliary
 from peft.core.model.losses import adds_to_loss, extra_loss
 from peft.core.model.manager import Manager, check_adapter_name
 from peft.core.model.record import context_of, drop_record, record_of
+from peft.core.model.replacing import replacing
 from peft.core.model.replicate import replicate_layers, restore_layers
 from peft.core.model.targeting import Target, find_targets, resolve_targets, tell_no_ties
 from peft.core.model.unfilled import refuse_unfilled
@@ -148,7 +149,7 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
             ValueError: if the config does not fit the model; the model is unchanged.
         """
         check_adapter_name(adapter_name)
-        with operations.replacing(model, adapter_name):
+        with replacing(model, adapter_name):
             self.place(model, adapter_name, low_cpu_mem_usage, state_dict)
         self.settle(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
 
@@ -168,7 +169,7 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
                 keys = None if state_dict is None else keys_of(model, state_dict, self.layer_cls)
                 self.prepare_config(config, model, keys)
                 self._adapt(model, name, config, low_cpu_mem_usage)
-            except Exception:
+            except BaseException:
                 self._take_back(model, name)
                 if replicated:
                     restore_layers(model)
@@ -214,13 +215,13 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
         methods = {c.peft_type for n, c in self.peft_config.items() if n != name}
         if len(methods | {config.peft_type, *([before.peft_type] if before else [])}) > 1 and not self.mixes:
             raise ValueError(
-                f"this model has adapters of another method than {config.peft_type.value}. For different methods in "
+                f"this model has adapters of another method than {config.method_name}. For different methods in "
                 "one model use get_peft_model(..., mixed=True)."
             )
         self.peft_config[name] = config
         try:
             self.inject_adapter(self.model, name, False, low_cpu_mem_usage, state_dict)
-        except Exception:
+        except BaseException:
             self.peft_config.pop(name)
             self.peft_config.update({name: before} if before else {})
             raise
@@ -318,7 +319,7 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
             ValueError: if the method knows no start that changes the base.
         """
         raise ValueError(
-            f"path_initial_model_for_weight_conversion is for LoRA, and {adapter_name!r} is {config.peft_type.value}. "
+            f"path_initial_model_for_weight_conversion is for LoRA, and {adapter_name!r} is {config.method_name}. "
             "Leave it out: the adapter belongs to the base as it is."
         )
 
