@@ -330,8 +330,10 @@ class Adapter:
 
     def parameters(self) -> Iterator[torch.Tensor]:
         """The trained tensors, those in common with other layers included."""
-        for attribute, declared, value in self.held():
-            if attribute not in type(self).untrained and declared.container is not BufferDict:
+        layer = self.layer
+        for declared in self.parts.values():  # not those held, which are looked up before the first is given
+            value = None if declared.container is BufferDict else declared.read(layer, self.name)
+            if value is not None and declared.attribute(layer) not in type(self).untrained:
                 if isinstance(value, nn.Module):
                     yield from _tensors_that_train(value)
                 else:  # yielded as it is: torch 2.14 does not compile `yield from` a tuple that is left early

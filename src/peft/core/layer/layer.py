@@ -219,7 +219,7 @@ class BaseTunerLayer(ReadThrough):
     def check_active(self, names: list[str]) -> None:
         here = [self.adapters[name] for name in names if name in self.adapters]
         for place, adapter in enumerate(here):
-            if reason := adapter.clash(leaves_of(here[:place])):
+            if reason := adapter.clash(leaves_of(here[:place]) if place else ()):
                 raise ValueError(reason)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
