@@ -163,7 +163,8 @@ class PeftModel(ModelCompat, ModelFiles, PushToHubMixin, nn.Module):
 
     @property
     def active_adapter(self) -> str | list[str]:
-        return self._tuner.active_adapter
+        """The first active adapter, which names an entry of ``peft_config``; an empty list if there is none."""
+        return self.active_adapters[0] if self.active_adapters else []
 
     @property
     def active_adapters(self) -> list[str]:

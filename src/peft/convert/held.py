@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -13,8 +12,7 @@ import torch
 
 from peft.config import PeftConfig, resolve_pattern
 from peft.core.files.io import PREFIX, load_peft_weights, write_adapter
-from peft.options import value_of
-from peft.tuners.lora.config import LoraConfig
+from peft.tuners.lora.config import LoraConfig, divisor, whole
 from peft.tuners.lora.initialize import rewrites
 from peft.utils.error import ConfigError
 
@@ -49,7 +47,7 @@ class Held:
     @property
     def method(self) -> str:
         """The name of its method, such as "LORA"."""
-        return str(value_of(self.config.peft_type))
+        return self.config.method_name
 
     def write(self, folder: str | os.PathLike) -> None:
         """Write it into a folder."""
@@ -95,7 +93,7 @@ class Pairs:
     def scale(self, module: str) -> float:
         """What B A is multiplied by."""
         pair = self.pairs[module]
-        return pair.alpha / (math.sqrt(pair.rank) if self.rslora else pair.rank)
+        return pair.alpha / divisor(pair.rank, self.rslora)
 
 
 def is_lora(held: Held) -> bool:
@@ -226,8 +224,3 @@ def alpha_of_scale(scale: float, rank: int) -> float:
     """The alpha that over the rank is a scale: a whole number where one is, which the product may miss by a bit."""
     near = round(scale * rank)
     return near if near / rank == scale else scale * rank
-
-
-def whole(number: float) -> float:
-    """A number as an int where it is one, as configs are written."""
-    return int(number) if float(number).is_integer() else float(number)

@@ -16,11 +16,11 @@ import torch
 from peft.config import resolve_pattern
 from peft.convert.formats.flux import is_original, to_diffusers, with_all_rows
 from peft.convert.formats.kohya import ALGORITHMS, by_method, saver
-from peft.convert.held import Held, Pair, Pairs, held_of, magnitude_of, modules_of, pairs_of, patterned, whole
+from peft.convert.held import Held, Pair, Pairs, held_of, magnitude_of, modules_of, pairs_of, patterned
 from peft.convert.names import component_of
 from peft.convert.source import Bundle, Files, Format, Job, Source
 from peft.options import value_of
-from peft.tuners.lora.config import LoraConfig
+from peft.tuners.lora.config import LoraConfig, whole
 from peft.utils.error import ConfigError
 
 

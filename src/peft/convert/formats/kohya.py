@@ -27,12 +27,13 @@ from peft.convert.formats.lycoris import (
     whole_pair,
     with_norms,
 )
-from peft.convert.held import Held, Pair, Pairs, held_of, magnitude_of, modules_of, pairs_of, patterned, whole
+from peft.convert.held import Held, Pair, Pairs, held_of, magnitude_of, modules_of, pairs_of, patterned
 from peft.convert.names import TRANSFORMERS, component_of, dotted, flat, is_t5
 from peft.convert.source import Bundle, Files, Format, Job, Source
 from peft.core.files.io import PREFIX, separate
 from peft.tuners.loha import LoHaConfig
 from peft.tuners.lokr import LoKrConfig, factorization
+from peft.tuners.lora.config import whole
 from peft.utils.error import ConfigError
 
 

@@ -215,7 +215,7 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
         methods = {c.peft_type for n, c in self.peft_config.items() if n != name}
         if len(methods | {config.peft_type, *([before.peft_type] if before else [])}) > 1 and not self.mixes:
             raise ValueError(
-                f"this model has adapters of another method than {config.peft_type.value}. For different methods in "
+                f"this model has adapters of another method than {config.method_name}. For different methods in "
                 "one model use get_peft_model(..., mixed=True)."
             )
         self.peft_config[name] = config
@@ -320,7 +320,7 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
             ValueError: if the method knows no start that changes the base.
         """
         raise ValueError(
-            f"path_initial_model_for_weight_conversion is for LoRA, and {adapter_name!r} is {config.peft_type.value}. "
+            f"path_initial_model_for_weight_conversion is for LoRA, and {adapter_name!r} is {config.method_name}. "
             "Leave it out: the adapter belongs to the base as it is."
         )
 

@@ -12,7 +12,7 @@ from peft.core.layer.placement import settle
 from peft.core.layer.rewritten import for_a_start
 from peft.core.model.targeting import exact_targets
 from peft.core.model.walk import holders_of, replace_module
-from peft.tuners.lora.config import EvaConfig, LoraConfig
+from peft.tuners.lora.config import EvaConfig, LoraConfig, divisor
 
 
 @torch.no_grad()
@@ -29,9 +29,7 @@ def start_from(
     old = {key: (layer.r[name], layer.lora_alpha[name]) for key, layer in held.items()}
     config.rank_pattern = _pattern({k: r for k, r in ranks.items() if r}, config.r)
     if options.adjust_scaling_factors:
-        scaled = {
-            k: old[k][1] * (ranks[k] / old[k][0]) ** (0.5 if config.use_rslora else 1) for k in ranks if ranks[k]
-        }
+        scaled = {k: old[k][1] * divisor(ranks[k] / old[k][0], config.use_rslora) for k in ranks if ranks[k]}
         config.alpha_pattern = _pattern(scaled, config.lora_alpha)
     holders = holders_of(model)
     for short, path in paths.items():
