@@ -1,10 +1,17 @@
-"""The cases of run.py with many adapters: trained together, and served from a pool of thousands.
+"""The cases of run.py with many adapters: trained together, and served from a pool of thousands; and Arrow's.
+
+    BENCHMARK_CLOCK=cpu OMP_NUM_THREADS=1 python benchmarks/many.py [--widths 1024] [--ranks 16,64] [--tokens 1,512]
+
+is the table of an Arrow router over eight adapters, two for each token: its update of one layer (routing, products and
+all calls) as a ratio to what all eight take, each in turn as the formula says, or by two stacked products. It goes to
+``benchmarks/RESULTS.md`` unless a size is picked.
 
 A library without `MultiAdapterTrainer` and `AdapterPool` has no figures for these, but for the loading of an adapter.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -117,3 +124,82 @@ def brought(load_thirtieth: Callable[[], dict[str, float]], shape: dict[str, int
         made.load([f"user{i}" for i in range(64)])
         times = [seconds(lambda i=i: made.load([f"user{i}"])) for i in range(64, 96)]
     return {"value": statistics.median(times[2:])}
+
+
+# --- routed --------------------------------------------------------------------------------------------------
+EXPERTS, CHOSEN = 8, 2
+SIZES = {"widths": [576, 1024, 4096], "ranks": [8, 16, 32, 64, 128], "tokens": [1, 8, 64, 512, 2048]}
+
+
+def routed(width: int, rank: int, count: int, backward: bool) -> tuple[float, float]:
+    """What Arrow's update of ``count`` tokens takes beside all experts one by one, and beside all of them stacked.
+
+    With ``backward`` the gradient of the layer's input is computed too.
+    """
+    from peft.tuners.lora.arrow_products import mixed_by_stack, route, stacked
+
+    torch.manual_seed(0)
+    names = [f"e{i}" for i in range(EXPERTS)]
+    options = {"r": rank, "lora_alpha": rank, "target_modules": ["0"], "init_lora_weights": False}
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(width, width)), LoraConfig(**options), names[0])
+    for name in names[1:]:
+        model.add_adapter(name, LoraConfig(**options))
+    arrow = peft.ArrowConfig(top_k=CHOSEN, task_adapter_names=names)
+    model.add_adapter("router", LoraConfig(r=rank, target_modules=["0"], arrow_config=arrow))
+    model.set_adapter("router")
+    model.requires_grad_(False)
+    layer = model.base_model.model[0]
+    router, experts = layer.adapters["router"], [layer.adapters[name] for name in names]
+    pairs = [(a.detach(), b.detach()) for a, b in (expert.pair() for expert in experts)]
+    directions, stack = router.experts(experts).directions, stacked(pairs, [1.0] * EXPERTS, once=False)
+    x, dy = torch.randn(count, width).requires_grad_(backward), torch.randn(count, width)
+
+    def in_turn_of_experts() -> torch.Tensor:
+        chosen, weights = route(x, directions, CHOSEN, 1.0)
+        each, y = x.new_zeros(count, EXPERTS).scatter(1, chosen, weights), 0
+        for e, (a, b) in enumerate(pairs):
+            y = y + each[:, e, None] * (x @ a.T @ b.T)
+        return y
+
+    def step(way: Callable[[], torch.Tensor]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(way(), x, dy) if backward else way()
+
+    ways = (
+        lambda: router.delta(x),
+        in_turn_of_experts,
+        lambda: mixed_by_stack(x, *route(x, directions, CHOSEN, 1.0), stack),
+    )
+    with torch.set_grad_enabled(backward):
+        for way in ways[1:]:
+            torch.testing.assert_close(way(), ways[0](), rtol=1e-3, atol=1e-3)
+        repeats = max(5, min(200, 2**30 // (count * width * rank)))
+        ours, each, stacks = in_turn(*map(step, ways), repeats=repeats)
+    return ratio(ours, each), ratio(ours, stacks)
+
+
+def main() -> None:
+    """Measure Arrow over all sizes, print the table, and write it."""
+    from _common import measured_with, write_section
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in SIZES:
+        parser.add_argument(f"--{name}", help="some of them, with commas between")
+    options = vars(parser.parse_args())
+    sizes = {name: [int(n) for n in options[name].split(",")] if options[name] else SIZES[name] for name in SIZES}
+    head = [f"{count} token{'s' * (count > 1)}" for count in sizes["tokens"]]
+    lines = [f"| width | rank | {' | '.join(head)} |", "|---:|---:|" + "---|" * len(head)]
+    print("\n".join(lines), flush=True)
+    for width in sizes["widths"]:
+        for rank in sizes["ranks"]:
+            cells = []
+            for count in sizes["tokens"]:
+                forward, both = (routed(width, rank, count, backward) for backward in (False, True))
+                cells.append(f"{forward[0]:.2f}, {forward[1]:.2f}; {both[0]:.2f}, {both[1]:.2f}")
+            lines.append(f"| {width:,} | {rank} | {' | '.join(cells)} |")
+            print(lines[-1], flush=True)
+    if not any(options.values()):
+        write_section("many.py", "\n".join([*measured_with(None, torch.get_num_threads()), "", *lines]))
+
+
+if __name__ == "__main__":
+    main()

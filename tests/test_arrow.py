@@ -21,7 +21,14 @@ from transformers.pytorch_utils import Conv1D
 
 from peft import ArrowConfig, LoraConfig, PeftModel, create_arrow_model, get_peft_model
 from peft.tuners.lora.arrow import direction, without_common
-from peft.tuners.lora.arrow_products import mixed_by_stack, mixed_by_token, mixed_for_one, route, stacked
+from peft.tuners.lora.arrow_products import (
+    is_stack_cheaper,
+    mixed_by_stack,
+    mixed_by_token,
+    mixed_for_one,
+    route,
+    stacked,
+)
 
 
 DATA = Path(__file__).parent / "data"
@@ -136,30 +143,63 @@ def test_ranks_may_differ(tmp_path: Path) -> None:
         ))  # fmt: skip
 
 
-@pytest.mark.parametrize(("tokens", "r"), [(1, 4), (64, 128), (64, 4)])
-def test_what_was_not_chosen_is_not_computed(tokens: int, r: int) -> None:
-    """Two of eight experts cost a quarter of all eight; of a small rank it takes less not to sort the tokens."""
+@pytest.mark.parametrize("once", [False, True])
+@pytest.mark.parametrize("tokens", [1, 64])
+def test_what_was_not_chosen_is_not_computed(tokens: int, once: bool) -> None:
+    """Two of eight experts cost a quarter of all eight, forward and backward; all ways give the same."""
     torch.manual_seed(0)
-    size, experts = 32, 8
-    x, pairs = torch.randn(tokens, size), [(torch.randn(r, size) / r, torch.randn(size, r)) for _ in range(experts)]
-    directions = torch.stack([direction(*pair) for pair in pairs])
-    flops = {}
+    size, experts, ranks = 32, 8, [4, 3] * 4
+    x, pairs = torch.randn(tokens, size), [(torch.randn(r, size) / r, torch.randn(size, r)) for r in ranks]
+    x.requires_grad_()
+    directions, stack = torch.stack([direction(*pair) for pair in pairs]), stacked(pairs, [1.0] * experts, once)
+    each = torch.stack([x @ a.T @ b.T for a, b in pairs], 1)  # [tokens, experts, size]
+    flops = []
     for k in (2, 8):
         chosen, weights = route(x, directions, k, 1.0)
-        with FlopCounterMode(display=False) as counter:
-            found = mixed_by_token(x, chosen, weights, pairs, [1.0] * experts)
-        flops[k] = counter.get_total_flops()
-        each = torch.stack([x @ a.T @ b.T for a, b in pairs], 1)  # [tokens, experts, size]
         summed = (each.gather(1, chosen[..., None].expand(-1, -1, size)) * weights[..., None]).sum(1)
-        torch.testing.assert_close(found, summed, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(
-            mixed_by_stack(x, stacked(pairs, directions), k, 1.0, [1.0] * experts), found, rtol=1e-4, atol=1e-5
-        )
+        (wanted,) = torch.autograd.grad(summed.square().sum(), x, retain_graph=True)
+        ways = {}
+        for way in (mixed_by_token, mixed_by_stack):
+            with FlopCounterMode(display=False) as counter:
+                found = way(x, chosen, weights, stack)
+                (gradient,) = torch.autograd.grad(found.square().sum(), x, retain_graph=True)
+            ways[way] = counter.get_total_flops()
+            torch.testing.assert_close(found, summed, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-3)
+        routing = tokens * experts * 2 * size  # its backward
+        assert ways[mixed_by_stack] == tokens * sum(ranks) * 2 * 2 * 2 * size + routing
+        assert ways[mixed_by_token] == sum(ranks[e] for e in chosen.flatten().tolist()) * 2 * 2 * 2 * size + routing
+        flops.append(ways[mixed_by_token])
         if tokens == 1:
-            one = mixed_for_one(x, directions, k, 1.0, pairs, [1.0] * experts)
+            with torch.no_grad():
+                one = mixed_for_one(x, directions, k, 1.0, pairs, stack.ups)
             torch.testing.assert_close(one, found)
-    assert flops[8] == experts * tokens * 2 * 2 * size * r
-    assert flops[2] == flops[8] / (1 if (tokens, r) == (64, 4) else 4)
+
+
+def test_few_tokens_and_low_ranks_go_through_all_experts() -> None:
+    def cheaper(tokens: int, r: int, width: int = 1024) -> bool:
+        pairs = [(torch.empty(r, width, device="meta"), torch.empty(width, r, device="meta"))] * 8
+        return is_stack_cheaper(tokens, stacked(pairs, [1.0] * 8, True), 2)
+
+    assert [cheaper(*shape) for shape in ((4096, 16), (8, 64), (512, 64), (64, 128))] == [True, True, False, False]
+
+
+@pytest.mark.parametrize("cheaper", [True, False])
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_autocast_and_inference_mode(cheaper: bool, tokens: int, tmp_path: Path, monkeypatch: Any) -> None:
+    """What is kept of a call in inference mode serves one with gradients."""
+    monkeypatch.setattr("peft.tuners.lora.arrow.is_stack_cheaper", lambda *args: cheaper)
+    model = routed(tmp_path, top_k=2)
+    x = X.flatten(0, -2)[:tokens]
+    with torch.inference_mode():
+        plain = model(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(model(x).float(), plain, rtol=0.1, atol=0.1)
+    wanted = by_definition(model, x, 2, 1.0, False)
+    torch.testing.assert_close(plain, wanted)
+    x = x.clone().requires_grad_()
+    (found,) = torch.autograd.grad(model(x).sum(), x)
+    torch.testing.assert_close(found, torch.autograd.grad(by_definition(model, x, 2, 1.0, False).sum(), x)[0])
 
 
 @pytest.mark.parametrize("gks", [False, True])

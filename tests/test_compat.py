@@ -41,6 +41,51 @@ def asked(layer, name, *args, **kwargs):
     return getattr(LayerCompat, name)(layer, *args, **kwargs)
 
 
+# What third parties were seen to import, where 0.21 has it and the name's own place here is another.
+IMPORTED = """
+    peft.auto check_file_exists_on_hf_hub
+    peft.mapping get_peft_model PeftType MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+    peft.mapping_func PEFT_TYPE_TO_CONFIG_MAPPING BaseTuner
+    peft.peft_model PeftType TaskType shift_tokens_right _get_batch_size BaseTunerLayer WEIGHTS_NAME _set_trainable
+    peft.peft_model PEFT_TYPE_TO_CONFIG_MAPPING SAFETENSORS_WEIGHTS_NAME set_peft_model_state_dict load_peft_weights
+    peft.peft_model TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING id_tensor_storage infer_device
+    peft.helpers LoraLayer PeftModel
+    peft.tuners.adalora is_bnb_available
+    peft.tuners.adalora.layer check_adapters_to_merge transpose LoraLayer
+    peft.tuners.adamss.asa_callback AdamssAsaCallback
+    peft.tuners.ia3.model ModulesToSaveWrapper _freeze_adapter _get_submodules
+    peft.tuners.lora BufferDict register_peft_method is_bnb_4bit_available LoraVariant
+    peft.tuners.lora.bnb dequantize_bnb_weight BaseTunerLayer
+    peft.tuners.lora.dora DoraLinearLayer DoraEmbeddingLayer DoraConv1dLayer DoraConv2dLayer DoraConv3dLayer
+    peft.tuners.lora.layer BaseTunerLayer LoraVariant transpose gather_params_ctx dequantize_module_weight
+    peft.tuners.lora.layer _get_in_out_features check_deepspeed_zero3_enabled
+    peft.tuners.lora.model get_pattern_key _get_submodules is_bnb_available onload_layer
+    peft.tuners.lora.variants ALoraLinearVariant DoraLinearVariant DoraEmbeddingVariant DoraConv1dVariant
+    peft.tuners.lora.variants DoraConv2dVariant KasaLinearVariant ArrowLinearVariant calculate_alora_offsets
+    peft.tuners.mixed.model MixedModel PREFIXES COMPATIBLE_TUNER_TYPES
+    peft.tuners.osf.utils decompose_weight_matrix project_gradient_to_orthogonal_space
+    peft.tuners.shira.mask_functions random_mask
+    peft.tuners.trainable_tokens.layer check_deepspeed_zero3_enabled gather_params_ctx
+    peft.tuners.tuners_utils AuxiliaryTrainingWrapper DUMMY_TARGET_MODULES NoMatchingPeftModuleError PeftConfig
+    peft.tuners.vera.layer BufferDict transpose
+    peft.tuners.xlora.classifier XLoraClassifier
+    peft.utils.loftq_utils _loftq_init_new
+    peft.utils.other match_target_against_key check_file_exists_on_hf_hub is_torch_tpu_available
+    peft.utils.save_and_load _insert_adapter_name_into_state_dict _find_mismatched_keys PeftType EMBEDDING_LAYER_NAMES
+"""
+
+
+@pytest.mark.parametrize("line", IMPORTED.strip().split("\n"), ids=lambda line: line.split()[0])
+def test_names_that_others_import(line):
+    module, *names = line.split()
+    for name in names:
+        namespace = {}
+        exec(f"from {module} import {name}", namespace)
+        assert namespace[name] is not None
+    with pytest.raises(ImportError, match="NoSuchThing"):
+        exec(f"from {module} import NoSuchThing")
+
+
 # ---- Layer classes and dispatchers ----------------------------------------------------------------------------------
 
 
@@ -603,3 +648,186 @@ def test_dora_computes_its_norm_once_within_the_context(layer, monkeypatch):
         model.train()
         model(x), model(x)
         assert len(count) == (2 if isinstance(layer, nn.Linear) else 4)  # a kernel computes a linear layer's own
+
+
+# ---- Variants of LoRA as others know them --------------------------------------------------------------------------
+
+
+def test_a_variant_that_others_derive(tmp_path):
+    """A layer of a third party returns an object of a class of its own, which has no state and gets the layer."""
+    from peft.tuners.lora.layer import LoraVariant
+
+    class Doubled(LoraVariant):
+        @staticmethod
+        def init(module, adapter_name, **kwargs):
+            assert adapter_name in module.lora_A
+
+        @staticmethod
+        def forward(module, active_adapter, x, result, **kwargs):
+            down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]
+            return result + 2 * module.scaling[active_adapter] * up(down(x))
+
+        @staticmethod
+        def merge_safe(module, active_adapter, orig_weight):
+            down, up = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
+            return orig_weight + 2 * module.scaling[active_adapter] * up @ down
+
+    class Own(Linear):
+        def resolve_lora_variant(self, *, config, **kwargs):
+            return Doubled() if config.r == 2 else None
+
+    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    config._register_custom_module({nn.Linear: Own})
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), config)
+    layer, x = model.base_model.model[0], torch.randn(5, 4)
+    assert isinstance(layer.lora_variant["default"], Doubled)
+    weight = layer.base_layer.weight.detach().clone()
+    change = 2 * layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    expected = nn.functional.linear(x, weight + change, layer.base_layer.bias)
+    torch.testing.assert_close(layer(x), expected)
+    layer.merge()
+    torch.testing.assert_close(layer.base_layer.weight, weight + change)
+    torch.testing.assert_close(layer(x), expected)
+    layer.unmerge()
+    assert torch.equal(layer.base_layer.weight, weight)
+    plain = LoraConfig(r=3, target_modules=["0"])
+    plain._register_custom_module({nn.Linear: Own})
+    model.add_adapter("plain", plain)
+    assert list(layer.lora_variant) == ["default"]
+
+
+def test_variants_by_their_names_of_old():
+    from peft.tuners.lora.variants import ALoraLinearVariant, DoraConv2dVariant, DoraLinearVariant, KasaLinearVariant
+
+    dora = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"], use_dora=True, r=2))
+    layer = dora.base_model.model[0]
+    layer.lora_B["default"].weight.data.normal_()
+    variant, x = layer.lora_variant["default"], torch.randn(3, 4)
+    assert isinstance(variant, DoraLinearVariant) and isinstance(variant, DoraConv2dVariant)
+    assert not isinstance(variant, (ALoraLinearVariant, KasaLinearVariant))
+    # What a copy of 0.21's forward does with it.
+    result = variant.forward(layer, active_adapter="default", x=x, result=layer.base_layer(x))
+    torch.testing.assert_close(result, layer(x))
+
+    class Own(Linear):
+        def resolve_lora_variant(self, *, config, **kwargs):
+            return DoraLinearVariant() if config.use_dora else None
+
+    made = Own(nn.Linear(4, 4), "default", LoraConfig(r=2, use_dora=True))
+    assert isinstance(made.lora_variant["default"], DoraLinearVariant)
+    merged = DoraLinearVariant.merge_safe(layer, "default", layer.base_layer.weight)
+    torch.testing.assert_close(nn.functional.linear(x, merged, layer.base_layer.bias), layer(x))
+
+
+@pytest.mark.parametrize("kind", ["Linear", "Conv2d", "Embedding"])
+def test_magnitudes_compute_dora_by_themselves(kind):
+    """Layers of others make one of these and call it; it gives what a layer of ours adds to its base."""
+    import peft.tuners.lora.dora as dora
+
+    torch.manual_seed(0)
+    base = {"Linear": nn.Linear(4, 3), "Conv2d": nn.Conv2d(2, 3, 3), "Embedding": nn.Embedding(7, 4)}[kind]
+    model = get_peft_model(nn.Sequential(base), LoraConfig(r=2, target_modules=["0"], use_dora=True, lora_alpha=6))
+    layer = model.base_model.model[0]
+    held = layer.lora_magnitude_vector["default"]
+    assert type(held) is getattr(dora, f"Dora{kind}Layer") and f"lora.dora.Dora{kind}Layer()" in str(model)
+    for parameter in layer.adapter_parameters("default"):
+        parameter.data.normal_()
+    own = type(held)(fan_in_fan_out=False)
+    if kind == "Embedding":
+        a, b = layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
+        own.update_layer(base_layer=base, lora_A=a, lora_B=b, scaling=3.0)
+        norm = (base.weight.T + 3 * b @ a).norm(dim=1)
+        held.weight.data = own.weight.data * 2
+        tokens = torch.tensor([[1, 5]])
+        g, added = held(tokens, lora_A=a.T, lora_B=b.T, scaling=3.0, base_layer=base, embed_fn=nn.functional.embedding)
+        torch.testing.assert_close(g * base(tokens) + added, layer(tokens))
+    else:
+        a, b = layer.lora_A["default"], layer.lora_B["default"]
+        own.update_layer(base_layer=base, lora_A=a.weight, lora_B=b.weight, scaling=3.0)
+        change = 3 * b.weight.flatten(1) @ a.weight.flatten(1)
+        norm = (base.weight.flatten(1) + change).norm(dim=1).view_as(held.weight)
+        held.weight.data = own.weight.data * 2
+        x = torch.randn(2, *((4,) if kind == "Linear" else (2, 5, 5)))
+        added = held(x, lora_A=a, lora_B=b, scaling=3.0, base_layer=base)
+        torch.testing.assert_close(base(x) + added, layer(x))
+        torch.testing.assert_close(
+            held(x, lora_A=a, lora_B=b, scaling=3.0, base_layer=base, base_result=base(x)), added
+        )
+    torch.testing.assert_close(own.weight, norm)
+
+
+def test_offsets_of_invocations():
+    from peft.tuners.lora.variants import calculate_alora_offsets
+
+    configs = {"a": LoraConfig(alora_invocation_tokens=[5, 6]), "b": LoraConfig()}
+    ids = torch.tensor([[1, 5, 6, 2, 5, 6, 9], [1, 2, 3, 4, 5, 6, 7], [1] * 7, [0, 0, 0, 0, 0, 5, 6]])
+    assert calculate_alora_offsets(configs, "a", ids) == [3, 3, None, 2]
+    assert calculate_alora_offsets(configs, "b", ids) == [None] * 4
+    assert calculate_alora_offsets(configs, "a", ids, adapter_names=["a", "b", "__base__", "a"]) == [3, None, None, 2]
+
+
+# ---- Functions that others call ------------------------------------------------------------------------------------
+
+
+def test_names_in_files_and_shapes():
+    from peft.utils.save_and_load import _find_mismatched_keys, _insert_adapter_name_into_state_dict
+
+    names = ["m.q.lora_A.weight", "m.q.lora_E", "m.head.weight", "m.e.lora_embedding_A"]
+    told = _insert_adapter_name_into_state_dict(dict.fromkeys(names), "x", "lora_")
+    assert list(told) == ["m.q.lora_A.x.weight", "m.q.lora_E.x", "m.head.weight", "m.e.lora_embedding_A.x"]
+    model, state = nn.Linear(3, 2), {"weight": torch.zeros(2, 4), "bias": torch.zeros(2), "more": torch.zeros(1)}
+    assert _find_mismatched_keys(model, state) == (state, [])
+    left, other = _find_mismatched_keys(model, state, ignore_mismatched_sizes=True)
+    assert list(left) == ["bias", "more"] and other == [("weight", (2, 4), (2, 3))]
+
+
+def test_parts_of_osf_by_its_functions():
+    from peft.tuners.osf.utils import decompose_weight_matrix, project_gradient_to_orthogonal_space
+
+    weight = torch.randn(6, 4)
+    parts = decompose_weight_matrix(weight, top_k=2)
+    made = sum(parts[f"U_{at}"] * parts[f"S_{at}"] @ parts[f"V_{at}"] for at in ("high", "low"))
+    torch.testing.assert_close(made, weight)
+    assert parts["rank_high"] == 2 and isinstance(parts["U_low"], nn.Parameter)
+    parts["U_low"].grad, parts["V_low"].grad = torch.randn(6, 2), torch.randn(2, 4)
+    project_gradient_to_orthogonal_space(parts)
+    torch.testing.assert_close(parts["U_high"].T @ parts["U_low"].grad, torch.zeros(2, 2))
+    torch.testing.assert_close(parts["V_low"].grad @ parts["V_high"].T, torch.zeros(2, 2))
+
+
+def test_a_file_on_the_hub_is_asked_for(monkeypatch):
+    import huggingface_hub
+
+    from peft.utils.other import check_file_exists_on_hf_hub
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "file_exists", lambda *args, **kwargs: asked.append((args, kwargs)) or True)
+    assert check_file_exists_on_hf_hub("a/b", "config.json", subfolder="in", revision="v1", local_files_only=False)
+    assert asked == [(("a/b", "in/config.json"), {"revision": "v1"})]
+
+    def fail(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "file_exists", fail)
+    with pytest.warns(UserWarning, match="a/b has config.json: no network"):
+        assert check_file_exists_on_hf_hub("a/b", "config.json") is None
+
+
+def test_adamss_in_a_trainer(tmp_path):
+    """The callback of 0.21 lets a Trainer leave ever fewer subspaces to train."""
+    from transformers import Trainer, TrainingArguments
+
+    from peft.tuners.adamss.asa_callback import AdamssAsaCallback
+
+    pytest.importorskip("sklearn")
+    torch.manual_seed(0)
+    config = peft.AdamssConfig(r=8, num_subspaces=4, target_modules=["q_proj", "v_proj"], use_asa=True,
+                               asa_target_subspaces=2, init_warmup=0, final_warmup=3, mask_interval=1)  # fmt: skip
+    model = get_peft_model(tiny_llama(), config)
+    before = sum(p.requires_grad for p in model.parameters())
+    rows = [{"input_ids": list(range(i, i + 6)), "labels": list(range(i, i + 6))} for i in range(8)]
+    args = TrainingArguments(str(tmp_path), max_steps=5, per_device_train_batch_size=2, report_to=[],
+                             save_strategy="no", use_cpu=True)  # fmt: skip
+    Trainer(model, args, train_dataset=rows, callbacks=[AdamssAsaCallback()]).train()
+    assert sum(p.requires_grad for p in model.parameters()) == 4 < before

@@ -21,7 +21,9 @@ from peft import (
 )
 from peft.core.combine.names import WAYS, CombinationType
 from peft.core.combine.ways import Combination
+from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.weight import weight_change
+from peft.core.model.walk import layers_of
 from peft.utils import merge_utils
 
 
@@ -51,6 +53,37 @@ def test_a_share_of_the_energy_gives_each_layer_its_rank() -> None:
         energy = torch.linalg.svdvals(model.get_submodule(f"base_model.model.{name}").get_delta_weight("default")) ** 2
         assert energy[:rank].sum() >= 0.9 * energy.sum() > energy[: rank - 1].sum()
         assert config.rank_pattern.get(name, config.r) == rank == config.alpha_pattern.get(name, config.lora_alpha)
+
+
+def test_an_attention_of_torch_has_the_rank_and_the_scale_of_its_conversion(tmp_path: Path) -> None:
+    """A config calls the packed weight as its module: a pattern by another name leaves it with another scale."""
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.MultiheadAttention(8, 2), torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    model = get_peft_model(base, LoHaConfig(r=4, target_modules=["0", "1", "2"], init_weights=False))
+    wanted = {key: weight_change(layer, layer.adapters["default"]) for key, layer in by_key(model).items()}
+    errors = save_as_lora(tmp_path, model, 0.7)
+    model = PeftModel.from_pretrained(model.unload(), tmp_path)
+    assert model.peft_config["default"].rank_pattern.keys() <= {"0", "0\\.out_proj", "1", "2"}
+    for key, layer in by_key(model).items():
+        rest = weight_change(layer, layer.adapters["default"]) - wanted[key]
+        assert float(rest.norm() / wanted[key].norm()) == pytest.approx(errors[key], abs=1e-4)
+
+
+def test_a_name_that_ends_like_another_has_its_own_rank(tmp_path: Path) -> None:
+    """The pattern of "lin" means "inner.lin", too."""
+    torch.manual_seed(0)
+    base = torch.nn.ModuleDict({"lin": torch.nn.Linear(8, 2), "inner": torch.nn.ModuleDict()})
+    base["inner"].update({"lin": torch.nn.Linear(8, 8), "more": torch.nn.Linear(8, 8)})
+    model = get_peft_model(base, LoHaConfig(r=4, target_modules=["lin", "more"], init_weights=False))
+    wanted = {key: weight_change(layer, layer.adapters["default"]) for key, layer in by_key(model).items()}
+    save_as_lora(tmp_path, model, 1.0)
+    model = PeftModel.from_pretrained(model.unload(), tmp_path)
+    for key, layer in by_key(model).items():
+        torch.testing.assert_close(weight_change(layer, layer.adapters["default"]), wanted[key], atol=1e-5, rtol=1e-4)
+
+
+def by_key(model: torch.nn.Module) -> dict[str, BaseTunerLayer]:
+    return {layer.key: layer for _, layer in layers_of(model)}
 
 
 @pytest.mark.parametrize(

@@ -34,12 +34,15 @@ AUTO = {
 }
 FRESH_DIFFERS = {"boft_llama": "the reference without its CUDA extension made one factor, though the config says two"}
 """Cases whose recorded adapter has other shapes than a fresh one; its files load all the same."""
-TIGHT = {"rtol": 1e-5, "atol": 5e-5}
-"""KaSA, OSF and PSOFT decompose the base, and two builds of LAPACK were seen to be 2e-5 apart in the outputs."""
 AMPLIFIED = {"randlora_llama": "steps along gradients of 15: the reference on two threads is 0.2 % off itself on one"}
 """Cases whose training is too unstable to be compared beyond the first step in float32."""
 OTHER_GRADIENT = {"c3a_llama": "the reference's gradient of the input is not that of its forward pass"}
 """Cases in which only gradients that pass no other adapted layer, and the first loss, can be compared."""
+
+
+def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal to 1e-5 of the largest value: singular vectors differ in their last bits from one processor to another."""
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5 * max(1.0, float(expected.abs().max())))
 
 
 @functools.cache
@@ -161,13 +164,13 @@ class TestGolden:
         _, tensors = read(case)
         model = load(case)
         with torch.no_grad():
-            torch.testing.assert_close(run(build_base(case), case), tensors["out.base"], **TIGHT)
-            torch.testing.assert_close(run(model, case), tensors["out.adapter"], **TIGHT)
+            assert_near(run(build_base(case), case), tensors["out.base"])
+            assert_near(run(model, case), tensors["out.adapter"])
             if trains_biases(case):
                 return
             with model.disable_adapter():
-                torch.testing.assert_close(run(model, case), tensors["out.base"], **TIGHT)
-            torch.testing.assert_close(run(model, case), tensors["out.adapter"], **TIGHT)
+                assert_near(run(model, case), tensors["out.base"])
+            assert_near(run(model, case), tensors["out.adapter"])
 
     def test_gradients_and_losses_of_three_steps(self, case: str) -> None:
         record, _ = read(case)
@@ -225,7 +228,7 @@ class TestGolden:
         load(case).save_pretrained(str(tmp_path))
         again = PeftModel.from_pretrained(build_base(case), str(tmp_path))
         with torch.no_grad():
-            torch.testing.assert_close(run(again, case), read(case)[1]["out.adapter"], **TIGHT)
+            assert_near(run(again, case), read(case)[1]["out.adapter"])
 
     def test_merged_and_unmerged(self, case: str) -> None:
         _, tensors = read(case)
@@ -243,12 +246,12 @@ class TestGolden:
             model.merge_adapter()
             merged = run(model, case)
             model.unmerge_adapter()
-            torch.testing.assert_close(run(model, case), before, **TIGHT)
+            assert_near(run(model, case), before)
             unloaded = run(load(case).merge_and_unload(), case)
-        torch.testing.assert_close(merged, before, **TIGHT)
-        torch.testing.assert_close(unloaded, before, **TIGHT)
+        assert_near(merged, before)
+        assert_near(unloaded, before)
         if "out.merged" in tensors:
-            torch.testing.assert_close(merged, tensors["out.merged"], **TIGHT)
+            assert_near(merged, tensors["out.merged"])
 
     def test_unload_gives_the_base_back(self, case: str) -> None:
         base = build_base(case)

@@ -16,7 +16,7 @@ from peft.kernels import channels, plain
 from peft.kernels.channels import mixed_by_output
 from peft.kernels.made_again import made_again
 from peft.kernels.remake import recomputed
-from peft.tuners import vera_utils
+from peft.tuners import vera_kernels
 from peft.tuners.road import road_rotated
 
 
@@ -208,8 +208,8 @@ def second_derivatives(method: str) -> list[torch.Tensor]:
 
 def test_a_shared_projection_lives_no_longer_than_its_input() -> None:
     model = get_peft_model(Readers(), READING["vera"])
-    before = len(vera_utils._READ)
+    before = len(vera_kernels._READ)
     loss = model(torch.randn(2, 3, 6, requires_grad=True)).sum()
     loss.backward()
     del loss
-    assert len(vera_utils._READ) == before
+    assert len(vera_kernels._READ) == before

@@ -277,6 +277,19 @@ class TestUnusedEntries:
         with pytest.warns(UnusedEntryWarning, match="no tensors for modules that the config means: blocks.0.layer"):
             inject_adapter_in_model(LoraConfig(target_modules=["layer"]), base(), state_dict=state)
 
+    def test_misspelt_keywords(self, tmp_path):
+        model = get_peft_model(base(), LoraConfig(target_modules=["layer"]))
+        with pytest.warns(UserWarning, match="save_pretrained has no keyword 'selected_adapter'.*'selected_adapters'"):
+            model.save_pretrained(tmp_path, selected_adapter=["default"])
+        with pytest.warns(UserWarning, match="load_adapter has no keyword 'is_trainble'.* 'is_trainable'"):
+            model.load_adapter(tmp_path, "other", is_trainble=True)
+        with pytest.warns(UserWarning, match="from_pretrained has no keyword 'ignore_mismatched_size'"):
+            PeftModel.from_pretrained(base(), tmp_path, ignore_mismatched_size=True)
+        with warnings.catch_warnings():  # what clients pass, and no mistake
+            warnings.simplefilter("error")
+            model.save_pretrained(tmp_path, save_function=torch.save, max_shard_size="5GB", push_to_hub=False)
+            PeftModel.from_pretrained(base(), tmp_path, torch_dtype="auto", device_map=None, use_safetensors=True)
+
 
 class Ends(nn.Module):
     """A module at the root whose name ends that of others."""
@@ -433,16 +446,71 @@ class TestTheNameAnew:
         expected, weights, names = model(X).detach(), base_weights(model), [n for n, _ in net.named_modules()]
 
         def fail(*args: object) -> None:
-            raise RuntimeError("half way")
+            raise KeyboardInterrupt  # a user who does not want to wait; any error is no other
 
         monkeypatch.setattr("peft.core.model.tuner.add_auxiliary", fail)
-        with warnings.catch_warnings(), pytest.raises(RuntimeError, match="half way"):
+        with warnings.catch_warnings(), pytest.raises(KeyboardInterrupt):
             warnings.simplefilter("ignore")
             get_peft_model(net, LoraConfig(target_modules=["blocks.0.layer"], bias="all"))
-        assert [n for n, _ in net.named_modules()] == names
+        with pytest.raises(KeyboardInterrupt):
+            model.add_adapter("second", config_of(method, **fields))
+        assert [n for n, _ in net.named_modules()] == names and list(model.peft_config) == ["default"]
         torch.testing.assert_close(model(X), expected)
         for name, weight in base_weights(model).items():
             torch.testing.assert_close(weight, weights[name])
+        fresh = base()
+        with pytest.raises(KeyboardInterrupt):
+            get_peft_model(fresh, config_of(method, **fields))
+        assert [n for n, _ in fresh.named_modules()] == [n for n, _ in base().named_modules()]
+        assert not fresh._forward_pre_hooks and "_peft_record" not in fresh.__dict__
+
+    @pytest.mark.parametrize(
+        "fields", [{}, {"init_lora_weights": "pissa"}, {"layer_replication": [[0, 2], [0, 2]]}], ids=str
+    )
+    @pytest.mark.parametrize("way", ["adapter", "prompt", "file", "file of another name"])
+    def test_one_that_fails_leaves_what_the_old_one_stood_on(self, fields, way, tmp_path):
+        net, ids = tiny_llama(), torch.arange(6).view(2, 3)
+        start = net(ids).logits.detach()
+        fields = {"init_lora_weights": False, **fields}
+        model = get_peft_model(net, LoraConfig(target_modules=["q_proj"], **fields)).eval()
+        rows = ["default", "default" if "pissa" in fields.values() else "__base__"]
+        alone, mixed = model(ids).logits.detach(), model(ids, adapter_names=rows).logits.detach()
+        trains = [p.requires_grad for p in model.parameters()]
+        config = LoraConfig(target_modules=["nothing"])
+        if way == "prompt":
+            config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, modules_to_save=["layers"])
+        if way.startswith("file"):
+            get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], r=3)).save_pretrained(tmp_path)
+            LoraConfig(target_modules=["q_proj"], r=2).save_pretrained(tmp_path)  # beside weights of another rank
+        with pytest.warns(UserWarning, match="in it"), pytest.raises((ValueError, TypeError)):
+            if way.startswith("file"):
+                PeftModel.from_pretrained(net, tmp_path, "other" if "other" in way else "default")
+            else:
+                get_peft_model(net, config)
+        assert [p.requires_grad for p in model.parameters()] == trains
+        assert torch.equal(model(ids).logits, alone)
+        assert torch.equal(model(ids, adapter_names=rows).logits, mixed)
+        plain = model.unload()
+        torch.testing.assert_close(plain(ids).logits, start, **CLOSE)
+        assert not plain._forward_pre_hooks and plain.config.num_hidden_layers == len(plain.model.layers) == 2
+
+    def test_a_prompt_takes_the_name(self):
+        net, ids = tiny_llama(), torch.arange(6).view(2, 3)
+        start = net(ids).logits.detach()
+        get_peft_model(net, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+        with pytest.warns(UserWarning, match="has an adapter called 'default'"):
+            model = get_peft_model(net, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+        assert not adapted(net)
+        torch.testing.assert_close(model.unload()(ids).logits, start, **CLOSE)
+
+    def test_layers_replicated_otherwise(self):
+        net = tiny_llama()
+        for layer_map, depth in (([[0, 2], [0, 2]], 4), ([[0, 2], [1, 2]], 3), (None, 2)):
+            config = LoraConfig(target_modules=["q_proj"], layer_replication=layer_map)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model = get_peft_model(net, config)
+            assert net.config.num_hidden_layers == len(net.model.layers) == len(list(layers_of(model))) == depth
 
 
 class TestMerged:

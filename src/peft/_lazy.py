@@ -11,6 +11,24 @@ from typing import Any
 
 Missing = Callable[[str], "str | None"]
 
+# Where names are looked for that a module of 0.21 had imported from another one: third parties took them from there.
+HOMES = (
+    "peft.utils.peft_types",
+    "peft.utils.constants",
+    "peft.utils.other",
+    "peft.utils.save_and_load",
+    "peft.utils.integrations",
+    "peft.utils.quantization_utils",
+    "peft.utils.error",
+    "peft.utils.warning",
+    "peft.import_utils",
+    "peft.tuners._buffer_dict",
+    "peft.tuners.tuners_utils",
+    "peft.mapping",
+    "peft.tuners.lora",
+    "peft",
+)
+
 
 def no_such_name(module_name: str, name: str, known: Iterable[str]) -> str:
     """The message for a name that ``module_name`` does not have, with the closest of ``known`` if any is close."""
@@ -34,7 +52,10 @@ def _asked_by_from_import() -> bool:
 
 
 def lazy_module(
-    module_name: str, table: Mapping[str, Iterable[str]], missing: Missing | None = None
+    module_name: str,
+    table: Mapping[str, Iterable[str]],
+    missing: Missing | None = None,
+    homes: Iterable[str] = (),
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """The ``__getattr__``, ``__dir__`` and ``__all__`` of a module whose names live in other modules.
 
@@ -46,6 +67,7 @@ def lazy_module(
             A name found is kept in ``module_name``, so that the second access costs nothing.
         missing: called with a name that is not in the table; returns a message for the error, or None for the usual
             one, which names the closest match.
+        homes: modules that are asked, in turn, for a name that is not in the table.
 
     Raises:
         ValueError: if two modules of the table claim the same name.
@@ -70,6 +92,10 @@ def lazy_module(
             raise AttributeError(no_such_name(module_name, name, ()))
         if hasattr(sys.modules[module_name], "__path__") and importlib.util.find_spec(f"{module_name}.{name}"):
             return importlib.import_module(f"{module_name}.{name}")
+        for home in homes:
+            # By dir(), which no home answers with names that it would look for elsewhere itself.
+            if home != module_name and name in dir(importlib.import_module(home)):
+                return getattr(sys.modules[home], name)
         message = (missing(name) if missing else None) or no_such_name(module_name, name, origin)
         if _asked_by_from_import():
             raise ImportError(message, name=module_name, path=getattr(sys.modules[module_name], "__file__", None))
@@ -79,3 +105,11 @@ def lazy_module(
         return sorted({*vars(sys.modules[module_name]), *origin})
 
     return __getattr__, __dir__, sorted(origin)
+
+
+def also_known(module_name: str) -> None:
+    """Let a module answer for names that its namesake of 0.21 had imported, too: they are looked for in ``HOMES``.
+
+    Such as ``from peft.peft_model import PeftType``. To checkers of types the module stays as it is written.
+    """
+    vars(sys.modules[module_name])["__getattr__"] = lazy_module(module_name, {}, homes=HOMES)[0]

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from peft._lazy import also_known
 from peft.config import PeftConfig
 from peft.core.files.io import TOKENIZER_CONFIG_NAME, hub_options, locate
 from peft.options import value_of
@@ -22,6 +23,7 @@ from peft.peft_model import (
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
 )
+from peft.tools.architecture import AUTO_CLASSES
 from peft.utils.error import MissingFileError
 
 
@@ -186,40 +188,43 @@ class AutoPeftModel(_BaseAutoPeftModel):
 class AutoPeftModelForCausalLM(_BaseAutoPeftModel):
     """For ``TaskType.CAUSAL_LM``."""
 
-    auto_class = "AutoModelForCausalLM"
+    auto_class = AUTO_CLASSES["CAUSAL_LM"]
     peft_class = PeftModelForCausalLM
 
 
 class AutoPeftModelForSeq2SeqLM(_BaseAutoPeftModel):
     """For ``TaskType.SEQ_2_SEQ_LM``."""
 
-    auto_class = "AutoModelForSeq2SeqLM"
+    auto_class = AUTO_CLASSES["SEQ_2_SEQ_LM"]
     peft_class = PeftModelForSeq2SeqLM
 
 
 class AutoPeftModelForSequenceClassification(_BaseAutoPeftModel):
     """For ``TaskType.SEQ_CLS``."""
 
-    auto_class = "AutoModelForSequenceClassification"
+    auto_class = AUTO_CLASSES["SEQ_CLS"]
     peft_class = PeftModelForSequenceClassification
 
 
 class AutoPeftModelForTokenClassification(_BaseAutoPeftModel):
     """For ``TaskType.TOKEN_CLS``."""
 
-    auto_class = "AutoModelForTokenClassification"
+    auto_class = AUTO_CLASSES["TOKEN_CLS"]
     peft_class = PeftModelForTokenClassification
 
 
 class AutoPeftModelForQuestionAnswering(_BaseAutoPeftModel):
     """For ``TaskType.QUESTION_ANS``."""
 
-    auto_class = "AutoModelForQuestionAnswering"
+    auto_class = AUTO_CLASSES["QUESTION_ANS"]
     peft_class = PeftModelForQuestionAnswering
 
 
 class AutoPeftModelForFeatureExtraction(_BaseAutoPeftModel):
     """For ``TaskType.FEATURE_EXTRACTION``."""
 
-    auto_class = "AutoModel"
+    auto_class = AUTO_CLASSES["FEATURE_EXTRACTION"]
     peft_class = PeftModelForFeatureExtraction
+
+
+also_known(__name__)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import peft.tuners  # noqa: F401  registers the methods
+from peft._lazy import also_known
 from peft.config import PeftConfig
 from peft.core.model.record import record_of
 from peft.core.model.tuner import BaseTuner
@@ -140,7 +141,7 @@ def inject_adapter_in_model(
             state_dict=state_dict,
             autocast_adapter_dtype=False,
         )
-    except Exception:
+    except BaseException:
         if "peft_config" in model.__dict__:  # what clients such as diffusers look for, and remove, when they clean up
             model.peft_config.setdefault(adapter_name, peft_config)
         raise
@@ -149,3 +150,6 @@ def inject_adapter_in_model(
         if container is not None:  # the tuner is gone after this: what layers share lives in the model
             tuner.model.add_module(attribute, container)
     return tuner.model
+
+
+also_known(__name__)

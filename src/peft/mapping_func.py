@@ -6,6 +6,7 @@ import warnings
 
 from torch import nn
 
+from peft._lazy import also_known
 from peft.config import PeftConfig
 from peft.mapping import check_config
 from peft.mixed_model import PeftMixedModel
@@ -91,3 +92,6 @@ def _record_origin(model: nn.Module, peft_config: PeftConfig, revision: str | No
                 stacklevel=3,
             )
         peft_config.revision = revision
+
+
+also_known(__name__)

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from peft._lazy import also_known
 from peft.config import PeftConfig
 from peft.core.model.beside import add_auxiliary
 from peft.core.model.mixed import MixedModel
@@ -54,6 +55,11 @@ class PeftMixedModel(PeftModel):
     def _class_for(cls, config: PeftConfig) -> type[PeftModel]:
         return cls
 
+    @property
+    def active_adapter(self) -> list[str]:  # type: ignore[override]
+        """All active adapters: here several can be active."""
+        return self.active_adapters
+
     def delete_adapter(self, adapter_name: str | list[str]) -> None:
         """Remove one adapter or several."""
         for name in [adapter_name] if isinstance(adapter_name, str) else adapter_name:
@@ -84,3 +90,6 @@ class PeftMixedModel(PeftModel):
     def unload(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Return the plain model, without any adapter."""
         return self.base_model.unload(*args, **kwargs)
+
+
+also_known(__name__)

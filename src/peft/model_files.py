@@ -15,18 +15,21 @@ from torch import nn
 
 from peft.config import PeftConfig
 from peft.core.composition.config import CompositionConfig
+from peft.core.composition.model import Compositions
 from peft.core.files.card import create_or_update_model_card
 from peft.core.files.entries import entries
-from peft.core.files.io import CONFIG_NAME, hub_options, load_peft_weights, write_adapter
+from peft.core.files.io import CONFIG_NAME, HUB_KEYWORDS, hub_options, load_peft_weights, write_adapter
 from peft.core.files.state_dict import LoadResult, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.core.filling import filled_later
 from peft.core.model import operations
+from peft.core.model.replacing import restoring
 from peft.core.model.tuner import BaseTuner
-from peft.core.model.walk import layers_of, surveyed, walk
+from peft.core.model.walk import layers_of, surveyed
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.options import value_of
 from peft.tuners.lora.experts import convert_peft_adapter_state_dict_for_transformers
-from peft.utils.error import CheckpointError, ConfigError, ConfigFileError, PeftError
+from peft.utils.error import CheckpointError, ConfigError, ConfigFileError, PeftError, some
+from peft.utils.usage import tell_misspelt
 from peft.utils.warning import PeftWarning
 
 
@@ -34,25 +37,12 @@ if TYPE_CHECKING:
     from peft.peft_model import PeftModel
 
 
-class ModelFiles:
-    """Mixin of :class:`PeftModel`: an adapter as files, written, read, and put around a base model."""
+_ALSO_READ = ("torch_device", "ignore_mismatched_sizes", "peft_config", "subfolder", *HUB_KEYWORDS)
+"""Keywords that loading reads beside its parameters."""
 
-    peft_config: Any
-    base_model: Any
-    active_adapters: Any
-    get_base_model: Any
-    state_dict: Any
-    eval: Any
-    add_adapter: Any
-    set_adapter: Any
-    delete_adapter: Any
-    set_requires_grad: Any
-    _tuner: Any
-    _class_for: Any
-    _check_method: Any
-    _check_expression: Any
-    _from_composition: Any
-    _load_members: Any
+
+class ModelFiles(Compositions):
+    """Mixin of :class:`PeftModel`: an adapter as files, written, read, and put around a base model."""
 
     def save_pretrained(
         self,
@@ -88,6 +78,7 @@ class ModelFiles:
         """
         if os.path.isfile(save_directory):
             raise ConfigFileError(f"{save_directory} is a file; save_pretrained needs a folder.")
+        tell_misspelt(ModelFiles.save_pretrained, kwargs, ["state_dict"])
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         operations.require_adapters(self, names, self.peft_config)
         if not is_main_process and kwargs.get("state_dict") is not None:
@@ -168,31 +159,19 @@ class ModelFiles:
             >>> model = PeftModel.from_pretrained(base, "adapter", is_trainable=True)
         """
         hub = hub_options(kwargs)
+        tell_misspelt(ModelFiles.from_pretrained, kwargs, _ALSO_READ)
+        placing = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
         model = plain_model(model, adapter_name)
         config = _read_config(model_id, config, is_trainable, hub)
         if isinstance(config, CompositionConfig):
-            placing = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
-            return cls._from_composition(model, model_id, adapter_name, is_trainable, config, {**hub, **placing})
-        _start_from_file(config)
+            with restoring(model):
+                return cls._from_composition(model, model_id, adapter_name, is_trainable, config, {**hub, **placing})
         weights = load_peft_weights(model_id, kwargs.get("torch_device"), key_mapping, **hub)
-        held = [p for site in walk(model) for p in site.module._parameters.values() if p is not None]
-        frozen = [p for p in held if not p.requires_grad]
-        placing = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
-        with _naming(model_id, CONFIG_NAME, config), filled_later() as filling:
-            peft_model = cls._class_for(config)(model, config, adapter_name, **placing)
-        try:
-            with _naming(model_id, "adapter_model", config):
-                peft_model._load(adapter_name, weights, config.peft_version, kwargs, filling.skipped, **placing)
-        except Exception:
-            # Unloading freezes the base, and what trained before is to train again.
-            peft_model._tuner.unload().requires_grad_(True)
-            for p in frozen:
-                p.requires_grad_(False)
-            raise
-        config.inference_mode = not is_trainable
-        if is_trainable:
-            peft_model.set_requires_grad(adapter_name, True)
-        return peft_model if is_trainable else peft_model.eval()
+        with restoring(model):
+            with _naming(model_id, CONFIG_NAME, config), filled_later() as filling:
+                made = cls._class_for(config)(model, config, adapter_name, **placing)
+            made._load(model_id, adapter_name, config, is_trainable, weights, kwargs, filling.skipped, **placing)
+        return made
 
     @surveyed()
     def load_adapter(
@@ -226,7 +205,7 @@ class ModelFiles:
         """
         hub = hub_options(kwargs)
         config = _read_config(model_id, kwargs.pop("peft_config", None), is_trainable, hub)
-        _start_from_file(config)
+        tell_misspelt(ModelFiles.load_adapter, kwargs, _ALSO_READ)
         weights = load_peft_weights(model_id, torch_device, key_mapping, **hub)
         fresh = adapter_name not in self.peft_config
         placing = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
@@ -240,49 +219,53 @@ class ModelFiles:
             else:
                 self._check_method(config)
         try:
-            with _naming(model_id, "adapter_model", config):
-                result = self._load(adapter_name, weights, config.peft_version, kwargs, filling.skipped, **placing)
-        except Exception:
+            return self._load(
+                model_id, adapter_name, config, is_trainable, weights, kwargs, filling.skipped, **placing
+            )
+        except BaseException:
             if fresh:
                 self.delete_adapter(adapter_name)
             raise
-        config.inference_mode = not is_trainable
-        if is_trainable:
-            self.set_requires_grad(adapter_name, True)
-        else:
-            self.eval()
-        return result
 
     def _load(
         self,
+        model_id: str | os.PathLike,
         name: str,
+        config: PeftConfig,
+        is_trainable: bool,
         weights: dict[str, torch.Tensor],
-        written_by: str | None,
         options: dict,
         without_values: bool,
         autocast_adapter_dtype: bool,
         low_cpu_mem_usage: bool,
     ) -> LoadResult:
-        ignore = options.get("ignore_mismatched_sizes", False)
-        weights = convert_peft_adapter_state_dict_for_transformers(self, self.peft_config[name], weights, name)
-        result = set_peft_model_state_dict(self, weights, name, ignore, low_cpu_mem_usage)
-        if result.missing_keys and result.unexpected_keys:
-            self._check_something_fits(name, result)
-        if without_values and (result.missing_keys or ignore) and not low_cpu_mem_usage:
-            self._start_over(name, autocast_adapter_dtype)  # what the file does not hold has to be drawn
-            result = set_peft_model_state_dict(self, weights, name, ignore)
-        left = entries(self, name) if low_cpu_mem_usage else ()
-        if empty := [entry.saved for entry in left if entry.tensor.device.type == "meta"]:
-            raise CheckpointError(
-                f"the file lacks {empty[:5]}, and low_cpu_mem_usage leaves nothing else to put there."
-            )
-        for _, layer in layers_of(self.get_base_model()):
-            if name in layer:
-                layer.adapters[name].upgrade(written_by or "0.0")  # older files do not say
+        """Give an adapter the values of a file; it then trains, or the model is in evaluation mode."""
+        with _naming(model_id, "adapter_model", config):
+            ignore = options.get("ignore_mismatched_sizes", False)
+            weights = convert_peft_adapter_state_dict_for_transformers(self, self.peft_config[name], weights, name)
+            result = set_peft_model_state_dict(self, weights, name, ignore, low_cpu_mem_usage)
+            if result.missing_keys and result.unexpected_keys:
+                self._check_something_fits(name, result)
+            if without_values and (result.missing_keys or ignore) and not low_cpu_mem_usage:
+                self._start_over(name, autocast_adapter_dtype)  # what the file does not hold has to be drawn
+                result = set_peft_model_state_dict(self, weights, name, ignore)
+            left = entries(self, name) if low_cpu_mem_usage else ()
+            if empty := [entry.saved for entry in left if entry.tensor.device.type == "meta"]:
+                raise CheckpointError(
+                    f"the file lacks {some(empty)}, and low_cpu_mem_usage leaves nothing else to put there."
+                )
+            for _, layer in layers_of(self.get_base_model()):
+                if name in layer:
+                    layer.adapters[name].upgrade(config.peft_version or "0.0")  # older files do not say
         if result.missing_keys:
             warnings.warn(_listed("Found missing adapter keys while loading the checkpoint", result.missing_keys))
         if result.unexpected_keys:
             warnings.warn(_listed("the checkpoint has tensors that the adapter does not", result.unexpected_keys))
+        config.inference_mode = not is_trainable
+        if is_trainable:
+            self.set_requires_grad(name, True)
+        else:
+            self.eval()
         return result
 
     def _check_something_fits(self, name: str, result: LoadResult) -> None:
@@ -353,7 +336,7 @@ def _naming(where: str | os.PathLike, part: str, config: PeftConfig) -> Iterator
 
 
 def _listed(what: str, names: list[str]) -> str:
-    return f"{what}: {names[:5]}" + (f" and {len(names) - 5} more." if len(names) > 5 else ".")
+    return f"{what}: {some(map(repr, names))}."
 
 
 def _read_config(model_id: str | os.PathLike, config: PeftConfig | None, is_trainable: bool, hub: dict) -> PeftConfig:
@@ -366,10 +349,6 @@ def _read_config(model_id: str | os.PathLike, config: PeftConfig | None, is_trai
         what = f"is a {config.peft_type} adapter" if config.peft_type else "has a config that names no peft_type"
         raise ConfigError(f"{model_id} {what}; this version has {', '.join(known)}.")
     config.inference_mode = not is_trainable
-    return config
-
-
-def _start_from_file(config: PeftConfig) -> None:
-    """Have virtual tokens start as the file says, not the config."""
-    for member in config.members:
+    for member in config.members:  # virtual tokens start as the file says, not the config
         member.inference_mode |= member.is_prompt_learning
+    return config

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 from transformers.utils import PushToHubMixin
 
+from peft._lazy import also_known
 from peft.compat.model import ModelCompat
 from peft.config import PeftConfig
 from peft.core.blocks.skipping import blocks_skipped
 from peft.core.composition.config import CompositionConfig
 from peft.core.composition.dividing import divided
 from peft.core.composition.expressions import Composition
-from peft.core.composition.model import Compositions
 from peft.core.files.entries import leave_out_repeats, prompts_of
 from peft.core.layer.rows import require_unmerged, without_fast_path
 from peft.core.model import operations
@@ -41,7 +41,7 @@ from peft.tools.status import (
 from peft.tuners.lora.experts import convert_config_for
 
 
-class PeftModel(ModelCompat, ModelFiles, Compositions, PushToHubMixin, nn.Module):
+class PeftModel(ModelCompat, ModelFiles, PushToHubMixin, nn.Module):
     """A base model with adapters of one method around it.
 
     Args:
@@ -92,6 +92,8 @@ class PeftModel(ModelCompat, ModelFiles, Compositions, PushToHubMixin, nn.Module
         configs = {adapter_name: peft_config}
         if peft_config.is_prompt_learning:
             tuner = PromptTuner(model, configs, adapter_name, **options, task=self._task)
+            if type(self).get_prompt is not PeftModel.get_prompt:
+                tuner.prompts.replaced = self.get_prompt
             self.__dict__["_prompts"] = tuner
             self.base_model = model
             self.prompt_encoder, self.prompt_tokens = tuner.prompts.encoders, tuner.prompts.tokens
@@ -161,7 +163,8 @@ class PeftModel(ModelCompat, ModelFiles, Compositions, PushToHubMixin, nn.Module
 
     @property
     def active_adapter(self) -> str | list[str]:
-        return self._tuner.active_adapter
+        """The first active adapter, which names an entry of ``peft_config``; an empty list if there is none."""
+        return self.active_adapters[0] if self.active_adapters else []
 
     @property
     def active_adapters(self) -> list[str]:
@@ -288,24 +291,14 @@ class PeftModel(ModelCompat, ModelFiles, Compositions, PushToHubMixin, nn.Module
         tasks = kwargs.pop("task_ids", None)
         context = context_of(self.get_base_model())
         context.begin()
-        before, tasks_before, held = context.adapter_names, context.task_ids, context.held
-        if names is None and tasks is None and before is None and tasks_before is None:
+        if names is None and tasks is None and context.adapter_names is None and context.task_ids is None:
             return function(*args, **kwargs)
         if tasks is not None:
             tasks = torch.as_tensor(tasks).reshape(-1)
             if len(tasks) != 1:  # one stands for the batch
                 self._check_length("task_ids", len(tasks), args, kwargs)
-        context.set_adapter_names(names)
-        context.task_ids = tasks
-        context.held = names is not None or tasks is not None
-        try:
-            with nullcontext() if names is None else without_fast_path():  # which knows one weight for all rows
-                return function(*args, **kwargs)
-        finally:
-            context.held = held
-            if not keep:  # a backward may still need them
-                context.set_adapter_names(before)
-                context.task_ids = tasks_before
+        with context.told(names, tasks, keep), nullcontext() if names is None else without_fast_path():
+            return function(*args, **kwargs)  # the fast path knows one weight for all rows
 
     def _check_rows(self, names: Sequence[str], args: tuple, kwargs: dict) -> None:
         known = [*self.peft_config, BASE]
@@ -366,7 +359,7 @@ class PeftModel(ModelCompat, ModelFiles, Compositions, PushToHubMixin, nn.Module
         self.peft_config[adapter_name] = peft_config
         try:
             self._tuner.inject_adapter(self.get_base_model(), adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
-        except Exception:
+        except BaseException:
             del self.peft_config[adapter_name]
             raise
         note_base(peft_config, self.get_base_model())
@@ -544,3 +537,6 @@ MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
     "QUESTION_ANS": PeftModelForQuestionAnswering,
     "FEATURE_EXTRACTION": PeftModelForFeatureExtraction,
 }
+
+
+also_known(__name__)

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from peft._lazy import lazy_module
+from peft._lazy import HOMES, lazy_module
 from peft.core.base.kinds import kind_of
 from peft.core.base.storage import storage_of
 from peft.core.base.storage.quantized import is_from
@@ -23,10 +23,14 @@ PARTS = ("config", "layer", "model", "bnb")
 # Further parts that others import, by method.
 MORE_PARTS = {
     "adalora": ("gptq",),
+    "adamss": ("asa_callback",),
     "cartridge": ("utils",),
     "lora": ("aqlm", "awq", "eetq", "gptq", "hqq", "inc", "te", "torchao", "tp_layer"),
+    "osf": ("utils",),
     "poly": ("router",),
     "shadow": ("layers",),
+    "shira": ("mask_functions",),
+    "xlora": ("classifier",),
 }
 
 # Layer classes by the names that they had: name here -> names there, by method.
@@ -65,11 +69,14 @@ OF_LIBRARY: dict[str, dict[str, str]] = {
 
 # What others import from a method's module and what stands elsewhere, resolved on first use.
 ELSEWHERE: dict[str, dict[str, tuple[str, ...]]] = {
+    "adamss": {"peft.compat.callbacks": ("AdamssAsaCallback",)},
     "adaption_prompt": {"peft.compat.attention": ("ModelTypeConfig", "TRANSFORMERS_MODEL_CONFIG")},
     "lora": {
+        "peft.compat.lora_variant": ("LoraVariant",),
         "peft.compat.parameters": ("_LoraParameterProxy",),
         "peft.core.layer.layer": ("check_adapters_to_merge",),
     },
+    "osf": {"peft.compat.helpers": ("decompose_weight_matrix", "project_gradient_to_orthogonal_space")},
     "shadow": {"peft.compat.shadow": ("DetachedShadowModel", "ShadowCache", "ShadowCarrier")},
 }
 
@@ -106,8 +113,9 @@ def alias_submodules(module: ModuleType) -> None:
             cls.__name__ = old  # what a printed model and a status report show
         for holder in (module, sys.modules[package]):
             vars(holder).setdefault(old, cls)
-    if method in ELSEWHERE:
-        vars(module)["__getattr__"] = lazy_module(module.__name__, ELSEWHERE[method])[0]
+    for name in (package, *(f"{package}.{part}" for part in PARTS)):
+        holder = sys.modules[name]
+        vars(holder)["__getattr__"] = lazy_module(holder.__name__, ELSEWHERE.get(method, {}), homes=HOMES)[0]
 
 
 def _old_classes(method: str, module: ModuleType) -> dict[str, Any]:
@@ -163,8 +171,13 @@ def _dispatcher(layer_cls: Any, library: str | None) -> Any:
     return dispatch
 
 
-def new_layer(layer_cls: Any, target: nn.Module, adapter_name: str, config: Any, key: str = "") -> nn.Module:
+def new_layer(
+    layer_cls: Any, target: nn.Module, adapter_name: str, config: Any, current_key: str = "", **given: Any
+) -> nn.Module:
     """A method's layer around a module, of the class for its kind and storage, with one adapter that is active.
+
+    Args:
+        given: fields of the config as they are for this module, whatever its patterns say.
 
     Raises:
         ValueError: if the method cannot adapt such a module.
@@ -175,4 +188,4 @@ def new_layer(layer_cls: Any, target: nn.Module, adapter_name: str, config: Any,
         raise ValueError(f"Target module {type(base).__name__} is no kind of layer that {layer_cls.__name__} adapts.")
     name = storage_of(base, kind.weight).layer_name or kind.name
     cls = layer_cls.by_name[name if name in layer_cls.by_name else kind.name]
-    return cls(target, adapter_name, config, current_key=key)
+    return cls(target, adapter_name, config, current_key=current_key, **given)

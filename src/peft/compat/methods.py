@@ -98,6 +98,18 @@ class LoraLayerCompat:
         self.reset_lora_parameters(adapter_name, "orthogonal")
 
 
+class LoraVariantCompat:
+    """Of LoRA's adapters: copies of 0.21's forward find those that are more than plain in ``layer.lora_variant``."""
+
+    output: Any
+
+    def forward(
+        self, module: nn.Module, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        """The layer's output with this adapter; ``result`` is the output without it."""
+        return self.output(x, result, result)
+
+
 class AdaLoraCompat:
     """Of ``AdaLoraModel``."""
 
@@ -213,13 +225,8 @@ class PolyCompat:
             return function(*args, **kwargs)
         context: Context = context_of(self.model)
         context.begin()
-        before, held = context.task_ids, context.held
-        context.task_ids, context.held = torch.as_tensor(task_ids).reshape(-1), True
-        try:
+        with context.told(context.adapter_names, torch.as_tensor(task_ids).reshape(-1), torch.is_grad_enabled()):
             return function(*args, **kwargs)
-        finally:
-            context.task_ids = before
-            context.held = held or torch.is_grad_enabled()  # a backward may run the forward again
 
 
 class AdaptionPromptCompat:
@@ -235,7 +242,7 @@ class AdaptionPromptCompat:
         self.peft_config[adapter_name] = config
         try:
             self.inject_adapter(self.model, adapter_name)
-        except Exception:
+        except BaseException:
             del self.peft_config[adapter_name]
             raise
         self.set_adapter(adapter_name)

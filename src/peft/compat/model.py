@@ -6,12 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from peft.compat.asked import Asked
+from peft.core.model.mixin import ModelMixin
 
 
-class ModelCompat:
+class ModelCompat(ModelMixin):
     """A mixin of ``PeftModel``."""
-
-    get_base_model: Any
 
     @Asked
     def base_model_prepare_inputs_for_generation(self) -> Callable[..., Any] | None:

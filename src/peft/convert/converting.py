@@ -11,10 +11,10 @@ from torch import nn
 
 from peft.convert.formats import FORMATS
 from peft.convert.formats.flux import as_in, flux_encoders
-from peft.convert.held import PREFIX, Held, beyond_pairs, held_of, is_lora, magnitude_of, modules_of, pairs_of
+from peft.convert.held import Held, beyond_pairs, held_of, is_lora, magnitude_of, modules_of, pairs_of
 from peft.convert.source import ENDS, WEIGHTS, Base, Bundle, Files, Format, Job, Source
-from peft.core.files.io import replacing
-from peft.utils.error import ConfigError, nearest
+from peft.core.files.io import PREFIX, replacing
+from peft.utils.error import ConfigError, nearest, some
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def _detected(source: Source) -> Format:
         )
     if any(name.startswith(PREFIX) for name in source.tensors):
         raise ConfigError(f"{source.path} needs its adapter_config.json beside it, which says method and scale.")
-    shown = ", ".join(list(source.tensors)[:4]) or "nothing"
+    shown = some(source.tensors, 4) or "nothing"
     raise ConfigError(f"{source.path} is no adapter of a format that is known here; it holds {shown}.")
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft.convert.held import named, patterned
+from peft.config import patterned
 from peft.convert.resize import check_size
 from peft.core.base.kinds import kind_of
 from peft.core.combine.ranks import halves, leading_svd, randomized_svd, shared_ranks
-from peft.core.files.io import write_adapter
+from peft.core.files.io import PREFIX, write_adapter
 from peft.core.files.shards import Shards
 from peft.core.layer.weight import wide
 from peft.core.model.targeting import exact_targets
@@ -25,7 +25,7 @@ from peft.tools.architecture import build
 from peft.tools.footprint import meta_copy
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.conversion import lora_tensors
-from peft.utils.error import nearest
+from peft.utils.error import nearest, some
 
 
 _DENSE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -175,7 +175,7 @@ class _Extractor:
                 self.saved[path] = module
         if new := self.tuned.entries.keys() - seen - self.base.entries.keys():
             raise ValueError(
-                f"the fine-tuned model has tensors that the base lacks: {named(new)}. A LoRA cannot add them."
+                f"the fine-tuned model has tensors that the base lacks: {some(new)}. A LoRA cannot add them."
             )
         if not self.found and not self.saved and not self.biases:
             raise ValueError("the two models are equal: there is nothing to extract.")
@@ -196,7 +196,7 @@ class _Extractor:
         prefix = f"{getattr(self.model, 'base_model_prefix', '')}."
         there = {name for key in self.base.entries for name in (key, prefix + key)}
         if lacks := [name for p, name in absent.items() if p not in done and name in there]:
-            raise ValueError(f"the base has tensors that the fine-tuned model lacks: {named(lacks)}.")
+            raise ValueError(f"the base has tensors that the fine-tuned model lacks: {some(lacks)}.")
 
     def _renaming(self) -> Any:
         """What a parameter is called in the files, where a part of the model may have been saved alone."""
@@ -242,7 +242,7 @@ class _Extractor:
         for path, (u, s, vh) in self.found.items():
             r = ranks[path] = min(ranks[path], len(s))
             down, up = (factor[None].to(kept_as) for factor in halves(u, s, vh, r))
-            pairs[path, "weight"] = down, up
+            pairs[path] = down, up
             rest = self.rests[path] ** 2 + float(s[r:].double().square().sum())
             errors[path] = rest**0.5 / self.norms[path]
             lost += rest
@@ -264,7 +264,7 @@ class _Extractor:
         return config, tensors, report
 
     def _file_name(self, name: str) -> str:
-        words = name.removeprefix("base_model.model.").split(".")
+        words = name.removeprefix(PREFIX).split(".")
         key = self._renaming()(".".join(word for word in words if word != "base_layer"))
         if key is None:
             raise ValueError(f"the fine-tuned model's files have no tensor for {name}.")

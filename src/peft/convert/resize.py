@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from peft.convert.held import Held, Pair, Pairs, beyond_pairs, held_of, is_lora, named, pairs_of
+from peft.convert.held import Held, Pair, Pairs, beyond_pairs, held_of, is_lora, pairs_of
 from peft.convert.products import pairs_in, products_of
 from peft.core.combine.ranks import shared_ranks
+from peft.utils.error import some
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def negate_adapter(source: str | os.PathLike, output: str | os.PathLike) -> None
     turned = {up for _, _, up in pairs} | {name for name in held.tensors if name.endswith(".lora_B.bias")}
     if rest := held.tensors.keys() - turned - {down for _, down, _ in pairs}:
         raise ValueError(
-            f"these tensors replace those of the base model, and have no negative: {named(rest)}. Take them out "
+            f"these tensors replace those of the base model, and have no negative: {some(rest)}. Take them out "
             "(modules_to_save, trainable_token_indices, bias) before negating."
         )
     held.tensors.update({name: -held.tensors[name] for name in turned if name in held.tensors})
@@ -137,7 +138,7 @@ def rebase_adapter(source: str | os.PathLike, onto: str | os.PathLike, output: s
     for what, given in ((source, own), (onto, baked)):
         odd = [module for module, pair in given.pairs.items() if pair.magnitude is not None or pair.bias is not None]
         if odd or given.others:
-            raise ValueError(f"{what} is more than its updates, which add up: {named([*odd, *given.others])}.")
+            raise ValueError(f"{what} is more than its updates, which add up: {some([*odd, *given.others])}.")
     made = {}
     for module in dict.fromkeys((*own.pairs, *baked.pairs)):
         parts = [(given.pairs[module], sign * given.scale(module)) for given, sign in ((own, 1.0), (baked, -1.0))

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from peft.convert.formats.gguf import GGUF
-from peft.convert.held import GATED, Held, Pairs, beyond_pairs, named, pairs_of
+from peft.convert.held import GATED, Held, Pairs, beyond_pairs, pairs_of
+from peft.tuners.lora.config import divisor
+from peft.utils.error import some
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def _no_dora(facts: _Facts) -> None:
 
 def _no_modules(facts: _Facts) -> None:
     saved = facts.config.modules_to_save
-    facts.refuse(saved, f"it has no whole modules (modules_to_save: {named(saved or ())}); merge the adapter instead")
+    facts.refuse(saved, f"it has no whole modules (modules_to_save: {some(saved or ())}); merge the adapter instead")
 
 
 def _no_others(facts: _Facts) -> None:
@@ -108,9 +110,9 @@ def _no_others(facts: _Facts) -> None:
     facts.refuse(biased, f"it leaves the base model's biases as they are (bias={facts.config.bias!r})")
     facts.refuse(facts.any("bias"), "it has no bias of B (lora_bias=True)")
     stacks = getattr(facts.config, "target_parameters", None)
-    facts.refuse(stacks, f"it reads no LoRAs of stacked parameters (target_parameters: {named(stacks or ())})")
+    facts.refuse(stacks, f"it reads no LoRAs of stacked parameters (target_parameters: {some(stacks or ())})")
     convolved = [module for module, pair in facts.found.pairs.items() if pair.down.dim() > 2]
-    facts.refuse(convolved, f"it has no LoRAs of convolutions ({named(convolved, 3)})")
+    facts.refuse(convolved, f"it has no LoRAs of convolutions ({some(convolved, 3)})")
 
 
 def _no_variants(facts: _Facts, but: Collection[str] = ()) -> None:
@@ -121,12 +123,12 @@ def _no_variants(facts: _Facts, but: Collection[str] = ()) -> None:
 
 def _one_scale(facts: _Facts) -> None:
     """The scale is lora_alpha / r of the config, whatever alpha_pattern and rank_pattern say."""
-    top = facts.config.lora_alpha / (facts.config.r**0.5 if facts.config.use_rslora else facts.config.r)
+    top = facts.config.lora_alpha / divisor(facts.config.r, facts.config.use_rslora)
     other = [module for module in facts.found.pairs if abs(facts.found.scale(module) - top) > 1e-6 * abs(top)]
     facts.refuse(
         other,
         f"it scales every layer by lora_alpha / r = {top:g}, and these layers have another scale "
-        f"(rank_pattern, alpha_pattern): {named(other, 3)}; resize_adapter or save_as_lora can even this out",
+        f"(rank_pattern, alpha_pattern): {some(other, 3)}; resize_adapter or save_as_lora can even this out",
     )
 
 
@@ -140,7 +142,7 @@ def _vllm_rank(facts: _Facts) -> None:
 
 def _vllm_modules(facts: _Facts) -> None:
     if tables := {m for m, pair in facts.found.pairs.items() if pair.table} | (facts.leaves & {"lm_head"}):
-        facts.needs.append(f"only some of its models adapt embeddings and heads: {named(tables)}")
+        facts.needs.append(f"only some of its models adapt embeddings and heads: {some(tables)}")
 
 
 _SGLANG = {"qkv_proj", "q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "gate_up_proj",
@@ -159,7 +161,7 @@ def _sglang(facts: _Facts) -> None:
     if isinstance(targets, str) and targets not in ("all-linear", "all"):
         facts.problems.append(f"it reads target_modules as a list or 'all-linear', not as a pattern ({targets!r})")
     unknown = facts.leaves - _SGLANG
-    facts.refuse(unknown, f"it has no LoRAs for modules called {named(unknown)}; there are {named(_SGLANG, 20)}")
+    facts.refuse(unknown, f"it has no LoRAs for modules called {some(unknown)}; there are {some(_SGLANG, 20)}")
     if facts.leaves & {"embed_tokens", "lm_head"}:
         facts.needs.append("start it with --lora-target-modules that name embed_tokens and lm_head")
     facts.needs.append(f"its pool is sized by the first adapters: --max-lora-rank {max(facts.ranks)} at least")
@@ -171,17 +173,17 @@ def _punica(facts: _Facts) -> None:
     for module, pair in facts.found.pairs.items():
         by_leaf.setdefault(module.rpartition(".")[2], set()).add(pair.rank)
     mixed = [leaf for leaf, ranks in by_leaf.items() if len(ranks) > 1]
-    facts.refuse(mixed, f"it stacks the layers' pairs, which have several ranks: {named(mixed)}; use resize_adapter")
+    facts.refuse(mixed, f"it stacks the layers' pairs, which have several ranks: {some(mixed)}; use resize_adapter")
     layers = {leaf: {_index(m) for m in facts.found.pairs if m.rpartition(".")[2] == leaf} for leaf in by_leaf}
     most = max(map(len, layers.values()))
     partial = [leaf for leaf, seen in layers.items() if len(seen) < most and None not in seen]
     facts.refuse(
         partial or facts.config.layers_to_transform is not None,
         "it leaves a kind of module out that not every layer adapts (layers_to_transform, per-layer targets)"
-        + (f": {named(partial)}" if partial else ""),
+        + (f": {some(partial)}" if partial else ""),
     )
     tables = [module for module, pair in facts.found.pairs.items() if pair.table]
-    facts.refuse(tables, f"it has no LoRAs of embeddings ({named(tables)})")
+    facts.refuse(tables, f"it has no LoRAs of embeddings ({some(tables)})")
 
 
 _TGI = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "gate_up_proj",
@@ -193,7 +195,7 @@ _LORAX = _TGI | {"c_attn", "c_proj", "c_fc", "w1", "w2", "dense", "Wqkv", "out_p
 def _only(known: set[str]) -> Callable[[_Facts], None]:
     def rule(facts: _Facts) -> None:
         unknown = facts.leaves - known
-        facts.refuse(unknown, f"it ignores modules called {named(unknown)}; it knows {named(known, 20)}")
+        facts.refuse(unknown, f"it ignores modules called {some(unknown)}; it knows {some(known, 20)}")
 
     return rule
 
@@ -201,7 +203,7 @@ def _only(known: set[str]) -> Callable[[_Facts], None]:
 def _llama_cpp(facts: _Facts) -> None:
     _no_variants(facts, but=GGUF.holds)
     if tables := [module for module, pair in facts.found.pairs.items() if pair.table]:
-        facts.needs.append(f"it stops at LoRAs of {named(tables)} if the head of the base model shares that weight")
+        facts.needs.append(f"it stops at LoRAs of {some(tables)} if the head of the base model shares that weight")
     facts.needs.append("convert_adapter(..., 'gguf', ..., base=...) makes its file; the base is a GGUF, too")
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from peft._lazy import also_known
 from peft.optimizers.adamw import adamw
 from peft.optimizers.closure import loss_of
 from peft.optimizers.pairs import damped_inverses, pairs_of, require_whole
@@ -148,3 +149,6 @@ def create_lorafa_optimizer(
         trained, frozen = (pair.a, pair.b) if pair.lookup else (pair.b, pair.a)
         optimizer.project(trained, frozen, float(pair.layer.scaling[pair.name]), pair.lookup)
     return optimizer
+
+
+also_known(__name__)

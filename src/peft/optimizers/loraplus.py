@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from peft._lazy import also_known
 from peft.optimizers.eight_bits import keep_embeddings_exact
 from peft.optimizers.pairs import pairs_of
 
@@ -51,3 +52,6 @@ def create_loraplus_optimizer(
     if optimizer_cls.__module__.startswith("bitsandbytes."):
         keep_embeddings_exact(model)
     return optimizer_cls(groups, lr=lr, **kwargs)  # type: ignore[call-arg]
+
+
+also_known(__name__)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from peft._lazy import also_known
 from peft.optimizers.pairs import damped_inverses, pairs_of, require_whole
 
 
@@ -77,3 +78,6 @@ def create_riemannian_optimizer(
 
     optimizer.register_step_pre_hook(before_step)
     return optimizer
+
+
+also_known(__name__)

@@ -7,6 +7,17 @@ from typing import Any
 from torch import nn
 
 
+AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+"""Task -> the class of transformers that loads a model for it."""
+
+
 def class_of(config: Any, name: str | None = None) -> Any:
     """The class called ``name`` in transformers; by default the first architecture of the config, else AutoModel."""
     import transformers

@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from peft.core.files.entries import prompts_of
+from peft.core.model.gradient_checkpointing import FUNCTION, is_reentrant
 from peft.core.model.walk import layers_of, wrappers_of
 from peft.tools.status import count_parameters
-from peft.utils.meanwhile import in_mode
+from peft.utils.error import some
+from peft.utils.meanwhile import having, in_mode
 
 
 LOW_LEARNING_RATE = 5e-5
@@ -103,13 +105,13 @@ def _at_rest(model: nn.Module) -> Iterator[Finding]:
     if disabled := [path for path, holder in holders if holder.disable_adapters]:
         yield Finding(
             "adapter_disabled",
-            f"The adapters are switched off in {_some(disabled)}, so the model computes without them.",
+            f"The adapters are switched off in {some(disabled, 3)}, so the model computes without them.",
             "Switch them on with model.enable_adapter_layers().",
         )
     if merged := [path for path, layer in layers if layer.merged]:
         yield Finding(
             "adapter_merged",
-            f"Adapters are merged in {_some(merged)}: their parameters take no part in the forward.",
+            f"Adapters are merged in {some(merged, 3)}: their parameters take no part in the forward.",
             "Take them out with model.unmerge_adapter().",
         )
     idle = {name for _, holder in holders for name in holder.adapter_names if _trains(holder, name)}
@@ -126,11 +128,6 @@ def _trains(holder: Any, name: str) -> bool:
     return any(p.requires_grad for p in holder.adapter_parameters(name))
 
 
-def _some(names: list[str], most: int = 3) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
 # --- optimizer and labels -------------------------------------------------------------------------------------
 
 
@@ -143,7 +140,7 @@ def _of_optimizer(
         if missing := [name for key, name in trained.items() if key not in held]:
             yield Finding(
                 "not_in_optimizer",
-                f"The optimizer does not hold {_some(missing)}, which require grad.",
+                f"The optimizer does not hold {some(missing, 3)}, which require grad.",
                 "Make the optimizer after the adapters, from [p for p in model.parameters() if p.requires_grad].",
             )
         rates = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
@@ -191,16 +188,10 @@ def _of_step(
                 f"the output of {type(model).__name__} has no loss. Give the batch labels, or a function: "
                 "check_training(model, batch, loss=lambda output: ...)."
             )
-        before = [p.grad for p in trained.values()]
-        for p in trained.values():
-            p.grad = None
-        try:
+        with having(trained.values(), grad=None):
             if value.requires_grad:
                 value.backward()  # torch.autograd.grad does not see into reentrant checkpoints
             grads = [p.grad for p in trained.values()]
-        finally:
-            for p, grad in zip(trained.values(), before):
-                p.grad = grad
     found = []
     if not value.isfinite().all():
         found.append(
@@ -214,7 +205,7 @@ def _of_step(
         found.append(
             Finding(
                 "checkpointing_without_grad",
-                f"Gradient checkpointing is on in its reentrant form, and the inputs of {_some(starved)} do not "
+                f"Gradient checkpointing is on in its reentrant form, and the inputs of {some(starved, 3)} do not "
                 "require grad, so nothing inside gets a gradient.",
                 "Call model.enable_input_require_grads(), or gradient_checkpointing_enable("
                 "gradient_checkpointing_kwargs={'use_reentrant': False}).",
@@ -236,7 +227,9 @@ def _of_gradients(grads: list[tuple[str, torch.Tensor | None]]) -> Iterator[Find
         zero[layer] = zero.get(layer, True) and (grad is None or not bool(grad.any()))
     unused = [layer for layer, missing in none.items() if missing]
     if unused:
-        what = "No trained parameter gets" if len(unused) == len(none) else f"The parameters of {_some(unused)} get no"
+        what = (
+            "No trained parameter gets" if len(unused) == len(none) else f"The parameters of {some(unused, 3)} get no"
+        )
         yield Finding(
             "no_gradients",
             f"{what}{' a' if len(unused) == len(none) else ''} gradient: the loss does not depend on them.",
@@ -247,7 +240,7 @@ def _of_gradients(grads: list[tuple[str, torch.Tensor | None]]) -> Iterator[Find
     if still:
         yield Finding(
             "zero_gradients",
-            f"All gradients are zero in {_some(still)}.",
+            f"All gradients are zero in {some(still, 3)}.",
             "See whether labels are masked, whether all factors of the adapter were set to zero, and whether float16 "
             "lets small gradients vanish.",
         )
@@ -268,9 +261,8 @@ def _starved_blocks(model: nn.Module) -> Iterator[list[str]]:
 
     with ExitStack() as hooks:
         for name, module in model.named_modules():
-            if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func"):
-                if getattr(module._gradient_checkpointing_func, "keywords", {}).get("use_reentrant", True):
-                    hooks.enter_context(module.register_forward_pre_hook(watch(name), with_kwargs=True))
+            if getattr(module, "gradient_checkpointing", False) and hasattr(module, FUNCTION) and is_reentrant(module):
+                hooks.enter_context(module.register_forward_pre_hook(watch(name), with_kwargs=True))
         yield starved
 
 

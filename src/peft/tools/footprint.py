@@ -18,7 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from peft.core.base.kinds import kind_of
-from peft.core.base.storage import hooks_of, storage_of, tensors_in, without_hooks
+from peft.core.base.storage import hooks_of, plain_tensors, storage_of, without_hooks
 from peft.core.model.walk import Site, embeddings_of, walk
 from peft.kernels.channels import meta_stands_for
 
@@ -84,7 +84,7 @@ def on_meta(value: Any) -> Any:
 
 def stored_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers, shared ones once, with what storages keep beside them."""
-    own = [t for whole in (*model.parameters(), *model.buffers()) for t in tensors_in(whole)]
+    own = [t for whole in (*model.parameters(), *model.buffers()) for t in plain_tensors(whole)]
     for m in model.modules():
         storage = storage_of(m, "weight")
         own += storage.tensors(m, "weight") if storage.name is not None else ()

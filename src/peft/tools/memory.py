@@ -19,7 +19,7 @@ from peft.core.model.gradient_checkpointing import is_switched_on
 from peft.core.model.walk import walk
 from peft.mapping_func import get_peft_model
 from peft.options import value_of
-from peft.tools.architecture import build
+from peft.tools.architecture import AUTO_CLASSES, build
 from peft.tools.footprint import (
     OPTIMIZERS,
     activation_bytes,
@@ -33,15 +33,6 @@ from peft.tools.footprint import (
 )
 from peft.tools.status import count_parameters
 from peft.utils.error import nearest
-
-
-_AUTO_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-}
 
 
 @dataclass(frozen=True)
@@ -225,7 +216,7 @@ def _built(config: Any, task: Any, dtype: torch.dtype | None) -> nn.Module:
     if not isinstance(config, transformers.PreTrainedConfig):
         raise ValueError(f"estimate_memory needs a model or a config of transformers, got {type(config).__name__}.")
     config = copy.deepcopy(config)
-    name = _AUTO_CLASSES.get(str(value_of(task)))
+    name = AUTO_CLASSES.get(str(value_of(task)))
     with torch.device("meta"):
         return build(config, name, dtype=dtype or getattr(config, "dtype", None) or torch.float32)
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft.config import PeftConfig
+from peft.config import ORIGIN, PeftConfig
 from peft.core.files.entries import entries
 from peft.core.files.io import load_peft_weights
 from peft.core.files.state_dict import set_peft_model_state_dict
@@ -22,10 +22,7 @@ from peft.core.model.context import BASE
 from peft.core.model.record import context_of
 from peft.core.model.walk import layers_of
 from peft.mapping_func import get_peft_model
-from peft.utils.error import CheckpointError, nearest
-
-
-_ORIGIN = ("peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode")
+from peft.utils.error import CheckpointError, nearest, some
 
 
 @dataclass
@@ -42,7 +39,7 @@ class _Registered:
             self.config = PeftConfig.from_pretrained(str(self.folder))
         if not self.kind:
             given = self.config.to_dict()
-            self.kind = json.dumps({k: v for k, v in given.items() if k not in _ORIGIN}, sort_keys=True, default=list)
+            self.kind = json.dumps({k: v for k, v in given.items() if k not in ORIGIN}, sort_keys=True, default=list)
         return self.config
 
     def values(self) -> Mapping[str, torch.Tensor]:
@@ -183,7 +180,7 @@ class AdapterPool:
             place = self._make(config)
         try:
             self._fill(place, values, config)
-        except Exception:
+        except BaseException:
             self._remove(place)
             raise
         return place
@@ -211,8 +208,8 @@ class AdapterPool:
             result = set_peft_model_state_dict(self.model, dict(values), place)
             if result.missing_keys or result.unexpected_keys:
                 raise CheckpointError(
-                    f"the adapter does not fit its config: missing {result.missing_keys[:3]}, unexpected "
-                    f"{result.unexpected_keys[:3]}."
+                    f"the adapter does not fit its config: missing {some(result.missing_keys, 3)}, unexpected "
+                    f"{some(result.unexpected_keys, 3)}."
                 )
             own = None
         for key, tensor in (own or {}).items():

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from peft._lazy import also_known
 from peft.compat.methods import LycorisCompat
 from peft.config import (
     ExcludeModules,
@@ -56,7 +57,7 @@ class Lycoris(Scaled):
 
     @classmethod
     def refusal(cls, kind: Kind, module: nn.Module, config: LycorisConfig) -> str | None:
-        if (kind.opaque or kind.read_by_parent) and (config.rank_dropout or config.module_dropout):
+        if kind.read_elsewhere and (config.rank_dropout or config.module_dropout):
             return "its weight is not used by calling it, so rank_dropout and module_dropout have no place there"
         return None
 
@@ -120,3 +121,6 @@ def through_core(a: torch.Tensor, b: torch.Tensor, core: torch.Tensor, shape: An
 def mix(w: torch.Tensor, x: torch.Tensor, dims: int) -> torch.Tensor:
     """``w`` applied to the channels of x, which stand before the last ``dims`` axes."""
     return x @ w.mT if dims == 0 else (w @ x.flatten(-dims)).unflatten(-1, x.shape[-dims:])
+
+
+also_known(__name__)

@@ -13,7 +13,7 @@ from peft.config import option
 from peft.core.files.io import read_tensors
 from peft.core.prompts import define_prompt
 from peft.tuners.prompt_utils import PromptStart, StartedPrompt
-from peft.utils.error import ConfigError
+from peft.utils.error import ConfigError, some
 from peft.utils.peft_types import PeftType
 
 
@@ -85,7 +85,7 @@ class MultitaskPromptEmbedding(StartedPrompt):
         cols, rows = (state.get(f"prefix_task_{name}") for name in ("cols", "rows"))
         shared = next((value for key, value in state.items() if "prompt_embeddings" in key), None)
         if shared is None or cols is None or rows is None:
-            raise ConfigError(f"{path} is no prompt trained on several tasks; it holds {sorted(state)[:5]}.")
+            raise ConfigError(f"{path} is no prompt trained on several tasks; it holds {some(state)}.")
         self._fill(self.embedding.weight, shared, path)
         if start == MultitaskPromptTuningInit.ONLY_SOURCE_SHARED:
             return

@@ -10,12 +10,11 @@ import torch
 
 from peft.config import option
 from peft.core.adapter import input_dropout, part, setting, shared
-from peft.core.base.kinds import fan
 from peft.core.families import LowRank
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.registry import define_tuner
 from peft.kernels import Factors
-from peft.tuners.vera_utils import SharedPairConfig, fused, projected, raised, shared_pair, vectors, vera_pair
+from peft.tuners.vera_utils import SharedPair, SharedPairConfig, vera_pair
 from peft.utils.peft_types import PeftType
 
 
@@ -62,7 +61,7 @@ class Drawn(torch.autograd.Function):
         return both * d, (both * h).sum(0), None
 
 
-class Pvera(LowRank):
+class Pvera(SharedPair):
     """(mu, log s^2) = d * (A x) with A ``[2 r, in]``; y' = y + b * (B z), z = mu + s e in training and mu else.
 
     As a weight it is that of the mean: dW = diag(b) B diag(d) A with the first halves of d and A.
@@ -73,24 +72,14 @@ class Pvera(LowRank):
     r, pvera_dropout = setting(), input_dropout()
     sample_at_inference, pvera_generator = setting(), setting()
     random_in_training = True
-
-    @classmethod
-    def share(cls, config: PveraConfig, layers: Sequence[BaseTunerLayer]) -> dict[str, torch.Tensor]:
-        """A ``[2 r, largest in]`` and B ``[largest out, r]``."""
-        a, b = shared_pair(2 * config.r, config.r, config.projection_prng_key, layers)
-        return {"pvera_A": a, "pvera_B": b}
+    draws: ClassVar[int] = 2
 
     def create(self, config: PveraConfig, key: str) -> None:
         seed = config.generator_seed
         self.r, self.sample_at_inference = config.r, config.sample_at_inference
         self.pvera_generator = None if seed is None else torch.Generator("cpu").manual_seed(seed)
-        self.pvera_lambda_b, self.pvera_lambda_d = vectors(self.shape[0], 2 * config.r, config)
+        self.start(config)
         self.pvera_dropout = config.pvera_dropout
-
-    def frozen(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A, for the mean and then for the log-variance, ``[2 r, in * kernel]``, and B ``[out, r]``, cut to here."""
-        (rows, columns), d = fan(self.shape), self.pvera_lambda_d
-        return self.pvera_A[:, :columns].to(d), self.pvera_B[:rows].to(d)
 
     def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
         a, b = self.frozen()
@@ -98,14 +87,17 @@ class Pvera(LowRank):
 
     @classmethod
     def kernel(cls, layer: BaseTunerLayer, adapters: Sequence[Any], x: torch.Tensor) -> torch.Tensor | None:
-        pvera = fused(layer, adapters, x)
-        if pvera is None or not pvera.samples():
-            return super().kernel(layer, adapters, x)
-        a, b = pvera.frozen()
-        h, made = projected(layer, pvera.dropped(x), a)
-        noise = pvera.noise(h.new_empty(()).expand(len(h), pvera.r))
-        z = Drawn.apply(h, pvera.pvera_lambda_d, noise)
-        return raised(layer, x, z, None, pvera.pvera_lambda_b, b, keeps=not made)
+        return super().kernel(layer, adapters, x) if adapters[0].samples() else None
+
+    def drawn(self, h: torch.Tensor, d: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return Drawn.apply(h, d, self.noise(h.new_empty(()).expand(len(h), self.r))), None
+
+    def inner(self, h: torch.Tensor) -> torch.Tensor:
+        mean, log_variance = halves(h, getattr(self.base, "groups", 1), self.kind.channel_axis)
+        return pvera_draw(mean, log_variance, self.noise(mean))
+
+    def delta(self, x: torch.Tensor) -> torch.Tensor:
+        return super().delta(x) if self.samples() else LowRank.delta(self, x)
 
     def factors(self) -> Factors | None:
         return None if self.samples() else super().factors()
@@ -114,27 +106,12 @@ class Pvera(LowRank):
         """Whether z is drawn, and not its mean."""
         return self.training or self.sample_at_inference
 
-    def delta(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.samples():
-            return super().delta(x)
-        a, b = self.frozen()
-        mean, log_variance = self.distribution(self.dropped(x), a)
-        z = pvera_draw(mean, log_variance, self.noise(mean))
-        return self.kind.up(self.base, z, b) * self.along_channels(self.pvera_lambda_b)
-
     def noise(self, like: torch.Tensor) -> torch.Tensor:
         """e of :func:`pvera_draw`."""
         if self.pvera_generator is None:
             return torch.randn(like.shape, dtype=like.dtype, device=like.device)
         # drawn on the CPU, so that a seed means the same on every device
         return torch.randn(like.shape, generator=self.pvera_generator).to(like)
-
-    def distribution(self, x: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """mu and log s^2, the two halves of d * (A x); each group of a convolution has its own."""
-        base, d = self.base, self.pvera_lambda_d
-        groups = getattr(base, "groups", 1)
-        both = self.kind.down(base, x, a) * self.along_channels(d if groups == 1 else d.repeat(groups))
-        return halves(both, groups, self.kind.channel_axis)
 
 
 def halves(x: torch.Tensor, groups: int, axis: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft._lazy import also_known
 from peft.core.base.kinds import kind_of
 from peft.core.layer.layer import BaseTunerLayer, check_adapters_to_merge
 from peft.core.model.operations import cast_adapter_dtype, delete_adapter, set_adapter, set_requires_grad
@@ -145,3 +146,6 @@ __all__ = [
     "set_adapter",
     "set_requires_grad",
 ]
+
+
+also_known(__name__)

@@ -5,7 +5,7 @@ code which catches the built-in keeps working.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 
 
 class PeftError(Exception):
@@ -89,6 +89,12 @@ def nearest(value: object, known: Iterable[object], cutoff: float = 0.5) -> str:
 
     best = max(known, key=likeness, default=None)
     return "" if best is None or likeness(best)[0] < cutoff else f" Did you mean {best!r}?"
+
+
+def some(names: Iterable[object], most: int = 5) -> str:
+    """Names in a message: the first of them, and how many more there are; those of a set in their order."""
+    given = list(map(str, sorted(names) if isinstance(names, Set) else names))  # type: ignore[type-var]
+    return ", ".join(given[:most]) + (f" and {len(given) - most} more" if len(given) > most else "")
 
 
 CONVERSION = "convert_to_lora(model, rank, adapters, weights=weights) gives a LoRA that"

@@ -18,6 +18,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 
+from peft._lazy import also_known
+
 
 # ---- Quantised weights ----------------------------------------------------------------------------------------------
 
@@ -227,3 +229,6 @@ def map_cache_to_layer_device_map(model: Any, cache: Any) -> None:
         for name in ("keys", "values"):
             if isinstance(getattr(layer, name, None), torch.Tensor):
                 setattr(layer, name, getattr(layer, name).to(devices[index]))
+
+
+also_known(__name__)

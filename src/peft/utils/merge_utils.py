@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 
+from peft._lazy import also_known
 from peft.core.combine.names import PruningMethod
 
 
@@ -322,3 +323,6 @@ def greedy_soup(candidates: Sequence[str], metric: Callable[[list[str]], float])
         if found >= best:
             soup, best = [*soup, name], found
     return soup
+
+
+also_known(__name__)

@@ -1,6 +1,6 @@
 """Helpers around models, under the names by which the ecosystem imports them."""
 
-from peft._lazy import lazy_module
+from peft._lazy import HOMES, lazy_module
 from peft.utils import constants
 
 
@@ -12,6 +12,7 @@ __getattr__, __dir__, _elsewhere = lazy_module(
             for name in vars(constants)
             if (name.isupper() and name[0] != "_") or name.endswith("postprocess_past_key_value")
         ],
+        "peft.compat.helpers": ["check_file_exists_on_hf_hub", "match_target_against_key"],
         "peft.core.model.auxiliary": [
             "AuxiliaryTrainingWrapper",
             "ModulesToSaveWrapper",
@@ -41,6 +42,7 @@ __getattr__, __dir__, _elsewhere = lazy_module(
             "transpose",
         ],
     },
+    homes=HOMES,
 )
 
 __all__ = [name for name in _elsewhere if not name.startswith("_")]  # noqa: PLE0605

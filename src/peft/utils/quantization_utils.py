@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from peft._lazy import also_known
 from peft.core.base.kinds import kind_of
 from peft.core.base.storage import Storage, storage_of
 
@@ -133,3 +134,6 @@ def quantization_extra_repr(module: nn.Module) -> str:
     """What an adapted layer shows of its base's quantisation when it is printed; "" if there is none."""
     backend = getattr(module, "quantization_backend", None)
     return "" if backend is None else f"quantization_backend={backend.backend_name}"
+
+
+also_known(__name__)

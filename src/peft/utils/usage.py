@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -74,6 +75,19 @@ def near(name: str, keys: Iterable[str], cutoff: float = 0.4) -> list[str]:
     depth = name.count(".") + 1
     tails = dict.fromkeys(".".join(key.split(".")[-depth:]) for key in keys)
     return difflib.get_close_matches(name, list(tails), n=3, cutoff=cutoff)
+
+
+def tell_misspelt(function: Callable, given: Iterable[str], others: Iterable[str] = ()) -> None:
+    """Warn of keywords that a function takes and does not read, if they are close to one that it reads.
+
+    Args:
+        given: the keywords that it has no parameter for. others: those among them that it reads.
+    """
+    read = [*inspect.signature(function).parameters, *others]
+    for name in [name for name in given if name not in read]:
+        if close := difflib.get_close_matches(name, read, n=1, cutoff=0.85):
+            said = f"{function.__name__} has no keyword {name!r}, which does nothing. Did you mean {close[0]!r}?"
+            warnings.warn(said, UnusedEntryWarning, stacklevel=4)
 
 
 _current: ContextVar[Usage | None] = ContextVar("usage", default=None)

@@ -17,10 +17,11 @@ import torch
 from peft.config import PeftConfig
 from peft.convert.formats.fusion import CONFIG_NAME, WEIGHTS_NAME, is_fusion, read_fusion, write_fusion
 from peft.convert.formats.mlx import as_json
-from peft.convert.held import PREFIX, Held, Pair, Pairs, held_of, pairs_of
+from peft.convert.held import Held, Pair, Pairs, held_of, pairs_of
 from peft.convert.rotary import rotated
 from peft.convert.source import Base, Bundle, Files, Format, Job, Source, one
 from peft.core.blocks.blocks import find_blocks
+from peft.core.files.io import PREFIX
 from peft.tuners.bottleneck import BottleneckConfig
 from peft.tuners.compacter import CompacterConfig
 from peft.tuners.ia3 import IA3Config

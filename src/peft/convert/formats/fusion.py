@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from peft.convert.held import PREFIX, Held
+from peft.convert.held import Held
 from peft.convert.source import Job, Source
 from peft.core.composition.config import CompositionConfig
 from peft.core.composition.expressions import Fuse
+from peft.core.files.io import PREFIX
 from peft.utils.error import ConfigError
 
 

@@ -12,8 +12,9 @@ from collections.abc import Iterable
 import torch
 
 from peft.convert.formats.flux import weight_in
-from peft.convert.held import PREFIX, Held, Pair
+from peft.convert.held import Held, Pair
 from peft.convert.source import Job
+from peft.core.files.io import PREFIX
 from peft.core.layer.weight import wide
 from peft.tuners.ia3 import IA3Config
 from peft.tuners.ln_tuning import LNTuningConfig
@@ -228,8 +229,7 @@ def _whole_modules(held: Held) -> set[str]:
     if isinstance(held.config, LNTuningConfig):
         return {name.removeprefix(PREFIX).partition(".ln_tuning_layers")[0] for name in held.tensors}
     saved = tuple(getattr(held.config, "modules_to_save", None) or ())
-    modules = {name.removeprefix(PREFIX).rpartition(".")[0] for name in held.tensors}
-    return {module for module in modules if any(f".{module}".endswith(f".{name}") for name in saved)}
+    return {module for module in held.by_module if any(f".{module}".endswith(f".{name}") for name in saved)}
 
 
 # --- IA3 ----------------------------------------------------------------------------------------------------------

@@ -29,6 +29,9 @@ class Stack(Kind):
         dims = getattr(m, self.weight).dim()
         return None if dims in (2, 3) else f"its parameter {self.weight!r} has {dims} dimensions, not 2 or 3"
 
+    def target_name(self, key: str) -> str:
+        return f"{key}.{self.weight}" if key else self.weight
+
     def _stored(self, m: nn.Module) -> tuple[int, int, int, bool]:
         parameter = getattr(m, self.weight)
         experts, rows, columns = parameter.shape if parameter.dim() == 3 else (1, *parameter.shape)

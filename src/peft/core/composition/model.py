@@ -14,6 +14,7 @@ from peft.core.composition.expressions import Composition, Fuse, unused
 from peft.core.files.io import CONFIG_NAME
 from peft.core.model import operations
 from peft.core.model.context import BASE
+from peft.core.model.mixin import ModelMixin
 from peft.core.model.record import behind, context_of
 
 
@@ -29,16 +30,8 @@ def beside(model_id: Any, name: str, options: dict[str, Any]) -> tuple[Any, dict
     return (folder, {}) if os.path.isfile(os.path.join(folder, CONFIG_NAME)) else None
 
 
-class Compositions:
-    """Mixin of :class:`PeftModel`."""
-
-    peft_config: Any
-    active_adapters: Any
-    get_base_model: Any
-    add_adapter: Any
-    load_adapter: Any
-    delete_adapter: Any
-    has_active_enabled_adapter: Any
+class Compositions(ModelMixin):
+    """Mixin of :class:`PeftModel`: adapters that are made of others."""
 
     @property
     def active_composition(self) -> Composition | None:
@@ -80,7 +73,7 @@ class Compositions:
             config.expression = adding.with_names(config.expression, self._name_of, known)
             self._check_no_prompts(config.expression)
             adding.add(model, name, config, list(self.peft_config), *options)
-        except Exception:
+        except BaseException:
             for other in [other for other in self.peft_config if other not in before]:
                 self.delete_adapter(other)
             raise

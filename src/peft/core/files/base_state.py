@@ -13,7 +13,7 @@ from peft.core.files.entries import anatomy
 from peft.core.model import operations
 from peft.core.model.auxiliary import biases_of
 from peft.core.model.walk import join, layers_of, walk
-from peft.utils.error import CheckpointError, nearest
+from peft.utils.error import CheckpointError, nearest, some
 
 
 class IncompatibleKeys(NamedTuple):
@@ -128,9 +128,9 @@ def set_base_model_state_dict(
 def _disagreement(root: nn.Module, missing: list[str], unexpected: list[str], known: set[str]) -> str:
     parts = [f"the state dict does not fit the base model {type(root).__name__}; nothing was loaded."]
     if missing:
-        parts.append(f"It lacks {missing[:5]}" + (f" and {len(missing) - 5} more." if len(missing) > 5 else "."))
+        parts.append(f"It lacks {some(missing)}.")
     if unexpected:
-        parts.append(f"Not in the model: {unexpected[:5]}.{nearest(unexpected[0], known)}")
+        parts.append(f"Not in the model: {some(unexpected)}.{nearest(unexpected[0], known)}")
     return " ".join([*parts, "Names are those of the model before adapters; strict=False loads what fits."])
 
 

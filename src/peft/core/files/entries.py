@@ -12,9 +12,11 @@ from torch import nn
 
 from peft.core.adapter import LABEL, Adapter
 from peft.core.base.storage.sharded import tensors_in
+from peft.core.files.io import PREFIX
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.rewritten import brought_weight, stand_on
 from peft.core.model.auxiliary import bias_state, biases_of
+from peft.core.model.record import known_record
 from peft.core.model.tuner import BaseTuner
 from peft.core.model.walk import file_path, join, plain, walk
 from peft.core.prompts import PromptTuner
@@ -78,7 +80,7 @@ def tuner_of(model: nn.Module) -> BaseTuner | None:
 def anatomy(model: nn.Module) -> tuple[nn.Module, str]:
     """The adapted base model, and the prefix of its names in files."""
     if (tuner := tuner_of(model)) is not None:
-        return tuner.model, "base_model.model."
+        return tuner.model, PREFIX
     return (model.base_model, "base_model.") if prompts_of(model) else (model, "")
 
 
@@ -143,7 +145,8 @@ def leave_out_repeats(model: nn.Module, state: dict[str, Any], prefix: str = "")
     """
     if prompts_of(model):
         state.pop(f"{prefix}word_embeddings.weight", None)
-    for adapter in model.peft_config:
+    record = known_record(anatomy(model)[0])
+    for adapter in model.peft_config if record is not None and record.shared.containers else ():
         for entry in entries(model, adapter):
             for alias in entry.aliases if entry.put else ():  # parameters are at each layer here too
                 state.pop(f"{prefix}{alias}.{adapter}", None)

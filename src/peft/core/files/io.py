@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from peft.utils.error import CheckpointError, ConfigFileError, MissingFileError
+from peft.utils.error import CheckpointError, ConfigFileError, MissingFileError, some
 
 
 if TYPE_CHECKING:
@@ -43,6 +43,9 @@ SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
 WEIGHTS_NAME = "adapter_model.bin"
 INDEX_NAME = "adapter_model.safetensors.index.json"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
+
+PREFIX = "base_model.model."
+"""What the names of an adapter's tensors start with in files, before the name of their module in the plain model."""
 
 SMALL = 64 << 20
 """Bytes of a file that may be in memory twice for a moment."""
@@ -86,7 +89,7 @@ def locate(where: str | os.PathLike, *names: str, subfolder: str | None = None, 
         if (path := _current(folder, name)) is not None:
             return path
     inside = sorted(n for n in os.listdir(folder) if any(os.path.isfile(os.path.join(folder, n, x)) for x in names))
-    there = ", ".join(sorted(n for n in os.listdir(folder) if not n.startswith("."))[:8]) or "nothing"
+    there = some({n for n in os.listdir(folder) if not n.startswith(".")}, 8) or "nothing"
     hint = f"Adapters are in its sub-folders {inside}: name one as `subfolder`." if inside else f"It holds {there}."
     raise MissingFileError(f"Can't find {_any_of(names)} in the folder {folder!r}. {hint}")
 
@@ -230,8 +233,7 @@ def checked_tensors(file: str, tensors: Any) -> dict[str, torch.Tensor]:
 
 def _mapped(name: str, key_mapping: dict[str, str]) -> str:
     """A name of a file after a mapping, whose patterns may be of names in the base model or in the file."""
-    prefix = "base_model.model."
-    inside = name.removeprefix(prefix)
+    inside = name.removeprefix(PREFIX)
     new = renamed(inside, key_mapping)
     return name[: len(name) - len(inside)] + new if new != inside else renamed(name, key_mapping)
 

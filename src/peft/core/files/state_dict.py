@@ -15,7 +15,7 @@ from peft.core.base.storage.sharded import fill, gathered, is_dtensor, partition
 from peft.core.files.along import base_places, train_along, weights_under
 from peft.core.files.entries import Entry, anatomy, configs_of, entries, prompts_of
 from peft.core.files.flattened import filling_units, standing_in, taken_out
-from peft.core.files.io import separate
+from peft.core.files.io import PREFIX, separate
 from peft.core.files.renaming import current_name, names_today, of_today, relabelled
 from peft.core.files.vocabulary import is_resized
 from peft.core.layer.layer import BaseTunerLayer
@@ -34,7 +34,7 @@ from peft.core.model.walk import (
     walk,
 )
 from peft.core.prompts import PromptTuner
-from peft.utils.error import CheckpointError
+from peft.utils.error import CheckpointError, some
 
 
 class LoadResult(NamedTuple):
@@ -159,7 +159,7 @@ def _require_all(model: nn.Module, adapter: str, absent: dict[int, str]) -> None
         lacking = [absent[id(tensor)] for tensor in held if id(tensor) in absent]
     if lacking:
         raise CheckpointError(
-            f"the state dict lacks {', '.join(lacking[:5])} of adapter {adapter!r}"
+            f"the state dict lacks {some(lacking)} of adapter {adapter!r}"
             + (f" (and {len(lacking) - 5} more)" if len(lacking) > 5 else "")
             + ". Give one of the whole model, gathered from all ranks, or leave state_dict out."
         )
@@ -222,7 +222,7 @@ def set_peft_model_state_dict(
     had_none = any(entry.tensor.is_meta for entry in found.own)
     left = entries(bare(model), adapter_name) if had_none else ()
     if empty := [entry.key for entry in left if entry.tensor.is_meta]:
-        warnings.warn(f"these tensors of adapter {adapter_name!r} have no values yet: {', '.join(empty[:8])}.")
+        warnings.warn(f"these tensors of adapter {adapter_name!r} have no values yet: {some(empty)}.")
     return LoadResult([entry.key for entry in found.missing], found.unexpected)
 
 
@@ -307,7 +307,7 @@ def match(model: nn.Module, adapter: str, state_dict: dict[str, torch.Tensor]) -
     config = configs_of(model).get(adapter)
     for name, value in joined(of_today(state_dict, config), own, prefix).items():
         # From a file with the prefix into a plain model that was adapted in place, and the other way round.
-        place = known.get(name) or known.get(prefix + name) or known.get(name.removeprefix("base_model.model."))
+        place = known.get(name) or known.get(prefix + name) or known.get(name.removeprefix(PREFIX))
         if place is None:
             rest[name] = value
         else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,6 +44,10 @@ class Rewritten:
     inside: tuple[str, ...] = ()
     sums: set[str] = field(default_factory=set)
     brought: set[str] = field(default_factory=set)
+
+    def copy(self) -> Rewritten:
+        """The same for a layer that goes on from here: the weights themselves are never changed."""
+        return replace(self, own=dict(self.own), sums=set(self.sums), brought=set(self.brought))
 
 
 @torch.no_grad()

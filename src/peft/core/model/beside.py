@@ -31,6 +31,7 @@ from peft.core.model.walk import (
     replace_module,
     walk,
 )
+from peft.utils.error import some
 from peft.utils.usage import near, recording, remark
 
 
@@ -89,7 +90,7 @@ def _check_whole(key: str, module: nn.Module) -> None:
         raise ValueError(f"modules_to_save cannot be applied to {key!r} ({type(module).__name__}): {reason}.")
     if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict):
         entries = [join(key, child) for child in module._modules]
-        way_out = f"Name its entries: {', '.join(entries[:5])}." if entries else "Its parameters stay as they are."
+        way_out = f"Name its entries: {some(entries)}." if entries else "Its parameters stay as they are."
         raise TypeError(
             f"modules_to_save cannot be applied to {key!r}, a {type(module).__name__}: what is in it is called by "
             f"others, not itself. {way_out}"

@@ -124,6 +124,20 @@ class Context(Facts):
             self.__dict__.clear()  # a thread of autograd has no facts of its own
             self.__dict__.update(now)
 
+    @contextmanager
+    def told(self, names: Sequence[Any] | None, tasks: torch.Tensor | None, keep: bool) -> Iterator[None]:
+        """While a call runs whose rows have these adapters, or tasks; ``keep``: its backward pass may run it again."""
+        before, tasks_before, held = self.adapter_names, self.task_ids, self.held
+        self.set_adapter_names(names)
+        self.task_ids, self.held = tasks, names is not None or tasks is not None
+        try:
+            yield
+        finally:
+            self.held = held
+            if not keep:
+                self.set_adapter_names(before)
+                self.task_ids = tasks_before
+
     @property
     def is_mixed(self) -> bool:
         """Whether the call names adapters for its rows, and no group of rows is computed on its own just now."""
@@ -177,9 +191,8 @@ class Context(Facts):
 
     def together(self, names: Sequence[Any]) -> list[Sequence[Any]]:
         """The sets of adapters that act on a row each: one, unless a composition divides the rows of calls."""
-        dividing = [
-            known for name in names if (known := self.compositions.get(name)) is not None and known.splits_rows
-        ]
+        compositions = self.compositions
+        dividing = [known for name in names if (known := compositions.get(name)) is not None and known.splits_rows]
         return [[row] for row in alternatives(dividing[0])] if dividing else [names]
 
     def set_adapter_names(self, names: Sequence[str] | None) -> None:

@@ -70,11 +70,9 @@ class InputGrads:
         """Whether some block recomputes its forward in the reentrant way."""
         if not torch.is_grad_enabled():
             return False
-        for module in self.switches:
-            if module.gradient_checkpointing and module.training:
-                function = getattr(module, FUNCTION, None)
-                return getattr(function, "keywords", {}).get("use_reentrant", True)  # torch's own default
-        return False
+        return any(
+            module.gradient_checkpointing and module.training and is_reentrant(module) for module in self.switches
+        )
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
         if isinstance(output, torch.Tensor) and not output.requires_grad and self.needed():
@@ -116,6 +114,11 @@ def with_switch(model: nn.Module) -> Iterator[Any]:
             stack.append(module.base_layer)
         elif module._modules:
             stack += [child for child in module._modules.values() if child is not None]
+
+
+def is_reentrant(block: nn.Module) -> bool:
+    """Whether a block is recomputed in the reentrant way, if it is: torch's own default."""
+    return getattr(getattr(block, FUNCTION, None), "keywords", {}).get("use_reentrant", True)
 
 
 def is_switched_on(model: nn.Module) -> bool:

@@ -18,11 +18,11 @@ from peft.core.model import operations
 from peft.core.model.beside import add_auxiliary
 from peft.core.model.manager import check_adapter_name
 from peft.core.model.record import behind
+from peft.core.model.replacing import replacing
 from peft.core.model.tuner import BaseTuner
 from peft.core.model.walk import layers_of
 from peft.core.prompts import NOTHING_TO_MERGE, PLAIN, PromptTuner, Task
-from peft.options import value_of
-from peft.utils.error import CONVERSION, ConfigError
+from peft.utils.error import CONVERSION, ConfigError, some
 from peft.utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING
 
 
@@ -111,21 +111,21 @@ class MixedModel(BaseTuner):
         check_adapter_name(adapter_name)
         if not config.members:
             raise ConfigError(f"{type(config).__name__} has no parts: give it the config of each.")
-        with operations.replacing(model, adapter_name):
+        with replacing(model, adapter_name):
             self._forget_prompt(adapter_name)
             try:
                 for member in config.members:
                     with _naming(config, member):
                         part = self._part(member)
                         if isinstance(part, PromptTuner):
-                            part.inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+                            part.place(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
                             continue
                         part.place(model, adapter_name, low_cpu_mem_usage, state_dict)
                         for attribute in part.layer_cls.adapter_cls.common:
                             setattr(self, attribute, getattr(part, attribute))
                 if config not in config.members:
                     add_auxiliary(model, adapter_name, config)
-            except Exception:
+            except BaseException:
                 self._forget_prompt(adapter_name)
                 self._take_back(model, adapter_name)
                 raise
@@ -214,7 +214,7 @@ class MixedModel(BaseTuner):
         for name in adapter_names:
             members = self.peft_config[name].members
             if len(members) > 1 and (reasons := self._unmergeable(name)):
-                rest = [str(member.peft_type.value).lower() for member in members]
+                rest = [member.method_name.lower() for member in members]
                 rest = [method for method in rest if method not in reasons]
                 way_out = (
                     f"merge_adapter() merges its {', '.join(rest)} and lets the others act; or k" if rest else "K"
@@ -228,7 +228,7 @@ class MixedModel(BaseTuner):
         """The methods of an adapter's members that no weight equals -> why."""
         found: dict[str, str] = {}
         for member in self.peft_config[adapter_name].members:
-            method, part = str(member.peft_type.value).lower(), self._part(member)
+            method, part = member.method_name.lower(), self._part(member)
             if isinstance(part, PromptTuner):
                 found[method] = NOTHING_TO_MERGE.format(method="it").partition(", so")[0]
                 continue
@@ -251,11 +251,10 @@ class MixedModel(BaseTuner):
             ValueError: as there, and if the adapters are of different methods.
         """
         checked_weights(self, adapters, weights)
-        methods = {member.peft_type for name in adapters for member in self.peft_config[name].members}
+        methods = {member.method_name for name in adapters for member in self.peft_config[name].members}
         if len(methods) > 1:
-            names = sorted(str(value_of(method)) for method in methods)
             raise ValueError(
-                f"adapters of different methods ({', '.join(names)}) have no sum that is an adapter of one of them. "
+                f"adapters of different methods ({some(methods)}) have no sum that is an adapter of one of them. "
                 f"{CONVERSION} does their weighted sum."
             )
         self._part(self.peft_config[adapters[0]].members[0]).add_weighted_adapter(
@@ -319,7 +318,7 @@ def _naming(config: Any, member: Any) -> Iterator[None]:
         yield
     except ValueError as error:
         if member is not config and len(error.args) == 1:
-            error.args = (f"{type(config).__name__}, part {member.peft_type.value.lower()!r}: {error}",)
+            error.args = (f"{type(config).__name__}, part {member.method_name.lower()!r}: {error}",)
         raise
 
 

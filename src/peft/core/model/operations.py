@@ -5,7 +5,6 @@ Everything here works on any module that holds tuner layers, with or without a :
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -184,45 +183,6 @@ def remove(model: nn.Module, adapter_name: str, layer_cls: type[nn.Module] = Bas
         record.delete(adapter_name)
 
 
-@contextmanager
-def replacing(model: nn.Module, adapter_name: str) -> Iterator[None]:
-    """A context in which another adapter takes a name; the one that has it goes, and comes back if that fails."""
-    if adapter_name not in adapters_of(model):
-        yield
-        return
-    warnings.warn(
-        f"the model has an adapter called {adapter_name!r} in it already, which the new one replaces. To keep both, "
-        "give the new one another name; to start from the plain model, call unload() on its PeftModel first.",
-        stacklevel=5,
-    )
-    if any(adapter_name in layer.merged_adapters for _, layer in layers_of(model)):
-        unmerge(model)
-    record = biases_of(model)
-    applied = record.applied if record else None
-    if record:
-        record.apply(None)
-    # with what layers share, which they hold by name but not as a part of them
-    held = (value for module in model.modules() for value in (module, *vars(module).values()))
-    before = [(m, _state(m)) for m in dict.fromkeys(value for value in held if isinstance(value, nn.Module))]
-    kept = copy.copy(record)
-    remove(model, adapter_name)
-    try:
-        yield
-    except BaseException:
-        for module, state in before:
-            module.__dict__.clear()
-            module.__dict__.update(state)
-        if kept:
-            record_of(model).biases = kept
-            kept.apply(applied)
-        raise
-
-
-def _state(module: nn.Module) -> dict[str, object]:
-    """What a module holds, in containers of its own."""
-    return {k: v.copy() if isinstance(v, dict | list | set) else v for k, v in vars(module).items()}
-
-
 def active_of(model: nn.Module) -> list[str]:
     """The active adapters of a model."""
     return next((active for _, wrapper in wrappers_of(model) if (active := list(wrapper._active_adapter))), [])
@@ -287,7 +247,7 @@ def merge(
     for path, layer in layers:
         try:
             layer.merge(safe_merge, adapter_names)
-        except Exception as error:
+        except BaseException as error:
             for (_, other), names in zip(layers, before):
                 if other.merged_adapters != names:
                     other.unmerge()
@@ -380,7 +340,7 @@ def unload(
         back = dequantize(model, adapter_names) if dequantize_first else None
         try:
             merge(model, adapter_names, safe_merge, _unloads_itself)
-        except Exception:
+        except BaseException:
             if back is not None:
                 back()
             raise

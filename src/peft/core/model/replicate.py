@@ -19,8 +19,13 @@ class Replication:
         self.config: Any = model.config
         self.types = getattr(model.config, "layer_types", None)
 
-    def fill(self, stack: list[nn.Module], types: list[str] | None) -> None:
-        """Make these the layers of the model."""
+    @property
+    def order(self) -> list[int]:
+        """Which of the originals stands, or is copied, at each place."""
+        return [i for start, end in self.layer_map for i in range(start, end)]
+
+    def fill(self, stack: list[nn.Module], order: Sequence[int]) -> None:
+        """Make these the layers of the model; ``order`` says which of the originals they are made of."""
         self.layers._modules.clear()
         self.layers.extend(stack)
         for i, layer in enumerate(stack):
@@ -29,7 +34,7 @@ class Replication:
                     module.layer_idx = i
         self.config.num_hidden_layers = len(stack)
         if self.types:
-            self.config.layer_types = types
+            self.config.layer_types = [self.types[i] for i in order]
 
 
 def clone_module(module: nn.Module, share_weights: bool = False) -> nn.Module:
@@ -69,13 +74,13 @@ def replicate_layers(model: nn.Module, layer_map: Sequence[Sequence[int]]) -> bo
     if wrong or not ranges:
         raise ValueError(f"layer_replication has the ranges {wrong}, but the model has the layers 0 to {depth - 1}.")
     record = record_of(model).replication = Replication(model, lists[0], ranges)
-    order = [i for start, end in ranges for i in range(start, end)]
+    order = record.order
     first = {i: place for place, i in reversed(list(enumerate(order)))}  # where it stays itself; later ones are copies
     stack = [
         record.originals[i] if first[i] == place else clone_module(record.originals[i], share_weights=True)
         for place, i in enumerate(order)
     ]
-    record.fill(stack, [record.types[i] for i in order] if record.types else None)
+    record.fill(stack, order)
     return True
 
 
@@ -93,7 +98,7 @@ def restore_layers(model: nn.Module) -> None:
     """Undo :func:`replicate_layers`."""
     record = _taken(model)
     if record is not None:
-        record.fill(record.originals, record.types)
+        record.fill(record.originals, range(len(record.originals)))
 
 
 def separate_layers(model: nn.Module) -> None:

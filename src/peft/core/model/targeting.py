@@ -16,7 +16,7 @@ from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.roles import find_roles
 from peft.core.model.walk import Site, embeddings_of, join, locate, names_of_modules, walk
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_NAMES
-from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.error import NoMatchingPeftModuleError, some
 from peft.utils.usage import found as was_found
 from peft.utils.usage import near, note, remark
 
@@ -25,7 +25,8 @@ from peft.utils.usage import near, note, remark
 class Target:
     """One module to adapt: its name in the unadapted model, the kind of layer it is, and what it is tied to.
 
-    ``called`` is the name by which the config means a module that has several, ``site`` where it was found.
+    ``called`` is the name by which the config means a module that has several, ``site`` where it was found, ``config``
+    one that counts for it alone, in the place of the adapter's.
     """
 
     key: str
@@ -34,6 +35,7 @@ class Target:
     tied_to: str | None = None
     called: str | None = None
     site: Site | None = None
+    config: Any = None
 
 
 def matches(targets: str | Iterable[str] | None, key: str) -> bool:
@@ -174,8 +176,7 @@ def _follow_keys(config: Any, model: nn.Module, keys: set[str]) -> None:
         for names, what in ((keys - asked, "adapts modules that the config does not mean"),
                             (asked - keys, "has no tensors for modules that the config means")):  # fmt: skip
             if names:
-                shown = ", ".join(sorted(names)[:5]) + (" ..." if len(names) > 5 else "")
-                remark(f"The state dict decides what is adapted, and {what}: {shown}.")
+                remark(f"The state dict decides what is adapted, and {what}: {some(names)}.")
     config.target_modules = exact_targets(model, keys)
     for field in ("exclude_modules", "layers_to_transform", "layers_pattern"):
         if getattr(config, field, None) is not None:
@@ -197,8 +198,8 @@ def _no_default(config: Any, model: nn.Module, roles: Iterable[str]) -> str:
         f"no default target_modules are known for {type(model).__name__}"
         + (f" (model_type {model_type!r})" if model_type else "")
         + f", and its structure shows none: {type(config).__name__} looks for layers that act as {', '.join(roles)}. "
-        + (f"Its linear layers are {', '.join(linear[:20])}. " if linear else "It has no linear layers. ")
-        + (f"Further layers that can be adapted: {', '.join(others[:12])}. " if not linear and others else "")
+        + (f"Its linear layers are {some(linear, 20)}. " if linear else "It has no linear layers. ")
+        + (f"Further layers that can be adapted: {some(others, 12)}. " if not linear and others else "")
         + "Set target_modules: a list of such names, or of the last parts of their names; a regex that matches whole "
         f'names; or "{INCLUDE_LINEAR_LAYERS_SHORTHAND}".'
     )
@@ -260,7 +261,7 @@ def _with_ties(found: list[Target], sites: list[Site], config: Any, layer_cls: t
     for site in sites:
         if (weight := site.module._parameters.get("weight")) is not None:
             by_weight.setdefault(id(weight), []).append(site)
-    result: dict[str, Target] = {_name_of(target): target for target in found}
+    result = {target.kind.target_name(target.key) if target.kind else target.key: target for target in found}
     for target in found:
         group = by_weight.get(id(target.module._parameters.get("weight")), [])
         if len(group) < 2:
@@ -278,11 +279,6 @@ def _with_ties(found: list[Target], sites: list[Site], config: Any, layer_cls: t
                 result[site.key] = module_target(config, site, layer_cls)
                 result[site.key].tied_to = first.key
     return sorted(result.values(), key=lambda target: target.tied_to is not None)  # after what they follow is made
-
-
-def _name_of(target: Target) -> str:
-    """The name of a module, or of a parameter, in the plain model."""
-    return join(target.key, target.kind.weight) if isinstance(target.kind, Stack) else target.key
 
 
 def note_tying(config: Any) -> None:
@@ -380,6 +376,6 @@ def _nothing_matches(config: Any, sites: list[Site]) -> str:
     return (
         message
         + f"Layers that can be adapted: {', '.join(kinds) or 'none'}"
-        + (f", called {', '.join(names[:20])}." if any(names) else ".")
+        + (f", called {some(names, 20)}." if any(names) else ".")
         + f" Change {'target_parameters' if targets and not config.target_modules else 'target_modules'}."
     )

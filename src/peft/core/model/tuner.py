@@ -26,13 +26,13 @@ from peft.core.model.beside import TASK_HEADS, add_auxiliary
 from peft.core.model.losses import adds_to_loss, extra_loss
 from peft.core.model.manager import Manager, check_adapter_name
 from peft.core.model.record import context_of, drop_record, record_of
+from peft.core.model.replacing import replacing
 from peft.core.model.replicate import replicate_layers, restore_layers
 from peft.core.model.targeting import Target, find_targets, resolve_targets, tell_no_ties
 from peft.core.model.unfilled import refuse_unfilled
 from peft.core.model.walk import (
     Holders,
     holders_of,
-    join,
     layers_of,
     locate,
     names_in,
@@ -42,7 +42,7 @@ from peft.core.model.walk import (
     surveyed,
     walk,
 )
-from peft.utils.error import ConfigError
+from peft.utils.error import ConfigError, some
 from peft.utils.usage import recording, remark
 
 
@@ -149,7 +149,7 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
             ValueError: if the config does not fit the model; the model is unchanged.
         """
         check_adapter_name(adapter_name)
-        with operations.replacing(model, adapter_name):
+        with replacing(model, adapter_name):
             self.place(model, adapter_name, low_cpu_mem_usage, state_dict)
         self.settle(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
 
@@ -169,7 +169,7 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
                 keys = None if state_dict is None else keys_of(model, state_dict, self.layer_cls)
                 self.prepare_config(config, model, keys)
                 self._adapt(model, name, config, low_cpu_mem_usage)
-            except Exception:
+            except BaseException:
                 self._take_back(model, name)
                 if replicated:
                     restore_layers(model)
@@ -183,7 +183,7 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
 
     def _adapt(self, model: nn.Module, name: str, config: Any, low_cpu_mem_usage: bool) -> None:
         """Wrap the targets and give each its part of the adapter."""
-        targets = self.targets_of(config, model)
+        targets = self.redirected(config, name, model, self.targets_of(config, model))
         if hasattr(config, "fan_in_fan_out"):  # the layers tell; the field is for other readers of the file
             asked = config.fan_in_fan_out
             config.fan_in_fan_out = any(target.kind and target.kind.fan_in_fan_out for target in targets)
@@ -215,13 +215,13 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
         methods = {c.peft_type for n, c in self.peft_config.items() if n != name}
         if len(methods | {config.peft_type, *([before.peft_type] if before else [])}) > 1 and not self.mixes:
             raise ValueError(
-                f"this model has adapters of another method than {config.peft_type.value}. For different methods in "
+                f"this model has adapters of another method than {config.method_name}. For different methods in "
                 "one model use get_peft_model(..., mixed=True)."
             )
         self.peft_config[name] = config
         try:
             self.inject_adapter(self.model, name, False, low_cpu_mem_usage, state_dict)
-        except Exception:
+        except BaseException:
             self.peft_config.pop(name)
             self.peft_config.update({name: before} if before else {})
             raise
@@ -229,13 +229,14 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
 
     def prepare_config(self, config: Any, model: nn.Module, keys: set[str] | None) -> None:
         """Settle what the config leaves open: its targets in this model."""
+        self.prepared(config, model)
         resolve_targets(config, model, self.target_module_mapping, keys, self.default_roles)
 
     def targets_of(self, config: Any, model: nn.Module) -> list[Target]:
         """The modules to adapt."""
         beside = getattr(config, "modules_to_save", None)
-        found = find_targets(config, model, self.layer_cls, beside, self.made_elsewhere(config))
-        return self.redirected(config, model, found)
+        found = self.chosen(config, model)
+        return found or find_targets(config, model, self.layer_cls, beside, self.made_elsewhere(config))
 
     def _layer_for(self, model: nn.Module, target: Target, holders: Holders) -> BaseTunerLayer:
         """The tuner layer around a target: the one that is there, or a new one."""
@@ -292,10 +293,8 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
                 source = locate(model, target.tied_to)
                 layer.tied_to[name] = next(w for _, w in source.wrappers if isinstance(w, self.layer_cls))
             key = target.called or target.key
-            if isinstance(target.kind, Stack):
-                key = f"{key}.{target.kind.weight}" if key else target.kind.weight
             if name not in layer.adapters:
-                self.give(layer, name, config, key)
+                self.give(layer, name, target.config or config, target.kind.target_name(key) if target.kind else key)
 
     def starts_slowly(self, config: Any) -> bool:
         """Whether making an adapter takes so long at each layer that progress is worth showing."""
@@ -321,7 +320,7 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
             ValueError: if the method knows no start that changes the base.
         """
         raise ValueError(
-            f"path_initial_model_for_weight_conversion is for LoRA, and {adapter_name!r} is {config.peft_type.value}. "
+            f"path_initial_model_for_weight_conversion is for LoRA, and {adapter_name!r} is {config.method_name}. "
             "Leave it out: the adapter belongs to the base as it is."
         )
 
@@ -339,7 +338,7 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
         """Names of the single parameters that adapters adapt (``target_parameters``)."""
         stacks = [layer for _, layer in layers_of(self.model) if isinstance(layer.kind, Stack)]
         # in the order of registration: they nest
-        return [join(layer.key, layer.kind.weight) for layer in reversed(stacks)]
+        return [layer.kind.target_name(layer.key) for layer in reversed(stacks)]
 
     # --- life of the adapters ---------------------------------------------------------------------------------
     def take_out(self, adapter_name: str) -> list[str]:
@@ -442,7 +441,6 @@ def keys_of(model: nn.Module, state_dict: dict[str, Any], layer_cls: type[BaseTu
             found.add(known[split.group(1)])
     if not found:
         raise ValueError(
-            f"the state dict has no tensors of {layer_cls.__name__} for modules of this model "
-            f"({', '.join(list(state_dict)[:3])}, ...)."
+            f"the state dict has no tensors of {layer_cls.__name__} for modules of this model ({some(state_dict, 3)})."
         )
     return found

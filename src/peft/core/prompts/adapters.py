@@ -15,13 +15,13 @@ from peft.core.gates import Gate
 from peft.core.model import operations
 from peft.core.model.beside import add_auxiliary
 from peft.core.model.manager import Manager, check_adapter_name
+from peft.core.model.replacing import replacing
 from peft.core.prompts.calls import PLAIN, Calls, Task
 from peft.core.prompts.gating import attentions
 from peft.core.prompts.generation import Generation
 from peft.core.prompts.rows import Prompts
 from peft.core.prompts.sizes import settle_sizes
 from peft.core.prompts.tokens import ENCODER, VirtualTokens
-from peft.options import value_of
 from peft.utils.error import MeaninglessError
 from peft.utils.meanwhile import in_mode
 from peft.utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING
@@ -76,7 +76,7 @@ class PromptTuner(Manager):
 
     def __getattr__(self, name: str) -> Any:
         if name in self.MEANINGLESS:
-            kinds = {str(value_of(c.peft_type)) for c in self.peft_config.values()}
+            kinds = {c.method_name for c in self.peft_config.values()}
             raise MeaninglessError(self.MEANINGLESS[name].format(method=", ".join(sorted(kinds))))
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
@@ -93,8 +93,15 @@ class PromptTuner(Manager):
         Raises:
             ValueError: if the config does not fit the model, which is then unchanged.
         """
-        config = self.peft_config[adapter_name]
         check_adapter_name(adapter_name, self.adapter_names)
+        with replacing(model, adapter_name):
+            self.place(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+
+    def place(
+        self, model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool, low_cpu_mem_usage: bool
+    ) -> None:
+        """Make them where nothing of that name is in the model, or only parts of the same adapter."""
+        config = self.peft_config[adapter_name]
         cls, word_embeddings = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type], self.word_embeddings
         settle_sizes(config, model, cls.as_prefix)
         cls.prepare_config(config)
@@ -102,7 +109,7 @@ class PromptTuner(Manager):
             with torch.device("meta") if low_cpu_mem_usage else nullcontext():
                 encoder = self._made(cls, config, word_embeddings)
                 add_auxiliary(model, adapter_name, config)
-        except Exception:
+        except BaseException:
             operations.remove(model, adapter_name)
             raise
         self.prompts.add(adapter_name, encoder, autocast_adapter_dtype)

@@ -1,5 +1,6 @@
 """LoRA: W' = W + s B A, a low-rank update of a frozen weight (Hu et al. 2021, arXiv 2106.09685), and its relatives."""
 
+from peft.compat.lora_variant import LoraVariant
 from peft.tuners.lora.alora import ALora
 from peft.tuners.lora.arrow import Arrow
 from peft.tuners.lora.arrow_model import create_arrow_model
@@ -25,9 +26,6 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.lora.variants import VARIANTS
 
-
-# Variants of LoRA are subclasses of its adapter.
-LoraVariant = Lora
 
 Linear = LoraLayer.by_name["Linear"]
 Conv1d = LoraLayer.by_name["Conv1d"]

@@ -11,10 +11,10 @@ from torch import nn
 from peft.core.adapter import setting
 from peft.core.base.kinds import Kind
 from peft.core.combine.combined import resized
+from peft.kernels.autocast import is_autocast
 from peft.kernels.linear import is_eager
 from peft.tuners.lora.arrow_products import (
     Pairs,
-    Stack,
     is_stack_cheaper,
     mixed_by_stack,
     mixed_by_token,
@@ -33,15 +33,15 @@ class Experts(NamedTuple):
 
     Attributes:
         pairs: A ``[r, in]`` and B ``[out, r]`` of each expert. directions: ``[experts, in]``.
-        stamp: changes when a tensor does that they were made of. trains: gradients flow into the pairs.
-        stack: see :func:`stacked`; where nothing trains.
+        stack: the same pairs in a :class:`Stack`.
+        stamp: changes when something does that they were made of. trains: gradients flow into the pairs.
     """
 
     pairs: Pairs
     directions: torch.Tensor
+    stack: Any
     stamp: tuple
     trains: bool
-    stack: Stack | None = None
 
 
 def direction(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -102,16 +102,15 @@ class Arrow(Lora):
         if not adapters:
             return x.new_zeros(*x.shape[:-1], self.shape[0])
         experts = self.experts(adapters)
-        flat = adapters[0].cast(x).reshape(-1, x.shape[-1])
-        routing = experts.directions, options.top_k, options.router_temperature
-        scales = [adapter.scaling for adapter in adapters]
-        alone = not torch.is_grad_enabled() and is_eager(x)
-        if alone and len(flat) == 1:
-            y = mixed_for_one(flat, *routing, experts.pairs, scales)
-        elif alone and experts.stack is not None and is_stack_cheaper(experts.pairs, options.top_k):
-            y = mixed_by_stack(flat, experts.stack, *routing[1:], scales)
+        flat, stack = adapters[0].cast(x).reshape(-1, x.shape[-1]), experts.stack
+        routing, eager = (experts.directions, options.top_k, options.router_temperature), is_eager(x)
+        if eager and len(flat) == 1 and not torch.is_grad_enabled() and not is_autocast(x.device.type):
+            y = mixed_for_one(flat, *routing, experts.pairs, stack.ups)
         else:
-            y = mixed_by_token(flat, *route(flat, *routing), experts.pairs, scales)
+            chosen, weights = route(flat, *routing)
+            # What is traced may not depend on how many tokens chose an expert.
+            way = mixed_by_stack if not eager or is_stack_cheaper(len(flat), stack, options.top_k) else mixed_by_token
+            y = way(flat, chosen, weights.to(flat.dtype), stack)
         return self.lora_dropout(y).view(*x.shape[:-1], -1)
 
     def experts(self, adapters: Sequence[Lora]) -> Experts:
@@ -120,17 +119,20 @@ class Arrow(Lora):
         parts = self.layer._modules  # by their names, for this is done for every token that is generated
         downs, ups = parts["lora_A"]._modules, parts["lora_B"]._modules
         held = [part[adapter.name].weight for adapter in (*adapters, *general) for part in (downs, ups)]
-        stamp, trains = stamp_of(held), torch.is_grad_enabled() and any(t.requires_grad for t in held)
+        scales = [adapter.scaling for adapter in adapters]
+        stamp, trains = (*stamp_of(held), *scales), torch.is_grad_enabled() and any(t.requires_grad for t in held)
         kept = self.arrow_experts
         if kept is not None and kept.stamp == stamp and not kept.trains and not trains:
             return kept
-        pairs = [adapter.pair() for adapter in adapters]
-        if general:
-            pairs = without_common(pairs, [adapter.pair() for adapter in general])
-        known = kept is not None and kept.stamp == stamp
-        directions = kept.directions if known else torch.stack([direction(a, b) for a, b in pairs])
-        made = Experts(pairs, directions, stamp, trains, None if trains else stacked(pairs, directions))
-        self.arrow_experts = made._replace(pairs=[]) if trains else made  # no graph outlives its call
+        # What is kept of a call in inference mode may be asked for by one with gradients.
+        with torch.inference_mode(False), torch.set_grad_enabled(trains):
+            pairs = [adapter.pair() for adapter in adapters]
+            if general:
+                pairs = without_common(pairs, [adapter.pair() for adapter in general])
+            known = kept is not None and kept.stamp == stamp
+            directions = kept.directions if known else torch.stack([direction(a, b) for a, b in pairs])
+            made = Experts(pairs, directions, stacked(pairs, scales, trains), stamp, trains)
+        self.arrow_experts = made._replace(pairs=[], stack=None) if trains else made  # no graph outlives its call
         return made
 
     def named(self, names: Sequence[str] | None) -> list[Any]:

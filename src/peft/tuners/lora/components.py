@@ -11,6 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from peft.tuners.lora.preparing import evaluating, seen_by
+from peft.utils.error import some
 from peft.utils.incremental_pca import IncrementalPCA
 
 
@@ -125,7 +126,7 @@ class Watched:
             self.run(batch)
         if unseen := [name for name in self.layers if name not in digests]:
             raise ValueError(
-                f"{', '.join(unseen[:5])} saw no input in the first batch, so EVA knows nothing of it; leave it out "
+                f"{some(unseen)} saw no input in the first batch, so EVA knows nothing of it; leave it out "
                 "of target_modules, or start in another way."
             )
         first: dict[str, str] = {}

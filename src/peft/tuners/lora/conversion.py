@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import re
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from peft.config import patterned
 from peft.core.adapter import Adapter
 from peft.core.base.stack import Stack
 from peft.core.combine.combined import factorize, resized
@@ -21,7 +21,7 @@ from peft.core.combine.names import CombinationType, Vote, idle
 from peft.core.combine.ranks import product_svd, shared_ranks
 from peft.core.combine.ways import Combination, Part
 from peft.core.files.entries import anatomy, configs_of
-from peft.core.files.io import write_adapter
+from peft.core.files.io import PREFIX, write_adapter
 from peft.core.files.state_dict import get_peft_model_state_dict
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.weight import wide
@@ -42,7 +42,6 @@ _KEPT = (
     *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("task_type", "base_model_name_or_path", "revision"),
 )
-Place = tuple[str, str]  # the name of a module in the plain model, and of the weight in it
 
 
 def convert_to_lora(
@@ -147,9 +146,7 @@ def _converted(
         if across_layers and isinstance(rank, float):
             wanted = _shared(places, combination, rank)
         for place, parts in tqdm(places.items(), disable=not progressbar, desc="Converting to LoRA"):
-            pairs[place], errors[_name(place)] = _pair(
-                parts, combination, wanted.get(place, rank), decompose, bool(wanted)
-            )
+            pairs[place], errors[place] = _pair(parts, combination, wanted.get(place, rank), decompose, bool(wanted))
             shifts[place] = combination.of_bias(parts)
     _check_fixed(rank, pairs)
     ranks = {
@@ -204,12 +201,6 @@ def _combination(name: CombinationType, density: float | None, vote: Vote) -> Co
     return found
 
 
-def _name(place: Place) -> str:
-    """How a config's patterns, and reports, call a weight: as its module, unless it is one of several parameters."""
-    key, weight = place
-    return ".".join(filter(None, (key, "" if weight == "weight" else weight)))
-
-
 # --- what is converted ----------------------------------------------------------------------------------------
 
 
@@ -242,7 +233,7 @@ def _beside(model: nn.Module, root: nn.Module, name: str) -> dict[str, Any]:
     }
 
 
-def _kept(model: nn.Module, root: nn.Module, names: list[str], places: dict[Place, list[Part]]) -> dict[str, Any]:
+def _kept(model: nn.Module, root: nn.Module, names: list[str], places: dict[str, list[Part]]) -> dict[str, Any]:
     """The fields that the LoRA has in common with the adapters' configs."""
     holder = _holder(model, root, names)
     config = configs_of(model).get(holder)
@@ -254,8 +245,8 @@ def _kept(model: nn.Module, root: nn.Module, names: list[str], places: dict[Plac
     if len(names) > 1 or "target_modules" not in known:
         stacks = {place for place, parts in places.items() if isinstance(parts[0][0].kind, Stack)}
         kept.update(dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern")))
-        kept["target_modules"] = exact_targets(root, {key for key, weight in places.keys() - stacks})
-        kept["target_parameters"] = [".".join(filter(None, place)) for place in sorted(stacks)] or None
+        kept["target_modules"] = exact_targets(root, places.keys() - stacks)
+        kept["target_parameters"] = sorted(stacks) or None
     return kept
 
 
@@ -287,23 +278,24 @@ def _check_rank(rank: float) -> None:
         raise ValueError(f"a rank that is a float is a share of the update's energy, in (0, 1]; got {rank}.")
 
 
-def _check_fixed(rank: float, pairs: dict[Place, tuple[torch.Tensor, torch.Tensor]]) -> None:
+def _check_fixed(rank: float, pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
     largest = max(min(down.shape[2], up.shape[1]) * down.shape[0] for down, up in pairs.values())
     if isinstance(rank, int) and rank > largest:
         raise ValueError(f"rank {rank} is larger than that of any update of this model, which is at most {largest}.")
 
 
-def _layers(root: nn.Module, name: str) -> dict[Place, BaseTunerLayer]:
+def _layers(root: nn.Module, name: str) -> dict[str, BaseTunerLayer]:
+    """The layers with an adapter, by what a config calls their weights: in what follows, the names of places."""
     found = {}
     for site in walk(root):
         for _, wrapper in site.wrappers:
             if isinstance(wrapper, BaseTunerLayer) and name in wrapper:
-                found[site.key, getattr(wrapper.kind, "weight", "")] = wrapper
+                found[wrapper.kind.target_name(site.key)] = wrapper
     return found
 
 
-def _places(root: nn.Module, names: list[str], weights: list[float]) -> dict[Place, list[Part]]:
-    found: dict[Place, list[Part]] = {}
+def _places(root: nn.Module, names: list[str], weights: list[float]) -> dict[str, list[Part]]:
+    found: dict[str, list[Part]] = {}
     for name, weight in zip(names, weights):
         for place, layer in _layers(root, name).items():
             found.setdefault(place, []).append((layer.adapters[name], weight))
@@ -358,7 +350,7 @@ def _product(parts: list[Part], combination: Combination) -> tuple[torch.Tensor,
     return factors.down.detach().to(wide)[None], (factors.up.detach().to(wide) * (factors.scale * weight))[None]
 
 
-def _shared(places: dict[Place, list[Part]], combination: Combination, share: float) -> dict[Place, int]:
+def _shared(places: dict[str, list[Part]], combination: Combination, share: float) -> dict[str, int]:
     """The ranks, for each block of a layer, that keep a share of the energy of the whole model."""
     values = {}
     for place, parts in places.items():
@@ -368,7 +360,7 @@ def _shared(places: dict[Place, list[Part]], combination: Combination, share: fl
             continue
         for block, found in enumerate(torch.linalg.svdvals(_change(parts, combination))):
             values[place, block] = found
-    ranks: dict[Place, int] = {}
+    ranks: dict[str, int] = {}
     for (place, _), rank in shared_ranks(values, share).items():
         ranks[place] = max(rank, ranks.get(place, 1))
     return ranks
@@ -398,9 +390,8 @@ def _explaining(values: torch.Tensor, share: float) -> int:
 # --- what it becomes ------------------------------------------------------------------------------------------
 
 
-def _lora_config(kept: dict[str, Any], ranks: dict[Place, int], biased: bool) -> LoraConfig:
-    common = max(set(ranks.values()), key=list(ranks.values()).count)
-    others = {re.escape(_name(place)): r for place, r in ranks.items() if r != common}
+def _lora_config(kept: dict[str, Any], ranks: dict[str, int], biased: bool) -> LoraConfig:
+    common, others = patterned(ranks)
     kept = {**kept, "lora_bias": True} if biased else kept
     return LoraConfig(r=common, lora_alpha=common, rank_pattern=others, alpha_pattern=dict(others), **kept)
 
@@ -410,8 +401,8 @@ def _written(
     root: nn.Module,
     lora: LoraConfig,
     name: str,
-    pairs: dict[Place, tuple[torch.Tensor, torch.Tensor]],
-    shifts: dict[Place, torch.Tensor | None],
+    pairs: dict[str, tuple[torch.Tensor, torch.Tensor]],
+    shifts: dict[str, torch.Tensor | None],
 ) -> dict[str, torch.Tensor]:
     """The tensors by their names in files: those of a LoRA in a copy of the model that has no memory."""
     blank = meta_copy(root)
@@ -421,7 +412,7 @@ def _written(
     blank.__dict__.pop("peft_config", None)
     found = lora_tensors(blank, lora, name, pairs, shifts)
     own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers="auto")
-    prefix = "" if anatomy(model)[1] else "base_model.model."  # a model that is no PeftModel knows its names without
+    prefix = "" if anatomy(model)[1] else PREFIX  # a model that is no PeftModel knows its names without
     return {key: own[key.removeprefix(prefix)] if value.is_meta else value for key, value in found.items()}
 
 
@@ -429,14 +420,15 @@ def lora_tensors(
     blank: nn.Module,
     lora: LoraConfig,
     name: str,
-    pairs: dict[Place, tuple[torch.Tensor, torch.Tensor]],
-    shifts: dict[Place, torch.Tensor | None],
+    pairs: dict[str, tuple[torch.Tensor, torch.Tensor]],
+    shifts: dict[str, torch.Tensor | None],
 ) -> dict[str, torch.Tensor]:
     """The tensors of a LoRA by their names in files; what it trains beside its layers stays on the meta device.
 
     Args:
-        blank: the plain model, without memory; it gets the adapter. pairs: by place, (down ``[blocks, r, in]``, up
-            ``[blocks, out, r]``). shifts: what is added to biases.
+        blank: the plain model, without memory; it gets the adapter.
+        pairs: by what a config calls the weight, (down ``[blocks, r, in]``, up ``[blocks, out, r]``).
+        shifts: what is added to biases.
     """
     tuner = LoraModel(blank, {name: lora}, name, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
     for place, layer in _layers(blank, name).items():

@@ -14,7 +14,7 @@ from peft.core.base.kinds import kind_of
 from peft.core.base.storage import storage_of
 from peft.core.model.targeting import Target
 from peft.tuners.lora.config import CordaConfig, LoraConfig
-from peft.tuners.lora.preparing import evaluating, read_cache, rows, seen_by, targets_of, write_cache
+from peft.tuners.lora.preparing import Means, evaluating, read_cache, rows, seen_by, targets_of, write_cache
 from peft.tuners.lora.starts import corda
 
 
@@ -85,26 +85,22 @@ def measured(
     Raises:
         ValueError: if a layer was not called.
     """
-    sums: dict[str, torch.Tensor] = {}
-    calls: dict[str, int] = {}
+    means = Means()
 
     def see(name: str, module: nn.Module, x: torch.Tensor) -> None:
         kind = kind_of(module)
         assert kind is not None
         x = rows(kind, module, x).float()
         x = x / x.abs().max().clamp_min(torch.finfo(x.dtype).tiny)
-        product = (x.T @ x).to(torch.float16 if half else torch.float32)
-        sums[name] = sums[name] + product if name in sums else product
-        calls[name] = calls.get(name, 0) + 1
+        means.add(name, (x.T @ x).to(torch.float16 if half else torch.float32))
 
     with seen_by(modules.items(), see):
         run_model()
-    if unseen := [name for name in modules if name not in calls]:
-        raise ValueError(
-            f"{', '.join(unseen[:5])} saw no input while the calibration data ran (a module that holds it may read "
-            "its weight instead of calling it); leave it out of target_modules, or start with another method."
-        )
-    return {name: total / calls[name] for name, total in sums.items()}
+    return means.of(
+        {name: name for name in modules},
+        "saw no input while the calibration data ran (a module that holds it may read its weight instead of calling "
+        "it); leave it out of target_modules, or start with another method.",
+    )
 
 
 _PARTS = ("S_WC", "U_WC", "V_WC")

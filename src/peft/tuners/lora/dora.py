@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft.core.base.kinds import Kind
+from peft.compat.magnitude import DoraConv1dLayer as DoraConv1dLayer
+from peft.compat.magnitude import DoraConv2dLayer as DoraConv2dLayer
+from peft.compat.magnitude import DoraConv3dLayer as DoraConv3dLayer
+from peft.compat.magnitude import DoraEmbeddingLayer as DoraEmbeddingLayer
+from peft.compat.magnitude import DoraLinearLayer as DoraLinearLayer
+from peft.compat.magnitude import _DoraConvNdLayer as _DoraConvNdLayer
+from peft.compat.magnitude import magnitudes
 from peft.core.families import kernel_weight
 from peft.core.families.delta import floating
 from peft.core.filling import skip_values
@@ -20,28 +26,16 @@ from peft.tuners.lora.layer import Lora
 from peft.tuners.lora.norm_cache import DoraCaching, remembered
 
 
-class Magnitude(nn.Module):
-    """DoRA's trained magnitudes ``[out]`` (convolutions: ``[1, out, 1, ...]``)."""
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight)
-
-
 class Dora(Lora):
     """y' = y + (g - 1) W drop(x) + g dW drop(x), ``lora_magnitude_vector`` is m."""
 
     reversible = False
     ties = False
+    needs_dense_pair = "DoRA needs the norm of the adapted weight"
 
     @classmethod
     def asked_by(cls, config: LoraConfig) -> bool:
         return config.use_dora
-
-    @classmethod
-    def refuses(cls, kind: Kind, module: nn.Module, config: LoraConfig) -> str | None:
-        reason = kind.no_dense_pair(module)
-        return f"DoRA needs the norm of the adapted weight, but {reason}" if reason else None
 
     def make_pair(self, config: LoraConfig) -> None:
         super().make_pair(config)
@@ -50,9 +44,7 @@ class Dora(Lora):
             if not ((is_drawn(config) and skip_values()) or self.pair()[0].is_meta):
                 base = self.base_weight()  # without values where another process has them, and will send them
                 norm = norm.to("meta") if base.is_meta else self.norm(base)
-        # As files of convolutions have it.
-        shaped = norm if len(self.shape) == 2 else norm.view(1, -1, *[1] * (len(self.shape) - 2))
-        self.lora_magnitude_vector = Magnitude(shaped)
+        self.lora_magnitude_vector = magnitudes(norm, self.kind.lookup, len(self.shape) - 2)
 
     def norm(self, base: torch.Tensor) -> torch.Tensor:
         """``|W + dW|`` of each row, ``[out]``; kept between calls within :class:`DoraCaching`."""

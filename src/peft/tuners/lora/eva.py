@@ -19,6 +19,7 @@ from peft.tuners.lora.components import Watched, gathered
 from peft.tuners.lora.config import EvaConfig, LoraConfig
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.preparing import rows, targets_of
+from peft.utils.error import some
 from peft.utils.warning import PeftWarning
 
 
@@ -177,7 +178,7 @@ def _layers(model: nn.Module, config: LoraConfig, name: str) -> tuple[dict[str, 
     unseen = {path for path, layer in adapted.items() if layer.kind.lookup or layer.kind.opaque}
     if adapted and unseen:
         warnings.warn(
-            f"EVA looks at the inputs of linear and convolution layers; {', '.join(sorted(unseen)[:5])} "
+            f"EVA looks at the inputs of linear and convolution layers; {some(unseen)} "
             f"({len(unseen)} in all) have none that it could take, and keep the default start and rank.",
             PeftWarning,
         )

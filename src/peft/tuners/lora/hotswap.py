@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,16 +16,15 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from peft.config import PeftConfig, resolve_pattern
-from peft.core.base.stack import Stack
+from peft.config import ORIGIN, PeftConfig, resolve_pattern
 from peft.core.files.entries import Entry, anatomy, configs_of
 from peft.core.files.io import load_peft_weights
 from peft.core.files.state_dict import match, unmerge_for
 from peft.core.model.walk import bare, join, layers_of, plain, surveyed, walk
-from peft.options import value_of
+from peft.tuners.lora.config import divisor, whole
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.pairs import held_rank, of_rank, pair_blocks
-from peft.utils.error import CheckpointError, ConfigError
+from peft.utils.error import CheckpointError, ConfigError, some
 from peft.utils.peft_types import PeftType
 
 
@@ -51,7 +49,6 @@ _TARGETS = (
     "bias",
 )
 # What else may differ in any method: where an adapter comes from.
-_ORIGIN = ("task_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode")
 _OUT, _IN = ("out_features", "out_channels"), ("in_features", "in_channels")
 
 
@@ -62,17 +59,16 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
     what their tensors mean.
     """
     if config0.peft_type != config1.peft_type:
-        kinds = [value_of(config.peft_type) for config in (config0, config1)]
         raise ConfigError(
-            f"Incompatible PEFT types found: {kinds[0]} and {kinds[1]}. Only an adapter of the same method can be "
-            "swapped in; load this one with load_adapter."
+            f"Incompatible PEFT types found: {config0.method_name} and {config1.method_name}. Only an adapter of the "
+            "same method can be swapped in; load this one with load_adapter."
         )
     fields: tuple[str, ...]
     if config0.peft_type == PeftType.LORA:
         fields = _LORA_FIELDS
     else:
         names = [field.name for field in dataclasses.fields(config0)]
-        fields = tuple(name for name in names if name not in (*_TARGETS, *_ORIGIN) and not name.startswith("init_"))
+        fields = tuple(name for name in names if name not in (*_TARGETS, *ORIGIN) and not name.startswith("init_"))
     for name in fields:
         old, new = getattr(config0, name, None), getattr(config1, name, None)
         if old != new:
@@ -167,16 +163,15 @@ class _Given:
         if any(entry.tensor.is_meta for entry in given.own):
             raise CheckpointError(f"adapter {adapter!r} has no values yet (low_cpu_mem_usage); load its file first.")
         if unexpected := given.unexpected:
-            more = f" and {len(unexpected) - 8} more" if len(unexpected) > 8 else ""
             raise CheckpointError(
-                f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(unexpected[:8])}{more}. "
+                f"Hot swapping the adapter did not succeed, unexpected keys found: {some(unexpected)}. "
                 "The adapter in the model needs all the targets of the new one: load the one with the most targets "
                 "first, or load the new one beside it with load_adapter."
             )
         if given.base:
             names = [attribute for (_, attribute), _ in given.base]
             raise CheckpointError(
-                f"Hot swapping the adapter did not succeed: the file has {names[:8]} of base layers, which no swap "
+                f"Hot swapping the adapter did not succeed: the file has {some(names)} of base layers, which no swap "
                 "can replace. Load it beside the other one with load_adapter."
             )
         views = {id(entry) for entry in given.own if not entry.memory}  # of the pair of another layer
@@ -202,7 +197,7 @@ class _Given:
         there = {id(entry.tensor) for entry, _ in self.found.values()}  # what layers share has a place in each
         missing = [e.saved for e in self.own.values() if id(e.tensor) not in there and e.put is None]
         if missing:
-            raise CheckpointError(f"Hot swapping the adapter did not succeed, missing keys: {', '.join(missing[:8])}.")
+            raise CheckpointError(f"Hot swapping the adapter did not succeed, missing keys: {some(missing)}.")
         for entry, value in self.found.values():
             if entry.tensor.shape != value.shape:
                 raise _mismatch(entry.saved, value.shape, entry.tensor.shape)
@@ -247,8 +242,7 @@ def _lora_layers(root: nn.Module) -> Iterator[_Found]:
     for site in walk(root):
         for path, wrapper in site.wrappers:
             if isinstance(wrapper, LoraLayer):
-                key = join(site.key, wrapper.kind.weight) if isinstance(wrapper.kind, Stack) else site.key
-                yield _Found(path, plain(key), wrapper)
+                yield _Found(path, plain(wrapper.kind.target_name(site.key)), wrapper)
 
 
 def _pair(
@@ -421,9 +415,7 @@ def _widen_config(config: Any, target_rank: int) -> None:
     """Make a config one of ``target_rank`` everywhere, with alphas for the same scales."""
 
     def alpha(value: float, rank: int) -> float:
-        ratio = target_rank / rank
-        wide = value * (math.sqrt(ratio) if config.use_rslora else ratio)
-        return int(wide) if wide == int(wide) else wide
+        return whole(value * divisor(target_rank / rank, config.use_rslora))
 
     ranks, default = dict(config.rank_pattern), config.lora_alpha
     alphas = {k: alpha(v, resolve_pattern(ranks, k, config.r)) for k, v in config.alpha_pattern.items()}

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from peft.compat.methods import LoraLayerCompat
+from peft.compat.methods import LoraLayerCompat, LoraVariantCompat
 from peft.config import resolve_pattern
 from peft.core.adapter import Adapter, input_dropout, part, setting
 from peft.core.base.kinds import Kind
@@ -20,13 +19,13 @@ from peft.core.filling import skip_values
 from peft.core.layer.rewritten import for_a_start, give_back
 from peft.core.layer.scaled import ScaledLayer
 from peft.kernels import Factors, active_rate, bare_weight
-from peft.tuners.lora.config import LoraConfig
+from peft.tuners.lora.config import LoraConfig, divisor
 from peft.tuners.lora.initialize import initialize, is_drawn, refusal
 from peft.tuners.lora.megatron import PARALLEL, ParallelLinear
 from peft.tuners.lora.pairs import split_pair, without_padding
 
 
-class Lora(Scaled):
+class Lora(LoraVariantCompat, Scaled):
     """y' = y + s B A drop(x), A ``[r, in]`` and B ``[out, r]``, s = lora_alpha / r (or / sqrt r).
 
     On convolutions A is a convolution with the base layer's geometry and B one of size 1. On embeddings A is a table
@@ -37,9 +36,11 @@ class Lora(Scaled):
         variants: the variants, in the order in which they wrap each other: the first is the outermost.
         excludes: name of another variant's class -> why the two have no meaning together.
         made_of: the variants that a combination is made of.
+        of_others: adapters whose variant is a third party's object.
         computes_pair: A and B are computed from what is held, see :meth:`pair`.
         adds_product: the output is the base layer's and s B A drop(x), nothing else, so the fused kernels may give it.
         fixed_rank: zeros cannot fill its tensors up to a larger rank, so only files of its rank take their place.
+        needs_dense_pair: what a variant needs a weight for that the pair equals; "" where it needs none.
         ties: a head tied to an embedding may follow it, with the transposed pair.
         agrees: hooks of a variant that give the same wherever :meth:`product` gives factors.
     """
@@ -58,7 +59,9 @@ class Lora(Scaled):
     adds_product: ClassVar[bool] = True
     fixed_rank: ClassVar[bool] = False
     agrees: ClassVar[frozenset[str]] = frozenset()
+    of_others: ClassVar[type[Lora]]
     ties: ClassVar[bool] = True
+    needs_dense_pair: ClassVar[str] = ""
     held_in: ClassVar[tuple[str, str, str, str] | None] = ("lora_A", "lora_B", "lora_dropout", "scaling")
     layer_base: ClassVar[Any] = ScaledLayer
     more_kinds: ClassVar[tuple[Kind, ...]] = PARALLEL
@@ -116,7 +119,8 @@ class Lora(Scaled):
     @classmethod
     def refuses(cls, kind: Kind, module: nn.Module, config: LoraConfig) -> str | None:
         """Why a variant has no meaning on such a layer, or None."""
-        return None
+        reason = kind.no_dense_pair(module) if cls.needs_dense_pair else None
+        return f"{cls.needs_dense_pair}, but {reason}" if reason else None
 
     def create(self, config: LoraConfig, key: str) -> None:
         self.r = resolve_pattern(config.rank_pattern, key, config.r)
@@ -232,7 +236,7 @@ class Lora(Scaled):
 
     def initial_scaling(self) -> float:
         """lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA (arXiv 2312.03732)."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+        return self.lora_alpha / divisor(self.r, self.use_rslora)
 
     # --- files ------------------------------------------------------------------------------------------------
     def as_saved(self, saved: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -299,6 +303,10 @@ class LoraLayer(LoraLayerCompat, ScaledLayer):
 
     def _class_of(self, name: str, config: Any) -> type[Adapter]:
         cls: Any = super()._class_of(name, config)
+        if type(self).resolve_lora_variant is not LoraLayer.resolve_lora_variant:
+            variant: Any = self.resolve_lora_variant(config=config)
+            if not isinstance(variant, type):  # an object, as a third party's class returns one
+                cls = Lora if variant is None else variant.of or Lora.of_others
         return cls.tied() if name in self.tied_to else cls
 
     @property
@@ -322,8 +330,9 @@ class LoraLayer(LoraLayerCompat, ScaledLayer):
 
     @property
     def lora_variant(self) -> dict[str, Adapter]:
-        """The adapters that are more than plain LoRA, by name."""
-        return {name: adapter for name, adapter in self.adapters.items() if type(adapter) is not Lora}
+        """The adapters that are more than plain LoRA, by name; of a third party's variant, the variant."""
+        found = {name: adapter for name, adapter in self.adapters.items() if type(adapter) is not Lora}
+        return {name: getattr(adapter, "variant", adapter) for name, adapter in found.items()}
 
     def update_layer(
         self, adapter_name: str, r: int, lora_alpha: int = 8, config: Any = None, *args: Any, **kwargs: Any

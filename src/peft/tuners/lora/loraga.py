@@ -12,7 +12,7 @@ from peft.core.base.storage import storage_of
 from peft.core.model.targeting import Target
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.initialize import PREPARED
-from peft.tuners.lora.preparing import read_cache, targets_of, write_cache
+from peft.tuners.lora.preparing import Means, read_cache, targets_of, write_cache
 from peft.utils.meanwhile import having
 
 
@@ -58,26 +58,23 @@ def measured(model: nn.Module, targets: dict[str, Target], train_step: Callable[
         ValueError: if a weight has none; nothing of the model is changed in any case.
     """
     weights = {name: _trainable(name, target) for name, target in targets.items()}
-    sums: dict[int, torch.Tensor] = {}
-    calls: dict[int, int] = {}
+    means = Means()
 
     def take(p: torch.Tensor) -> None:
         assert p.grad is not None
         gradient, p.grad = p.grad.float().cpu(), None  # freed as it comes: no step holds all gradients
-        sums[id(p)] = sums[id(p)].add_(gradient) if id(p) in sums else gradient
-        calls[id(p)] = calls.get(id(p), 0) + 1
+        means.add(p, gradient)
 
     with having(model.parameters(), requires_grad=False, grad=None), ExitStack() as hooks:
-        for p in {id(p): p for p in weights.values()}.values():  # one that is tied has several names
+        for p in set(weights.values()):  # one that is tied has several names
             p.requires_grad_(True)
             hooks.enter_context(p.register_post_accumulate_grad_hook(take))
         train_step()
-    if unreached := [name for name, p in weights.items() if id(p) not in sums]:
-        raise ValueError(
-            f"{', '.join(unreached[:5])} got no gradient from train_step: it has to call backward() on a loss that "
-            "depends on all adapted layers. Leave those layers out of target_modules, or start in another way."
-        )
-    return {name: sums[id(p)] / calls[id(p)] for name, p in weights.items()}
+    return means.of(
+        weights,
+        "got no gradient from train_step: it has to call backward() on a loss that depends on all adapted layers. "
+        "Leave those layers out of target_modules, or start in another way.",
+    )
 
 
 def _trainable(name: str, target: Target) -> nn.Parameter:

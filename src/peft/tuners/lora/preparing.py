@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,6 +17,7 @@ from peft.core.base.kinds import Kind
 from peft.core.model.targeting import Target, find_targets, resolve_targets
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.model import LoraModel
+from peft.utils.error import some
 from peft.utils.meanwhile import in_mode
 
 
@@ -69,6 +71,29 @@ def seen_by(
 
     with ExitStack() as hooks:
         yield {n: hooks.enter_context(m.register_forward_pre_hook(hook(n), with_kwargs=True)) for n, m in modules}
+
+
+class Means:
+    """Running means of tensors, by key; each tensor that is added belongs to it from then on."""
+
+    def __init__(self) -> None:
+        self._sums: dict[Any, torch.Tensor] = {}
+        self._counts: Counter = Counter()
+
+    def add(self, key: Any, value: torch.Tensor) -> None:
+        """One more value of a key."""
+        self._sums[key] = self._sums[key].add_(value) if key in self._sums else value
+        self._counts[key] += 1
+
+    def of(self, keys: dict[str, Any], why_not: str) -> dict[str, torch.Tensor]:
+        """The means under names, by the key of each name.
+
+        Raises:
+            ValueError: if a key has no value; the message names those, and says ``why_not``.
+        """
+        if missing := [name for name, key in keys.items() if key not in self._sums]:
+            raise ValueError(f"{some(missing)} {why_not}")
+        return {name: self._sums[key] / self._counts[key] for name, key in keys.items()}
 
 
 @contextmanager

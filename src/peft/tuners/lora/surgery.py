@@ -10,7 +10,7 @@ import torch
 from peft.core.combine.ranks import product_svd
 from peft.tuners.lora.factors import factors_of
 from peft.tuners.lora.intruders import beside, plain_layers
-from peft.utils.meanwhile import in_mode
+from peft.utils.meanwhile import having, in_mode
 
 
 MODES = ("select", "smooth", "gradient")
@@ -107,20 +107,14 @@ def _measured(
 ) -> list[list[torch.Tensor]]:
     """The gradients of each factor, one for each loss; the model's own gradients and modes stay as they are."""
     active = list(model.active_adapters)
-    frozen = [factor for factor in factors if not factor.requires_grad]
-    found: list[list[torch.Tensor]] = []
-    try:
-        model.set_adapter(name)
-        for factor in factors:
-            factor.requires_grad_(True)
-        with in_mode(model, training=False):
+    found: list[tuple[torch.Tensor, ...]] = []
+    with having(factors, requires_grad=True), in_mode(model, training=False):
+        try:
+            model.set_adapter(name)
             for loss in losses:
-                each = torch.autograd.grad(loss, factors, allow_unused=True)
-                found.append([torch.zeros_like(f) if g is None else g for f, g in zip(factors, each)])
-    finally:
-        model.set_adapter(active if len(active) > 1 else active[0])
-        for factor in frozen:
-            factor.requires_grad_(False)
+                found.append(torch.autograd.grad(loss, factors, allow_unused=True, materialize_grads=True))
+        finally:
+            model.set_adapter(active if len(active) > 1 else active[0])
     if not found or not any(g.any() for each in found for g in each):
         raise ValueError(
             f"adapter {name!r} has no gradient in {len(found)} losses, so nothing is known of its singular values. "

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from peft.compat.lora_variant import standing_for
+from peft.core.adapter import setting
 from peft.core.layer.classes import check_names
-from peft.tuners.lora.alora import ALora
+from peft.tuners.lora.alora import ALora, last_occurrence
 from peft.tuners.lora.arrow import Arrow
 from peft.tuners.lora.bdlora import BdLora
 from peft.tuners.lora.dora import Dora
@@ -14,6 +21,25 @@ from peft.tuners.lora.mica import Mica
 from peft.tuners.lora.monteclora import MonteCLora
 from peft.tuners.lora.qalora import QaLora
 from peft.tuners.lora.velora import VeLora
+
+
+class Theirs(Lora):
+    """LoRA's A and B, and a third party's variant that says what is computed with them."""
+
+    variant = setting()
+    reversible = False
+
+    def make_pair(self, config: Any) -> None:
+        super().make_pair(config)
+        self.variant = self.layer.resolve_lora_variant(config=config)  # type: ignore[attr-defined]
+        self.variant.init(self.layer, adapter_name=self.name, config=config)
+
+    def output(self, x: torch.Tensor, y: torch.Tensor, base_y: torch.Tensor) -> torch.Tensor:
+        return self.variant.forward(self.layer, active_adapter=self.name, x=x, result=y)
+
+    def fold(self, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        stored = self.variant.merge_safe(self.layer, self.name, self.kind.restore(weight, self.base))
+        return self.kind.orient(stored, self.base)
 
 
 VARIANTS: tuple[type[Lora], ...] = (
@@ -29,6 +55,46 @@ VARIANTS: tuple[type[Lora], ...] = (
     Mica,
 )
 
-for variant in VARIANTS:
+for variant in (*VARIANTS, Theirs):
     check_names(variant, LoraLayer)
 Lora.variants[:] = VARIANTS
+Lora.of_others = Theirs
+
+# By the names of 0.21, which tests of variants, and copies of a layer's forward, import from here.
+vars().update(
+    standing_for(ALora, "ALoraLinearVariant")
+    | standing_for(Arrow, "ArrowLinearVariant")
+    | standing_for(BdLora, "BdLoraLinearVariant")
+    | standing_for(
+        Dora,
+        "DoraLinearVariant",
+        "DoraEmbeddingVariant",
+        "DoraConv1dVariant",
+        "DoraConv2dVariant",
+        "DoraConv3dVariant",
+    )
+    | standing_for(Kasa, "KasaLinearVariant")
+    | standing_for(Mica, "MiCALinearVariant", "MiCAEmbeddingVariant")
+    | standing_for(MonteCLora, "MontecloraLinearVariant")
+    | standing_for(QaLora, "QALoraLinearVariant")
+    | standing_for(VeLora, "VeloraLinearVariant")
+)
+
+
+def calculate_alora_offsets(
+    peft_config: dict[str, Any],
+    active_adapter: str,
+    input_ids: torch.Tensor,
+    adapter_names: Sequence[str] | None = None,
+) -> list[int | None]:
+    """How many tokens from the end of each row an aLoRA acts on; None where it does not. Tests of servers call it.
+
+    Args:
+        input_ids: ``[batch, tokens]``. adapter_names: the adapter of each row; by default the active one of all.
+    """
+    found: list[int | None] = []
+    for row, name in zip(input_ids, adapter_names or [active_adapter] * len(input_ids)):
+        tokens = getattr(peft_config.get(name), "alora_invocation_tokens", None)
+        start = int(last_occurrence(row[None], tokens)) if tokens else -1
+        found.append(len(row) - start if start >= 0 else None)
+    return found

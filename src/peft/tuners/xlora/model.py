@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from peft.core.adapter import Adapter
+from peft.core.files.io import PREFIX
 from peft.core.model import operations
 from peft.core.model.record import context_of
 from peft.core.model.registry import define_tuner
@@ -157,7 +158,7 @@ class XLoraTuner(Scalings, BaseTuner):
         if name == self.router and self.config.use_trainable_adapters:
             for path, adapter in self._placed():
                 for _, memory, tensor in Adapter.state(adapter):  # an expert's own is nothing beneath a router
-                    yield f"base_model.model.{path}.{memory}", f"base_model.model.{path}.{memory}", tensor
+                    yield f"{PREFIX}{path}.{memory}", f"{PREFIX}{path}.{memory}", tensor
 
     def _placed(self) -> Iterator[tuple[str, Adapter]]:
         """All experts, each with the name of its layer."""

@@ -17,7 +17,7 @@ from peft.core.base.storage.offloaded import (
     without_hooks,
 )
 from peft.core.base.storage.parametrized import HookedNorm, Parametrized, weight_names
-from peft.core.base.storage.plain import Plain, Storage, tensors_in
+from peft.core.base.storage.plain import Plain, Storage, plain_tensors
 from peft.core.base.storage.quantized import ForwardOnly, Quantized, is_from
 from peft.core.base.storage.quanto import Quanto
 from peft.core.base.storage.sharded import FSDP1, Distributed, ZeRO3
@@ -123,10 +123,10 @@ __all__ = [
     "foreign_linear",
     "hooks_of",
     "onloaded",
+    "plain_tensors",
     "register_storage",
     "storage_key",
     "storage_of",
-    "tensors_in",
     "untrainable",
     "weight_names",
     "without_hooks",

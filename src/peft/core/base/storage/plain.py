@@ -131,7 +131,7 @@ class Storage:
 
     def tensors(self, m: nn.Module, attribute: str) -> list[torch.Tensor]:
         """The plain tensors in which the weight is kept; some may share memory."""
-        return [t for slot in self.slots or (attribute,) for t in tensors_in(getattr(m, slot, None))]
+        return [t for slot in self.slots or (attribute,) for t in plain_tensors(getattr(m, slot, None))]
 
     def device_and_dtype(self, m: nn.Module, attribute: str) -> tuple[torch.device | None, torch.dtype | None]:
         """Device and dtype that new parts of the layer follow, None where there is nothing to follow.
@@ -226,20 +226,20 @@ class Plain(Storage):
         return kept[1].to(kept[0].device)
 
 
-def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+def plain_tensors(value: Any) -> Iterator[torch.Tensor]:
     """The plain tensors of which something is made: a tensor subclass, a dict, a library's quantisation state."""
     if isinstance(value, torch.Tensor):
         if hasattr(value, "__tensor_flatten__"):
             for name in value.__tensor_flatten__()[0]:
                 part = getattr(value, name)
-                yield from tensors_in(part) if isinstance(part, torch.Tensor) else ()  # a mesh of devices is none
+                yield from plain_tensors(part) if isinstance(part, torch.Tensor) else ()  # a mesh of devices is none
             return
         yield value
         # What bitsandbytes, of 8 and of 4 bits, and ZeRO-3 hang on the parameter itself.
         for beside in ("SCB", "quant_state", "ds_tensor"):
-            yield from tensors_in(getattr(value, beside, None))
+            yield from plain_tensors(getattr(value, beside, None))
     elif isinstance(value, dict):
         for part in value.values():
-            yield from tensors_in(part)
+            yield from plain_tensors(part)
     elif hasattr(value, "__dict__") and not isinstance(value, nn.Module | type):
-        yield from tensors_in(vars(value))
+        yield from plain_tensors(vars(value))

@@ -13,6 +13,7 @@ from peft.core.base.kinds import kind_of
 from peft.core.files.renaming import update_names
 from peft.core.model.targeting import all_linear, matches, selected
 from peft.core.model.walk import join, walk
+from peft.tuners.lora.config import divisor, whole
 from peft.tuners.lora.experts.fused import Fused, aliases, conversions_of, fused_in
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.peft_types import PeftType
@@ -127,15 +128,14 @@ def _set_rank(config: Any, group: list[Fused], tail: str | None) -> None:
             rank, alpha = values.pop()
             ranks.append(rank)
             alpha = config.lora_alpha if alpha is None else alpha
-            scales.add(alpha / (rank**0.5 if config.use_rslora else rank))
+            scales.add(alpha / divisor(rank, config.use_rslora))
         if max(scales) - min(scales) > 1e-9 * max(map(abs, scales)):
             raise ValueError(
                 f"the modules in {fused.path!r} have different scales {sorted(scales)} (alpha_pattern, rank_pattern), "
                 "but one parameter has one scale."
             )
         rank = sum(ranks)
-        alpha = scales.pop() * (rank**0.5 if config.use_rslora else rank)
-        found[fused.path] = rank, int(alpha) if float(alpha).is_integer() else alpha
+        found[fused.path] = rank, whole(scales.pop() * divisor(rank, config.use_rslora))
     if tail is not None and len(set(found.values())) == 1:
         found = {rf".*\.{re.escape(tail)}": next(iter(found.values()))}
     else:

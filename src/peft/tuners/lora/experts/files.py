@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from peft.core.files.entries import anatomy
+from peft.core.files.io import PREFIX
 from peft.core.model.targeting import matches
 from peft.core.model.walk import join, walk
 from peft.tuners.lora.experts.fused import Fused, aliases, conversions_of, fused_in, understood
@@ -183,7 +184,7 @@ def convert_peft_adapter_state_dict_for_transformers(
     if not parts:
         return result if result.keys() != adapter_state_dict.keys() else adapter_state_dict
     for f in fused:
-        for prefix in ("base_model.model.", ""):
+        for prefix in (PREFIX, ""):
             if prefix + f.path in parts:
                 name = prefix + _wrapper_path(root, f.path, fused, parts, prefix, peft_config)
                 a, b = _stack(f, parts[prefix + f.path])
