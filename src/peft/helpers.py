@@ -37,7 +37,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float | int) -> Iterator
         ValueError: if it is not finite, or the model has no adapters with a scale, or some that are merged (a merged
             adapter's scale is part of the weight).
     """
-    if not isinstance(multiplier, Real) or isinstance(multiplier, bool):
+    if not isinstance(multiplier, Real):
         raise TypeError(f"multiplier should be a number, got {multiplier!r}, a {type(multiplier).__name__}.")
     if not math.isfinite(multiplier):
         raise ValueError(f"multiplier should be finite, got {multiplier!r}.")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft.convert.held import patterned
+from peft.config import patterned
 from peft.convert.resize import check_size
 from peft.core.base.kinds import kind_of
 from peft.core.combine.ranks import halves, leading_svd, randomized_svd, shared_ranks

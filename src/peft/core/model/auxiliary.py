@@ -45,6 +45,12 @@ class AuxiliaryTrainingWrapper(Switch, AuxiliaryWrapper):
         """The active adapters that have a version of the module."""
         return self.present(self._active_adapter)
 
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The one that acts, and a list where none does."""
+        active = self.active_adapters
+        return active[0] if len(active) == 1 else active
+
     def update(self, adapter_name: str, **kwargs: Any) -> None:
         """Allocate the adapter's version."""
         raise NotImplementedError
