@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from peft.config import PeftConfig
+from peft.core.model.replacing import restoring
 from peft.core.model.tuner import BaseTuner
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.xlora.config import XLoraConfig
@@ -46,9 +47,7 @@ def load_experts(model: nn.Module, config: XLoraConfig, device: str | None, auto
             return ExpertModel
 
     experts: PeftModel | None = None
-    # Loading freezes all, and a failure has to undo that.
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    try:
+    with restoring(model):
         for name, path in (config.adapters or {}).items():
             found = PeftConfig.from_pretrained(path)
             if found.peft_type != PeftType.LORA:
@@ -66,9 +65,3 @@ def load_experts(model: nn.Module, config: XLoraConfig, device: str | None, auto
             else:
                 options["peft_config"] = options.pop("config")  # as load_adapter names it
                 experts.load_adapter(path, name, torch_device=device, **options)
-    except BaseException:
-        if experts is not None:
-            experts.unload().requires_grad_(True)
-            for p in frozen:
-                p.requires_grad_(False)
-        raise
