@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from peft.core.base.storage import onloaded
 from peft.core.base.storage.sharded import fill, gathered, is_dtensor, partitioned, whole
 from peft.core.files.along import base_places, train_along, weights_under
 from peft.core.files.entries import Entry, anatomy, configs_of, entries, prompts_of
@@ -194,7 +195,7 @@ def _embedding_sites(root: nn.Module) -> Iterator[tuple[Site, nn.Parameter]]:
 def _embeddings(root: nn.Module, prefix: str, adapter: str, always: bool) -> dict[str, torch.Tensor]:
     """Base weights of the input and output embeddings that the adapter adapts (or of both, if ``always``)."""
     found = {}
-    for site, weight in _embedding_sites(root):
+    for site, _ in _embedding_sites(root):
         around = [w for _, w in site.wrappers if isinstance(w, BaseTunerLayer) and adapter in w]
         # Trained rows, and copies of whole modules, are tensors of the adapter itself.
         adapted = any(not (w.adapter_cls.follows_ties or w.adapter_cls.any_module) for w in around)
@@ -203,7 +204,8 @@ def _embeddings(root: nn.Module, prefix: str, adapter: str, always: bool) -> dic
             # the file format names the place below trained tokens, not that of the plain table
             here = [(p, w) for p, w in site.wrappers if not (isinstance(w, TrainableTokensWrapper) and adapter in w)]
             path = file_path(join(site.path, "weight"), adapter, [*site.above, *here])
-            found[prefix + plain(path)] = whole(weight).detach()
+            with onloaded(site.module):  # accelerate may keep it elsewhere
+                found[prefix + plain(path)] = whole(site.module._parameters["weight"]).detach()  # type: ignore[arg-type]
     return found
 
 
