@@ -794,7 +794,7 @@ def test_a_small_spectrum_keeps_nothing_as_large_as_the_weight(tokens):
 
 
 def test_a_torch_that_does_not_tell_what_it_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torch 2.5 does not say whether checkpointing is at work. Everything is kept, and gradients are the same."""
+    """Torch 2.6 does not say whether checkpointing is at work. Everything is kept, and gradients are the same."""
     model, x = adapted(), batch(4)
     wanted = run(model, x)
     monkeypatch.delattr(torch._C._autograd, "_top_saved_tensors_default_hooks")

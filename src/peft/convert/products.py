@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from peft.config import resolve_pattern
-from peft.convert.held import Held, patterned
+from peft.config import patterned, resolve_pattern
+from peft.convert.held import Held
 from peft.core.combine.ranks import halves, product_svd
 from peft.core.files.io import PREFIX
 from peft.core.layer.weight import wide

@@ -413,9 +413,10 @@ def kind_of(m: nn.Module) -> Kind | None:
 
 
 def foreign_kind(layer_cls: type, m: nn.Module) -> Kind | None:
-    """How a layer class of a third party sees a base layer of its own, if that says its features; else None."""
-    theirs = not layer_cls.__module__.startswith("peft.")
-    return Kind() if theirs and hasattr(m, "in_features") and hasattr(m, "out_features") else None
+    """How a layer class of a third party sees a base layer of its own: whole, unless that says its features."""
+    if layer_cls.__module__.startswith("peft."):
+        return None
+    return Kind() if hasattr(m, "in_features") and hasattr(m, "out_features") else WHOLE
 
 
 def kind_names() -> list[str]:

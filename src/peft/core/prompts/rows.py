@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
@@ -34,6 +35,8 @@ class Prompts:
         tokens: adapter name -> the indices of its virtual tokens.
         active: name of the active prompt; a list if there is none.
         disabled: no row gets a prompt.
+        replaced: what computes the active prompt in the place of its encoder, if a class derived from PeftModel says
+            so: called with the number of rows and their tasks.
     """
 
     def __init__(self, model: nn.Module, configs: dict[str, Any]) -> None:
@@ -42,6 +45,7 @@ class Prompts:
         self.tokens: dict[str, torch.Tensor] = {}
         self.active: str | list[str] = []
         self.disabled = False
+        self.replaced: Callable[..., Any] | None = None
         self._gated = False
 
     def add(self, name: str, encoder: VirtualTokens, in_float32: bool = True) -> None:
@@ -191,7 +195,9 @@ class Prompts:
 
     def _feed_of(self, name: str, batch: int, tasks: torch.Tensor | None, stack: int) -> Feed:
         """What ``batch`` rows with one prompt get."""
-        encoder, values = self.encoders[name], self.encode(name, batch, tasks)
+        encoder = self.encoders[name]
+        ours = self.replaced is None or encoder.as_prefix or name != self.active
+        values = self.encode(name, batch, tasks) if ours else self.replaced(batch, tasks)  # type: ignore[misc]
         if not encoder.as_prefix:
             n = self.configs[name].num_virtual_tokens
             values = values[:, n * stack : n * (stack + 1)]
