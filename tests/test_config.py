@@ -220,6 +220,20 @@ def test_runtime_config_is_not_saved(tmp_path):
     assert LoraConfig.from_pretrained(tmp_path).runtime_config == LoraRuntimeConfig()
 
 
+@pytest.mark.parametrize("method", sorted(set(REFERENCE["methods"]) - {"LILY"}))  # whose `routing` says who wrote it
+def test_a_dict_has_fields_of_our_own_only_where_they_are_set(method):
+    # diffusers writes the dict into its files, where 0.21.2 makes a config of it
+    entry = REFERENCE["methods"][method]
+    needed = {"ADALORA": {"total_step": 9}}.get(method, {})
+    said = PEFT_TYPE_TO_CONFIG_MAPPING[method](**needed).to_dict()
+    assert set(said) <= {*entry["fields"], "peft_type", "task_type", "peft_version"}
+    assert LoraConfig(use_gating=True).to_dict()["use_gating"] is True
+
+
+def test_the_method_of_a_saved_config(saved):
+    assert PeftConfig._get_peft_type(str(saved)) == "LORA"
+
+
 def test_the_file_wins_over_keywords_and_keywords_over_defaults(saved):
     content = json.loads((saved / CONFIG_NAME).read_text())
     del content["use_rslora"]

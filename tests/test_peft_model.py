@@ -105,6 +105,21 @@ class TestWhatTrains:
         model.set_adapter("default")
         assert trains(model) == {"default"}
 
+    @pytest.mark.parametrize("mixed", [False, True])
+    def test_a_model_names_one_active_adapter_and_a_layer_lists_them(self, mixed):
+        model = get_peft_model(Mlp(), lora(modules_to_save=["lin1"]), mixed=mixed)
+        model.add_adapter("two", lora())
+        layer, saved = model.base_model.model.lin0, model.base_model.model.lin1
+        one = (lambda name: [name]) if mixed else str
+        assert (layer.active_adapter, saved.active_adapter) == (["default"], "default")
+        assert model.active_adapter == one("default")
+        model.base_model.set_adapter(["default", "two"])
+        assert (layer.active_adapter, saved.active_adapter) == (["default", "two"], "default")
+        assert model.active_adapter == (["default", "two"] if mixed else "default")
+        model.set_adapter("two")
+        assert (layer.active_adapter, saved.active_adapter) == (["two"], [])
+        assert model.active_adapter == one("two")
+
     def test_several_at_once(self):
         model = two()
         alone = {}

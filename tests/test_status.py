@@ -114,6 +114,12 @@ def test_a_plain_model_with_injected_adapters():
     assert layer.name == "lin0"
     assert (status.base_model_type, status.adapter_model_type, status.peft_types) == ("other", "None", {})
     assert status.trainable_params == 28
+    assert get_model_status(inject_adapter_in_model(LoraConfig(), tiny_llama())).base_model_type == "LlamaForCausalLM"
+
+
+def test_a_layer_names_what_is_switched_on_though_it_lacks_it(model):
+    status = {s.name: s for s in get_layer_status(model)}["model.lin1.original_module"]
+    assert status.active_adapters == ["default"] and status.available_adapters == ["other"]
 
 
 @pytest.mark.parametrize(

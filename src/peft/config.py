@@ -25,7 +25,7 @@ import sys
 import types
 import typing
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -268,9 +268,14 @@ class PeftConfigMixin(Options):
     # -- reading and writing
 
     def to_dict(self) -> dict:
-        """The fields that belong to the adapter, as plain values (sets and enum members stay what they are)."""
-        values = dataclasses.asdict(self)
-        return {name: value for name, value in values.items() if name not in _transient(type(self))}
+        """The fields that belong to the adapter, as plain values (sets and enum members stay what they are).
+
+        Fields that other releases do not know are there where they are set: programs write what they get here into
+        files of their own, and make configs of it.
+        """
+        own = (f for f in dataclasses.fields(self) if f.metadata.get("own"))
+        left_out = _transient(type(self)) | {f.name for f in own if getattr(self, f.name) == f.default}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in left_out}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json` into a folder, which is made if needed.
@@ -286,9 +291,6 @@ class PeftConfigMixin(Options):
             ConfigError: a field holds what json cannot; it is named.
         """
         values = {**self.to_dict(), "peft_version": __version__}
-        for field in dataclasses.fields(self):
-            if field.metadata.get("own") and values[field.name] == field.default:
-                del values[field.name]
         if kwargs.get("auto_mapping_dict"):
             values["auto_mapping"] = kwargs["auto_mapping_dict"]
         for name, value in values.items():
@@ -344,6 +346,12 @@ class PeftConfigMixin(Options):
                 f"The method {value_of(key)} is not supported yet{version}. Available: {available}."
             )
         return PEFT_TYPE_TO_CONFIG_MAPPING[key]
+
+    @classmethod
+    def _get_peft_type(cls, model_id: str, subfolder: str | None = None, **kwargs: Any) -> str:
+        """The method of a saved adapter. Forks of ``PeftModel.from_pretrained`` choose the config's class by it."""
+        path = locate(model_id, CONFIG_NAME, subfolder=subfolder, **hub_options(kwargs))
+        return cls.from_json_file(path)["peft_type"]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
@@ -455,6 +463,11 @@ class PeftConfigMixin(Options):
         return commit
 
     @property
+    def method_name(self) -> str:
+        """Its method as files name it, such as "LORA"."""
+        return str(value_of(self.peft_type))
+
+    @property
     def members(self) -> list[Any]:
         """One config for each method that the adapter is of: this one, unless it stands for several."""
         return [self]
@@ -468,6 +481,10 @@ class PeftConfigMixin(Options):
     def is_adaption_prompt(self) -> bool:
         """Whether the method is LLaMA-Adapter, which places prompts inside attention layers."""
         return self.peft_type == PeftType.ADAPTION_PROMPT
+
+
+ORIGIN = ("task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping")
+"""Fields of every config that say where an adapter is from and what for, and nothing of what it computes."""
 
 
 @dataclass
@@ -655,6 +672,31 @@ def resolve_pattern(pattern: dict[str, Any] | None, key: str, default: Any) -> A
     matched = match_pattern(pattern, key)
     note(pattern, () if matched is None else (matched,))
     return default if matched is None else pattern[matched]
+
+
+def patterned(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The other way: the most frequent of the values of modules, and a pattern for each module that has another.
+
+    Raises:
+        ValueError: there are no modules.
+    """
+    if not values:
+        raise ValueError("there is no module with a LoRA here.")
+    given = list(values.values())
+    common = max(dict.fromkeys(given), key=given.count)
+    return common, {re.escape(module): value for module, value in named_apart(values, common).items()}
+
+
+def named_apart(values: Mapping[str, Any], common: Any) -> dict[str, Any]:
+    """The values of modules by their names, without the common one unless a name means another module as well.
+
+    A pattern means all modules whose names end like it, and the first that matches counts: then longer names come
+    first, and all are said.
+    """
+    tails = (name[dot + 1 :] for name in values for dot, letter in enumerate(name) if letter == ".")
+    if any(tail in values for tail in tails):
+        return dict(sorted(values.items(), key=lambda item: -len(item[0])))
+    return {name: value for name, value in values.items() if value != common}
 
 
 also_known(__name__)

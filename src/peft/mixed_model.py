@@ -55,6 +55,11 @@ class PeftMixedModel(PeftModel):
     def _class_for(cls, config: PeftConfig) -> type[PeftModel]:
         return cls
 
+    @property
+    def active_adapter(self) -> list[str]:  # type: ignore[override]
+        """All active adapters: here several can be active."""
+        return self.active_adapters
+
     def delete_adapter(self, adapter_name: str | list[str]) -> None:
         """Remove one adapter or several."""
         for name in [adapter_name] if isinstance(adapter_name, str) else adapter_name:

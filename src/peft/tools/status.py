@@ -13,7 +13,6 @@ from peft.core.files.entries import anatomy, configs_of, tuner_of
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.auxiliary import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from peft.core.model.walk import join, wrappers_of
-from peft.options import value_of
 from peft.utils.error import NoAdaptedLayersError
 
 
@@ -28,7 +27,7 @@ class TunerLayerStatus:
         name: its path in the model (``model.`` in front where a tuner is around it).
         module_type: method and class, ``"lora.Linear"``, as a printed model has it.
         enabled: whether its adapters are switched on.
-        active_adapters: those that act in the forward.
+        active_adapters: those that are switched on in the layer, some of which may have no parts here.
         merged_adapters: those that are in the base weight now.
         requires_grad: adapter -> whether all its tensors here train; "irregular" where only some do.
         available_adapters: all adapters with parts here, sorted.
@@ -52,7 +51,7 @@ class TunerModelStatus:
     """All adapters of a model; a field on which its layers differ is "irregular".
 
     Attributes:
-        base_model_type: class of the base model, or "other" for a model without a tuner around it.
+        base_model_type: class of the base model; "other" where no tuner is around it and it is not of transformers.
         adapter_model_type: class of the tuner, or "None".
         peft_types: adapter -> method.
         trainable_params: parameters that train now. total_params: all of them.
@@ -134,6 +133,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     statuses = [_layer_status("", layer) for layer in layers]
     names = sorted({name for status in statuses for name in status.available_adapters})
     trainable, total = count_parameters(model)
+    named = tuner or hasattr(model, "_hf_peft_config_loaded")  # transformers' models manage adapters by themselves
     merged = sorted({name for status in statuses for name in status.merged_adapters})
     evenly_merged = all(
         set(layer.merged_adapters) == {name for name in merged if name in layer}
@@ -141,9 +141,9 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         if isinstance(layer, BaseTunerLayer)
     )
     return TunerModelStatus(
-        base_model_type=type(tuner.model).__name__ if tuner else "other",
+        base_model_type=type(tuner.model if tuner else model).__name__ if named else "other",
         adapter_model_type=type(tuner).__name__ if tuner else "None",
-        peft_types={name: _plain(c.peft_type) for name, c in tuner.peft_config.items()} if tuner else {},
+        peft_types={name: c.method_name for name, c in tuner.peft_config.items()} if tuner else {},
         trainable_params=trainable,
         total_params=total,
         num_adapter_layers=len(layers),
@@ -162,10 +162,6 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
             if isinstance(layer, BaseTunerLayer) or len(layers) == 1
         ),
     )
-
-
-def _plain(peft_type: Any) -> str:
-    return str(value_of(peft_type))
 
 
 def _adapted(model: nn.Module) -> list[tuple[str, BaseTunerLayer | AuxiliaryTrainingWrapper]]:
@@ -194,7 +190,7 @@ def _layer_status(name: str, layer: BaseTunerLayer | AuxiliaryTrainingWrapper) -
         name=name,
         module_type=layer._get_name(),
         enabled=not layer.disable_adapters,
-        active_adapters=[adapter for adapter in layer.active_adapters if adapter in layer],
+        active_adapters=layer.active_adapters,
         merged_adapters=list(layer.merged_adapters) if tuner_layer else [],
         requires_grad={adapter: _common((p.requires_grad for p in tensors[adapter]), False) for adapter in names},
         available_adapters=names,

@@ -73,8 +73,9 @@ class Switch:
         return [active] if isinstance(active, str) else list(active)
 
     @property
-    def active_adapter(self) -> Any:
-        return self._active_adapter[0] if len(self._active_adapter) == 1 else list(self._active_adapter)
+    def active_adapter(self) -> str | list[str]:
+        """A list for a layer, as programs that index it expect; :attr:`active_adapters` is one for every module."""
+        return self.active_adapters
 
     @property
     def disable_adapters(self) -> bool:
