@@ -69,6 +69,19 @@ def test_an_attention_of_torch_has_the_rank_and_the_scale_of_its_conversion(tmp_
         assert float(rest.norm() / wanted[key].norm()) == pytest.approx(errors[key], abs=1e-4)
 
 
+def test_a_name_that_ends_like_another_has_its_own_rank(tmp_path: Path) -> None:
+    """The pattern of "lin" means "inner.lin", too."""
+    torch.manual_seed(0)
+    base = torch.nn.ModuleDict({"lin": torch.nn.Linear(8, 2), "inner": torch.nn.ModuleDict()})
+    base["inner"].update({"lin": torch.nn.Linear(8, 8), "more": torch.nn.Linear(8, 8)})
+    model = get_peft_model(base, LoHaConfig(r=4, target_modules=["lin", "more"], init_weights=False))
+    wanted = {key: weight_change(layer, layer.adapters["default"]) for key, layer in by_key(model).items()}
+    save_as_lora(tmp_path, model, 1.0)
+    model = PeftModel.from_pretrained(model.unload(), tmp_path)
+    for key, layer in by_key(model).items():
+        torch.testing.assert_close(weight_change(layer, layer.adapters["default"]), wanted[key], atol=1e-5, rtol=1e-4)
+
+
 def by_key(model: torch.nn.Module) -> dict[str, BaseTunerLayer]:
     return {layer.key: layer for _, layer in layers_of(model)}
 

@@ -264,6 +264,12 @@ def test_scales_for_a_while():
     with pytest.raises(RuntimeError, match="inside"), rescale_adapter_scale(model, 3):
         raise RuntimeError("inside")
     torch.testing.assert_close(model(X), full)
+    with rescale_adapter_scale(model, 0.5):
+        model.merge_adapter()  # by half, and whole afterwards
+    torch.testing.assert_close(model(X), full)
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        torch.testing.assert_close(model(X), base)
 
 
 def test_scales_are_checked():

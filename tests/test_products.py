@@ -15,7 +15,7 @@ def onednn(monkeypatch):
     """Products of any size by oneDNN, whoever made the processor."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN")
-    monkeypatch.setattr(products, "_by_other_maker", lambda: True)
+    monkeypatch.setattr(products, "_BY_OTHER_MAKER", True)
     monkeypatch.setattr(products, "LARGE", 0)
 
 

@@ -468,22 +468,27 @@ class TestTheNameAnew:
     @pytest.mark.parametrize(
         "fields", [{}, {"init_lora_weights": "pissa"}, {"layer_replication": [[0, 2], [0, 2]]}], ids=str
     )
-    @pytest.mark.parametrize("prompt", [False, True])
-    def test_one_that_fails_leaves_what_the_old_one_stood_on(self, fields, prompt):
+    @pytest.mark.parametrize("way", ["adapter", "prompt", "file", "file of another name"])
+    def test_one_that_fails_leaves_what_the_old_one_stood_on(self, fields, way, tmp_path):
         net, ids = tiny_llama(), torch.arange(6).view(2, 3)
         start = net(ids).logits.detach()
         fields = {"init_lora_weights": False, **fields}
         model = get_peft_model(net, LoraConfig(target_modules=["q_proj"], **fields)).eval()
         rows = ["default", "default" if "pissa" in fields.values() else "__base__"]
         alone, mixed = model(ids).logits.detach(), model(ids, adapter_names=rows).logits.detach()
+        trains = [p.requires_grad for p in model.parameters()]
         config = LoraConfig(target_modules=["nothing"])
-        if prompt:
+        if way == "prompt":
             config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, modules_to_save=["layers"])
-        with (
-            pytest.warns(UserWarning, match="has an adapter called 'default'"),
-            pytest.raises((ValueError, TypeError)),
-        ):
-            get_peft_model(net, config)
+        if way.startswith("file"):
+            get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], r=3)).save_pretrained(tmp_path)
+            LoraConfig(target_modules=["q_proj"], r=2).save_pretrained(tmp_path)  # beside weights of another rank
+        with pytest.warns(UserWarning, match="in it"), pytest.raises((ValueError, TypeError)):
+            if way.startswith("file"):
+                PeftModel.from_pretrained(net, tmp_path, "other" if "other" in way else "default")
+            else:
+                get_peft_model(net, config)
+        assert [p.requires_grad for p in model.parameters()] == trains
         assert torch.equal(model(ids).logits, alone)
         assert torch.equal(model(ids, adapter_names=rows).logits, mixed)
         plain = model.unload()

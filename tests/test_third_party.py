@@ -1,5 +1,6 @@
 """Layers and methods of third parties: registered classes, derived layers, tuners changed from outside."""
 
+import copy
 import functools
 from dataclasses import dataclass
 from types import MethodType
@@ -13,7 +14,7 @@ import peft
 from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer, LoraModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from peft.utils import register_peft_method
 
 
@@ -287,3 +288,298 @@ def test_a_method_registered_from_outside(monkeypatch, tmp_path):
     again = peft.PeftModel.from_pretrained(model.unload(), tmp_path)
     torch.testing.assert_close(again(x), expected)
     assert again.peft_config["default"].peft_type == "OUTSIDE"
+
+
+# ---- Methods as 0.21 has them written -------------------------------------------------------------------------------
+
+
+@dataclass
+class ScaleConfig(PeftConfig):
+    """Fields as a third party declares them, with no help of this package."""
+
+    target_modules: object = None
+    factor: float = 1.0
+    modules_to_save: list | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = "SCALE"
+
+
+class ScaleLayer(BaseTunerLayer):
+    """y' = f s y; its containers are its own, and nobody calls the constructor of BaseTunerLayer."""
+
+    adapter_layer_names = ("scale_v", "scale_lin")
+    other_param_names = ("scale_factor",)
+
+    def __init__(self, base_layer, **kwargs):
+        self.base_layer = base_layer
+        self.scale_v, self.scale_lin, self.scale_factor = nn.ParameterDict({}), nn.ModuleDict({}), {}
+        self._disable_adapters = False
+        self.merged_adapters = []
+        self.in_features, self.out_features = self.get_base_layer().in_features, self.get_base_layer().out_features
+
+    def update_layer(self, adapter_name, factor):
+        self.scale_v[adapter_name] = nn.Parameter(torch.randn(self.out_features))
+        self.scale_lin[adapter_name] = nn.Linear(self.out_features, 1, bias=False)
+        self.scale_factor[adapter_name] = factor
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters)
+
+
+class ScaleLinear(nn.Module, ScaleLayer):
+    def __init__(self, base_layer, adapter_name, factor, **kwargs):
+        super().__init__()
+        ScaleLayer.__init__(self, base_layer, **kwargs)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, factor)
+
+    def _scale(self, name):
+        return self.scale_v[name].detach() * self.scale_factor[name]
+
+    def merge(self, safe_merge=False, adapter_names=None):
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name in self.scale_v:
+                base, s = self.get_base_layer(), self._scale(name)
+                base.weight.data, base.bias.data = base.weight.data * s[:, None], base.bias.data * s
+                self.merged_adapters.append(name)
+
+    def unmerge(self):
+        while self.merged_adapters:
+            base, s = self.get_base_layer(), self._scale(self.merged_adapters.pop())
+            base.weight.data, base.bias.data = base.weight.data / s[:, None], base.bias.data / s
+
+    def forward(self, x, *args, **kwargs):
+        y = self.base_layer(x, *args, **kwargs)
+        if not self.disable_adapters and not self.merged:
+            for name in self.active_adapters:
+                if name in self.scale_v:
+                    y = y * self.scale_v[name] * self.scale_factor[name]
+        return y
+
+
+class ScaleModel(BaseTuner):
+    prefix = "scale_"
+    tuner_layer_cls = ScaleLayer
+
+    def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, **optional):
+        if isinstance(target, ScaleLinear):
+            target.update_layer(adapter_name, config.factor)
+        else:
+            new = self._create_new_module(config, adapter_name, target)
+            if adapter_name not in self.active_adapters:
+                new.requires_grad_(False)
+            self._replace_module(parent, target_name, new, target)
+
+    @staticmethod
+    def _create_new_module(config, adapter_name, target, **kwargs):
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if not isinstance(base, nn.Linear):
+            raise ValueError(f"{type(base).__name__} is not supported by Scale.")
+        return ScaleLinear(target, adapter_name, config.factor)
+
+
+@pytest.fixture
+def scale(monkeypatch):
+    from peft.utils import peft_types
+
+    for table in ("CONFIG", "TUNER", "PREFIX", "MIXED_MODEL"):
+        mapping = getattr(peft_types, f"PEFT_TYPE_TO_{table}_MAPPING")
+        monkeypatch.setitem(mapping, "SCALE", None)  # taken out again afterwards
+        del mapping["SCALE"]
+    register_peft_method(name="scale", config_cls=ScaleConfig, model_cls=ScaleModel)
+
+
+def test_a_method_written_for_the_reference(scale, tmp_path):
+    """Layers and tuner are written against 0.21's base classes alone: everything works with them."""
+
+    def base():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
+
+    def training(model):
+        return {name.removeprefix("base_model.model.") for name, p in model.named_parameters() if p.requires_grad}
+
+    x = torch.randn(5, 4)
+    model = get_peft_model(base(), ScaleConfig(target_modules=["0", "2"], factor=2.0))
+    expected = model(x)
+    expected.sum().backward()
+    assert training(model) == {f"{i}.scale_{x}" for i in "02" for x in ("v.default", "lin.default.weight")}
+    assert model.base_model.model[0].scale_v["default"].grad is not None
+    model.save_pretrained(tmp_path)
+    names = {f"base_model.model.{i}.scale_{x}" for i in "02" for x in ("v", "lin.weight")}
+    assert set(peft.load_peft_weights(str(tmp_path))) == set(peft.get_peft_model_state_dict(model)) == names
+    model.add_adapter("b", ScaleConfig(target_modules=["0"], factor=3.0))
+    assert all(".default" in name for name in training(model))
+    model.set_adapter("b")
+    assert training(model) == {"0.scale_v.b", "0.scale_lin.b.weight"} and not torch.equal(model(x), expected)
+    with model.disable_adapter():
+        torch.testing.assert_close(model(x), base()(x))
+    model.set_adapter("default")
+    for merged in (True, False):
+        model.merge_adapter() if merged else model.unmerge_adapter()
+        torch.testing.assert_close(model(x), expected)
+    again = peft.PeftModel.from_pretrained(base(), tmp_path)
+    torch.testing.assert_close(again(x), expected)
+    assert again.peft_config["default"].factor == 2.0 and not training(again)
+    again.load_adapter(tmp_path, "c")
+    again.set_adapter("c")
+    torch.testing.assert_close(again(x), expected)
+    again.delete_adapter("default")
+    assert list(again.peft_config) == list(again.base_model.model[0].scale_v) == ["c"]
+    merged = again.merge_and_unload()
+    assert type(merged[0]) is nn.Linear
+    torch.testing.assert_close(merged(x), expected)
+    torch.testing.assert_close(model.unload()(x), base()(x))
+    plain = base()
+    with pytest.raises(ValueError, match="ReLU is not supported by Scale"):
+        get_peft_model(plain, ScaleConfig(target_modules=["0", "1"]))
+    assert type(plain[0]) is nn.Linear and not hasattr(plain, "peft_config")
+
+
+class Over(nn.Module, LoraLayer):
+    """LoRA around a whole block, which is no layer with a weight."""
+
+    def __init__(self, base_layer, adapter_name):
+        super().__init__()
+        LoraLayer.__init__(self, base_layer)
+        self._active_adapter = adapter_name
+        size = base_layer.hidden_size
+        self.scaling[adapter_name] = 1.0
+        self.lora_A[adapter_name] = nn.Linear(size, 2, bias=False)
+        self.lora_B[adapter_name] = nn.Linear(2, size, bias=False)
+
+    def forward(self, x):
+        y = self.base_layer(x)
+        for name in self.active_adapters:
+            y = y + self.lora_B[name](self.lora_A[name](x)) * self.scaling[name]
+        return y
+
+
+def test_lora_around_modules_of_no_kind(monkeypatch, tmp_path):
+    class OverModel(LoraModel):
+        @staticmethod
+        def _create_new_module(config, adapter_name, target, **kwargs):
+            return Over(target, adapter_name)
+
+    monkeypatch.setitem(peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING, peft.PeftType.LORA, OverModel)
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["mlp"], task_type="CAUSAL_LM"))
+    ids = torch.arange(5)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained and all("mlp.lora_" in name for name in trained)
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    expected = model(input_ids=ids).logits
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    again = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    torch.testing.assert_close(again(input_ids=ids).logits, expected)
+    assert not any(isinstance(module, Over) for module in again.unload().modules())
+
+
+def layers(tuner):
+    return {name: module for name, module in tuner.model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def test_hooks_of_a_tuner_that_others_replace():
+    """Which modules, what config, what rank at which module, and what trains: each has a method to replace."""
+
+    class Chosen(LoraModel):
+        @staticmethod
+        def _check_target_module_exists(config, key):
+            return key.endswith("q_proj") and ".1." in key
+
+    class Prepared(LoraModel):
+        def _prepare_adapter_config(self, peft_config, model_config):
+            assert model_config["model_type"] == "llama"
+            if peft_config.target_modules is None:
+                peft_config.target_modules = {"o_proj"}
+            return peft_config
+
+    class Ranked(LoraModel):
+        def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, **kwargs):
+            assert adapter_name == "default"
+            own = copy.deepcopy(config)
+            own.r = 4 if ".1." in current_key else config.r
+            super()._create_and_replace(own, adapter_name, target, target_name, parent, current_key=current_key)
+
+    class Smaller(LoraModel):
+        @staticmethod
+        def _create_new_module(config, adapter_name, target, **kwargs):
+            return LoraModel._create_new_module(config, adapter_name, target, **{**kwargs, "r": 1})
+
+    class More(LoraModel):
+        def _mark_only_adapters_as_trainable(self, model):
+            super()._mark_only_adapters_as_trainable(model)
+            model.model.norm.requires_grad_(True)
+
+    class Kept(LoraModel):
+        def _replace_module(self, parent, child_name, new_module, child):
+            super()._replace_module(parent, child_name, new_module, child)
+            new_module.seen = True
+
+        _create_new_module = staticmethod(functools.partial(LoraModel._create_new_module))
+
+    config = functools.partial(LoraConfig, r=2, lora_alpha=4, target_modules=["q_proj"])
+    assert list(layers(Chosen(tiny_llama(), config(), "default"))) == ["model.layers.1.self_attn.q_proj"]
+    prepared = layers(Prepared(tiny_llama(), LoraConfig(r=2), "default"))
+    assert prepared and all(name.endswith("o_proj") for name in prepared)
+    ranked = layers(Ranked(tiny_llama(), config(), "default")).values()
+    assert [(layer.r["default"], layer.scaling["default"]) for layer in ranked] == [(2, 2.0), (4, 1.0)]
+    smaller = layers(Smaller(tiny_llama(), config(rank_pattern={"q_proj": 3}), "default")).values()
+    assert [(layer.r["default"], layer.scaling["default"]) for layer in smaller] == [(1, 4.0), (1, 4.0)]
+    more = More(tiny_llama(), config(), "default")
+    trained = {name for name, p in more.model.named_parameters() if p.requires_grad}
+    assert "model.norm.weight" in trained and len(trained) == 5
+    assert all(layer.seen for layer in layers(Kept(tiny_llama(), config(), "default")).values())
+
+
+def test_a_layer_with_a_container_of_its_own(tmp_path):
+    class Gated(LoraLinear):
+        adapter_layer_names = (*LoraLinear.adapter_layer_names, "lora_gate")
+
+        def update_layer(self, adapter_name, *args, **kwargs):
+            if not hasattr(self, "lora_gate"):
+                self.lora_gate = nn.ModuleDict({})
+            self.lora_gate[adapter_name] = nn.Linear(self.in_features, 1)
+            super().update_layer(adapter_name, *args, **kwargs)
+
+        def forward(self, x, *args, **kwargs):
+            base, gate = self.base_layer(x), self.lora_gate[self.active_adapters[0]]
+            return base + torch.sigmoid(gate(x)) * (super().forward(x, *args, **kwargs) - base)
+
+    def adapted(**fields):
+        config = LoraConfig(r=2, target_modules=["0"], **fields)
+        config._register_custom_module({nn.Linear: Gated})
+        torch.manual_seed(0)
+        return get_peft_model(nn.Sequential(nn.Linear(4, 4)), config), config
+
+    model, _ = adapted(init_lora_weights=False)
+    parts = ["lora_A.weight", "lora_B.weight", "lora_gate.bias", "lora_gate.weight"]
+    assert sorted(peft.get_peft_model_state_dict(model)) == [f"base_model.model.0.{part}" for part in parts]
+    x = torch.randn(3, 4)
+    model(x).sum().backward()
+    assert all((p.grad is not None) is p.requires_grad for p in model.parameters())
+    model.save_pretrained(tmp_path)
+    again, _ = adapted()
+    peft.set_peft_model_state_dict(again, peft.load_peft_weights(str(tmp_path)))
+    torch.testing.assert_close(again(x), model(x))
+
+
+def test_a_prompt_of_a_derived_class():
+    class Scaled(peft.PeftModelForCausalLM):
+        def get_prompt(self, batch_size, task_ids=None, **kwargs):
+            return super().get_prompt(batch_size, task_ids) * 2
+
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    ids = torch.arange(5)[None]
+    torch.manual_seed(0)
+    base = tiny_llama()
+    model = Scaled(copy.deepcopy(base), config)
+    plain = peft.PeftModelForCausalLM(base, copy.deepcopy(config))
+    prompt = model.prompt_encoder["default"].embedding.weight
+    plain.prompt_encoder["default"].embedding.weight.data = 2 * prompt.data
+    torch.testing.assert_close(model(input_ids=ids).logits, plain(input_ids=ids).logits)
+    tokens = [m.generate(input_ids=ids, max_new_tokens=4, do_sample=False) for m in (model, plain)]
+    assert torch.equal(*tokens)

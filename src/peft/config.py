@@ -25,7 +25,7 @@ import sys
 import types
 import typing
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -463,6 +463,11 @@ class PeftConfigMixin(Options):
         return commit
 
     @property
+    def method_name(self) -> str:
+        """Its method as files name it, such as "LORA"."""
+        return str(value_of(self.peft_type))
+
+    @property
     def members(self) -> list[Any]:
         """One config for each method that the adapter is of: this one, unless it stands for several."""
         return [self]
@@ -476,6 +481,10 @@ class PeftConfigMixin(Options):
     def is_adaption_prompt(self) -> bool:
         """Whether the method is LLaMA-Adapter, which places prompts inside attention layers."""
         return self.peft_type == PeftType.ADAPTION_PROMPT
+
+
+ORIGIN = ("task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping")
+"""Fields of every config that say where an adapter is from and what for, and nothing of what it computes."""
 
 
 @dataclass
@@ -663,6 +672,31 @@ def resolve_pattern(pattern: dict[str, Any] | None, key: str, default: Any) -> A
     matched = match_pattern(pattern, key)
     note(pattern, () if matched is None else (matched,))
     return default if matched is None else pattern[matched]
+
+
+def patterned(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The other way: the most frequent of the values of modules, and a pattern for each module that has another.
+
+    Raises:
+        ValueError: there are no modules.
+    """
+    if not values:
+        raise ValueError("there is no module with a LoRA here.")
+    given = list(values.values())
+    common = max(dict.fromkeys(given), key=given.count)
+    return common, {re.escape(module): value for module, value in named_apart(values, common).items()}
+
+
+def named_apart(values: Mapping[str, Any], common: Any) -> dict[str, Any]:
+    """The values of modules by their names, without the common one unless a name means another module as well.
+
+    A pattern means all modules whose names end like it, and the first that matches counts: then longer names come
+    first, and all are said.
+    """
+    tails = (name[dot + 1 :] for name in values for dot, letter in enumerate(name) if letter == ".")
+    if any(tail in values for tail in tails):
+        return dict(sorted(values.items(), key=lambda item: -len(item[0])))
+    return {name: value for name, value in values.items() if value != common}
 
 
 also_known(__name__)

@@ -55,10 +55,14 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float | int) -> Iterator
         yield
     finally:
         for layer, scaling in zip(layers, before, strict=True):
+            merged = list(layer.merged_adapters)  # within the context: taken out by the scale by which it went in
+            layer.unmerge()
             for name in scaling.keys() - set(layer.adapter_names):  # gone, or come, within the context
                 del scaling[name]
             scaling.update({name: value for name, value in layer.scaling.items() if name not in scaling})
             layer.scaling = scaling
+            if merged:
+                layer.merge(adapter_names=merged)
 
 
 def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> AbstractContextManager[None]:

@@ -22,8 +22,9 @@ from peft.core.files.io import CONFIG_NAME, HUB_KEYWORDS, hub_options, load_peft
 from peft.core.files.state_dict import LoadResult, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.core.filling import filled_later
 from peft.core.model import operations
+from peft.core.model.replacing import restoring
 from peft.core.model.tuner import BaseTuner
-from peft.core.model.walk import layers_of, surveyed, walk
+from peft.core.model.walk import layers_of, surveyed
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.options import value_of
 from peft.tuners.lora.experts import convert_peft_adapter_state_dict_for_transformers
@@ -163,21 +164,14 @@ class ModelFiles(Compositions):
         model = plain_model(model, adapter_name)
         config = _read_config(model_id, config, is_trainable, hub)
         if isinstance(config, CompositionConfig):
-            return cls._from_composition(model, model_id, adapter_name, is_trainable, config, {**hub, **placing})
+            with restoring(model):
+                return cls._from_composition(model, model_id, adapter_name, is_trainable, config, {**hub, **placing})
         weights = load_peft_weights(model_id, kwargs.get("torch_device"), key_mapping, **hub)
-        held = [p for site in walk(model) for p in site.module._parameters.values() if p is not None]
-        frozen = [p for p in held if not p.requires_grad]
-        with _naming(model_id, CONFIG_NAME, config), filled_later() as filling:
-            peft_model = cls._class_for(config)(model, config, adapter_name, **placing)
-        try:
-            peft_model._load(model_id, adapter_name, config, is_trainable, weights, kwargs, filling.skipped, **placing)
-        except BaseException:
-            # Unloading freezes the base, and what trained before is to train again.
-            peft_model._tuner.unload().requires_grad_(True)
-            for p in frozen:
-                p.requires_grad_(False)
-            raise
-        return peft_model
+        with restoring(model):
+            with _naming(model_id, CONFIG_NAME, config), filled_later() as filling:
+                made = cls._class_for(config)(model, config, adapter_name, **placing)
+            made._load(model_id, adapter_name, config, is_trainable, weights, kwargs, filling.skipped, **placing)
+        return made
 
     @surveyed()
     def load_adapter(

@@ -92,6 +92,8 @@ class PeftModel(ModelCompat, ModelFiles, PushToHubMixin, nn.Module):
         configs = {adapter_name: peft_config}
         if peft_config.is_prompt_learning:
             tuner = PromptTuner(model, configs, adapter_name, **options, task=self._task)
+            if type(self).get_prompt is not PeftModel.get_prompt:
+                tuner.prompts.replaced = self.get_prompt
             self.__dict__["_prompts"] = tuner
             self.base_model = model
             self.prompt_encoder, self.prompt_tokens = tuner.prompts.encoders, tuner.prompts.tokens
@@ -283,6 +285,7 @@ class PeftModel(ModelCompat, ModelFiles, PushToHubMixin, nn.Module):
         names = kwargs.pop("adapter_names", None)
         if names is not None:
             self._check_rows(names, args, kwargs)
+            names = list(names) or None  # of no rows, none has an adapter of its own
         elif (dividing := self._dividing()) is not None:
             args, kwargs, names = divided(dividing, self._batch(args, kwargs) or 0, args, kwargs)
             self._check_unmerged()

@@ -10,15 +10,14 @@ from typing import Any, ClassVar
 
 import yaml
 
-from peft.config import Options, PeftConfig, option
+from peft.config import ORIGIN, Options, PeftConfig, option
 from peft.core.files.io import replacing
 from peft.options import value_of
 from peft.tools.catalogue import methods
 from peft.utils.error import ConfigError, nearest
 
 
-NOT_IN_A_RECIPE = ("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
-                   "inference_mode")  # fmt: skip
+NOT_IN_A_RECIPE = ("peft_type", *ORIGIN)
 """Fields of an adapter's config that follow from the rest of a recipe."""
 
 TASKS = {"sft": "CAUSAL_LM", "dpo": "CAUSAL_LM", "classify": "SEQ_CLS"}

@@ -171,8 +171,13 @@ def _dispatcher(layer_cls: Any, library: str | None) -> Any:
     return dispatch
 
 
-def new_layer(layer_cls: Any, target: nn.Module, adapter_name: str, config: Any, key: str = "") -> nn.Module:
+def new_layer(
+    layer_cls: Any, target: nn.Module, adapter_name: str, config: Any, current_key: str = "", **given: Any
+) -> nn.Module:
     """A method's layer around a module, of the class for its kind and storage, with one adapter that is active.
+
+    Args:
+        given: fields of the config as they are for this module, whatever its patterns say.
 
     Raises:
         ValueError: if the method cannot adapt such a module.
@@ -183,4 +188,4 @@ def new_layer(layer_cls: Any, target: nn.Module, adapter_name: str, config: Any,
         raise ValueError(f"Target module {type(base).__name__} is no kind of layer that {layer_cls.__name__} adapts.")
     name = storage_of(base, kind.weight).layer_name or kind.name
     cls = layer_cls.by_name[name if name in layer_cls.by_name else kind.name]
-    return cls(target, adapter_name, config, current_key=key)
+    return cls(target, adapter_name, config, current_key=current_key, **given)

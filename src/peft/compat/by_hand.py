@@ -44,5 +44,7 @@ def with_given(layer_cls: type, config: Any, args: tuple[Any, ...], kwargs: dict
         given["feedforward_modules"] = ".*" if feedforward else []
     fields = {field.name for field in dataclasses.fields(config) if field.init}
     changes = {name: value for name, value in given.items() if name in fields}
+    patterns = {"r": "rank_pattern", "lora_alpha": "alpha_pattern", "alpha": "alpha_pattern"}
+    changes |= {patterns[name]: {} for name in patterns if name in changes and patterns[name] in fields}
     known: Any = config
     return dataclasses.replace(known, **changes) if changes else config

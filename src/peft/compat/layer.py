@@ -58,6 +58,22 @@ class LayerCompat:
         """The attribute of the base layer that the adapters adapt; None where that is the whole layer."""
         return None if isinstance(self, type) else self.kind.weight or None
 
+    def first_adapter(self, name: str, config: Any, given: dict[str, Any]) -> None:
+        """The adapter that a layer is made with; another ``update_layer`` than the method's makes it itself."""
+        key = given.get("current_key", "")
+        theirs: Any = getattr(type(self), "update_layer", None)
+        own: Any = getattr(self._own_class(), "update_layer", None)
+        if theirs is own:
+            self.add_adapter(name, config, key)  # type: ignore[attr-defined]
+        else:
+            self.__dict__["key"] = key
+            theirs(self, name, config.r, lora_alpha=config.lora_alpha, config=config)
+
+    @classmethod
+    def _own_class(cls) -> type:
+        """The last class of this package in the order in which attributes are looked up."""
+        return next(base for base in cls.__mro__ if base.__module__.startswith("peft."))
+
     def get_param(self) -> torch.Tensor:
         """The tensor of the base layer that the adapters adapt, as it is kept."""
         return getattr(self.get_base_layer(), self.kind.weight)

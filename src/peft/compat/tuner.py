@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, ClassVar
@@ -10,18 +11,30 @@ from torch import nn
 
 from peft.compat import new_layer
 from peft.compat.asked import Asked
+from peft.compat.foreign import Held, containers
 from peft.config import PeftConfig, resolve_pattern
+from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model import operations
 from peft.core.model.record import context_of
-from peft.core.model.targeting import module_target, selected
+from peft.core.model.targeting import Target, module_target, selected
 from peft.core.model.walk import locate, parent_of, put_module, replace_module, walk
 
 
 class TunerCompat:
     """What others call on tuners, or override there; a mixin of ``BaseTuner``."""
 
-    layer_cls: ClassVar[Any]
+    layer_cls: ClassVar[Any] = BaseTunerLayer
     model: Any
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "tuner_layer_cls" in vars(cls):  # by this name methods of third parties give the class of their layers
+            cls.layer_cls = vars(cls)["tuner_layer_cls"]
+
+    def start(self, model: nn.Module, configs: dict[str, Any], adapter_name: str, *options: Any) -> None:
+        super().start(model, configs, adapter_name, *options)  # type: ignore[misc]
+        if self._replaced("_mark_only_adapters_as_trainable"):
+            self._mark_only_adapters_as_trainable(model)
 
     @Asked
     def uses_shared_state(self) -> bool:
@@ -30,13 +43,45 @@ class TunerCompat:
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> bool:
-        """Whether a config targets the module of this name. No caller is known: a name of 0.21."""
+        """Whether a config targets the module of this name. Others replace it, to choose by rules of their own."""
         return bool(selected(peft_config, key))
 
     @classmethod
     def _create_new_module(cls, peft_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
-        """An adapted layer around ``target``. Others replace it, such as ipex-llm, for layers of their own."""
-        return new_layer(cls.layer_cls, target, adapter_name, peft_config, kwargs.get("current_key", ""))
+        """An adapted layer around ``target``. Others replace it, such as ipex-llm, for layers of their own.
+
+        Args:
+            kwargs: fields of the config as they are for this module, as :func:`options` gives them.
+        """
+        return new_layer(cls.layer_cls, target, adapter_name, peft_config, **kwargs)
+
+    @staticmethod
+    def _prepare_adapter_config(peft_config: Any, model_config: Any) -> Any:
+        """Settle what a config leaves open before targets are looked for. Methods of third parties write one."""
+        return peft_config
+
+    def prepared(self, peft_config: Any, model: nn.Module) -> None:
+        """Let a replaced :meth:`_prepare_adapter_config` have its say; it may give back another config."""
+        if self._replaced("_prepare_adapter_config"):
+            described = getattr(model, "config", {"model_type": "custom"})
+            as_dict = described if isinstance(described, dict) else described.to_dict()
+            given = self._prepare_adapter_config(peft_config, as_dict)
+            if given is not None and given is not peft_config:
+                vars(peft_config).update(vars(given))
+
+    def chosen(self, peft_config: Any, model: nn.Module) -> list[Any] | None:
+        """The targets by a replaced :meth:`_check_target_module_exists`; None where it is the one here."""
+        if not self._replaced("_check_target_module_exists"):
+            return None
+        elsewhere = self.made_elsewhere(peft_config)
+        found = []
+        for site in walk(model):
+            if site.key and self._check_target_module_exists(peft_config, site.key):
+                own = not elsewhere(site.module)
+                found.append(
+                    module_target(peft_config, site, self.layer_cls) if own else Target(site.key, site.module, None)
+                )
+        return found
 
     def made_elsewhere(self, peft_config: Any) -> Callable[[nn.Module], bool]:
         """Says of a module whether somebody else may make the layer around it: by a class registered in the config
@@ -64,9 +109,13 @@ class TunerCompat:
             layer = self._create_new_module(
                 peft_config, adapter_name, target.module, **options(peft_config, target.key)
             )
+        replace_module(self.model, site.path, layer, holders)
+        if self._replaced("_replace_module"):
+            parent, name = parent_of(self.model, site.path)
+            self._replace_module(parent, name, layer, target.module)
         layer.context = context_of(self.model)
         layer.__dict__["key"] = target.key
-        replace_module(self.model, site.path, layer, holders)
+        self._taken_in(layer, adapter_name, target.key)
         return layer
 
     def give(self, layer: Any, adapter_name: str, peft_config: Any, key: str) -> None:
@@ -78,24 +127,47 @@ class TunerCompat:
         known = options(peft_config, key)
         layer.update_layer(adapter_name, known["r"], lora_alpha=known["lora_alpha"], config=peft_config)
 
-    def redirected(self, peft_config: Any, model: nn.Module, targets: list[Any]) -> list[Any]:
+    def redirected(self, peft_config: Any, adapter_name: str, model: nn.Module, targets: list[Any]) -> list[Any]:
         """The targets that a replaced :meth:`_create_and_replace` hands on, or others in their place.
+
+        It may also make layers of its own and put them in place, which are then left as they are; and hand a target on
+        with a config of its own, such as one of another rank.
 
         Raises:
             ValueError: if one that it hands on cannot be adapted.
         """
         if not self._replaced("_create_and_replace"):
             return targets
-        self.__dict__["_handed_on"] = []
-        for target in targets:
-            parent, name = parent_of(model, locate(model, target.key).path)
-            self._create_and_replace(peft_config, "", target.module, name, parent, current_key=target.key)
-        handed = [id(module) for module in self.__dict__.pop("_handed_on")]
+        handed: list[tuple[nn.Module, Any]] = []
+        self.__dict__["_handed_on"] = handed
+        try:
+            for target in targets:
+                site = locate(model, target.key)
+                parent, name = parent_of(model, site.wrappers[0][0] if site.wrappers else site.path)
+                outermost: Any = parent._modules[name]
+                self._create_and_replace(peft_config, adapter_name, outermost, name, parent, current_key=target.key)
+                self._taken_in(parent._modules[name], adapter_name, target.key)
+        finally:
+            del self.__dict__["_handed_on"]
         sites = {id(site.module): site for site in walk(model)}
-        return [module_target(peft_config, sites[module], self.layer_cls) for module in handed]
+        found = []
+        for module, config in handed:
+            target = module_target(config, sites[id(_innermost(module))], self.layer_cls)
+            found.append(target if config is peft_config else dataclasses.replace(target, config=config))
+        return found
+
+    def _taken_in(self, layer: Any, adapter_name: str, key: str) -> None:
+        """Tell a layer that somebody else has made, or filled, where it is; know of an adapter in its containers."""
+        if isinstance(layer, BaseTunerLayer) and not type(layer).__module__.startswith("peft."):
+            layer.context = context_of(self.model)
+            layer.__dict__["key"] = key
+            if adapter_name not in layer.adapters:
+                if any(adapter_name in holder for _, _, holder in containers(layer)):
+                    cls = Held if layer.kind.whole else layer.adapter_cls
+                    layer.adapters[adapter_name] = cls(layer, adapter_name)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """Put an adapted layer in the place of ``child``, on its device. No caller is known: a name of 0.21."""
+        """Put an adapted layer in the place of ``child``. Others extend it, to let parts of their layers train."""
         put_module(parent, child_name, new_module)
 
     def _create_and_replace(
@@ -110,7 +182,7 @@ class TunerCompat:
     ) -> None:
         """Give one module an adapter. Others replace it, such as ms-swift, to leave modules out."""
         if "_handed_on" in self.__dict__:  # an injection asks a replaced one what it would adapt
-            self.__dict__["_handed_on"].append(target)
+            self.__dict__["_handed_on"].append((target, peft_config))
             return
         if isinstance(target, self.layer_cls):
             target.add_adapter(adapter_name, peft_config, current_key)
@@ -120,9 +192,13 @@ class TunerCompat:
         )
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
-        """Freeze the base; the active adapters train. No caller is known: a name of 0.21."""
+        """Freeze the base; the active adapters train. Others replace it, to let more of the model train."""
         model.requires_grad_(False)
         operations.set_requires_grad(model, operations.active_of(model), True)
+
+
+def _innermost(module: Any) -> nn.Module:
+    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
 
 
 def _function(cls: type, name: str) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft.convert.held import patterned
+from peft.config import patterned
 from peft.convert.resize import check_size
 from peft.core.base.kinds import kind_of
 from peft.core.combine.ranks import halves, leading_svd, randomized_svd, shared_ranks
@@ -85,10 +85,11 @@ def extract_adapter(
             grew; quantised weights, or some that are not finite; nothing changed. Nothing is written then.
     """
     check_size(rank, energy)
-    for what, folder in (("base", base), ("fine-tuned", tuned)):
-        if os.path.realpath(folder) == os.path.realpath(
-            output
-        ):  # transformers loads an adapter beside a model with it
+    for what, folder in (
+        ("base", base),
+        ("fine-tuned", tuned),
+    ):  # transformers loads an adapter beside a model with it
+        if os.path.realpath(folder) == os.path.realpath(output):
             raise ValueError(f"the output {os.fspath(output)!r} is the folder of the {what} model: name another one.")
     job = _Extractor(Shards(base), Shards(tuned), skeleton(base, model), rank, energy, seed)
     job.read()

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from peft.config import PeftConfig, resolve_pattern
+from peft.config import PeftConfig, patterned, resolve_pattern
 from peft.core.files.io import PREFIX, load_peft_weights, write_adapter
-from peft.options import value_of
-from peft.tuners.lora.config import LoraConfig
+from peft.tuners.lora.config import LoraConfig, divisor, whole
 from peft.tuners.lora.initialize import rewrites
 from peft.utils.error import ConfigError
 
@@ -49,7 +46,16 @@ class Held:
     @property
     def method(self) -> str:
         """The name of its method, such as "LORA"."""
-        return str(value_of(self.config.peft_type))
+        return self.config.method_name
+
+    @property
+    def by_module(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Its tensors by the name of the module and the last part of their own."""
+        found: dict[str, dict[str, torch.Tensor]] = {}
+        for name, tensor in self.tensors.items():
+            module, _, part = name.removeprefix(PREFIX).rpartition(".")
+            found.setdefault(module, {})[part] = tensor
+        return found
 
     def write(self, folder: str | os.PathLike) -> None:
         """Write it into a folder."""
@@ -95,7 +101,7 @@ class Pairs:
     def scale(self, module: str) -> float:
         """What B A is multiplied by."""
         pair = self.pairs[module]
-        return pair.alpha / (math.sqrt(pair.rank) if self.rslora else pair.rank)
+        return pair.alpha / divisor(pair.rank, self.rslora)
 
 
 def is_lora(held: Held) -> bool:
@@ -107,7 +113,7 @@ def modules_of(held: Held) -> list[str]:
     """The modules that an adapter is on, as far as the names of its tensors tell; of a LoRA exactly."""
     if is_lora(held) and not held.config.use_gating:
         return list(pairs_of(held).pairs)
-    return list(dict.fromkeys(name.removeprefix(PREFIX).rpartition(".")[0] for name in held.tensors))
+    return list(held.by_module)
 
 
 _VARIANTS = {
@@ -194,9 +200,7 @@ def held_of(found: Pairs, like: LoraConfig | None = None) -> Held:
             tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = pair.magnitude
         if pair.bias is not None:
             tensors[f"{PREFIX}{module}.lora_B.bias"] = pair.bias
-    rank, ranks = patterned({module: pair.rank for module, pair in pairs.items()})
-    alpha, alphas = patterned({module: whole(pair.alpha) for module, pair in pairs.items()})
-    fields: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "rank_pattern": ranks, "alpha_pattern": alphas}
+    fields = rank_fields({m: pair.rank for m, pair in pairs.items()}, {m: pair.alpha for m, pair in pairs.items()})
     if like is None:
         fields["target_modules"] = sorted(pairs)
         fields["use_rslora"] = found.rslora
@@ -208,26 +212,23 @@ def held_of(found: Pairs, like: LoraConfig | None = None) -> Held:
     return Held(config, tensors)
 
 
+def as_saved(modules: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Tensors by module, see :attr:`Held.by_module`, under their names in a file."""
+    return {f"{PREFIX}{module}.{part}": tensor for module, parts in modules.items() for part, tensor in parts.items()}
+
+
+def rank_fields(ranks: Mapping[str, int], alphas: Mapping[str, float], alpha: str = "lora_alpha") -> dict[str, Any]:
+    """The fields of a config that say the rank and the alpha of each module; what its field for alpha is called."""
+    given = {module: whole(value) for module, value in alphas.items()}
+    return dict(zip(("r", "rank_pattern", alpha, "alpha_pattern"), (*patterned(ranks), *patterned(given))))
+
+
 def magnitude_of(scale: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     """A magnitude of DoRA as files of PEFT have it beside A: ``[out]``, or ``[1, out, 1, ...]`` at a convolution."""
     return scale.flatten() if down.dim() == 2 else scale.reshape(1, -1, *[1] * (down.dim() - 2))
-
-
-def patterned(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The most frequent value, and a pattern for each module that has another."""
-    if not values:
-        raise ValueError("there is no module with a LoRA here.")
-    given = list(values.values())
-    common = max(dict.fromkeys(given), key=given.count)
-    return common, {re.escape(module): value for module, value in values.items() if value != common}
 
 
 def alpha_of_scale(scale: float, rank: int) -> float:
     """The alpha that over the rank is a scale: a whole number where one is, which the product may miss by a bit."""
     near = round(scale * rank)
     return near if near / rank == scale else scale * rank
-
-
-def whole(number: float) -> float:
-    """A number as an int where it is one, as configs are written."""
-    return int(number) if float(number).is_integer() else float(number)

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from peft.config import resolve_pattern
-from peft.convert.held import Held, patterned, whole
+from peft.config import patterned, resolve_pattern
+from peft.convert.held import Held
 from peft.core.combine.ranks import halves, product_svd
 from peft.core.files.io import PREFIX
 from peft.core.layer.weight import wide
+from peft.tuners.lora.config import divisor, whole
 from peft.tuners.lora.layer import Lora
 
 
@@ -186,7 +187,7 @@ def _lora_scale(config: Any, module: str, rank: int) -> float:
     if not hasattr(config, "lora_alpha"):
         return 1.0
     alpha = resolve_pattern(config.alpha_pattern, module, config.lora_alpha)
-    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
+    return alpha / divisor(rank, config.use_rslora)
 
 
 def _say_patterns(held: Held, old: dict[str, int], new: dict[str, int]) -> None:
@@ -198,8 +199,7 @@ def _say_patterns(held: Held, old: dict[str, int], new: dict[str, int]) -> None:
         alphas = {}
         for module, rank in new.items():
             alpha = resolve_pattern(config.alpha_pattern, module, getattr(config, field))
-            ratio = rank / old[module]
-            alphas[module] = whole(alpha * (math.sqrt(ratio) if getattr(config, "use_rslora", False) else ratio))
+            alphas[module] = whole(alpha * divisor(rank / old[module], getattr(config, "use_rslora", False)))
         fields.update(zip((field, "alpha_pattern"), patterned(alphas)))
     held.config = dataclasses.replace(config, **fields)
 

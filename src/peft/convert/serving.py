@@ -9,6 +9,7 @@ from typing import Any
 
 from peft.convert.formats.gguf import GGUF
 from peft.convert.held import GATED, Held, Pairs, beyond_pairs, pairs_of
+from peft.tuners.lora.config import divisor
 from peft.utils.error import some
 
 
@@ -122,7 +123,7 @@ def _no_variants(facts: _Facts, but: Collection[str] = ()) -> None:
 
 def _one_scale(facts: _Facts) -> None:
     """The scale is lora_alpha / r of the config, whatever alpha_pattern and rank_pattern say."""
-    top = facts.config.lora_alpha / (facts.config.r**0.5 if facts.config.use_rslora else facts.config.r)
+    top = facts.config.lora_alpha / divisor(facts.config.r, facts.config.use_rslora)
     other = [module for module in facts.found.pairs if abs(facts.found.scale(module) - top) > 1e-6 * abs(top)]
     facts.refuse(
         other,

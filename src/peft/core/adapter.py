@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 LABEL = "default"
 """What files of some methods say in the place of an adapter's name."""
 
+MORE = part()
+"""How a part is kept that only a layer names, in its ``adapter_layer_names``."""
+
 
 class Adapter:
     """An adapter at one layer. A method declares parts and settings, and overrides hooks; nothing else.
@@ -67,6 +70,7 @@ class Adapter:
     settings: ClassVar[dict[str, setting]] = {}
     common: ClassVar[dict[str, shared]] = {}
     declares: ClassVar[frozenset[str]] = frozenset(__slots__)
+    known_names: ClassVar[frozenset[str]] = frozenset()
     adds: ClassVar[Addition] = NoSum()
     layer_base: ClassVar[Any] = None
     split: ClassVar[tuple[str, ...]] = ()
@@ -93,6 +97,7 @@ class Adapter:
         cls.settings = {name: value for name, value in found.items() if isinstance(value, setting)}
         cls.common = {name: value for name, value in found.items() if isinstance(value, shared)}
         cls.declares = frozenset((*cls.parts, *cls.settings, *Adapter.__slots__))
+        cls.known_names = frozenset((*(name for value in cls.parts.values() for name in value.names), *cls.common))
         cls.changes_input = cls.input is not Adapter.input
 
     def __init__(self, layer: BaseTunerLayer, name: str) -> None:
@@ -325,13 +330,21 @@ class Adapter:
     def held(self) -> list[tuple[str, part, Any]]:
         """Its parts: attribute of the layer, declaration, what is there."""
         layer, name = self.layer, self.name
-        found = [(declared, declared.read(layer, name)) for declared in self.parts.values()]
-        return [(declared.attribute(layer), declared, value) for declared, value in found if value is not None]
+        read = [(declared, declared.read(layer, name)) for declared in self.parts.values()]
+        found = [(declared.attribute(layer), declared, value) for declared, value in read if value is not None]
+        if not self.known_names.issuperset(layer.adapter_layer_names):  # a third party's layer has more
+            more = (attribute for attribute in layer.adapter_layer_names if attribute not in self.known_names)
+            found += [
+                (attribute, MORE, held[name]) for attribute in more if name in (held := getattr(layer, attribute))
+            ]
+        return found
 
     def parameters(self) -> Iterator[torch.Tensor]:
         """The trained tensors, those in common with other layers included."""
-        for attribute, declared, value in self.held():
-            if attribute not in type(self).untrained and declared.container is not BufferDict:
+        layer = self.layer
+        for declared in self.parts.values():  # not those held, which are looked up before the first is given
+            value = None if declared.container is BufferDict else declared.read(layer, self.name)
+            if value is not None and declared.attribute(layer) not in type(self).untrained:
                 if isinstance(value, nn.Module):
                     yield from _tensors_that_train(value)
                 else:  # yielded as it is: torch 2.14 does not compile `yield from` a tuple that is left early

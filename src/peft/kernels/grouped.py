@@ -1,9 +1,10 @@
 """A batch whose rows have different low-rank updates: y_i = W x_i + b + s_g B_g A_g drop(x_i), g the update of row i.
 
-The factors of all updates are stacked, lower ranks filled up with zeros, and each layer does one batched product with
-the stack. Short rows are put together by their updates; for long rows, which cost more to move, the factors of each
-are gathered instead. Stacks are made anew for each call, as nothing tells what is written to ``parameter.data``; those
-of layers whose adapters belong to a pool are kept until it puts others in their place.
+Without gradients the rows of each update are multiplied by its own factors. In training, and on GPUs, the factors of
+all are stacked, lower ranks filled up with zeros, and each layer does one batched product with the stack: short rows
+are put together by their updates; for long rows, which cost more to move, the factors of each are gathered instead.
+No stack outlives its call, as nothing tells what is written to ``parameter.data``; but those of layers whose adapters
+belong to a pool are kept until it puts others in their place.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd import Function
-from torch.utils.weak import WeakIdKeyDictionary
 
 from peft.kernels import gpu
 from peft.kernels.dropout import Dropped, draw_seed
 from peft.kernels.linear import Factors, base_output, in_dtype, is_eager, no_autocast, product_dtype
+from peft.kernels.products import accumulate
 from peft.kernels.remake import kept
 
 
@@ -58,14 +59,62 @@ def grouped_linear(
         factors: the updates; None for rows that have none. All have the same rate of dropout.
     """
     rate = next(f.dropout for f in factors if f is not None)
+    drop = (rate, draw_seed()) if rate else None
+    if owner is None and x.is_cpu and not torch.is_grad_enabled():
+        return _each(base, x, index, factors, weight, fresh, drop)
     y = base_output(base, x, weight, fresh)
     with no_autocast(x):
         stack = stacked(owner, factors, product_dtype(y))
-        drop = (rate, draw_seed()) if rate else None
         if torch.is_grad_enabled() and (x.requires_grad or stack.down.requires_grad or stack.up.requires_grad):
             return GroupedLowRank.apply(x, y, stack.down, stack.up, index, drop)
-        _add(y, x if drop is None else Dropped(*drop).copy(x), stack, index)
+        _add(y, x if drop is None else Dropped(*drop).copy(x), stack, index, 1 / (1 - rate))
     return y
+
+
+def _each(
+    base: nn.Module,
+    x: torch.Tensor,
+    index: torch.Tensor,
+    factors: Sequence[Factors | None],
+    weight: torch.Tensor | None,
+    fresh: bool,
+    drop: tuple[float, int] | None,
+) -> torch.Tensor:
+    """The output by the factors as they are, all rows put together by their updates on the way."""
+    known = _found_of(index)
+    if _TOGETHER not in known:
+        order = index.argsort(stable=True)
+        known[_TOGETHER] = order, order.argsort(), index.bincount(minlength=len(factors)).tolist()
+    order, back, sizes = known[_TOGETHER]
+    inner = x.index_select(0, order)
+    if weight is not None:  # a base that may be passed by computes each row alone; others, with hooks, see the batch
+        y = base_output(base, inner, weight)
+    else:
+        y = base_output(base, x, None, fresh).index_select(0, order)
+    with no_autocast(x):
+        dtype, rows = product_dtype(y), y.view(-1, y.shape[-1])
+        if drop is not None:
+            inner = Dropped(*drop).copy(x).index_select(0, order)
+        inner = in_dtype(dtype, inner).reshape(-1, x.shape[-1])
+        each = inner.shape[0] // index.shape[0]
+        counts = [size * each for size in sizes]
+        for f, own, target in zip(factors, inner.split(counts), rows.split(counts)):
+            if f is None:
+                continue
+            down, up, scale = f.down, f.up, f.scale / (1 - f.dropout)
+            if down.dtype is up.dtype is y.dtype is dtype:  # as below, in fewer calls
+                target.addmm_(F.linear(own, down), up.t(), alpha=scale)
+            else:
+                accumulate(target, F.linear(own, in_dtype(dtype, down)), in_dtype(dtype, up).t(), scale)
+    return y.index_select(0, back)
+
+
+_TOGETHER = "together"
+
+
+def _found_of(index: torch.Tensor) -> dict[Any, Any]:
+    """What was worked out of an index, which all layers of a call share: it lives as long as that."""
+    return index.__dict__.setdefault("worked_out", {})
 
 
 def stacked(owner: nn.Module | None, factors: Sequence[Factors | None], dtype: torch.dtype) -> Stack:
@@ -184,12 +233,9 @@ class _Places:
 def _places(rows: torch.Tensor, stack: Stack, index: torch.Tensor) -> _Places | None:
     """How to put rows ``[rows, S, f]`` together; None where that would move more numbers than gathering factors."""
     groups, rank = stack.down.shape[:2]
-    known = _PLACES.setdefault(index, {})
+    known = _found_of(index)
     places = known.get(groups) or known.setdefault(groups, _Places.of(index, groups))
     return places if groups * places.most * rows.shape[1] <= len(rows) * rank else None
-
-
-_PLACES = WeakIdKeyDictionary()  # by index: all layers of a call share their places
 
 
 def _add(y: torch.Tensor, x: torch.Tensor, stack: Stack, index: torch.Tensor, scale: float = 1.0) -> torch.Tensor:

@@ -89,11 +89,11 @@ class ChunkedCrossEntropy(Function):
         softcap: float | None,
         scale: float,
     ) -> torch.Tensor:
-        needs_rows, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        needs_rows, read_elsewhere, needs_bias = ctx.needs_input_grad[:3]
         total = torch.zeros((), dtype=torch.float32, device=rows.device)
         places = _counting(labels, ignore_index)
         d_rows = torch.zeros_like(rows) if needs_rows else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if read_elsewhere else None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
         size = min(max(1, CHUNK // len(weight)), len(places))
         room = weight.new_empty(size, len(weight))

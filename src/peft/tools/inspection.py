@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from peft.config import PeftConfig
+from peft.config import ORIGIN, PeftConfig
 from peft.core.files.io import load_peft_weights, locate_weights
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.weight import base_weight, weight_change
@@ -95,7 +95,7 @@ def inspect_adapter(folder: str | os.PathLike, base: str | os.PathLike | None = 
     config = PeftConfig.from_pretrained(os.fspath(folder))
     tensors = load_peft_weights(folder)
     report = AdapterReport(
-        method=str(value_of(config.peft_type)),
+        method=config.method_name,
         base=config.base_model_name_or_path,
         task=None if config.task_type is None else str(value_of(config.task_type)),
         settings=_settings(config),
@@ -112,11 +112,9 @@ def inspect_adapter(folder: str | os.PathLike, base: str | os.PathLike | None = 
 
 def _settings(config: PeftConfig) -> dict[str, Any]:
     fresh = type(config)()
-    own = {"peft_type", "task_type", "base_model_name_or_path", "revision", "peft_version", "inference_mode",
-           "auto_mapping"}  # fmt: skip
     found = {}
     for name, value in config.to_dict().items():
-        if name not in own and value != fresh.to_dict().get(name):
+        if name not in ("peft_type", *ORIGIN) and value != fresh.to_dict().get(name):
             found[name] = sorted(value) if isinstance(value, set) else value
     return found
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from peft.options import value_of
-
 
 class Rate(NamedTuple):
     """A learning rate and where it comes from."""
@@ -85,8 +83,7 @@ def learning_rate_of(config: Any, task: str = "sft") -> Rate:
     Args:
         task: "dpo" takes a tenth, as preferences are learnt in smaller steps.
     """
-    name = str(value_of(config.peft_type)).lower()
-    rate = LEARNING_RATES.get(name, _DEFAULT)
+    rate = LEARNING_RATES.get(config.method_name.lower(), _DEFAULT)
     if task == "dpo":
         return Rate(rate.value / _PREFERENCES, f"a tenth of the rate for supervised fine-tuning, {rate.source}")
     return rate

@@ -30,7 +30,6 @@ from peft.core.layer.weight import base_bias, effective, unmerged_weight
 from peft.core.model.auxiliary import AuxiliaryTrainingWrapper, biases_of
 from peft.core.model.declared import new_biases
 from peft.core.model.walk import embeddings_of, join, shares_embeddings, walk
-from peft.options import value_of
 from peft.tools.architecture import build, class_of
 from peft.utils.error import ConfigError, NoEqualWeightError
 
@@ -250,7 +249,7 @@ def _adapted(base: nn.Module, job: _Job) -> tuple[Any, list[str], _Mixture | Non
     with torch.random.fork_rng(devices=[]):  # what adapters draw before they are filled is no draw of the merging
         model = with_adapters(base, job.adapters)
     config = model.peft_config[next(iter(job.adapters))]
-    method = str(value_of(config.peft_type))
+    method = config.method_name
     if config.is_prompt_learning:
         raise NoEqualWeightError(
             f"{method} trains tokens or prefixes, which no weight equals: keep the adapter beside the model."

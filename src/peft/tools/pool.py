@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft.config import PeftConfig
+from peft.config import ORIGIN, PeftConfig
 from peft.core.files.entries import entries
 from peft.core.files.io import load_peft_weights
 from peft.core.files.state_dict import set_peft_model_state_dict
@@ -23,9 +23,6 @@ from peft.core.model.record import context_of
 from peft.core.model.walk import layers_of
 from peft.mapping_func import get_peft_model
 from peft.utils.error import CheckpointError, nearest, some
-
-
-_ORIGIN = ("peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode")
 
 
 @dataclass
@@ -42,7 +39,7 @@ class _Registered:
             self.config = PeftConfig.from_pretrained(str(self.folder))
         if not self.kind:
             given = self.config.to_dict()
-            self.kind = json.dumps({k: v for k, v in given.items() if k not in _ORIGIN}, sort_keys=True, default=list)
+            self.kind = json.dumps({k: v for k, v in given.items() if k not in ORIGIN}, sort_keys=True, default=list)
         return self.config
 
     def values(self) -> Mapping[str, torch.Tensor]:

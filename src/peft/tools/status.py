@@ -13,7 +13,6 @@ from peft.core.files.entries import anatomy, configs_of, tuner_of
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.auxiliary import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from peft.core.model.walk import join, wrappers_of
-from peft.options import value_of
 from peft.utils.error import NoAdaptedLayersError
 
 
@@ -144,7 +143,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     return TunerModelStatus(
         base_model_type=type(tuner.model if tuner else model).__name__ if named else "other",
         adapter_model_type=type(tuner).__name__ if tuner else "None",
-        peft_types={name: _plain(c.peft_type) for name, c in tuner.peft_config.items()} if tuner else {},
+        peft_types={name: c.method_name for name, c in tuner.peft_config.items()} if tuner else {},
         trainable_params=trainable,
         total_params=total,
         num_adapter_layers=len(layers),
@@ -163,10 +162,6 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
             if isinstance(layer, BaseTunerLayer) or len(layers) == 1
         ),
     )
-
-
-def _plain(peft_type: Any) -> str:
-    return str(value_of(peft_type))
 
 
 def _adapted(model: nn.Module) -> list[tuple[str, BaseTunerLayer | AuxiliaryTrainingWrapper]]:

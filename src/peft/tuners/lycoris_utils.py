@@ -57,7 +57,7 @@ class Lycoris(Scaled):
 
     @classmethod
     def refusal(cls, kind: Kind, module: nn.Module, config: LycorisConfig) -> str | None:
-        if (kind.opaque or kind.read_by_parent) and (config.rank_dropout or config.module_dropout):
+        if kind.read_elsewhere and (config.rank_dropout or config.module_dropout):
             return "its weight is not used by calling it, so rank_dropout and module_dropout have no place there"
         return None
 

@@ -10,14 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from peft.config import ModulesToSave, PeftConfig, option
+from peft.config import ORIGIN, ModulesToSave, PeftConfig, option
 from peft.core.model.mixed import MixedModel
-from peft.options import value_of
 from peft.utils.error import ConfigError, ConfigTypeError, nearest
 from peft.utils.peft_types import PEFT_TYPE_TO_MIXED_MODEL_MAPPING, register_peft_method
 
 
-_OF_ALL = ("task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping")
 """Fields that a union has for all of its parts."""
 
 
@@ -66,7 +64,7 @@ class UnionConfig(ModulesToSave):
         super().__post_init__()
         for name, part in self.parts.items():
             self._check(name, part)
-        methods = [str(value_of(part.peft_type)) for part in self.parts.values()]
+        methods = [part.method_name for part in self.parts.values()]
         if twice := [method for method in dict.fromkeys(methods) if methods.count(method) > 1]:
             raise ConfigError(
                 f"{type(self).__name__}: two parts are {twice[0]}. One config of a method says what all its layers "
@@ -82,10 +80,9 @@ class UnionConfig(ModulesToSave):
             what = "a union itself: give its parts" if isinstance(part, UnionConfig) else f"a {type(part).__name__}"
             raise ConfigTypeError(f"{type(self).__name__}: the part {name!r} should be a config, and is {what}.")
         if not part.is_prompt_learning and part.peft_type not in PEFT_TYPE_TO_MIXED_MODEL_MAPPING:
-            method = value_of(part.peft_type)
             raise ConfigError(
-                f"{type(self).__name__}: the part {name!r} is {method}, which runs the model in a way of its own, and "
-                "cannot be beside others."
+                f"{type(self).__name__}: the part {name!r} is {part.method_name}, which runs the model in a way of "
+                "its own, and cannot be beside others."
             )
 
     def _share_fields(self) -> None:
@@ -106,14 +103,14 @@ class UnionConfig(ModulesToSave):
     def to_dict(self) -> dict:
         own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         parts = [
-            {"name": name, **{k: v for k, v in part.to_dict().items() if k not in _OF_ALL}}
+            {"name": name, **{k: v for k, v in part.to_dict().items() if k not in ORIGIN}}
             for name, part in self.parts.items()
         ]
         return {**own, "parts": parts}
 
     @classmethod
     def check_kwargs(cls, /, **kwargs: Any) -> dict:
-        shared = {name: kwargs[name] for name in _OF_ALL if name in kwargs}
+        shared = {name: kwargs[name] for name in ORIGIN if name in kwargs}
         parts = kwargs.get("parts")
         if isinstance(parts, list) and all(isinstance(part, dict) for part in parts):
             made = {}
@@ -136,7 +133,7 @@ def _named(parts: Any) -> dict[str, Any]:
         raise ConfigTypeError(f"the parts of a union are a list of configs, or a dict of them, not {parts!r}.")
     found: dict[str, Any] = {}
     for part in parts:
-        name = str(getattr(getattr(part, "peft_type", None), "value", type(part).__name__)).lower()
+        name = getattr(part, "method_name", type(part).__name__).lower()
         found[f"{name}_{len(found)}" if name in found else name] = part
     return found
 

@@ -16,7 +16,7 @@ import torch
 from peft.config import resolve_pattern
 from peft.convert.formats.flux import is_original, to_diffusers, with_all_rows
 from peft.convert.formats.kohya import ALGORITHMS, by_method, saver
-from peft.convert.held import Held, Pair, Pairs, held_of, magnitude_of, modules_of, pairs_of, patterned, whole
+from peft.convert.held import Held, Pair, Pairs, held_of, magnitude_of, modules_of, pairs_of, rank_fields
 from peft.convert.names import component_of
 from peft.convert.source import Bundle, Files, Format, Job, Source
 from peft.options import value_of
@@ -178,9 +178,8 @@ def _write(bundle: Bundle, job: Job) -> Files:
 
 
 def _header(found: Pairs, held: Held) -> dict[str, Any]:
-    rank, ranks = patterned({module: pair.rank for module, pair in found.pairs.items()})
-    alpha, alphas = patterned({module: whole(pair.alpha) for module, pair in found.pairs.items()})
-    said = {**held.config.to_dict(), "r": rank, "rank_pattern": ranks, "lora_alpha": alpha, "alpha_pattern": alphas}
+    ranks, alphas = ({m: getattr(pair, what) for m, pair in found.pairs.items()} for what in ("rank", "alpha"))
+    said = {**held.config.to_dict(), **rank_fields(ranks, alphas)}
     said = {key: sorted(value) if isinstance(value, set) else value for key, value in said.items()}
     return {key: value_of(value) for key, value in said.items()}
 

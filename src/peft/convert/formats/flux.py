@@ -16,9 +16,8 @@ from typing import Any
 import torch
 
 from peft.config import resolve_pattern
-from peft.convert.held import Held, Pair, Pairs, held_of, is_lora, modules_of, pairs_of, patterned
+from peft.convert.held import Held, Pair, Pairs, as_saved, held_of, is_lora, modules_of, pairs_of, rank_fields
 from peft.convert.source import Base, Bundle
-from peft.core.files.io import PREFIX
 from peft.tuners.loha import face_splitting
 from peft.utils.error import ConfigError, some
 
@@ -160,14 +159,10 @@ def _pairs(held: Held) -> Pairs:
 
 
 def _modules(held: Held) -> dict[str, dict[str, torch.Tensor]]:
-    """The tensors of an adapter by module."""
-    found: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in held.tensors.items():
-        module, _, part = name.removeprefix(PREFIX).rpartition(".")
-        found.setdefault(module, {})[part] = tensor
+    """The tensors of an adapter that has no whole modules."""
     if saved := getattr(held.config, "modules_to_save", None):
         raise ConfigError(f"whole modules have other names in Flux's two sets: {some(saved)}; take them out first.")
-    return found
+    return held.by_module
 
 
 def _scale(held: Held, module: str) -> tuple[float, int]:
@@ -208,11 +203,9 @@ def _loha_to_diffusers(held: Held) -> Held:
 
 def _loha_of(held: Held, modules: dict[str, dict[str, torch.Tensor]], scales: dict[str, tuple[float, int]]) -> Held:
     """A LoHa like another, on other modules."""
-    alpha, alphas = patterned({module: alpha for module, (alpha, _) in scales.items()})
-    rank, ranks = patterned({module: rank for module, (_, rank) in scales.items()})
-    config = dataclasses.replace(held.config, r=rank, rank_pattern=ranks, alpha=alpha, alpha_pattern=alphas,
-                                 target_modules=sorted(modules))  # fmt: skip
-    return Held(config, {f"{PREFIX}{m}.{name}": t for m, parts in modules.items() for name, t in parts.items()})
+    alphas, ranks = ({module: scale[i] for module, scale in scales.items()} for i in (0, 1))
+    fields: dict[str, Any] = rank_fields(ranks, alphas, "alpha")  # type: ignore[arg-type]
+    return Held(dataclasses.replace(held.config, **fields, target_modules=sorted(modules)), as_saved(modules))
 
 
 def _sizes(parts: tuple[str, ...], out: int, inner: int) -> list[int]:

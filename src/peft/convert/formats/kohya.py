@@ -27,7 +27,7 @@ from peft.convert.formats.lycoris import (
     whole_pair,
     with_norms,
 )
-from peft.convert.held import Held, Pair, Pairs, held_of, magnitude_of, modules_of, pairs_of, patterned, whole
+from peft.convert.held import Held, Pair, Pairs, as_saved, held_of, magnitude_of, modules_of, pairs_of, rank_fields
 from peft.convert.names import TRANSFORMERS, component_of, dotted, flat, is_t5
 from peft.convert.source import Bundle, Files, Format, Job, Source
 from peft.core.files.io import PREFIX, separate
@@ -197,16 +197,12 @@ def _factors(sizes: tuple[int, int, int, int]) -> set[int]:
 
 
 def _fields(modules: dict[str, Parts], ranks: dict[str, int]) -> dict[str, Any]:
-    rank, rank_pattern = patterned(ranks)
-    alpha, alpha_pattern = patterned(
-        {module: whole(alpha_of(parts, ranks[module])) for module, parts in modules.items()}
-    )
-    return {"r": rank, "alpha": alpha, "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern,
-            "target_modules": sorted(modules), "inference_mode": True}  # fmt: skip
+    alphas = {module: alpha_of(parts, ranks[module]) for module, parts in modules.items()}
+    return {**rank_fields(ranks, alphas, "alpha"), "target_modules": sorted(modules), "inference_mode": True}
 
 
 def _renamed(modules: dict[str, Parts], names: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    return {f"{PREFIX}{m}.{name}": parts[name] for m, parts in modules.items() for name in names if name in parts}
+    return as_saved({m: {name: parts[name] for name in names if name in parts} for m, parts in modules.items()})
 
 
 # --- writing ------------------------------------------------------------------------------------------------------
@@ -259,24 +255,22 @@ def _flattened(held: Held, prefix: str, job: Job) -> dict[str, torch.Tensor]:
             f"kohya's files hold LoRA, LoHa, LoKr, IA3 and norms, and this adapter is {kind}; use save_as_lora."
         )
     names = {"LOHA": _LOHA, "LOKR": _LOKR}.get(kind, ())
-    for name, tensor in held.tensors.items():
-        module, _, part = name.removeprefix(PREFIX).rpartition(".")
-        if part not in names:
-            job.lost[name] = f"it is no tensor of {kind}{_NORM_HINT}"
-            continue
+    for module, parts in held.by_module.items():
+        own = {part: tensor for part, tensor in parts.items() if part in names}
+        others = as_saved({module: {part: tensor for part, tensor in parts.items() if part not in names}})
+        job.lost.update(dict.fromkeys(others, f"it is no tensor of {kind}{_NORM_HINT}"))
         key = f"{prefix}{flat(module)}"
-        result[f"{key}.{part}"] = tensor
-        if f"{key}.alpha" not in result:
-            result[f"{key}.alpha"] = number(_effective_alpha(held, module), tensor.dtype)
+        result.update({f"{key}.{part}": tensor for part, tensor in own.items()})
+        if own:
+            result[f"{key}.alpha"] = number(_effective_alpha(held, module, own), next(iter(own.values())).dtype)
     return result
 
 
-def _effective_alpha(held: Held, module: str) -> float:
+def _effective_alpha(held: Held, module: str, parts: Parts) -> float:
     """alpha that gives the scale with the rank that LyCORIS reads from the shapes."""
     config = held.config
     alpha = resolve_pattern(config.alpha_pattern, module, config.alpha)
     rank = resolve_pattern(config.rank_pattern, module, config.r)
-    parts = {name.rpartition(".")[2]: t for name, t in held.tensors.items() if name.startswith(f"{PREFIX}{module}.")}
     whole_pair = "lokr_w1" in parts and "lokr_w2" in parts
     if whole_pair and alpha != rank:
         raise ConfigError(

@@ -229,8 +229,7 @@ def _whole_modules(held: Held) -> set[str]:
     if isinstance(held.config, LNTuningConfig):
         return {name.removeprefix(PREFIX).partition(".ln_tuning_layers")[0] for name in held.tensors}
     saved = tuple(getattr(held.config, "modules_to_save", None) or ())
-    modules = {name.removeprefix(PREFIX).rpartition(".")[0] for name in held.tensors}
-    return {module for module in modules if any(f".{module}".endswith(f".{name}") for name in saved)}
+    return {module for module in held.by_module if any(f".{module}".endswith(f".{name}") for name in saved)}
 
 
 # --- IA3 ----------------------------------------------------------------------------------------------------------

@@ -55,6 +55,11 @@ class Kind:
         """Why this very module cannot be adapted, or None."""
         return None
 
+    @property
+    def read_elsewhere(self) -> bool:
+        """Whether the layer's weight is read by another computation: an adapter acts by a weight, or not at all."""
+        return self.opaque or self.read_by_parent
+
     def target_name(self, key: str) -> str:
         """What a config calls the weight that is adapted in the module of this name."""
         return key
@@ -152,11 +157,12 @@ class Kind:
 
     def take_rows(self, m: nn.Module, args: tuple, kwargs: dict, rows: torch.Tensor) -> tuple[tuple, dict]:
         """The call's inputs for some rows of the batch."""
-        return (args[0].index_select(0, rows), *args[1:]), kwargs
+        return (args[0].index_select(self.batch_axis(m), rows), *args[1:]), kwargs
 
     def join_rows(self, m: nn.Module, parts: list[Any], order: torch.Tensor) -> Any:
         """The outputs of several groups of rows, put back into the order of the batch."""
-        return torch.cat(parts).index_select(0, order)
+        axis = self.batch_axis(m)
+        return self.with_tensor(parts[0], torch.cat([*map(self.tensor_in, parts)], axis).index_select(axis, order))
 
 
 class Linear(Kind):
@@ -407,9 +413,10 @@ def kind_of(m: nn.Module) -> Kind | None:
 
 
 def foreign_kind(layer_cls: type, m: nn.Module) -> Kind | None:
-    """How a layer class of a third party sees a base layer of its own, if that says its features; else None."""
-    theirs = not layer_cls.__module__.startswith("peft.")
-    return Kind() if theirs and hasattr(m, "in_features") and hasattr(m, "out_features") else None
+    """How a layer class of a third party sees a base layer of its own: whole, unless that says its features."""
+    if layer_cls.__module__.startswith("peft."):
+        return None
+    return Kind() if hasattr(m, "in_features") and hasattr(m, "out_features") else WHOLE
 
 
 def kind_names() -> list[str]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from peft.core.base.stack import Stack
@@ -18,7 +19,7 @@ from peft.core.model import operations
 from peft.core.model.auxiliary import AuxiliaryTrainingWrapper, biases_of
 from peft.core.model.manager import check_adapter_name
 from peft.core.model.targeting import exact_targets
-from peft.core.model.walk import join, walk, wrappers_of
+from peft.core.model.walk import walk, wrappers_of
 from peft.utils.error import CONVERSION
 
 
@@ -55,13 +56,8 @@ def checked_weights(tuner: BaseTuner, adapters: Sequence[str], weights: Sequence
 
 def tuner_layers(tuner: BaseTuner) -> list[tuple[str, BaseTunerLayer]]:
     """The tuner's own layers, by the names of what they adapt in the unadapted model."""
-    found = []
-    for site in walk(tuner.model):
-        for _, wrapper in site.wrappers:
-            if isinstance(wrapper, tuner.layer_cls):
-                stack = isinstance(wrapper.kind, Stack)
-                found.append((join(site.key, wrapper.kind.weight) if stack else site.key, wrapper))
-    return found
+    around = ((site.key, wrapper) for site in walk(tuner.model) for _, wrapper in site.wrappers)
+    return [(w.kind.target_name(key), w) for key, w in around if isinstance(w, tuner.layer_cls)]
 
 
 # --- the new adapter ------------------------------------------------------------------------------------------
@@ -253,9 +249,5 @@ def _quantile(values: torch.Tensor, q: float) -> float:
 
 def resized(tensor: torch.Tensor, size: int, dim: int) -> torch.Tensor:
     """The tensor with zeros appended along one axis."""
-    missing = size - tensor.shape[dim]
-    if not missing:
-        return tensor
-    shape = list(tensor.shape)
-    shape[dim] = missing
-    return torch.cat([tensor, tensor.new_zeros(shape)], dim)
+    missing, behind = size - tensor.shape[dim], tensor.dim() - 1 - dim % tensor.dim()
+    return F.pad(tensor, (0, 0) * behind + (0, missing)) if missing else tensor

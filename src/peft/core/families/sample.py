@@ -44,7 +44,7 @@ class Sample(Adapter):
 
     @classmethod
     def refusal(cls, kind: Kind, module: nn.Module, config: Any) -> str | None:
-        if kind.opaque or kind.read_by_parent:
+        if kind.read_elsewhere:
             return f"its weight is read by another computation, and {cls.because}, so there is no weight to give"
         return None
 

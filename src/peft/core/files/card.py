@@ -66,7 +66,7 @@ def _facts(model: Any, tags: list[str]) -> dict[str, Any]:
     named = [name for config in configs if known and (name := config.base_model_name_or_path)]
     origin = next(iter(named), None) or vars(base).get("name_or_path") or None
     new = [_BASE_TAG + origin] if origin else []
-    new += dict.fromkeys(str(value_of(c.peft_type)).lower() for c in configs)
+    new += dict.fromkeys(c.method_name.lower() for c in configs)
     new += [tag for tag in getattr(base, "model_tags", None) or () if tag not in new]  # of trainers
     new += ["transformers"] if _of_transformers(base) else []
     own = [tag for tag in tags if tag not in new and not (origin and tag.startswith(_BASE_TAG))]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -206,9 +206,17 @@ class Chain(Composed):
 
 
 class Beside(Composed):
-    """Members that act on the same state, each on its own."""
+    """Members that act on the same state, each on its own.
+
+    Attributes:
+        no_weight: why there is no weight to give where another computation reads it; "" where there is one.
+    """
+
+    no_weight: ClassVar[str] = ""
 
     def refusal_here(self) -> str | None:
+        if self.no_weight and (self.kind.opaque or self.layer.read_by_parent):
+            return f"its weight is read by another computation, {self.no_weight}"
         kind = type(self.expression).__name__
         if not getattr(self.layer, "composes", True):
             methods = ", ".join(sorted({type(leaf).__name__ for leaf in leaves_of([self])}))
@@ -283,17 +291,13 @@ class Fused(Beside):
     """AdapterFusion: attention over what the members make of the state; one at each place of the layer."""
 
     fusion = part(nn.ModuleDict)
+    no_weight = "and no one weight equals a fusion"
 
     def create(self, config: Any, key: str) -> None:
         expression: Any = self.expression
         layer: Any = self.layer
         widths = layer.widths(leaves_of([self])) if self.kind.whole else {"output": self.out_features}
         self.fusion = nn.ModuleDict({k: Attention(width, expression.kind == "dynamic") for k, width in widths.items()})
-
-    def refusal_here(self) -> str | None:
-        if self.kind.opaque or self.layer.read_by_parent:
-            return "its weight is read by another computation, and no one weight equals a fusion"
-        return super().refusal_here()
 
     def change(self, state: torch.Tensor, step: Step, place: str = "output") -> Change | None:
         found = [None if member is None else change_of(member, state, step, place) for member in self.members()]
@@ -324,10 +328,7 @@ class Fused(Beside):
 class Ranges(Beside):
     """Members at ranges of the tokens of each text, which ``layer.extent`` counts."""
 
-    def refusal_here(self) -> str | None:
-        if self.kind.opaque or self.layer.read_by_parent:
-            return "its weight is read by another computation, for all tokens at once"
-        return super().refusal_here()
+    no_weight = "for all tokens at once"
 
     def change(self, state: torch.Tensor, step: Step, place: str = "output") -> Change | None:
         expression: Any = self.expression

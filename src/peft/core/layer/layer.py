@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from peft.compat.by_hand import with_given
+from peft.compat.foreign import Unconstructed
 from peft.core.adapter import Adapter
 from peft.core.base.kinds import WHOLE, Kind, foreign_kind, kind_of
 from peft.core.base.storage import Storage, storage_key
@@ -33,7 +34,7 @@ _UNREADABLE = (
 )
 
 
-class BaseTunerLayer(ReadThrough):
+class BaseTunerLayer(Unconstructed, ReadThrough):
     """Wraps ``base_layer`` and holds the adapters of one method around it.
 
     What an adapter holds is one dict for each of its names, keyed by adapter: ``layer.lora_A["default"].weight``. What
@@ -58,11 +59,8 @@ class BaseTunerLayer(ReadThrough):
     kind: Kind
     key = ""
     read_by_parent: bool
-    merged_adapters: list[str]
-    originals: dict[str, Any]
     rewritten: Rewritten | None
     cast_input_dtype_enabled: bool
-    tied_to: dict[str, BaseTunerLayer]
     shares_weight: bool
     merge_error: float
     _storage: Noted | None
@@ -87,7 +85,9 @@ class BaseTunerLayer(ReadThrough):
             make_module(self)
         self._modules["base_layer"] = base_layer
         base, cls = self.get_base_layer(), self.adapter_cls
-        kind = kind or (None if cls.any_module else kind_of(base) or foreign_kind(type(self), base)) or WHOLE
+        kind = kind or (WHOLE if cls.any_module else kind_of(base) or foreign_kind(type(self), base))
+        if kind is None:
+            raise ValueError(f"{type(base).__name__} is no kind of layer that {type(self).__name__} can adapt.")
         self.__dict__.update(  # not one by one: a module looks into each value that is set
             training=True,  # as any new module: what evaluates says so afterwards, as loading does
             kind=kind,
@@ -108,10 +108,8 @@ class BaseTunerLayer(ReadThrough):
             if not self.storage.can_read and (kind.opaque or cls.requires_dense_base):
                 raise ValueError(_UNREADABLE.format(layer=type(self).__name__, storage=self.storage.name))
             self.__dict__["in_features"], self.__dict__["out_features"] = kind.sizes(base)
-        elif not cls.any_module:
-            raise ValueError(f"{type(base).__name__} is no kind of layer that {type(self).__name__} can adapt.")
         if adapter_name is not None:
-            self.add_adapter(adapter_name, with_given(type(self), config, args, kwargs), kwargs.get("current_key", ""))
+            self.first_adapter(adapter_name, with_given(type(self), config, args, kwargs), kwargs)
             self.set_adapter(adapter_name)
 
     def train(self, mode: bool = True) -> BaseTunerLayer:
@@ -219,7 +217,7 @@ class BaseTunerLayer(ReadThrough):
     def check_active(self, names: list[str]) -> None:
         here = [self.adapters[name] for name in names if name in self.adapters]
         for place, adapter in enumerate(here):
-            if reason := adapter.clash(leaves_of(here[:place])):
+            if reason := adapter.clash(leaves_of(here[:place]) if place else ()):
                 raise ValueError(reason)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

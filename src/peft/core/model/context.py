@@ -191,9 +191,8 @@ class Context(Facts):
 
     def together(self, names: Sequence[Any]) -> list[Sequence[Any]]:
         """The sets of adapters that act on a row each: one, unless a composition divides the rows of calls."""
-        dividing = [
-            known for name in names if (known := self.compositions.get(name)) is not None and known.splits_rows
-        ]
+        compositions = self.compositions
+        dividing = [known for name in names if (known := compositions.get(name)) is not None and known.splits_rows]
         return [[row] for row in alternatives(dividing[0])] if dividing else [names]
 
     def set_adapter_names(self, names: Sequence[str] | None) -> None:

@@ -22,8 +22,7 @@ from peft.core.model.replacing import replacing
 from peft.core.model.tuner import BaseTuner
 from peft.core.model.walk import layers_of
 from peft.core.prompts import NOTHING_TO_MERGE, PLAIN, PromptTuner, Task
-from peft.options import value_of
-from peft.utils.error import CONVERSION, ConfigError
+from peft.utils.error import CONVERSION, ConfigError, some
 from peft.utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING
 
 
@@ -215,7 +214,7 @@ class MixedModel(BaseTuner):
         for name in adapter_names:
             members = self.peft_config[name].members
             if len(members) > 1 and (reasons := self._unmergeable(name)):
-                rest = [str(member.peft_type.value).lower() for member in members]
+                rest = [member.method_name.lower() for member in members]
                 rest = [method for method in rest if method not in reasons]
                 way_out = (
                     f"merge_adapter() merges its {', '.join(rest)} and lets the others act; or k" if rest else "K"
@@ -229,7 +228,7 @@ class MixedModel(BaseTuner):
         """The methods of an adapter's members that no weight equals -> why."""
         found: dict[str, str] = {}
         for member in self.peft_config[adapter_name].members:
-            method, part = str(member.peft_type.value).lower(), self._part(member)
+            method, part = member.method_name.lower(), self._part(member)
             if isinstance(part, PromptTuner):
                 found[method] = NOTHING_TO_MERGE.format(method="it").partition(", so")[0]
                 continue
@@ -252,11 +251,10 @@ class MixedModel(BaseTuner):
             ValueError: as there, and if the adapters are of different methods.
         """
         checked_weights(self, adapters, weights)
-        methods = {member.peft_type for name in adapters for member in self.peft_config[name].members}
+        methods = {member.method_name for name in adapters for member in self.peft_config[name].members}
         if len(methods) > 1:
-            names = sorted(str(value_of(method)) for method in methods)
             raise ValueError(
-                f"adapters of different methods ({', '.join(names)}) have no sum that is an adapter of one of them. "
+                f"adapters of different methods ({some(methods)}) have no sum that is an adapter of one of them. "
                 f"{CONVERSION} does their weighted sum."
             )
         self._part(self.peft_config[adapters[0]].members[0]).add_weighted_adapter(
@@ -320,7 +318,7 @@ def _naming(config: Any, member: Any) -> Iterator[None]:
         yield
     except ValueError as error:
         if member is not config and len(error.args) == 1:
-            error.args = (f"{type(config).__name__}, part {member.peft_type.value.lower()!r}: {error}",)
+            error.args = (f"{type(config).__name__}, part {member.method_name.lower()!r}: {error}",)
         raise
 
 

@@ -1,20 +1,34 @@
-"""An adapter takes the name of another one, which comes back if that fails."""
+"""What fails leaves a model as it was, also where an adapter takes the name of another one."""
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
-from peft.core.layer.rewritten import follow, keep_merged
+from peft.core.layer.rewritten import follow, give_back_unmerged, keep_merged
 from peft.core.model.operations import adapters_of, remove, unmerge
-from peft.core.model.record import record_of
+from peft.core.model.record import known_record
 from peft.core.model.replicate import restore_layers
 from peft.core.model.walk import layers_of
+
+
+@contextmanager
+def restoring(model: nn.Module) -> Iterator[None]:
+    """A context whose errors leave a model, and all adapters in it, as they were."""
+    put_back = _snapshot(model)
+    try:
+        yield
+    except BaseException:
+        unmerge(model)
+        for _, layer in layers_of(model):
+            give_back_unmerged(layer)
+        put_back()
+        raise
 
 
 @contextmanager
@@ -30,37 +44,57 @@ def replacing(model: nn.Module, adapter_name: str) -> Iterator[None]:
     )
     if any(adapter_name in layer.merged_adapters for _, layer in layers_of(model)):
         unmerge(model)
-    for _, layer in layers_of(model):
-        keep_merged(layer)  # what the start of the one that goes has made of weights is out of them, and kept
-    starts = [(layer, layer.rewritten.copy()) for _, layer in layers_of(model) if layer.rewritten is not None]
-    record = record_of(model)
-    biases, replication, applied = record.biases, record.replication, None
-    if biases:
-        applied = biases.applied
-        biases.apply(None)
-    # with what layers share, which they hold by name but not as a part of them
-    held = (value for module in model.modules() for value in (module, *vars(module).values()))
-    before = [(m, _state(m)) for m in dict.fromkeys(value for value in held if isinstance(value, nn.Module))]
-    kept = {**vars(record), "biases": copy.copy(biases)}
-    remove(model, adapter_name)
-    if not adapters_of(model):
-        restore_layers(model)
-    try:
+    with restoring(model):
+        remove(model, adapter_name)
+        if not adapters_of(model):
+            restore_layers(model)
         yield
         for _, layer in layers_of(model):
             follow(layer)
-    except BaseException:
+
+
+def _snapshot(model: nn.Module) -> Callable[[], None]:
+    """What brings back the present state of a model in which nothing is merged."""
+    layers = [layer for _, layer in layers_of(model)]
+    merged = [(layer, list(layer.merged_adapters)) for layer in layers if layer.merged]
+    trains = [(p, p.requires_grad) for p in model.parameters()]
+    record = known_record(model)
+    applied = record.biases.applied if record is not None and record.biases else None
+    # Weights are noted as they are without any adapter: those change in place.
+    unmerge(model)
+    for layer in layers:
+        keep_merged(layer)
+    if applied is not None:
+        record.biases.apply(None)  # type: ignore[union-attr]
+    # with what layers share, which they hold by name but not as a part of them
+    held = (value for module in model.modules() for value in (module, *vars(module).values()))
+    before = [(m, _state(m)) for m in dict.fromkeys(value for value in held if isinstance(value, nn.Module))]
+    starts = [(layer, layer.rewritten.copy()) for layer in layers if layer.rewritten is not None]
+    kept = {} if record is None else {**vars(record), "biases": copy.copy(record.biases)}
+
+    def act() -> None:
+        for layer in layers:
+            follow(layer)
+        if applied is not None:
+            record.biases.apply(applied)  # type: ignore[union-attr]
+        for layer, names in merged:
+            layer.merge(adapter_names=names)
+        for p, trained in trains:
+            p.requires_grad_(trained)
+
+    def put_back() -> None:
         for module, state in before:
             _put_back(module, state)
-        vars(record).update(kept)
         for layer, start in starts:
             layer.rewritten = start
-            follow(layer)
-        if replication:
-            replication.fill(list(replication.layers), replication.order)
-        if record.biases:
-            record.biases.apply(applied)
-        raise
+        if record is not None:
+            vars(record).update(kept)
+            if record.replication is not None:
+                record.replication.fill(list(record.replication.layers), record.replication.order)
+        act()
+
+    act()
+    return put_back
 
 
 def _state(module: nn.Module) -> dict[str, tuple[Any, Any]]:

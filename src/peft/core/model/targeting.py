@@ -25,7 +25,8 @@ from peft.utils.usage import near, note, remark
 class Target:
     """One module to adapt: its name in the unadapted model, the kind of layer it is, and what it is tied to.
 
-    ``called`` is the name by which the config means a module that has several, ``site`` where it was found.
+    ``called`` is the name by which the config means a module that has several, ``site`` where it was found, ``config``
+    one that counts for it alone, in the place of the adapter's.
     """
 
     key: str
@@ -34,6 +35,7 @@ class Target:
     tied_to: str | None = None
     called: str | None = None
     site: Site | None = None
+    config: Any = None
 
 
 def matches(targets: str | Iterable[str] | None, key: str) -> bool:

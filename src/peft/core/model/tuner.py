@@ -183,7 +183,7 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
 
     def _adapt(self, model: nn.Module, name: str, config: Any, low_cpu_mem_usage: bool) -> None:
         """Wrap the targets and give each its part of the adapter."""
-        targets = self.targets_of(config, model)
+        targets = self.redirected(config, name, model, self.targets_of(config, model))
         if hasattr(config, "fan_in_fan_out"):  # the layers tell; the field is for other readers of the file
             asked = config.fan_in_fan_out
             config.fan_in_fan_out = any(target.kind and target.kind.fan_in_fan_out for target in targets)
@@ -215,7 +215,7 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
         methods = {c.peft_type for n, c in self.peft_config.items() if n != name}
         if len(methods | {config.peft_type, *([before.peft_type] if before else [])}) > 1 and not self.mixes:
             raise ValueError(
-                f"this model has adapters of another method than {config.peft_type.value}. For different methods in "
+                f"this model has adapters of another method than {config.method_name}. For different methods in "
                 "one model use get_peft_model(..., mixed=True)."
             )
         self.peft_config[name] = config
@@ -229,13 +229,14 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
 
     def prepare_config(self, config: Any, model: nn.Module, keys: set[str] | None) -> None:
         """Settle what the config leaves open: its targets in this model."""
+        self.prepared(config, model)
         resolve_targets(config, model, self.target_module_mapping, keys, self.default_roles)
 
     def targets_of(self, config: Any, model: nn.Module) -> list[Target]:
         """The modules to adapt."""
         beside = getattr(config, "modules_to_save", None)
-        found = find_targets(config, model, self.layer_cls, beside, self.made_elsewhere(config))
-        return self.redirected(config, model, found)
+        found = self.chosen(config, model)
+        return found or find_targets(config, model, self.layer_cls, beside, self.made_elsewhere(config))
 
     def _layer_for(self, model: nn.Module, target: Target, holders: Holders) -> BaseTunerLayer:
         """The tuner layer around a target: the one that is there, or a new one."""
@@ -293,7 +294,7 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
                 layer.tied_to[name] = next(w for _, w in source.wrappers if isinstance(w, self.layer_cls))
             key = target.called or target.key
             if name not in layer.adapters:
-                self.give(layer, name, config, target.kind.target_name(key) if target.kind else key)
+                self.give(layer, name, target.config or config, target.kind.target_name(key) if target.kind else key)
 
     def starts_slowly(self, config: Any) -> bool:
         """Whether making an adapter takes so long at each layer that progress is worth showing."""
@@ -319,7 +320,7 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
             ValueError: if the method knows no start that changes the base.
         """
         raise ValueError(
-            f"path_initial_model_for_weight_conversion is for LoRA, and {adapter_name!r} is {config.peft_type.value}. "
+            f"path_initial_model_for_weight_conversion is for LoRA, and {adapter_name!r} is {config.method_name}. "
             "Leave it out: the adapter belongs to the base as it is."
         )
 

@@ -22,7 +22,6 @@ from peft.core.prompts.generation import Generation
 from peft.core.prompts.rows import Prompts
 from peft.core.prompts.sizes import settle_sizes
 from peft.core.prompts.tokens import ENCODER, VirtualTokens
-from peft.options import value_of
 from peft.utils.error import MeaninglessError
 from peft.utils.meanwhile import in_mode
 from peft.utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING
@@ -77,7 +76,7 @@ class PromptTuner(Manager):
 
     def __getattr__(self, name: str) -> Any:
         if name in self.MEANINGLESS:
-            kinds = {str(value_of(c.peft_type)) for c in self.peft_config.values()}
+            kinds = {c.method_name for c in self.peft_config.values()}
             raise MeaninglessError(self.MEANINGLESS[name].format(method=", ".join(sorted(kinds))))
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 

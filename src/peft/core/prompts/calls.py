@@ -205,8 +205,11 @@ class Calls:
         self.accompany(feed, inputs, text, before=before, enter=False)
         if length_of(cache):  # the prefix is in it already
             return self._calling(receiver, inputs, **{name: cache})
-        cache = caches.new_cache(self.model) if cache is None else cache
-        self.prompts.enter(cache, feed)
+        if cache is None and self.prompts.replaced is not None:
+            cache = self.prompts.replaced(len(text))
+        else:
+            cache = caches.new_cache(self.model) if cache is None else cache
+            self.prompts.enter(cache, feed)
         if not caches.is_checkpointing(self.model):
             return self._calling(receiver, inputs, **{name: cache})
         with caches.kept_by_checkpoints(self.model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft.core.base.storage import device_of
 from peft.core.model import operations
 from peft.core.model.context import BASE
 from peft.core.model.record import context_of
@@ -34,6 +36,8 @@ class Prompts:
         tokens: adapter name -> the indices of its virtual tokens.
         active: name of the active prompt; a list if there is none.
         disabled: no row gets a prompt.
+        replaced: what computes the active prompt in the place of its encoder, if a class derived from PeftModel says
+            so: called with the number of rows and their tasks.
     """
 
     def __init__(self, model: nn.Module, configs: dict[str, Any]) -> None:
@@ -42,14 +46,15 @@ class Prompts:
         self.tokens: dict[str, torch.Tensor] = {}
         self.active: str | list[str] = []
         self.disabled = False
+        self.replaced: Callable[..., Any] | None = None
         self._gated = False
 
     def add(self, name: str, encoder: VirtualTokens, in_float32: bool = True) -> None:
         """Take a prompt in, frozen, on the device of the embedding; its dtype too unless ``in_float32``."""
-        weight = self.word_embeddings.weight
+        weight, device = self.word_embeddings.weight, device_of(self.word_embeddings)
         dtype = weight.dtype if weight.is_floating_point() and not in_float32 else None
-        if weight.device.type != "meta" and not any(p.is_meta for p in encoder.parameters()):
-            encoder.to(weight.device, dtype)
+        if device.type != "meta" and not any(p.is_meta for p in encoder.parameters()):
+            encoder.to(device, dtype)
         if encoder.gates is not None and not self._gated:
             let_attentions_gate(self.model)
             self._gated = True
@@ -170,7 +175,7 @@ class Prompts:
         Args:
             stack: 0 for the encoder or the only stack, 1 for the decoder beside an encoder.
         """
-        context, names, device = context_of(self.model), self.in_use, self.word_embeddings.weight.device
+        context, names, device = context_of(self.model), self.in_use, device_of(self.word_embeddings)
         if not names:
             return None
         tasks = context.tasks(batch, device)
@@ -191,11 +196,13 @@ class Prompts:
 
     def _feed_of(self, name: str, batch: int, tasks: torch.Tensor | None, stack: int) -> Feed:
         """What ``batch`` rows with one prompt get."""
-        encoder, values = self.encoders[name], self.encode(name, batch, tasks)
+        encoder = self.encoders[name]
+        ours = self.replaced is None or encoder.as_prefix or name != self.active
+        values = self.encode(name, batch, tasks) if ours else self.replaced(batch, tasks)  # type: ignore[misc]
         if not encoder.as_prefix:
             n = self.configs[name].num_virtual_tokens
             values = values[:, n * stack : n * (stack + 1)]
-        values = values.to(self.word_embeddings.weight.device)
+        values = values.to(device_of(self.word_embeddings))
         own = (encoder.attended, encoder.own_labels)
         rows = [None if given is None else given.to(values.device).expand(batch, -1) for given in own]
         return Feed(values, None, rows[0], rows[1])

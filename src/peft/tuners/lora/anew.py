@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft.config import named_apart
 from peft.core.files.io import PREFIX
 from peft.core.layer.placement import settle
 from peft.core.layer.rewritten import for_a_start
 from peft.core.model.targeting import exact_targets
 from peft.core.model.walk import holders_of, replace_module
-from peft.tuners.lora.config import EvaConfig, LoraConfig
+from peft.tuners.lora.config import EvaConfig, LoraConfig, divisor
 
 
 @torch.no_grad()
@@ -27,12 +28,10 @@ def start_from(
     ranks = {layers[path].key: len(vectors[short]) if short in vectors else 0 for short, path in paths.items()}
     held = {layers[path].key: layers[path] for path in layers}
     old = {key: (layer.r[name], layer.lora_alpha[name]) for key, layer in held.items()}
-    config.rank_pattern = _pattern({k: r for k, r in ranks.items() if r}, config.r)
+    config.rank_pattern = named_apart({k: r for k, r in ranks.items() if r}, config.r)
     if options.adjust_scaling_factors:
-        scaled = {
-            k: old[k][1] * (ranks[k] / old[k][0]) ** (0.5 if config.use_rslora else 1) for k in ranks if ranks[k]
-        }
-        config.alpha_pattern = _pattern(scaled, config.lora_alpha)
+        scaled = {k: old[k][1] * divisor(ranks[k] / old[k][0], config.use_rslora) for k in ranks if ranks[k]}
+        config.alpha_pattern = named_apart(scaled, config.lora_alpha)
     holders = holders_of(model)
     for short, path in paths.items():
         layer: Any = layers[path]
@@ -50,13 +49,6 @@ def start_from(
         whole = model.get_base_model() if hasattr(model, "get_base_model") else model
         targets: Any = exact_targets(whole, {key for key, rank in ranks.items() if rank})
         config.target_modules = targets
-
-
-def _pattern(values: dict[str, Any], default: Any) -> dict[str, Any]:
-    """A pattern by whole names of layers; those of the default are left out where no other name ends like them."""
-    ends = any(key != other and key.endswith(f".{other}") for key in values for other in values)
-    kept = {key: value for key, value in values.items() if ends or value != default}
-    return dict(sorted(kept.items(), key=lambda item: -len(item[0])))
 
 
 def remake(layer: Any, adapter: Any, config: LoraConfig) -> None:

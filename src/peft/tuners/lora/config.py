@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -18,6 +19,16 @@ from peft.config import (
 )
 from peft.utils.error import ConfigError
 from peft.utils.peft_types import PeftType, TaskType
+
+
+def divisor(rank: float, rslora: bool) -> float:
+    """What alpha is divided by: B A is scaled by alpha over the rank, or over its root (rsLoRA, arXiv 2312.03732)."""
+    return math.sqrt(rank) if rslora else rank
+
+
+def whole(number: float) -> float:
+    """A number as an int where it is one, as configs are written."""
+    return int(number) if float(number).is_integer() else float(number)
 
 
 @dataclass

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import re
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from peft.config import patterned
 from peft.core.adapter import Adapter
 from peft.core.base.stack import Stack
 from peft.core.combine.combined import factorize, resized
@@ -391,8 +391,7 @@ def _explaining(values: torch.Tensor, share: float) -> int:
 
 
 def _lora_config(kept: dict[str, Any], ranks: dict[str, int], biased: bool) -> LoraConfig:
-    common = max(set(ranks.values()), key=list(ranks.values()).count)
-    others = {re.escape(place): r for place, r in ranks.items() if r != common}
+    common, others = patterned(ranks)
     kept = {**kept, "lora_bias": True} if biased else kept
     return LoraConfig(r=common, lora_alpha=common, rank_pattern=others, alpha_pattern=dict(others), **kept)
 

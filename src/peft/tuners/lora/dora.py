@@ -15,7 +15,6 @@ from peft.compat.magnitude import DoraEmbeddingLayer as DoraEmbeddingLayer
 from peft.compat.magnitude import DoraLinearLayer as DoraLinearLayer
 from peft.compat.magnitude import _DoraConvNdLayer as _DoraConvNdLayer
 from peft.compat.magnitude import magnitudes
-from peft.core.base.kinds import Kind
 from peft.core.families import kernel_weight
 from peft.core.families.delta import floating
 from peft.core.filling import skip_values
@@ -32,15 +31,11 @@ class Dora(Lora):
 
     reversible = False
     ties = False
+    needs_dense_pair = "DoRA needs the norm of the adapted weight"
 
     @classmethod
     def asked_by(cls, config: LoraConfig) -> bool:
         return config.use_dora
-
-    @classmethod
-    def refuses(cls, kind: Kind, module: nn.Module, config: LoraConfig) -> str | None:
-        reason = kind.no_dense_pair(module)
-        return f"DoRA needs the norm of the adapted weight, but {reason}" if reason else None
 
     def make_pair(self, config: LoraConfig) -> None:
         super().make_pair(config)

@@ -36,7 +36,7 @@ class Gated(Lora):
     def refuses(cls, kind: Kind, module: nn.Module, config: LoraConfig) -> str | None:
         if kind.lookup:
             return "a gate (use_gating) reads features, and an embedding's input is indices"
-        if kind.opaque or kind.read_by_parent:
+        if kind.read_elsewhere:
             return (
                 "its weight is read by another computation, and a gate (use_gating) depends on the sample, so there "
                 "is no weight to give"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,13 +16,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from peft.config import PeftConfig, resolve_pattern
-from peft.core.base.stack import Stack
+from peft.config import ORIGIN, PeftConfig, resolve_pattern
 from peft.core.files.entries import Entry, anatomy, configs_of
 from peft.core.files.io import load_peft_weights
 from peft.core.files.state_dict import match, unmerge_for
 from peft.core.model.walk import bare, join, layers_of, plain, surveyed, walk
-from peft.options import value_of
+from peft.tuners.lora.config import divisor, whole
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.pairs import held_rank, of_rank, pair_blocks
 from peft.utils.error import CheckpointError, ConfigError, some
@@ -51,7 +49,6 @@ _TARGETS = (
     "bias",
 )
 # What else may differ in any method: where an adapter comes from.
-_ORIGIN = ("task_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode")
 _OUT, _IN = ("out_features", "out_channels"), ("in_features", "in_channels")
 
 
@@ -62,17 +59,16 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
     what their tensors mean.
     """
     if config0.peft_type != config1.peft_type:
-        kinds = [value_of(config.peft_type) for config in (config0, config1)]
         raise ConfigError(
-            f"Incompatible PEFT types found: {kinds[0]} and {kinds[1]}. Only an adapter of the same method can be "
-            "swapped in; load this one with load_adapter."
+            f"Incompatible PEFT types found: {config0.method_name} and {config1.method_name}. Only an adapter of the "
+            "same method can be swapped in; load this one with load_adapter."
         )
     fields: tuple[str, ...]
     if config0.peft_type == PeftType.LORA:
         fields = _LORA_FIELDS
     else:
         names = [field.name for field in dataclasses.fields(config0)]
-        fields = tuple(name for name in names if name not in (*_TARGETS, *_ORIGIN) and not name.startswith("init_"))
+        fields = tuple(name for name in names if name not in (*_TARGETS, *ORIGIN) and not name.startswith("init_"))
     for name in fields:
         old, new = getattr(config0, name, None), getattr(config1, name, None)
         if old != new:
@@ -246,8 +242,7 @@ def _lora_layers(root: nn.Module) -> Iterator[_Found]:
     for site in walk(root):
         for path, wrapper in site.wrappers:
             if isinstance(wrapper, LoraLayer):
-                key = join(site.key, wrapper.kind.weight) if isinstance(wrapper.kind, Stack) else site.key
-                yield _Found(path, plain(key), wrapper)
+                yield _Found(path, plain(wrapper.kind.target_name(site.key)), wrapper)
 
 
 def _pair(
@@ -420,9 +415,7 @@ def _widen_config(config: Any, target_rank: int) -> None:
     """Make a config one of ``target_rank`` everywhere, with alphas for the same scales."""
 
     def alpha(value: float, rank: int) -> float:
-        ratio = target_rank / rank
-        wide = value * (math.sqrt(ratio) if config.use_rslora else ratio)
-        return int(wide) if wide == int(wide) else wide
+        return whole(value * divisor(target_rank / rank, config.use_rslora))
 
     ranks, default = dict(config.rank_pattern), config.lora_alpha
     alphas = {k: alpha(v, resolve_pattern(ranks, k, config.r)) for k, v in config.alpha_pattern.items()}

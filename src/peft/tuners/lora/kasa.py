@@ -72,8 +72,7 @@ class Kasa(Lora):
                 f"KaSA weighs B A by random numbers at first, so what init_lora_weights={config.init_lora_weights!r} "
                 "takes out of the weight would not come back"
             )
-        reason = kind.no_dense_pair(module)
-        return f"KaSA decomposes the weight that the pair changes, but {reason}" if reason else None
+        return super().refuses(kind, module, config)
 
     def make_pair(self, config: LoraConfig) -> None:
         super().make_pair(config)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -20,7 +19,7 @@ from peft.core.filling import skip_values
 from peft.core.layer.rewritten import for_a_start, give_back
 from peft.core.layer.scaled import ScaledLayer
 from peft.kernels import Factors, active_rate, bare_weight
-from peft.tuners.lora.config import LoraConfig
+from peft.tuners.lora.config import LoraConfig, divisor
 from peft.tuners.lora.initialize import initialize, is_drawn, refusal
 from peft.tuners.lora.megatron import PARALLEL, ParallelLinear
 from peft.tuners.lora.pairs import split_pair, without_padding
@@ -41,6 +40,7 @@ class Lora(LoraVariantCompat, Scaled):
         computes_pair: A and B are computed from what is held, see :meth:`pair`.
         adds_product: the output is the base layer's and s B A drop(x), nothing else, so the fused kernels may give it.
         fixed_rank: zeros cannot fill its tensors up to a larger rank, so only files of its rank take their place.
+        needs_dense_pair: what a variant needs a weight for that the pair equals; "" where it needs none.
         ties: a head tied to an embedding may follow it, with the transposed pair.
         agrees: hooks of a variant that give the same wherever :meth:`product` gives factors.
     """
@@ -61,6 +61,7 @@ class Lora(LoraVariantCompat, Scaled):
     agrees: ClassVar[frozenset[str]] = frozenset()
     of_others: ClassVar[type[Lora]]
     ties: ClassVar[bool] = True
+    needs_dense_pair: ClassVar[str] = ""
     held_in: ClassVar[tuple[str, str, str, str] | None] = ("lora_A", "lora_B", "lora_dropout", "scaling")
     layer_base: ClassVar[Any] = ScaledLayer
     more_kinds: ClassVar[tuple[Kind, ...]] = PARALLEL
@@ -118,7 +119,8 @@ class Lora(LoraVariantCompat, Scaled):
     @classmethod
     def refuses(cls, kind: Kind, module: nn.Module, config: LoraConfig) -> str | None:
         """Why a variant has no meaning on such a layer, or None."""
-        return None
+        reason = kind.no_dense_pair(module) if cls.needs_dense_pair else None
+        return f"{cls.needs_dense_pair}, but {reason}" if reason else None
 
     def create(self, config: LoraConfig, key: str) -> None:
         self.r = resolve_pattern(config.rank_pattern, key, config.r)
@@ -234,7 +236,7 @@ class Lora(LoraVariantCompat, Scaled):
 
     def initial_scaling(self) -> float:
         """lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA (arXiv 2312.03732)."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+        return self.lora_alpha / divisor(self.r, self.use_rslora)
 
     # --- files ------------------------------------------------------------------------------------------------
     def as_saved(self, saved: str, tensor: torch.Tensor) -> torch.Tensor:

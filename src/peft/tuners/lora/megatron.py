@@ -73,12 +73,6 @@ class ParallelLinear(Kind):
     def batch_axis(self, m: nn.Module) -> int:
         return 1
 
-    def take_rows(self, m: nn.Module, args: tuple, kwargs: dict, rows: torch.Tensor) -> tuple[tuple, dict]:
-        return (args[0].index_select(1, rows), *args[1:]), kwargs
-
-    def join_rows(self, m: nn.Module, parts: list[Any], order: torch.Tensor) -> Any:
-        return self.with_tensor(parts[0], torch.cat([part[0] for part in parts], 1).index_select(1, order))
-
 
 class ColumnParallel(ParallelLinear):
     """W is split by outputs: A is replicated, B is split."""

@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from torch import nn
 
-from peft.core.base.kinds import Kind
 from peft.core.combine.ranks import svd
 from peft.core.filling import skip_values
 from peft.tuners.lora.config import LoraConfig
@@ -37,15 +35,11 @@ class Mica(Lora):
     """
 
     untrained: ClassVar[frozenset[str]] = frozenset({"lora_B", "lora_embedding_B"})
+    needs_dense_pair = "MiCA takes singular vectors of the weight that the pair changes"
 
     @classmethod
     def asked_by(cls, config: LoraConfig) -> bool:
         return config.init_lora_weights == "mica"
-
-    @classmethod
-    def refuses(cls, kind: Kind, module: nn.Module, config: LoraConfig) -> str | None:
-        reason = kind.no_dense_pair(module)
-        return f"MiCA takes singular vectors of the weight that the pair changes, but {reason}" if reason else None
 
     def make_pair(self, config: LoraConfig) -> None:
         self.allocate(self.r, config.lora_bias)

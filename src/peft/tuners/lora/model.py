@@ -30,7 +30,7 @@ from peft.core.model import operations
 from peft.core.model.manager import check_adapter_name
 from peft.core.model.registry import define_tuner
 from peft.core.model.tuner import BaseTuner
-from peft.tuners.lora.config import LoraConfig
+from peft.tuners.lora.config import LoraConfig, divisor
 from peft.tuners.lora.initialize import is_repeatable, rewrites
 from peft.tuners.lora.kasa import Kasa
 from peft.tuners.lora.layer import Lora, LoraLayer
@@ -135,7 +135,7 @@ class LoraTuner(LoraCompat, BaseTuner):
         start = load_peft_weights(own if os.path.isdir(own) else path, device="cpu")
         tensors = beside_start(self, adapter_name, tensors, start)
         # Twice the rank halves the scale alpha / r, and takes the root of a half from alpha / sqrt(r).
-        config, factor = copy.copy(config), math.sqrt(2) if config.use_rslora else 2
+        config, factor = copy.copy(config), divisor(2, config.use_rslora)
         config.r, config.lora_alpha, config.init_lora_weights = 2 * config.r, factor * config.lora_alpha, True
         config.rank_pattern = {key: 2 * r for key, r in (config.rank_pattern or {}).items()}
         config.alpha_pattern = {key: factor * alpha for key, alpha in (config.alpha_pattern or {}).items()}

@@ -88,6 +88,7 @@ class MonteCLora(Lora):
     fixed_rank: ClassVar[bool] = True
     random_in_training: ClassVar[bool] = True
     ties: ClassVar[bool] = False
+    needs_dense_pair = "MonteCLoRA draws the pair of a whole weight"
     excludes: ClassVar[dict[str, str]] = {
         "QaLora": "MonteCLoRA draws a number for each input, and QA-LoRA's A has one for each group of inputs"
     }
@@ -98,12 +99,11 @@ class MonteCLora(Lora):
 
     @classmethod
     def refuses(cls, kind: Kind, module: nn.Module, config: LoraConfig) -> str | None:
-        if kind.opaque or kind.read_by_parent:
+        if kind.read_elsewhere:
             return "its weight is read by another computation, which would see none of MonteCLoRA's draws"
         if config.use_bdlora is not None and config.use_bdlora.target_modules_bd_a:
             return "MonteCLoRA's draws would fill the zeros between the blocks of BD-LoRA's A (target_modules_bd_a)"
-        reason = kind.no_dense_pair(module)
-        return f"MonteCLoRA draws the pair of a whole weight, but {reason}" if reason else None
+        return super().refuses(kind, module, config)
 
     def make_pair(self, config: LoraConfig) -> None:
         super().make_pair(config)

@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from peft.config import PeftConfig
+from peft.core.model.replacing import restoring
 from peft.core.model.tuner import BaseTuner
-from peft.options import value_of
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.xlora.config import XLoraConfig
 from peft.tuners.xlora.layer import XLoraLayer
@@ -47,14 +47,13 @@ def load_experts(model: nn.Module, config: XLoraConfig, device: str | None, auto
             return ExpertModel
 
     experts: PeftModel | None = None
-    # Loading freezes all, and a failure has to undo that.
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    try:
+    with restoring(model):
         for name, path in (config.adapters or {}).items():
             found = PeftConfig.from_pretrained(path)
             if found.peft_type != PeftType.LORA:
-                kind = value_of(found.peft_type)
-                raise ConfigError(f"XLoraConfig: the expert {name!r} is a {kind} adapter; experts have to be LoRA.")
+                raise ConfigError(
+                    f"XLoraConfig: the expert {name!r} is a {found.method_name} adapter; experts have to be LoRA."
+                )
             if getattr(found, "modules_to_save", None) or getattr(found, "bias", "none") != "none":
                 raise ConfigError(
                     f"XLoraConfig: the expert {name!r} trains whole modules or biases, which cannot be weighed by "
@@ -66,9 +65,3 @@ def load_experts(model: nn.Module, config: XLoraConfig, device: str | None, auto
             else:
                 options["peft_config"] = options.pop("config")  # as load_adapter names it
                 experts.load_adapter(path, name, torch_device=device, **options)
-    except BaseException:
-        if experts is not None:
-            experts.unload().requires_grad_(True)
-            for p in frozen:
-                p.requires_grad_(False)
-        raise

@@ -74,7 +74,7 @@ class Expert(Lora):
 
     @classmethod
     def refusal(cls, kind: Kind, module: nn.Module, config: Any) -> str | None:
-        if kind.opaque or kind.read_by_parent:
+        if kind.read_elsewhere:
             return "its weight is read by another computation, and experts are weighed by the token"
         return super().refusal(kind, module, config)
 

@@ -13,6 +13,7 @@ from peft.core.base.kinds import kind_of
 from peft.core.files.renaming import update_names
 from peft.core.model.targeting import all_linear, matches, selected
 from peft.core.model.walk import join, walk
+from peft.tuners.lora.config import divisor, whole
 from peft.tuners.lora.experts.fused import Fused, aliases, conversions_of, fused_in
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.peft_types import PeftType
@@ -56,9 +57,9 @@ def convert_peft_config_for_transformers(peft_config: Any, model: nn.Module, con
     parameters = set(peft_config.target_parameters or ()) | _router_parameters(model, routers)
     for tail in dict.fromkeys(f.tail for f in chosen):
         group = [f for f in chosen if f.tail == tail]
-        whole = len(group) == sum(f.tail == tail for f in fused)
-        parameters |= {tail} if whole else {f.path for f in group}
-        _set_rank(peft_config, group, tail if whole else None)
+        every = len(group) == sum(f.tail == tail for f in fused)
+        parameters |= {tail} if every else {f.path for f in group}
+        _set_rank(peft_config, group, tail if every else None)
     peft_config.target_parameters = sorted(parameters)
     _drop_targets(peft_config, model, chosen, {name for names in routers.values() for name in names})
 
@@ -127,15 +128,14 @@ def _set_rank(config: Any, group: list[Fused], tail: str | None) -> None:
             rank, alpha = values.pop()
             ranks.append(rank)
             alpha = config.lora_alpha if alpha is None else alpha
-            scales.add(alpha / (rank**0.5 if config.use_rslora else rank))
+            scales.add(alpha / divisor(rank, config.use_rslora))
         if max(scales) - min(scales) > 1e-9 * max(map(abs, scales)):
             raise ValueError(
                 f"the modules in {fused.path!r} have different scales {sorted(scales)} (alpha_pattern, rank_pattern), "
                 "but one parameter has one scale."
             )
         rank = sum(ranks)
-        alpha = scales.pop() * (rank**0.5 if config.use_rslora else rank)
-        found[fused.path] = rank, int(alpha) if float(alpha).is_integer() else alpha
+        found[fused.path] = rank, whole(scales.pop() * divisor(rank, config.use_rslora))
     if tail is not None and len(set(found.values())) == 1:
         found = {rf".*\.{re.escape(tail)}": next(iter(found.values()))}
     else:
@@ -148,11 +148,8 @@ def _set_rank(config: Any, group: list[Fused], tail: str | None) -> None:
 
 
 def _resolved(config: Any, field: str, names: list[str], default: Any) -> Any:
-    for name in names:
-        value = resolve_pattern(getattr(config, field), name, None)
-        if value is not None:
-            return value
-    return default
+    found = (resolve_pattern(getattr(config, field), name, None) for name in names)
+    return next((value for value in found if value is not None), default)
 
 
 def _routers(config: Any, model: nn.Module, conversions: list[Any]) -> dict[str, tuple[str, ...]]:
