@@ -13,6 +13,7 @@ from peft import (
     BOFTConfig,
     GraloraConfig,
     LilyConfig,
+    LoraConfig,
     PeanutConfig,
     PeftModel,
     PolyConfig,
@@ -78,6 +79,18 @@ def test_an_input_without_rows(method: str, layer: str, training: bool) -> None:
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
         with torch.no_grad():
             assert model(x).shape == y.shape
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_mixed_batch_without_rows(layer: str) -> None:
+    make, shapes = LAYERS[layer]
+    model = adapted(make(), LoraConfig, {})
+    for shape in shapes:
+        x = torch.zeros(shape, dtype=torch.long) if layer == "table" else torch.zeros(shape)
+        names = ["default", "__base__"][: shape[0]]
+        assert model(x, adapter_names=names).shape == model(x).shape
+    with pytest.raises(ValueError, match="adapter_names"):
+        model(torch.zeros((3, *shapes[0][1:]), dtype=x.dtype), adapter_names=[])
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])

@@ -12,8 +12,18 @@ import laws
 import pytest
 import torch
 from torch import nn
+from toys import tiny_llama
 
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from peft.core.base.storage import onloaded, storage_of
 from peft.core.families import Copy
 from peft.testing.cells import Cell, parameters_of, perturb
@@ -198,6 +208,28 @@ def test_a_call_fires_the_hooks_and_an_error_in_it_leaves_the_module_as_it_was()
     assert layer.weight.is_meta
 
 
+ELSEWHERE = [
+    PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    PromptEncoderConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    LoraConfig(target_modules=["embed_tokens", "lm_head"], init_lora_weights=False),
+]
+
+
+@pytest.mark.parametrize("config", ELSEWHERE, ids=lambda config: config.peft_type.value)
+def test_what_reads_or_feeds_the_embedding_of_an_offloaded_model(config: PeftConfig, tmp_path: Path) -> None:
+    base, ids = tiny_llama(), torch.arange(6).view(2, 3)
+    plain = get_peft_model(copy.deepcopy(base), copy.deepcopy(config)).eval()
+    plain.save_pretrained(tmp_path / "plain")
+    away = accelerate.cpu_offload(copy.deepcopy(base), execution_device=torch.device("cpu"))
+    offloaded = PeftModel.from_pretrained(away, tmp_path / "plain")
+    with torch.no_grad():
+        wanted = plain(ids).logits
+        torch.testing.assert_close(offloaded(ids).logits, wanted)
+        offloaded.save_pretrained(tmp_path / "again")
+        torch.testing.assert_close(PeftModel.from_pretrained(base, tmp_path / "again")(ids).logits, wanted)
+
+
 @pytest.mark.parametrize("fields", [{"modules_to_save": ["1"]}, {"bias": "none"}])
 def test_training_beside_an_offloaded_base(fields: dict) -> None:
     """Trained copies of offloaded modules have values and train."""
@@ -206,6 +238,13 @@ def test_training_beside_an_offloaded_base(fields: dict) -> None:
     model(torch.randn(3, 4)).sum().backward()
     trained = [p for p in model.parameters() if p.requires_grad]
     assert trained and all(not p.is_meta and p.grad is not None for p in trained)
+
+
+def test_biases_of_an_offloaded_base_are_refused() -> None:
+    base = accelerate.cpu_offload(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), "cpu")
+    with pytest.raises(ValueError, match="those of its Linear are offloaded.*bias='none'"):
+        get_peft_model(base, LoraConfig(target_modules=["0"], bias="all"))
+    assert list(base.state_dict()) == list(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)).state_dict())
 
 
 # --- bases without values -------------------------------------------------------------------------------------

@@ -285,6 +285,7 @@ class PeftModel(ModelCompat, ModelFiles, PushToHubMixin, nn.Module):
         names = kwargs.pop("adapter_names", None)
         if names is not None:
             self._check_rows(names, args, kwargs)
+            names = list(names) or None  # of no rows, none has an adapter of its own
         elif (dividing := self._dividing()) is not None:
             args, kwargs, names = divided(dividing, self._batch(args, kwargs) or 0, args, kwargs)
             self._check_unmerged()

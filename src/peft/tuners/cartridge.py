@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from peft.config import PeftConfig, PromptLearningConfig, option
+from peft.core.base.storage import device_of
 from peft.core.files.io import load_peft_weights, write_adapter
 from peft.core.prompts import VirtualTokens, caches, check_shape, define_prompt, put
 from peft.utils.error import ConfigError
@@ -166,7 +167,7 @@ def initialize_kv_prefix_from_text(
         ids = tokenizer.apply_chat_template([{"role": "system", "content": text}], tokenize=True, return_dict=False)
     else:
         ids = tokenizer(text)["input_ids"]
-    ids = torch.as_tensor(ids).reshape(1, -1)[:, :max_length].to(model.word_embeddings.weight.device)
+    ids = torch.as_tensor(ids).reshape(1, -1)[:, :max_length].to(device_of(model.word_embeddings))
     cache = DynamicCache()  # it keeps all tokens, where layers with a sliding window would not
     with torch.no_grad():
         model.get_base_model()(input_ids=ids, **{caches.name_of(model.get_base_model()): cache})

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from peft.config import PromptLearningConfig, option
+from peft.core.base.storage import device_of
 from peft.core.prompts import VirtualTokens
 from peft.options import value_of
 from peft.utils.error import ConfigError
@@ -80,7 +81,7 @@ def rows_of(word_embeddings: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     if ids.is_meta:  # a skeleton, whose rows a file brings
         return torch.empty(len(ids), word_embeddings.weight.shape[1], device="meta")
     with torch.no_grad():
-        return word_embeddings(ids.to(word_embeddings.weight.device)).detach().float().clone()
+        return word_embeddings(ids.to(device_of(word_embeddings))).detach().float().clone()
 
 
 def tokens_of(text: str, count: int, config: Any) -> torch.Tensor:

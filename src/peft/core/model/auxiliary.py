@@ -11,7 +11,7 @@ from torch import nn
 
 from peft.core.adapter import part
 from peft.core.base.kinds import WHOLE, Kind, kind_of
-from peft.core.base.storage import copied
+from peft.core.base.storage import copied, offloading_hook
 from peft.core.base.storage.sharded import MARKS, tensors_in
 from peft.core.composition.expressions import Composition, Stack
 from peft.core.families import Rows
@@ -20,6 +20,7 @@ from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.switch import Switch
 from peft.core.model.record import known_record
 from peft.core.model.walk import AuxiliaryWrapper, Site, file_path, join, replace_module, walk
+from peft.utils.error import ConfigError
 
 
 class AuxiliaryTrainingWrapper(Switch, AuxiliaryWrapper):
@@ -315,6 +316,13 @@ class TrainedBiases:
 
     def add(self, name: str, sites: Iterable[tuple[nn.Module, str]]) -> None:
         """Record an adapter that trains these biases, from the base model's own values; what is applied stays so."""
+        sites = list(sites)
+        if kept := [type(m).__name__ for m, attribute in sites if _is_elsewhere(m, attribute)]:
+            raise ConfigError(
+                f"the adapter has biases, or other tensors, of the base model, and those of its {kept[0]} are "
+                "offloaded: each call brings the base's own. Load the base model without offloading, or train the "
+                "adapter with bias='none'."
+            )
         applied, trains = self.applied, any(p.requires_grad for _, p in self.parameters(self.applied or ""))
         self.apply(None)
         own = self.values.setdefault(name, {})
@@ -361,6 +369,11 @@ class TrainedBiases:
         if self.applied == name:
             self.apply(None)
         self.values.pop(name, None)
+
+
+def _is_elsewhere(module: nn.Module, attribute: str) -> bool:
+    """Whether accelerate keeps a tensor of a module away from it between two calls."""
+    return getattr(module, attribute).is_meta and offloading_hook(module) is not None
 
 
 def biases_of(model: nn.Module) -> TrainedBiases | None:

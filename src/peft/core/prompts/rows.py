@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft.core.base.storage import device_of
 from peft.core.model import operations
 from peft.core.model.context import BASE
 from peft.core.model.record import context_of
@@ -50,10 +51,10 @@ class Prompts:
 
     def add(self, name: str, encoder: VirtualTokens, in_float32: bool = True) -> None:
         """Take a prompt in, frozen, on the device of the embedding; its dtype too unless ``in_float32``."""
-        weight = self.word_embeddings.weight
+        weight, device = self.word_embeddings.weight, device_of(self.word_embeddings)
         dtype = weight.dtype if weight.is_floating_point() and not in_float32 else None
-        if weight.device.type != "meta" and not any(p.is_meta for p in encoder.parameters()):
-            encoder.to(weight.device, dtype)
+        if device.type != "meta" and not any(p.is_meta for p in encoder.parameters()):
+            encoder.to(device, dtype)
         if encoder.gates is not None and not self._gated:
             let_attentions_gate(self.model)
             self._gated = True
@@ -174,7 +175,7 @@ class Prompts:
         Args:
             stack: 0 for the encoder or the only stack, 1 for the decoder beside an encoder.
         """
-        context, names, device = context_of(self.model), self.in_use, self.word_embeddings.weight.device
+        context, names, device = context_of(self.model), self.in_use, device_of(self.word_embeddings)
         if not names:
             return None
         tasks = context.tasks(batch, device)
@@ -201,7 +202,7 @@ class Prompts:
         if not encoder.as_prefix:
             n = self.configs[name].num_virtual_tokens
             values = values[:, n * stack : n * (stack + 1)]
-        values = values.to(self.word_embeddings.weight.device)
+        values = values.to(device_of(self.word_embeddings))
         own = (encoder.attended, encoder.own_labels)
         rows = [None if given is None else given.to(values.device).expand(batch, -1) for given in own]
         return Feed(values, None, rows[0], rows[1])

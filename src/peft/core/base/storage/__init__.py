@@ -1,5 +1,6 @@
 """How modules keep their weights. A storage is registered once and serves every method, kind and operation."""
 
+import torch
 from torch import nn
 
 from peft.core.base.storage.aqlm import AQLM
@@ -60,6 +61,12 @@ def storage_of(m: nn.Module, attribute: str) -> Storage:
     if "_hf_hook" in m.__dict__ and attribute in m._parameters and offloading_hook(m) is not None:
         return _OFFLOADED.setdefault(found, Offloaded(found))
     return found
+
+
+def device_of(m: nn.Module, attribute: str = "weight") -> torch.device:
+    """Where a module computes with a weight, which may be kept elsewhere meanwhile."""
+    device, _ = storage_of(m, attribute).device_and_dtype(m, attribute)
+    return getattr(m, attribute).device if device is None else device
 
 
 def _inside(m: nn.Module, attribute: str) -> Storage:
