@@ -270,6 +270,13 @@ def zero(stage: int, rows: int | str = "auto") -> dict[str, Any]:
     }
 
 
+def compile_nothing() -> None:
+    """Have DeepSpeed do without its extension for processes on one machine, which takes minutes to compile."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 class ZeRO(Engine):
     """DeepSpeed's own partitioning of optimizer states and gradients (2), and of parameters (3).
 
@@ -283,7 +290,7 @@ class ZeRO(Engine):
     def wrap(self, model: PeftModel) -> Any:
         import deepspeed
 
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled first, for minutes
+        compile_nothing()
         config = zero(self.stage, 4 // torch.distributed.get_world_size())
         config["checkpoint"] = {"load_universal": self.universal}
         return deepspeed.initialize(model=model, optimizer=optimizer_for(model), config=config)[0]
@@ -597,6 +604,8 @@ def trainer(folder: str, engine: str, method: str, where: str) -> None:
     rows = [dict(zip(data, row)) for data in map(batch, range(STEPS)) for row in zip(*data.values())]
     for resumed in (False, True):
         given = copy.deepcopy(TRAINERS[engine])
+        if "deepspeed" in given:
+            compile_nothing()
         with as_accelerators():
             arguments = TrainingArguments(
                 where,

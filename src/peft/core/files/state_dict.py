@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from peft.core.base.storage import onloaded
 from peft.core.base.storage.sharded import fill, gathered, is_dtensor, partitioned, whole
 from peft.core.files.along import base_places, train_along, weights_under
+from peft.core.files.embeddings import embedding_sites, embeddings_beside, tell_no_embeddings
 from peft.core.files.entries import Entry, anatomy, configs_of, entries, prompts_of
 from peft.core.files.flattened import filling_units, standing_in, taken_out
 from peft.core.files.io import PREFIX, separate
@@ -22,12 +22,8 @@ from peft.core.files.vocabulary import is_resized
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.rewritten import stand_on
 from peft.core.model import operations
-from peft.core.model.auxiliary import ModulesToSaveWrapper, TrainableTokensWrapper
 from peft.core.model.walk import (
-    Site,
     bare,
-    embeddings_of,
-    file_path,
     join,
     layers_of,
     plain,
@@ -101,9 +97,9 @@ def get_peft_model_state_dict(
             found.update({entry.saved + suffix: part for suffix, part in parts.items()})
         if save_embedding_layers:
             every = save_embedding_layers is True or is_resized(root, config)
-            found.update(_embeddings(root, prefix, adapter_name, every))
+            found.update(embeddings_beside(root, prefix, adapter_name, every))
             if save_embedding_layers is True:
-                _tell_no_embeddings(root)
+                tell_no_embeddings(root)
         return separate(found)
 
 
@@ -114,14 +110,6 @@ def _is_done(model: nn.Module, adapter: str, given: dict[str, torch.Tensor]) -> 
     own = list(entries(model, adapter))
     saved = (f"{entry.saved}{end}" for entry in own for end in entry.split or ("",))
     return bool(own) and not any(entry.memory in given for entry in own) and all(name in given for name in saved)
-
-
-def _tell_no_embeddings(root: nn.Module) -> None:
-    if not any(_embedding_sites(root)):
-        warnings.warn(
-            f"save_embedding_layers=True does nothing: {type(root).__name__} does not say which its embeddings are "
-            "(get_input_embeddings). Name them in modules_to_save."
-        )
 
 
 @contextmanager
@@ -181,32 +169,6 @@ def _require_all(model: nn.Module, adapter: str, absent: dict[int, str]) -> None
             + (f" (and {len(lacking) - 5} more)" if len(lacking) > 5 else "")
             + ". Give one of the whole model, gathered from all ranks, or leave state_dict out."
         )
-
-
-def _embedding_sites(root: nn.Module) -> Iterator[tuple[Site, nn.Parameter]]:
-    """Where the input and the output embedding are, and their base weights."""
-    ends = embeddings_of(root)
-    for site in walk(root):
-        weight = site.module._parameters.get("weight")
-        if weight is not None and any(end is site.module for end in ends):
-            yield site, weight
-
-
-def _embeddings(root: nn.Module, prefix: str, adapter: str, always: bool) -> dict[str, torch.Tensor]:
-    """Base weights of the input and output embeddings that the adapter adapts (or of both, if ``always``)."""
-    found = {}
-    for site, _ in _embedding_sites(root):
-        around = [w for _, w in site.wrappers if isinstance(w, BaseTunerLayer) and adapter in w]
-        # Trained rows, and copies of whole modules, are tensors of the adapter itself.
-        adapted = any(not (w.adapter_cls.follows_ties or w.adapter_cls.any_module) for w in around)
-        copied = any(isinstance(w, ModulesToSaveWrapper) and adapter in w for _, w in site.wrappers)
-        if adapted or (always and not copied):
-            # the file format names the place below trained tokens, not that of the plain table
-            here = [(p, w) for p, w in site.wrappers if not (isinstance(w, TrainableTokensWrapper) and adapter in w)]
-            path = file_path(join(site.path, "weight"), adapter, [*site.above, *here])
-            with onloaded(site.module):  # accelerate may keep it elsewhere
-                found[prefix + plain(path)] = whole(site.module._parameters["weight"]).detach()  # type: ignore[arg-type]
-    return found
 
 
 def set_peft_model_state_dict(
@@ -384,7 +346,7 @@ def joined(state_dict: dict[str, torch.Tensor], own: list[Entry], prefix: str) -
 def base_weights(root: nn.Module, prefix: str) -> dict[str, Entry]:
     """Base weights of embeddings, which files may hold beside the adapter."""
     found = {}
-    for site, weight in _embedding_sites(root):
+    for site, weight in embedding_sites(root):
         entry = Entry(prefix + plain(join(site.path, "weight")), "", weight)
         found[entry.saved] = found[prefix + join(site.key, "weight")] = entry
         found[prefix + join(site.key, "base_layer.weight")] = entry
