@@ -6,12 +6,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from peft.core.base.storage import onloaded
+from peft.core.base.storage import offloading_hook, onloaded, storage_of
 from peft.core.base.storage.sharded import fill, gathered, is_dtensor, partitioned, whole
 from peft.core.files.along import base_places, train_along, weights_under
 from peft.core.files.entries import Entry, anatomy, configs_of, entries, prompts_of
@@ -368,10 +369,17 @@ def base_weights(root: nn.Module, prefix: str) -> dict[str, Entry]:
     """Base weights of embeddings, which files may hold beside the adapter."""
     found = {}
     for site, weight in _embedding_sites(root):
-        entry = Entry(prefix + plain(join(site.path, "weight")), "", weight)
+        away = weight.is_meta and offloading_hook(site.module) is not None  # the copy is to reach where it is kept
+        put = partial(_put_away, site.module) if away else None
+        entry = Entry(prefix + plain(join(site.path, "weight")), "", weight, put=put)
         found[entry.saved] = found[prefix + join(site.key, "weight")] = entry
         found[prefix + join(site.key, "base_layer.weight")] = entry
     return found
+
+
+def _put_away(module: nn.Module, value: torch.Tensor) -> None:
+    weight = module.get_parameter("weight")
+    storage_of(module, "weight").write(module, "weight", value.to(weight.dtype))
 
 
 def _mismatch(model: nn.Module, adapter: str, wrong: list[tuple[Entry, torch.Tensor]]) -> str:
