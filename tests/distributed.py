@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import os
 import tempfile
@@ -97,11 +98,11 @@ def optimizer_for(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(trained, lr=1e-2, eps=1e-3, weight_decay=0.0, foreach=False)
 
 
-def train(model: Any, optimizer: Any, steps: range, rows: slice = slice(None)) -> list[float]:
+def train(model: Any, optimizer: Any, steps: range, rows: slice = slice(None), **given: Any) -> list[float]:
     """The losses of these steps."""
     losses = []
     for step in steps:
-        loss = model(**{name: value[rows] for name, value in batch(step).items()}).loss
+        loss = model(**{name: value[rows] for name, value in batch(step).items()}, **given).loss
         if isinstance(optimizer, torch.optim.Optimizer):
             loss.backward()
             optimizer.step()
@@ -270,16 +271,21 @@ def zero(stage: int, rows: int | str = "auto") -> dict[str, Any]:
 
 
 class ZeRO(Engine):
-    """DeepSpeed's own partitioning of optimizer states and gradients (2), and of parameters (3)."""
+    """DeepSpeed's own partitioning of optimizer states and gradients (2), and of parameters (3).
 
-    def __init__(self, stage: int) -> None:
-        self.stage = stage
+    Args:
+        universal: it goes on from a checkpoint of any number of processes, which ``universal`` has converted.
+    """
+
+    def __init__(self, stage: int, universal: bool = False) -> None:
+        self.stage, self.universal = stage, universal
 
     def wrap(self, model: PeftModel) -> Any:
         import deepspeed
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled first, for minutes
         config = zero(self.stage, 4 // torch.distributed.get_world_size())
+        config["checkpoint"] = {"load_universal": self.universal}
         return deepspeed.initialize(model=model, optimizer=optimizer_for(model), config=config)[0]
 
     def optimizer(self, wrapped: Any) -> Any:
@@ -305,13 +311,16 @@ ENGINES: dict[str, Engine] = {
     "fsdp2_nf4": QFSDP2(),
     "tp": TP(),
 }
+UNIVERSAL: dict[str, Engine] = {"zero2": ZeRO(2, universal=True), "zero3": ZeRO(3, universal=True)}
 
 
 @lru_cache(None)
-def alone(folder: str, method: str, load: Callable[[str], nn.Module] | None) -> tuple[list[float], dict[str, Any]]:
-    """The losses of three steps in one process, and the adapter after them."""
+def alone(
+    folder: str, method: str, load: Callable[[str], nn.Module] | None, **given: Any
+) -> tuple[list[float], dict[str, Any]]:
+    """The losses of three steps in one process, and the adapter after them; ``given`` goes to the model's call."""
     model = adapted(folder, method, load)
-    losses = train(model, optimizer_for(model), range(STEPS))
+    losses = train(model, optimizer_for(model), range(STEPS), **given)
     return losses, get_peft_model_state_dict(model)
 
 
@@ -343,13 +352,36 @@ def break_off(folder: str, engine: str, method: str, where: str) -> None:
     on.save(model, optimizer, where)
 
 
-def go_on(folder: str, engine: str, method: str, where: str, by_oneself: bool = False) -> None:
+def universal(where: str) -> None:
+    """Convert DeepSpeed's checkpoint to one for any number of processes, as its script does."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    if torch.distributed.get_rank() == 0:
+        step = f"{where}/global_step{STEPS - 1}"
+        ds_to_universal.main(
+            argparse.Namespace(
+                input_folder=step,
+                output_folder=f"{step}_universal",
+                num_extract_workers=1,
+                num_merge_workers=1,
+                keep_temp_folder=False,
+                strict=True,
+                inject_missing_state=True,
+            )
+        )
+    torch.distributed.barrier()
+
+
+def go_on(
+    folder: str, engine: str, method: str, where: str, by_oneself: bool = False, converted: bool = False
+) -> None:
     """The last step from a checkpoint: the loss and the adapter are those of a training without a break.
 
     Args:
         by_oneself: on the first process alone, whatever number has written the checkpoint.
+        converted: the checkpoint is DeepSpeed's universal one.
     """
-    on = ENGINES[engine]
+    on = (UNIVERSAL if converted else ENGINES)[engine]
     losses, adapter = alone(folder, method, on.load_alone)
     if by_oneself:
         if torch.distributed.get_rank() != 0:
@@ -423,6 +455,21 @@ def savings(folder: str, engine: str, method: str) -> None:
         same(tensors, adapter)
 
 
+def empty(folder: str) -> nn.Module:
+    """The base with parameters on the meta device, for processes that get their values from another one."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    make_buffers(model)
+    return model
+
+
+def make_buffers(model: nn.Module) -> None:
+    """Those outside of the state dict, which each process has to make."""
+    for module in model.modules():
+        if hasattr(module, "inv_freq"):
+            module.__init__(module.config)
+
+
 def loaded_by_the_first(folder: str, method: str, emptied: bool) -> None:
     """Only the first process has the values of base and adapter; by torch's broadcast all train as one process does.
 
@@ -433,16 +480,10 @@ def loaded_by_the_first(folder: str, method: str, emptied: bool) -> None:
     losses, adapter = alone(folder, method, None)
     first = torch.distributed.get_rank() == 0
 
-    def empty(folder: str) -> nn.Module:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-
     model = adapted(folder, method, None if first else empty)
     values = copy.deepcopy(model.state_dict()) if first else {}
     wrapped = on.wrap(model.to("meta") if emptied else model)
-    for module in model.modules():  # buffers outside of the state dict are for each process to make
-        if hasattr(module, "inv_freq"):
-            module.__init__(module.config)
+    make_buffers(model)
     set_model_state_dict(wrapped, values, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     found = train(wrapped, on.optimizer(wrapped), range(STEPS), on.rows())
     torch.testing.assert_close(on.loss_of_all(found), torch.tensor(losses), rtol=1e-5, atol=1e-5)
@@ -543,13 +584,16 @@ TRAINERS: dict[str, dict[str, Any]] = {
     "fsdp1_one_unit": fsdp(1, use_orig_params=True),
     "fsdp2": fsdp(2),
     "fsdp2_parts": fsdp(2, state_dict_type="SHARDED_STATE_DICT"),
+    "fsdp1_first": fsdp(1, use_orig_params=True, cpu_ram_efficient_loading=True, sync_module_states=True),
+    "fsdp2_first": fsdp(2, cpu_ram_efficient_loading=True),
 }
-"""What a user gives to TrainingArguments."""
+"""What a user gives to TrainingArguments. "first": the other processes have no values of base and adapter."""
 
 
 def trainer(folder: str, engine: str, method: str, where: str) -> None:
     """`Trainer` by its arguments: three steps, what it saves, and the third step from its checkpoint of two."""
-    losses, adapter = alone(folder, method, None)
+    # The Trainer divides by five of a row's six tokens, as no token predicts the first; the last virtual token does.
+    losses, adapter = alone(folder, method, None, num_items_in_batch=20)
     rows = [dict(zip(data, row)) for data in map(batch, range(STEPS)) for row in zip(*data.values())]
     for resumed in (False, True):
         given = copy.deepcopy(TRAINERS[engine])
@@ -569,7 +613,12 @@ def trainer(folder: str, engine: str, method: str, where: str) -> None:
                 disable_tqdm=True,
                 **given,
             )
-            run = Trainer(adapted(folder, method), arguments, train_dataset=rows)
+            load = empty if engine.endswith("_first") and torch.distributed.get_rank() != 0 else None
+            model = adapted(folder, method, load)
+            for module in model.modules():  # accelerate knows the optimizer's by their memory, which copies lack here
+                if any(p.is_meta and p.requires_grad for p in module.parameters(recurse=False)):
+                    module.to_empty(device="cpu", recurse=False)
+            run = Trainer(model, arguments, train_dataset=rows)
             run.train(resume_from_checkpoint=f"{where}/checkpoint-{STEPS - 1}" if resumed else None)
             if engine == "fsdp2_parts":  # of which transformers saves checkpoints only
                 run.model.save_pretrained(f"{where}/adapter", is_main_process=run.is_world_process_zero())
@@ -616,7 +665,7 @@ class Crew:
             self.pipes.append(ours)
             self.processes.append(process)
 
-    def run(self, *job: Any, seconds: float = 120) -> None:
+    def run(self, *job: Any, seconds: float = 300) -> None:
         """Let all of them do it; AssertionError with what went wrong in each, or if one does not answer."""
         for pipe in self.pipes:
             pipe.send(job)

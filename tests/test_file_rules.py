@@ -72,6 +72,19 @@ def write(folder, tensors, **config):
 # --- values come from the state dict --------------------------------------------------------------------------
 
 
+def test_an_adapter_s_state_dict_is_given_back(method, tmp_path):
+    """Scripts of alpaca-lora's kind let ``model.state_dict`` give the adapter alone, and then save the model."""
+    model = method()
+    own = get_peft_model_state_dict(model)
+    again = get_peft_model_state_dict(model, own)
+    assert again.keys() == own.keys() and all(torch.equal(again[name], own[name]) for name in own)
+    whole = model.state_dict
+    model.state_dict = lambda *args, **kwargs: get_peft_model_state_dict(model, whole())
+    model.save_pretrained(tmp_path, state_dict=model.state_dict())  # as the Trainer does
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert saved.keys() == own.keys() and all(torch.equal(saved[name], own[name]) for name in own)
+
+
 def test_a_given_state_dict_is_all_that_is_read(method):
     """As ZeRO-3 leaves the model: its own tensors are empty, and the whole state dict is gathered elsewhere."""
     model = method()

@@ -85,10 +85,11 @@ def extract_adapter(
             grew; quantised weights, or some that are not finite; nothing changed. Nothing is written then.
     """
     check_size(rank, energy)
-    for what, folder in (("base", base), ("fine-tuned", tuned)):
-        if os.path.realpath(folder) == os.path.realpath(
-            output
-        ):  # transformers loads an adapter beside a model with it
+    for what, folder in (
+        ("base", base),
+        ("fine-tuned", tuned),
+    ):  # transformers loads an adapter beside a model with it
+        if os.path.realpath(folder) == os.path.realpath(output):
             raise ValueError(f"the output {os.fspath(output)!r} is the folder of the {what} model: name another one.")
     job = _Extractor(Shards(base), Shards(tuned), skeleton(base, model), rank, energy, seed)
     job.read()

@@ -130,10 +130,8 @@ class _KeepsAs(TorchFunctionMode):
         # Models ask whether a mask is full, which has no answer without values: the usual one is given.
         elif func in _QUESTIONS and len(args) == 1 and not kwargs and args[0].is_meta:
             return torch.tensor(_QUESTIONS[func])
-        elif (
-            func in _GROUPED and args[0].is_meta
-        ):  # refused there but in bfloat16; one expert's product keeps the same
-            return args[0] @ args[1][0]
+        elif func in _GROUPED and args[0].is_meta:  # which refuses all but bfloat16
+            return args[0] @ args[1][0]  # one expert's product keeps the same
         elif func is nn.functional.dropout and self.fuses:
             given = {"p": 0.5, "training": True, **dict(zip(("input", "p", "training"), args)), **kwargs}
             if given["training"]:

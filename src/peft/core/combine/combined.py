@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from peft.core.base.stack import Stack
@@ -248,9 +249,5 @@ def _quantile(values: torch.Tensor, q: float) -> float:
 
 def resized(tensor: torch.Tensor, size: int, dim: int) -> torch.Tensor:
     """The tensor with zeros appended along one axis."""
-    missing = size - tensor.shape[dim]
-    if not missing:
-        return tensor
-    shape = list(tensor.shape)
-    shape[dim] = missing
-    return torch.cat([tensor, tensor.new_zeros(shape)], dim)
+    missing, behind = size - tensor.shape[dim], tensor.dim() - 1 - dim % tensor.dim()
+    return F.pad(tensor, (0, 0) * behind + (0, missing)) if missing else tensor

@@ -59,7 +59,8 @@ def get_peft_model_state_dict(
         model: a :class:`PeftModel`, or any module with adapters; compiled, or wrapped by FSDP, if need be.
         state_dict: take the values from this state dict of the whole model, as FSDP or ZeRO-3 have gathered it, and
             read no tensor of the model itself. By default it is ``model.state_dict()``, for which all processes have
-            to call this. An empty one, which other ranks than the first get (FSDP), gives an empty result.
+            to call this. An empty one, which other ranks than the first get (FSDP), gives an empty result, and one
+            that this function has given (models whose ``state_dict`` calls it) is given back.
         unwrap_compiled: not needed; what ``torch.compile`` puts around a module never shows in names.
         save_embedding_layers: also give the base weights of the embeddings; "auto": of those that are adapted, and of
             all if the vocabulary has another size than that of the base model's config (which is looked up in its
@@ -85,6 +86,8 @@ def get_peft_model_state_dict(
             return get_peft_model_state_dict(outer, outer.state_dict(), adapter_name, False, save_embedding_layers)
     if not (given := outer.state_dict() if state_dict is None else state_dict):
         return {}
+    if state_dict is not None and _is_done(model, adapter_name, given):
+        return separate(given)
     with standing_in(model, taken_out(model, given)), _holding(model, given) as absent:
         _require_all(model, adapter_name, absent)
         found, seen = {}, set()
@@ -100,12 +103,26 @@ def get_peft_model_state_dict(
         if save_embedding_layers:
             every = save_embedding_layers is True or is_resized(root, config)
             found.update(_embeddings(root, prefix, adapter_name, every))
-            if save_embedding_layers is True and not any(_embedding_sites(root)):
-                warnings.warn(
-                    f"save_embedding_layers=True does nothing: {type(root).__name__} does not say which its "
-                    "embeddings are (get_input_embeddings). Name them in modules_to_save."
-                )
+            if save_embedding_layers is True:
+                _tell_no_embeddings(root)
         return separate(found)
+
+
+def _is_done(model: nn.Module, adapter: str, given: dict[str, torch.Tensor]) -> bool:
+    """Whether a state dict has the adapter's tensors by their names in files, and not by those in the model."""
+    if (prompts := prompts_of(model)) and adapter in prompts.adapter_names and "prompt_embeddings" not in given:
+        return False  # asking an encoder for its tensors computes, and the model's own may be elsewhere
+    own = list(entries(model, adapter))
+    saved = (f"{entry.saved}{end}" for entry in own for end in entry.split or ("",))
+    return bool(own) and not any(entry.memory in given for entry in own) and all(name in given for name in saved)
+
+
+def _tell_no_embeddings(root: nn.Module) -> None:
+    if not any(_embedding_sites(root)):
+        warnings.warn(
+            f"save_embedding_layers=True does nothing: {type(root).__name__} does not say which its embeddings are "
+            "(get_input_embeddings). Name them in modules_to_save."
+        )
 
 
 @contextmanager

@@ -68,12 +68,12 @@ def _mixed(layer: BaseTunerLayer, names: tuple[str, ...], args: tuple, kwargs: d
     if not here and not kind.companions:
         return layer.base_layer(*args, **kwargs)
     alone = kind.opaque or kind.whole or axis or team_of(layer, first) is not None
-    if alone or any(adapter.only_folds() or adapter.stand_in() is not None for adapter in here):
-        return split(layer, groups, args, kwargs)
-    if len(args) == 1 and not kwargs and not is_plain():
+    if not alone and len(args) == 1 and not kwargs and not is_plain():
         y = _grouped(layer, groups, adapters, args[0])
         if y is not None:
             return y
+    if alone or any(adapter.only_folds() or adapter.stand_in() is not None for adapter in here):
+        return split(layer, groups, args, kwargs)
     if here and all(adapter.prefers_folding() for adapter in here) and layer.may_bypass_base(first):
         return split(layer, groups, args, kwargs)
     return _updates(layer, groups, adapters, args, kwargs)

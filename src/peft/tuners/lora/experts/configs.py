@@ -57,9 +57,9 @@ def convert_peft_config_for_transformers(peft_config: Any, model: nn.Module, con
     parameters = set(peft_config.target_parameters or ()) | _router_parameters(model, routers)
     for tail in dict.fromkeys(f.tail for f in chosen):
         group = [f for f in chosen if f.tail == tail]
-        whole = len(group) == sum(f.tail == tail for f in fused)
-        parameters |= {tail} if whole else {f.path for f in group}
-        _set_rank(peft_config, group, tail if whole else None)
+        every = len(group) == sum(f.tail == tail for f in fused)
+        parameters |= {tail} if every else {f.path for f in group}
+        _set_rank(peft_config, group, tail if every else None)
     peft_config.target_parameters = sorted(parameters)
     _drop_targets(peft_config, model, chosen, {name for names in routers.values() for name in names})
 
@@ -148,11 +148,8 @@ def _set_rank(config: Any, group: list[Fused], tail: str | None) -> None:
 
 
 def _resolved(config: Any, field: str, names: list[str], default: Any) -> Any:
-    for name in names:
-        value = resolve_pattern(getattr(config, field), name, None)
-        if value is not None:
-            return value
-    return default
+    found = (resolve_pattern(getattr(config, field), name, None) for name in names)
+    return next((value for value in found if value is not None), default)
 
 
 def _routers(config: Any, model: nn.Module, conversions: list[Any]) -> dict[str, tuple[str, ...]]:
