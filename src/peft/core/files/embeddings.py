@@ -1,12 +1,20 @@
-"""Which name an embedding has in a model, and whether it wears an adapter."""
+"""The embeddings of a model, as files know them: their base weights beside an adapter, and their names."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
+from peft.core.base.storage import offloading_hook, onloaded, storage_of
+from peft.core.base.storage.sharded import whole
+from peft.core.files.entries import Entry
 from peft.core.layer.layer import BaseTunerLayer
+from peft.core.model.auxiliary import ModulesToSaveWrapper, TrainableTokensWrapper
+from peft.core.model.walk import Site, embeddings_of, file_path, join, plain, walk
 
 
 def has_valid_embedding_base_layer(layer: Any) -> bool:
@@ -27,3 +35,46 @@ def get_embedding_layer_name(model: nn.Module, layer: nn.Module, is_embedding_in
             return None
         layer = layer.get_base_layer()
     return next((name for name, module in model.named_modules() if module is layer), None)
+
+
+def embedding_sites(root: nn.Module) -> Iterator[tuple[Site, nn.Parameter]]:
+    """Where the input and the output embedding are, and their base weights."""
+    ends = embeddings_of(root)
+    for site in walk(root):
+        weight = site.module._parameters.get("weight")
+        if weight is not None and any(end is site.module for end in ends):
+            yield site, weight
+
+
+def embeddings_of_adapter(root: nn.Module, prefix: str, adapter: str, always: bool) -> dict[str, torch.Tensor]:
+    """Base weights of the input and output embeddings that the adapter adapts (or of both, if ``always``)."""
+    found = {}
+    for site, _ in embedding_sites(root):
+        around = [w for _, w in site.wrappers if isinstance(w, BaseTunerLayer) and adapter in w]
+        # Trained rows, and copies of whole modules, are tensors of the adapter itself.
+        adapted = any(not (w.adapter_cls.follows_ties or w.adapter_cls.any_module) for w in around)
+        copied = any(isinstance(w, ModulesToSaveWrapper) and adapter in w for _, w in site.wrappers)
+        if adapted or (always and not copied):
+            # the file format names the place below trained tokens, not that of the plain table
+            here = [(p, w) for p, w in site.wrappers if not (isinstance(w, TrainableTokensWrapper) and adapter in w)]
+            path = file_path(join(site.path, "weight"), adapter, [*site.above, *here])
+            with onloaded(site.module):  # accelerate may keep it elsewhere
+                found[prefix + plain(path)] = whole(site.module._parameters["weight"]).detach()  # type: ignore[arg-type]
+    return found
+
+
+def base_weights(root: nn.Module, prefix: str) -> dict[str, Entry]:
+    """Base weights of embeddings, which files may hold beside the adapter."""
+    found = {}
+    for site, weight in embedding_sites(root):
+        away = weight.is_meta and offloading_hook(site.module) is not None  # the copy is to reach where it is kept
+        put = partial(_put_away, site.module) if away else None
+        entry = Entry(prefix + plain(join(site.path, "weight")), "", weight, put=put)
+        found[entry.saved] = found[prefix + join(site.key, "weight")] = entry
+        found[prefix + join(site.key, "base_layer.weight")] = entry
+    return found
+
+
+def _put_away(module: nn.Module, value: torch.Tensor) -> None:
+    weight = module.get_parameter("weight")
+    storage_of(module, "weight").write(module, "weight", value.to(weight.dtype))

@@ -6,15 +6,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from peft.core.base.storage import offloading_hook, onloaded, storage_of
 from peft.core.base.storage.sharded import fill, gathered, is_dtensor, partitioned, whole
 from peft.core.files.along import base_places, train_along, weights_under
+from peft.core.files.embeddings import base_weights, embedding_sites, embeddings_of_adapter
 from peft.core.files.entries import Entry, anatomy, configs_of, entries, prompts_of
 from peft.core.files.flattened import filling_units, standing_in, taken_out
 from peft.core.files.io import PREFIX, separate
@@ -23,12 +22,8 @@ from peft.core.files.vocabulary import is_resized
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.rewritten import stand_on
 from peft.core.model import operations
-from peft.core.model.auxiliary import ModulesToSaveWrapper, TrainableTokensWrapper
 from peft.core.model.walk import (
-    Site,
     bare,
-    embeddings_of,
-    file_path,
     join,
     layers_of,
     plain,
@@ -102,9 +97,9 @@ def get_peft_model_state_dict(
             found.update({entry.saved + suffix: part for suffix, part in parts.items()})
         if save_embedding_layers:
             every = save_embedding_layers is True or is_resized(root, config)
-            found.update(_embeddings(root, prefix, adapter_name, every))
+            found.update(embeddings_of_adapter(root, prefix, adapter_name, every))
             if save_embedding_layers is True:
-                _tell_no_embeddings(root)
+                _tell_noembeddings_of_adapter(root)
         return separate(found)
 
 
@@ -117,8 +112,8 @@ def _is_done(model: nn.Module, adapter: str, given: dict[str, torch.Tensor]) -> 
     return bool(own) and not any(entry.memory in given for entry in own) and all(name in given for name in saved)
 
 
-def _tell_no_embeddings(root: nn.Module) -> None:
-    if not any(_embedding_sites(root)):
+def _tell_noembeddings_of_adapter(root: nn.Module) -> None:
+    if not any(embedding_sites(root)):
         warnings.warn(
             f"save_embedding_layers=True does nothing: {type(root).__name__} does not say which its embeddings are "
             "(get_input_embeddings). Name them in modules_to_save."
@@ -182,32 +177,6 @@ def _require_all(model: nn.Module, adapter: str, absent: dict[int, str]) -> None
             + (f" (and {len(lacking) - 5} more)" if len(lacking) > 5 else "")
             + ". Give one of the whole model, gathered from all ranks, or leave state_dict out."
         )
-
-
-def _embedding_sites(root: nn.Module) -> Iterator[tuple[Site, nn.Parameter]]:
-    """Where the input and the output embedding are, and their base weights."""
-    ends = embeddings_of(root)
-    for site in walk(root):
-        weight = site.module._parameters.get("weight")
-        if weight is not None and any(end is site.module for end in ends):
-            yield site, weight
-
-
-def _embeddings(root: nn.Module, prefix: str, adapter: str, always: bool) -> dict[str, torch.Tensor]:
-    """Base weights of the input and output embeddings that the adapter adapts (or of both, if ``always``)."""
-    found = {}
-    for site, _ in _embedding_sites(root):
-        around = [w for _, w in site.wrappers if isinstance(w, BaseTunerLayer) and adapter in w]
-        # Trained rows, and copies of whole modules, are tensors of the adapter itself.
-        adapted = any(not (w.adapter_cls.follows_ties or w.adapter_cls.any_module) for w in around)
-        copied = any(isinstance(w, ModulesToSaveWrapper) and adapter in w for _, w in site.wrappers)
-        if adapted or (always and not copied):
-            # the file format names the place below trained tokens, not that of the plain table
-            here = [(p, w) for p, w in site.wrappers if not (isinstance(w, TrainableTokensWrapper) and adapter in w)]
-            path = file_path(join(site.path, "weight"), adapter, [*site.above, *here])
-            with onloaded(site.module):  # accelerate may keep it elsewhere
-                found[prefix + plain(path)] = whole(site.module._parameters["weight"]).detach()  # type: ignore[arg-type]
-    return found
 
 
 def set_peft_model_state_dict(
@@ -380,23 +349,6 @@ def joined(state_dict: dict[str, torch.Tensor], own: list[Entry], prefix: str) -
                     shapes = {saved + suffix: list(part.shape) for suffix, part in parts.items()}
                     raise CheckpointError(f"these tensors do not fit together: {shapes} ({error})") from error
     return joined
-
-
-def base_weights(root: nn.Module, prefix: str) -> dict[str, Entry]:
-    """Base weights of embeddings, which files may hold beside the adapter."""
-    found = {}
-    for site, weight in _embedding_sites(root):
-        away = weight.is_meta and offloading_hook(site.module) is not None  # the copy is to reach where it is kept
-        put = partial(_put_away, site.module) if away else None
-        entry = Entry(prefix + plain(join(site.path, "weight")), "", weight, put=put)
-        found[entry.saved] = found[prefix + join(site.key, "weight")] = entry
-        found[prefix + join(site.key, "base_layer.weight")] = entry
-    return found
-
-
-def _put_away(module: nn.Module, value: torch.Tensor) -> None:
-    weight = module.get_parameter("weight")
-    storage_of(module, "weight").write(module, "weight", value.to(weight.dtype))
 
 
 def _mismatch(model: nn.Module, adapter: str, wrong: list[tuple[Entry, torch.Tensor]]) -> str:
