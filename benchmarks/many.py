@@ -2,8 +2,8 @@
 
     BENCHMARK_CLOCK=cpu OMP_NUM_THREADS=1 python benchmarks/many.py [--widths 1024] [--ranks 16,64] [--tokens 1,512]
 
-is the table of an Arrow router over eight adapters, two for each token: its update of one layer (routing, products and
-all calls) as a ratio to what all eight take, each in turn as the formula says, or by two stacked products. It goes to
+is the table of an Arrow router over eight adapters, two for each token: routing and products of one layer as a ratio
+to what all eight take, one by one as the formula says, or by two stacked products. It goes to
 ``benchmarks/RESULTS.md`` unless a size is picked.
 
 A library without `MultiAdapterTrainer` and `AdapterPool` has no figures for these, but for the loading of an adapter.
@@ -129,6 +129,10 @@ def brought(load_thirtieth: Callable[[], dict[str, float]], shape: dict[str, int
 # --- routed --------------------------------------------------------------------------------------------------
 EXPERTS, CHOSEN = 8, 2
 SIZES = {"widths": [576, 1024, 4096], "ranks": [8, 16, 32, 64, 128], "tokens": [1, 8, 64, 512, 2048]}
+LEGEND = (
+    f"Each cell: {CHOSEN} of {EXPERTS} experts / all of them one by one, / all of them stacked; the same forward and "
+    "backward to x."
+)
 
 
 def routed(width: int, rank: int, count: int, backward: bool) -> tuple[float, float]:
@@ -136,22 +140,12 @@ def routed(width: int, rank: int, count: int, backward: bool) -> tuple[float, fl
 
     With ``backward`` the gradient of the layer's input is computed too.
     """
-    from peft.tuners.lora.arrow_products import mixed_by_stack, route, stacked
+    from peft.tuners.lora.arrow import direction
+    from peft.tuners.lora.arrow_products import mixed, mixed_by_stack, route, stacked
 
     torch.manual_seed(0)
-    names = [f"e{i}" for i in range(EXPERTS)]
-    options = {"r": rank, "lora_alpha": rank, "target_modules": ["0"], "init_lora_weights": False}
-    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(width, width)), LoraConfig(**options), names[0])
-    for name in names[1:]:
-        model.add_adapter(name, LoraConfig(**options))
-    arrow = peft.ArrowConfig(top_k=CHOSEN, task_adapter_names=names)
-    model.add_adapter("router", LoraConfig(r=rank, target_modules=["0"], arrow_config=arrow))
-    model.set_adapter("router")
-    model.requires_grad_(False)
-    layer = model.base_model.model[0]
-    router, experts = layer.adapters["router"], [layer.adapters[name] for name in names]
-    pairs = [(a.detach(), b.detach()) for a, b in (expert.pair() for expert in experts)]
-    directions, stack = router.experts(experts).directions, stacked(pairs, [1.0] * EXPERTS, once=False)
+    pairs = [(torch.randn(rank, width) / width**0.5, torch.randn(width, rank) / rank**0.5) for _ in range(EXPERTS)]
+    directions, stack = torch.stack([direction(a, b) for a, b in pairs]), stacked(pairs, [1.0] * EXPERTS, once=False)
     x, dy = torch.randn(count, width).requires_grad_(backward), torch.randn(count, width)
 
     def in_turn_of_experts() -> torch.Tensor:
@@ -165,7 +159,7 @@ def routed(width: int, rank: int, count: int, backward: bool) -> tuple[float, fl
         return lambda: torch.autograd.grad(way(), x, dy) if backward else way()
 
     ways = (
-        lambda: router.delta(x),
+        lambda: mixed(x, directions, CHOSEN, 1.0, pairs, stack),
         in_turn_of_experts,
         lambda: mixed_by_stack(x, *route(x, directions, CHOSEN, 1.0), stack),
     )
@@ -198,7 +192,8 @@ def main() -> None:
             lines.append(f"| {width:,} | {rank} | {' | '.join(cells)} |")
             print(lines[-1], flush=True)
     if not any(options.values()):
-        write_section("many.py", "\n".join([*measured_with(None, torch.get_num_threads()), "", *lines]))
+        head = measured_with(None, torch.get_num_threads())
+        write_section("many.py", "\n".join([*head, LEGEND, "", *lines]))
 
 
 if __name__ == "__main__":

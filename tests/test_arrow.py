@@ -188,7 +188,7 @@ def test_few_tokens_and_low_ranks_go_through_all_experts() -> None:
 @pytest.mark.parametrize("tokens", [1, 4])
 def test_autocast_and_inference_mode(cheaper: bool, tokens: int, tmp_path: Path, monkeypatch: Any) -> None:
     """What is kept of a call in inference mode serves one with gradients."""
-    monkeypatch.setattr("peft.tuners.lora.arrow.is_stack_cheaper", lambda *args: cheaper)
+    monkeypatch.setattr("peft.tuners.lora.arrow_products.is_stack_cheaper", lambda *args: cheaper)
     model = routed(tmp_path, top_k=2)
     x = X.flatten(0, -2)[:tokens]
     with torch.inference_mode():

@@ -14,6 +14,8 @@ from torch import nn
 from toys import Mlp, tiny_llama
 from transformers import (
     AutoModelForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForQuestionAnswering,
     BertForSequenceClassification,
@@ -40,6 +42,7 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.core.model.walk import layers_of
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 
@@ -224,6 +227,13 @@ def bert(cls: type) -> nn.Module:
         num_labels=2 if cls is BertForQuestionAnswering else 3,
     )
     return cls(config)
+
+
+def bart() -> nn.Module:
+    """A tiny BART."""
+    sizes = {f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in
+             (("layers", 1), ("attention_heads", 2), ("ffn_dim", 16))}  # fmt: skip
+    return BartForConditionalGeneration(BartConfig(vocab_size=32, d_model=16, max_position_embeddings=16, **sizes))
 
 
 def t5() -> nn.Module:
@@ -771,6 +781,28 @@ class TestTied:
         assert merged.lm_head.weight is merged.model.embed_tokens.weight
         assert merged.config.tie_word_embeddings
         torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("architecture", ["t5", "bart"])
+    def test_ensure_weight_tying_reaches_every_embedding(self, architecture, tmp_path):
+        def base():
+            torch.manual_seed(0)
+            return (t5() if architecture == "t5" else bart()).eval()
+
+        config = lora(target_modules=["shared"], ensure_weight_tying=True, init_lora_weights=False, task_type=None)
+        model = get_peft_model(base(), config).eval()
+        holders = [layer for _, layer in layers_of(model.get_base_model())]
+        assert len(holders) == 4 and sum(len(list(layer.adapter_parameters("default"))) for layer in holders) == 2
+        for layer in holders:
+            torch.testing.assert_close(
+                layer.get_delta_weight("default"), holders[0].get_delta_weight("default"), check_stride=False
+            )
+        expected = logits(model, decoder_input_ids=IDS)
+        model.save_pretrained(tmp_path)
+        again = PeftModel.from_pretrained(base(), tmp_path)
+        torch.testing.assert_close(logits(again, decoder_input_ids=IDS), expected)
+        merged = model.merge_and_unload()
+        assert merged.lm_head.weight is merged.get_encoder().embed_tokens.weight
+        torch.testing.assert_close(logits(merged, decoder_input_ids=IDS), expected, rtol=1e-4, atol=1e-5)
 
     def test_ensure_weight_tying_trains_both_ends_as_one(self):
         model = tied(lora(target_modules=["embed_tokens"], ensure_weight_tying=True)).double()

@@ -223,7 +223,7 @@ def test_tensors_are_those_of_the_reference_up_to_signs(case):
     for name, cls in (("corda_config", CordaConfig), ("lora_ga_config", LoraGAConfig)):
         if name in fields:
             fields[name] = cls(**fields[name])
-    config, model = LoraConfig(r=2, lora_alpha=4, target_modules=["l1", "l2"], **fields), two()
+    config, model = LoraConfig(**{"r": 2, "lora_alpha": 4, "target_modules": ["l1", "l2"], **fields}), two()
     if config.init_lora_weights == "corda":
         preprocess_corda(model, config, lambda: [model(X[:20]), model(X[20:])])
     if config.init_lora_weights == "lora_ga":

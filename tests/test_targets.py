@@ -37,6 +37,7 @@ from peft.core.model.walk import layers_of
 from peft.helpers import rescale_adapter_scale
 from peft.testing.cells import Method, base_weights, perturb
 from peft.testing.places import Chain
+from peft.utils.error import UndeclaredBiasError
 from peft.utils.other import ModulesToSaveWrapper
 from peft.utils.peft_types import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.save_and_load import get_peft_model_state_dict
@@ -629,7 +630,7 @@ class TestBiasesThatMergingMakes:
         model = self.adapted(["lm_head", "q_proj"])
         before = base_weights(model)
         with pytest.raises(
-            ValueError, match="lm_head a bias .* LlamaForCausalLM does not have.*undeclared_biases=True"
+            UndeclaredBiasError, match="lm_head a bias .* LlamaForCausalLM does not have.*undeclared_biases=True"
         ):
             model.merge_and_unload()
         for name, weight in base_weights(model).items():

@@ -67,11 +67,12 @@ class ReadTogether(Function):
                 own = gradient is None and not torch.is_grad_enabled()
                 dx = dx if dx is None or own else dx.clone()
                 dx = into_gradient(dx, dh, _stacked([downs[i] for i in there], ctx.dtype), None, dh.dtype)
-            if any(needs[i] for i in there):
+            if train := [i for i in there if needs[i]]:
                 x = in_dtype(ctx.dtype, ctx.kept.get(saved).reshape(-1, ctx.shape[-1]))
-                parts = product(dh.t(), x).split([len(downs[i]) for i in there])
-                for i, part in zip(there, parts):
-                    grads[i] = in_dtype(downs[i].dtype, part) if needs[i] else None
+                if len(train) < len(there):
+                    dh = torch.cat([of_hidden[i] for i in train], 1)
+                for i, part in zip(train, product(dh.t(), x).split([len(downs[i]) for i in train])):
+                    grads[i] = in_dtype(downs[i].dtype, part)
         return None, dx.view(ctx.shape) if needs_x and dx is not None else None, None, *grads
 
 

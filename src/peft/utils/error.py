@@ -66,6 +66,10 @@ class NoEqualWeightError(PeftError, ValueError, NotImplementedError):
     """An adapter computes what no weight of the layer computes, so it cannot be merged."""
 
 
+class UndeclaredBiasError(PeftError, ValueError, RuntimeError):
+    """Merging would give layers a bias that the architecture does not declare."""
+
+
 class MeaninglessError(PeftError, AttributeError, ValueError):
     """What means nothing for the model's method, or for a layer of its kind; to ``hasattr`` it does not exist."""
 

@@ -11,7 +11,7 @@ from torch import nn
 from peft.core.layer import weight as weights
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.walk import layers_of, locate, walk
-from peft.utils.error import some
+from peft.utils.error import UndeclaredBiasError, some
 
 
 def new_biases(model: nn.Module, adapter_names: list[str] | None) -> set[str]:
@@ -46,7 +46,7 @@ def declare_biases(model: nn.Module, keys: set[str]) -> dict[str, bool]:
             chosen[name] = True
             left -= found
     if left:
-        raise ValueError(
+        raise UndeclaredBiasError(
             f"merging gives {some(left, 3)} a bias that the "
             f"architecture of {type(model).__name__} does not have, so the merged model would be loaded without it "
             "once it is saved. Keep the adapter beside the model (merge_adapter() merges in memory), or pass "

@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from peft.core.layer import weight as weights
 from peft.core.layer.layer import BaseTunerLayer
-from peft.core.model.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, biases_of
+from peft.core.model.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, biases_of, tied_sites
 from peft.core.model.declared import declare_biases, new_biases, set_declared
 from peft.core.model.dequantize import dequantize
 from peft.core.model.record import behind, drop_compositions, record_of
@@ -334,7 +334,9 @@ def unload(
         _check_together(model, adapter_names)
         declared = declare_biases(model, new_biases(model, adapter_names))
     record = biases_of(model)
-    tied = hasattr(model, "config") and shares_embeddings(model)
+    tied: list[Any] = []
+    if hasattr(model, "config") and shares_embeddings(model):
+        tied = [site.module for site in tied_sites(model, cast(nn.Module, embeddings_of(model)[0]))]
     if merge_first:
         active = active_of(model)
         back = dequantize(model, adapter_names) if dequantize_first else None
@@ -367,18 +369,21 @@ def unload(
         replace_module(model, site.key, plain, holders)
     set_declared(model, declared)
     if tied:
-        _tie_or_untie(model)
+        _tie_or_untie(model, tied)
     separate_layers(model) if merge_first else restore_layers(model)
     drop_compositions(model)
     return model
 
 
-def _tie_or_untie(model: nn.Module) -> None:
-    """After merging, embedding and head share their weight again if both got the same; if not, the config says so."""
+def _tie_or_untie(model: nn.Module, others: list[Any]) -> None:
+    """After merging, what had the embedding's weight has it again if both got the same; if a head did not, the config
+    says so."""
     ends: Any = embeddings_of(model)
     first, last = ends
-    if first.weight is last.weight or torch.equal(first.weight, last.weight):
-        last.weight = first.weight
+    for other in others:
+        if other.weight is not first.weight and torch.equal(other.weight, first.weight):
+            other.weight = first.weight
+    if first.weight is last.weight:
         return
     warnings.warn(
         "the input and the output embedding shared their weight, and differ with the adapter merged into them: they "

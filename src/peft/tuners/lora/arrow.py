@@ -11,17 +11,7 @@ from torch import nn
 from peft.core.adapter import setting
 from peft.core.base.kinds import Kind
 from peft.core.combine.combined import resized
-from peft.kernels.autocast import is_autocast
-from peft.kernels.linear import is_eager
-from peft.tuners.lora.arrow_products import (
-    Pairs,
-    is_stack_cheaper,
-    mixed_by_stack,
-    mixed_by_token,
-    mixed_for_one,
-    route,
-    stacked,
-)
+from peft.tuners.lora.arrow_products import Pairs, mixed, stacked
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.initialize import is_drawn
 from peft.tuners.lora.layer import Lora
@@ -102,15 +92,8 @@ class Arrow(Lora):
         if not adapters:
             return x.new_zeros(*x.shape[:-1], self.shape[0])
         experts = self.experts(adapters)
-        flat, stack = adapters[0].cast(x).reshape(-1, x.shape[-1]), experts.stack
-        routing, eager = (experts.directions, options.top_k, options.router_temperature), is_eager(x)
-        if eager and len(flat) == 1 and not torch.is_grad_enabled() and not is_autocast(x.device.type):
-            y = mixed_for_one(flat, *routing, experts.pairs, stack.ups)
-        else:
-            chosen, weights = route(flat, *routing)
-            # What is traced may not depend on how many tokens chose an expert.
-            way = mixed_by_stack if not eager or is_stack_cheaper(len(flat), stack, options.top_k) else mixed_by_token
-            y = way(flat, chosen, weights.to(flat.dtype), stack)
+        flat = adapters[0].cast(x).reshape(-1, x.shape[-1])
+        y = mixed(flat, experts.directions, options.top_k, options.router_temperature, experts.pairs, experts.stack)
         return self.lora_dropout(y).view(*x.shape[:-1], -1)
 
     def experts(self, adapters: Sequence[Lora]) -> Experts:
@@ -118,7 +101,7 @@ class Arrow(Lora):
         general = self.named(self.arrow_config.gks_adapter_names) if self.arrow_config.use_gks else []
         parts = self.layer._modules  # by their names, for this is done for every token that is generated
         downs, ups = parts["lora_A"]._modules, parts["lora_B"]._modules
-        held = [part[adapter.name].weight for adapter in (*adapters, *general) for part in (downs, ups)]
+        held = [part[adapter.name]._parameters["weight"] for adapter in (*adapters, *general) for part in (downs, ups)]
         scales = [adapter.scaling for adapter in adapters]
         stamp, trains = (*stamp_of(held), *scales), torch.is_grad_enabled() and any(t.requires_grad for t in held)
         kept = self.arrow_experts

@@ -13,6 +13,9 @@ from typing import NamedTuple
 
 import torch
 
+from peft.kernels.autocast import is_autocast
+from peft.kernels.linear import is_eager
+
 
 Pairs = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
@@ -51,6 +54,22 @@ def stacked(pairs: Pairs, scales: Sequence[float], once: bool) -> Stack:
         down, up = down.contiguous(), up.contiguous()
     owner = torch.arange(len(pairs)).repeat_interleave(torch.tensor(ranks)).to(down.device)
     return Stack(down, up, owner, down.split(ranks, 1), up.split(ranks))
+
+
+def mixed(
+    x: torch.Tensor, directions: torch.Tensor, top_k: int, temperature: float, pairs: Pairs, stack: Stack
+) -> torch.Tensor:
+    """What the experts make of x ``[tokens, in]``, ``[tokens, out]``, in the way that takes least.
+
+    Args:
+        directions, top_k, temperature: as for :func:`route`. pairs: A and B of each expert. stack: the same in one.
+    """
+    eager = is_eager(x)  # what is traced may not depend on how many tokens chose an expert
+    if eager and len(x) == 1 and not torch.is_grad_enabled() and not is_autocast(x.device.type):
+        return mixed_for_one(x, directions, top_k, temperature, pairs, stack.ups)
+    chosen, weights = route(x, directions, top_k, temperature)
+    way = mixed_by_token if eager and not is_stack_cheaper(len(x), stack, top_k) else mixed_by_stack
+    return way(x, chosen, weights.to(x.dtype), stack)
 
 
 def route(

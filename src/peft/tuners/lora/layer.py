@@ -267,9 +267,10 @@ def _blank(variants: tuple[type[Lora], ...]) -> Lora:
 
 
 class TiedPair(Lora):
-    """The head that shares its weight with an adapted embedding: the same update, transposed.
+    """A module that shares its weight with an adapted embedding: the same update, for a head transposed.
 
-    dW = (B A)^T, so the head's A is the embedding's B^T and the other way round; the head holds no tensors.
+    dW = (B A)^T, so the head's A is the embedding's B^T and the other way round. A further embedding, such as that of
+    a decoder beside its encoder, has the pair as it is. Neither holds tensors.
     """
 
     def make_pair(self, config: LoraConfig) -> None:
@@ -277,16 +278,18 @@ class TiedPair(Lora):
 
     def held_pair(self) -> tuple[torch.Tensor, torch.Tensor]:
         a, b = self.tied_to.held_pair()
-        return b.T, a.T
+        return (a, b) if self.kind.lookup else (b.T, a.T)
 
     def delta(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kind.lookup:
+            return super().delta(x)
         a, b = self.pair()
         return self.lora_dropout(x).to(a.dtype) @ a.T @ b.T * self.scaling
 
     def state(self) -> Iterator[tuple[str, str, torch.Tensor]]:
-        a, b = self.held_pair()
-        yield "lora_A.weight", "", a
-        yield "lora_B.weight", "", b
+        names = ("lora_embedding_A", "lora_embedding_B") if self.kind.lookup else ("lora_A.weight", "lora_B.weight")
+        for name, tensor in zip(names, self.held_pair(), strict=True):
+            yield name, "", tensor
 
 
 class LoraLayer(LoraLayerCompat, ScaledLayer):

@@ -15,14 +15,19 @@ BLOCK = 64
 def round_to_bits(weight: torch.Tensor, bits: int) -> torch.Tensor:
     """What is left of a weight ``[out, in]`` that is quantised and read again; any device, the same dtype.
 
-    With 4 bits and bitsandbytes installed, NF4; otherwise codes at the quantiles of a normal distribution, scaled by
-    the largest magnitude in blocks of 64 entries (QLoRA, arXiv 2305.14314, section 3).
+    With 8 bits, whole numbers up to 127 times a scale of each row, of the weight in half precision, as bitsandbytes
+    keeps it. With 2 or 4, codes at the quantiles of a normal distribution, scaled by the largest magnitude in blocks
+    of 64 entries (QLoRA, arXiv 2305.14314, section 3); by bitsandbytes itself (NF4) where it is installed.
 
     Raises:
         ValueError: if ``bits`` is not 2, 4 or 8.
     """
     if bits not in (2, 4, 8):
         raise ValueError(f"LoftQ quantises to 2, 4 or 8 bits, not {bits}.")
+    if bits == 8:
+        halved = weight.half().float()
+        scale = halved.abs().amax(dim=1, keepdim=True).clamp_min(1e-30) / 127
+        return ((halved / scale).round() * scale).to(weight.dtype)
     if bits == 4:
         try:
             from bitsandbytes import functional
