@@ -1,7 +1,8 @@
-"""The embeddings of a model, as files know them: their base weights beside an adapter, and their names."""
+"""The embeddings of a base model that are saved with an adapter: which they are, and what they are called."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -37,6 +38,15 @@ def get_embedding_layer_name(model: nn.Module, layer: nn.Module, is_embedding_in
     return next((name for name, module in model.named_modules() if module is layer), None)
 
 
+def tell_no_embeddings(root: nn.Module) -> None:
+    """Warn where a model does not say which its embeddings are."""
+    if not any(embedding_sites(root)):
+        warnings.warn(
+            f"save_embedding_layers=True does nothing: {type(root).__name__} does not say which its embeddings are "
+            "(get_input_embeddings). Name them in modules_to_save."
+        )
+
+
 def embedding_sites(root: nn.Module) -> Iterator[tuple[Site, nn.Parameter]]:
     """Where the input and the output embedding are, and their base weights."""
     ends = embeddings_of(root)
@@ -46,7 +56,7 @@ def embedding_sites(root: nn.Module) -> Iterator[tuple[Site, nn.Parameter]]:
             yield site, weight
 
 
-def embeddings_of_adapter(root: nn.Module, prefix: str, adapter: str, always: bool) -> dict[str, torch.Tensor]:
+def embeddings_beside(root: nn.Module, prefix: str, adapter: str, always: bool) -> dict[str, torch.Tensor]:
     """Base weights of the input and output embeddings that the adapter adapts (or of both, if ``always``)."""
     found = {}
     for site, _ in embedding_sites(root):

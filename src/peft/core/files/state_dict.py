@@ -13,7 +13,7 @@ from torch import nn
 
 from peft.core.base.storage.sharded import fill, gathered, is_dtensor, partitioned, whole
 from peft.core.files.along import base_places, train_along, weights_under
-from peft.core.files.embeddings import base_weights, embedding_sites, embeddings_of_adapter
+from peft.core.files.embeddings import base_weights, embeddings_beside, tell_no_embeddings
 from peft.core.files.entries import Entry, anatomy, configs_of, entries, prompts_of
 from peft.core.files.flattened import filling_units, standing_in, taken_out
 from peft.core.files.io import PREFIX, separate
@@ -97,9 +97,9 @@ def get_peft_model_state_dict(
             found.update({entry.saved + suffix: part for suffix, part in parts.items()})
         if save_embedding_layers:
             every = save_embedding_layers is True or is_resized(root, config)
-            found.update(embeddings_of_adapter(root, prefix, adapter_name, every))
+            found.update(embeddings_beside(root, prefix, adapter_name, every))
             if save_embedding_layers is True:
-                _tell_noembeddings_of_adapter(root)
+                tell_no_embeddings(root)
         return separate(found)
 
 
@@ -110,14 +110,6 @@ def _is_done(model: nn.Module, adapter: str, given: dict[str, torch.Tensor]) -> 
     own = list(entries(model, adapter))
     saved = (f"{entry.saved}{end}" for entry in own for end in entry.split or ("",))
     return bool(own) and not any(entry.memory in given for entry in own) and all(name in given for name in saved)
-
-
-def _tell_noembeddings_of_adapter(root: nn.Module) -> None:
-    if not any(embedding_sites(root)):
-        warnings.warn(
-            f"save_embedding_layers=True does nothing: {type(root).__name__} does not say which its embeddings are "
-            "(get_input_embeddings). Name them in modules_to_save."
-        )
 
 
 @contextmanager

@@ -70,10 +70,6 @@ class Storage:
         """
         return False
 
-    def place(self, m: nn.Module, attribute: str, value: torch.Tensor) -> torch.Tensor:
-        """A dense tensor that takes the place of the weight in a computation, kept as the weight is kept."""
-        return value
-
     def call(self, m: nn.Module, tensors: Mapping[str, torch.Tensor], args: tuple, kwargs: dict[str, Any]) -> Any:
         """What ``m(*args, **kwargs)`` gives with these dense tensors in the place of its own, hooks included.
 

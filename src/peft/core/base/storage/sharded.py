@@ -60,12 +60,12 @@ class Distributed(Storage):
         return make(local, like.device_mesh, like.placements, run_check=False, **sizes).full_tensor()
 
     def call(self, m: nn.Module, tensors: Mapping[str, torch.Tensor], args: tuple, kwargs: dict[str, Any]) -> Any:
-        given = {name: self.place(m, name, value) for name, value in tensors.items()}
+        own = {name: getattr(m, name, None) for name in tensors}
+        given = {
+            name: distributed_like(value, own[name]) if is_dtensor(own[name]) and not is_dtensor(value) else value
+            for name, value in tensors.items()
+        }
         return super().call(m, given, args, kwargs)
-
-    def place(self, m: nn.Module, attribute: str, value: torch.Tensor) -> torch.Tensor:
-        like = getattr(m, attribute, None)
-        return distributed_like(value, like) if is_dtensor(like) and not is_dtensor(value) else value
 
     def mesh(self, m: nn.Module, attribute: str) -> Any:
         return getattr(m, attribute).device_mesh
