@@ -240,6 +240,17 @@ def test_training_beside_an_offloaded_base(fields: dict) -> None:
     assert trained and all(not p.is_meta and p.grad is not None for p in trained)
 
 
+def test_a_file_brings_the_tables_of_an_offloaded_base(tmp_path: Path) -> None:
+    base, ids = tiny_llama(), torch.arange(6).view(2, 3)
+    away = accelerate.cpu_offload(copy.deepcopy(base), execution_device=torch.device("cpu"))
+    with torch.no_grad():
+        base.model.embed_tokens.weight.add_(1)
+        base.lm_head.weight.mul_(2)
+        model = get_peft_model(base, LoraConfig(target_modules=["q_proj"])).eval()
+        model.save_pretrained(tmp_path, save_embedding_layers=True)
+        torch.testing.assert_close(PeftModel.from_pretrained(away, tmp_path)(ids).logits, model(ids).logits)
+
+
 def test_biases_of_an_offloaded_base_are_refused() -> None:
     base = accelerate.cpu_offload(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), "cpu")
     with pytest.raises(ValueError, match="those of its Linear are offloaded.*bias='none'"):

@@ -88,6 +88,14 @@ class Shared(nn.Module):
 
 
 class TestSharedModules:
+    @pytest.mark.parametrize("name", ["a", "b", "by.0", "list.1"])
+    def test_a_parameter_of_one_by_any_of_its_names(self, name):
+        config = LoraConfig(target_modules=[], target_parameters=[f"{name}.weight"], init_lora_weights=False)
+        model = get_peft_model(Shared(), config).eval()
+        expected = model(X)
+        assert adapted(model) == ["c" if name == "list.1" else "a"]
+        torch.testing.assert_close(model.merge_and_unload()(X), expected, **CLOSE)
+
     @every_method
     @pytest.mark.parametrize("targets", [["a"], ["b"], ["by.0", "list.1"]], ids=str)
     def test_a_module_of_several_names_is_adapted_once_and_acts_under_all(self, method, targets, tmp_path):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from peft.core.base.storage import onloaded
+from peft.core.base.storage import offloading_hook, onloaded, storage_of
 from peft.core.base.storage.sharded import whole
+from peft.core.files.entries import Entry
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.auxiliary import ModulesToSaveWrapper, TrainableTokensWrapper
 from peft.core.model.walk import Site, embeddings_of, file_path, join, plain, walk
@@ -69,3 +71,20 @@ def embeddings_beside(root: nn.Module, prefix: str, adapter: str, always: bool) 
             with onloaded(site.module):  # accelerate may keep it elsewhere
                 found[prefix + plain(path)] = whole(site.module._parameters["weight"]).detach()  # type: ignore[arg-type]
     return found
+
+
+def base_weights(root: nn.Module, prefix: str) -> dict[str, Entry]:
+    """Base weights of embeddings, which files may hold beside the adapter."""
+    found = {}
+    for site, weight in embedding_sites(root):
+        away = weight.is_meta and offloading_hook(site.module) is not None  # the copy is to reach where it is kept
+        put = partial(_put_away, site.module) if away else None
+        entry = Entry(prefix + plain(join(site.path, "weight")), "", weight, put=put)
+        found[entry.saved] = found[prefix + join(site.key, "weight")] = entry
+        found[prefix + join(site.key, "base_layer.weight")] = entry
+    return found
+
+
+def _put_away(module: nn.Module, value: torch.Tensor) -> None:
+    weight = module.get_parameter("weight")
+    storage_of(module, "weight").write(module, "weight", value.to(weight.dtype))

@@ -13,7 +13,7 @@ from torch import nn
 
 from peft.core.base.storage.sharded import fill, gathered, is_dtensor, partitioned, whole
 from peft.core.files.along import base_places, train_along, weights_under
-from peft.core.files.embeddings import embedding_sites, embeddings_beside, tell_no_embeddings
+from peft.core.files.embeddings import base_weights, embeddings_beside, tell_no_embeddings
 from peft.core.files.entries import Entry, anatomy, configs_of, entries, prompts_of
 from peft.core.files.flattened import filling_units, standing_in, taken_out
 from peft.core.files.io import PREFIX, separate
@@ -341,16 +341,6 @@ def joined(state_dict: dict[str, torch.Tensor], own: list[Entry], prefix: str) -
                     shapes = {saved + suffix: list(part.shape) for suffix, part in parts.items()}
                     raise CheckpointError(f"these tensors do not fit together: {shapes} ({error})") from error
     return joined
-
-
-def base_weights(root: nn.Module, prefix: str) -> dict[str, Entry]:
-    """Base weights of embeddings, which files may hold beside the adapter."""
-    found = {}
-    for site, weight in embedding_sites(root):
-        entry = Entry(prefix + plain(join(site.path, "weight")), "", weight)
-        found[entry.saved] = found[prefix + join(site.key, "weight")] = entry
-        found[prefix + join(site.key, "base_layer.weight")] = entry
-    return found
 
 
 def _mismatch(model: nn.Module, adapter: str, wrong: list[tuple[Entry, torch.Tensor]]) -> str:
