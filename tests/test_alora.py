@@ -357,3 +357,10 @@ def test_a_head_cannot_follow_what_is_more_than_a_pair() -> None:
     fields = {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True, "use_dora": True}
     with pytest.raises(ValueError, match="by one pair A and B, and Dora is more than that"):
         adapted(tied, **fields)
+
+
+def test_offsets_that_are_given_are_told_to_do_nothing() -> None:
+    model = adapted()
+    with pytest.warns(UserWarning, match="alora_offsets does nothing"):
+        given = model(input_ids=IDS, alora_offsets=[3, None, 8]).logits
+    assert torch.equal(given, model(input_ids=IDS).logits)

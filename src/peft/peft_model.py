@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
@@ -289,6 +290,8 @@ class PeftModel(ModelCompat, ModelFiles, PushToHubMixin, nn.Module):
         elif (dividing := self._dividing()) is not None:
             args, kwargs, names = divided(dividing, self._batch(args, kwargs) or 0, args, kwargs)
             self._check_unmerged()
+        if kwargs.pop("alora_offsets", None) is not None:
+            warnings.warn("alora_offsets does nothing: an aLoRA finds its invocation tokens in input_ids itself.")
         tasks = kwargs.pop("task_ids", None)
         context = context_of(self.get_base_model())
         context.begin()
