@@ -7,7 +7,7 @@ asks of a layer is read from these containers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from typing import Any
 
 from torch import nn
@@ -38,21 +38,21 @@ class Held(Adapter):
     """An adapter at such a layer: what its containers have under its name."""
 
     def held(self) -> list[tuple[str, part, Any]]:
-        return [
-            (name, kind, holder[self.name]) for name, kind, holder in containers(self.layer) if self.name in holder
+        constant = containers(self.layer, self.layer.other_param_names)
+        return super().held() + [
+            (name, CONSTANT, holder[self.name]) for name, holder in constant if self.name in holder
         ]
 
 
-TRAINED, CONSTANT = part(), part(BufferDict)
+CONSTANT = part(BufferDict)
 
 
-def containers(layer: Any) -> Iterator[tuple[str, part, Any]]:
-    """The containers of tensors of a layer: its name, how it is kept, and the container."""
-    for names, kind in ((layer.adapter_layer_names, TRAINED), (layer.other_param_names, CONSTANT)):
-        for name in names:
-            holder = layer._modules.get(name)
-            if isinstance(holder, nn.ModuleDict | nn.ParameterDict | BufferDict):
-                yield name, kind, holder
+def containers(layer: Any, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """Those of these attributes of a layer that are containers of tensors."""
+    for name in names:
+        holder = layer._modules.get(name)
+        if isinstance(holder, nn.ModuleDict | nn.ParameterDict | BufferDict):
+            yield name, holder
 
 
 class FromContainers(MutableMapping):
@@ -62,8 +62,8 @@ class FromContainers(MutableMapping):
         self.layer = layer
 
     def __iter__(self) -> Iterator[str]:
-        trained = (holder for _, kind, holder in containers(self.layer) if kind is TRAINED)
-        return iter(dict.fromkeys(name for holder in trained for name in holder))
+        trained = containers(self.layer, self.layer.adapter_layer_names)
+        return iter(dict.fromkeys(name for _, holder in trained for name in holder))
 
     def __len__(self) -> int:
         return len(list(iter(self)))
@@ -77,7 +77,8 @@ class FromContainers(MutableMapping):
         raise TypeError(f"{type(self.layer).__name__} makes its adapters itself, in its update_layer.")
 
     def __delitem__(self, name: str) -> None:
-        for _, _, holder in containers(self.layer):
+        layer = self.layer
+        for _, holder in containers(layer, (*layer.adapter_layer_names, *layer.other_param_names)):
             if name in holder:
                 del holder[name]
 

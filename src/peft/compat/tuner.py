@@ -162,7 +162,7 @@ class TunerCompat:
             layer.context = context_of(self.model)
             layer.__dict__["key"] = key
             if adapter_name not in layer.adapters:
-                if any(adapter_name in holder for _, _, holder in containers(layer)):
+                if any(adapter_name in holder for _, holder in containers(layer, layer.adapter_layer_names)):
                     cls = Held if layer.kind.whole else layer.adapter_cls
                     layer.adapters[adapter_name] = cls(layer, adapter_name)
 

@@ -332,12 +332,15 @@ class Adapter:
         layer, name = self.layer, self.name
         read = [(declared, declared.read(layer, name)) for declared in self.parts.values()]
         found = [(declared.attribute(layer), declared, value) for declared, value in read if value is not None]
-        if not self.known_names.issuperset(layer.adapter_layer_names):  # a third party's layer has more
-            more = (attribute for attribute in layer.adapter_layer_names if attribute not in self.known_names)
-            found += [
-                (attribute, MORE, held[name]) for attribute in more if name in (held := getattr(layer, attribute))
-            ]
-        return found
+        return found + [(attribute, MORE, value) for attribute, value in self._further()]
+
+    def _further(self) -> list[tuple[str, Any]]:
+        """What a third party's layer holds for it in containers that no part declares."""
+        layer, name = self.layer, self.name
+        if self.known_names.issuperset(layer.adapter_layer_names):
+            return []
+        more: Any = ((at, getattr(layer, at, ())) for at in layer.adapter_layer_names if at not in self.known_names)
+        return [(attribute, container[name]) for attribute, container in more if name in container]
 
     def parameters(self) -> Iterator[torch.Tensor]:
         """The trained tensors, those in common with other layers included."""
@@ -349,6 +352,8 @@ class Adapter:
                     yield from _tensors_that_train(value)
                 else:  # yielded as it is: torch 2.14 does not compile `yield from` a tuple that is left early
                     yield value
+        for _, value in self._further():
+            yield from value.parameters() if isinstance(value, nn.Module) else (value,)
         for name in type(self).common:
             if (container := self.layer._modules.get(name)) is not None and self.name in container:
                 value = container[self.name]

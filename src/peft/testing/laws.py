@@ -264,7 +264,8 @@ def pickled_weights_load_as_well(cell: Cell, folder: Path) -> None:
     assert (folder / "adapter_model.bin").exists() and not (folder / "adapter_model.safetensors").exists()
     loaded = PeftModel.from_pretrained(cell.base(), folder)
     _same_tensors(get_peft_model_state_dict(loaded), get_peft_model_state_dict(model))
-    assert torch.equal(cell.run(loaded), cell.run(model))
+    # not to the bit: products of some processors depend on where in memory the same numbers lie
+    torch.testing.assert_close(cell.run(loaded), cell.run(model))
 
 
 @law(precisions=ONE, switches=False, each_layer=False)

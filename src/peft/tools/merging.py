@@ -141,8 +141,9 @@ def _merge(job: _Job, tell: Callable[[int, int], None]) -> MergeReport:
     model = _without_memory(job.config, entries, job.dtype)
     if isinstance(model, str):
         return _in_memory(job, model)
+    tied = shares_embeddings(model)  # a file that brings the table of one end has the other end without it
     adapted, names, mixture = _adapted(model, job)
-    if (reason := _needs_more(adapted.get_base_model(), names)) is not None:
+    if (reason := _needs_more(adapted.get_base_model(), names, tied)) is not None:
         torch.set_rng_state(drawn)  # what the combination draws is drawn again
         return _in_memory(job, reason)
     changed = _changed(adapted.get_base_model(), names, mixture)
@@ -277,12 +278,12 @@ def _mixture(model: Any, names: list[str], numbers: list[float], job: _Job) -> _
     return _Mixture(dict(zip(names, numbers)), combination.seeded())
 
 
-def _needs_more(model: nn.Module, names: list[str]) -> str | None:
+def _needs_more(model: nn.Module, names: list[str], tied: bool) -> str | None:
     """What merging changes beside the weights that are in the files."""
     if biases_of(model) is not None:
         return "the adapter trains biases of the base model"
     ends = [site for site in walk(model) if site.wrappers and site.module in embeddings_of(model)]
-    if ends and shares_embeddings(model):
+    if ends and tied:
         return "the adapter is on one end of a tied embedding"
     if new_biases(model, names):
         return "merging gives layers a bias"
