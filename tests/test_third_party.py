@@ -12,6 +12,7 @@ from toys import tiny_llama
 
 import peft
 from peft import LoraConfig, PeftConfig, get_peft_model
+from peft.core.model.record import context_of
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
@@ -533,6 +534,31 @@ def test_hooks_of_a_tuner_that_others_replace():
     trained = {name for name, p in more.model.named_parameters() if p.requires_grad}
     assert "model.norm.weight" in trained and len(trained) == 5
     assert all(layer.seen for layer in layers(Kept(tiny_llama(), config(), "default")).values())
+
+
+def test_layers_that_a_replaced_step_makes_know_their_model():
+    """Also those of this package's classes: each row of a batch gets its own adapter."""
+
+    class Own(LoraModel):
+        def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, **kwargs):
+            if isinstance(target, LoraLayer):
+                target.add_adapter(adapter_name, config, current_key)
+            else:
+                made = self._create_new_module(config, adapter_name, target, current_key=current_key)
+                self._replace_module(parent, target_name, made, target)
+
+    torch.manual_seed(0)
+    config = functools.partial(LoraConfig, r=2, target_modules=["0"], init_lora_weights=False)
+    tuner = Own(nn.Sequential(nn.Linear(4, 4)), config(), "default")
+    tuner.inject_further(config(), "b", False, None)
+    layer, x = tuner.model[0], torch.randn(2, 4)
+    assert layer.context is context_of(tuner.model) and layer.key == "0"
+    wanted = []
+    for row, name in enumerate(["default", "b"]):
+        tuner.set_adapter(name)
+        wanted.append(tuner(x)[row])
+    with layer.context.told(["default", "b"], None, keep=False):
+        torch.testing.assert_close(tuner(x), torch.stack(wanted))
 
 
 def test_a_layer_with_a_container_of_its_own(tmp_path):

@@ -113,8 +113,7 @@ def alias_submodules(module: ModuleType) -> None:
             cls.__name__ = old  # what a printed model and a status report show
         for holder in (module, sys.modules[package]):
             vars(holder).setdefault(old, cls)
-    for name in (package, *(f"{package}.{part}" for part in PARTS)):
-        holder = sys.modules[name]
+    for holder in {sys.modules[name] for name in (package, *(f"{package}.{part}" for part in PARTS))}:
         vars(holder)["__getattr__"] = lazy_module(holder.__name__, ELSEWHERE.get(method, {}), homes=HOMES)[0]
 
 
@@ -164,11 +163,16 @@ class OfLibrary(type):
 
 def _dispatcher(layer_cls: Any, library: str | None) -> Any:
     def dispatch(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> nn.Module | None:
-        base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
-        return new_layer(layer_cls, target, adapter_name, config) if is_of_library(base, library) else None
+        theirs = is_of_library(innermost(target), library)
+        return new_layer(layer_cls, target, adapter_name, config) if theirs else None
 
     dispatch.__doc__ = f"An adapted layer around ``target`` if it is {library or 'plain'}, else None."
     return dispatch
+
+
+def innermost(module: Any) -> nn.Module:
+    """The layer inside an adapted one; any other module as it is."""
+    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
 
 
 def new_layer(
@@ -182,7 +186,7 @@ def new_layer(
     Raises:
         ValueError: if the method cannot adapt such a module.
     """
-    base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
+    base = innermost(target)
     kind = kind_of(base)
     if kind is None:
         raise ValueError(f"Target module {type(base).__name__} is no kind of layer that {layer_cls.__name__} adapts.")

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from peft.compat import new_layer
+from peft.compat import innermost, new_layer
 from peft.compat.asked import Asked
 from peft.compat.foreign import Held, containers
 from peft.config import PeftConfig, resolve_pattern
@@ -113,8 +113,6 @@ class TunerCompat:
         if self._replaced("_replace_module"):
             parent, name = parent_of(self.model, site.path)
             self._replace_module(parent, name, layer, target.module)
-        layer.context = context_of(self.model)
-        layer.__dict__["key"] = target.key
         self._taken_in(layer, adapter_name, target.key)
         return layer
 
@@ -152,13 +150,13 @@ class TunerCompat:
         sites = {id(site.module): site for site in walk(model)}
         found = []
         for module, config in handed:
-            target = module_target(config, sites[id(_innermost(module))], self.layer_cls)
+            target = module_target(config, sites[id(innermost(module))], self.layer_cls)
             found.append(target if config is peft_config else dataclasses.replace(target, config=config))
         return found
 
     def _taken_in(self, layer: Any, adapter_name: str, key: str) -> None:
         """Tell a layer that somebody else has made, or filled, where it is; know of an adapter in its containers."""
-        if isinstance(layer, BaseTunerLayer) and not type(layer).__module__.startswith("peft."):
+        if isinstance(layer, BaseTunerLayer):
             layer.context = context_of(self.model)
             layer.__dict__["key"] = key
             if adapter_name not in layer.adapters:
@@ -195,10 +193,6 @@ class TunerCompat:
         """Freeze the base; the active adapters train. Others replace it, to let more of the model train."""
         model.requires_grad_(False)
         operations.set_requires_grad(model, operations.active_of(model), True)
-
-
-def _innermost(module: Any) -> nn.Module:
-    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
 
 
 def _function(cls: type, name: str) -> Any:
