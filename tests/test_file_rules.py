@@ -201,6 +201,23 @@ def test_compiled_parts_have_no_name(where, tmp_path):
     assert torch.allclose(model(IDS).logits, plain(IDS).logits, atol=1e-6)
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_names_of_a_replica(inside, tmp_path):
+    def base():
+        return nn.ModuleDict({"module" if inside else "part": Mlp()})
+
+    model = shaken(get_peft_model(base(), LoraConfig(target_modules=["lin0"], modules_to_save=["lin1"], r=2)))
+    wanted = get_peft_model_state_dict(model)
+    model.save_pretrained(tmp_path)
+    for form in (lambda name: f"module.{name}", lambda name: f"module._orig_mod.{name}"):
+        save_file({form(name): t.clone() for name, t in wanted.items()}, tmp_path / "adapter_model.safetensors")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            loaded = PeftModel.from_pretrained(base(), tmp_path)
+        found = get_peft_model_state_dict(loaded)
+        assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
 def test_a_state_dict_says_what_to_adapt_in_a_compiled_model():
     state = get_peft_model_state_dict(inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), tiny_llama()))
     model = torch.compile(tiny_llama(), backend="eager")

@@ -5,6 +5,7 @@ code which catches the built-in keeps working.
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Set
 
 
@@ -20,8 +21,16 @@ class ConfigError(PeftError, ValueError):
     """A config, or the file it was read from, holds a value that has no meaning."""
 
 
-class ConfigTypeError(ConfigError, TypeError):
+class WrongTypeError(PeftError, ValueError, TypeError):
+    """An argument is of a type that is not taken."""
+
+
+class ConfigTypeError(ConfigError, WrongTypeError):
     """A field of a config holds something of a type that it does not take."""
+
+
+class ConfigPatternError(ConfigError, re.error):
+    """A field of a config holds a string that is no regular expression."""
 
 
 class ConfigChoiceError(ConfigError, NotImplementedError):
@@ -36,6 +45,14 @@ class UnknownMethodError(ConfigError, KeyError, TypeError):
 
 class ConfigFileError(ConfigError, OSError):
     """An `adapter_config.json` is missing, unreadable or damaged."""
+
+
+class NotAFolderError(ConfigFileError, NotADirectoryError, AssertionError):
+    """What should be a folder to save to is a file."""
+
+
+class MissingPackageError(ConfigError, ModuleNotFoundError):
+    """What a config asks for needs a package that is not installed, or another version of it."""
 
 
 class NoAdaptedLayersError(PeftError, ValueError, TypeError):
@@ -53,13 +70,13 @@ class UnknownAdapterError(PeftError, ValueError, KeyError):
 
 
 class AdapterNameError(PeftError, ValueError, KeyError):
-    """A name that an adapter cannot have, or that is taken."""
+    """A name that an adapter cannot have, or that another adapter or method has."""
 
     __str__ = BaseException.__str__
 
 
-class UnknownTokenError(PeftError, ValueError, IndexError):
-    """An index of a token is outside the table of embeddings."""
+class OutOfRangeError(PeftError, ValueError, IndexError):
+    """There are fewer tokens in the table, or layers in the model, than an index says."""
 
 
 class NoEqualWeightError(PeftError, ValueError, NotImplementedError):

@@ -19,7 +19,7 @@ from torch import nn
 from peft.core.adapter import LABEL
 from peft.core.files.io import renamed
 from peft.core.model.targeting import matches
-from peft.core.model.walk import plain, walk
+from peft.core.model.walk import walk
 from peft.utils.peft_types import RENAMED_METHODS
 
 
@@ -122,8 +122,8 @@ def _meant(targets: str | list[str], old: dict[str, set[str]]) -> list[str]:
 
 
 def of_today(state_dict: dict[str, Any], config: Any) -> dict[str, Any]:
-    """A state dict under plain names, those of a method that had another name in older files as they are today."""
-    given = {plain(name): value for name, value in state_dict.items()}
+    """A state dict with the names of today, of a method that had another one in older files."""
+    given = state_dict
     for now, old, new in RENAMED_METHODS.values():
         if config is not None and config.peft_type == now:
             given = {

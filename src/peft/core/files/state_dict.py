@@ -27,6 +27,7 @@ from peft.core.model.walk import (
     join,
     layers_of,
     plain,
+    plain_names,
     unreplicated,
     walk,
 )
@@ -121,9 +122,7 @@ def _holding(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> Iterator[
     Yields:
         The tensors that the state dict lacks, by id, with their names.
     """
-    given = {plain(name): value for name, value in state_dict.items()}
-    if "module" not in model._modules and given and all(name.startswith("module.") for name in given):  # a replica
-        given = {name.removeprefix("module."): value for name, value in given.items()}
+    given = plain_names(state_dict, model)
     places: list[tuple[dict[str, Any], str, torch.Tensor]] = []
     values: dict[int, torch.Tensor] = {}
     absent: dict[int, str] = {}
@@ -187,7 +186,8 @@ def set_peft_model_state_dict(
         low_cpu_mem_usage: put the given tensors into the model instead of copying them.
 
     Raises:
-        RuntimeError: (also a ValueError) if a tensor has another shape than its place; nothing has been changed then.
+        RuntimeError: (also a ValueError) if a tensor has another shape than its place, or is none; nothing has been
+            changed then.
 
     Returns:
         Names in the model of what the state dict lacks, and names of the state dict that belong nowhere. Tensors of
@@ -213,6 +213,8 @@ def _put(
     model: nn.Module, adapter_name: str, peft_model_state_dict: dict[str, torch.Tensor], ignore: bool, assign: bool
 ) -> Match:
     root, _ = anatomy(model)
+    if odd := [name for name, value in peft_model_state_dict.items() if not isinstance(value, torch.Tensor)]:
+        raise CheckpointError(f"a state dict holds tensors by name; these are none: {some(odd)}.")
     if (prompts := prompts_of(model)) and adapter_name in prompts.adapter_names:
         prompts.make_room(adapter_name, peft_model_state_dict)
     found = match(model, adapter_name, peft_model_state_dict)
@@ -288,7 +290,7 @@ def match(model: nn.Module, adapter: str, state_dict: dict[str, torch.Tensor]) -
     found = Match(own, [], [], [], [], [])
     rest: dict[str, torch.Tensor] = {}
     config = configs_of(model).get(adapter)
-    for name, value in joined(of_today(state_dict, config), own, prefix).items():
+    for name, value in joined(of_today(plain_names(state_dict, model, root), config), own, prefix).items():
         # From a file with the prefix into a plain model that was adapted in place, and the other way round.
         place = known.get(name) or known.get(prefix + name) or known.get(name.removeprefix(PREFIX))
         if place is None:

@@ -20,7 +20,7 @@ from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.switch import Switch
 from peft.core.model.record import known_record
 from peft.core.model.walk import AuxiliaryWrapper, Site, file_path, join, replace_module, walk
-from peft.utils.error import ConfigError
+from peft.utils.error import ConfigError, WrongTypeError
 
 
 class AuxiliaryTrainingWrapper(Switch, AuxiliaryWrapper):
@@ -221,7 +221,10 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
     token_adapter: BaseTunerLayer
 
     def _wrap(self, module: nn.Module) -> None:
-        kind = kind_of(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module) or WHOLE
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        kind = kind_of(base) or WHOLE
+        if reason := TrainableTokens.refusal(kind, base, None):
+            raise WrongTypeError(f"trainable_token_indices cannot be applied to a {type(base).__name__}: {reason}.")
         self.token_adapter = class_for(TrainableTokensLayer, kind, module)(module, kind=kind)
 
     @property

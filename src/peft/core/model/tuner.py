@@ -38,11 +38,12 @@ from peft.core.model.walk import (
     names_in,
     names_of_modules,
     parent_of,
+    plain_names,
     replace_at,
     surveyed,
     walk,
 )
-from peft.utils.error import ConfigError, some
+from peft.utils.error import ConfigError, NoMatchingPeftModuleError, some
 from peft.utils.usage import recording, remark
 
 
@@ -427,20 +428,21 @@ def keys_of(model: nn.Module, state_dict: dict[str, Any], layer_cls: type[BaseTu
     """Names of the modules for which a checkpoint has tensors of this method.
 
     Raises:
-        ValueError: if it has none.
+        NoMatchingPeftModuleError: if it has none.
     """
     several = names_of_modules(model)
     known = {name: s.key for s in walk(model) for name in several.get(id(s.module), [s.key])}
     parts = layer_cls.adapter_cls.parts.values()
     names = "|".join(re.escape(name) for part in parts for name in part.names)
     found = set()
-    for key in state_dict:
+    for key in plain_names(state_dict, model):
         # Beside adapters of other methods, files have a `base_layer` between a module's name and the tensor's.
         split = re.match(rf"(?:base_model\.model\.)?(.+?)(?:\.base_layer)*\.(?:{names})(?:\.|$)", key)
         if split and split.group(1) in known:
             found.add(known[split.group(1)])
     if not found:
-        raise ValueError(
-            f"the state dict has no tensors of {layer_cls.__name__} for modules of this model ({some(state_dict, 3)})."
+        held = some(state_dict, 3) or "it is empty"
+        raise NoMatchingPeftModuleError(
+            f"the state dict has no tensors of {layer_cls.__name__} for modules of this model ({held})."
         )
     return found
