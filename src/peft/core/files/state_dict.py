@@ -224,9 +224,14 @@ def _put(
         names = ", ".join(entry.saved for entry, _ in found.wrong)
         warnings.warn(f"these tensors have another shape and were left out: {names}")
     unmerge_for(root, adapter_name)
+    replaced: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
     with torch.no_grad():
         for entry, value in sorted(found.fits, key=lambda item: item[0].put is None):  # exact ones after rounded ones
-            _write(model, entry, value, assign)
+            _write(model, entry, value, assign, replaced)
+        for module in root.modules() if replaced else ():  # tied modules hold one tensor, a file has it once
+            for name, p in module._parameters.items():
+                if p is not None and id(p) in replaced:
+                    module._parameters[name] = replaced[id(p)][1]
         if found.base:
             train_along(root, adapter_name, found.base, _acting(root, prompts))
         for layer, value in found.weights:
@@ -318,7 +323,7 @@ def _match_rest(found: Match, root: nn.Module, prefix: str, known: dict[str, Ent
     tails = {entry.tail for entry in found.own if entry.tail}
     labelled = {e.tail.partition(".")[0] for e in found.own if e.owner is not None and e.owner.labelled_inside}
     for name, value in rest.items():
-        tail = name.removeprefix(prefix)
+        tail = name.removeprefix(prefix).removeprefix(PREFIX)
         names = [name, *(prefix + new for new in (*names_today(tail, tails, current), *relabelled(tail, labelled)))]
         place = next((known[n] for n in names if n in known), None)
         base = next((places[n] for n in names if n in places), None)
@@ -368,7 +373,8 @@ def unmerge_for(root: nn.Module, adapter: str) -> None:
             layer.unmerge()
 
 
-def _write(model: nn.Module, entry: Entry, value: torch.Tensor, assign: bool) -> None:
+def _write(model: nn.Module, entry: Entry, value: torch.Tensor, assign: bool, replaced: dict[int, Any]) -> None:
+    """Put a tensor into its place. A parameter that another takes the place of is noted, with that, by its id."""
     if entry.put is not None:
         entry.put(value)
     elif not entry.memory:  # a view of another layer's tensor, or a weight of the base model
@@ -387,7 +393,8 @@ def _write(model: nn.Module, entry: Entry, value: torch.Tensor, assign: bool) ->
         device = _device_near(model, entry) if old.device.type == "meta" else old.device
         value = value.to(device, old.dtype)
         if isinstance(old, nn.Parameter):
-            parent._parameters[name] = nn.Parameter(value, requires_grad=old.requires_grad)
+            new = parent._parameters[name] = nn.Parameter(value, requires_grad=old.requires_grad)
+            replaced[id(old)] = (old, new)
         else:
             parent._buffers[name] = value
     else:

@@ -368,6 +368,15 @@ class TrainedBiases:
             raise ValueError(f"adapters {found} train the same biases of the base model; activate one of them.")
         return found[0] if found else None
 
+    def check_rows(self, rows: dict[str, list[str]]) -> None:
+        """Raise ValueError if rows of a batch, by what stands behind each, need other biases than those applied."""
+        if odd := [row for row, names in rows.items() if self.choose(names) != self.applied]:
+            raise ValueError(
+                f"adapter_names: tensors of the base model are trained along (bias=..., or in a file) by "
+                f"{[*self.values]}, and the base has one set of them for all rows: that of {self.applied!r}, which is "
+                f"active, and not that of {odd}. Call the model for these apart, each time with its adapter active."
+            )
+
     def delete(self, name: str) -> None:
         if self.applied == name:
             self.apply(None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,6 +17,7 @@ from peft.core.base.readers import reads_weight_of
 from peft.core.base.stack import Stack
 from peft.core.base.storage import weight_names
 from peft.core.combine.sums import add_sum
+from peft.core.files.renaming import keys_of
 from peft.core.layer.classes import class_for
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.placement import place_for
@@ -36,14 +36,11 @@ from peft.core.model.walk import (
     layers_of,
     locate,
     names_in,
-    names_of_modules,
     parent_of,
-    plain_names,
     replace_at,
     surveyed,
-    walk,
 )
-from peft.utils.error import ConfigError, NoMatchingPeftModuleError, some
+from peft.utils.error import ConfigError
 from peft.utils.usage import recording, remark
 
 
@@ -422,27 +419,3 @@ def _fitting(
     """The layer among these that holds adapters of a method for the target's weight."""
     fits = (w for _, w in wrappers if isinstance(w, layer_cls))
     return next((w for w in fits if target.kind is None or w.kind.whole or w.kind.weight == target.kind.weight), None)
-
-
-def keys_of(model: nn.Module, state_dict: dict[str, Any], layer_cls: type[BaseTunerLayer]) -> set[str]:
-    """Names of the modules for which a checkpoint has tensors of this method.
-
-    Raises:
-        NoMatchingPeftModuleError: if it has none.
-    """
-    several = names_of_modules(model)
-    known = {name: s.key for s in walk(model) for name in several.get(id(s.module), [s.key])}
-    parts = layer_cls.adapter_cls.parts.values()
-    names = "|".join(re.escape(name) for part in parts for name in part.names)
-    found = set()
-    for key in plain_names(state_dict, model):
-        # Beside adapters of other methods, files have a `base_layer` between a module's name and the tensor's.
-        split = re.match(rf"(?:base_model\.model\.)?(.+?)(?:\.base_layer)*\.(?:{names})(?:\.|$)", key)
-        if split and split.group(1) in known:
-            found.add(known[split.group(1)])
-    if not found:
-        held = some(state_dict, 3) or "it is empty"
-        raise NoMatchingPeftModuleError(
-            f"the state dict has no tensors of {layer_cls.__name__} for modules of this model ({held})."
-        )
-    return found

@@ -69,14 +69,15 @@ class LoraTuner(LoraCompat, BaseTuner):
     ) -> None:
         """Add an adapter that combines others, inactive and frozen, with scale 1.
 
-        An adapter that a layer lacks contributes nothing there; ranks may differ.
+        An adapter that a layer lacks contributes nothing there.
 
         Args:
             weights: one for each adapter; negative ones subtract it.
             combination_type: "cat" puts the pairs side by side: exactly the weighted sum of the updates, at the sum
                 of the ranks. "svd": the best approximation of that sum at a lower rank. "linear": weighted sums of
                 the A's and of the B's, which is exact for one adapter only. "magnitude_prune", "ties"
-                (arXiv 2306.01708), "dare_linear", "dare_ties" (arXiv 2311.03099): prune A and B, then combine them;
+                (arXiv 2306.01708), "dare_linear", "dare_ties" (arXiv 2311.03099): prune A and B, then combine them.
+                Like "linear" they take adapters of one rank;
                 with "_svd" at the end, prune the updates and factor the result. "della_svd" (arXiv 2406.11617) drops
                 small entries more often, "breadcrumbs_svd" (arXiv 2312.06795) the largest and the smallest ones,
                 "knots_svd" (arXiv 2410.19735) is TIES in a basis that the updates have in common.
@@ -99,6 +100,7 @@ class LoraTuner(LoraCompat, BaseTuner):
         check_adapter_name(adapter_name, [*self.peft_config])
         combination = Combination(combination_type, density, majority_sign_method)
         self._check_combination(adapters, svd_rank, svd_clamp)
+        self._check_ranks(adapters, combination)
         given = {"density": density, "majority_sign_method": majority_sign_method, "svd_rank": svd_rank,
                  "svd_clamp": svd_clamp, "svd_driver": svd_driver}  # fmt: skip
         if unused := idle(combination_type, given):
@@ -155,6 +157,17 @@ class LoraTuner(LoraCompat, BaseTuner):
             "file alone, on the original base, is another model. Save it with "
             "path_initial_model_for_weight_conversion, or merge it into the base."
         )
+
+    def _check_ranks(self, adapters: list[str], combination: Combination) -> None:
+        if combination.way.dense or combination.name == "cat":
+            return
+        for path, layer in tuner_layers(self):
+            ranks = {name: layer.r[name] for name in adapters if name in layer}
+            if len(set(ranks.values())) > 1:
+                raise ValueError(
+                    f"combination_type {combination.name!r} adds up A's and B's, and those of {path!r} have different "
+                    f"ranks: {ranks}. 'cat' gives the exact sum, 'svd' its best approximation at the rank you say."
+                )
 
     def _check_combination(self, adapters: list[str], svd_rank: int | None, svd_clamp: float | None) -> None:
         if svd_rank is not None and svd_rank < 1:
