@@ -350,6 +350,16 @@ FAILURES: dict[str, tuple[Any, tuple[type[Exception], ...]]] = {
         lambda _: _combined(combination_type="ties", density=0.5, majority_sign_method="x"),
         (RuntimeError,),
     ),
+    "such a vote of tensors": (
+        lambda _: importlib.import_module("peft.utils.merge_utils").calculate_majority_sign_mask(
+            torch.ones(2, 2), "x"
+        ),
+        (RuntimeError,),
+    ),
+    "hot-swapping an adapter that is not there": (
+        lambda f: importlib.import_module("peft.utils.hotswap").hotswap_adapter(_two(), str(_saved(f)), "x"),
+        (RuntimeError,),
+    ),
     "a rank to convert to": (lambda _: peft.convert_to_lora(_two(), rank="x"), (TypeError,)),
     "no tensors": (
         lambda _: peft.set_peft_model_state_dict(_two(), {"base_model.model.lin0.lora_A.weight": [1]}),

@@ -173,7 +173,7 @@ def test_pruning_ways_follow_their_definition(way):
 
 
 def test_density_one_prunes_nothing():
-    model = pair()
+    model = pair(second={"r": 4})
     for way in ("magnitude_prune", "dare_linear"):
         combine(model, way, name=way, density=1)
     combine(model, "linear", name="linear")
@@ -260,6 +260,8 @@ def test_it_is_inactive_frozen_and_described_by_its_config():
 )
 @pytest.mark.parametrize("way", ["cat", "linear", "svd"])
 def test_other_targets_and_ranks_and_a_round_trip_through_files(tmp_path, first, second, way):
+    if way == "linear":
+        first, second = ({**options, "r": 4, "rank_pattern": {}} for options in (first, second))
     model, x = combine(pair("mlp", first, second), way), inputs("mlp")
     for layer in layers(model).values():
         assert ("new" in layer) == ("x0" in layer or "x1" in layer)

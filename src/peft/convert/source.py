@@ -15,10 +15,10 @@ from torch import nn
 from peft.config import read_json
 from peft.convert.extract import skeleton
 from peft.convert.held import Held
-from peft.core.files.io import checked_tensors, damaged, torch_load
+from peft.core.files.io import checked_tensors, torch_load
 from peft.core.files.shards import Shards, has_weights
 from peft.core.model.walk import embeddings_of, shares_embeddings
-from peft.utils.error import CheckpointError, ConfigError
+from peft.utils.error import CheckpointError, ConfigError, damaged
 
 
 # The weights that a folder is looked through for, the best known names first.

@@ -63,7 +63,7 @@ class MissingFileError(ConfigFileError, FileNotFoundError):
     """A file of an adapter is neither in a folder nor on the hub, or could not be fetched."""
 
 
-class UnknownAdapterError(PeftError, ValueError, KeyError):
+class UnknownAdapterError(PeftError, ValueError, KeyError, RuntimeError):
     """A model has no adapter of this name."""
 
     __str__ = BaseException.__str__  # a KeyError shows its message in quotation marks
@@ -97,6 +97,13 @@ class CheckpointError(PeftError, ValueError, RuntimeError):
 
 class NotSupportedYetError(ConfigError, NotImplementedError):
     """A known method or option of the file format that this version recognises but cannot honour."""
+
+
+def damaged(file: str, error: Exception) -> CheckpointError:
+    """The error for a file that cannot be read; of the class that its reader raised as well, if that has its own."""
+    own = type(error).__module__.startswith(("safetensors", "_pickle", "pickle"))
+    kind = type("DamagedFileError", (CheckpointError, type(error)), {}) if own else CheckpointError
+    return kind(f"{file} is damaged or no file of adapter weights ({type(error).__name__}: {error}).")
 
 
 def nearest(value: object, known: Iterable[object], cutoff: float = 0.5) -> str:

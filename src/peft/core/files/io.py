@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from peft.utils.error import CheckpointError, MissingFileError, NotAFolderError, WrongTypeError, some
+from peft.utils.error import CheckpointError, MissingFileError, NotAFolderError, WrongTypeError, damaged, some
 
 
 if TYPE_CHECKING:
@@ -214,13 +214,6 @@ def read_tensors(file: str, device: str | None = None) -> dict[str, torch.Tensor
     except Exception as error:
         raise damaged(file, error) from error
     return checked_tensors(file, tensors)
-
-
-def damaged(file: str, error: Exception) -> CheckpointError:
-    """The error for a file that cannot be read; of the class that its reader raised as well, if that has its own."""
-    own = type(error).__module__.startswith(("safetensors", "_pickle", "pickle"))
-    kind = type("DamagedFileError", (CheckpointError, type(error)), {}) if own else CheckpointError
-    return kind(f"{file} is damaged or no file of adapter weights ({type(error).__name__}: {error}).")
 
 
 def checked_tensors(file: str, tensors: Any) -> dict[str, torch.Tensor]:

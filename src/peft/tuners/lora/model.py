@@ -75,9 +75,8 @@ class LoraTuner(LoraCompat, BaseTuner):
             weights: one for each adapter; negative ones subtract it.
             combination_type: "cat" puts the pairs side by side: exactly the weighted sum of the updates, at the sum
                 of the ranks. "svd": the best approximation of that sum at a lower rank. "linear": weighted sums of
-                the A's and of the B's, which is exact for one adapter only. "magnitude_prune", "ties"
-                (arXiv 2306.01708), "dare_linear", "dare_ties" (arXiv 2311.03099): prune A and B, then combine them.
-                Like "linear" they take adapters of one rank;
+                the A's and of the B's, exact for one adapter, refused for ranks that differ. "magnitude_prune", "ties"
+                (arXiv 2306.01708), "dare_linear", "dare_ties" (arXiv 2311.03099): prune A and B, then combine them;
                 with "_svd" at the end, prune the updates and factor the result. "della_svd" (arXiv 2406.11617) drops
                 small entries more often, "breadcrumbs_svd" (arXiv 2312.06795) the largest and the smallest ones,
                 "knots_svd" (arXiv 2410.19735) is TIES in a basis that the updates have in common.
@@ -100,7 +99,6 @@ class LoraTuner(LoraCompat, BaseTuner):
         check_adapter_name(adapter_name, [*self.peft_config])
         combination = Combination(combination_type, density, majority_sign_method)
         self._check_combination(adapters, svd_rank, svd_clamp)
-        self._check_ranks(adapters, combination)
         given = {"density": density, "majority_sign_method": majority_sign_method, "svd_rank": svd_rank,
                  "svd_clamp": svd_clamp, "svd_driver": svd_driver}  # fmt: skip
         if unused := idle(combination_type, given):
@@ -195,6 +193,7 @@ class LoraTuner(LoraCompat, BaseTuner):
 
     def _combined_rank(self, adapters: list[str], combination: Combination, svd_rank: int | None) -> int:
         """The rank of the result, the same in all layers."""
+        self._check_ranks(adapters, combination)
         ranks, groups = [], 1
         for _, layer in tuner_layers(self):
             here: list[Any] = [layer.adapters[name] for name in adapters if name in layer]
