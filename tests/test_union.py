@@ -126,7 +126,7 @@ def test_each_part_acts_as_it_does_alone(order):
             for key, p in resting.named_parameters():
                 if ".default" in key and words[part] not in key:
                     p.zero_()
-        resting.base_model.prompts.prompts.disabled = part != "prefix"  # the attention sees zeros too
+        resting.base_model.prompts.prompts.enable_adapters(part == "prefix")  # the attention sees zeros too
         found = logits(alone, "llama")
         gives(logits(resting, "llama"), found)
         differs(found, together)
