@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -323,17 +324,25 @@ class TrainedBiases:
                 "offloaded: each call brings the base's own. Load the base model without offloading, or train the "
                 "adapter with bias='none'."
             )
+        with self.set_aside():
+            own = self.values.setdefault(name, {})
+            for module, attribute in sites:
+                place, p = (id(module), attribute), getattr(module, attribute)
+                if place in own:
+                    continue
+                if place not in self.places:
+                    self.places[place], self.originals[place] = module, p.data
+                own[place] = p.data.clone()
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """A context in which the model has the originals; what is applied, and trains, is so again afterwards."""
         applied, trains = self.applied, any(p.requires_grad for _, p in self.parameters(self.applied or ""))
         self.apply(None)
-        own = self.values.setdefault(name, {})
-        for module, attribute in sites:
-            place, p = (id(module), attribute), getattr(module, attribute)
-            if place in own:
-                continue
-            if place not in self.places:
-                self.places[place], self.originals[place] = module, p.data
-            self.values[name][place] = p.data.clone()
-        self.apply(applied, trains)
+        try:
+            yield
+        finally:
+            self.apply(applied, trains)
 
     def parameters(self, name: str) -> Iterator[tuple[tuple[int, str], nn.Parameter]]:
         for place in self.values.get(name, ()):
