@@ -51,7 +51,7 @@ def loha_weight(
 def face_splitting(
     a1: torch.Tensor, b1: torch.Tensor, a2: torch.Tensor, b2: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A ``[out, r^2]`` and B ``[r^2, in * kernel]`` with A B = (A1 B1) * (A2 B2)."""
+    """A ``[out, r1 r2]`` and B ``[r1 r2, in * kernel]`` with A B = (A1 B1) * (A2 B2), of ranks r1 and r2."""
     a = (a1[:, :, None] * a2[:, None, :]).flatten(1)  # all products of columns
     return a, (b1[:, None, :] * b2[None, :, :]).flatten(0, 1)
 

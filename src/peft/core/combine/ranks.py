@@ -95,6 +95,12 @@ def halves(
     return root[:, None] * vh[:rank], u[:, :rank] * root
 
 
+def orthogonality(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """|A A^T - I| + |B^T B - I|, Frobenius norms, for A ``[r, in]`` and B ``[out, r]``: how far both are from it."""
+    eye = torch.eye(len(a), device=a.device, dtype=a.dtype)
+    return (a @ a.T - eye).norm() + (b.T @ b - eye).norm()
+
+
 def product_svd(
     down: torch.Tensor, up: torch.Tensor, driver: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -56,6 +56,21 @@ class AuxiliaryTrainingWrapper(Switch, AuxiliaryWrapper):
         """Allocate the adapter's version."""
         raise NotImplementedError
 
+    def _module(self) -> nn.Module:
+        """The module that acts now."""
+        raise NotImplementedError
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._module()(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or name in MARKS or not self.__dict__.get("_modules"):  # not wrapped yet
+                raise
+            return getattr(self._module(), name)
+
     def unload(self, merge: bool, adapter_names: list[str] | None = None) -> nn.Module:
         """The module that takes the wrapper's place: the adapter's version if ``merge``, else the original."""
         raise NotImplementedError
@@ -126,7 +141,6 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
             )
 
     def _module(self) -> nn.Module:
-        """The module that acts now."""
         if not self._disable_adapters:
             for name in self.active_adapters:
                 return self.modules_to_save[name]
@@ -151,14 +165,6 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
                     "single tensors only. Call the model with one adapter at a time."
                 )
         return kind.join_rows(self, parts, order)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("_") or name in MARKS or "modules_to_save" not in self.__dict__.get("_modules", ()):
-                raise
-            return getattr(self._module(), name)
 
     # a Sequential is called, but indexed as well
     def __getitem__(self, index: Any) -> Any:
@@ -271,16 +277,8 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         super().set_adapter(adapter_names, inference_mode)
         self.token_adapter.set_adapter(adapter_names, inference_mode)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.token_adapter(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("_") or name in MARKS or "token_adapter" not in self.__dict__.get("_modules", ()):
-                raise
-            return getattr(self.token_adapter, name)
+    def _module(self) -> nn.Module:
+        return self.token_adapter
 
     def unload(self, merge: bool, adapter_names: list[str] | None = None) -> nn.Module:
         return self.token_adapter.base_layer

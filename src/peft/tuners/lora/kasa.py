@@ -11,7 +11,7 @@ from torch import nn
 
 from peft.core.adapter import part, setting
 from peft.core.base.kinds import Kind, fan
-from peft.core.combine.ranks import svd
+from peft.core.combine.ranks import orthogonality, svd
 from peft.core.filling import skip_values
 from peft.core.layer.buffers import BufferDict
 from peft.kernels import Factors
@@ -35,8 +35,7 @@ def penalty(a: torch.Tensor, b: torch.Tensor, sigma: torch.Tensor, beta: float, 
     Args:
         a: ``[r, in]``. b: ``[out, r]``. sigma: ``[r]``.
     """
-    one = torch.eye(len(sigma), dtype=sigma.dtype, device=sigma.device)
-    return beta * sigma.square().sum() + gamma * ((b.T @ b - one).norm() + (a @ a.T - one).norm())
+    return beta * sigma.square().sum() + gamma * orthogonality(a, b)
 
 
 class Kasa(Lora):
