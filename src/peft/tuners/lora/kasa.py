@@ -48,6 +48,7 @@ class Kasa(Lora):
     first, but W' is not W.
     """
 
+    option: ClassVar[str] = "kasa_config"
     lora_diag = part()
     kasa_V, kasa_US = part(BufferDict, remade=True), part(BufferDict, remade=True)
     ties: ClassVar[bool] = False
@@ -59,10 +60,6 @@ class Kasa(Lora):
         "BdLora": "what KaSA takes from the weight is no product of blocks, so shards would have to exchange it",
         "QaLora": "what KaSA takes from the weight differs within a group of inputs, so no zero point can hold it",
     }
-
-    @classmethod
-    def asked_by(cls, config: LoraConfig) -> bool:
-        return config.kasa_config is not None
 
     @classmethod
     def refuses(cls, kind: Kind, module: nn.Module, config: LoraConfig) -> str | None:
