@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -118,16 +119,26 @@ class Manager:
         """Remove an adapter; if it was the active one, another becomes active.
 
         Raises:
-            ValueError: if there is no such adapter.
+            ValueError: if there is no such adapter, or it is merged somewhere.
         """
         operations.require_adapters(self.model, [adapter_name], self.peft_config)
-        active = self.take_out(adapter_name)
+        operations.require_unmerged(self.model, adapter_name)
+        active = operations.active_of(self.model) or self.active_adapters
+        operations.remove(self.model, adapter_name)
+        for switch in self.beside():
+            switch.delete_adapter(adapter_name)
+        self.forget(adapter_name)
         del self.peft_config[adapter_name]
-        self.active_adapter = active[0] if len(active) == 1 else active
+        left = [name for name in active if name != adapter_name]
+        if adapter_name in active and not left and self.peft_config:
+            other = next(iter(self.peft_config))
+            warnings.warn(f"adapter {adapter_name!r} was active; {other!r} is active now.")
+            self.set_adapter(other)
+        else:
+            self.active_adapter = left[0] if len(left) == 1 else left
 
-    def take_out(self, adapter_name: str) -> list[str]:
-        """Remove what an adapter has in the model and here; gives the names that are active afterwards."""
-        raise NotImplementedError
+    def forget(self, adapter_name: str) -> None:
+        """Drop what else is kept for an adapter; called when that is deleted."""
 
     def unload(self) -> nn.Module:
         """Take all adapters out, unmerged, and return the plain model, changed in place."""

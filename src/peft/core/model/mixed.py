@@ -135,17 +135,6 @@ class MixedModel(BaseTuner):
     def beside(self) -> Sequence[Switch]:
         return () if self.prompts is None else (self.prompts.prompts,)
 
-    def take_out(self, adapter_name: str) -> list[str]:
-        active = super().take_out(adapter_name)
-        if self.prompts is None:
-            return active
-        self._forget_prompt(adapter_name)
-        rest = [name for name in self.peft_config if name != adapter_name]
-        left = [name for name in self.active_adapters if name != adapter_name] or active or rest[:1]
-        if left:
-            self.set_adapter(left)
-        return left
-
     def _forget_prompt(self, adapter_name: str) -> None:
         if self.prompts is not None:
             self.prompts.prompts.delete_adapter(adapter_name)

@@ -117,15 +117,6 @@ class PromptTuner(Manager):
     def beside(self) -> list[Switch]:
         return [self.prompts]
 
-    def take_out(self, adapter_name: str) -> list[str]:
-        operations.remove(self.model, adapter_name)
-        self.prompts.delete_adapter(adapter_name)
-        rest = [name for name in self.peft_config if name != adapter_name]
-        if adapter_name not in self.active_adapters or not rest:
-            return [name for name in self.active_adapters if name != adapter_name]
-        self.set_adapter(rest[0])
-        return rest[:1]
-
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """False: a prompt is no change of a weight."""
         return False
