@@ -23,11 +23,10 @@ from peft import (
     PeftModel,
     get_peft_model,
 )
-from peft.core.combine.ranks import product_svd
+from peft.core.combine.ranks import face_splitting, product_svd
 from peft.helpers import spectral_surgery
 from peft.optimizers import create_loramuon_optimizer, create_lorarite_optimizer
 from peft.testing.cells import perturb
-from peft.tuners.loha import face_splitting
 from peft.tuners.lora.surgery import gates
 from peft.tuners.routing import imbalance, top_weights
 from peft.utils.warning import PeftWarning
