@@ -74,11 +74,12 @@ def stir(model: nn.Module, name: str = "default", seed: int = 0, size: float = 0
 
 
 def adapted(name: str, config: Any, adapter: str = "default", size: float = 0.4) -> PeftModel:
-    torch.manual_seed(0)
+    base = build(name)
+    torch.manual_seed(0)  # after it: only the first model of an architecture is drawn
     config.task_type = TASKS[name]
     for member in config.members:
         member.task_type = TASKS[name]
-    model = get_peft_model(build(name), config, adapter)
+    model = get_peft_model(base, config, adapter)
     stir(model, adapter, size=size)
     return model
 
