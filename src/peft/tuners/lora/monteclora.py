@@ -83,6 +83,7 @@ class MonteCLora(Lora):
     :class:`peft.helpers.MontecloraTrainerMixin`.
     """
 
+    option: ClassVar[str] = "monteclora_config"
     lora_monteclora_sampler = part(nn.ModuleDict)
     monteclora_options, monteclora_drawn = setting(), setting()
     fixed_rank: ClassVar[bool] = True
@@ -92,10 +93,6 @@ class MonteCLora(Lora):
     excludes: ClassVar[dict[str, str]] = {
         "QaLora": "MonteCLoRA draws a number for each input, and QA-LoRA's A has one for each group of inputs"
     }
-
-    @classmethod
-    def asked_by(cls, config: LoraConfig) -> bool:
-        return config.monteclora_config is not None
 
     @classmethod
     def refuses(cls, kind: Kind, module: nn.Module, config: LoraConfig) -> str | None:
