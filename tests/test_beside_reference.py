@@ -374,6 +374,7 @@ FAILURES: dict[str, tuple[Any, tuple[type[Exception], ...]]] = {
     "a string as a rank": (lambda f: _load(_config_with(f, r="2")), (TypeError,)),
     "null as alpha": (lambda f: _load(_config_with(f, lora_alpha=None)), (TypeError,)),
     "LoftQ without the adapter": (lambda _: peft.replace_lora_weights_loftq(_two(), adapter_name="x"), (KeyError,)),
+    "LoftQ without a path": (lambda _: peft.replace_lora_weights_loftq(_two()), (ValueError,)),
     "LoftQ without the model": (
         lambda f: peft.replace_lora_weights_loftq(
             get_peft_model(tiny_llama(), _lora(target_modules=["q_proj"])), str(f / "none")

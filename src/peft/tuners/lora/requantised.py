@@ -48,7 +48,10 @@ def replace_lora_weights_loftq(
     if not isinstance(tuner, LoraTuner):
         raise ValueError(f"LoftQ fits LoRA, and this is {type(tuner or peft_model).__name__} without it.")
     require_adapters(tuner.model, [adapter_name])
-    shards = _shards(model_path or tuner.model.config._name_or_path)
+    source = model_path or getattr(getattr(tuner.model, "config", None), "_name_or_path", None)
+    if not source:
+        raise ValueError("the base does not say where it was loaded from: give the unquantised weights as model_path.")
+    shards = _shards(source)
     layers = [(name, layer) for name, layer in layers_of(tuner.model) if _has_lost(layer) and adapter_name in layer]
     if not layers:
         raise ValueError(
