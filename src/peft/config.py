@@ -357,7 +357,9 @@ class PeftConfigMixin(Options):
         return cls.from_json_file(path)["peft_type"]
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any
+    ):
         """Read the config of a saved adapter; the result is of the class its `peft_type` names.
 
         Args:

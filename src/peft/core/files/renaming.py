@@ -103,12 +103,13 @@ def update_names(model: nn.Module, config: Any) -> None:
         if updated != entries:
             setattr(config, field, type_of(field)(updated))
     for field in _PATTERNS:
-        pattern, updated = getattr(config, field, None) or {}, {}
+        pattern = getattr(config, field, None) or {}
+        renewed: dict[str, Any] = {}
         for key, value in pattern.items():
             new = [] if _means(_whole(key), now) else _meant(_whole(key), before())
-            updated.update(dict.fromkeys((f"^{re.escape(name)}" for name in new), value) if new else {key: value})
-        if updated != pattern:
-            setattr(config, field, updated)
+            renewed.update(dict.fromkeys((f"^{re.escape(name)}" for name in new), value) if new else {key: value})
+        if renewed != pattern:
+            setattr(config, field, renewed)
 
 
 def type_of(field: str) -> Callable[[Iterable[str]], Any]:
