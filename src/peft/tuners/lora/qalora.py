@@ -9,10 +9,10 @@ from torch import nn
 
 from peft.core.adapter import setting
 from peft.core.base.kinds import Kind
-from peft.core.filling import skip_values, unfilled_linear
+from peft.core.filling import unfilled_linear
 from peft.kernels import Factors
 from peft.tuners.lora.config import LoraConfig
-from peft.tuners.lora.initialize import is_drawn, rewrites
+from peft.tuners.lora.initialize import rewrites
 from peft.tuners.lora.layer import Lora
 from peft.utils.error import ConfigError
 
@@ -52,7 +52,7 @@ class QaLora(Lora):
     def refuses(cls, kind: Kind, module: nn.Module, config: LoraConfig) -> str | None:
         if not kind.matrix:
             return "QA-LoRA pools the inputs of linear layers by quantisation group, and this is none"
-        if config.init_lora_weights in ("orthogonal", "eva") or rewrites(config.init_lora_weights):
+        if config.init_lora_weights == "eva" or rewrites(config.init_lora_weights):
             return f"QA-LoRA's A is smaller than init_lora_weights={config.init_lora_weights!r} makes it"
         return None
 
@@ -65,17 +65,9 @@ class QaLora(Lora):
             )
         super().create(config, key)
 
-    def make_pair(self, config: LoraConfig) -> None:
-        super().make_pair(config)
-        down = unfilled_linear(self.in_features // self.qalora_group_size, self.r)
-        if not (is_drawn(config) and skip_values()):
-            if config.init_lora_weights == "gaussian":
-                nn.init.normal_(down.weight, std=1 / self.r)
-            elif isinstance(config.init_lora_weights, bool):
-                down.reset_parameters()
-            else:
-                nn.init.zeros_(down.weight)
-        self.lora_A = down
+    def allocate(self, r: int, bias: bool = False) -> None:
+        super().allocate(r, bias)
+        self.lora_A = unfilled_linear(self.in_features // self.qalora_group_size, r)
 
     def takes(self, saved: str, shape: torch.Size) -> bool:
         """Others write a full A for layers that are not quantised, and mean plain LoRA by it."""
@@ -86,7 +78,10 @@ class QaLora(Lora):
 
     def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
         a, b = super().pair()
-        return spread(a, self._size(a)) if self._size(a) > 1 else a, b
+        return self.of_inputs(a), b
+
+    def of_inputs(self, a: torch.Tensor) -> torch.Tensor:
+        return spread(a, self._size(a)) if self._size(a) > 1 else a
 
     def product(self) -> Factors | None:
         return None  # they would read, and keep, the input that is not pooled
