@@ -495,7 +495,9 @@ def test_qalora_on_gptq_is_that_of_the_reference(gptq: type[Unreadable], tmp_pat
     fresh = get_peft_model(model(), LoraConfig(use_qalora=True, **config))
     assert fresh.get_nb_trainable_parameters()[0] == 432
     state = get_peft_model_state_dict(fresh)
-    assert {k: t.shape for k, t in state.items()} == {k: t.shape for k, t in part("fresh.").items()}
+    assert state.keys() == part("fresh.").keys()
+    for name, t in part("fresh.").items():
+        same(state[name], t, 1e-3)  # it was made in 16 bits there
     save_file(part("state."), tmp_path / "adapter_model.safetensors")
     LoraConfig(use_qalora=True, **config).save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(model(), tmp_path, is_trainable=True)

@@ -9,10 +9,10 @@ from torch import nn
 
 from peft.core.adapter import setting
 from peft.core.base.kinds import Kind
-from peft.core.filling import unfilled_linear
+from peft.core.filling import skip_values, unfilled_linear
 from peft.kernels import Factors
 from peft.tuners.lora.config import LoraConfig
-from peft.tuners.lora.initialize import rewrites
+from peft.tuners.lora.initialize import is_drawn, orthogonal, rewrites
 from peft.tuners.lora.layer import Lora
 from peft.utils.error import ConfigError
 
@@ -65,9 +65,20 @@ class QaLora(Lora):
             )
         super().create(config, key)
 
-    def allocate(self, r: int, bias: bool = False) -> None:
-        super().allocate(r, bias)
-        self.lora_A = unfilled_linear(self.in_features // self.qalora_group_size, r)
+    def make_pair(self, config: LoraConfig) -> None:
+        super().make_pair(config)  # a whole A is drawn first, as elsewhere, so a seed gives the same numbers
+        down = unfilled_linear(self.in_features // self.qalora_group_size, self.r)
+        if not (is_drawn(config) and skip_values()):
+            init = config.init_lora_weights
+            if init == "orthogonal":
+                orthogonal(down.weight, self.lora_B.weight)
+            elif init == "gaussian":
+                nn.init.normal_(down.weight, std=1 / self.r)
+            elif isinstance(init, bool):
+                down.reset_parameters()
+            else:
+                nn.init.zeros_(down.weight)
+        self.lora_A = down
 
     def takes(self, saved: str, shape: torch.Size) -> bool:
         """Others write a full A for layers that are not quantised, and mean plain LoRA by it."""
