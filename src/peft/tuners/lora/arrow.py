@@ -60,6 +60,7 @@ class Arrow(Lora):
     The router trains nothing. Its own A and B take part in nothing; they stand in its file, as others write it.
     """
 
+    option: ClassVar[str] = "arrow_config"
     arrow_config, arrow_experts = setting(), setting()
     untrained: ClassVar[frozenset[str]] = frozenset({"lora_A", "lora_B"})
     excludes: ClassVar[dict[str, str]] = dict.fromkeys(
@@ -67,10 +68,6 @@ class Arrow(Lora):
         "an Arrow router has no update of its own that another variant could change; the adapters that it routes over "
         "are made before it",
     )
-
-    @classmethod
-    def asked_by(cls, config: LoraConfig) -> bool:
-        return config.arrow_config is not None
 
     @classmethod
     def refuses(cls, kind: Kind, module: nn.Module, config: LoraConfig) -> str | None:

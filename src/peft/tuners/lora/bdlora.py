@@ -66,15 +66,12 @@ class BdLora(Lora):
     and down projections), A is cut, and the shards' updates go through the sum that the layer makes anyway.
     """
 
+    option: ClassVar[str] = "use_bdlora"
     bdlora_side, bdlora_blocks = setting(), setting()
     fixed_rank: ClassVar[bool] = True
     excludes: ClassVar[dict[str, str]] = {
         "Mica": "MiCA's B holds singular vectors of the whole weight, which a factor made of blocks cannot"
     }
-
-    @classmethod
-    def asked_by(cls, config: LoraConfig) -> bool:
-        return config.use_bdlora is not None
 
     @classmethod
     def refuses(cls, kind: Kind, module: nn.Module, config: LoraConfig) -> str | None:

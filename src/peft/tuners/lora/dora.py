@@ -29,13 +29,10 @@ from peft.tuners.lora.norm_cache import DoraCaching, remembered
 class Dora(Lora):
     """y' = y + (g - 1) W drop(x) + g dW drop(x), ``lora_magnitude_vector`` is m."""
 
+    option = "use_dora"
     reversible = False
     ties = False
     needs_dense_pair = "DoRA needs the norm of the adapted weight"
-
-    @classmethod
-    def asked_by(cls, config: LoraConfig) -> bool:
-        return config.use_dora
 
     def make_pair(self, config: LoraConfig) -> None:
         super().make_pair(config)

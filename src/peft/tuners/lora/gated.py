@@ -21,6 +21,7 @@ class Gated(Lora):
     ``set_scale`` multiplies by a factor besides, which is 1 at first.
     """
 
+    option: ClassVar[str] = "use_gating"
     lora_gate = part(nn.ModuleDict)
     ties: ClassVar[bool] = False
     excludes: ClassVar[dict[str, str]] = {
@@ -28,10 +29,6 @@ class Gated(Lora):
         "Arrow": "an Arrow router weighs its experts, and has no update of its own that a gate could weigh",
         "ALora": "a gate is a mean over all tokens of a row, and before its invocation aLoRA is the base model",
     }
-
-    @classmethod
-    def asked_by(cls, config: LoraConfig) -> bool:
-        return config.use_gating
 
     @classmethod
     def refuses(cls, kind: Kind, module: nn.Module, config: LoraConfig) -> str | None:

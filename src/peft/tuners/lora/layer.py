@@ -34,6 +34,7 @@ class Lora(LoraVariantCompat, Scaled):
 
     Attributes:
         variants: the variants, in the order in which they wrap each other: the first is the outermost.
+        option: the field of the config that asks for a variant where it is set.
         excludes: name of another variant's class -> why the two have no meaning together.
         made_of: the variants that a combination is made of.
         of_others: adapters whose variant is a third party's object.
@@ -53,6 +54,7 @@ class Lora(LoraVariantCompat, Scaled):
     use_rslora, use_dora, lora_bias = setting(), setting(), setting()
 
     variants: ClassVar[list[type[Lora]]] = []
+    option: ClassVar[str] = ""
     excludes: ClassVar[dict[str, str]] = {}
     made_of: ClassVar[tuple[type[Lora], ...]] = ()
     computes_pair: ClassVar[bool] = False
@@ -81,7 +83,7 @@ class Lora(LoraVariantCompat, Scaled):
     @classmethod
     def asked_by(cls, config: LoraConfig) -> bool:
         """Whether a config asks for this variant."""
-        return False
+        return getattr(config, cls.option, None) not in (None, False)
 
     @classmethod
     def of(cls, config: LoraConfig) -> type[Lora]:

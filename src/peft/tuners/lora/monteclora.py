@@ -83,16 +83,13 @@ class MonteCLora(Lora):
     :class:`peft.helpers.MontecloraTrainerMixin`.
     """
 
+    option: ClassVar[str] = "monteclora_config"
     lora_monteclora_sampler = part(nn.ModuleDict)
     monteclora_options, monteclora_drawn = setting(), setting()
     fixed_rank: ClassVar[bool] = True
     random_in_training: ClassVar[bool] = True
     ties: ClassVar[bool] = False
     needs_dense_pair = "MonteCLoRA draws the pair of a whole weight"
-
-    @classmethod
-    def asked_by(cls, config: LoraConfig) -> bool:
-        return config.monteclora_config is not None
 
     @classmethod
     def refuses(cls, kind: Kind, module: nn.Module, config: LoraConfig) -> str | None:

@@ -39,14 +39,11 @@ class QaLora(Lora):
     pooled input, g times smaller than the input.
     """
 
+    option: ClassVar[str] = "use_qalora"
     qalora_group_size = setting()
     excludes: ClassVar[dict[str, str]] = {
         "BdLora": "QA-LoRA's A reads groups of inputs, BD-LoRA's blocks of them: they cut the same axis in two ways"
     }
-
-    @classmethod
-    def asked_by(cls, config: LoraConfig) -> bool:
-        return config.use_qalora
 
     @classmethod
     def refuses(cls, kind: Kind, module: nn.Module, config: LoraConfig) -> str | None:
