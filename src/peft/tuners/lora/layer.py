@@ -161,6 +161,10 @@ class Lora(LoraVariantCompat, Scaled):
         """A and B of dW = s B A, shaped as plain LoRA's: those held, or what a variant makes of them."""
         return self.held_pair()
 
+    def of_inputs(self, a: torch.Tensor) -> torch.Tensor:
+        """What multiplies the layer's inputs where A, or what is added to it, is held as ``a``."""
+        return a
+
     def acting_pair(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B in this forward, which a variant may draw anew while it trains; no weight has that in it."""
         return self.pair()
