@@ -73,6 +73,8 @@ class Arrow(Lora):
     def refuses(cls, kind: Kind, module: nn.Module, config: LoraConfig) -> str | None:
         if not kind.matrix or kind.read_by_parent:
             return "Arrow routes each token by its features, which only the inputs of linear layers are. Target those"
+        if config.lora_bias:
+            return "an Arrow router has no update of its own that a bias (lora_bias) could be of"
         if not is_drawn(config) or config.init_lora_weights == "eva":
             return f"an Arrow router has no update that init_lora_weights={config.init_lora_weights!r} could start"
         return None

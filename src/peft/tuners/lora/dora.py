@@ -89,6 +89,9 @@ class Dora(Lora):
             bias = base_bias(layer)
             inner = base_y if bias is None else base_y - self.along_channels(bias)
         delta = self.update(x) if dropped else self.delta(x)
+        if self.lora_bias:  # as the base's, it is no part of the weight that m and its norm are about
+            shift = self.along_channels(self._bias_delta())
+            y, delta = y + shift, delta - shift
         return y + (g * (inner + delta) - inner)  # one product with g, which keeps one tensor for the gradient of m
 
     def fold(self, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:

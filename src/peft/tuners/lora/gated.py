@@ -11,6 +11,7 @@ from peft.core.adapter import part
 from peft.core.base.kinds import Kind
 from peft.core.gates import Gate
 from peft.tuners.lora.config import LoraConfig
+from peft.tuners.lora.initialize import rewrites
 from peft.tuners.lora.layer import Lora
 
 
@@ -37,6 +38,11 @@ class Gated(Lora):
             return (
                 "its weight is read by another computation, and a gate (use_gating) depends on the sample, so there "
                 "is no weight to give"
+            )
+        if rewrites(config.init_lora_weights):
+            return (
+                f"a gate (use_gating) weighs B A, so what init_lora_weights={config.init_lora_weights!r} takes out of "
+                "the weight would not come back"
             )
         return None
 

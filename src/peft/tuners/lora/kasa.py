@@ -57,8 +57,7 @@ class Kasa(Lora):
     reversible: ClassVar[bool] = False  # the weight comes back as it was, without the rounding of what is taken away
     agrees: ClassVar[frozenset[str]] = frozenset({"delta"})
     excludes: ClassVar[dict[str, str]] = {
-        "BdLora": "what KaSA takes from the weight is no product of blocks, so shards would have to exchange it",
-        "QaLora": "what KaSA takes from the weight differs within a group of inputs, so no zero point can hold it",
+        "BdLora": "what KaSA takes from the weight is no product of blocks, so shards would have to exchange it"
     }
 
     @classmethod
