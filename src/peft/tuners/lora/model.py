@@ -92,7 +92,7 @@ class LoraTuner(LoraCompat, BaseTuner):
 
         Examples:
             >>> model.add_adapter("other", LoraConfig(r=8, task_type="CAUSAL_LM"))
-            >>> model.add_weighted_adapter(["default", "other"], [0.7, 0.3], "both", combination_type="linear")
+            >>> model.add_weighted_adapter(["default", "other"], [0.7, 0.3], "both", combination_type="cat")
             >>> model.set_adapter("both")
         """
         weights = checked_weights(self, adapters, weights)
