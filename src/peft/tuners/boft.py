@@ -15,7 +15,7 @@ from peft.core.adapter import part, setting
 from peft.core.families import Rotation
 from peft.core.layer.weight import wide
 from peft.core.model.registry import define_tuner
-from peft.kernels.made_again import made_again
+from peft.kernels.made_again import made_again, reading
 from peft.utils.error import ConfigError
 from peft.utils.peft_types import PeftType
 
@@ -92,6 +92,7 @@ class BOFT(Rotation):
     boft_dropout = setting()
     reversible = False  # a scale may be zero
     last_comes_first = True
+    spares_input = True
 
     def create(self, config: BOFTConfig, key: str) -> None:
         blocks, size = cut(self.rotated_features, config, key or type(self.base).__name__)
@@ -114,9 +115,9 @@ class BOFT(Rotation):
         if drawn and self.draws():
             still = torch.rand(*blocks.shape[:2], 1, 1, device=blocks.device) < self.boft_dropout
             blocks = torch.where(still, torch.eye(blocks.shape[-1], device=blocks.device, dtype=blocks.dtype), blocks)
-        if len(blocks) == 1:
-            return butterfly(x, blocks.to(x.dtype), back)
-        return made_again(partial(butterfly, back=back), x, blocks.to(x.dtype))  # not with what is between factors
+        blocks, turned = blocks.to(x.dtype), partial(butterfly, back=back)
+        with reading(x):  # nor is what is between factors kept
+            return turned(x, blocks) if len(blocks) == 1 else made_again(turned, x, blocks)
 
     def draws(self) -> bool:
         return bool(self.boft_dropout) and self.training
