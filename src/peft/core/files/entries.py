@@ -46,9 +46,11 @@ class Entry:
         """What is appended to its name where a file holds it as several tensors."""
         return () if self.owner is None else self.owner.split
 
-    def as_saved(self, value: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
-        """What a file holds for this value of it."""
-        return value if self.owner is None else self.owner.as_saved(self.tail, value)
+    def named(self, value: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What a file holds for this value of it, by name."""
+        written = value if self.owner is None else self.owner.as_saved(self.tail, value)
+        parts = written if isinstance(written, dict) else {"": written}
+        return {self.saved + suffix: part for suffix, part in parts.items()}
 
     def as_loaded(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
         """The one tensor that several of a file stand for, by what is appended to its name."""
@@ -125,8 +127,10 @@ def entries(model: nn.Module, adapter: str) -> Iterator[Entry]:
         yield Entry(saved, held, tensor, put=None if memory else partial(prompts.load_prompt, adapter))  # type: ignore[union-attr]
     for saved, memory, tensor in tuner.adapter_state(adapter) if (tuner := tuner_of(model)) else ():
         yield Entry(saved, memory, tensor)
+    record = biases_of(root)
+    in_place = record is not None and record.applied == adapter  # the base has this adapter's biases, no other one's
     for saved, memory, tensor in bias_state(root, adapter):
-        yield Entry(prefix + plain(saved), prefix + memory if record_applies(root, adapter) else "", tensor)
+        yield Entry(prefix + plain(saved), prefix + memory if in_place else "", tensor)
     for attribute, container in shared.items():
         value, memory = container[adapter], f"base_model.{attribute}.{adapter}"
         if isinstance(value, nn.Module):
@@ -159,9 +163,3 @@ def _setter(container: Any, adapter: str) -> Callable[[torch.Tensor], None]:
             container[adapter] = value.to(old)  # not in place: another adapter may use the old one
 
     return put
-
-
-def record_applies(root: nn.Module, adapter: str) -> bool:
-    """Whether the base model holds this adapter's biases now, and not those of another one."""
-    record = biases_of(root)
-    return record is not None and record.applied == adapter

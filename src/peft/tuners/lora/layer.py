@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from peft.compat.asked import Asked, is_theirs
 from peft.compat.methods import LoraLayerCompat, LoraVariantCompat
 from peft.config import resolve_pattern
 from peft.core.adapter import Adapter, input_dropout, part, setting
@@ -137,6 +138,8 @@ class Lora(LoraVariantCompat, Scaled):
         self.allocate(self.r, config.lora_bias)
         if not (is_drawn(config) and skip_values()):
             self.start(config)
+        if is_theirs(getattr(type(self.layer), "reset_lora_parameters", None)):
+            self.layer.reset_lora_parameters(self.name, config.init_lora_weights)
 
     def start(self, config: LoraConfig) -> None:
         """Give A and B the values that they start from."""
@@ -207,10 +210,10 @@ class Lora(LoraVariantCompat, Scaled):
         if a is None or b is None or up._parameters["bias"] is not None:
             return None
         dropout = modules["lora_dropout"]._modules[name]
-        rate = 0.0 if type(dropout) is nn.Identity else active_rate(dropout)
-        if rate is None:
+        rate, scale = 0.0 if type(dropout) is nn.Identity else active_rate(dropout), layer.scaling[name]
+        if rate is None or isinstance(scale, torch.Tensor):  # a tensor may train
             return None
-        return Factors(a, b, layer.scaling[name], rate)
+        return Factors(a, b, scale, rate)
 
     def delta_weight(self) -> torch.Tensor:
         return self.kind.compose(self.base, *self.pair()) * self.scaling
@@ -223,8 +226,11 @@ class Lora(LoraVariantCompat, Scaled):
 
     def _with_pair(self, weight: torch.Tensor, sign: int) -> torch.Tensor:
         """W + sign * s B A; of a linear layer without a matrix for B A."""
+        if (theirs := self.given_delta()) is not None:
+            return weight + sign * theirs.to(weight.dtype)
         a, b = self.pair()
-        if self.kind.matrix and a.dtype == b.dtype == weight.dtype:
+        number = not isinstance(self.scaling, torch.Tensor)
+        if number and self.kind.matrix and a.dtype == b.dtype == weight.dtype:
             return torch.addmm(weight, b, a, alpha=sign * self.scaling)
         return weight + sign * self.delta_weight().to(weight.dtype)
 
@@ -318,10 +324,16 @@ class LoraLayer(LoraLayerCompat, ScaledLayer):
                 cls = Lora if variant is None else variant.of or Lora.of_others
         return cls.tied() if name in self.tied_to else cls
 
-    @property
+    @Asked
     def num_experts(self) -> int:
-        """How many matrices the adapted parameter holds; 1 for a layer."""
-        return self.kind.experts(self.get_base_layer()) if isinstance(self.kind, Stack) else 1
+        """How many matrices the adapted parameter holds; 1 for a layer. Mixtures of third parties set their own."""
+        return (
+            1
+            if isinstance(self, type)
+            else self.kind.experts(self.get_base_layer())
+            if isinstance(self.kind, Stack)
+            else 1
+        )
 
     def get_delta_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
         """An update in factors (left, right, scale); ``left @ right * scale`` is that of each matrix, as it is kept.
