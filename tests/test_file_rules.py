@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft import (
     AdaLoraConfig,
+    GloraConfig,
     HiraConfig,
     IA3Config,
     LoraConfig,
@@ -206,6 +207,18 @@ def test_a_state_dict_says_what_to_adapt_in_a_compiled_model():
     model = torch.compile(tiny_llama(), backend="eager")
     inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), model, state_dict=state)
     assert get_peft_model_state_dict(model).keys() == state.keys()
+
+
+@pytest.mark.parametrize("fields", [{"config_C": "vector"}, {"config_C": "none"}, {"config_A_B": "vector"}], ids=str)
+def test_what_a_file_writes_in_another_way_goes_into_a_plain_model_too(fields):
+    wanted = shaken(get_peft_model(Mlp(), GloraConfig(target_modules=["lin0"], r=2, **fields)))
+    model = inject_adapter_in_model(wanted.peft_config["default"], Mlp())
+    result = set_peft_model_state_dict(model, get_peft_model_state_dict(wanted))
+    assert not result.missing_keys and not result.unexpected_keys
+    again = get_peft_model(Mlp(), wanted.peft_config["default"])
+    set_peft_model_state_dict(again, get_peft_model_state_dict(model))
+    for name, tensor in get_peft_model_state_dict(wanted).items():
+        assert torch.equal(get_peft_model_state_dict(again)[name], tensor)
 
 
 def test_a_model_under_fsdp():

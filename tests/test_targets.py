@@ -15,14 +15,23 @@ from toys import Mlp, tiny_llama
 from peft import (
     AdaLoraConfig,
     AdamssConfig,
+    BottleneckConfig,
+    CPTConfig,
+    DeftConfig,
+    LoHaConfig,
+    LoKrConfig,
     LoraConfig,
+    MultitaskPromptTuningConfig,
     OFTConfig,
     OSFConfig,
     PeftModel,
+    PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
     PsoftConfig,
+    ReftConfig,
     ShiraConfig,
+    TinyLoraConfig,
     TrainableTokensConfig,
     UniLoraConfig,
     VeraConfig,
@@ -261,11 +270,62 @@ class TestUnusedEntries:
             (lambda: VeraConfig(d_initial=0.0, init_weights=False), "counts only with init_weights"),
             (lambda: PromptTuningConfig(prompt_tuning_init_text="Say"), "counts only with prompt_tuning_init='TEXT'"),
             (lambda: PromptEncoderConfig(encoder_num_layers=3), "encoder_reparameterization_type='LSTM'"),
+            (lambda: PsoftConfig(random_seed=1), "counts only with psoft_svd='lowrank'"),
+            (lambda: AdamssConfig(mask_interval=9), "counts only with use_asa"),
+            (lambda: AdamssConfig(svd_threshold=0.2), "counts only with use_dynamic_rank"),
+            (lambda: DeftConfig(init_scale=2.0), "counts only with init_weights=False"),
+            (lambda: TinyLoraConfig(init_v_bound=0.1), "counts only with init_weights='uniform' or False"),
+            (lambda: ReftConfig(tied_weights=True), "counts only with suffix_positions"),
+            (lambda: CPTConfig(cpt_token_ids=[1], opt_loss_decay_factor=0.5), "opt_weighted_loss_type='decay'"),
+            (
+                lambda: CPTConfig(cpt_token_ids=[1, 2], num_virtual_tokens=5),
+                "num_virtual_tokens=5 does nothing: it is 2",
+            ),
+            (lambda: PromptTuningConfig(tokenizer_name_or_path="a"), "counts only with prompt_tuning_init='TEXT'"),
+            (lambda: MultitaskPromptTuningConfig(prompt_tuning_init_task=1), "prompt_tuning_init='EXACT_SOURCE_TASK'"),
+            (lambda: PrefixTuningConfig(encoder_hidden_size=7), "counts only with prefix_projection"),
+            (lambda: PrefixTuningConfig(shared_gating=False), "counts only with use_gating"),
+            (lambda: LoraConfig(use_gating=True, lora_alpha=9), "use_gating=True has a gate in the place"),
+            (lambda: BottleneckConfig(adapter_residual_before_ln=True), "counts only with ln_after"),
+            (lambda: BottleneckConfig(preset="parallel", original_ln_after=False), "only with is_parallel=False"),
+            (lambda: BottleneckConfig(preset="houlsby", residual_before_ln=False), "only with original_ln_before"),
         ],
     )
     def test_fields_that_need_another(self, make, says):
-        with pytest.warns(UserWarning, match=says):
+        with pytest.warns(UserWarning, match=says) as caught:
             make()
+        assert len(caught) == 1
+
+    @pytest.mark.parametrize(
+        ("config", "says"),
+        [
+            (
+                LoHaConfig(target_modules=["q_proj"], use_effective_conv2d=True),
+                "use_effective_conv2d=True does nothing",
+            ),
+            (LoKrConfig(target_modules=["q_proj"], decompose_both=True), "decompose_both=True does nothing"),
+            (
+                AdaLoraConfig(target_modules=["q_proj"], total_step=9, rank_pattern={"q_prj": 2}),
+                "rank_pattern: 'q_prj'",
+            ),
+            (BottleneckConfig(cross_adapter=True), "no block that gets adapters attends to an encoder"),
+            (BottleneckConfig(leave_out=[0, 77]), "leave_out: 77"),
+            (BottleneckConfig(reduction_factor={"default": 4, "77": 2}), "reduction_factor: '77'"),
+        ],
+        ids=lambda value: type(value).__name__,
+    )
+    def test_fields_that_count_nowhere(self, config, says):
+        with pytest.warns(UnusedEntryWarning, match=says) as caught:
+            get_peft_model(tiny_llama(), config)
+        assert len(told(caught)) == 1
+
+    @pytest.mark.parametrize("cls", [LoHaConfig, LoKrConfig])
+    def test_fields_that_count_somewhere(self, cls):
+        more = {"decompose_both": True} if cls is LoKrConfig else {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model = Chain(nn.Conv2d(32, 32, 3), nn.Linear(8, 8))
+            get_peft_model(model, cls(r=1, target_modules=["layer"], use_effective_conv2d=True, **more))
 
     @pytest.mark.parametrize("cls", sorted(set(PEFT_TYPE_TO_CONFIG_MAPPING.values()), key=lambda c: c.__name__))
     def test_fields_that_need_another_name_one_that_there_is(self, cls):

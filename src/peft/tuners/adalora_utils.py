@@ -8,12 +8,15 @@ import torch
 
 from peft.core.model.tuner import BaseTuner
 from peft.core.model.walk import walk
+from peft.utils.usage import note
 
 
 def mask_of(config: Any, key: str) -> list[bool] | None:
     """Which ranks of a layer are left; files name them with the adapter's name at the time, or without."""
+    note(config.rank_pattern)
     for pattern, mask in (config.rank_pattern or {}).items():
-        if pattern == f"{key}.lora_E" or pattern.rpartition(".")[0] == f"{key}.lora_E":
+        if isinstance(mask, list) and f"{key}.lora_E" in (pattern, pattern.rpartition(".")[0]):
+            note(config.rank_pattern, (pattern,))
             return list(mask)
     return None
 

@@ -334,7 +334,8 @@ def joined(state_dict: dict[str, torch.Tensor], own: list[Entry], prefix: str) -
     """The tensors of a file, with those that stand for one tensor of the adapter put together."""
     joined = dict(state_dict)
     for entry in (entry for entry in own if entry.split):
-        for saved in (entry.saved, entry.saved.removeprefix(prefix)):
+        bare_name = entry.saved.removeprefix(prefix)
+        for saved in dict.fromkeys((entry.saved, bare_name, PREFIX + bare_name)):  # of a PeftModel, or of a plain one
             if all(saved + suffix in joined for suffix in entry.split):
                 parts = {suffix: joined.pop(saved + suffix) for suffix in entry.split}
                 try:

@@ -17,8 +17,7 @@ from peft.core.model.roles import find_roles
 from peft.core.model.walk import Site, embeddings_of, join, locate, names_of_modules, walk
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_NAMES
 from peft.utils.error import NoMatchingPeftModuleError, some
-from peft.utils.usage import found as was_found
-from peft.utils.usage import near, note, remark
+from peft.utils.usage import counts, near, note, remark
 
 
 @dataclass
@@ -272,27 +271,13 @@ def _with_ties(found: list[Target], sites: list[Site], config: Any, layer_cls: t
         if not follow:
             tell_untied(config, target.key, [site.key for site in group if site.key not in result])
             continue
-        note_tying(config)
+        counts("ensure_weight_tying")
         result[first.key] = module_target(config, first, layer_cls)
         for site in group:
             if site is not first:
                 result[site.key] = module_target(config, site, layer_cls)
                 result[site.key].tied_to = first.key
     return sorted(result.values(), key=lambda target: target.tied_to is not None)  # after what they follow is made
-
-
-def note_tying(config: Any) -> None:
-    """Say that ``ensure_weight_tying`` has had something to do."""
-    note(config, ("ensure_weight_tying",))
-
-
-def tell_no_ties(config: Any) -> None:
-    """Say that ``ensure_weight_tying`` has had nothing to do, if so."""
-    if getattr(config, "ensure_weight_tying", False) and not was_found(config, "ensure_weight_tying"):
-        remark(
-            "ensure_weight_tying=True does nothing: no embedding that is adapted, or trained whole, shares its weight "
-            "with another module of this model."
-        )
 
 
 def tell_untied(config: Any, key: str, others: list[str]) -> None:
