@@ -47,9 +47,10 @@ from peft.helpers import rescale_adapter_scale
 from peft.testing.cells import Method, base_weights, perturb
 from peft.testing.places import Chain
 from peft.utils.error import UndeclaredBiasError
+from peft.utils.hotswap import hotswap_adapter_from_state_dict
 from peft.utils.other import ModulesToSaveWrapper
 from peft.utils.peft_types import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils.save_and_load import get_peft_model_state_dict
+from peft.utils.save_and_load import get_peft_model_state_dict, load_peft_weights
 from peft.utils.warning import UnusedEntryWarning
 
 
@@ -198,6 +199,14 @@ class TestUnusedEntries:
             ({"layers_to_transform": [0, 5]}, "layers_to_transform: 5"),
             ({"layers_to_transform": [0], "layers_pattern": ["layers", "h"]}, "layers_pattern: 'h'"),
             (
+                {"target_modules": ["model.layers.0.self_attn.q_proj"], "layers_to_transform": [1]},
+                "layers_to_transform: 1",
+            ),
+            (
+                {"use_bdlora": {"target_modules_bd_b": ["q_proj", "q_prj"], "nblocks": 2}},
+                "use_bdlora.target_modules_bd_b: 'q_prj' (nearest: 'q_proj')",
+            ),
+            (
                 {"target_parameters": ["up_proj.wight"]},
                 "target_parameters: 'up_proj.wight' (nearest: 'up_proj.weight')",
             ),
@@ -240,6 +249,18 @@ class TestUnusedEntries:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj", "v_proj"], **fields))
+
+    def test_patterns_of_an_adapter_that_is_swapped_in(self, tmp_path):
+        config = LoraConfig(target_modules=["q_proj"], fan_in_fan_out=True, bias="all")
+        with warnings.catch_warnings(record=True):
+            warnings.simplefilter("always")
+            model = get_peft_model(tiny_llama(), config)
+        model.save_pretrained(tmp_path)
+        other = dataclasses.replace(PeftConfig.from_pretrained(tmp_path), rank_pattern={"q_prj": 2})
+        with pytest.warns(UnusedEntryWarning, match="q_proj") as caught:
+            hotswap_adapter_from_state_dict(model, load_peft_weights(tmp_path), "default", other)
+        assert told(caught) == [m for m in told(caught) if "rank_pattern: 'q_prj'" in m and "bias" not in m]
+        assert len(told(caught)) == 1
 
     def test_prompts_that_train_modules_whole(self):
         config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, modules_to_save=["lm_haed"])

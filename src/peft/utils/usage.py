@@ -24,7 +24,8 @@ class Usage:
     """The entries of one config that were found so far.
 
     Attributes:
-        asked: field -> what the user gave. What the library fills in later is not the user's, and not told.
+        asked: field -> what the user gave, ``field.inner`` for options within it. What the library fills in later is
+            not the user's, and not told.
         found: id of a collection that was searched -> the entries that were found in it.
         counted: fields that count only at some modules (``option(lacks=...)``), and have met one.
         remarks: sentences about what else does not happen as asked.
@@ -32,7 +33,7 @@ class Usage:
 
     def __init__(self, config: Any) -> None:
         self.config = config
-        self.asked = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+        self.asked = dict(_fields(config))
         self.found: dict[int, set[Any]] = {}
         self.counted: set[str] = set()
         self.remarks: dict[str, None] = {}
@@ -56,16 +57,24 @@ class Usage:
             if lacks and value and value != field.default and field.name not in self.counted:
                 yield f"{field.name}={value!r} does nothing: {lacks}."
 
-    def tell(self, names: Callable[[], Iterable[str]], ignored: Iterable[str]) -> None:
+    def tell(self, names: Callable[[], Iterable[str]], ignored: Iterable[str], fields: bool = True) -> None:
         """Give the one warning, if there is anything to say."""
         unused, said = self.unused(ignored), []
         if unused:
             keys = list(names())
-            fields = "; ".join(f"{field}: {_with_nearest(entries, keys)}" for field, entries in unused.items())
-            said.append(f"these entries match nothing in the model, or nothing that is adapted: {fields}.")
-        said += [*self.idle(), *self.remarks]
+            listed = "; ".join(f"{field}: {_with_nearest(entries, keys)}" for field, entries in unused.items())
+            said.append(f"these entries match nothing in the model, or nothing that is adapted: {listed}.")
+        said += [*(self.idle() if fields else ()), *self.remarks]
         if said:
             warnings.warn(f"{type(self.config).__name__}: " + " ".join(said), UnusedEntryWarning, stacklevel=4)
+
+
+def _fields(options: Any, above: str = "") -> Iterator[tuple[str, Any]]:
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        yield above + field.name, value
+        if dataclasses.is_dataclass(value):
+            yield from _fields(value, f"{above}{field.name}.")
 
 
 def _with_nearest(entries: list[Any], keys: list[str]) -> str:
@@ -104,12 +113,14 @@ _current: ContextVar[Usage | None] = ContextVar("usage", default=None)
 
 
 @contextmanager
-def recording(config: Any, names: Callable[[], Iterable[str]], ignored: Iterable[str] = ()) -> Iterator[None]:
+def recording(
+    config: Any, names: Callable[[], Iterable[str]], ignored: Iterable[str] = (), fields: bool = True
+) -> Iterator[None]:
     """A context that ends with one warning of what the config asks for in vain; one inside another is part of it.
 
     Args:
         names: gives the names that the entries could have meant; called only if there is something to tell.
-        ignored: entries whose absence is no mistake.
+        ignored: entries whose absence is no mistake. fields: whether :func:`counts` is called for all that count.
     """
     if _current.get() is not None:
         yield
@@ -120,7 +131,7 @@ def recording(config: Any, names: Callable[[], Iterable[str]], ignored: Iterable
         yield
     finally:
         _current.reset(token)
-    usage.tell(names, ignored)
+    usage.tell(names, ignored, fields)
 
 
 def note(collection: Any, entries: Iterable[Any] = ()) -> None:

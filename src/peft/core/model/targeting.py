@@ -82,13 +82,12 @@ def selected(config: Any, key: str) -> bool:
         return False
     layers, pattern = getattr(config, "layers_to_transform", None), getattr(config, "layers_pattern", None)
     layers = [layers] if isinstance(layers, int) else layers
-    # A regex selects layers itself, and a name in full means its module.
-    if not layers or isinstance(targets, str) or key in targets:
+    if not layers or isinstance(targets, str):  # a regex selects layers itself
         return True
     index = layer_index(key, pattern)
     note(config.layers_to_transform, (index,))
     note(pattern)
-    return index is not None and index in layers
+    return key in targets or (index is not None and index in layers)  # a name in full means its module
 
 
 def all_linear(model: nn.Module, task_type: str | None) -> set[str]:
