@@ -13,6 +13,7 @@ from peft.compat.methods import AdaLoraCompat, LoraCompat
 from peft.config import option, resolve_pattern
 from peft.core.adapter import input_dropout, part, setting
 from peft.core.base.kinds import fan
+from peft.core.combine.ranks import orthogonality
 from peft.core.families import LowRank, Scaled
 from peft.core.model.registry import define_tuner
 from peft.tuners.adalora_utils import Allocating, mask_of
@@ -87,12 +88,6 @@ def adalora_pair(a: torch.Tensor, e: torch.Tensor, b: torch.Tensor, scale: float
     return a * (e * scale), b
 
 
-def adalora_penalty(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """|A A^T - I| + |B^T B - I|, Frobenius norms, for A ``[r, in]`` and B ``[out, r]`` (equation 4)."""
-    eye = torch.eye(len(a), device=a.device, dtype=a.dtype)
-    return (a @ a.T - eye).norm() + (b.T @ b - eye).norm()
-
-
 class AdaLora(LowRank, Scaled):
     """dW = s / (r + 1e-5) B diag(E) A: A ``[r, in * kernel]``, E ``[r, 1]``, B ``[out, r]``; r is what A started with.
 
@@ -143,7 +138,7 @@ class AdaLora(LowRank, Scaled):
     def loss_term(self) -> torch.Tensor:
         """How far A and B are from orthogonal, the mean of both."""
         a, _, b = self.factored()
-        return adalora_penalty(a, b) / 2
+        return orthogonality(a, b) / 2  # equation 4
 
 
 class AdaLoraTuner(AdaLoraCompat, LoraCompat, Allocating):

@@ -30,7 +30,7 @@ from peft.core.model.walk import (
     unreplicated,
     walk,
 )
-from peft.core.prompts import PromptTuner
+from peft.core.prompts import Prompts
 from peft.utils.error import CheckpointError, some
 
 
@@ -105,7 +105,7 @@ def get_peft_model_state_dict(
 
 def _is_done(model: nn.Module, adapter: str, given: dict[str, torch.Tensor]) -> bool:
     """Whether a state dict has the adapter's tensors by their names in files, and not by those in the model."""
-    if (prompts := prompts_of(model)) and adapter in prompts.adapter_names and "prompt_embeddings" not in given:
+    if (prompts := prompts_of(model)) and adapter in prompts and "prompt_embeddings" not in given:
         return False  # asking an encoder for its tensors computes, and the model's own may be elsewhere
     entry = None
     for entry in entries(model, adapter):  # one by one: the first tells of nearly all that are not
@@ -161,7 +161,7 @@ def _require_all(model: nn.Module, adapter: str, absent: dict[int, str]) -> None
     lacking = []
     if absent:
         prompts = prompts_of(model)
-        encoder = prompts.adapter_parameters(adapter) if prompts and adapter in prompts.adapter_names else []
+        encoder = [*prompts.encoders[adapter].parameters()] if prompts and adapter in prompts else []
         # What an encoder gives is in no state dict, so the state dict has to have the encoder.
         held = [*encoder, *(entry.tensor for entry in entries(model, adapter) if not encoder or entry.memory)]
         lacking = [absent[id(tensor)] for tensor in held if id(tensor) in absent]
@@ -213,7 +213,7 @@ def _put(
     model: nn.Module, adapter_name: str, peft_model_state_dict: dict[str, torch.Tensor], ignore: bool, assign: bool
 ) -> Match:
     root, _ = anatomy(model)
-    if (prompts := prompts_of(model)) and adapter_name in prompts.adapter_names:
+    if (prompts := prompts_of(model)) and adapter_name in prompts:
         prompts.make_room(adapter_name, peft_model_state_dict)
     found = match(model, adapter_name, peft_model_state_dict)
     if found.wrong and not ignore:
@@ -235,10 +235,10 @@ def _put(
     return found
 
 
-def _acting(root: nn.Module, prompts: PromptTuner | None) -> list[str]:
+def _acting(root: nn.Module, prompts: Prompts | None) -> list[str]:
     """The adapters that are active and not switched off."""
     if prompts is not None:
-        return [] if prompts.prompts.disabled else prompts.active_adapters
+        return [] if prompts.disable_adapters else prompts.active_adapters
     off = any(wrapper.disable_adapters for site in walk(root) for _, wrapper in site.wrappers)
     return [] if off else operations.active_of(root)
 

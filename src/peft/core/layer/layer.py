@@ -59,10 +59,10 @@ class BaseTunerLayer(Unconstructed, ReadThrough):
     kind: Kind
     key = ""
     read_by_parent: bool
-    rewritten: Rewritten | None
+    rewritten: Rewritten | None = None
     cast_input_dtype_enabled: bool
-    shares_weight: bool
-    merge_error: float
+    shares_weight = False
+    merge_error = 0.0
     _storage: Noted | None
     _seen: Seen | None = None
 
@@ -95,11 +95,8 @@ class BaseTunerLayer(Unconstructed, ReadThrough):
             adapters={},
             merged_adapters=[],
             originals={},
-            rewritten=None,
             cast_input_dtype_enabled=True,
             tied_to={},
-            shares_weight=False,
-            merge_error=0.0,
             _storage=None,
         )
         self._start(context)

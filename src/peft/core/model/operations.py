@@ -147,12 +147,7 @@ def delete_adapter(
     Raises:
         ValueError: if it is merged somewhere; nothing is changed then.
     """
-    if merged := [path for path, layer in layers_of(model) if adapter_name in layer.merged_adapters]:
-        raise ValueError(
-            f"adapter {adapter_name!r} cannot be deleted while it is merged (in {merged[0] or 'the model'}"
-            + (f" and {len(merged) - 1} more layers" if len(merged) > 1 else "")
-            + "). Unmerge first, with unmerge_adapter()."
-        )
+    require_unmerged(model, adapter_name)
     remove(model, adapter_name, layer_cls)
     active, rest = active_of(model), adapters_of(model)
     if active or not rest:
@@ -160,6 +155,16 @@ def delete_adapter(
     warnings.warn(f"adapter {adapter_name!r} was active; {rest[0]!r} is active now.")
     set_adapter(model, rest[0])
     return rest[:1]
+
+
+def require_unmerged(model: nn.Module, adapter_name: str) -> None:
+    """Raise ValueError where an adapter that is to be deleted is merged."""
+    if merged := [path for path, layer in layers_of(model) if adapter_name in layer.merged_adapters]:
+        raise ValueError(
+            f"adapter {adapter_name!r} cannot be deleted while it is merged (in {merged[0] or 'the model'}"
+            + (f" and {len(merged) - 1} more layers" if len(merged) > 1 else "")
+            + "). Unmerge first, with unmerge_adapter()."
+        )
 
 
 def remove(model: nn.Module, adapter_name: str, layer_cls: type[nn.Module] = BaseTunerLayer) -> None:

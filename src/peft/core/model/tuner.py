@@ -130,9 +130,6 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
         """Whether any adapter here might: most calls do not pay for a walk over the layers."""
         return adds_to_loss(self.layer_cls.adapter_cls) or bool(context_of(self.model).compositions)
 
-    def forget(self, adapter_name: str) -> None:
-        """Drop what the method keeps in the tuner for an adapter; called when that is deleted."""
-
     # --- injection --------------------------------------------------------------------------------------------
     @surveyed()
     def inject_adapter(
@@ -339,11 +336,6 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
         return [layer.kind.target_name(layer.key) for layer in reversed(stacks)]
 
     # --- life of the adapters ---------------------------------------------------------------------------------
-    def take_out(self, adapter_name: str) -> list[str]:
-        active = operations.delete_adapter(self.model, adapter_name, self.prefix)
-        self.forget(adapter_name)
-        return active or []
-
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
         """Add an adapter, inactive and frozen, that does the weighted sum of what others do.
 

@@ -84,7 +84,7 @@ def initialize(lora: Lora, config: LoraConfig) -> None:
         _rewriting(lora, config)
     elif init == "orthogonal":
         for down, up in lora.kind.pairs(lora.base, a, b):
-            _orthogonal(down, up)
+            orthogonal(down, up)
     elif lora.kind.lookup:
         a.zero_()
         b.normal_()
@@ -217,7 +217,8 @@ def _loftq(lora: Lora, weight: torch.Tensor, config: LoraConfig) -> None:
     b.copy_(up / lora.scaling)
 
 
-def _orthogonal(a: torch.Tensor, b: torch.Tensor) -> None:
+@torch.no_grad()
+def orthogonal(a: torch.Tensor, b: torch.Tensor) -> None:
     """A and B from the odd and the even rows of one random orthogonal matrix: B A = 0, neither factor is."""
     r = a.shape[0]
     if r % 2:

@@ -34,6 +34,7 @@ class Lora(LoraVariantCompat, Scaled):
 
     Attributes:
         variants: the variants, in the order in which they wrap each other: the first is the outermost.
+        option: the field of the config that asks for a variant where it is set.
         excludes: name of another variant's class -> why the two have no meaning together.
         made_of: the variants that a combination is made of.
         of_others: adapters whose variant is a third party's object.
@@ -53,6 +54,7 @@ class Lora(LoraVariantCompat, Scaled):
     use_rslora, use_dora, lora_bias = setting(), setting(), setting()
 
     variants: ClassVar[list[type[Lora]]] = []
+    option: ClassVar[str] = ""
     excludes: ClassVar[dict[str, str]] = {}
     made_of: ClassVar[tuple[type[Lora], ...]] = ()
     computes_pair: ClassVar[bool] = False
@@ -81,7 +83,7 @@ class Lora(LoraVariantCompat, Scaled):
     @classmethod
     def asked_by(cls, config: LoraConfig) -> bool:
         """Whether a config asks for this variant."""
-        return False
+        return getattr(config, cls.option, None) not in (None, False)
 
     @classmethod
     def of(cls, config: LoraConfig) -> type[Lora]:
@@ -158,6 +160,10 @@ class Lora(LoraVariantCompat, Scaled):
     def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B of dW = s B A, shaped as plain LoRA's: those held, or what a variant makes of them."""
         return self.held_pair()
+
+    def of_inputs(self, a: torch.Tensor) -> torch.Tensor:
+        """What multiplies the layer's inputs where A, or what is added to it, is held as ``a``."""
+        return a
 
     def acting_pair(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B in this forward, which a variant may draw anew while it trains; no weight has that in it."""
