@@ -384,7 +384,7 @@ def _write(model: nn.Module, entry: Entry, value: torch.Tensor, assign: bool) ->
         parent = bare((holder or model).get_submodule(path if holder else path.removeprefix("base_model.")))
         old = parent._parameters.get(name, entry.tensor)
         device = _device_near(model, entry) if old.device.type == "meta" else old.device
-        value = value.to(device, old.dtype)
+        value = value.to(device, old.dtype).contiguous()
         if isinstance(old, nn.Parameter):
             parent._parameters[name] = nn.Parameter(value, requires_grad=old.requires_grad)
         else:
