@@ -46,9 +46,11 @@ class Entry:
         """What is appended to its name where a file holds it as several tensors."""
         return () if self.owner is None else self.owner.split
 
-    def as_saved(self, value: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
-        """What a file holds for this value of it."""
-        return value if self.owner is None else self.owner.as_saved(self.tail, value)
+    def named(self, value: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What a file holds for this value of it, by name."""
+        written = value if self.owner is None else self.owner.as_saved(self.tail, value)
+        parts = written if isinstance(written, dict) else {"": written}
+        return {self.saved + suffix: part for suffix, part in parts.items()}
 
     def as_loaded(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
         """The one tensor that several of a file stand for, by what is appended to its name."""

@@ -17,6 +17,7 @@ from peft.core.files.embeddings import base_weights, embeddings_beside, tell_no_
 from peft.core.files.entries import Entry, anatomy, configs_of, entries, prompts_of
 from peft.core.files.flattened import filling_units, standing_in, taken_out
 from peft.core.files.io import PREFIX, separate
+from peft.core.files.of_part import of_part
 from peft.core.files.renaming import current_name, names_today, of_today, relabelled
 from peft.core.files.vocabulary import is_resized
 from peft.core.layer.layer import BaseTunerLayer
@@ -55,7 +56,8 @@ def get_peft_model_state_dict(
         state_dict: take the values from this state dict of the whole model, as FSDP or ZeRO-3 have gathered it, and
             read no tensor of the model itself. By default it is ``model.state_dict()``, for which all processes have
             to call this. An empty one, which other ranks than the first get (FSDP), gives an empty result, and one
-            that this function has given (models whose ``state_dict`` calls it) is given back.
+            that this function has given is given back. One of a part of the model, such as a block, gives what the
+            adapter has there, by its names in that part.
         unwrap_compiled: not needed; what ``torch.compile`` puts around a module never shows in names.
         save_embedding_layers: also give the base weights of the embeddings; "auto": of those that are adapted, and of
             all if the vocabulary has another size than that of the base model's config (which is looked up in its
@@ -81,8 +83,8 @@ def get_peft_model_state_dict(
             return get_peft_model_state_dict(outer, outer.state_dict(), adapter_name, False, save_embedding_layers)
     if not (given := outer.state_dict() if state_dict is None else state_dict):
         return {}
-    if state_dict is not None and _is_done(model, adapter_name, given):
-        return separate(given)
+    if state_dict is not None and (other := _other(model, adapter_name, given)) is not None:
+        return other
     with standing_in(model, taken_out(model, given)), _holding(model, given) as absent:
         _require_all(model, adapter_name, absent)
         found, seen = {}, set()
@@ -92,15 +94,20 @@ def get_peft_model_state_dict(
             if id(entry.tensor) in seen or (entry.put is not None and not getattr(config, "save_projection", True)):
                 continue
             seen.add(id(entry.tensor))
-            written = entry.as_saved(whole(entry.tensor))
-            parts = written if isinstance(written, dict) else {"": written}
-            found.update({entry.saved + suffix: part for suffix, part in parts.items()})
+            found.update(entry.named(whole(entry.tensor)))
         if save_embedding_layers:
             every = save_embedding_layers is True or is_resized(root, config)
             found.update(embeddings_beside(root, prefix, adapter_name, every))
             if save_embedding_layers is True:
                 tell_no_embeddings(root)
         return separate(found)
+
+
+def _other(model: nn.Module, adapter: str, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
+    """The result for a state dict that is not one of the whole model; None where it is."""
+    if _is_done(model, adapter, given):  # models whose ``state_dict`` calls :func:`get_peft_model_state_dict`
+        return separate(given)
+    return of_part(model, list(entries(model, adapter)), given)
 
 
 def _is_done(model: nn.Module, adapter: str, given: dict[str, torch.Tensor]) -> bool:

@@ -8,7 +8,7 @@ its own, see :mod:`peft.core.model.threads`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from peft.core.composition.expressions import Composition, Fuse, alternatives
 from peft.core.layer.together import Readers
 from peft.core.model.sequence import Tokens, note_in_cache, tokens_of
 from peft.core.model.threads import Common, Facts
+from peft.utils.meanwhile import having
 
 
 BASE = "__base__"  # the adapter name of rows that use no adapter
@@ -163,16 +164,11 @@ class Context(Facts):
         finally:
             self.rows = outer
 
-    @contextmanager
-    def prompted(self, ids: Any) -> Iterator[None]:
+    def prompted(self, ids: Any) -> AbstractContextManager[None]:
         """While ``generate`` goes on with these ids, ``[batch, tokens]``; what it adds is no part of the prompt."""
         self.begin()
         known = isinstance(ids, torch.Tensor) and ids.dim() == 2 and not ids.is_floating_point()
-        outer, self.prompt = self.prompt, ids if known else None
-        try:
-            yield
-        finally:
-            self.prompt = outer
+        return having([self], prompt=ids if known else None)
 
     def behind(self, names: Iterable[Any], training: bool = False) -> list[str]:
         """The adapters that act where these do: themselves, and those that they are made of.

@@ -144,12 +144,12 @@ class Manager:
         """Take all adapters out, unmerged, and return the plain model, changed in place."""
         return self._leave(operations.unload(self.model, merge_first=False))
 
-    def _leave(self, model: nn.Module) -> nn.Module:
-        """The plain model, without what a manager notes at it."""
-        stop_watching(model)
-        model.__dict__.pop("peft_config", None)
-        drop_record(model)
-        return model
+    def _leave(self, plain: nn.Module) -> nn.Module:
+        """Take back what a manager notes at its model, of which the plain one is left."""
+        stop_watching(self.model)
+        self.model.__dict__.pop("peft_config", None)
+        drop_record(self.model)
+        return plain
 
 
 def check_adapter_name(name: str, taken: Sequence[str] = ()) -> None:

@@ -194,10 +194,8 @@ def _as_torch_does(lora: Lora) -> None:
 
 def _zero_up(a: torch.Tensor, b: torch.Tensor, std: float | None) -> None:
     """A normal with this standard deviation, by default uniform in +-1/sqrt(fan_in); B zero."""
-    if std is None and a.dim() == 2:
+    if std is None:
         draw_like_linear(a)
-    elif std is None:
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
     else:
         nn.init.normal_(a, std=std)
     b.zero_()

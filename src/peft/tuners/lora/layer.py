@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from peft.compat.asked import Asked, is_theirs
 from peft.compat.methods import LoraLayerCompat, LoraVariantCompat
 from peft.config import resolve_pattern
 from peft.core.adapter import Adapter, input_dropout, part, setting
@@ -137,6 +138,8 @@ class Lora(LoraVariantCompat, Scaled):
         self.allocate(self.r, config.lora_bias)
         if not (is_drawn(config) and skip_values()):
             self.start(config)
+        if is_theirs(getattr(type(self.layer), "reset_lora_parameters", None)):
+            self.layer.reset_lora_parameters(self.name, config.init_lora_weights)
 
     def start(self, config: LoraConfig) -> None:
         """Give A and B the values that they start from."""
@@ -318,10 +321,16 @@ class LoraLayer(LoraLayerCompat, ScaledLayer):
                 cls = Lora if variant is None else variant.of or Lora.of_others
         return cls.tied() if name in self.tied_to else cls
 
-    @property
+    @Asked
     def num_experts(self) -> int:
-        """How many matrices the adapted parameter holds; 1 for a layer."""
-        return self.kind.experts(self.get_base_layer()) if isinstance(self.kind, Stack) else 1
+        """How many matrices the adapted parameter holds; 1 for a layer. Mixtures of third parties set their own."""
+        return (
+            1
+            if isinstance(self, type)
+            else self.kind.experts(self.get_base_layer())
+            if isinstance(self.kind, Stack)
+            else 1
+        )
 
     def get_delta_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
         """An update in factors (left, right, scale); ``left @ right * scale`` is that of each matrix, as it is kept.
