@@ -86,7 +86,9 @@ def _hint(entry: Any, keys: list[str]) -> str:
     close = near(str(entry), keys, cutoff=0.5) if isinstance(entry, str) else []
     if not close:
         return ""
-    return " (there, but left out by another field)" if close[0] == entry else f" (nearest: {close[0]!r})"
+    if close[0] == entry:
+        return " (there, but no such thing as this field names, or left out by another)"
+    return f" (nearest: {close[0]!r})"
 
 
 def near(name: str, keys: Iterable[str], cutoff: float = 0.4) -> list[str]:
