@@ -108,6 +108,8 @@ def _other(model: nn.Module, adapter: str, given: dict[str, torch.Tensor]) -> di
     """The result for a state dict that is not one of the whole model; None where it is."""
     if _is_done(model, adapter, given):  # models whose ``state_dict`` calls :func:`get_peft_model_state_dict`
         return separate(given)
+    if (prompts := prompts_of(model)) and adapter in prompts:
+        return None  # virtual tokens stand in no block, and asking for an encoder's computes
     return of_part(model, list(entries(model, adapter)), given)
 
 
