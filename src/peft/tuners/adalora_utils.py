@@ -107,6 +107,10 @@ class RankAllocator:
         self.mask(kept)
         return {f"{key}.lora_E": mask.tolist() for key, mask in kept.items()}
 
+    def mask_to_budget(self, model: Any, budget: int) -> dict[str, list[bool]]:
+        """:meth:`allocate`, as third parties know it (ms-swift); ``model`` is not asked, the adapters are known."""
+        return self.allocate(budget)
+
     @torch.no_grad()
     def mask(self, kept: dict[str, torch.Tensor]) -> None:
         """Set E to zero where nothing is kept."""

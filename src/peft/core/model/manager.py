@@ -106,7 +106,18 @@ class Manager:
 
     def unload(self) -> nn.Module:
         """Take all adapters out, unmerged, and return the plain model, changed in place."""
-        return self._leave(operations.unload(self.model, merge_first=False))
+        return self.unloaded(False)
+
+    def unloaded(
+        self,
+        merge: bool,
+        adapter_names: list[str] | None = None,
+        safe_merge: bool = False,
+        progressbar: bool = False,
+        **options: bool,
+    ) -> nn.Module:
+        """The plain model, with adapters merged or without; ``options`` are those of :func:`operations.unload`."""
+        return self._leave(operations.unload(self.model, merge, adapter_names, safe_merge, progressbar, **options))
 
     def _leave(self, model: nn.Module) -> nn.Module:
         """The plain model, without what a manager notes at it."""

@@ -177,7 +177,7 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
 
     def settle(self, model: nn.Module, name: str, autocast_adapter_dtype: bool, low_cpu_mem_usage: bool) -> None:
         """What follows when an adapter has got its parts."""
-        operations.settle(model, name, autocast_adapter_dtype)
+        operations.settle(model, name, self.widens(name, autocast_adapter_dtype))
         if low_cpu_mem_usage or getattr(next(model.parameters(), None), "is_meta", False):
             refuse_unfilled(model)  # what a method makes of a base without values has none
 
@@ -395,8 +395,9 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
         if adapter_names is not None:
             operations.require_adapters(self.model, adapter_names, self.peft_config)
         self.require_whole(self.active_adapters if adapter_names is None else adapter_names)
-        return self._leave(
-            operations.unload(self.model, True, adapter_names, safe_merge, progressbar, dequantize, undeclared_biases)
+        asked = {"dequantize_first": dequantize, "undeclared_biases": undeclared_biases}
+        return self.unloaded(
+            True, adapter_names, safe_merge, progressbar, **{name: True for name, value in asked.items() if value}
         )
 
     def require_whole(self, adapter_names: list[str]) -> None:
