@@ -81,8 +81,26 @@ HYPERPARAMETERS: dict[str, dict[str, Any]] = {
 WHOLE = {"target_modules": None}
 """For methods that choose their places themselves, or act on no layer."""
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "dora": {"use_dora": True},
+    "alora": {"alora_invocation_tokens": [7]},
+    "kasa": {"kasa_config": {}},
+    "bdlora": {
+        "use_bdlora": {
+            "target_modules_bd_a": ["o_proj", "down_proj"],
+            "target_modules_bd_b": ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"],
+            "nblocks": 2,
+        }
+    },
+    "monteclora": {"monteclora_config": {}},
+    "velora": {"velora_config": {"num_groups": 32}},
+    "mica": {"init_lora_weights": "mica"},
+    "qalora": {"use_qalora": True},
+}
+"""Of LoRA, each with the rank of plain LoRA. (What 0.21.2 takes for QA-LoRA here is plain LoRA.)"""
+
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "lora[dora]": ("lora", {**HYPERPARAMETERS["lora"], "use_dora": True}),
+    **{f"lora[{name}]": ("lora", {**HYPERPARAMETERS["lora"], **fields}) for name, fields in VARIANTS.items()},
     "boft[factors]": ("boft", {"boft_block_size": 4, "boft_n_butterfly_factor": 2}),
     "miss[bat]": ("miss", {"r": 64, "init_weights": "bat"}),
     "bottleneck[houlsby]": ("bottleneck", {"preset": "houlsby", **WHOLE}),

@@ -129,6 +129,9 @@ VARIANTS["lora[alora]"] = {"alora_invocation_tokens": [INVOCATION]}
 COMBINED = (
     *("dora+kasa", "dora+velora", "dora+monteclora", "dora+bdlora", "dora+bdlora-a", "dora+qalora", "dora+mica"),
     *("kasa+velora", "kasa+monteclora", "kasa+mica", "velora+monteclora", "velora+bdlora-a", "velora+qalora"),
+    *("kasa+qalora", "monteclora+qalora", "bdlora+gaussian", "bdlora-a+gaussian", "qalora+orthogonal"),
+    *(f"bias+{name}" for name in ("dora", "kasa", "velora", "monteclora", "bdlora", "qalora", "gated", "rslora")),
+    *("bias+gaussian", "bias+orthogonal", "alora+bias+dora"),
     *("velora+mica", "monteclora+bdlora", "monteclora+mica", "qalora+mica"),
     *("alora+dora", "alora+kasa", "alora+velora", "alora+monteclora", "alora+bdlora", "alora+qalora", "alora+mica"),
     *("dora+rslora", "kasa+rslora", "velora+rslora", "monteclora+rslora", "bdlora+rslora", "qalora+rslora"),
@@ -140,30 +143,31 @@ COMBINED = (
 )
 """The variants of LoRA that mean something together: each is a row, and meets one kind of layer."""
 
+REWRITING = ("pissa", "olora", "corda", "lora_ga", "loftq")
+"""Starts that take a part out of the base weight."""
+
 APART = {
     "dora+arrow": "no update of its own",
     **{f"arrow+{name}": "no update of its own" for name in ("kasa", "velora", "monteclora", "bdlora", "qalora")},
     "arrow+mica": "could start",
-    "arrow+loftq": "could start",
     "kasa+bdlora": "no product of blocks",
-    "kasa+qalora": "differs within a group",
     "monteclora+bdlora-a": "fill the zeros between the blocks",
-    "monteclora+qalora": "one for each group",
     "bdlora+qalora": "cut the same axis in two ways",
     "dora+gated": "each sample has another one",
     "alora+gated": "a mean over all tokens of a row",
     "arrow+gated": "no update of its own",
-    "mica+bdlora": "singular vectors of the whole weight|a start of its own",
-    "bdlora+gaussian": "a start of its own",
-    "qalora+orthogonal": "A is smaller",
-    "qalora+pissa": "A is smaller",
+    "arrow+bias": "no update of its own",
+    "mica+bias": "trains A alone",
+    "mica+bdlora": "singular vectors of the whole weight|makes whole factors",
+    "bdlora+orthogonal": "makes whole factors",
+    "bdlora+eva": "makes whole factors",
     "qalora+eva": "A is smaller",
-    "bdlora+pissa": "a start of its own",
-    "kasa+pissa": "would not come back",
-    "arrow+pissa": "could start",
     "arrow+eva": "could start",
-    "alora+loftq": "changes the base weight",
-    "alora+pissa": "changes the base weight",
+    **{f"alora+{start}": "changes the base weight" for start in REWRITING},
+    **{f"arrow+{start}": "could start" for start in REWRITING},
+    **{f"bdlora+{start}": "makes whole factors" for start in REWRITING},
+    **{f"qalora+{start}": "A is smaller" for start in REWRITING},
+    **{f"{name}+{start}": "would not come back" for name in ("kasa", "gated") for start in REWRITING},
 }
 """The variants that mean nothing together -> what the error must say."""
 
@@ -171,7 +175,7 @@ APART = {
 def fields_of(combination: str) -> dict[str, Any]:
     """The fields of several variants of LoRA at once."""
     more: dict[str, dict[str, Any]] = {"lora[arrow]": {"arrow_config": {"top_k": 1}}}
-    more |= {f"lora[{start}]": {"init_lora_weights": start} for start in ("loftq", "pissa", "olora", "eva")}
+    more |= {f"lora[{start}]": {"init_lora_weights": start} for start in (*REWRITING, "eva")}
     return {k: v for name in combination.split("+") for k, v in {**VARIANTS, **more}[f"lora[{name}]"].items()}
 
 

@@ -435,6 +435,61 @@ def test_adalora_settles_ranks_by_what_it_has_seen_before():
     assert len(model.base_model.model[0].left["default"]) == sum(config.rank_pattern["0.lora_E"]) == 2
 
 
+def test_adalora_with_steps_of_others(monkeypatch):
+    """ms-swift puts a forward and the masking of its own in; others read and replace what the allocator knows."""
+    model_cls, allocator_cls = peft.AdaLoraModel, peft.tuners.adalora.RankAllocator
+
+    def forward(self, *args, **kwargs):
+        outputs = self.model.forward(*args, **kwargs)
+        name, terms = self.trainable_adapter_name, []
+        for key, p in self.model.named_parameters():
+            if ("lora_A" in key or "lora_B" in key) and name in key:
+                gram = p @ p.T if "lora_A" in key else p.T @ p
+                terms.append((gram - torch.eye(len(gram))).norm())
+        outputs.loss = outputs.loss + self.peft_config[name].orth_reg_weight * sum(terms) / len(terms)
+        return outputs
+
+    def mask_to_budget(self, model, budget):
+        scores, parameters = {}, {n: p for n, p in model.named_parameters() if f".{self.adapter_name}" in n}
+        for name in (n for n in parameters if "lora_E" in n):
+            means = [self._element_score(name.replace("lora_E", "lora_A")).mean(1, keepdim=True)]
+            means += [self._element_score(name.replace("lora_E", "lora_B")).mean(0).view(-1, 1)]
+            scores[name] = self._combine_ipt(self._element_score(name), torch.cat(means, 1)).view(-1, 1)
+        cut = torch.cat(list(scores.values())).view(-1).kthvalue(self.init_bgt - budget).values
+        for name, score in scores.items():
+            parameters[name].data.masked_fill_(score <= cut, 0.0)
+        return {name: (score > cut).view(-1).tolist() for name, score in scores.items()}
+
+    def train(replaced):
+        with pytest.MonkeyPatch.context() as patch:
+            if replaced:
+                patch.setattr(model_cls, "forward", forward)
+                patch.setattr(allocator_cls, "mask_to_budget", mask_to_budget)
+            torch.manual_seed(0)
+            fields = {"init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 2, "target_modules": ["q_proj"]}
+            config = peft.AdaLoraConfig(**fields, total_step=7, task_type="CAUSAL_LM", init_lora_weights=False)
+            model, losses, ids = get_peft_model(tiny_llama(), config), [], torch.arange(6)[None]
+            optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+            for step in range(7):
+                loss = model(input_ids=ids, labels=ids).loss
+                loss.backward()
+                optimizer.step()
+                model.base_model.update_and_allocate(step)
+                optimizer.zero_grad()
+                losses.append(loss.item())
+            kept = {name.removesuffix(".default"): mask for name, mask in config.rank_pattern.items()}
+            return model.base_model.rankallocator, losses, kept
+
+    (allocator, own, left), (_, others, kept) = train(False), train(True)
+    assert own == pytest.approx(others) and left == kept
+    assert (allocator.init_bgt, allocator.target_bgt) == (8, 4)
+    assert [allocator.budget_schedule(step) for step in (1, 2, 6)] == [(8, False), (5, True), (4, True)]
+    assert allocator.ipt.keys() == allocator.exp_avg_ipt.keys() == allocator.exp_avg_unc.keys()
+    assert all(name.endswith(".default") for name in allocator.ipt)
+    allocator.mask_using_rank_pattern(None, dict.fromkeys(left, [True, False, False, False]))
+    assert all((adapter.lora_E != 0).sum() <= 1 for adapter in allocator.adapters.values())
+
+
 @pytest.mark.parametrize("topk, numbers", [(False, 48), (True, 28)])
 def test_vblora_counts_what_a_file_holds(topk, numbers, capsys):
     config = peft.VBLoRAConfig(r=2, num_vectors=4, vector_length=4, topk=2, target_modules=["0"],

@@ -424,8 +424,6 @@ def test_push_to_hub_uploads_the_saved_file(monkeypatch):
         ({"target_modules": ["q"], "layers_to_transform": [-1]}, "layer numbers"),
         ({"init_lora_weights": "orthogonal", "r": 7}, "even, got 7"),
         ({"init_lora_weights": "orthogonal", "rank_pattern": {"q": 3}}, "even, got 3"),
-        ({"lora_bias": True, "init_lora_weights": "gaussian"}, "lora_bias=True is only supported"),
-        ({"lora_bias": True, "use_dora": True}, "not supported for DoRA"),
         ({"layer_replication": [(3, 1)]}, r"layer_replication .* \(3, 1\)"),
         ({"layer_replication": [(0, 1, 2)]}, "layer_replication"),
         ({"trainable_token_indices": [-1]}, "trainable_token_indices"),

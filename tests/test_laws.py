@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from laws import APART, COMBINED, cells, fields_of, methods, params
+from laws import APART, COMBINED, REWRITING, cells, fields_of, methods, params
 from torch import nn
 
 from peft import LoraConfig, get_peft_model
@@ -66,8 +66,12 @@ def test_variants_that_mean_nothing_together_are_refused(combination: str) -> No
     assert type(model[0]) is nn.Linear
 
 
+REWRITABLE = ("rslora", "dora", "velora", "monteclora", "bias")
+"""Variants that act on what such a start has left of the weight."""
+
+
 @pytest.mark.parametrize("start", ["pissa", "olora"])
-@pytest.mark.parametrize("variant", ["rslora", "dora", "velora", "monteclora"])
+@pytest.mark.parametrize("variant", REWRITABLE)
 def test_a_start_that_rewrites_the_base_leaves_the_output_of_a_variant(variant: str, start: str) -> None:
     torch.manual_seed(0)
     base, x = nn.Sequential(nn.Linear(8, 12)), torch.randn(5, 8)
@@ -90,5 +94,7 @@ def test_any_two_variants_are_combined_or_refused() -> None:
     names = ("dora", "alora", "mica", "bdlora", "kasa", "monteclora", "velora", "qalora", "arrow", "gated", "rslora")
     known = {frozenset(x.removesuffix("-a") for x in pair.split("+")) for pair in (*COMBINED, *APART)}
     elsewhere = {frozenset({"alora", "arrow"}), frozenset({"arrow", "rslora"})}  # with experts; nothing to scale
-    assert {frozenset(pair) for pair in itertools.combinations(names, 2)} <= known | elsewhere
+    assert {frozenset(pair) for pair in itertools.combinations((*names, "bias"), 2)} <= known | elsewhere
+    started = {frozenset((name, start)) for name in (*names, "bias") if name != "mica" for start in REWRITING}
+    assert started <= known | {frozenset((name, start)) for name in REWRITABLE for start in REWRITING}
     assert len(VARIANTS_OF_LORA) == len(names) - 1, "rsLoRA is no class of adapters"

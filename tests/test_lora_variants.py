@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections import OrderedDict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 import torch.multiprocessing
 import torch.nn.functional as F
 from quantised import BASES, IN
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributions import Dirichlet, Normal, Wishart, kl_divergence
 from torch.utils.checkpoint import checkpoint
@@ -459,20 +461,63 @@ def test_merging_moves_zero_points_and_rounds_nothing(size: int) -> None:
 class Unreadable(nn.Module):
     """A linear layer of a library whose kernels alone can read its codes."""
 
-    def __init__(self) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         super().__init__()
-        self.in_features, self.out_features = 8, 6
-        self.register_buffer("qweight", torch.arange(48).view(6, 8) % 5 - 2)
+        self.out_features, self.in_features = weight.shape
+        self.register_buffer("qweight", weight)
+        self.register_buffer("bias", bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.qweight * 0.1)
+        return F.linear(x, self.qweight, self.bias)
 
 
-def test_qalora_trains_on_codes_that_nobody_else_can_read(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def gptq(monkeypatch: pytest.MonkeyPatch) -> type[Unreadable]:
+    """A class like that of gptqmodel's layers."""
     monkeypatch.setitem(sys.modules, "gptqmodel", ModuleType("gptqmodel"))
-    cls = type("BaseQuantLinear", (Unreadable,), {"__module__": "gptqmodel.nn_modules"})
+    return type("BaseQuantLinear", (Unreadable,), {"__module__": "gptqmodel.nn_modules"})
+
+
+def test_qalora_on_gptq_is_that_of_the_reference(gptq: type[Unreadable], tmp_path: Path) -> None:
+    """Recorded with version 0.21.2 on layers of gptqmodel 7.7.0 of 4 bits in groups of 32; it cannot merge there."""
+    recorded = load_file(Path(__file__).parent / "data" / "qalora.safetensors")
+
+    def part(prefix: str) -> dict[str, torch.Tensor]:
+        return {key.removeprefix(prefix): t for key, t in recorded.items() if key.startswith(prefix)}
+
+    def model() -> nn.Module:
+        layers = {n: gptq(recorded[f"base.{n}.weight"], recorded[f"base.{n}.bias"]) for n in ("up", "down")}
+        return nn.Sequential(OrderedDict(up=layers["up"], act=nn.Tanh(), down=layers["down"], norm=nn.LayerNorm(64)))
+
+    x, config = recorded["x"], {"r": 4, "lora_alpha": 12, "target_modules": ["up", "down"], "qalora_group_size": 8}
+    same(model()(x), recorded["base_y"])
+    torch.manual_seed(3)
+    fresh = get_peft_model(model(), LoraConfig(use_qalora=True, **config))
+    assert fresh.get_nb_trainable_parameters()[0] == 432
+    state = get_peft_model_state_dict(fresh)
+    assert state.keys() == part("fresh.").keys()
+    for name, t in part("fresh.").items():
+        same(state[name], t, 1e-3)  # it was made in 16 bits there
+    save_file(part("state."), tmp_path / "adapter_model.safetensors")
+    LoraConfig(use_qalora=True, **config).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(model(), tmp_path, is_trainable=True)
+    y = loaded(x)
+    same(y, recorded["y"])
+    y.square().mean().backward()
+    for name, gradient in part("grad.").items():
+        same(loaded.get_parameter(name).grad, gradient)
+    saved = get_peft_model_state_dict(loaded)
+    assert saved.keys() == part("state.").keys()
+    assert all(torch.equal(saved[name], t) for name, t in part("state.").items())
+
+
+def test_qalora_trains_on_codes_that_nobody_else_can_read(gptq: type[Unreadable]) -> None:
     config = {"r": 4, "target_modules": ["0"], "lora_alpha": 8}
-    model = get_peft_model(nn.Sequential(cls()), LoraConfig(use_qalora=True, qalora_group_size=4, **config))
+
+    def made() -> Unreadable:
+        return gptq((torch.arange(48).view(6, 8) % 5 - 2) * 0.1)
+
+    model = get_peft_model(nn.Sequential(made()), LoraConfig(use_qalora=True, qalora_group_size=4, **config))
     layer, x = model.base_model.model[0], inputs(3, 8)
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     with torch.no_grad():
@@ -484,7 +529,7 @@ def test_qalora_trains_on_codes_that_nobody_else_can_read(monkeypatch: pytest.Mo
         model.merge_adapter()
     for field in ({"init_lora_weights": "mica"}, {"kasa_config": {}}):
         with pytest.raises(ValueError, match="gptq cannot be read dense"):
-            get_peft_model(nn.Sequential(cls()), LoraConfig(**config, **field))
+            get_peft_model(nn.Sequential(made()), LoraConfig(**config, **field))
 
 
 def test_smaller_groups_than_the_codes_are_merged_as_usual() -> None:

@@ -23,11 +23,10 @@ from peft import (
     PeftModel,
     get_peft_model,
 )
-from peft.core.combine.ranks import product_svd
+from peft.core.combine.ranks import face_splitting, product_svd
 from peft.helpers import spectral_surgery
 from peft.optimizers import create_loramuon_optimizer, create_lorarite_optimizer
 from peft.testing.cells import perturb
-from peft.tuners.abba import khatri_rao
 from peft.tuners.lora.surgery import gates
 from peft.tuners.routing import imbalance, top_weights
 from peft.utils.warning import PeftWarning
@@ -67,7 +66,7 @@ def test_abba_is_a_product_entry_by_entry_of_a_rank_that_multiplies() -> None:
     first, second = adapter.abba_B1 @ adapter.abba_A1, adapter.abba_B2 @ adapter.abba_A2
     dense = 4 / math.sqrt(6) * first * second
     torch.testing.assert_close(change(model, x), (x @ dense.T).detach(), rtol=1e-4, atol=1e-5)
-    a, b = khatri_rao(adapter.abba_A1, adapter.abba_B1, adapter.abba_A2, adapter.abba_B2)
+    b, a = face_splitting(adapter.abba_B1, adapter.abba_A1, adapter.abba_B2, adapter.abba_A2)
     assert a.shape == (6, 8) and b.shape == (12, 6)
     torch.testing.assert_close(b @ a, first * second)
     assert torch.linalg.matrix_rank(dense) == 6 > 2 + 3

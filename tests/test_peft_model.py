@@ -104,6 +104,17 @@ class TestWhatTrains:
         assert trains(model) == set()
         model.set_adapter("default")
         assert trains(model) == {"default"}
+        for name, p in model.named_parameters():
+            p.requires_grad_("lora_" in name)  # as scripts do
+        model.set_adapter("two")
+        assert trains(model) == {"two"}
+
+    def test_the_first_by_name_follows_an_active_adapter_that_is_deleted(self):
+        model = two()
+        model.add_adapter("another", lora())
+        with pytest.warns(UserWarning, match="'another' is active now"):
+            model.delete_adapter("default")
+        assert model.active_adapter == "another" and trains(model) == {"another"}
 
     @pytest.mark.parametrize("mixed", [False, True])
     def test_a_model_names_one_active_adapter_and_a_layer_lists_them(self, mixed):

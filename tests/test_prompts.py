@@ -842,7 +842,7 @@ def test_nothing_of_a_weight_methods_machinery_hides_what_the_base_model_has() -
 
 OURS = (
     "inputs", "tuner", "finish", "forget", "targets_of", "adapter_state", "switched_off", "prepare_config", "start",
-    "layer_cls", "default_roles", "take_out", "token_inputs", "position_inputs", "heads_read_ids", "chunked_loss",
+    "layer_cls", "default_roles", "token_inputs", "position_inputs", "heads_read_ids", "chunked_loss",
     "is_prompt_learning", "MEANINGLESS",
 )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import re
 from dataclasses import dataclass
 from types import MethodType
 
@@ -517,9 +518,11 @@ def test_hooks_of_a_tuner_that_others_replace():
 
     class Kept(LoraModel):
         def _replace_module(self, parent, child_name, new_module, child):
+            assert type(child) is nn.Linear and len(new_module.lora_A) == 1
             super()._replace_module(parent, child_name, new_module, child)
             new_module.seen = True
 
+    class KeptOfOwn(Kept):
         _create_new_module = staticmethod(functools.partial(LoraModel._create_new_module))
 
     config = functools.partial(LoraConfig, r=2, lora_alpha=4, target_modules=["q_proj"])
@@ -533,7 +536,167 @@ def test_hooks_of_a_tuner_that_others_replace():
     more = More(tiny_llama(), config(), "default")
     trained = {name for name, p in more.model.named_parameters() if p.requires_grad}
     assert "model.norm.weight" in trained and len(trained) == 5
-    assert all(layer.seen for layer in layers(Kept(tiny_llama(), config(), "default")).values())
+    for cls in (Kept, KeptOfOwn):
+        assert all(layer.seen for layer in layers(cls(tiny_llama(), config(), "default")).values())
+
+
+def small(r=2, **fields):
+    """A model with an adapter that is not zero."""
+    torch.manual_seed(0)
+    names = fields.pop("target_modules", ["0"])
+    config = LoraConfig(r=r, target_modules=names, init_lora_weights=False, **fields)
+    return get_peft_model(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4)), config)
+
+
+def test_an_update_that_others_put_into_the_class(monkeypatch):
+    """Around the one that is there, or instead of it with parts of another shape."""
+    update, seen = LoraLayer.update_layer, []
+
+    @functools.wraps(update)
+    def around(self, *args, **kwargs):
+        update(self, *args, **kwargs)
+        name = args[0] if args else kwargs["adapter_name"]
+        seen.append((name, self.r[name]))
+
+    monkeypatch.setattr(LoraLayer, "update_layer", around)
+    model = small(rank_pattern={"0": 3})
+    model.add_adapter("b", LoraConfig(r=1, target_modules=["0", "1"]))
+    assert seen == [("default", 3), ("b", 1), ("b", 1)]
+    LoraLinear(nn.Linear(2, 2), "by_hand", LoraConfig(r=2), r=2)
+    assert seen[-1] == ("by_hand", 2)
+
+    def of_heads(self, adapter_name, r, lora_alpha, *args, **kwargs):
+        self.r[adapter_name], self.lora_alpha[adapter_name], self.scaling[adapter_name] = r, lora_alpha, lora_alpha / r
+        self.lora_dropout[adapter_name] = nn.Identity()
+        self.lora_A[adapter_name] = nn.ModuleDict({h: nn.Linear(self.in_features, r, bias=False) for h in "01"})
+        self.lora_B[adapter_name] = nn.ModuleDict({h: nn.Linear(r, self.out_features // 2, bias=False) for h in "01"})
+        self.set_adapter(self.active_adapters)
+
+    def forward(self, x, *args, **kwargs):
+        for name in self.active_adapters:
+            a, b = self.lora_A[name], self.lora_B[name]
+            return self.base_layer(x) + torch.cat([b[h](a[h](x)) for h in a], -1) * self.scaling[name]
+
+    monkeypatch.setattr(LoraLayer, "update_layer", of_heads)
+    monkeypatch.setattr(LoraLinear, "forward", forward)
+    model, x = small(), torch.randn(3, 4)
+    model(x).sum().backward()
+    assert len([p for p in model.parameters() if p.grad is not None]) == 4
+    names = [f"base_model.model.0.lora_{part}.{head}.weight" for part in "AB" for head in "01"]
+    assert list(peft.get_peft_model_state_dict(model)) == names
+
+
+@pytest.mark.parametrize("derived", [False, True])
+def test_a_start_that_others_put_into_the_class(derived, monkeypatch):
+    def start(self, adapter_name, init_lora_weights):
+        assert init_lora_weights is True
+        nn.init.constant_(self.lora_A[adapter_name].weight, 3)
+
+    config = LoraConfig(r=2, target_modules=["0"])
+    if derived:
+        config._register_custom_module({nn.Linear: type("Derived", (LoraLinear,), {"reset_lora_parameters": start})})
+    else:
+        monkeypatch.setattr(LoraLayer, "reset_lora_parameters", start)
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), config)
+    layer = model.base_model.model[0]
+    assert (layer.lora_A["default"].weight == 3).all() and not layer.lora_B["default"].weight.any()
+
+
+def test_a_constructor_that_others_put_into_the_class(monkeypatch):
+    made = LoraLinear.__init__
+
+    def constructor(self, base_layer, adapter_name, *args, **kwargs):
+        made(self, base_layer, adapter_name, *args, **kwargs)
+        self.own = adapter_name
+
+    monkeypatch.setattr(LoraLinear, "__init__", constructor)
+    model = small()
+    assert model.base_model.model[0].own == "default"
+    assert model.base_model.model[0].lora_A["default"].weight.requires_grad
+
+
+def test_an_unloading_that_others_put_around(monkeypatch):
+    """As unsloth does, to refuse before anything is merged; and one in a derived tuner."""
+    seen = []
+    for name in ("_unload_and_optionally_merge", "merge_adapter"):
+        before = vars(BaseTuner)[name]
+
+        def around(self, *args, _before=before, _name=name, **kwargs):
+            seen.append((_name, kwargs.get("merge", args[0] if args else True)))
+            return _before(self, *args, **kwargs)
+
+        monkeypatch.setattr(BaseTuner, name, around)
+    model, x = small(), torch.randn(2, 4)
+    wanted = model(x)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    plain = model.unload()
+    assert not hasattr(plain, "peft_config")
+    model = small()
+    torch.testing.assert_close(model.merge_and_unload()(x), wanted)
+    unload = "_unload_and_optionally_merge"
+    assert seen == [("merge_adapter", True), (unload, False), (unload, True)]
+
+    class Own(LoraModel):
+        def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
+            return "mine" if merge else super()._unload_and_optionally_merge(merge=False)
+
+    base = nn.Sequential(nn.Linear(4, 4))
+    tuner = Own(base, LoraConfig(target_modules=["0"]), "default")
+    assert tuner.merge_and_unload() == "mine" and tuner.unload() is base
+
+
+def test_attributes_that_others_set_on_a_layer():
+    """A number that is computed here, one name as the active adapter, tensors in front of the adapter's own."""
+    model, x = small(), torch.randn(2, 4)
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    layer = model.base_model.model[0]
+    assert layer.num_experts == 1
+    layer.num_experts = 3
+    assert layer.num_experts == 3
+    model.set_adapter("second")
+    wanted = model(x)
+    model.set_adapter("default")
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            layer._active_adapter = "second"
+            torch.testing.assert_close(model(x), wanted)
+    assert layer.active_adapter == "second" and layer.active_adapters == ["second"]
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(4, 4)), peft.IA3Config(target_modules=["0"], feedforward_modules=[])
+    )
+    layer, held = model.base_model.model[0], model.base_model.model[0].ia3_l
+    base = model(x)
+    object.__setattr__(layer, "ia3_l", {"default": -held["default"]})
+    torch.testing.assert_close(model(x), -base)
+    layer.ia3_l = held
+    torch.testing.assert_close(model(x), base)
+
+
+def test_ranks_and_targets_of_a_sum_that_others_make():
+    model = small(r=2)
+    model.add_adapter("b", LoraConfig(r=4, target_modules=["0", "1"]))
+    assert model._check_add_weighted_adapter(["default", "b"], "cat", None) == ("cat", 6, {"0", "1"})
+    assert model._check_add_weighted_adapter(["default", "b"], "svd", 3)[1] == 3
+    for adapters, way in ((["default", "no"], "cat"), (["default", "b"], "no")):
+        with pytest.raises(ValueError):
+            model._check_add_weighted_adapter(adapters, way, None)
+
+
+def test_each_block_by_itself():
+    """verl asks for the adapter's tensors in the state dict of one block after the other."""
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    wanted, found = peft.get_peft_model_state_dict(model), {}
+    for name, module in model.named_modules():
+        if re.fullmatch(r"base_model\.model\.model\.layers\.\d+", name):
+            part = peft.get_peft_model_state_dict(model, state_dict=module.state_dict())
+            assert part.keys() == {f"{n}.lora_{x}.weight" for n in ("self_attn.q_proj", "mlp.down_proj") for x in "AB"}
+            found.update({f"{name}.{key}": value for key, value in part.items()})
+            state = module.state_dict()
+            del state["mlp.down_proj.lora_A.default.weight"]
+            with pytest.raises(ValueError, match="lacks"):
+                peft.get_peft_model_state_dict(model, state_dict=state)
+    assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
 def test_layers_that_a_replaced_step_makes_know_their_model():

@@ -74,11 +74,12 @@ def stir(model: nn.Module, name: str = "default", seed: int = 0, size: float = 0
 
 
 def adapted(name: str, config: Any, adapter: str = "default", size: float = 0.4) -> PeftModel:
-    torch.manual_seed(0)
+    base = build(name)
+    torch.manual_seed(0)  # after it: only the first model of an architecture is drawn
     config.task_type = TASKS[name]
     for member in config.members:
         member.task_type = TASKS[name]
-    model = get_peft_model(build(name), config, adapter)
+    model = get_peft_model(base, config, adapter)
     stir(model, adapter, size=size)
     return model
 
@@ -126,7 +127,7 @@ def test_each_part_acts_as_it_does_alone(order):
             for key, p in resting.named_parameters():
                 if ".default" in key and words[part] not in key:
                     p.zero_()
-        resting.base_model.prompts.prompts.disabled = part != "prefix"  # the attention sees zeros too
+        resting.base_model.prompts.prompts.enable_adapters(part == "prefix")  # the attention sees zeros too
         found = logits(alone, "llama")
         gives(logits(resting, "llama"), found)
         differs(found, together)

@@ -16,6 +16,7 @@ from torch import nn
 from peft._lazy import also_known
 from peft.core.files.entries import anatomy
 from peft.core.files.io import CONFIG_NAME, locate
+from peft.core.layer.weight import taken_out
 from peft.core.model.walk import layers_of
 from peft.tools.condition_numbers import KappaTuneSelector as KappaTuneSelector
 from peft.tools.condition_numbers import find_kappa_target_modules as find_kappa_target_modules
@@ -55,14 +56,11 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float | int) -> Iterator
         yield
     finally:
         for layer, scaling in zip(layers, before, strict=True):
-            merged = list(layer.merged_adapters)  # within the context: taken out by the scale by which it went in
-            layer.unmerge()
-            for name in scaling.keys() - set(layer.adapter_names):  # gone, or come, within the context
-                del scaling[name]
-            scaling.update({name: value for name, value in layer.scaling.items() if name not in scaling})
-            layer.scaling = scaling
-            if merged:
-                layer.merge(adapter_names=merged)
+            with taken_out([layer]):  # what was merged meanwhile, by the scale by which it went in
+                for name in scaling.keys() - set(layer.adapter_names):  # gone, or come, within the context
+                    del scaling[name]
+                scaling.update({name: value for name, value in layer.scaling.items() if name not in scaling})
+                layer.scaling = scaling
 
 
 def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> AbstractContextManager[None]:

@@ -27,7 +27,7 @@ from peft.core.model.manager import INTERFACE, check_adapter_name
 from peft.core.model.record import context_of
 from peft.core.model.tuner import BaseTuner
 from peft.core.model.walk import layers_of, surveyed, wrappers_of
-from peft.core.prompts import PromptTuner, Task, backbone_of
+from peft.core.prompts import Prompts, PromptTuner, Task, backbone_of
 from peft.kernels import chunked_loss
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.model_files import ModelFiles, note_base
@@ -244,7 +244,7 @@ class PeftModel(ModelCompat, ModelFiles, PushToHubMixin, nn.Module):
         Raises:
             ValueError: if the model's method trains no prompt.
         """
-        return self._require_prompt().prompts.prompt(batch_size, task_ids, max_cache_len)
+        return self._require_prompt().prompt(batch_size, task_ids, max_cache_len)
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> torch.Tensor:
         """What the file of an adapter has as ``prompt_embeddings``, ``[tokens, width]``, on the CPU."""
@@ -253,7 +253,7 @@ class PeftModel(ModelCompat, ModelFiles, PushToHubMixin, nn.Module):
         state = {saved: tensor for saved, _, tensor in prompts.adapter_state(adapter_name)}
         return state["prompt_embeddings"].detach().cpu()
 
-    def _require_prompt(self) -> PromptTuner:
+    def _require_prompt(self) -> Prompts:
         if (prompts := prompts_of(self)) is None:
             raise ValueError(f"{self.peft_type.value} adapters change weights, and have no prompt.")
         return prompts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import FunctionType
 from typing import Any
 
 
@@ -14,3 +15,9 @@ class Asked:
 
     def __get__(self, instance: Any, owner: type) -> Any:
         return self.compute(owner if instance is None else instance)
+
+
+def is_theirs(method: Any) -> bool:
+    """Whether a function, or a method of a class, was written outside this package: somebody has put it there."""
+    function = getattr(method, "__func__", method)
+    return isinstance(function, FunctionType) and not function.__globals__.get("__name__", "").startswith("peft.")

@@ -88,10 +88,7 @@ class Unconstructed:
 
     kind: Any = WHOLE
     read_by_parent: Any = False
-    rewritten: Any = None
     cast_input_dtype_enabled: Any = True
-    shares_weight: Any = False
-    merge_error: Any = 0.0
     _storage: Any = None
     _disable_adapters: Any = False
     _active_adapter: Any = "default"

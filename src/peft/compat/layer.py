@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from peft.compat.asked import Asked
+from peft.compat.asked import Asked, is_theirs
 from peft.core.layer.buffers import BufferDict
 from peft.core.layer.placement import settle
 from peft.core.layer.rows import require_unmerged
@@ -62,17 +62,11 @@ class LayerCompat:
         """The adapter that a layer is made with; another ``update_layer`` than the method's makes it itself."""
         key = given.get("current_key", "")
         theirs: Any = getattr(type(self), "update_layer", None)
-        own: Any = getattr(self._own_class(), "update_layer", None)
-        if theirs is own:
+        if not is_theirs(theirs):
             self.add_adapter(name, config, key)  # type: ignore[attr-defined]
         else:
             self.__dict__["key"] = key
             theirs(self, name, config.r, lora_alpha=config.lora_alpha, config=config)
-
-    @classmethod
-    def _own_class(cls) -> type:
-        """The last class of this package in the order in which attributes are looked up."""
-        return next(base for base in cls.__mro__ if base.__module__.startswith("peft."))
 
     def get_param(self) -> torch.Tensor:
         """The tensor of the base layer that the adapters adapt, as it is kept."""

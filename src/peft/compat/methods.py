@@ -13,6 +13,8 @@ from torch.nn.utils.parametrize import register_parametrization, remove_parametr
 
 from peft.compat.asked import Asked
 from peft.compat.parameters import _LoraParameterProxy
+from peft.core.combine.combined import checked_weights, combined_config
+from peft.core.combine.ways import Combination
 from peft.core.files.entries import anatomy, entries
 from peft.core.files.state_dict import get_peft_model_state_dict
 from peft.core.layer.layer import BaseTunerLayer
@@ -23,6 +25,17 @@ from peft.core.model.walk import layers_of, walk, wrappers_of
 
 class LoraCompat:
     """Of ``LoraModel``."""
+
+    def _check_add_weighted_adapter(
+        self, adapters: list[str], combination_type: Any, svd_rank: int | None
+    ) -> tuple[str, int, Any]:
+        """The way, the rank and the targets of a weighted sum. Those who average weights themselves ask for them."""
+        tuner: Any = self
+        checked_weights(tuner, adapters, [1.0] * len(adapters))
+        combination = Combination(combination_type, density=1.0)
+        tuner._check_combination(adapters, svd_rank, None)
+        rank = tuner._combined_rank(adapters, combination, svd_rank)
+        return combination.name, rank, combined_config(tuner, adapters).target_modules
 
     def subtract_mutated_init(
         self, output_state_dict: dict[str, torch.Tensor], adapter_name: str, kwargs: Any = None

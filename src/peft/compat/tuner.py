@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from peft.compat import innermost, new_layer
-from peft.compat.asked import Asked
+from peft.compat.asked import Asked, is_theirs
 from peft.compat.foreign import Held, containers
 from peft.config import PeftConfig, resolve_pattern
 from peft.core.base.stack import Stack
@@ -18,7 +18,7 @@ from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model import operations
 from peft.core.model.record import context_of
 from peft.core.model.targeting import Target, module_target, parameter_target, parameter_targets, selected
-from peft.core.model.walk import locate, parent_of, put_module, replace_module, walk
+from peft.core.model.walk import layers_of, locate, parent_of, put_module, replace_module, walk
 
 
 class TunerCompat:
@@ -49,29 +49,6 @@ class TunerCompat:
         """Hold an adapter in float32 where it is in a 16-bit dtype. Others replace it, such as ms-swift, to keep a
         dtype of their own."""
         operations.cast_adapter_dtype(self.model, adapter_name, autocast_adapter_dtype)
-
-    def unloaded(
-        self,
-        merge: bool,
-        adapter_names: list[str] | None = None,
-        safe_merge: bool = False,
-        progressbar: bool = False,
-        **options: bool,
-    ) -> nn.Module:
-        if self._replaced("_unload_and_optionally_merge"):
-            return self._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names, **options)
-        return super().unloaded(merge, adapter_names, safe_merge, progressbar, **options)  # type: ignore[misc]
-
-    def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-        **options: bool,
-    ) -> nn.Module:
-        """The plain model, with adapters merged or without. Others replace it (unsloth), to clear up after it."""
-        return super().unloaded(merge, adapter_names, safe_merge, progressbar, **options)  # type: ignore[misc]
 
     @Asked
     def uses_shared_state(self) -> bool:
@@ -124,8 +101,20 @@ class TunerCompat:
         """Says of a module whether somebody else may make the layer around it: by a class registered in the config
         (``_register_custom_module``), by a replaced :meth:`_create_new_module` or :meth:`_create_and_replace`."""
         registered = tuple(getattr(peft_config, "_custom_modules", None) or ())
-        replaced = self._replaced("_create_new_module", "_create_and_replace")
+        replaced = self._replaced("_create_new_module", "_create_and_replace") or self._built_by_others
         return lambda target: replaced or isinstance(target, registered)
+
+    @property
+    def _built_by_others(self) -> bool:
+        """Whether somebody has put a constructor of their own into a class of this method's layers."""
+        classes = (self.layer_cls, *self.layer_cls.by_name.values())
+        return any(is_theirs(vars(cls).get("__init__")) for cls in classes)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether every layer's update is a weight that can be factored into a LoRA."""
+        layers = [layer for _, layer in layers_of(self.model) if adapter_name in layer]
+        adapters = [layer.adapters[adapter_name] for layer in layers]
+        return bool(adapters) and not any(adapter.any_module or adapter.unmergeable() for adapter in adapters)
 
     def _replaced(self, *names: str) -> bool:
         """Whether one of these methods is not the one below."""
@@ -135,7 +124,7 @@ class TunerCompat:
         """The layer around a target as somebody else makes it, with the adapter in it; None where nobody does."""
         registered = getattr(peft_config, "_custom_modules", None) or {}
         layer_cls = next((own for cls, own in registered.items() if isinstance(target.module, cls)), None)
-        if layer_cls is None and not self._replaced("_create_new_module"):
+        if layer_cls is None and not (self._replaced("_create_new_module") or self._built_by_others):
             return None
         site = locate(self.model, target.key)
         if site.wrappers:
@@ -147,20 +136,26 @@ class TunerCompat:
                 peft_config, adapter_name, target.module, **options(peft_config, target.key)
             )
         replace_module(self.model, site.path, layer, holders)
-        if self._replaced("_replace_module"):
-            parent, name = parent_of(self.model, site.path)
-            self._replace_module(parent, name, layer, target.module)
         self._taken_in(layer, adapter_name, target.key)
         return layer
 
+    def put_by_others(self, model: nn.Module, keys: list[str]) -> None:
+        """Let a replaced :meth:`_replace_module` have its say about new layers, which are in their places."""
+        for key in keys if self._replaced("_replace_module") else ():
+            site = locate(model, key)
+            path, layer = next(((p, w) for p, w in site.wrappers if isinstance(w, BaseTunerLayer)), (site.path, None))
+            parent, name = parent_of(model, path)
+            self._replace_module(parent, name, layer or parent._modules[name], site.module)
+
     def give(self, layer: Any, adapter_name: str, peft_config: Any, key: str) -> None:
         """Give a layer an adapter: by its own ``update_layer`` where a third party's class has one."""
-        theirs = getattr(type(layer), "update_layer", None)
-        if theirs is getattr(self.layer_cls, "update_layer", None):
+        if not is_theirs(getattr(type(layer), "update_layer", None)):
             layer.add_adapter(adapter_name, peft_config, key)
             return
         known = options(peft_config, key)
-        layer.update_layer(adapter_name, known["r"], lora_alpha=known["lora_alpha"], config=peft_config)
+        given = {name: known[name] for name in ("lora_alpha", "alpha") if name in known}
+        layer.update_layer(adapter_name, *([known["r"]] if "r" in known else ()), **given, config=peft_config)
+        self._taken_in(layer, adapter_name, key)
 
     def redirected(self, peft_config: Any, adapter_name: str, model: nn.Module, targets: list[Any]) -> list[Any]:
         """The targets that a replaced :meth:`_create_and_replace` hands on, or others in their place.

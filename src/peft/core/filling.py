@@ -120,13 +120,13 @@ def unfilled_linear(inner: int, out: int, bias: bool = False) -> nn.Linear:
 
 
 def draw_like_linear(weight: torch.Tensor) -> None:
-    """Draw a matrix ``[out, inner]`` as :class:`torch.nn.Linear` does: uniform in +-1/sqrt(inner), number by number.
+    """Draw a weight ``[out, in, *kernel]`` as torch's layers do: uniform in +-1/sqrt(in * kernel), number by number.
 
     The same as ``kaiming_uniform_(weight, a=sqrt(5))``, which takes as long to look at the shape as to draw.
     """
-    if weight.numel():
-        bound = math.sqrt(3.0) * (_GAIN / math.sqrt(weight.shape[1]))  # rounded as torch rounds it
-        weight.uniform_(-bound, bound)
+    if count := weight.numel():
+        bound = math.sqrt(3.0) * (_GAIN / math.sqrt(count // len(weight)))  # rounded as torch rounds it
+        weight.detach().uniform_(-bound, bound)
 
 
 _GAIN = math.sqrt(2 / 6)

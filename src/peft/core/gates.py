@@ -21,9 +21,14 @@ def mean_gate(
         padding: 0 for tokens that do not count, else 1, ``[batch, tokens]``; None: all count.
     """
     each = torch.sigmoid(nn.functional.linear(h, weight, bias)).unsqueeze(1).flatten(1, -2)  # [batch, tokens, gates]
+    return mean_of_tokens(each, padding)
+
+
+def mean_of_tokens(each: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
+    """The mean over the tokens of each sample, of ``[batch, tokens, n]``; 0 of none. ``padding`` as above."""
     if padding is None:
-        return each.mean(1)
-    counts = padding.to(each.dtype).unsqueeze(-1)
+        return each.mean(1) if each.shape[1] else each.sum(1)
+    counts = padding.to(each).unsqueeze(-1)
     return (each * counts).sum(1) / counts.sum(1).clamp(min=1)
 
 

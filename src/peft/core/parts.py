@@ -53,7 +53,10 @@ class part:
 
     def read(self, layer: BaseTunerLayer, name: str) -> Any:
         """What the adapter of this name holds at a layer."""
-        own = layer._modules[self.name if self.table is None else self.attribute(layer)].__dict__
+        attribute = self.name if self.table is None else self.attribute(layer)
+        if attribute in layer.__dict__:  # tensors that others put in front for a while, by ``object.__setattr__``
+            return layer.__dict__[attribute].get(name)
+        own = layer._modules[attribute].__dict__
         value = own[self.slot].get(name)  # FSDP and functional calls put plain tensors in the place of parameters
         return own.get(name) if value is None else value
 

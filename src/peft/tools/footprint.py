@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from peft.core.base.kinds import kind_of
 from peft.core.base.storage import hooks_of, plain_tensors, storage_of, without_hooks
+from peft.core.model.gradient_checkpointing import switched_on
 from peft.core.model.walk import Site, embeddings_of, walk
 from peft.kernels.channels import meta_stands_for
 
@@ -190,9 +191,8 @@ class _Ledger:
 
 def activation_bytes(model: nn.Module, args: tuple, kwargs: dict[str, Any], checkpointing: bool, device: str) -> int:
     """The most bytes that autograd keeps at once in a step of this model, which is on the meta device."""
-    for module in model.modules():
-        if getattr(module, "gradient_checkpointing", False):
-            module.gradient_checkpointing = False  # the blocks are told apart here
+    for module in switched_on(model):
+        module.gradient_checkpointing = False  # the blocks are told apart here
     blocks = blocks_of(model)
     if checkpointing and not blocks:
         raise ValueError(

@@ -12,7 +12,7 @@ from torch import nn
 from peft.config import ExcludeModules, LayerSelection, ModulesToSave, TargetModules, option
 from peft.core.adapter import input_dropout, part, setting
 from peft.core.base.kinds import fan
-from peft.core.combine.ranks import halves, svd
+from peft.core.combine.ranks import face_splitting, halves, svd
 from peft.core.families import LowRank
 from peft.core.filling import draw_like_linear, skip_values
 from peft.core.model.registry import define_tuner
@@ -35,19 +35,6 @@ class AbbaConfig(TargetModules, ExcludeModules, ModulesToSave, LayerSelection):
     init_weights: bool = option(True, "Start with B2 = 0, so that nothing changes; otherwise B2 is random.")
 
 
-def khatri_rao(
-    a1: torch.Tensor, b1: torch.Tensor, a2: torch.Tensor, b2: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A ``[r1 r2, in]`` and B ``[out, r1 r2]`` with B A = (B1 A1) * (B2 A2) (theorem 1).
-
-    Args:
-        a1, a2: ``[r1, in]``, ``[r2, in]``. b1, b2: ``[out, r1]``, ``[out, r2]``.
-    """
-    a = (a1.unsqueeze(1) * a2.unsqueeze(0)).flatten(0, 1)  # row (i, j) is A1_i * A2_j
-    b = (b1.unsqueeze(2) * b2.unsqueeze(1)).flatten(1, 2)  # column (i, j) is B1_i * B2_j
-    return a, b
-
-
 class Abba(LowRank):
     """A1 ``[r1, in * kernel]`` and B1 ``[out, r1]``, A2 and B2 likewise; B1 A1 starts as the best W of its rank."""
 
@@ -67,7 +54,7 @@ class Abba(LowRank):
         self.abba_scale, self.abba_dropout = config.alpha / math.sqrt(r1 * r2), config.dropout
 
     def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
-        a, b = khatri_rao(self.abba_A1, self.abba_B1, self.abba_A2, self.abba_B2)
+        b, a = face_splitting(self.abba_B1, self.abba_A1, self.abba_B2, self.abba_A2)  # theorem 1
         return a, self.abba_scale * b
 
     def delta_weight(self) -> torch.Tensor:

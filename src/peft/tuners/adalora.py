@@ -13,6 +13,7 @@ from peft.compat.methods import AdaLoraCompat, LoraCompat
 from peft.config import option, resolve_pattern
 from peft.core.adapter import input_dropout, part, setting
 from peft.core.base.kinds import fan
+from peft.core.combine.ranks import orthogonality
 from peft.core.families import LowRank, Scaled
 from peft.core.model.registry import define_tuner
 from peft.tuners.adalora_utils import Allocating, mask_of
@@ -87,12 +88,6 @@ def adalora_pair(a: torch.Tensor, e: torch.Tensor, b: torch.Tensor, scale: float
     return a * (e * scale), b
 
 
-def adalora_penalty(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """|A A^T - I| + |B^T B - I|, Frobenius norms, for A ``[r, in]`` and B ``[out, r]`` (equation 4)."""
-    eye = torch.eye(len(a), device=a.device, dtype=a.dtype)
-    return (a @ a.T - eye).norm() + (b.T @ b - eye).norm()
-
-
 class AdaLora(LowRank, Scaled):
     """dW = s / (r + 1e-5) B diag(E) A: A ``[r, in * kernel]``, E ``[r, 1]``, B ``[out, r]``; r is what A started with.
 
@@ -141,9 +136,8 @@ class AdaLora(LowRank, Scaled):
         return tensor if left is None else tensor[:, left] if saved == "lora_B" else tensor[left]
 
     def loss_term(self) -> torch.Tensor:
-        """How far A and B are from orthogonal, the mean of both."""
-        a, _, b = self.factored()
-        return adalora_penalty(a, b) / 2
+        """How far A and B are from orthogonal, the mean of both; with the ranks that the budget has taken."""
+        return orthogonality(self.lora_A, self.lora_B) / 2  # equation 4
 
 
 class AdaLoraTuner(AdaLoraCompat, LoraCompat, Allocating):
@@ -161,16 +155,13 @@ class AdaLoraTuner(AdaLoraCompat, LoraCompat, Allocating):
             if config.total_step is None or not trains or not adapters:
                 continue
             allocator = self.allocator(name)
-            end = config.total_step - config.tfinal
             settled = any(adapter.left is not None for adapter in adapters.values())
-            if not settled and global_step <= end and self._loaded_whole(adapters):
-                if global_step < end or not allocator.sensitivity.importance:  # the last step settles by those before
-                    allocator.observe()
-                if global_step == end or (global_step > config.tinit and global_step % config.deltaT == 0):
-                    config.rank_pattern = allocator.allocate(allocator.budget(global_step))
-                if global_step == end:
-                    for key, adapter in adapters.items():
-                        adapter.left = torch.tensor(config.rank_pattern[f"{key}.lora_E"]).nonzero()[:, 0]
+            if not settled and global_step <= allocator.end and self._loaded_whole(adapters):
+                last = global_step == allocator.end
+                _, kept = allocator.update_and_allocate(self.model, global_step, force_mask=last)
+                config.rank_pattern = kept or config.rank_pattern
+                for key, adapter in adapters.items() if last else ():
+                    adapter.left = torch.tensor(mask_of(config, key)).nonzero()[:, 0]
             elif settled:
                 marks = {key: torch.zeros(len(x.lora_E)).index_fill(0, x.left, 1) for key, x in adapters.items()}
                 allocator.mask(marks)

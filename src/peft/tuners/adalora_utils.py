@@ -12,7 +12,12 @@ from peft.core.model.walk import walk
 
 def mask_of(config: Any, key: str) -> list[bool] | None:
     """Which ranks of a layer are left; files name them with the adapter's name at the time, or without."""
-    for pattern, mask in (config.rank_pattern or {}).items():
+    return kept_of(config.rank_pattern or {}, key)
+
+
+def kept_of(rank_pattern: dict[str, list[bool]], key: str) -> list[bool] | None:
+    """The same, of a pattern."""
+    for pattern, mask in rank_pattern.items():
         if pattern == f"{key}.lora_E" or pattern.rpartition(".")[0] == f"{key}.lora_E":
             return list(mask)
     return None
@@ -36,6 +41,7 @@ class Sensitivity:
         self.beta1, self.beta2 = beta1, beta2
         self.importance: dict[Any, torch.Tensor] = {}
         self.uncertainty: dict[Any, torch.Tensor] = {}
+        self.last: dict[Any, torch.Tensor] = {}  # of the last step alone
 
     def observe(self, key: Any, p: torch.Tensor) -> None:
         """Take in the gradient of one tensor (equations 9 and 10).
@@ -48,7 +54,7 @@ class Sensitivity:
                 "update_and_allocate reads the gradients of the adapter, and there are none. Call it after "
                 "loss.backward() and before optimizer.zero_grad()."
             )
-        now = (p * p.grad).abs().detach()
+        now = self.last[key] = (p * p.grad).abs().detach()
         mean = self.importance.get(key, torch.zeros_like(now)).mul(self.beta1).add(now, alpha=1 - self.beta1)
         old = self.uncertainty.get(key, torch.zeros_like(now))
         self.importance[key] = mean
@@ -65,39 +71,88 @@ def budget_at(done: float, first: int, last: int, exponent: float = 3.0) -> int:
 
 
 class RankAllocator:
-    """Who keeps which ranks: importances of the triplets (A row, E entry, B column), and the budget over time."""
+    """Who keeps which ranks: importances of the triplets (A row, E entry, B column), and the budget over time.
 
-    def __init__(self, config: Any, adapters: dict[str, Any]) -> None:
-        self.config, self.adapters = config, adapters
-        self.sensitivity = Sensitivity(config.beta1, config.beta2)
+    Its steps have the names of 0.21.2, since scripts call and replace them, such as ms-swift (``mask_to_budget``).
 
-    def budget(self, step: int) -> int:
-        """Ranks of all layers together: a cubic decay from the first to the last (equation 12)."""
-        config, count = self.config, len(self.adapters)
-        first, last, total = config.init_r * count, config.target_r * count, config.total_step or 0
+    Attributes:
+        adapters: by the names of the modules that they adapt. ipt: parameter name -> importance in the last step.
+        exp_avg_ipt, exp_avg_unc: averages of that, and of how uncertain it is.
+    """
+
+    def __init__(self, config: Any, adapters: dict[str, Any], adapter_name: str = "default") -> None:
+        self.peft_config, self.adapters, self.adapter_name = config, adapters, adapter_name
+        self.beta1, self.beta2 = config.beta1, config.beta2
+        self.reset_ipt()
+
+    def reset_ipt(self) -> None:
+        """Forget all importances."""
+        self.sensitivity = Sensitivity(self.beta1, self.beta2)
+        self.ipt = self.sensitivity.last
+        self.exp_avg_ipt, self.exp_avg_unc = self.sensitivity.importance, self.sensitivity.uncertainty
+
+    @property
+    def init_bgt(self) -> int:
+        """Ranks of all layers together at the start."""
+        return self.peft_config.init_r * len(self.adapters)
+
+    @property
+    def target_bgt(self) -> int:
+        """Ranks of all layers together at the end."""
+        return self.peft_config.target_r * len(self.adapters)
+
+    @property
+    def end(self) -> int:
+        """The step in which the ranks are settled."""
+        return (self.peft_config.total_step or 0) - self.peft_config.tfinal
+
+    def budget_schedule(self, step: int) -> tuple[int, bool]:
+        """Ranks of all layers together, a cubic decay (equation 12); and whether they are shared out in this step."""
+        config = self.peft_config
         if step <= config.tinit:
-            return first
-        if step > total - config.tfinal:
-            return last
-        return budget_at((step - config.tinit) / (total - config.tfinal - config.tinit), first, last)
+            return self.init_bgt, False
+        if step > self.end:
+            return self.target_bgt, True
+        done = (step - config.tinit) / (self.end - config.tinit)
+        return budget_at(done, self.init_bgt, self.target_bgt), step % config.deltaT == 0
 
     def set_total_step(self, total_step: int) -> None:
         """Say how many steps the training has, where that was not known when the config was made."""
-        self.config.total_step = total_step
+        self.peft_config.total_step = total_step
 
-    def observe(self) -> None:
+    def update_and_allocate(
+        self, model: Any, global_step: int, force_mask: bool = False
+    ) -> tuple[int, dict[str, list[bool]] | None]:
+        """Take in a step's gradients, and share the budget out if it is time: the budget, and what is left if so."""
+        if global_step < self.end or not self.exp_avg_ipt:  # the last step settles by those before
+            self.update_ipt(model)
+        budget, due = self.budget_schedule(global_step)
+        return budget, self.mask_to_budget(model, budget) if due or force_mask else None
+
+    def update_ipt(self, model: Any) -> None:
         """Take in the gradients of a step."""
         for key, adapter in self.adapters.items():
             for part in ("lora_A", "lora_E", "lora_B"):
-                self.sensitivity.observe((key, part), getattr(adapter, part))
+                self.sensitivity.observe(self._name(key, part), getattr(adapter, part))
+
+    def _name(self, key: str, part: str) -> str:
+        return f"{key}.{part}.{self.adapter_name}"
+
+    def _element_score(self, name: str) -> torch.Tensor:
+        """How much the loss depends on each number of a parameter."""
+        return self.sensitivity.score(name)
+
+    def _combine_ipt(self, of_e: torch.Tensor, of_pair: torch.Tensor) -> torch.Tensor:
+        """The score of each rank, of its E ``[r, 1]`` and the means over its row of A and column of B ``[r, 2]``."""
+        return of_e.view(-1) + of_pair.sum(dim=1, keepdim=False).view(-1)
 
     def scores(self, key: str) -> torch.Tensor:
         """Of each rank of a layer, ``[r]`` (equation 7)."""
-        a, e, b = (self.sensitivity.score((key, part)) for part in ("lora_A", "lora_E", "lora_B"))
-        return e.flatten() + a.mean(1) + b.mean(0)
+        a, e, b = (self._element_score(self._name(key, part)) for part in ("lora_A", "lora_E", "lora_B"))
+        return self._combine_ipt(e, torch.stack([a.mean(1), b.mean(0)], 1))
 
     @torch.no_grad()
-    def allocate(self, budget: int) -> dict[str, list[bool]]:
+    def mask_to_budget(self, model: Any, budget: int) -> dict[str, list[bool]]:
         """Set E to zero where the score is below those of the ``budget`` best; which ones are left, by tensor name."""
         scores = {key: self.scores(key).cpu() for key in self.adapters}
         every = torch.cat(list(scores.values()))
@@ -107,9 +162,10 @@ class RankAllocator:
         self.mask(kept)
         return {f"{key}.lora_E": mask.tolist() for key, mask in kept.items()}
 
-    def mask_to_budget(self, model: Any, budget: int) -> dict[str, list[bool]]:
-        """:meth:`allocate`, as third parties know it (ms-swift); ``model`` is not asked, the adapters are known."""
-        return self.allocate(budget)
+    def mask_using_rank_pattern(self, model: Any, rank_pattern: dict[str, list[bool]]) -> None:
+        """Set E to zero where a pattern keeps nothing."""
+        found = {key: kept_of(rank_pattern, key) for key in self.adapters}
+        self.mask({key: torch.tensor(mask) for key, mask in found.items() if mask is not None})
 
     @torch.no_grad()
     def mask(self, kept: dict[str, torch.Tensor]) -> None:
@@ -124,12 +180,17 @@ class Allocating(BudgetTuner):
 
     def allocator(self, name: str) -> RankAllocator:
         """Who shares out those of an adapter."""
-        return self.kept(name, RankAllocator(self.peft_config[name], self.ranked(name)))
+        return self.kept(name, RankAllocator(self.peft_config[name], self.ranked(name), name))
 
     @property
     def rankallocator(self) -> RankAllocator:
         """Who shares out those of the active adapter; scripts tell it how long they train (``set_total_step``)."""
         return self.allocator(self.active_adapters[0])
+
+    @property
+    def trainable_adapter_name(self) -> str:
+        """The adapter whose ranks are shared out. A forward that ms-swift puts in asks for it."""
+        return self.active_adapters[0]
 
     def ranked(self, name: str) -> dict[str, Any]:
         """The adapters called so by the names of the modules that they adapt."""

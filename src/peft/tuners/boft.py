@@ -13,9 +13,11 @@ from torch import nn
 from peft.config import ExcludeModules, FanInFanOut, LayerSelection, ModulesToSave, TargetModules, TrainedBias, option
 from peft.core.adapter import part, setting
 from peft.core.families import Rotation
+from peft.core.families.rotation import block_rotated, held_still
 from peft.core.layer.weight import wide
 from peft.core.model.registry import define_tuner
 from peft.kernels.made_again import made_again
+from peft.tuners.cayley import cayley
 from peft.utils.error import ConfigError
 from peft.utils.peft_types import PeftType
 
@@ -52,14 +54,12 @@ class BOFTConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
 
 
 def boft_blocks(q: torch.Tensor) -> torch.Tensor:
-    """The Cayley transforms (I - S)(I + S)^-1 of the skew parts S = (Q - Q^T) / 2, for Q ``[m, blocks, b, b]``.
+    """The Cayley transforms (I - S)(I + S)^-1 of the skew parts S = (Q - Q^T) / 2, for Q ``[..., b, b]``.
 
     This is the convention of exact OFT, and the transpose of (I + S)(I - S)^-1, which others use.
     """
-    skew = wide(q)  # there is no solver for 16 bits
-    skew = (skew - skew.mT) / 2
-    eye = torch.eye(q.shape[-1], device=q.device, dtype=skew.dtype)
-    return torch.linalg.solve(eye + skew, eye - skew, left=False).to(q.dtype)
+    exact = wide(q)
+    return cayley((exact.mT - exact) / 2).to(q.dtype)
 
 
 def butterfly(x: torch.Tensor, factors: torch.Tensor, back: bool = False) -> torch.Tensor:
@@ -70,13 +70,12 @@ def butterfly(x: torch.Tensor, factors: torch.Tensor, back: bool = False) -> tor
     Args:
         x: ``[..., features]``. factors: the blocks ``[m, blocks, b, b]``, with ``blocks * b`` features.
     """
-    _, count, size, _ = factors.shape
+    size = factors.shape[-1]
     for i in range(len(factors)) if back else reversed(range(len(factors))):
         blocks, shape = factors[i].mT if back else factors[i], x.shape
         if i:  # [..., n, 2, 2^i, b / 2]: halves that belong together stand 2^i apart
             x = x.unflatten(-1, (-1, 2, 2**i, size // 2)).transpose(-3, -2)
-        pieces = x.reshape(*shape[:-1], count, size)  # [..., blocks, b]
-        x = torch.einsum("...dk,dkc->...dc", pieces, blocks).flatten(-2)
+        x = block_rotated(x.reshape(shape), blocks)
         if i:
             x = x.unflatten(-1, (-1, 2**i, 2, size // 2)).transpose(-3, -2).reshape(shape)
     return x
@@ -112,8 +111,7 @@ class BOFT(Rotation):
     def rotate(self, x: torch.Tensor, back: bool = False, drawn: bool = False) -> torch.Tensor:
         blocks = boft_blocks(self.boft_R)
         if drawn and self.draws():
-            still = torch.rand(*blocks.shape[:2], 1, 1, device=blocks.device) < self.boft_dropout
-            blocks = torch.where(still, torch.eye(blocks.shape[-1], device=blocks.device, dtype=blocks.dtype), blocks)
+            blocks = held_still(blocks, self.boft_dropout)
         if len(blocks) == 1:
             return butterfly(x, blocks.to(x.dtype), back)
         return made_again(partial(butterfly, back=back), x, blocks.to(x.dtype))  # not with what is between factors

@@ -12,6 +12,7 @@ from torch import nn
 from peft.core.adapter import setting
 from peft.core.blocks.blocks import width_of
 from peft.core.blocks.insertion import Insert, Joint
+from peft.core.filling import draw_like_linear
 from peft.core.gates import Gate
 from peft.core.model.context import Context
 from peft.tuners.activations import activation
@@ -64,7 +65,7 @@ class Bottleneck(nn.Module):
             else:
                 nn.init.normal_(layer.weight, std=0.02)
         if kind == "mam_adapter":
-            nn.init.kaiming_uniform_(self.down.weight, a=5**0.5)
+            draw_like_linear(self.down.weight)
             nn.init.zeros_(self.up.weight)
 
     def pair(self, projection: Any, *shared: Any) -> Pair:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,6 +21,7 @@ from peft.core.adapter import part, setting
 from peft.core.addition import LinearIn
 from peft.core.base.kinds import fan
 from peft.core.families import Delta, padded
+from peft.core.filling import draw_like_linear
 from peft.core.model.registry import define_tuner
 from peft.utils.peft_types import PeftType
 
@@ -95,7 +95,7 @@ class C3A(Delta):
         if config.init_weights == "gaussian":
             nn.init.normal_(kernel)
         elif config.init_weights == "kaiming_uniform":
-            nn.init.kaiming_uniform_(kernel, a=math.sqrt(5))
+            draw_like_linear(kernel)
         elif config.init_weights is not True:
             nn.init.xavier_uniform_(kernel)
         self.block_size, self.c3a_kernel = size, nn.Parameter(kernel)

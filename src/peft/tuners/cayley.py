@@ -1,8 +1,17 @@
-"""The series that stands for a Cayley transform."""
+"""The Cayley transform of skew-symmetric matrices, exact and by a series."""
 
 from __future__ import annotations
 
 import torch
+
+from peft.core.layer.weight import wide
+
+
+def cayley(q: torch.Tensor) -> torch.Tensor:
+    """(I + Q)(I - Q)^-1 for Q ``[..., n, n]``, as 2 (I - Q)^-1 - I, of which autograd keeps one matrix alone."""
+    exact = wide(q)  # there is no solver for 16 bits
+    eye = torch.eye(q.shape[-1], device=q.device, dtype=exact.dtype)
+    return (2 * torch.linalg.inv(eye - exact) - eye).to(q.dtype)
 
 
 def cayley_series(q: torch.Tensor, terms: int) -> torch.Tensor:

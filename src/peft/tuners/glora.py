@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -14,6 +13,7 @@ from peft.core.adapter import part, setting
 from peft.core.addition import LinearIn
 from peft.core.base.kinds import Kind, fan
 from peft.core.families import Fold
+from peft.core.filling import draw_like_linear
 from peft.core.layer.weight import base_bias
 from peft.core.model.registry import define_tuner
 from peft.kernels.remake import remade
@@ -75,7 +75,7 @@ class GloraTerm(nn.Module):
             self.Xd = nn.Parameter(torch.zeros(shape[0], rank))
             self.Xu = nn.Parameter(torch.empty(rank, shape[1]))
             for part in (self.Xu,) if init else (self.Xu, self.Xd):
-                nn.init.kaiming_uniform_(part, a=math.sqrt(5))
+                draw_like_linear(part)
         else:
             size = (1,) if form == "constant" else (shape[0], *[1] * (len(shape) - 1))
             self.X = nn.Parameter(torch.zeros(size))
@@ -83,7 +83,7 @@ class GloraTerm(nn.Module):
                 if form == "constant":
                     nn.init.normal_(self.X, std=0.02)
                 else:
-                    nn.init.kaiming_uniform_(self.X.data.view(1, -1) if len(size) == 1 else self.X, a=math.sqrt(5))
+                    draw_like_linear(self.X.data.view(1, -1) if len(size) == 1 else self.X)
 
     def forward(self, like: torch.Tensor) -> torch.Tensor | None:
         """The term, of a shape that broadcasts to the dense one, or None."""

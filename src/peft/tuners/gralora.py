@@ -13,6 +13,7 @@ from peft.config import FanInFanOut, LayerSelection, ModulesToSave, TargetModule
 from peft.core.adapter import input_dropout, part, setting
 from peft.core.base.kinds import fan
 from peft.core.families import Scaled, padded
+from peft.core.filling import draw_like_linear
 from peft.core.model.registry import define_tuner
 from peft.kernels.made_again import reading
 from peft.utils.error import ConfigError
@@ -83,15 +84,15 @@ class Gralora(Scaled):
         k, r, (rows, columns) = config.gralora_k, config.r, fan(self.shape)
         a, b = torch.empty(k, r, -(-columns // k)), torch.zeros(k, -(-rows // k), r)
         for n in range(k):  # each chunk is drawn like a linear layer of its own
-            nn.init.kaiming_uniform_(a[n], a=math.sqrt(5))
+            draw_like_linear(a[n])
             if not config.init_weights:
-                nn.init.kaiming_uniform_(b[n], a=math.sqrt(5))
+                draw_like_linear(b[n])
         self.gralora_A, self.gralora_B = nn.Parameter(a.mT.contiguous()), nn.Parameter(b.mT.contiguous())
         self.alpha, self.ranks = config.alpha, r + config.hybrid_r
         self.gralora_dropout, self.scaling = config.gralora_dropout, self.initial_scaling()
         if config.hybrid_r:
             down, up = nn.Linear(columns, config.hybrid_r, bias=False), nn.Linear(config.hybrid_r, rows, bias=False)
-            nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
+            draw_like_linear(down.weight)
             if config.init_weights:
                 nn.init.zeros_(up.weight)
             self.gralora_A_general, self.gralora_B_general = down, up

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,6 +21,7 @@ from peft.config import (
 from peft.core.adapter import input_dropout, part, setting
 from peft.core.addition import SideBySide
 from peft.core.families import Fold
+from peft.core.filling import draw_like_linear
 from peft.core.model.registry import define_tuner
 from peft.utils.peft_types import PeftType
 
@@ -62,7 +62,7 @@ class Hira(Fold):
             a.zero_()
             b.normal_()
         elif config.init_weights:
-            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+            draw_like_linear(a)
             b.zero_()
         self.hira_A, self.hira_B = nn.Parameter(a), nn.Parameter(b)
         self.hira_dropout = config.hira_dropout

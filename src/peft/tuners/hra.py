@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,6 +11,7 @@ from torch import nn
 from peft.config import ExcludeModules, LayerSelection, ModulesToSave, TargetModules, TrainedBias, option
 from peft.core.adapter import part, setting
 from peft.core.families import Rotation
+from peft.core.filling import draw_like_linear
 from peft.core.model.registry import define_tuner
 from peft.utils.peft_types import PeftType
 
@@ -63,7 +63,7 @@ class HRA(Rotation):
     def create(self, config: HRAConfig, key: str) -> None:
         paired = config.init_weights and config.r % 2 == 0
         u = torch.empty(self.rotated_features, config.r // 2 if paired else config.r)
-        nn.init.kaiming_uniform_(u, a=math.sqrt(5))
+        draw_like_linear(u)
         if paired:
             u = u.repeat_interleave(2, dim=1)  # two equal reflections are none
         self.hra_u, self.hra_r, self.hra_apply_GS = nn.Parameter(u), config.r, config.apply_GS

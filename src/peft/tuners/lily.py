@@ -14,6 +14,7 @@ from peft.config import ExcludeModules, LayerSelection, ModulesToSave, TargetMod
 from peft.core.adapter import part, setting
 from peft.core.base.kinds import fan
 from peft.core.families import Sample
+from peft.core.gates import mean_of_tokens
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.registry import define_tuner
 from peft.kernels.made_again import reading
@@ -105,18 +106,14 @@ class Lily(Sample):
             return kind.up(base, kind.channels_back(each), experts.T)
         experts = experts.unflatten(0, (-1, r))  # [num_B, r, out]
         if self.routing == "batch":
-            mean = _mean(chances.flatten(0, -2), 0) * scale
+            mean = mean_of_tokens(chances.flatten(0, -2)[None], None)[0] * scale
             return kind.up(base, h, lily_experts(mean, experts).T)
         return self.each_up(h, lily_experts(self.average(chances) * scale, experts))
 
     def average(self, chances: torch.Tensor) -> torch.Tensor:
         """The mean over the positions of each sample, without padding, ``[batch, num_B]``."""
         flat = chances.flatten(1, -2)  # [batch, positions * groups, num_B]
-        mask = self.context.padding(len(flat), flat.shape[1], flat.device)
-        if mask is None:
-            return _mean(flat, 1)
-        mask = mask.to(flat).unsqueeze(-1)
-        return (flat * mask).sum(1) / mask.sum(1).clamp(min=1)
+        return mean_of_tokens(flat, self.context.padding(len(flat), flat.shape[1], flat.device))
 
 
 def shared_matrices(config: LilyConfig, layers: Sequence[BaseTunerLayer]) -> dict[str, Any]:
@@ -137,11 +134,6 @@ def shared_matrices(config: LilyConfig, layers: Sequence[BaseTunerLayer]) -> dic
         first.append(known[-1])
         second.append(experts[group])
     return {"lily_A": first, "lily_B": second}
-
-
-def _mean(x: torch.Tensor, axis: int) -> torch.Tensor:
-    """The mean along an axis, 0 of nothing."""
-    return x.mean(axis) if x.shape[axis] else x.sum(axis)
 
 
 LilyModel = define_tuner(Lily, LilyConfig)

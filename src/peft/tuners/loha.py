@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from peft.config import option
 from peft.core.adapter import part
 from peft.core.base.kinds import fan
+from peft.core.combine.ranks import face_splitting
 from peft.core.model.registry import define_tuner
 from peft.tuners.lycoris_utils import Lycoris, LycorisConfig, LycorisTuner, kaiming, mix, through_core, zeros
 from peft.utils.peft_types import PeftType
@@ -46,14 +47,6 @@ def loha_weight(
     if cores is None:
         return (a1 @ b1).view(shape) * (a2 @ b2).view(shape)
     return through_core(a1, b1, cores[0], shape) * through_core(a2, b2, cores[1], shape)
-
-
-def face_splitting(
-    a1: torch.Tensor, b1: torch.Tensor, a2: torch.Tensor, b2: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A ``[out, r^2]`` and B ``[r^2, in * kernel]`` with A B = (A1 B1) * (A2 B2)."""
-    a = (a1[:, :, None] * a2[:, None, :]).flatten(1)  # all products of columns
-    return a, (b1[:, None, :] * b2[None, :, :]).flatten(0, 1)
 
 
 class LoHa(Lycoris):

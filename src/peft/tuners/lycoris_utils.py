@@ -23,6 +23,7 @@ from peft.config import (
 from peft.core.adapter import setting
 from peft.core.base.kinds import Kind
 from peft.core.families import Scaled
+from peft.core.filling import draw_like_linear
 from peft.core.layer.scaled import ScaledLayer
 from peft.core.model.tuner import BaseTuner
 
@@ -104,8 +105,10 @@ class LycorisTuner(LycorisCompat, BaseTuner):
 
 
 def kaiming(*shape: int) -> nn.Parameter:
-    """A parameter drawn like the weight of ``nn.Linear``: uniform within 1 / sqrt(fan in)."""
-    return nn.Parameter(nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5)))
+    """A parameter drawn like the weight of ``nn.Linear``."""
+    drawn = torch.empty(shape)
+    draw_like_linear(drawn)
+    return nn.Parameter(drawn)
 
 
 def zeros(*shape: int) -> nn.Parameter:

@@ -13,6 +13,7 @@ from peft.core.adapter import input_dropout, part, setting
 from peft.core.addition import LinearIn
 from peft.core.base.kinds import fan
 from peft.core.families import Delta, padded
+from peft.core.filling import draw_like_linear
 from peft.core.model.registry import define_tuner
 from peft.utils.peft_types import PeftType
 
@@ -109,7 +110,7 @@ class Miss(Delta):
         shapes = {"bat": (-(-rows // r), r, r), "mini": (r, config.mini_r)}
         block = torch.zeros(shapes.get(str(form), (r, rows)))
         if form is False:
-            nn.init.kaiming_uniform_(block, a=5**0.5)
+            draw_like_linear(block)
         self.miss_r, self.form, self.miss_block = r, form, nn.Parameter(block)
         self.miss_dropout = config.miss_dropout
 

@@ -5,7 +5,6 @@ A and the B_j are those of all tasks. The paper writes Lambda_t for D_t.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,6 +15,7 @@ from peft.config import ExcludeModules, LayerSelection, ModulesToSave, TargetMod
 from peft.core.adapter import input_dropout, part, setting
 from peft.core.base.kinds import fan
 from peft.core.families import Sample
+from peft.core.filling import draw_like_linear
 from peft.core.model.registry import define_tuner
 
 
@@ -67,7 +67,7 @@ class MtlLora(Sample):
         (rows, columns), r, tasks = fan(self.shape), config.r, config.n_tasks
         a, b = torch.empty(r, columns), torch.zeros(config.n_up_projection, rows, r)
         for matrix in (a, *(() if config.init_weights else b)):
-            nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
+            draw_like_linear(matrix)
         d = torch.eye(r).repeat(tasks, 1, 1) if config.task_specific_matrix_type == "linear" else torch.ones(tasks, r)
         self.mtl_lora_A, self.mtl_lora_B, self.mtl_lora_D = nn.Parameter(a), nn.Parameter(b), nn.Parameter(d)
         self.mtl_lora_weights = nn.Parameter(torch.ones(tasks, config.n_up_projection))

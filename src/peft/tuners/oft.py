@@ -21,10 +21,10 @@ from peft.config import (
 )
 from peft.core.adapter import part, setting
 from peft.core.families import Rotation
-from peft.core.layer.weight import wide
+from peft.core.families.rotation import block_rotated, held_still
 from peft.core.model.registry import define_tuner
 from peft.kernels.made_again import reading
-from peft.tuners.cayley import cayley_series
+from peft.tuners.cayley import cayley, cayley_series
 from peft.utils.error import ConfigError
 from peft.utils.peft_types import PeftType
 
@@ -91,16 +91,9 @@ class OFTRotation(nn.Module):
         calls exact is the transpose of that, so flipping the switch on a trained adapter inverts its rotation.
         """
         q = self.skew()
-        eye = torch.eye(self.size, device=q.device, dtype=q.dtype)
-        if self.terms is None:
-            skew = wide(q)  # there is no solver for 16 bits
-            rotation = torch.linalg.solve(eye + skew, eye - skew, left=False).to(q.dtype)
-        else:
-            rotation = cayley_series(q, terms=self.terms)  # made again, it would take more time than memory is worth
-        if drawn and self.dropout and self.training:
-            still = torch.rand(len(q), 1, 1, device=q.device) < self.dropout
-            rotation = torch.where(still, eye, rotation)
-        return rotation
+        # Kept: made again, the series would take more time than its memory is worth.
+        rotation = cayley(-q) if self.terms is None else cayley_series(q, self.terms)
+        return held_still(rotation, self.dropout) if drawn and self.dropout and self.training else rotation
 
 
 class OFT(Rotation):
@@ -127,12 +120,6 @@ class OFT(Rotation):
         blocks = self.oft_R(drawn).expand(self.r, -1, -1).to(x.dtype)
         with reading(x):
             return block_rotated(x, blocks.mT if back else blocks)
-
-
-def block_rotated(x: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-    """x blockdiag(R_1, ..., R_D) along the last axis, for blocks ``[D, size, size]``."""
-    pieces = x.unflatten(-1, (len(blocks), -1))  # [..., D, size]
-    return torch.einsum("...dk,dkc->...dc", pieces, blocks).flatten(-2)
 
 
 def nearest_divisor(features: int, wanted: int, field: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,6 +13,7 @@ from torch import nn
 from peft.config import ExcludeModules, LayerSelection, ModulesToSave, TargetModules, option
 from peft.core.adapter import part, setting
 from peft.core.families import LowRank, Scaled
+from peft.core.filling import draw_like_linear
 from peft.core.model.registry import define_tuner
 from peft.kernels.remake import remade
 from peft.tuners.activations import activation
@@ -84,7 +84,7 @@ class Peanut(LowRank, Scaled):
             )
         linears = [self.peanut_A, *(self.peanut_encoders or ()), *(self.peanut_decoders or ()), self.peanut_B]
         for linear in linears:
-            nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
+            draw_like_linear(linear.weight)
         if config.init_weights:
             nn.init.zeros_(self.peanut_B.weight)
 

@@ -15,6 +15,7 @@ from peft.config import ExcludeModules, ModulesToSave, TargetModules, option
 from peft.core.adapter import part, setting
 from peft.core.base.kinds import fan
 from peft.core.families import Sample
+from peft.core.filling import draw_like_linear
 from peft.core.model.registry import define_tuner
 from peft.core.model.tuner import BaseTuner
 from peft.kernels.made_again import reading
@@ -101,7 +102,7 @@ class Poly(Sample):
         b = torch.zeros(splits, skills, r, rows // splits)
         # One by one: more dimensions would be read as a kernel's.
         for matrix in (*a.flatten(0, 1), *(() if config.init_weights else b.flatten(0, 1))):
-            nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
+            draw_like_linear(matrix)
         self.poly_lora_A, self.poly_lora_B = nn.Parameter(a.permute(1, 0, 3, 2).contiguous()), nn.Parameter(b)
         self.poly_router = PolyRouter(config.n_tasks, splits, skills)
         self.r, self.n_tasks, self.n_skills, self.n_splits = r, config.n_tasks, skills, splits

@@ -16,7 +16,7 @@ from peft.core.families import LowRank, Scaled
 from peft.core.layer.buffers import BufferDict
 from peft.core.layer.weight import wide
 from peft.core.model.registry import define_tuner
-from peft.tuners.cayley import cayley_series
+from peft.tuners.cayley import cayley, cayley_series
 from peft.utils.peft_types import PeftType
 
 
@@ -83,12 +83,11 @@ class PsoftRotation(nn.Module):
     def cayley(self) -> torch.Tensor:
         """C of the triangle, ``[r, r]``."""
         upper = torch.ones(self.r, self.r, dtype=torch.bool, device=self.weight.device).triu(1)
-        weight = wide(self.weight)  # there is no solver for 16 bits
+        weight = wide(self.weight)
         q = weight.new_zeros(self.r, self.r).masked_scatter(upper, weight)  # keeps less than with indices
-        q, eye = q - q.T, torch.eye(self.r, device=q.device, dtype=q.dtype)
+        q = q - q.T
         if self.terms is None:
-            # (I + Q)(I - Q)^-1 = 2 (I - Q)^-1 - I, of which autograd keeps one matrix instead of three
-            return (2 * torch.linalg.inv(eye - q) - eye).to(self.weight.dtype)
+            return cayley(q).to(self.weight.dtype)
         if self.radius is not None:
             q = q * (self.radius / q.norm().clamp_min(1e-30)).clamp(max=1)
         return cayley_series(q, self.terms).to(self.weight.dtype)

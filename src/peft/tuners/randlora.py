@@ -123,7 +123,7 @@ class RandLora(LowRank, Scaled):
     def kernel(cls, layer: BaseTunerLayer, adapters: Sequence[Any], x: torch.Tensor) -> torch.Tensor | None:
         """The fused products, of which autograd keeps no A', which is as large as the weight."""
         with reading(x):
-            return routes.LowRank().output(layer, adapters, (x,), {})
+            return routes.low_rank(layer, adapters, (x,), {})
 
     def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
         weights, (out, inner) = self.randlora_lambda, fan(self.shape)

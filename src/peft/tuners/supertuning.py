@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,6 +15,7 @@ from peft.core.addition import LinearIn
 from peft.core.base.kinds import fan
 from peft.core.families import Sparse
 from peft.core.families.delta import floating
+from peft.core.filling import draw_like_linear
 from peft.core.layer.buffers import BufferDict
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.registry import define_tuner
@@ -152,11 +152,11 @@ def low_rank_pair(config: SupertuningConfig, rows: int, columns: int) -> tuple[n
     """A and B of the update besides the sparse one, as they start."""
     assert config.r is not None
     a, b = nn.Linear(columns, config.r, bias=False), nn.Linear(config.r, rows, bias=False)
-    nn.init.kaiming_uniform_(a.weight, a=math.sqrt(5))
+    draw_like_linear(a.weight)
     if config.init_weights:
         nn.init.zeros_(b.weight)
     else:
-        nn.init.kaiming_uniform_(b.weight, a=math.sqrt(5))
+        draw_like_linear(b.weight)
     return a, b
 
 

@@ -7,7 +7,6 @@ looked up in ``sys.modules``.
 from __future__ import annotations
 
 import functools
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +18,7 @@ import torch
 from torch import nn
 
 from peft._lazy import also_known
+from peft.utils.meanwhile import having
 
 
 # ---- Quantised weights ----------------------------------------------------------------------------------------------
@@ -126,42 +126,25 @@ def dtensor_from_local_like(local_tensor: torch.Tensor, ref: torch.Tensor) -> to
 
 # ---- Initialisation without memory ----------------------------------------------------------------------------------
 
-# The default devices to return to, innermost last; not empty while `init_empty_weights` is at work.
-_outer_devices: list[torch.device] = []
-
-
-def _meta(param: nn.Parameter | None) -> nn.Parameter | None:
-    if param is None or param.is_meta or not _outer_devices:
-        return param
-    # Through its class and attributes, for parameters of a class of their own.
-    moved = type(param)(param.detach().to("meta"), requires_grad=param.requires_grad)
-    vars(moved).update(vars(param))
-    return moved
+# Where new tensors go, and how modules take parameters, outside of `init_empty_weights`; empty outside of it.
+_outside: list[tuple[torch.device, Any]] = []
 
 
 @contextmanager
 def init_empty_weights(include_buffers: bool | None = None) -> Iterator[None]:
-    """Within, modules are created with their parameters on the meta device, i.e. without memory and without values.
+    """accelerate's context of that name: modules get their parameters on the meta device, without memory and values.
 
     Args:
         include_buffers: also every other tensor. By default what ``ACCELERATE_INIT_INCLUDE_BUFFERS`` says, else no.
     """
-    if include_buffers is None:
-        include_buffers = os.environ.get("ACCELERATE_INIT_INCLUDE_BUFFERS", "0").lower() in ("1", "true", "yes", "on")
-    register = nn.Module.register_parameter
+    from accelerate import init_empty_weights as empty
 
-    @functools.wraps(register)
-    def register_empty(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        register(module, name, _meta(param))
-
-    _outer_devices.append(torch.empty(0).device)
-    nn.Module.register_parameter = register_empty  # type: ignore[method-assign, assignment]
+    _outside.append((torch.empty(0).device, nn.Module.register_parameter))
     try:
-        with torch.device("meta") if include_buffers else nullcontext():
+        with empty(include_buffers):
             yield
     finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
-        _outer_devices.pop()
+        _outside.pop()
 
 
 def skip_init_on_device(func: Callable) -> Callable:
@@ -169,15 +152,11 @@ def skip_init_on_device(func: Callable) -> Callable:
 
     @functools.wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if not _outer_devices:
+        if not _outside:
             return func(*args, **kwargs)
-        outer = _outer_devices[:]
-        _outer_devices.clear()
-        try:
-            with torch.device(outer[0]):
-                return func(*args, **kwargs)
-        finally:
-            _outer_devices.extend(outer)
+        device, register = _outside[0]
+        with torch.device(device), having([nn.Module], register_parameter=register):
+            return func(*args, **kwargs)
 
     return wrapper
 

@@ -16,6 +16,7 @@ from peft.convert.held import Held, Pair
 from peft.convert.source import Job
 from peft.core.files.io import PREFIX
 from peft.core.layer.weight import wide
+from peft.tuners.cayley import cayley
 from peft.tuners.ia3 import IA3Config
 from peft.tuners.ln_tuning import LNTuningConfig
 from peft.tuners.loha import loha_weight
@@ -136,17 +137,17 @@ def glora_change(
     return mixed + torch.einsum("or,ri...->oi...", b1.flatten(1), b2)
 
 
-def cayley(blocks: torch.Tensor, constraint: float = 0.0) -> torch.Tensor:
+def rotations_of(blocks: torch.Tensor, constraint: float = 0.0) -> torch.Tensor:
     """R = (I + Q) (I - Q)^-1 with Q = S - S^T, which is orthogonal.
 
     Args:
         blocks: S, ``[..., b, b]``. constraint: the most that Q's norm over all blocks can be; 0 for none.
     """
-    q, eye = blocks - blocks.mT, torch.eye(blocks.shape[-1], dtype=blocks.dtype)
+    q = blocks - blocks.mT
     norm = q.norm()
     if constraint and norm > constraint:
         q = q * (constraint / norm)
-    return (eye + q) @ torch.linalg.inv(eye - q)
+    return cayley(q)
 
 
 def _rotated(weight: torch.Tensor, blocks: torch.Tensor, alpha: float) -> torch.Tensor:
@@ -157,9 +158,9 @@ def _rotated(weight: torch.Tensor, blocks: torch.Tensor, alpha: float) -> torch.
     """
     rows = weight.flatten(1)
     if blocks.dim() == 3:
-        turned = cayley(blocks, alpha * len(rows)).mT @ rows.unflatten(0, (len(blocks), -1))
+        turned = rotations_of(blocks, alpha * len(rows)).mT @ rows.unflatten(0, (len(blocks), -1))
         return turned.flatten(0, 1).view_as(weight)
-    for i, rotation in enumerate(cayley(blocks, alpha * len(rows))):
+    for i, rotation in enumerate(rotations_of(blocks, alpha * len(rows))):
         apart = 2**i * (blocks.shape[-1] // 2)
         pairs = rows.unflatten(0, (-1, 2, apart)).transpose(1, 2)  # [.., apart, 2, in * kernel]
         turned = rotation @ pairs.flatten(0, 2).unflatten(0, (-1, blocks.shape[-1]))

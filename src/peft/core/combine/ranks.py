@@ -95,6 +95,20 @@ def halves(
     return root[:, None] * vh[:rank], u[:, :rank] * root
 
 
+def face_splitting(
+    a1: torch.Tensor, b1: torch.Tensor, a2: torch.Tensor, b2: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A ``[out, r1 r2]`` and B ``[r1 r2, in * kernel]`` with A B = (A1 B1) * (A2 B2), of ranks r1 and r2."""
+    a = (a1[:, :, None] * a2[:, None, :]).flatten(1)  # all products of columns
+    return a, (b1[:, None, :] * b2[None, :, :]).flatten(0, 1)
+
+
+def orthogonality(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """|A A^T - I| + |B^T B - I|, Frobenius norms, for A ``[r, in]`` and B ``[out, r]``: how far both are from it."""
+    eye = torch.eye(len(a), device=a.device, dtype=a.dtype)
+    return (a @ a.T - eye).norm() + (b.T @ b - eye).norm()
+
+
 def product_svd(
     down: torch.Tensor, up: torch.Tensor, driver: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -87,3 +87,15 @@ class Rotation(Adapter):
         rotation: Any = self.rotation().float()
         eye = torch.eye(len(rotation), device=rotation.device)
         return bool((rotation @ rotation.T - eye).abs().max() > 0.01)
+
+
+def block_rotated(x: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    """x blockdiag(R_1, ..., R_D) along the last axis, for blocks ``[D, size, size]``."""
+    pieces = x.unflatten(-1, (len(blocks), -1))  # [..., D, size]
+    return torch.einsum("...dk,dkc->...dc", pieces, blocks).flatten(-2)
+
+
+def held_still(blocks: torch.Tensor, probability: float) -> torch.Tensor:
+    """Blocks ``[..., size, size]``, each of which is the identity with this probability."""
+    still = torch.rand(*blocks.shape[:-2], 1, 1, device=blocks.device) < probability
+    return torch.where(still, torch.eye(blocks.shape[-1], device=blocks.device, dtype=blocks.dtype), blocks)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from peft.core.files.entries import anatomy
-from peft.core.model import operations
+from peft.core.layer.weight import taken_out
 from peft.core.model.auxiliary import biases_of
 from peft.core.model.walk import join, layers_of, walk
 from peft.utils.error import CheckpointError, nearest, some
@@ -48,20 +48,9 @@ def _places(root: nn.Module) -> Iterator[_Place]:
 @contextmanager
 def _bare(root: nn.Module) -> Iterator[bool]:
     """The base model without what is merged into it, and without trained biases; says whether anything was merged."""
-    merged = [(layer, list(layer.merged_adapters)) for _, layer in layers_of(root) if layer.merged]
     record = biases_of(root)
-    applied = record.applied if record else None
-    trains = record is not None and any(p.requires_grad for _, p in record.parameters(applied or ""))
-    try:
-        operations.unmerge(root)
-        if record:
-            record.apply(None)
-        yield bool(merged)
-    finally:
-        if record:
-            record.apply(applied, trains)
-        for layer, names in reversed(merged):
-            layer.merge(adapter_names=names)
+    with taken_out(layer for _, layer in layers_of(root)) as merged, record.set_aside() if record else nullcontext():
+        yield merged
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:

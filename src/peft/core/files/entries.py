@@ -19,7 +19,7 @@ from peft.core.model.auxiliary import bias_state, biases_of
 from peft.core.model.record import known_record
 from peft.core.model.tuner import BaseTuner
 from peft.core.model.walk import file_path, join, plain, walk
-from peft.core.prompts import PromptTuner
+from peft.core.prompts import Prompts
 
 
 @dataclass(slots=True)
@@ -46,9 +46,11 @@ class Entry:
         """What is appended to its name where a file holds it as several tensors."""
         return () if self.owner is None else self.owner.split
 
-    def as_saved(self, value: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
-        """What a file holds for this value of it."""
-        return value if self.owner is None else self.owner.as_saved(self.tail, value)
+    def named(self, value: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What a file holds for this value of it, by name."""
+        written = value if self.owner is None else self.owner.as_saved(self.tail, value)
+        parts = written if isinstance(written, dict) else {"": written}
+        return {self.saved + suffix: part for suffix, part in parts.items()}
 
     def as_loaded(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
         """The one tensor that several of a file stand for, by what is appended to its name."""
@@ -89,10 +91,10 @@ def configs_of(model: nn.Module) -> dict[str, Any]:
     return getattr(model, "peft_config", None) or {}
 
 
-def prompts_of(model: nn.Module) -> PromptTuner | None:
-    """What manages a model's prompts; None where its adapters change weights alone."""
-    tuner = tuner_of(model)
-    return (model if tuner is None else tuner).__dict__.get("_prompts")
+def prompts_of(model: nn.Module) -> Prompts | None:
+    """The prompts of a model; None where its adapters change weights alone."""
+    manager: Any = (tuner_of(model) or model).__dict__.get("_prompts")
+    return None if manager is None else manager.prompts
 
 
 def entries(model: nn.Module, adapter: str) -> Iterator[Entry]:
@@ -118,11 +120,11 @@ def entries(model: nn.Module, adapter: str) -> Iterator[Entry]:
                 shared.update({attribute: getattr(wrapper, attribute) for attribute in own.common})
                 labelled = wrapper.adapter_cls.labelled
                 repeated.append(prefix + place)
-    prompts: Any = prompts_of(model)
+    prompts = prompts_of(model)
     for saved, memory, tensor in prompts.adapter_state(adapter) if prompts else ():
         held = f"base_model.{memory}" if memory and tuner_of(model) else memory
         # What an encoder makes of its parameters is in the file, and no module holds it: it has its own way back.
-        yield Entry(saved, held, tensor, put=None if memory else partial(prompts.load_prompt, adapter))
+        yield Entry(saved, held, tensor, put=None if memory else partial(prompts.load_prompt, adapter))  # type: ignore[union-attr]
     for saved, memory, tensor in tuner.adapter_state(adapter) if (tuner := tuner_of(model)) else ():
         yield Entry(saved, memory, tensor)
     for saved, memory, tensor in bias_state(root, adapter):

@@ -33,10 +33,8 @@ def transforms_of(model: nn.Module) -> list[Any]:
     library = sys.modules.get("transformers.modeling_utils")
     if library is None or not isinstance(model, library.PreTrainedModel):
         return []
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-    except ImportError:  # older than version 5, which keeps no such tables
-        return []
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
     return get_model_conversion_mapping(model)
 
 

@@ -17,6 +17,7 @@ from peft.core.files.embeddings import base_weights, embeddings_beside, tell_no_
 from peft.core.files.entries import Entry, anatomy, configs_of, entries, prompts_of
 from peft.core.files.flattened import filling_units, standing_in, taken_out
 from peft.core.files.io import PREFIX, separate
+from peft.core.files.of_part import of_part
 from peft.core.files.renaming import current_name, names_today, of_today, relabelled
 from peft.core.files.vocabulary import is_resized
 from peft.core.layer.layer import BaseTunerLayer
@@ -30,7 +31,7 @@ from peft.core.model.walk import (
     unreplicated,
     walk,
 )
-from peft.core.prompts import PromptTuner
+from peft.core.prompts import Prompts
 from peft.utils.error import CheckpointError, some
 
 
@@ -55,7 +56,8 @@ def get_peft_model_state_dict(
         state_dict: take the values from this state dict of the whole model, as FSDP or ZeRO-3 have gathered it, and
             read no tensor of the model itself. By default it is ``model.state_dict()``, for which all processes have
             to call this. An empty one, which other ranks than the first get (FSDP), gives an empty result, and one
-            that this function has given (models whose ``state_dict`` calls it) is given back.
+            that this function has given is given back. One of a part of the model, such as a block, gives what the
+            adapter has there, by its names in that part.
         unwrap_compiled: not needed; what ``torch.compile`` puts around a module never shows in names.
         save_embedding_layers: also give the base weights of the embeddings; "auto": of those that are adapted, and of
             all if the vocabulary has another size than that of the base model's config (which is looked up in its
@@ -81,8 +83,8 @@ def get_peft_model_state_dict(
             return get_peft_model_state_dict(outer, outer.state_dict(), adapter_name, False, save_embedding_layers)
     if not (given := outer.state_dict() if state_dict is None else state_dict):
         return {}
-    if state_dict is not None and _is_done(model, adapter_name, given):
-        return separate(given)
+    if state_dict is not None and (other := _other(model, adapter_name, given)) is not None:
+        return other
     with standing_in(model, taken_out(model, given)), _holding(model, given) as absent:
         _require_all(model, adapter_name, absent)
         found, seen = {}, set()
@@ -92,9 +94,7 @@ def get_peft_model_state_dict(
             if id(entry.tensor) in seen or (entry.put is not None and not getattr(config, "save_projection", True)):
                 continue
             seen.add(id(entry.tensor))
-            written = entry.as_saved(whole(entry.tensor))
-            parts = written if isinstance(written, dict) else {"": written}
-            found.update({entry.saved + suffix: part for suffix, part in parts.items()})
+            found.update(entry.named(whole(entry.tensor)))
         if save_embedding_layers:
             every = save_embedding_layers is True or is_resized(root, config)
             found.update(embeddings_beside(root, prefix, adapter_name, every))
@@ -103,9 +103,16 @@ def get_peft_model_state_dict(
         return separate(found)
 
 
+def _other(model: nn.Module, adapter: str, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
+    """The result for a state dict that is not one of the whole model; None where it is."""
+    if _is_done(model, adapter, given):  # models whose ``state_dict`` calls :func:`get_peft_model_state_dict`
+        return separate(given)
+    return of_part(model, list(entries(model, adapter)), given)
+
+
 def _is_done(model: nn.Module, adapter: str, given: dict[str, torch.Tensor]) -> bool:
     """Whether a state dict has the adapter's tensors by their names in files, and not by those in the model."""
-    if (prompts := prompts_of(model)) and adapter in prompts.adapter_names and "prompt_embeddings" not in given:
+    if (prompts := prompts_of(model)) and adapter in prompts and "prompt_embeddings" not in given:
         return False  # asking an encoder for its tensors computes, and the model's own may be elsewhere
     entry = None
     for entry in entries(model, adapter):  # one by one: the first tells of nearly all that are not
@@ -161,7 +168,7 @@ def _require_all(model: nn.Module, adapter: str, absent: dict[int, str]) -> None
     lacking = []
     if absent:
         prompts = prompts_of(model)
-        encoder = prompts.adapter_parameters(adapter) if prompts and adapter in prompts.adapter_names else []
+        encoder = [*prompts.encoders[adapter].parameters()] if prompts and adapter in prompts else []
         # What an encoder gives is in no state dict, so the state dict has to have the encoder.
         held = [*encoder, *(entry.tensor for entry in entries(model, adapter) if not encoder or entry.memory)]
         lacking = [absent[id(tensor)] for tensor in held if id(tensor) in absent]
@@ -213,7 +220,7 @@ def _put(
     model: nn.Module, adapter_name: str, peft_model_state_dict: dict[str, torch.Tensor], ignore: bool, assign: bool
 ) -> Match:
     root, _ = anatomy(model)
-    if (prompts := prompts_of(model)) and adapter_name in prompts.adapter_names:
+    if (prompts := prompts_of(model)) and adapter_name in prompts:
         prompts.make_room(adapter_name, peft_model_state_dict)
     found = match(model, adapter_name, peft_model_state_dict)
     if found.wrong and not ignore:
@@ -235,10 +242,10 @@ def _put(
     return found
 
 
-def _acting(root: nn.Module, prompts: PromptTuner | None) -> list[str]:
+def _acting(root: nn.Module, prompts: Prompts | None) -> list[str]:
     """The adapters that are active and not switched off."""
     if prompts is not None:
-        return [] if prompts.prompts.disabled else prompts.active_adapters
+        return [] if prompts.disable_adapters else prompts.active_adapters
     off = any(wrapper.disable_adapters for site in walk(root) for _, wrapper in site.wrappers)
     return [] if off else operations.active_of(root)
 

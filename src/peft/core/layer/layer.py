@@ -59,10 +59,10 @@ class BaseTunerLayer(Unconstructed, ReadThrough):
     kind: Kind
     key = ""
     read_by_parent: bool
-    rewritten: Rewritten | None
+    rewritten: Rewritten | None = None
     cast_input_dtype_enabled: bool
-    shares_weight: bool
-    merge_error: float
+    shares_weight = False
+    merge_error = 0.0
     _storage: Noted | None
     _seen: Seen | None = None
 
@@ -95,11 +95,8 @@ class BaseTunerLayer(Unconstructed, ReadThrough):
             adapters={},
             merged_adapters=[],
             originals={},
-            rewritten=None,
             cast_input_dtype_enabled=True,
             tied_to={},
-            shares_weight=False,
-            merge_error=0.0,
             _storage=None,
         )
         self._start(context)
@@ -239,7 +236,7 @@ class BaseTunerLayer(Unconstructed, ReadThrough):
     def _live(self) -> list[Adapter]:
         """Adapters that act in the forward: active, present here, and not in the weight already."""
         here = self.adapters
-        live = [here[n] for n in self._active_adapter if n in here and n not in self.merged_adapters]
+        live = [here[n] for n in self.active_adapters if n in here and n not in self.merged_adapters]
         return in_order(live) if self.context.compositions else live
 
     def current(self) -> list[Adapter]:
@@ -293,7 +290,7 @@ class BaseTunerLayer(Unconstructed, ReadThrough):
 
     def to_merge(self, adapter_names: Sequence[str] | None = None) -> list[str]:
         """Those of these adapters (default: the active ones) that are here and not merged yet."""
-        wanted = dict.fromkeys(self._active_adapter if adapter_names is None else adapter_names)
+        wanted = dict.fromkeys(self.active_adapters if adapter_names is None else adapter_names)
         return [name for name in wanted if name in self.adapters and name not in self.merged_adapters]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -329,7 +326,7 @@ class BaseTunerLayer(Unconstructed, ReadThrough):
         return self.kind.restore(weights.weight_change(self, self.adapters[adapter]), self.get_base_layer())
 
     def extra_repr(self) -> str:
-        return f"adapters={self.adapter_names}, active={self._active_adapter}"
+        return f"adapters={self.adapter_names}, active={self.active_adapters}"
 
 
 def check_adapters_to_merge(module: BaseTunerLayer, adapter_names: list[str] | None = None) -> list[str]:

@@ -1,7 +1,8 @@
 """The ways in which a layer's output is computed with its adapters: the first that serves a call is taken.
 
-A route says whether it serves by what it gives: an output, or None. Whether the base layer may be passed by is asked
-of :meth:`BaseTunerLayer.may_bypass_base`, and nowhere else.
+A route is a function of the layer, the adapters that act (at least one) and the call. It says whether it serves by
+what it gives: an output, or None. Whether the base layer may be passed by is asked of
+:meth:`BaseTunerLayer.may_bypass_base`, and nowhere else.
 """
 
 from __future__ import annotations
@@ -27,133 +28,105 @@ if TYPE_CHECKING:
     from peft.core.adapter import Adapter
     from peft.core.layer.layer import BaseTunerLayer
 
-
-class Route:
-    """One way. ``quick``: it is left out within :func:`peft.kernels.plain`."""
-
-    quick = False
-
-    def output(self, layer: BaseTunerLayer, adapters: Sequence[Adapter], args: tuple, kwargs: dict[str, Any]) -> Any:
-        """The layer's output with these adapters, at least one; None where this is no way for the call."""
-        raise NotImplementedError
+    Adapters = Sequence[Adapter]
+    Keywords = dict[str, Any]
 
 
-class StandIn(Route):
+def stand_in(layer: BaseTunerLayer, adapters: Adapters, args: tuple, kwargs: Keywords) -> Any:
     """A module that an adapter has in the place of the base module, called in the base's dtype."""
-
-    def output(self, layer: BaseTunerLayer, adapters: Sequence[Adapter], args: tuple, kwargs: dict[str, Any]) -> Any:
-        module = adapters[-1].stand_in()
-        if module is None:
-            return None
-        dtype = other_dtype(layer, module)
-        if dtype is None:
-            return module(*args, **kwargs)
-        inner = weights.dtype_of_module(module)
-        y = module(*(in_dtype(inner, a) for a in args), **{k: in_dtype(inner, v) for k, v in kwargs.items()})
-        return in_dtype(dtype, y)
+    module = adapters[-1].stand_in()
+    if module is None:
+        return None
+    dtype = other_dtype(layer, module)
+    if dtype is None:
+        return module(*args, **kwargs)
+    inner = weights.dtype_of_module(module)
+    y = module(*(in_dtype(inner, a) for a in args), **{k: in_dtype(inner, v) for k, v in kwargs.items()})
+    return in_dtype(dtype, y)
 
 
-class Parallel(Route):
+def parted(layer: BaseTunerLayer, adapters: Adapters, args: tuple, kwargs: Keywords) -> Any:
     """A layer of which this process computes a part: low-rank updates of the part, or other ways on the whole."""
+    team = parallel.team_of(layer, args[0]) if args else None
+    if team is None:
+        return None
+    factors = None if len(args) > 1 or kwargs else all_factors(layer, adapters, args[0])
+    if factors is not None:
+        return parallel.low_rank(layer, team, args[0], factors)
 
-    def output(self, layer: BaseTunerLayer, adapters: Sequence[Adapter], args: tuple, kwargs: dict[str, Any]) -> Any:
-        team = parallel.team_of(layer, args[0]) if args else None
-        if team is None:
-            return None
-        factors = None if len(args) > 1 or kwargs else all_factors(layer, adapters, args[0])
-        if factors is not None:
-            return parallel.low_rank(layer, team, args[0], factors)
+    def compute(x: torch.Tensor) -> torch.Tensor:
+        found = (route(layer, adapters, (x, *args[1:]), kwargs) for route in (folded, updated))
+        return next(y for y in found if y is not None)
 
-        def compute(x: torch.Tensor) -> torch.Tensor:
-            found = (route.output(layer, adapters, (x, *args[1:]), kwargs) for route in (Folded(), Updates()))
-            return next(y for y in found if y is not None)
-
-        return parallel.as_whole(layer, team, args[0], compute)
+    return parallel.as_whole(layer, team, args[0], compute)
 
 
-class Kernel(Route):
+def by_kernel(layer: BaseTunerLayer, adapters: Adapters, args: tuple, kwargs: Keywords) -> Any:
     """A method's kernel for the whole layer."""
-
-    quick = True
-
-    def output(self, layer: BaseTunerLayer, adapters: Sequence[Adapter], args: tuple, kwargs: dict[str, Any]) -> Any:
-        if len(args) != 1 or kwargs:
-            return None
-        cls = type(adapters[0])
-        alike = len(adapters) == 1 or all(type(adapter) is cls for adapter in adapters)
-        return cls.kernel(layer, adapters, args[0]) if alike else None
+    if len(args) != 1 or kwargs:
+        return None
+    cls = type(adapters[0])
+    alike = len(adapters) == 1 or all(type(adapter) is cls for adapter in adapters)
+    return cls.kernel(layer, adapters, args[0]) if alike else None
 
 
-class LowRank(Route):
+def low_rank(layer: BaseTunerLayer, adapters: Adapters, args: tuple, kwargs: Keywords) -> Any:
     """The fused products of low-rank updates, beside the base layer or with its weight."""
-
-    quick = True
-
-    def output(self, layer: BaseTunerLayer, adapters: Sequence[Adapter], args: tuple, kwargs: dict[str, Any]) -> Any:
-        if len(args) != 1 or kwargs:
-            return None
-        trains = torch.is_grad_enabled() and is_eager(args[0])
-        factors = all_factors(layer, adapters, args[0], trains)
-        if factors is None:
-            return None
-        weight = layer.bypass_matrix(args[0])
-        fresh = weight is None and layer.base_is_fresh()
-        share = None if torch.compiler.is_compiling() else layer.context.readers.share(layer, args[0], factors)
-        return low_rank_linear(layer._modules["base_layer"], args[0], factors, weight, fresh, share)
+    if len(args) != 1 or kwargs:
+        return None
+    trains = torch.is_grad_enabled() and is_eager(args[0])
+    factors = all_factors(layer, adapters, args[0], trains)
+    if factors is None:
+        return None
+    weight = layer.bypass_matrix(args[0])
+    fresh = weight is None and layer.base_is_fresh()
+    share = None if torch.compiler.is_compiling() else layer.context.readers.share(layer, args[0], factors)
+    return low_rank_linear(layer._modules["base_layer"], args[0], factors, weight, fresh, share)
 
 
-class Folded(Route):
+def folded(layer: BaseTunerLayer, adapters: Adapters, args: tuple, kwargs: Keywords) -> Any:
     """One product with the weight that has the adapters in it; else the base layer's output and what they change."""
-
-    def output(self, layer: BaseTunerLayer, adapters: Sequence[Adapter], args: tuple, kwargs: dict[str, Any]) -> Any:
-        if layer.kind.opaque:
-            values = weights.effective(layer, adapters)
-            return layer.storage.call(layer.get_base_layer(), values, args, kwargs)
-        only = any(adapter.only_folds() for adapter in adapters)
-        if not only and not all(adapter.prefers_folding() for adapter in adapters):
-            return None
-        x, base = args[0], layer.get_base_layer()
-        if layer.may_bypass_base(x):
-            bias = weights.folded_bias(layer, adapters)
-            made_of = leaves_of(adapters)
-            y = weights.multiplied(layer, x, lambda: weights.folded_weight(layer, adapters), made_of)
-            return y if bias is None else y + layer.kind.along_channels(bias, base)
-        if not only:
-            return None
-        below = weights.adapters_below(layer)
-        y = layer.base_layer(*args, **kwargs)
-        made_of = leaves_of([*adapters, *(adapter for inner in below for adapter in inner)])
-        dtype = x.dtype if x.is_floating_point() else None  # what is made again in the backward must not hold x
-        change = weights.multiplied(layer, x, lambda: self._change(layer, adapters, below, dtype), made_of)
-        return (y + change).to(y.dtype)
-
-    @staticmethod
-    def _change(
-        layer: BaseTunerLayer,
-        adapters: Sequence[Adapter],
-        below: tuple[Sequence[Adapter], ...],
-        dtype: torch.dtype | None,
-    ) -> torch.Tensor:
-        inner, rest = weights.layer_inside(layer), below[1:]
-        before = weights.wide(
-            weights.base_weight(layer) if inner is None else weights.folded_weight(inner, below[0], rest)
-        )
-        after, base = before, weights.unmerged_weight(layer)
-        for adapter in weights.fold_order(adapters):
-            after = adapter.fold(after, base)
-        return (after - before).to(dtype or before.dtype)
+    if layer.kind.opaque:
+        values = weights.effective(layer, adapters)
+        return layer.storage.call(layer.get_base_layer(), values, args, kwargs)
+    only = any(adapter.only_folds() for adapter in adapters)
+    if not only and not all(adapter.prefers_folding() for adapter in adapters):
+        return None
+    x, base = args[0], layer.get_base_layer()
+    if layer.may_bypass_base(x):
+        bias = weights.folded_bias(layer, adapters)
+        made_of = leaves_of(adapters)
+        y = weights.multiplied(layer, x, lambda: weights.folded_weight(layer, adapters), made_of)
+        return y if bias is None else y + layer.kind.along_channels(bias, base)
+    if not only:
+        return None
+    below = weights.adapters_below(layer)
+    y = layer.base_layer(*args, **kwargs)
+    made_of = leaves_of([*adapters, *(adapter for inner in below for adapter in inner)])
+    dtype = x.dtype if x.is_floating_point() else None  # what is made again in the backward must not hold x
+    change = weights.multiplied(layer, x, lambda: _folded_change(layer, adapters, below, dtype), made_of)
+    return (y + change).to(y.dtype)
 
 
-class Updates(Route):
+def _folded_change(
+    layer: BaseTunerLayer, adapters: Adapters, below: tuple[Adapters, ...], dtype: torch.dtype | None
+) -> torch.Tensor:
+    """What adapters change of the weight that those in the layers inside this one have made."""
+    inner, rest = weights.layer_inside(layer), below[1:]
+    before = weights.wide(
+        weights.base_weight(layer) if inner is None else weights.folded_weight(inner, below[0], rest)
+    )
+    after, base = before, weights.unmerged_weight(layer)
+    for adapter in weights.fold_order(adapters):
+        after = adapter.fold(after, base)
+    return (after - before).to(dtype or before.dtype)
+
+
+def updated(layer: BaseTunerLayer, adapters: Adapters, args: tuple, kwargs: Keywords) -> Any:
     """The base layer on an input that adapters may change, and what they make of its output, one after another."""
-
-    def output(self, layer: BaseTunerLayer, adapters: Sequence[Adapter], args: tuple, kwargs: dict[str, Any]) -> Any:
-        # looking at all that autograd keeps takes longer than adapters do that see to it themselves
-        with nullcontext() if all(adapter.spares_input for adapter in adapters) else reading(args[0]):
-            return self._updated(layer, adapters, args, kwargs)
-
-    def _updated(self, layer: BaseTunerLayer, adapters: Sequence[Adapter], args: tuple, kwargs: dict[str, Any]) -> Any:
-        x, *rest = args
+    x, *rest = args
+    # looking at all that autograd keeps takes longer than adapters do that see to it themselves
+    with nullcontext() if all(adapter.spares_input for adapter in adapters) else reading(x):
         inner = x
         if any(adapter.changes_input for adapter in adapters):
             for adapter in reversed(weights.fold_order(adapters)):  # the one next to x is folded last
@@ -166,20 +139,21 @@ class Updates(Route):
         return layer.kind.with_tensor(given, y.to(base_y.dtype))
 
 
-ROUTES: tuple[Route, ...] = (StandIn(), Parallel(), Kernel(), LowRank(), Folded(), Updates())
-PLAIN_ROUTES = tuple(route for route in ROUTES if not route.quick)
+ROUTES = (stand_in, parted, by_kernel, low_rank, folded, updated)
+PLAIN_ROUTES = (stand_in, parted, folded, updated)
+"""Those within :func:`peft.kernels.plain`."""
 
 
-def adapted(layer: BaseTunerLayer, adapters: Sequence[Adapter], args: tuple, kwargs: dict[str, Any]) -> Any:
+def adapted(layer: BaseTunerLayer, adapters: Adapters, args: tuple, kwargs: Keywords) -> Any:
     """The layer's output with these adapters, at least one."""
     for route in PLAIN_ROUTES if is_plain() else ROUTES:
-        y = route.output(layer, adapters, args, kwargs)
+        y = route(layer, adapters, args, kwargs)
         if y is not None:
             return y
     raise AssertionError("the last route serves every call")
 
 
-def input_first(layer: BaseTunerLayer, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+def input_first(layer: BaseTunerLayer, kwargs: Keywords) -> tuple[tuple, Keywords]:
     """A call by keywords, with the layer's input in first place: by its name in the base layer's forward, or ``x``."""
     own = next(iter(inspect.signature(layer.get_base_layer().forward).parameters), "x")
     for name in (own, "x", "input"):
@@ -189,7 +163,7 @@ def input_first(layer: BaseTunerLayer, kwargs: dict[str, Any]) -> tuple[tuple, d
 
 
 def all_factors(
-    layer: BaseTunerLayer, adapters: Sequence[Adapter], x: torch.Tensor, trains: bool = False
+    layer: BaseTunerLayer, adapters: Adapters, x: torch.Tensor, trains: bool = False
 ) -> list[Factors] | None:
     """The factors of adapters, if all have them and the fused kernels can be used for this input.
 

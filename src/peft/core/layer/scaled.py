@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from peft.core.layer import weight as weights
 from peft.core.layer.layer import BaseTunerLayer
 
 
@@ -30,10 +31,5 @@ class ScaledLayer(BaseTunerLayer):
 
     def _rescale(self, scaling: dict[str, Any]) -> None:
         """What is merged is taken out by the scale that it went in by, and put back by the new one."""
-        # With the old scale in the weight.
-        merged = list(self.merged_adapters) if set(scaling) & set(self.merged_adapters) else []
-        if merged:
-            self.unmerge()
-        self.scaling.update(scaling)
-        if merged:
-            self.merge(adapter_names=merged)
+        with weights.taken_out([self] if set(scaling) & set(self.merged_adapters) else []):
+            self.scaling.update(scaling)

@@ -69,13 +69,14 @@ class Switch:
 
     @property
     def active_adapters(self) -> list[str]:
-        active: Any = self._active_adapter  # layers of third parties set one name
+        active: Any = self._active_adapter  # others set one name
         return [active] if isinstance(active, str) else list(active)
 
     @property
     def active_adapter(self) -> str | list[str]:
         """A list for a layer, as programs that index it expect; :attr:`active_adapters` is one for every module."""
-        return self.active_adapters
+        active: Any = self._active_adapter
+        return active if isinstance(active, str) else list(active)
 
     @property
     def disable_adapters(self) -> bool:
@@ -86,7 +87,7 @@ class Switch:
         if enabled == self._disable_adapters:
             self._disable_adapters = not enabled
             if not enabled:
-                names = self.context.behind(self._active_adapter)
+                names = self.context.behind(self.active_adapters)
                 parameters = (p for name in names for p in self.adapter_parameters(name))
                 self._paused = [p for p in parameters if p.requires_grad]
             for p in self._paused:
@@ -106,6 +107,10 @@ class Switch:
         self.__dict__["_active_adapter"] = names  # a module looks into each value that is set
         self.switched()
 
+    def training_names(self) -> list[str]:
+        """The adapters here that train."""
+        return [name for name in self.adapter_names if any(p.requires_grad for p in self.adapter_parameters(name))]
+
     def switched(self) -> None:
         """Called when other adapters act than before."""
 
@@ -117,4 +122,4 @@ class Switch:
                     p.requires_grad_(requires_grad)
 
     def _forget(self, name: str) -> None:
-        self._active_adapter = [active for active in self._active_adapter if active != name]
+        self._active_adapter = [active for active in self.active_adapters if active != name]

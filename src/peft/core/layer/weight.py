@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -386,3 +387,16 @@ def unmerge(layer: BaseTunerLayer) -> None:
         if bias is not None and bias is not old:
             storage_of(base, attribute).write(base, attribute, bias.to(old.dtype))
     layer.merged_adapters, layer.originals = [], {}
+
+
+@contextmanager
+def taken_out(layers: Iterable[BaseTunerLayer]) -> Iterator[bool]:
+    """A context in which nothing is merged into these layers, outer ones first; yields whether anything was."""
+    before = [(layer, list(layer.merged_adapters)) for layer in layers if layer.merged]
+    for layer, _ in before:
+        layer.unmerge()
+    try:
+        yield bool(before)
+    finally:
+        for layer, names in reversed(before):
+            layer.merge(adapter_names=names)

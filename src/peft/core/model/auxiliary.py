@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +55,21 @@ class AuxiliaryTrainingWrapper(Switch, AuxiliaryWrapper):
     def update(self, adapter_name: str, **kwargs: Any) -> None:
         """Allocate the adapter's version."""
         raise NotImplementedError
+
+    def _module(self) -> nn.Module:
+        """The module that acts now."""
+        raise NotImplementedError
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._module()(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or name in MARKS or not self.__dict__.get("_modules"):  # not wrapped yet
+                raise
+            return getattr(self._module(), name)
 
     def unload(self, merge: bool, adapter_names: list[str] | None = None) -> nn.Module:
         """The module that takes the wrapper's place: the adapter's version if ``merge``, else the original."""
@@ -125,7 +141,6 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
             )
 
     def _module(self) -> nn.Module:
-        """The module that acts now."""
         if not self._disable_adapters:
             for name in self.active_adapters:
                 return self.modules_to_save[name]
@@ -150,14 +165,6 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
                     "single tensors only. Call the model with one adapter at a time."
                 )
         return kind.join_rows(self, parts, order)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("_") or name in MARKS or "modules_to_save" not in self.__dict__.get("_modules", ()):
-                raise
-            return getattr(self._module(), name)
 
     # a Sequential is called, but indexed as well
     def __getitem__(self, index: Any) -> Any:
@@ -270,16 +277,8 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         super().set_adapter(adapter_names, inference_mode)
         self.token_adapter.set_adapter(adapter_names, inference_mode)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.token_adapter(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("_") or name in MARKS or "token_adapter" not in self.__dict__.get("_modules", ()):
-                raise
-            return getattr(self.token_adapter, name)
+    def _module(self) -> nn.Module:
+        return self.token_adapter
 
     def unload(self, merge: bool, adapter_names: list[str] | None = None) -> nn.Module:
         return self.token_adapter.base_layer
@@ -323,17 +322,25 @@ class TrainedBiases:
                 "offloaded: each call brings the base's own. Load the base model without offloading, or train the "
                 "adapter with bias='none'."
             )
+        with self.set_aside():
+            own = self.values.setdefault(name, {})
+            for module, attribute in sites:
+                place, p = (id(module), attribute), getattr(module, attribute)
+                if place in own:
+                    continue
+                if place not in self.places:
+                    self.places[place], self.originals[place] = module, p.data
+                own[place] = p.data.clone()
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """A context in which the model has the originals; what is applied, and trains, is so again afterwards."""
         applied, trains = self.applied, any(p.requires_grad for _, p in self.parameters(self.applied or ""))
         self.apply(None)
-        own = self.values.setdefault(name, {})
-        for module, attribute in sites:
-            place, p = (id(module), attribute), getattr(module, attribute)
-            if place in own:
-                continue
-            if place not in self.places:
-                self.places[place], self.originals[place] = module, p.data
-            self.values[name][place] = p.data.clone()
-        self.apply(applied, trains)
+        try:
+            yield
+        finally:
+            self.apply(applied, trains)
 
     def parameters(self, name: str) -> Iterator[tuple[tuple[int, str], nn.Parameter]]:
         for place in self.values.get(name, ()):

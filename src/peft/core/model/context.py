@@ -8,7 +8,7 @@ its own, see :mod:`peft.core.model.threads`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from peft.core.composition.expressions import Composition, Fuse, alternatives
 from peft.core.layer.together import Readers
 from peft.core.model.sequence import Tokens, note_in_cache, tokens_of
 from peft.core.model.threads import Common, Facts
+from peft.utils.meanwhile import having
 
 
 BASE = "__base__"  # the adapter name of rows that use no adapter
@@ -163,16 +164,11 @@ class Context(Facts):
         finally:
             self.rows = outer
 
-    @contextmanager
-    def prompted(self, ids: Any) -> Iterator[None]:
+    def prompted(self, ids: Any) -> AbstractContextManager[None]:
         """While ``generate`` goes on with these ids, ``[batch, tokens]``; what it adds is no part of the prompt."""
         self.begin()
         known = isinstance(ids, torch.Tensor) and ids.dim() == 2 and not ids.is_floating_point()
-        outer, self.prompt = self.prompt, ids if known else None
-        try:
-            yield
-        finally:
-            self.prompt = outer
+        return having([self], prompt=ids if known else None)
 
     def behind(self, names: Iterable[Any], training: bool = False) -> list[str]:
         """The adapters that act where these do: themselves, and those that they are made of.
@@ -223,7 +219,9 @@ class Context(Facts):
             x if isinstance(x, torch.Tensor) and x.dim() == 2 and not two_lengths else None for x in by_token
         )
         texts = (*args[:1], *(kwargs.get(name) for name in ("input_ids", "inputs_embeds")))
-        found = [x for x in texts if isinstance(x, torch.Tensor) and x.dim() > 1]  # torch 2.8 compiles no next(.., None)
+        found = [
+            x for x in texts if isinstance(x, torch.Tensor) and x.dim() > 1
+        ]  # torch 2.8 compiles no next(.., None)
         text = found[0] if found else None
         if self.mask is not None and text is not None:
             self.mask = self.mask[:, -text.shape[1] :]  # the columns before are those of tokens in the cache

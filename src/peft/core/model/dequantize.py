@@ -27,38 +27,26 @@ def dequantize(model: nn.Module, adapter_names: list[str] | None = None) -> Call
     Raises:
         ValueError: if a weight cannot be read; the model is then unchanged.
     """
-    layers = [(path, x) for path, x in layers_of(model) if not x.kind.whole and x.storage.name is not None]
-    layers = [(path, x) for path, x in layers if x.merged or x.to_merge(adapter_names)]
-    for path, layer in layers:
+    found = [(path, x) for path, x in layers_of(model) if not x.kind.whole and x.storage.name is not None]
+    found = [(path, x) for path, x in found if x.merged or x.to_merge(adapter_names)]
+    for path, layer in found:
         if reason := _no_dense_layer(layer):
             raise ValueError(f"{path}: {reason} Load the base model unquantised and the adapter on it.")
-    widest = _widest(model)
-    before = [(layer, list(layer.merged_adapters)) for _, layer in layers]
-    for layer, _ in before:
-        layer.unmerge()
-    replaced = []
-    for layer, _ in before:
-        if layer.storage.name is not None:  # else a layer around it has seen to it
-            old = layer.get_base_layer()
-            own = layer.storage.compute_dtype(old, layer.kind.weight)
-            dtype = torch.promote_types(own or widest or torch.float32, widest or own or torch.float32)
-            replaced.append((layer, layer.replace_base(_dense(layer, dtype))))
-    _merge_again(before)
+    widest, layers, replaced = _widest(model), [layer for _, layer in found], []
+    with weights.taken_out(layers):
+        for layer in layers:
+            if layer.storage.name is not None:  # else a layer around it has seen to it
+                old = layer.get_base_layer()
+                own = layer.storage.compute_dtype(old, layer.kind.weight)
+                dtype = torch.promote_types(own or widest or torch.float32, widest or own or torch.float32)
+                replaced.append((layer, layer.replace_base(_dense(layer, dtype))))
 
     def back() -> None:
-        for layer, _ in before:
-            layer.unmerge()
-        for layer, old in replaced:
-            layer.replace_base(old)
-        _merge_again(before)
+        with weights.taken_out(layers):
+            for layer, old in replaced:
+                layer.replace_base(old)
 
     return back
-
-
-def _merge_again(before: list[tuple[BaseTunerLayer, list[str]]]) -> None:
-    for layer, names in reversed(before):
-        if names:
-            layer.merge(adapter_names=names)
 
 
 def _no_dense_layer(layer: BaseTunerLayer) -> str | None:

@@ -121,9 +121,14 @@ def is_reentrant(block: nn.Module) -> bool:
     return getattr(getattr(block, FUNCTION, None), "keywords", {}).get("use_reentrant", True)
 
 
+def switched_on(model: nn.Module) -> Iterator[Any]:
+    """The modules in which gradient checkpointing is switched on."""
+    return (module for module in with_switch(model) if module.gradient_checkpointing)
+
+
 def is_switched_on(model: nn.Module) -> bool:
     """Whether gradient checkpointing is switched on in some block."""
-    return any(module.gradient_checkpointing for module in with_switch(model))
+    return next(switched_on(model), None) is not None
 
 
 def watch_checkpointing(model: nn.Module) -> None:

@@ -28,23 +28,19 @@ def extra_loss(model: nn.Module, configs: Mapping[str, Any], active: list[str]) 
     record = known_record(model)
     context = None if record is None else record.context
     acting = active if context is None else context.behind(context.adapter_names or active)
-    found: dict[tuple[str, str], list[torch.Tensor]] = {}  # by adapter, and the field that weighs its terms
+    found: dict[tuple[str, str], list[Adapter]] = {}  # by name, and the field that weighs their terms
     for _, layer in layers_of(model):
         for name in () if layer.disable_adapters else acting:
             adapter = layer.adapters.get(name)
             if adapter is not None and adds_to_loss(type(adapter)):
-                term = adapter.loss_term() if _weight(configs, name, adapter.loss_weight) else None
-                if term is not None:
-                    found.setdefault((name, adapter.loss_weight), []).append(term)
+                found.setdefault((name, adapter.loss_weight), []).append(adapter)
     total = None
-    for (name, field), terms in found.items():
-        term = sum(term.to(terms[0]) for term in terms[1:]) + terms[0]  # layers may be on different devices
-        if field:
-            term = _weight(configs, name, field) * term / len(terms)
-        total = term if total is None else total + term.to(total)
+    for (name, field), adapters in found.items():
+        # of an adapter of several methods, the config of the one that has such a field
+        weight = next(getattr(c, field) for c in configs[name].members if hasattr(c, field)) if field else 1.0
+        terms = [term for x in adapters if (term := x.loss_term()) is not None] if weight else []
+        if terms:
+            term = sum(term.to(terms[0]) for term in terms[1:]) + terms[0]  # layers may be on different devices
+            term = weight * term / len(terms) if field else term
+            total = term if total is None else total + term.to(total)
     return total
-
-
-def _weight(configs: Mapping[str, Any], name: str, field: str) -> float:
-    """What the config of an adapter, or of the one of its methods that has such a field, weighs its terms with."""
-    return getattr(next(config for config in configs[name].members if hasattr(config, field)), field) if field else 1.0

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from torch import nn
 
+from peft.core.layer.switch import Switch
 from peft.core.model import operations
 from peft.core.model.gradient_checkpointing import stop_watching, watch_checkpointing
 from peft.core.model.record import drop_record
@@ -57,6 +59,10 @@ class Manager:
         """Give the model an adapter, inactive and frozen, from ``self.peft_config[adapter_name]``."""
         raise NotImplementedError
 
+    def beside(self) -> Sequence[Switch]:
+        """What holds adapters beside the model's modules: prompts."""
+        return ()
+
     @property
     def active_adapters(self) -> list[str]:
         return operations.names_of(self.active_adapter)
@@ -67,64 +73,83 @@ class Manager:
         Raises:
             ValueError: for an unknown adapter, and for several that cannot be active together.
         """
-        operations.require_adapters(self.model, operations.names_of(adapter_name), self.peft_config)
+        names = operations.names_of(adapter_name)
+        operations.require_adapters(self.model, names, self.peft_config)
+        for switch in self.beside():
+            switch.check_active_rows(names)
         operations.set_adapter(self.model, adapter_name, inference_mode, known=self.peft_config)
+        for switch in self.beside():
+            switch.set_adapter(names, inference_mode)
         self.active_adapter = adapter_name
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Choose whether these adapters train, active or not."""
         operations.require_adapters(self.model, operations.names_of(adapter_names), self.peft_config)
         operations.set_requires_grad(self.model, adapter_names, requires_grad)
+        for switch in self.beside():
+            switch.set_requires_grad(adapter_names, requires_grad)
 
     def enable_adapter_layers(self) -> None:
         """Switch the adapters on again."""
         operations.enable_adapters(self.model, True)
+        for switch in self.beside():
+            switch.enable_adapters(True)
 
     def disable_adapter_layers(self) -> None:
         """Switch all adapters off: the model is its base."""
         operations.enable_adapters(self.model, False)
+        for switch in self.beside():
+            switch.enable_adapters(False)
 
-    def switched_off(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def switched_off(self) -> Iterator[None]:
         """A context in which the model is its base."""
-        return operations.adapters_disabled(self.model)
+        before = [(switch, not switch.disable_adapters) for switch in self.beside()]
+        with operations.adapters_disabled(self.model):
+            for switch, _ in before:
+                switch.enable_adapters(False)
+            try:
+                yield
+            finally:
+                for switch, enabled in before:
+                    switch.enable_adapters(enabled)
 
     @surveyed()
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; if it was the active one, another becomes active.
 
         Raises:
-            ValueError: if there is no such adapter.
+            ValueError: if there is no such adapter, or it is merged somewhere.
         """
         operations.require_adapters(self.model, [adapter_name], self.peft_config)
-        active = self.take_out(adapter_name)
+        operations.require_unmerged(self.model, adapter_name)
+        active = operations.active_of(self.model) or self.active_adapters
+        operations.remove(self.model, adapter_name)
+        for switch in self.beside():
+            switch.delete_adapter(adapter_name)
+        self.forget(adapter_name)
         del self.peft_config[adapter_name]
-        self.active_adapter = active[0] if len(active) == 1 else active
+        left = [name for name in active if name != adapter_name]
+        if adapter_name in active and not left and self.peft_config:
+            other = next(iter(self.peft_config))
+            warnings.warn(f"adapter {adapter_name!r} was active; {other!r} is active now.")
+            self.set_adapter(other)
+        else:
+            self.active_adapter = left[0] if len(left) == 1 else left
 
-    def take_out(self, adapter_name: str) -> list[str]:
-        """Remove what an adapter has in the model and here; gives the names that are active afterwards."""
-        raise NotImplementedError
+    def forget(self, adapter_name: str) -> None:
+        """Drop what else is kept for an adapter; called when that is deleted."""
 
     def unload(self) -> nn.Module:
         """Take all adapters out, unmerged, and return the plain model, changed in place."""
-        return self.unloaded(False)
+        return self._leave(operations.unload(self.model, merge_first=False))
 
-    def unloaded(
-        self,
-        merge: bool,
-        adapter_names: list[str] | None = None,
-        safe_merge: bool = False,
-        progressbar: bool = False,
-        **options: bool,
-    ) -> nn.Module:
-        """The plain model, with adapters merged or without; ``options`` are those of :func:`operations.unload`."""
-        return self._leave(operations.unload(self.model, merge, adapter_names, safe_merge, progressbar, **options))
-
-    def _leave(self, model: nn.Module) -> nn.Module:
-        """The plain model, without what a manager notes at it."""
-        stop_watching(model)
-        model.__dict__.pop("peft_config", None)
-        drop_record(model)
-        return model
+    def _leave(self, plain: nn.Module) -> nn.Module:
+        """Take back what a manager notes at its model, of which the plain one is left."""
+        stop_watching(self.model)
+        self.model.__dict__.pop("peft_config", None)
+        drop_record(self.model)
+        return plain
 
 
 def check_adapter_name(name: str, taken: Sequence[str] = ()) -> None:

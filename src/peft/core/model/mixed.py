@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, MutableMapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 
 from peft.core.combine.combined import checked_weights
 from peft.core.layer.layer import BaseTunerLayer
+from peft.core.layer.switch import Switch
 from peft.core.layer.weight import layers_inside
 from peft.core.model import operations
 from peft.core.model.beside import add_auxiliary
@@ -131,52 +132,12 @@ class MixedModel(BaseTuner):
                 raise
         self.settle(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
 
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        names = operations.names_of(adapter_name)
-        operations.require_adapters(self.model, names, self.peft_config)
-        if self.prompts is not None:
-            self.prompts.check_active(names)
-        super().set_adapter(adapter_name, inference_mode)
-        if self.prompts is not None:
-            self.prompts.choose(names, inference_mode)
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        super().set_requires_grad(adapter_names, requires_grad)
-        if self.prompts is not None:
-            self.prompts.train_on(operations.names_of(adapter_names), requires_grad)
-
-    def enable_adapter_layers(self) -> None:
-        super().enable_adapter_layers()
-        if self.prompts is not None:
-            self.prompts.prompts.disabled = False
-
-    def disable_adapter_layers(self) -> None:
-        super().disable_adapter_layers()
-        if self.prompts is not None:
-            self.prompts.prompts.disabled = True
-
-    @contextmanager
-    def switched_off(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            if self.prompts is not None:
-                stack.enter_context(self.prompts.prompts.switched_off())
-            stack.enter_context(super().switched_off())
-            yield
-
-    def take_out(self, adapter_name: str) -> list[str]:
-        active = super().take_out(adapter_name)
-        if self.prompts is None:
-            return active
-        self._forget_prompt(adapter_name)
-        rest = [name for name in self.peft_config if name != adapter_name]
-        left = [name for name in self.active_adapters if name != adapter_name] or active or rest[:1]
-        if left:
-            self.set_adapter(left)
-        return left
+    def beside(self) -> Sequence[Switch]:
+        return () if self.prompts is None else (self.prompts.prompts,)
 
     def _forget_prompt(self, adapter_name: str) -> None:
         if self.prompts is not None:
-            self.prompts.drop(adapter_name)
+            self.prompts.prompts.delete_adapter(adapter_name)
 
     def forget(self, adapter_name: str) -> None:
         """Drop what the adapter's methods keep for it."""
@@ -239,8 +200,9 @@ class MixedModel(BaseTuner):
         return found
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        prompt = self.prompts is not None and adapter_name in self.prompts.adapter_names
-        return not prompt and super().supports_lora_conversion(adapter_name)
+        return not any(adapter_name in held for held in self.beside()) and super().supports_lora_conversion(
+            adapter_name
+        )
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, **kwargs: Any

@@ -89,6 +89,11 @@ def set_adapter(
     if any(isinstance(w, BaseTunerLayer) and w.merged for w in wrappers):
         warnings.warn("adapters are merged into the base model; they are unmerged before others are activated.")
         unmerge(model)
+    # Scripts let every parameter train, and expect this to choose again. The first layer and the last tell: to ask all
+    # takes longer than the rest where there are many adapters.
+    if any(set(w.training_names()).difference(w.active_adapters) for w in (*wrappers[:1], *wrappers[-1:])):
+        for wrapper in wrappers:
+            wrapper.set_requires_grad(wrapper.training_names(), False)
     for wrapper in wrappers:
         wrapper.set_adapter(names, inference_mode)
     if record:
@@ -101,7 +106,7 @@ def enable_adapters(model: nn.Module, enabled: bool) -> None:
     names: list[str] = []
     for _, wrapper in wrappers_of(model):
         wrapper.enable_adapters(enabled)
-        names = names or wrapper._active_adapter
+        names = names or wrapper.active_adapters
     if record := biases_of(model):
         record.paused = record.applied or record.paused
         record.apply((record.choose(behind(model, names)) if names else record.paused) if enabled else None)
@@ -147,19 +152,24 @@ def delete_adapter(
     Raises:
         ValueError: if it is merged somewhere; nothing is changed then.
     """
+    require_unmerged(model, adapter_name)
+    remove(model, adapter_name, layer_cls)
+    active, rest = active_of(model), sorted(adapters_of(model))
+    if active or not rest:
+        return active or None
+    warnings.warn(f"adapter {adapter_name!r} was active; {rest[0]!r} is active now.")
+    set_adapter(model, rest[0])
+    return rest[:1]
+
+
+def require_unmerged(model: nn.Module, adapter_name: str) -> None:
+    """Raise ValueError where an adapter that is to be deleted is merged."""
     if merged := [path for path, layer in layers_of(model) if adapter_name in layer.merged_adapters]:
         raise ValueError(
             f"adapter {adapter_name!r} cannot be deleted while it is merged (in {merged[0] or 'the model'}"
             + (f" and {len(merged) - 1} more layers" if len(merged) > 1 else "")
             + "). Unmerge first, with unmerge_adapter()."
         )
-    remove(model, adapter_name, layer_cls)
-    active, rest = active_of(model), adapters_of(model)
-    if active or not rest:
-        return active or None
-    warnings.warn(f"adapter {adapter_name!r} was active; {rest[0]!r} is active now.")
-    set_adapter(model, rest[0])
-    return rest[:1]
 
 
 def remove(model: nn.Module, adapter_name: str, layer_cls: type[nn.Module] = BaseTunerLayer) -> None:
@@ -185,7 +195,7 @@ def remove(model: nn.Module, adapter_name: str, layer_cls: type[nn.Module] = Bas
 
 def active_of(model: nn.Module) -> list[str]:
     """The active adapters of a model."""
-    return next((active for _, wrapper in wrappers_of(model) if (active := list(wrapper._active_adapter))), [])
+    return next((active for _, wrapper in wrappers_of(model) if (active := wrapper.active_adapters)), [])
 
 
 def settle(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -202,7 +212,7 @@ def settle(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = T
             if p is not None and p.requires_grad and id(p) not in trained:
                 p.requires_grad_(False)
         wrappers += [wrapper for _, wrapper in site.wrappers]
-    active: list[str] = next((names for wrapper in wrappers if (names := wrapper._active_adapter)), [])
+    active: list[str] = next((names for wrapper in wrappers if (names := wrapper.active_adapters)), [])
     off = any(wrapper.disable_adapters for wrapper in wrappers)
     for wrapper in wrappers:
         if adapter_name in wrapper:

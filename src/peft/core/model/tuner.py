@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -29,7 +29,7 @@ from peft.core.model.record import context_of, drop_record, record_of
 from peft.core.model.replacing import replacing
 from peft.core.model.replicate import replicate_layers, restore_layers
 from peft.core.model.targeting import Target, find_targets, resolve_targets, tell_no_ties
-from peft.core.model.unfilled import refuse_unfilled
+from peft.core.model.unfilled import refuse_unfilled, values_needed
 from peft.core.model.walk import (
     Holders,
     holders_of,
@@ -42,26 +42,24 @@ from peft.core.model.walk import (
     surveyed,
     walk,
 )
-from peft.utils.error import ConfigError, some
+from peft.utils.error import some
 from peft.utils.usage import recording, remark
-
-
-@contextmanager
-def _values_needed(config: Any) -> Iterator[None]:
-    """A context in which an adapter that is made of weights without values raises an error that says so."""
-    try:
-        yield
-    except NotImplementedError as error:
-        if "meta tensor" not in str(error):  # torch's words for reading a tensor without values
-            raise
-        raise ConfigError(
-            f"{type(config).__name__} makes the adapter of the base weights, which have no values yet (they are on "
-            "the meta device). Load them first."
-        ) from error
 
 
 MANY = 8
 """So many layers that are slow to start are worth a progress bar."""
+
+
+def _unload_and_optionally_merge(
+    self: BaseTuner,
+    merge: bool = True,
+    progressbar: bool = False,
+    safe_merge: bool = False,
+    adapter_names: list[str] | None = None,
+    **options: Any,
+) -> nn.Module:
+    """The plain model, with adapters in its weights if ``merge``. Others replace it, such as unsloth."""
+    return operations.unload(self.model, merge, adapter_names, safe_merge, progressbar, **options)
 
 
 class BaseTuner(TunerCompat, Manager, nn.Module):
@@ -130,9 +128,6 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
         """Whether any adapter here might: most calls do not pay for a walk over the layers."""
         return adds_to_loss(self.layer_cls.adapter_cls) or bool(context_of(self.model).compositions)
 
-    def forget(self, adapter_name: str) -> None:
-        """Drop what the method keeps in the tuner for an adapter; called when that is deleted."""
-
     # --- injection --------------------------------------------------------------------------------------------
     @surveyed()
     def inject_adapter(
@@ -163,7 +158,7 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
         """
         config = self.peft_config[name]
         layer_map = getattr(config, "layer_replication", None)
-        with recording(config, lambda: names_in(model), TASK_HEADS), _values_needed(config):
+        with recording(config, lambda: names_in(model), TASK_HEADS), values_needed(config):
             replicated = replicate_layers(model, layer_map) if layer_map else False
             try:
                 keys = None if state_dict is None else keys_of(model, state_dict, self.layer_cls)
@@ -200,6 +195,7 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
             layers = [(target, layer or self._layer_for(model, target, holders)) for target, layer in made]
             self._share(name, config, [layer for _, layer in layers])
             self._fill(model, name, config, layers)
+            self.put_by_others(model, [target.key for target, layer in layers if len(layer.adapters) == 1])
             add_auxiliary(model, name, config)
         tell_no_ties(config)
 
@@ -341,11 +337,6 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
         return [layer.kind.target_name(layer.key) for layer in reversed(stacks)]
 
     # --- life of the adapters ---------------------------------------------------------------------------------
-    def take_out(self, adapter_name: str) -> list[str]:
-        active = operations.delete_adapter(self.model, adapter_name, self.prefix)
-        self.forget(adapter_name)
-        return active or []
-
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
         """Add an adapter, inactive and frozen, that does the weighted sum of what others do.
 
@@ -395,19 +386,17 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
         if adapter_names is not None:
             operations.require_adapters(self.model, adapter_names, self.peft_config)
         self.require_whole(self.active_adapters if adapter_names is None else adapter_names)
-        asked = {"dequantize_first": dequantize, "undeclared_biases": undeclared_biases}
-        return self.unloaded(
-            True, adapter_names, safe_merge, progressbar, **{name: True for name, value in asked.items() if value}
-        )
+        options = {"dequantize_first": dequantize, "undeclared_biases": undeclared_biases}
+        asked = {name: value for name, value in options.items() if value}
+        return self._leave(self._unload_and_optionally_merge(True, progressbar, safe_merge, adapter_names, **asked))
+
+    def unload(self) -> nn.Module:
+        return self._leave(self._unload_and_optionally_merge(merge=False))
+
+    _unload_and_optionally_merge = _unload_and_optionally_merge
 
     def require_whole(self, adapter_names: list[str]) -> None:
         """Raise ValueError if an adapter can become part of the weights in part only; layers refuse what cannot."""
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether every layer's update is a weight that can be factored into a LoRA."""
-        layers = [layer for _, layer in layers_of(self.model) if adapter_name in layer]
-        adapters = [layer.adapters[adapter_name] for layer in layers]
-        return bool(adapters) and not any(adapter.any_module or adapter.unmergeable() for adapter in adapters)
 
     @staticmethod
     def get_model_config(model: nn.Module) -> dict:

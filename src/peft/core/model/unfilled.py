@@ -5,12 +5,28 @@ On the CPU some products with tensors on the meta device do not fail: they retur
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 from peft.core.model.walk import layers_of
-from peft.utils.error import CheckpointError
+from peft.utils.error import CheckpointError, ConfigError
+
+
+@contextmanager
+def values_needed(config: Any) -> Iterator[None]:
+    """A context in which an adapter that is made of weights without values raises an error that says so."""
+    try:
+        yield
+    except NotImplementedError as error:
+        if "meta tensor" not in str(error):  # torch's words for reading a tensor without values
+            raise
+        raise ConfigError(
+            f"{type(config).__name__} makes the adapter of the base weights, which have no values yet (they are on "
+            "the meta device). Load them first."
+        ) from error
 
 
 def refuse_unfilled(model: nn.Module) -> None:

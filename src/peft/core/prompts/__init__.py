@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from peft.core.prompts.adapters import NOTHING_TO_MERGE, PromptTuner
 from peft.core.prompts.calls import PLAIN, Task, backbone_of, weighted_cross_entropy
+from peft.core.prompts.rows import Prompts
 from peft.core.prompts.tokens import ENCODER, VirtualTokens, check_shape, define_prompt, put
 
 
@@ -16,6 +17,7 @@ __all__ = [
     "NOTHING_TO_MERGE",
     "PLAIN",
     "PromptTuner",
+    "Prompts",
     "Task",
     "VirtualTokens",
     "backbone_of",

@@ -1,29 +1,23 @@
-"""The prompts of a model: adding, switching, files."""
+"""The manager of methods that train virtual tokens."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from peft.core.blocks.blocks import width_of
-from peft.core.gates import Gate
+from peft.core.layer.switch import Switch
 from peft.core.model import operations
 from peft.core.model.beside import add_auxiliary
 from peft.core.model.manager import Manager, check_adapter_name
 from peft.core.model.replacing import replacing
 from peft.core.prompts.calls import PLAIN, Calls, Task
-from peft.core.prompts.gating import attentions
 from peft.core.prompts.generation import Generation
 from peft.core.prompts.rows import Prompts
 from peft.core.prompts.sizes import settle_sizes
-from peft.core.prompts.tokens import ENCODER, VirtualTokens
 from peft.utils.error import MeaninglessError
-from peft.utils.meanwhile import in_mode
 from peft.utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING
 
 
@@ -93,7 +87,7 @@ class PromptTuner(Manager):
         Raises:
             ValueError: if the config does not fit the model, which is then unchanged.
         """
-        check_adapter_name(adapter_name, self.adapter_names)
+        check_adapter_name(adapter_name, self.prompts.adapter_names)
         with replacing(model, adapter_name):
             self.place(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
 
@@ -107,7 +101,7 @@ class PromptTuner(Manager):
         cls.prepare_config(config)
         try:
             with torch.device("meta") if low_cpu_mem_usage else nullcontext():
-                encoder = self._made(cls, config, word_embeddings)
+                encoder = self.prompts.made(cls, config, word_embeddings)
                 add_auxiliary(model, adapter_name, config)
         except BaseException:
             operations.remove(model, adapter_name)
@@ -115,135 +109,14 @@ class PromptTuner(Manager):
         self.prompts.add(adapter_name, encoder, autocast_adapter_dtype)
         operations.settle(model, adapter_name, autocast_adapter_dtype=False)
 
-    def _made(self, cls: type[VirtualTokens], config: Any, word_embeddings: nn.Module) -> VirtualTokens:
-        """The virtual tokens that a config asks for, with their gates."""
-        encoder = cls(config, word_embeddings)
-        if encoder.gates_each:
-            each = encoder.gates_each
-            encoder.prefix_gates = nn.ModuleList(Gate(width_of(module), each) for module in attentions(self.model))
-        return encoder
-
     @property
     def word_embeddings(self) -> nn.Module:
         """The input embedding of the base model."""
         return self.prompts.word_embeddings
 
-    @property
-    def adapter_names(self) -> list[str]:
-        return list(self.prompts.encoders)
-
-    @property
-    def disable_adapters(self) -> bool:
-        """Whether all prompts are switched off, as for a layer."""
-        return self.prompts.disabled
-
-    def adapter_parameters(self, name: str) -> list[nn.Parameter]:
-        """The parameters of one adapter's virtual tokens, as for a layer."""
-        return list(self.prompts.encoders[name].parameters())
-
-    @property
-    def active_adapter(self) -> str | list[str]:  # type: ignore[override]
-        return self.prompts.active
-
-    @active_adapter.setter
-    def active_adapter(self, names: str | list[str]) -> None:
-        self.prompts.active = names
-
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Make one adapter the active one, and the only one that trains (none in ``inference_mode``).
-
-        Raises:
-            ValueError: for an unknown adapter, and for several.
-        """
-        names = operations.names_of(adapter_name)
-        operations.require_adapters(self.model, names, self.peft_config)
-        self.check_active(names)
-        super().set_adapter(adapter_name, inference_mode)
-        self.choose(names, inference_mode)
-
-    def check_active(self, names: list[str]) -> None:
-        """Raise ValueError where several of these adapters have virtual tokens."""
-        here = [name for name in names if name in self.prompts.encoders]
-        if len(here) > 1:
-            raise ValueError(
-                f"only one prompt can be active at a time, not {here}. For different prompts in the rows of one "
-                "batch, pass adapter_names to the call."
-            )
-
-    def choose(self, names: list[str], inference_mode: bool) -> None:
-        """Let the one of these adapters that has virtual tokens act, and train outside ``inference_mode``."""
-        here = [name for name in names if name in self.prompts.encoders]
-        self.prompts.active = here[0] if here else []
-        for name, encoder in self.prompts.encoders.items():
-            encoder.train_on(name in here and not inference_mode)
-
-    def train_on(self, names: list[str], requires_grad: bool) -> None:
-        """Let the virtual tokens of these adapters train, or not."""
-        for name in names:
-            if name in self.prompts.encoders:
-                self.prompts.encoders[name].train_on(requires_grad)
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        super().set_requires_grad(adapter_names, requires_grad)
-        self.train_on(operations.names_of(adapter_names), requires_grad)
-
-    def drop(self, adapter_name: str) -> None:
-        """Remove an adapter's virtual tokens, if it has some."""
-        if adapter_name in self.prompts.encoders:
-            del self.prompts.encoders[adapter_name], self.prompts.tokens[adapter_name]
-
-    def take_out(self, adapter_name: str) -> list[str]:
-        operations.remove(self.model, adapter_name)
-        self.drop(adapter_name)
-        rest = [name for name in self.peft_config if name != adapter_name]
-        if adapter_name not in self.active_adapters or not rest:
-            return [name for name in self.active_adapters if name != adapter_name]
-        self.set_adapter(rest[0])
-        return rest[:1]
-
-    def enable_adapter_layers(self) -> None:
-        super().enable_adapter_layers()
-        self.prompts.disabled = False
-
-    def disable_adapter_layers(self) -> None:
-        super().disable_adapter_layers()
-        self.prompts.disabled = True
-
-    @contextmanager
-    def switched_off(self) -> Iterator[None]:
-        with self.prompts.switched_off(), super().switched_off():
-            yield
+    def beside(self) -> list[Switch]:
+        return [self.prompts]
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """False: a prompt is no change of a weight."""
         return False
-
-    # --- files ------------------------------------------------------------------------------------------------
-    def adapter_state(self, name: str) -> Iterator[tuple[str, str, torch.Tensor]]:
-        """(name in the file, name in memory or "", tensor) of everything that belongs to a prompt."""
-        if name not in self.prompts.encoders:
-            return
-        encoder = self.prompts.encoders[name]
-        with in_mode(encoder, training=False):  # a dropout would be saved with it
-            state = list(encoder.adapter_state())
-        for file, memory, tensor in state:
-            yield file, f"{ENCODER}{name}.{memory}" if memory else "", tensor
-
-    def load_prompt(self, name: str, value: torch.Tensor) -> None:
-        """Take what a file has as ``prompt_embeddings``, unless a network that is in the file too makes it."""
-        encoder = self.prompts.encoders[name]
-        if not encoder.has_network:
-            encoder.load_prompt_embeddings(value)
-
-    def make_room(self, name: str, state_dict: dict[str, torch.Tensor]) -> None:
-        """Give a prompt the form in which a file has it: with its network, or as the table that the network made."""
-        encoder = self.prompts.encoders[name]
-        whole = any(key.startswith(ENCODER) for key in state_dict)
-        if whole == encoder.has_network or not encoder.network or "prompt_embeddings" not in state_dict:
-            return
-        config = copy.copy(self.peft_config[name])
-        config.inference_mode = not whole
-        old = next(encoder.parameters())
-        with torch.device(old.device):
-            fresh = self._made(type(encoder), config, self.prompts.word_embeddings)
-        self.prompts.encoders[name] = fresh.to(old.dtype).train(encoder.training).train_on(old.requires_grad)

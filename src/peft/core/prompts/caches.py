@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from peft.core.model.gradient_checkpointing import FUNCTION, switched_on
 from peft.core.model.sequence import ARGUMENTS
 from peft.utils.meanwhile import having
 
@@ -104,7 +105,7 @@ def kept_by_checkpoints(model: nn.Module) -> Iterator[None]:
     for layer, function in layers.items():
         layer.__dict__["forward"] = partial(_checkpoint, function, layer, layer.forward)
     try:
-        with _not_checkpointing(model):
+        with having(switched_on(model), gradient_checkpointing=False):
             yield
     finally:
         for layer, forward in before.items():
@@ -120,11 +121,7 @@ def checkpointed_layers(model: nn.Module) -> dict[nn.Module, Callable]:
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    switched = {
-        m: m._gradient_checkpointing_func
-        for m in model.modules()
-        if m.training and _is_switched_on(m) and hasattr(m, "_gradient_checkpointing_func")
-    }
+    switched = {m: getattr(m, FUNCTION) for m in switched_on(model) if m.training and hasattr(m, FUNCTION)}
     layers = {m: function for m, function in switched.items() if isinstance(m, GradientCheckpointingLayer)}
     lists = ((x, function) for m, function in switched.items() for x in m.children() if isinstance(x, nn.ModuleList))
     return layers or {layer: function for several, function in lists for layer in several}
@@ -139,18 +136,10 @@ def _checkpoint(function: Any, layer: nn.Module, forward: Callable, *args: Any, 
 
 def _run(layer: nn.Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:
     """A layer's forward, all of whose arguments reach the modules in it."""
-    with _not_checkpointing(layer):
+    with having(switched_on(layer), gradient_checkpointing=False):
         return forward(*args, **kwargs)
-
-
-def _not_checkpointing(module: nn.Module) -> AbstractContextManager[None]:
-    return having(filter(_is_switched_on, module.modules()), gradient_checkpointing=False)
-
-
-def _is_switched_on(module: nn.Module) -> bool:
-    return bool(getattr(module, "gradient_checkpointing", False))
 
 
 def is_checkpointing(model: nn.Module) -> bool:
     """Whether layers will be run again in the backward pass of the next call."""
-    return torch.is_grad_enabled() and any(_is_switched_on(m) and m.training for m in model.modules())
+    return torch.is_grad_enabled() and any(m.training for m in switched_on(model))

@@ -46,7 +46,7 @@ class Calls:
         inputs = named(self.model.forward, args, kwargs)
         given, prompts = self.taken(inputs), self.prompts
         main = next((inputs[n] for n in ("input_ids", "inputs_embeds") if inputs.get(n) is not None), None)
-        if prompts.disabled or (main is None and inputs.get("encoder_outputs") is None):
+        if prompts.disable_adapters or (main is None and inputs.get("encoder_outputs") is None):
             return self.model(**inputs)
         if prompts.as_prefix:
             return self._forward_with_prefix(inputs)

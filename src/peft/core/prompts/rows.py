@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import copy
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -11,20 +11,22 @@ import torch
 from torch import nn
 
 from peft.core.base.storage import device_of
-from peft.core.model import operations
-from peft.core.model.context import BASE
+from peft.core.blocks.blocks import width_of
+from peft.core.gates import Gate
+from peft.core.layer.switch import Switch
+from peft.core.model.context import BASE, Context
 from peft.core.model.record import context_of
 from peft.core.model.walk import embeddings_of
 from peft.core.prompts import caches
 from peft.core.prompts.feed import Feed
-from peft.core.prompts.gating import GatedPrefix, let_attentions_gate
+from peft.core.prompts.gating import GatedPrefix, attentions, let_attentions_gate
 from peft.core.prompts.sizes import key_sizes
-from peft.core.prompts.tokens import VirtualTokens
+from peft.core.prompts.tokens import ENCODER, VirtualTokens
 from peft.utils.error import ConfigError
-from peft.utils.meanwhile import having
+from peft.utils.meanwhile import in_mode
 
 
-class Prompts:
+class Prompts(Switch):
     """The prompts of a model.
 
     Args:
@@ -34,20 +36,70 @@ class Prompts:
     Attributes:
         encoders: adapter name -> :class:`VirtualTokens`.
         tokens: adapter name -> the indices of its virtual tokens.
-        active: name of the active prompt; a list if there is none.
-        disabled: no row gets a prompt.
         replaced: what computes the active prompt in the place of its encoder, if a class derived from PeftModel says
             so: called with the number of rows and their tasks.
     """
 
     def __init__(self, model: nn.Module, configs: dict[str, Any]) -> None:
         self.model, self.configs = model, configs
+        self._start()
         self.encoders = nn.ModuleDict()
         self.tokens: dict[str, torch.Tensor] = {}
-        self.active: str | list[str] = []
-        self.disabled = False
         self.replaced: Callable[..., Any] | None = None
         self._gated = False
+
+    # --- as what holds adapters -------------------------------------------------------------------------------
+    @property
+    def context(self) -> Context:  # type: ignore[override]
+        """That of the model now: it may have been without adapters, and got a new one, since this was made."""
+        return context_of(self.model)
+
+    @property
+    def adapter_names(self) -> list[str]:
+        return list(self.encoders)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return self.present(self._active_adapter)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.encoders
+
+    def adapter_parameters(self, name: str) -> Iterator[torch.Tensor]:
+        """What trains of one adapter's virtual tokens."""
+        return self.encoders[name].trained() if name in self else iter(())
+
+    def adapter_state(self, name: str) -> Iterator[tuple[str, str, torch.Tensor]]:
+        if name not in self:
+            return
+        encoder = self.encoders[name]
+        with in_mode(encoder, training=False):  # a dropout would be saved with it
+            state = list(encoder.adapter_state())
+        for file, memory, tensor in state:
+            yield file, f"{ENCODER}{name}.{memory}" if memory else "", tensor
+
+    def check_active(self, names: list[str]) -> None:
+        if len(names) > 1:
+            raise ValueError(
+                f"only one prompt can be active at a time, not {names}. For different prompts in the rows of one "
+                "batch, pass adapter_names to the call."
+            )
+
+    def enable_adapters(self, enabled: bool) -> None:
+        self._disable_adapters = not enabled  # what trains stays so: no call reaches it meanwhile
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        if adapter_name in self:
+            del self.encoders[adapter_name], self.tokens[adapter_name]
+        self._forget(adapter_name)
+
+    def made(self, cls: type[VirtualTokens], config: Any, word_embeddings: nn.Module) -> VirtualTokens:
+        """The virtual tokens that a config asks for, with their gates."""
+        encoder = cls(config, word_embeddings)
+        if encoder.gates_each:
+            each = encoder.gates_each
+            encoder.prefix_gates = nn.ModuleList(Gate(width_of(module), each) for module in attentions(self.model))
+        return encoder
 
     def add(self, name: str, encoder: VirtualTokens, in_float32: bool = True) -> None:
         """Take a prompt in, frozen, on the device of the embedding; its dtype too unless ``in_float32``."""
@@ -58,9 +110,30 @@ class Prompts:
         if encoder.gates is not None and not self._gated:
             let_attentions_gate(self.model)
             self._gated = True
-        self.encoders[name] = encoder.train_on(False)
+        self.encoders[name] = encoder.requires_grad_(False)
         self.tokens[name] = torch.arange(encoder.count(self.configs[name]))
 
+    def load_prompt(self, name: str, value: torch.Tensor) -> None:
+        """Take what a file has as ``prompt_embeddings``, unless a network that is in the file too makes it."""
+        encoder = self.encoders[name]
+        if not encoder.has_network:
+            encoder.load_prompt_embeddings(value)
+
+    def make_room(self, name: str, state_dict: dict[str, torch.Tensor]) -> None:
+        """Give a prompt the form in which a file has it: with its network, or as the table that the network made."""
+        encoder = self.encoders[name]
+        whole = any(key.startswith(ENCODER) for key in state_dict)
+        if whole == encoder.has_network or not encoder.network or "prompt_embeddings" not in state_dict:
+            return
+        config = copy.copy(self.configs[name])
+        config.inference_mode = not whole
+        old = next(encoder.parameters())
+        with torch.device(old.device):
+            fresh = self.made(type(encoder), config, self.word_embeddings)
+        self.encoders[name] = fresh.to(old.dtype).train(encoder.training).requires_grad_(False)
+        self.set_requires_grad(name, old.requires_grad)
+
+    # --- what rows get ----------------------------------------------------------------------------------------
     @property
     def word_embeddings(self) -> nn.Module:
         """The input embedding of the base model.
@@ -76,18 +149,14 @@ class Prompts:
             )
         return module
 
-    def switched_off(self) -> AbstractContextManager[None]:
-        """A context in which no row gets a prompt."""
-        return having([self], disabled=True)
-
     @property
     def in_use(self) -> list[str]:
         """The prompts that the rows of the call get; :data:`BASE` for rows without one."""
-        names = context_of(self.model).adapter_names
-        if self.disabled:
+        names = self.context.adapter_names
+        if self._disable_adapters:
             return []
         if names is None:
-            return operations.names_of(self.active)
+            return self.active_adapters
         return [name if name in self.encoders else BASE for name in names]
 
     @property
@@ -97,7 +166,7 @@ class Prompts:
     @property
     def one(self) -> VirtualTokens | None:
         """The prompt of all rows; None where they differ, or have none."""
-        mixed, names = context_of(self.model).adapter_names is not None, self.in_use
+        mixed, names = self.context.adapter_names is not None, self.in_use
         return self.encoders[names[0]] if names and not mixed else None
 
     def enter(self, cache: Any, feed: Feed) -> Any:
@@ -113,7 +182,7 @@ class Prompts:
         Args:
             h: what its attention reads, ``[batch, tokens, width]``.
         """
-        context = context_of(self.model)
+        context = self.context
         if context.adapter_names is None:
             return self._gates_of((self.in_use or [BASE])[0], layer, h)
         found, groups = h.new_ones(len(h), 2), context.groups(context.adapter_names, len(h), h.device)
@@ -127,7 +196,7 @@ class Prompts:
         if gates is None:
             return h.new_ones(len(h), 2)
         gate: Any = gates[layer]
-        return gate.of(h.to(gate.weight.dtype), context_of(self.model)).expand(-1, 2)
+        return gate.of(h.to(gate.weight.dtype), self.context).expand(-1, 2)
 
     @property
     def as_prefix(self) -> bool:
@@ -175,7 +244,7 @@ class Prompts:
         Args:
             stack: 0 for the encoder or the only stack, 1 for the decoder beside an encoder.
         """
-        context, names, device = context_of(self.model), self.in_use, device_of(self.word_embeddings)
+        context, names, device = self.context, self.in_use, device_of(self.word_embeddings)
         if not names:
             return None
         tasks = context.tasks(batch, device)
@@ -197,7 +266,7 @@ class Prompts:
     def _feed_of(self, name: str, batch: int, tasks: torch.Tensor | None, stack: int) -> Feed:
         """What ``batch`` rows with one prompt get."""
         encoder = self.encoders[name]
-        ours = self.replaced is None or encoder.as_prefix or name != self.active
+        ours = self.replaced is None or encoder.as_prefix or name not in self._active_adapter
         values = self.encode(name, batch, tasks) if ours else self.replaced(batch, tasks)  # type: ignore[misc]
         if not encoder.as_prefix:
             n = self.configs[name].num_virtual_tokens
@@ -209,7 +278,7 @@ class Prompts:
 
     def prompt(self, batch: int, tasks: torch.Tensor | None = None, max_cache_len: int | None = None) -> Any:
         """The active prompt: embeddings ``[batch, tokens, width]``, or a cache that holds its keys and values."""
-        name = operations.names_of(self.active)[0]
+        name = self.active_adapters[0]
         values = self.encode(name, batch, tasks)
         if not self.encoders[name].as_prefix:
             return values

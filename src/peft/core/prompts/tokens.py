@@ -70,11 +70,9 @@ class VirtualTokens(nn.Module):
         """The gates of a prefix, by layer; None where it has none."""
         return self._modules.get("prefix_gates")
 
-    def train_on(self, requires_grad: bool) -> VirtualTokens:
-        """Let it train, or not."""
-        for name, p in self.named_parameters():
-            p.requires_grad_(requires_grad and name.partition(".")[0] not in self.frozen)
-        return self
+    def trained(self) -> Iterator[nn.Parameter]:
+        """The parameters that are not constant."""
+        return (p for name, p in self.named_parameters() if name.partition(".")[0] not in self.frozen)
 
     def saved(self) -> torch.Tensor:
         """What a file has as ``prompt_embeddings``, ``[tokens, width]``."""

@@ -58,11 +58,8 @@ class ALora(Lora):
     row without the sequence is the base model's. What ``PeftModel.generate`` adds to a prompt does not move t0.
     """
 
+    option = "alora_invocation_tokens"
     alora_invocation_tokens = setting()
-
-    @classmethod
-    def asked_by(cls, config: LoraConfig) -> bool:
-        return config.alora_invocation_tokens is not None
 
     @classmethod
     def refuses(cls, kind: Kind, module: nn.Module, config: LoraConfig) -> str | None:

@@ -60,6 +60,7 @@ class Arrow(Lora):
     The router trains nothing. Its own A and B take part in nothing; they stand in its file, as others write it.
     """
 
+    option: ClassVar[str] = "arrow_config"
     arrow_config, arrow_experts = setting(), setting()
     untrained: ClassVar[frozenset[str]] = frozenset({"lora_A", "lora_B"})
     excludes: ClassVar[dict[str, str]] = dict.fromkeys(
@@ -69,13 +70,11 @@ class Arrow(Lora):
     )
 
     @classmethod
-    def asked_by(cls, config: LoraConfig) -> bool:
-        return config.arrow_config is not None
-
-    @classmethod
     def refuses(cls, kind: Kind, module: nn.Module, config: LoraConfig) -> str | None:
         if not kind.matrix or kind.read_by_parent:
             return "Arrow routes each token by its features, which only the inputs of linear layers are. Target those"
+        if config.lora_bias:
+            return "an Arrow router has no update of its own that a bias (lora_bias) could be of"
         if not is_drawn(config) or config.init_lora_weights == "eva":
             return f"an Arrow router has no update that init_lora_weights={config.init_lora_weights!r} could start"
         return None

@@ -66,6 +66,7 @@ class BdLora(Lora):
     and down projections), A is cut, and the shards' updates go through the sum that the layer makes anyway.
     """
 
+    option: ClassVar[str] = "use_bdlora"
     bdlora_side, bdlora_blocks = setting(), setting()
     fixed_rank: ClassVar[bool] = True
     excludes: ClassVar[dict[str, str]] = {
@@ -73,15 +74,11 @@ class BdLora(Lora):
     }
 
     @classmethod
-    def asked_by(cls, config: LoraConfig) -> bool:
-        return config.use_bdlora is not None
-
-    @classmethod
     def refuses(cls, kind: Kind, module: nn.Module, config: LoraConfig) -> str | None:
         if not kind.matrix:
             return "BD-LoRA cuts the features of linear layers into blocks, and this is none"
-        if not isinstance(config.init_lora_weights, bool):
-            return f"BD-LoRA has a start of its own, so init_lora_weights={config.init_lora_weights!r} has no place"
+        if config.init_lora_weights not in (True, False, "gaussian"):
+            return f"init_lora_weights={config.init_lora_weights!r} makes whole factors, and BD-LoRA's are of blocks"
         return None
 
     def create(self, config: LoraConfig, key: str) -> None:
@@ -102,7 +99,12 @@ class BdLora(Lora):
             )
         made = BlockDiagonal(inner, outer, count, bias=side == "B" and config.lora_bias)
         if not (is_drawn(config) and skip_values()):
-            nn.init.zeros_(made.weight) if side == "B" and config.init_lora_weights else made.reset_parameters()
+            if side == "B" and config.init_lora_weights:
+                nn.init.zeros_(made.weight)
+            elif config.init_lora_weights == "gaussian":
+                nn.init.normal_(made.weight, std=1 / self.r)
+            else:
+                made.reset_parameters()
         setattr(self, f"lora_{side}", made)
 
     def pair(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -338,13 +338,6 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
 
     def _check_combinations(self) -> None:
         name = type(self).__name__
-        if self.lora_bias and not isinstance(self.init_lora_weights, bool):
-            raise ConfigError(
-                f"{name}: lora_bias=True is only supported with init_lora_weights=True or False, "
-                f"got {self.init_lora_weights!r}."
-            )
-        if self.lora_bias and self.use_dora:
-            raise ConfigError(f"{name}: lora_bias=True is not supported for DoRA, set use_dora=False.")
         if (tokens := self.alora_invocation_tokens) is not None:
             numbers = isinstance(tokens, (list, tuple)) and all(type(i) is int and i >= 0 for i in tokens)
             if not numbers or not tokens:

@@ -286,12 +286,8 @@ def _check_fixed(rank: float, pairs: dict[str, tuple[torch.Tensor, torch.Tensor]
 
 def _layers(root: nn.Module, name: str) -> dict[str, BaseTunerLayer]:
     """The layers with an adapter, by what a config calls their weights: in what follows, the names of places."""
-    found = {}
-    for site in walk(root):
-        for _, wrapper in site.wrappers:
-            if isinstance(wrapper, BaseTunerLayer) and name in wrapper:
-                found[wrapper.kind.target_name(site.key)] = wrapper
-    return found
+    around = ((site.key, wrapper) for site in walk(root) for _, wrapper in site.wrappers if name in wrapper)
+    return {w.kind.target_name(key): w for key, w in around if isinstance(w, BaseTunerLayer)}
 
 
 def _places(root: nn.Module, names: list[str], weights: list[float]) -> dict[str, list[Part]]:

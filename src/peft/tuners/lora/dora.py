@@ -30,13 +30,10 @@ from peft.tuners.lora.norm_cache import DoraCaching, remembered
 class Dora(Lora):
     """y' = y + (g - 1) W drop(x) + g dW drop(x), ``lora_magnitude_vector`` is m."""
 
+    option = "use_dora"
     reversible = False
     ties = False
     needs_dense_pair = "DoRA needs the norm of the adapted weight"
-
-    @classmethod
-    def asked_by(cls, config: LoraConfig) -> bool:
-        return config.use_dora
 
     def make_pair(self, config: LoraConfig) -> None:
         super().make_pair(config)
@@ -93,6 +90,9 @@ class Dora(Lora):
             bias = base_bias(layer)
             inner = base_y if bias is None else base_y - self.along_channels(bias)
         delta = self.update(x) if dropped else self.delta(x)
+        if self.lora_bias:  # as the base's, it is no part of the weight that m and its norm are about
+            shift = self.along_channels(self._bias_delta())
+            y, delta = y + shift, delta - shift
         return y + (g * (inner + delta) - inner)  # one product with g, which keeps one tensor for the gradient of m
 
     def fold(self, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:

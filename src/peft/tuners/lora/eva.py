@@ -13,6 +13,7 @@ from torch import nn
 from peft.config import resolve_pattern
 from peft.core.files.entries import configs_of
 from peft.core.layer.layer import BaseTunerLayer
+from peft.core.layer.parallel import several_processes
 from peft.core.model.walk import layers_of
 from peft.tuners.lora.anew import start_from
 from peft.tuners.lora.components import Watched, gathered
@@ -96,7 +97,7 @@ def get_eva_state_dict(
     options = config.eva_config or EvaConfig()
     layers, kinds, ranks = _layers(model, config, adapter_name)
     state: dict[str, Any] = {}
-    several = gather_distributed_inputs and torch.distributed.is_available() and torch.distributed.is_initialized()
+    several = gather_distributed_inputs and several_processes()
 
     def run(batch: Any) -> None:
         prepare = prepare_model_inputs_fn

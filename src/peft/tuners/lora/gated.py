@@ -11,6 +11,7 @@ from peft.core.adapter import part
 from peft.core.base.kinds import Kind
 from peft.core.gates import Gate
 from peft.tuners.lora.config import LoraConfig
+from peft.tuners.lora.initialize import rewrites
 from peft.tuners.lora.layer import Lora
 
 
@@ -20,6 +21,7 @@ class Gated(Lora):
     ``set_scale`` multiplies by a factor besides, which is 1 at first.
     """
 
+    option: ClassVar[str] = "use_gating"
     lora_gate = part(nn.ModuleDict)
     ties: ClassVar[bool] = False
     excludes: ClassVar[dict[str, str]] = {
@@ -29,10 +31,6 @@ class Gated(Lora):
     }
 
     @classmethod
-    def asked_by(cls, config: LoraConfig) -> bool:
-        return config.use_gating
-
-    @classmethod
     def refuses(cls, kind: Kind, module: nn.Module, config: LoraConfig) -> str | None:
         if kind.lookup:
             return "a gate (use_gating) reads features, and an embedding's input is indices"
@@ -40,6 +38,11 @@ class Gated(Lora):
             return (
                 "its weight is read by another computation, and a gate (use_gating) depends on the sample, so there "
                 "is no weight to give"
+            )
+        if rewrites(config.init_lora_weights):
+            return (
+                f"a gate (use_gating) weighs B A, so what init_lora_weights={config.init_lora_weights!r} takes out of "
+                "the weight would not come back"
             )
         return None
 

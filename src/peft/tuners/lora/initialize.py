@@ -84,7 +84,7 @@ def initialize(lora: Lora, config: LoraConfig) -> None:
         _rewriting(lora, config)
     elif init == "orthogonal":
         for down, up in lora.kind.pairs(lora.base, a, b):
-            _orthogonal(down, up)
+            orthogonal(down, up)
     elif lora.kind.lookup:
         a.zero_()
         b.normal_()
@@ -194,10 +194,8 @@ def _as_torch_does(lora: Lora) -> None:
 
 def _zero_up(a: torch.Tensor, b: torch.Tensor, std: float | None) -> None:
     """A normal with this standard deviation, by default uniform in +-1/sqrt(fan_in); B zero."""
-    if std is None and a.dim() == 2:
+    if std is None:
         draw_like_linear(a)
-    elif std is None:
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
     else:
         nn.init.normal_(a, std=std)
     b.zero_()
@@ -217,7 +215,8 @@ def _loftq(lora: Lora, weight: torch.Tensor, config: LoraConfig) -> None:
     b.copy_(up / lora.scaling)
 
 
-def _orthogonal(a: torch.Tensor, b: torch.Tensor) -> None:
+@torch.no_grad()
+def orthogonal(a: torch.Tensor, b: torch.Tensor) -> None:
     """A and B from the odd and the even rows of one random orthogonal matrix: B A = 0, neither factor is."""
     r = a.shape[0]
     if r % 2:

@@ -11,7 +11,7 @@ from torch import nn
 
 from peft.core.adapter import part, setting
 from peft.core.base.kinds import Kind, fan
-from peft.core.combine.ranks import svd
+from peft.core.combine.ranks import orthogonality, svd
 from peft.core.filling import skip_values
 from peft.core.layer.buffers import BufferDict
 from peft.kernels import Factors
@@ -35,8 +35,7 @@ def penalty(a: torch.Tensor, b: torch.Tensor, sigma: torch.Tensor, beta: float, 
     Args:
         a: ``[r, in]``. b: ``[out, r]``. sigma: ``[r]``.
     """
-    one = torch.eye(len(sigma), dtype=sigma.dtype, device=sigma.device)
-    return beta * sigma.square().sum() + gamma * ((b.T @ b - one).norm() + (a @ a.T - one).norm())
+    return beta * sigma.square().sum() + gamma * orthogonality(a, b)
 
 
 class Kasa(Lora):
@@ -49,6 +48,7 @@ class Kasa(Lora):
     first, but W' is not W.
     """
 
+    option: ClassVar[str] = "kasa_config"
     lora_diag = part()
     kasa_V, kasa_US = part(BufferDict, remade=True), part(BufferDict, remade=True)
     ties: ClassVar[bool] = False
@@ -57,13 +57,8 @@ class Kasa(Lora):
     reversible: ClassVar[bool] = False  # the weight comes back as it was, without the rounding of what is taken away
     agrees: ClassVar[frozenset[str]] = frozenset({"delta"})
     excludes: ClassVar[dict[str, str]] = {
-        "BdLora": "what KaSA takes from the weight is no product of blocks, so shards would have to exchange it",
-        "QaLora": "what KaSA takes from the weight differs within a group of inputs, so no zero point can hold it",
+        "BdLora": "what KaSA takes from the weight is no product of blocks, so shards would have to exchange it"
     }
-
-    @classmethod
-    def asked_by(cls, config: LoraConfig) -> bool:
-        return config.kasa_config is not None
 
     @classmethod
     def refuses(cls, kind: Kind, module: nn.Module, config: LoraConfig) -> str | None:

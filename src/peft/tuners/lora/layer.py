@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from peft.compat.asked import Asked, is_theirs
 from peft.compat.methods import LoraLayerCompat, LoraVariantCompat
 from peft.config import resolve_pattern
 from peft.core.adapter import Adapter, input_dropout, part, setting
@@ -34,6 +35,7 @@ class Lora(LoraVariantCompat, Scaled):
 
     Attributes:
         variants: the variants, in the order in which they wrap each other: the first is the outermost.
+        option: the field of the config that asks for a variant where it is set.
         excludes: name of another variant's class -> why the two have no meaning together.
         made_of: the variants that a combination is made of.
         of_others: adapters whose variant is a third party's object.
@@ -53,6 +55,7 @@ class Lora(LoraVariantCompat, Scaled):
     use_rslora, use_dora, lora_bias = setting(), setting(), setting()
 
     variants: ClassVar[list[type[Lora]]] = []
+    option: ClassVar[str] = ""
     excludes: ClassVar[dict[str, str]] = {}
     made_of: ClassVar[tuple[type[Lora], ...]] = ()
     computes_pair: ClassVar[bool] = False
@@ -81,7 +84,7 @@ class Lora(LoraVariantCompat, Scaled):
     @classmethod
     def asked_by(cls, config: LoraConfig) -> bool:
         """Whether a config asks for this variant."""
-        return False
+        return getattr(config, cls.option, None) not in (None, False)
 
     @classmethod
     def of(cls, config: LoraConfig) -> type[Lora]:
@@ -135,6 +138,8 @@ class Lora(LoraVariantCompat, Scaled):
         self.allocate(self.r, config.lora_bias)
         if not (is_drawn(config) and skip_values()):
             self.start(config)
+        if is_theirs(getattr(type(self.layer), "reset_lora_parameters", None)):
+            self.layer.reset_lora_parameters(self.name, config.init_lora_weights)
 
     def start(self, config: LoraConfig) -> None:
         """Give A and B the values that they start from."""
@@ -158,6 +163,10 @@ class Lora(LoraVariantCompat, Scaled):
     def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B of dW = s B A, shaped as plain LoRA's: those held, or what a variant makes of them."""
         return self.held_pair()
+
+    def of_inputs(self, a: torch.Tensor) -> torch.Tensor:
+        """What multiplies the layer's inputs where A, or what is added to it, is held as ``a``."""
+        return a
 
     def acting_pair(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B in this forward, which a variant may draw anew while it trains; no weight has that in it."""
@@ -312,10 +321,16 @@ class LoraLayer(LoraLayerCompat, ScaledLayer):
                 cls = Lora if variant is None else variant.of or Lora.of_others
         return cls.tied() if name in self.tied_to else cls
 
-    @property
+    @Asked
     def num_experts(self) -> int:
-        """How many matrices the adapted parameter holds; 1 for a layer."""
-        return self.kind.experts(self.get_base_layer()) if isinstance(self.kind, Stack) else 1
+        """How many matrices the adapted parameter holds; 1 for a layer. Mixtures of third parties set their own."""
+        return (
+            1
+            if isinstance(self, type)
+            else self.kind.experts(self.get_base_layer())
+            if isinstance(self.kind, Stack)
+            else 1
+        )
 
     def get_delta_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
         """An update in factors (left, right, scale); ``left @ right * scale`` is that of each matrix, as it is kept.

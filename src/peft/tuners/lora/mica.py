@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
+from torch import nn
 
+from peft.core.base.kinds import Kind
 from peft.core.combine.ranks import svd
 from peft.core.filling import skip_values
 from peft.tuners.lora.config import LoraConfig
@@ -41,8 +43,14 @@ class Mica(Lora):
     def asked_by(cls, config: LoraConfig) -> bool:
         return config.init_lora_weights == "mica"
 
+    @classmethod
+    def refuses(cls, kind: Kind, module: nn.Module, config: LoraConfig) -> str | None:
+        if config.lora_bias:
+            return "MiCA trains A alone, so a bias of B (lora_bias) would never change"
+        return super().refuses(kind, module, config)
+
     def make_pair(self, config: LoraConfig) -> None:
-        self.allocate(self.r, config.lora_bias)
+        self.allocate(self.r)
         self.held_pair()[1].requires_grad_(False)
         if not skip_values():
             self.start(config)

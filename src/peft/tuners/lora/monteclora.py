@@ -83,19 +83,13 @@ class MonteCLora(Lora):
     :class:`peft.helpers.MontecloraTrainerMixin`.
     """
 
+    option: ClassVar[str] = "monteclora_config"
     lora_monteclora_sampler = part(nn.ModuleDict)
     monteclora_options, monteclora_drawn = setting(), setting()
     fixed_rank: ClassVar[bool] = True
     random_in_training: ClassVar[bool] = True
     ties: ClassVar[bool] = False
     needs_dense_pair = "MonteCLoRA draws the pair of a whole weight"
-    excludes: ClassVar[dict[str, str]] = {
-        "QaLora": "MonteCLoRA draws a number for each input, and QA-LoRA's A has one for each group of inputs"
-    }
-
-    @classmethod
-    def asked_by(cls, config: LoraConfig) -> bool:
-        return config.monteclora_config is not None
 
     @classmethod
     def refuses(cls, kind: Kind, module: nn.Module, config: LoraConfig) -> str | None:
@@ -127,9 +121,10 @@ class MonteCLora(Lora):
             sampler.gaussian_var_prior.copy_(var.diag())
             sampler.expert_weights.copy_(weights)
         self.monteclora_drawn = chi, z
-        noise = torch.randn(n, r, a[0].numel(), device=std.device)
-        added = deviation(noise, weights, var, options.sample_scaler).to(a.dtype)
-        return torch.cat([added, added.new_zeros(len(a) - r, added.shape[1])]).view_as(a)
+        held = self.held_pair()[0]
+        noise = torch.randn(n, r, held[0].numel(), device=std.device)
+        added = self.of_inputs(deviation(noise, weights, var, options.sample_scaler).view_as(held)).to(a.dtype)
+        return torch.cat([added, added.new_zeros(len(a) - r, *a.shape[1:])])
 
     def monteclora_penalty(self) -> torch.Tensor:
         """What the loss gets from this layer: the divergence of the last draw, and sum w^2 if that is asked for."""

@@ -66,9 +66,9 @@ def without_padding(lora: Lora, saved: str, tensor: torch.Tensor) -> torch.Tenso
     Args:
         saved: its name in files, such as ``lora_A.weight``.
     """
-    rank, part = lora.r, saved.partition(".")[0]
-    factor = {"lora_A": 0, "lora_embedding_A": 0, "lora_B": 1, "lora_embedding_B": 1}.get(part)
-    if factor is None or saved.endswith(".bias"):
+    rank = lora.r
+    factor = {"lora_A.weight": 0, "lora_embedding_A": 0, "lora_B.weight": 1, "lora_embedding_B": 1}.get(saved)
+    if factor is None:
         return tensor
     if lora.tied_to is not None:
         return tensor.narrow(factor, 0, rank)

@@ -12,7 +12,7 @@ from peft.core.base.kinds import Kind
 from peft.core.filling import skip_values, unfilled_linear
 from peft.kernels import Factors
 from peft.tuners.lora.config import LoraConfig
-from peft.tuners.lora.initialize import is_drawn, rewrites
+from peft.tuners.lora.initialize import is_drawn, orthogonal, rewrites
 from peft.tuners.lora.layer import Lora
 from peft.utils.error import ConfigError
 
@@ -39,20 +39,17 @@ class QaLora(Lora):
     pooled input, g times smaller than the input.
     """
 
+    option: ClassVar[str] = "use_qalora"
     qalora_group_size = setting()
     excludes: ClassVar[dict[str, str]] = {
         "BdLora": "QA-LoRA's A reads groups of inputs, BD-LoRA's blocks of them: they cut the same axis in two ways"
     }
 
     @classmethod
-    def asked_by(cls, config: LoraConfig) -> bool:
-        return config.use_qalora
-
-    @classmethod
     def refuses(cls, kind: Kind, module: nn.Module, config: LoraConfig) -> str | None:
         if not kind.matrix:
             return "QA-LoRA pools the inputs of linear layers by quantisation group, and this is none"
-        if config.init_lora_weights in ("orthogonal", "eva") or rewrites(config.init_lora_weights):
+        if config.init_lora_weights == "eva" or rewrites(config.init_lora_weights):
             return f"QA-LoRA's A is smaller than init_lora_weights={config.init_lora_weights!r} makes it"
         return None
 
@@ -66,12 +63,15 @@ class QaLora(Lora):
         super().create(config, key)
 
     def make_pair(self, config: LoraConfig) -> None:
-        super().make_pair(config)
+        super().make_pair(config)  # a whole A is drawn first, as elsewhere, so a seed gives the same numbers
         down = unfilled_linear(self.in_features // self.qalora_group_size, self.r)
         if not (is_drawn(config) and skip_values()):
-            if config.init_lora_weights == "gaussian":
+            init = config.init_lora_weights
+            if init == "orthogonal":
+                orthogonal(down.weight, self.lora_B.weight)
+            elif init == "gaussian":
                 nn.init.normal_(down.weight, std=1 / self.r)
-            elif isinstance(config.init_lora_weights, bool):
+            elif isinstance(init, bool):
                 down.reset_parameters()
             else:
                 nn.init.zeros_(down.weight)
@@ -86,7 +86,10 @@ class QaLora(Lora):
 
     def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
         a, b = super().pair()
-        return spread(a, self._size(a)) if self._size(a) > 1 else a, b
+        return self.of_inputs(a), b
+
+    def of_inputs(self, a: torch.Tensor) -> torch.Tensor:
+        return spread(a, self._size(a)) if self._size(a) > 1 else a
 
     def product(self) -> Factors | None:
         return None  # they would read, and keep, the input that is not pooled

@@ -49,13 +49,10 @@ class VeLora(Lora):
     mode the gradient is LoRA's own.
     """
 
+    option: ClassVar[str] = "velora_config"
     lora_velora_embed = part(BufferDict)
     velora_options = setting()
     agrees: ClassVar[frozenset[str]] = frozenset({"delta", "update"})
-
-    @classmethod
-    def asked_by(cls, config: LoraConfig) -> bool:
-        return config.velora_config is not None
 
     @classmethod
     def refuses(cls, kind: Kind, module: nn.Module, config: LoraConfig) -> str | None:

@@ -170,9 +170,9 @@ class XLoraTuner(Scalings, BaseTuner):
         if unknown := [name for name in names if name != self.router]:
             raise ValueError(f"there is no adapter {unknown[0]!r}; the router is {self.router!r}.")
 
-    def _leave(self, model: nn.Module) -> nn.Module:
+    def _leave(self, plain: nn.Module) -> nn.Module:
         self.hook.remove()
-        return super()._leave(model)
+        return super()._leave(plain)
 
 
 XLoraModel = define_tuner(

@@ -3,11 +3,8 @@
 import torch
 from torch import nn
 
-from peft.core.base.storage.aqlm import AQLM
-from peft.core.base.storage.awq import AWQ
 from peft.core.base.storage.bitsandbytes import BitsAndBytes4bit, BitsAndBytes8bit
-from peft.core.base.storage.eetq import EETQ
-from peft.core.base.storage.gptq import GPTQ
+from peft.core.base.storage.forward_only import AQLM, AWQ, EETQ, GPTQ, ForwardOnly
 from peft.core.base.storage.hqq import HQQ
 from peft.core.base.storage.offloaded import (
     Offloaded,
@@ -19,7 +16,7 @@ from peft.core.base.storage.offloaded import (
 )
 from peft.core.base.storage.parametrized import HookedNorm, Parametrized, weight_names
 from peft.core.base.storage.plain import Plain, Storage, plain_tensors
-from peft.core.base.storage.quantized import ForwardOnly, Quantized, is_from
+from peft.core.base.storage.quantized import Quantized, is_from
 from peft.core.base.storage.quanto import Quanto
 from peft.core.base.storage.sharded import FSDP1, Distributed, ZeRO3
 from peft.core.base.storage.torchao import TorchAO

@@ -22,7 +22,7 @@ class BitsAndBytes4bit(Quantized):
     name = "bitsandbytes"
     layer_name = "Linear4bit"
     fresh_output = True
-    install = "'bitsandbytes>=0.43'"
+    install = "'bitsandbytes>=0.46'"
     slots: ClassVar[tuple[str, ...]] = ("weight", "quant_state")
 
     def matches(self, m: nn.Module, attribute: str) -> bool:
@@ -61,8 +61,6 @@ class BitsAndBytes4bit(Quantized):
             value = value.to(old.dtype)
         else:
             value = value.to(getattr(state, "original_dtype", None) or state.dtype)
-        if not hasattr(old, "quant_storage"):
-            raise ImportError(f"bitsandbytes is too old to write 4-bit weights; pip install -U {self.install}")
         # Moving to a device is what quantises; `module` is given so that its state becomes the new one too.
         new = type(old)(
             value.contiguous(),
@@ -94,7 +92,7 @@ class BitsAndBytes8bit(Quantized):
     name = "bitsandbytes"
     layer_name = "Linear8bitLt"
     fresh_output = True
-    install = "'bitsandbytes>=0.43'"
+    install = "'bitsandbytes>=0.46'"
     slots: ClassVar[tuple[str, ...]] = ("weight", "state")
 
     def matches(self, m: nn.Module, attribute: str) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from typing import Any, ClassVar
 
-import torch
 from torch import nn
 
 from peft.core.base.storage.plain import Storage
@@ -54,23 +53,3 @@ class Quantized(Storage):
                 f"Install or upgrade it: pip install -U {self.install or self.name}"
             ) from error
         return sys.modules[path]
-
-
-class ForwardOnly(Quantized):
-    """A weight that only the library's own kernels can read: the layer runs forward and backward, and that is all."""
-
-    can_read = False
-    can_write = False
-
-    def _refuse(self, verb: str) -> ValueError:
-        return ValueError(
-            f"weights kept by {self.name} cannot be {verb}. Methods whose forward does not need the dense weight "
-            "train on them unmerged; for the rest load the base model unquantised, or "
-            "quantised by bitsandbytes (BitsAndBytesConfig)."
-        )
-
-    def read(self, m: nn.Module, attribute: str) -> torch.Tensor:
-        raise self._refuse("read dense")
-
-    def write(self, m: nn.Module, attribute: str, value: torch.Tensor, shared: bool = False) -> None:
-        raise self._refuse("written, so nothing can be merged into them")
