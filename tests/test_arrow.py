@@ -23,6 +23,7 @@ from peft import ArrowConfig, LoraConfig, PeftModel, create_arrow_model, get_pef
 from peft.tuners.lora.arrow import direction, without_common
 from peft.tuners.lora.arrow_products import (
     is_stack_cheaper,
+    mixed_by_choice,
     mixed_by_stack,
     mixed_by_token,
     mixed_for_one,
@@ -159,7 +160,7 @@ def test_what_was_not_chosen_is_not_computed(tokens: int, once: bool) -> None:
         summed = (each.gather(1, chosen[..., None].expand(-1, -1, size)) * weights[..., None]).sum(1)
         (wanted,) = torch.autograd.grad(summed.square().sum(), x, retain_graph=True)
         ways = {}
-        for way in (mixed_by_token, mixed_by_stack):
+        for way in (mixed_by_token, mixed_by_stack, *[mixed_by_choice] * (tokens == 1)):
             with FlopCounterMode(display=False) as counter:
                 found = way(x, chosen, weights, stack)
                 (gradient,) = torch.autograd.grad(found.square().sum(), x, retain_graph=True)
@@ -169,6 +170,7 @@ def test_what_was_not_chosen_is_not_computed(tokens: int, once: bool) -> None:
         routing = tokens * experts * 2 * size  # its backward
         assert ways[mixed_by_stack] == tokens * sum(ranks) * 2 * 2 * 2 * size + routing
         assert ways[mixed_by_token] == sum(ranks[e] for e in chosen.flatten().tolist()) * 2 * 2 * 2 * size + routing
+        assert ways.get(mixed_by_choice, ways[mixed_by_token]) == ways[mixed_by_token]
         flops.append(ways[mixed_by_token])
         if tokens == 1:
             with torch.no_grad():

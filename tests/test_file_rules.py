@@ -19,7 +19,10 @@ from toys import tiny_llama as any_llama
 from transformers.pytorch_utils import Conv1D
 
 from peft import (
+    AbbaConfig,
     AdaLoraConfig,
+    AdamssConfig,
+    GloraConfig,
     HiraConfig,
     IA3Config,
     LoraConfig,
@@ -208,6 +211,18 @@ def test_a_state_dict_says_what_to_adapt_in_a_compiled_model():
     assert get_peft_model_state_dict(model).keys() == state.keys()
 
 
+@pytest.mark.parametrize("fields", [{"config_C": "vector"}, {"config_C": "none"}, {"config_A_B": "vector"}], ids=str)
+def test_what_a_file_writes_in_another_way_goes_into_a_plain_model_too(fields):
+    wanted = shaken(get_peft_model(Mlp(), GloraConfig(target_modules=["lin0"], r=2, **fields)))
+    model = inject_adapter_in_model(wanted.peft_config["default"], Mlp())
+    result = set_peft_model_state_dict(model, get_peft_model_state_dict(wanted))
+    assert not result.missing_keys and not result.unexpected_keys
+    again = get_peft_model(Mlp(), wanted.peft_config["default"])
+    set_peft_model_state_dict(again, get_peft_model_state_dict(model))
+    for name, tensor in get_peft_model_state_dict(wanted).items():
+        assert torch.equal(get_peft_model_state_dict(again)[name], tensor)
+
+
 def test_a_model_under_fsdp():
     from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
@@ -223,6 +238,52 @@ def test_a_model_under_fsdp():
     finally:
         dist.destroy_process_group()
     assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin0 = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.lin0(x, x, x)[0]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(target_modules=["lin0"]),
+        LoraConfig(target_parameters=["lin0.in_proj_weight"]),
+        OFTConfig(target_modules=["lin0"], oft_block_size=2),
+        AbbaConfig(target_modules=["lin0"], r1=2, r2=2),  # starts from a decomposition
+        AdamssConfig(target_modules=["lin0"], r=4, num_subspaces=2, subspace_rank=2),
+    ],
+    ids=lambda c: f"{c.method_name}{'-parameter' if getattr(c, 'target_parameters', None) else ''}",
+)
+def test_a_step_under_fsdp_is_one_without(config):
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+
+    torch.manual_seed(0)
+    model = shaken(get_peft_model(Attending(), config))
+    x = torch.randn(2, 3, 8)
+    wanted = model(x)
+    wanted.square().sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = FSDP(model, use_orig_params=True, device_id=torch.device("cpu"))
+        output = wrapped(x)
+        output.square().sum().backward()
+    finally:
+        dist.destroy_process_group()
+    torch.testing.assert_close(output, wanted)
+    found = {
+        n.removeprefix("_fsdp_wrapped_module."): p.grad for n, p in wrapped.named_parameters() if p.grad is not None
+    }
+    assert found.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found[name], gradient, msg=name)
 
 
 # --- configs --------------------------------------------------------------------------------------------------

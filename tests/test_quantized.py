@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -370,6 +371,24 @@ def test_a_library_that_is_gone_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
     with pytest.raises(ImportError, match=r"bitsandbytes.*pip install -U 'bitsandbytes"):
         storages.storage_of(model[0], "weight").read(model[0], "weight")
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_training_through_weights_of_torchao_that_round_their_inputs_is_warned_of(rounded):
+    """Their product has no gradient for its input, and torchao does not say so."""
+    torchao = pytest.importorskip("torchao.quantization")
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    config = torchao.Int8DynamicActivationInt8WeightConfig if rounded else torchao.Int8WeightOnlyConfig
+    torchao.quantize_(model, config())
+    model = get_peft_model(model, LoraConfig(target_modules=["0"], init_lora_weights=False))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with torch.no_grad():
+            model(torch.ones(1, 32))
+        assert not caught
+        output = model(torch.ones(1, 32))
+    assert any("no gradient" in str(w.message) for w in caught) == rounded
+    assert output.requires_grad != rounded
 
 
 def test_a_weight_whose_class_cannot_be_made_anew_is_named():

@@ -11,6 +11,7 @@ import pytest
 import torch
 from quantised import BASES
 from safetensors.torch import load_file
+from test_convert import Peak
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -288,6 +289,39 @@ def test_loading_a_file_that_says_how_it_started(init, low_cpu_mem_usage, tmp_pa
         peft_model.save_pretrained(tmp_path)
         loaded = PeftModel.from_pretrained(two(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
     torch.testing.assert_close(loaded(X), peft_model(X), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "corda", "lora_ga", "eva", "mica"])
+def test_loading_repeats_no_decomposition(init, tmp_path, monkeypatch):
+    """Of what has been converted to plain LoRA, and of starts that leave the base as it is."""
+    model, config = two(), config_for(init)
+    config.target_modules = {"l1", "l2"}
+    prepared_two(model, config)
+    peft_model = get_peft_model(model, config)
+    converted = init not in ("eva", "mica")
+    peft_model.save_pretrained(tmp_path / "start")
+    with torch.no_grad():
+        for p in peft_model.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn_like(p))
+    more = {"path_initial_model_for_weight_conversion": str(tmp_path / "start")} if converted else {}
+    peft_model.save_pretrained(tmp_path / "end", **more)
+    for name in ("linalg.svd", "linalg.qr", "linalg.inv_ex", "svd_lowrank"):
+        monkeypatch.setattr(f"torch.{name}", lambda *args, **kwargs: pytest.fail("decomposes"))
+    loaded = PeftModel.from_pretrained(two(), tmp_path / "end")
+    torch.testing.assert_close(loaded(X), peft_model(X), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "pissa_niter_2"])
+def test_a_start_decomposes_layer_by_layer_and_shows_how_far_it_is(init, capfd):
+    """In matrices of one layer: the base's, the original that is kept aside for each, and one decomposition."""
+    model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(40))).requires_grad_(False)
+    config = LoraConfig(r=2, target_modules=[str(i) for i in range(40)], init_lora_weights=init)
+    with Peak() as peak:
+        get_peft_model(model, config)
+    pairs = 40 * 2 * 2 / 64
+    assert peak.most / (64 * 64 * 4) < 2 * 40 + pairs + 6
+    assert "Starting adapter default" in capfd.readouterr().err
 
 
 def test_a_start_with_draws_is_repeated_under_its_seed_and_the_rest_is_said(tmp_path):

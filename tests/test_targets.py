@@ -15,14 +15,23 @@ from toys import Mlp, tiny_llama
 from peft import (
     AdaLoraConfig,
     AdamssConfig,
+    BottleneckConfig,
+    CPTConfig,
+    DeftConfig,
+    LoHaConfig,
+    LoKrConfig,
     LoraConfig,
+    MultitaskPromptTuningConfig,
     OFTConfig,
     OSFConfig,
     PeftModel,
+    PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
     PsoftConfig,
+    ReftConfig,
     ShiraConfig,
+    TinyLoraConfig,
     TrainableTokensConfig,
     UniLoraConfig,
     VeraConfig,
@@ -38,9 +47,10 @@ from peft.helpers import rescale_adapter_scale
 from peft.testing.cells import Method, base_weights, perturb
 from peft.testing.places import Chain
 from peft.utils.error import UndeclaredBiasError
+from peft.utils.hotswap import hotswap_adapter_from_state_dict
 from peft.utils.other import ModulesToSaveWrapper
 from peft.utils.peft_types import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils.save_and_load import get_peft_model_state_dict
+from peft.utils.save_and_load import get_peft_model_state_dict, load_peft_weights
 from peft.utils.warning import UnusedEntryWarning
 
 
@@ -189,6 +199,14 @@ class TestUnusedEntries:
             ({"layers_to_transform": [0, 5]}, "layers_to_transform: 5"),
             ({"layers_to_transform": [0], "layers_pattern": ["layers", "h"]}, "layers_pattern: 'h'"),
             (
+                {"target_modules": ["model.layers.0.self_attn.q_proj"], "layers_to_transform": [1]},
+                "layers_to_transform: 1",
+            ),
+            (
+                {"use_bdlora": {"target_modules_bd_b": ["q_proj", "q_prj"], "nblocks": 2}},
+                "use_bdlora.target_modules_bd_b: 'q_prj' (nearest: 'q_proj')",
+            ),
+            (
                 {"target_parameters": ["up_proj.wight"]},
                 "target_parameters: 'up_proj.wight' (nearest: 'up_proj.weight')",
             ),
@@ -232,6 +250,18 @@ class TestUnusedEntries:
             warnings.simplefilter("error")
             get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj", "v_proj"], **fields))
 
+    def test_patterns_of_an_adapter_that_is_swapped_in(self, tmp_path):
+        config = LoraConfig(target_modules=["q_proj"], fan_in_fan_out=True, bias="all")
+        with warnings.catch_warnings(record=True):
+            warnings.simplefilter("always")
+            model = get_peft_model(tiny_llama(), config)
+        model.save_pretrained(tmp_path)
+        other = dataclasses.replace(PeftConfig.from_pretrained(tmp_path), rank_pattern={"q_prj": 2})
+        with pytest.warns(UnusedEntryWarning, match="q_proj") as caught:
+            hotswap_adapter_from_state_dict(model, load_peft_weights(tmp_path), "default", other)
+        assert told(caught) == [m for m in told(caught) if "rank_pattern: 'q_prj'" in m and "bias" not in m]
+        assert len(told(caught)) == 1
+
     def test_prompts_that_train_modules_whole(self):
         config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, modules_to_save=["lm_haed"])
         with pytest.warns(UnusedEntryWarning, match="'lm_haed' \\(nearest: 'lm_head'\\)"):
@@ -261,11 +291,62 @@ class TestUnusedEntries:
             (lambda: VeraConfig(d_initial=0.0, init_weights=False), "counts only with init_weights"),
             (lambda: PromptTuningConfig(prompt_tuning_init_text="Say"), "counts only with prompt_tuning_init='TEXT'"),
             (lambda: PromptEncoderConfig(encoder_num_layers=3), "encoder_reparameterization_type='LSTM'"),
+            (lambda: PsoftConfig(random_seed=1), "counts only with psoft_svd='lowrank'"),
+            (lambda: AdamssConfig(mask_interval=9), "counts only with use_asa"),
+            (lambda: AdamssConfig(svd_threshold=0.2), "counts only with use_dynamic_rank"),
+            (lambda: DeftConfig(init_scale=2.0), "counts only with init_weights=False"),
+            (lambda: TinyLoraConfig(init_v_bound=0.1), "counts only with init_weights='uniform' or False"),
+            (lambda: ReftConfig(tied_weights=True), "counts only with suffix_positions"),
+            (lambda: CPTConfig(cpt_token_ids=[1], opt_loss_decay_factor=0.5), "opt_weighted_loss_type='decay'"),
+            (
+                lambda: CPTConfig(cpt_token_ids=[1, 2], num_virtual_tokens=5),
+                "num_virtual_tokens=5 does nothing: it is 2",
+            ),
+            (lambda: PromptTuningConfig(tokenizer_name_or_path="a"), "counts only with prompt_tuning_init='TEXT'"),
+            (lambda: MultitaskPromptTuningConfig(prompt_tuning_init_task=1), "prompt_tuning_init='EXACT_SOURCE_TASK'"),
+            (lambda: PrefixTuningConfig(encoder_hidden_size=7), "counts only with prefix_projection"),
+            (lambda: PrefixTuningConfig(shared_gating=False), "counts only with use_gating"),
+            (lambda: LoraConfig(use_gating=True, lora_alpha=9), "use_gating=True has a gate in the place"),
+            (lambda: BottleneckConfig(adapter_residual_before_ln=True), "counts only with ln_after"),
+            (lambda: BottleneckConfig(preset="parallel", original_ln_after=False), "only with is_parallel=False"),
+            (lambda: BottleneckConfig(preset="houlsby", residual_before_ln=False), "only with original_ln_before"),
         ],
     )
     def test_fields_that_need_another(self, make, says):
-        with pytest.warns(UserWarning, match=says):
+        with pytest.warns(UserWarning, match=says) as caught:
             make()
+        assert len(caught) == 1
+
+    @pytest.mark.parametrize(
+        ("config", "says"),
+        [
+            (
+                LoHaConfig(target_modules=["q_proj"], use_effective_conv2d=True),
+                "use_effective_conv2d=True does nothing",
+            ),
+            (LoKrConfig(target_modules=["q_proj"], decompose_both=True), "decompose_both=True does nothing"),
+            (
+                AdaLoraConfig(target_modules=["q_proj"], total_step=9, rank_pattern={"q_prj": 2}),
+                "rank_pattern: 'q_prj'",
+            ),
+            (BottleneckConfig(cross_adapter=True), "no block that gets adapters attends to an encoder"),
+            (BottleneckConfig(leave_out=[0, 77]), "leave_out: 77"),
+            (BottleneckConfig(reduction_factor={"default": 4, "77": 2}), "reduction_factor: '77'"),
+        ],
+        ids=lambda value: type(value).__name__,
+    )
+    def test_fields_that_count_nowhere(self, config, says):
+        with pytest.warns(UnusedEntryWarning, match=says) as caught:
+            get_peft_model(tiny_llama(), config)
+        assert len(told(caught)) == 1
+
+    @pytest.mark.parametrize("cls", [LoHaConfig, LoKrConfig])
+    def test_fields_that_count_somewhere(self, cls):
+        more = {"decompose_both": True} if cls is LoKrConfig else {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model = Chain(nn.Conv2d(32, 32, 3), nn.Linear(8, 8))
+            get_peft_model(model, cls(r=1, target_modules=["layer"], use_effective_conv2d=True, **more))
 
     @pytest.mark.parametrize("cls", sorted(set(PEFT_TYPE_TO_CONFIG_MAPPING.values()), key=lambda c: c.__name__))
     def test_fields_that_need_another_name_one_that_there_is(self, cls):

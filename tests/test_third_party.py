@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from toys import tiny_llama
+from transformers.pytorch_utils import Conv1D
 
 import peft
 from peft import LoraConfig, PeftConfig, get_peft_model
@@ -671,6 +672,51 @@ def test_attributes_that_others_set_on_a_layer():
     torch.testing.assert_close(model(x), -base)
     layer.ia3_l = held
     torch.testing.assert_close(model(x), base)
+
+
+@pytest.mark.parametrize("derived", [False, True])
+@pytest.mark.parametrize("base", [nn.Linear(4, 6), Conv1D(6, 4)], ids=["Linear", "Conv1D"])
+def test_a_change_of_the_weight_that_others_compute(base, derived, monkeypatch):
+    """Merging follows their get_delta_weight, whether it asks the one here or not."""
+
+    own = LoraLinear.get_delta_weight
+
+    def delta(self, adapter):
+        return 2 * own(self, adapter)
+
+    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    if derived:
+        config._register_custom_module({type(base): type("Derived", (LoraLinear,), {"get_delta_weight": delta})})
+    else:
+        monkeypatch.setattr(LoraLinear, "get_delta_weight", delta)
+    model, x = get_peft_model(nn.Sequential(copy.deepcopy(base)), config), torch.randn(3, 4)
+    layer, plain = model.base_model.model[0], base(x)
+    half = model(x) - plain
+    change = layer.get_delta_weight("default")
+    model.merge_adapter()
+    torch.testing.assert_close(layer.get_base_layer().weight, base.weight + change)
+    torch.testing.assert_close(model(x), plain + 2 * half)
+    model.unmerge_adapter()
+    torch.testing.assert_close(layer.get_base_layer().weight, base.weight)
+
+
+def test_a_scale_that_trains():
+    model, x = small(target_modules=["0", "1"]), torch.randn(3, 4)
+    layer = model.base_model.model[0]
+    with torch.no_grad():
+        for _ in range(2):  # the second is computed from what the first has seen
+            model(x)
+    scale = layer.scaling["default"]
+    wanted = model(x)
+    layer.scale = nn.Parameter(torch.tensor(scale))
+    layer.scaling["default"] = layer.scale
+    model(x).sum().backward()
+    assert layer.scale.grad is not None and layer.scale.grad.abs() > 0
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(model(x), wanted)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), wanted)
 
 
 def test_ranks_and_targets_of_a_sum_that_others_make():

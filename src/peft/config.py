@@ -612,7 +612,9 @@ class FanInFanOut(PeftConfig):
     """How the targeted layers keep their weight."""
 
     fan_in_fan_out: bool = option(
-        False, "Whether the weight is kept as [in, out], as GPT-2's Conv1D does. Corrected where the layer type tells."
+        False,
+        "Whether the weight is kept as [in, out], as GPT-2's Conv1D does. Corrected where the layer type tells.",
+        lacks="no adapted layer keeps its weight as [in, out]",
     )
 
 
@@ -626,6 +628,7 @@ class TrainedBias(PeftConfig):
         "none",
         "Which biases are trained: 'none', 'all' of the model, or '<method>_only' for those of adapted layers. "
         "They belong to the adapter: while it is switched off or unloaded, the base model has its own biases.",
+        lacks="there are no biases",
     )
 
     def __post_init__(self) -> None:

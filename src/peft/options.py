@@ -38,6 +38,7 @@ def option(
     needs: str | tuple[str, Any] | None = None,
     instead: str | None = None,
     stuck: float | None = None,
+    lacks: str | None = None,
     names: type | None = None,
     nested: type | None = None,
     transient: bool = False,
@@ -52,10 +53,12 @@ def option(
         pattern: a regular expression; strings that match it whole are allowed besides `choices`.
         minimum, maximum, below, above: bounds of a number; the last two are exclusive. A field annotated `int` that
             has a bound takes whole numbers only.
-        needs: another field, or one and its value, without which this one does nothing; a value given in vain is told
-            in a warning.
+        needs: another field, or one and its value (or a tuple of them), without which this one does nothing; a value
+            given in vain is told in a warning.
         instead: for a field that never does anything: what does. A value given for it is told in a warning.
         stuck: a value with which the adapter changes nothing, and never will; it is told in a warning.
+        lacks: for a field that counts only at some modules: what a model without them lacks.
+            Where such a module is met, :func:`peft.utils.usage.counts` says so; without, a value is told in a warning.
         names: for a field of names of modules: `set`, if it takes a list of them, kept as a set, or a string that is
             a regular expression; `list`, if it takes a list alone; `str`, if one name may stand for a list of one;
             `dict`, if it has values by name, or by regular expression, whose bounds are then those of the field.
@@ -63,21 +66,9 @@ def option(
         transient: the field belongs to the process and not to the adapter: it is not saved.
         own: the field is this library's alone: a file has it only where it is not the default, so that others read it.
     """
-    rules = {
-        "choices": None if choices is None else tuple(choices),
-        "pattern": pattern,
-        "minimum": minimum,
-        "maximum": maximum,
-        "below": below,
-        "above": above,
-        "needs": needs,
-        "instead": instead,
-        "stuck": stuck,
-        "names": names,
-        "nested": nested,
-        "transient": transient,
-        "own": own,
-    }
+    rules = {name: value for name, value in locals().items() if name not in ("default", "help")}
+    if choices is not None:
+        rules["choices"] = tuple(choices)
     metadata = {"help": help, **{k: v for k, v in rules.items() if v is not None and v is not False}}
     if callable(default):
         return dataclasses.field(default_factory=default, metadata=metadata)
@@ -87,6 +78,13 @@ def option(
 def value_of(value: Any) -> Any:
     """The value of a member of an enum, anything else as it is."""
     return value.value if isinstance(value, enum.Enum) else value
+
+
+def _serves(value: Any, wanted: Any) -> bool:
+    """Whether a field that another one needs has the value, or one of the values, that it has to have."""
+    if wanted is True:
+        return bool(value)
+    return _is_choice(value, wanted if isinstance(wanted, tuple) else (wanted,))
 
 
 def _is_choice(value: Any, choices: Iterable[Any]) -> bool:
@@ -200,13 +198,20 @@ class Options:
         if value == field.default or value == {}:
             return
         if (reason := rules.get("instead")) is None:
-            if name is not None and not (getattr(self, name) if wanted is True else getattr(self, name) == wanted):
-                reason = f"it counts only with {name if wanted is True else f'{name}={value_of(wanted)!r}'}."
+            if name is not None and not _serves(getattr(self, name), wanted):
+                values = " or ".join(
+                    repr(value_of(one)) for one in (wanted if isinstance(wanted, tuple) else (wanted,))
+                )
+                reason = f"it counts only with {name if wanted is True else f'{name}={values}'}."
             elif value == rules.get("stuck"):
                 reason = "with it the adapter changes nothing, and no gradient ever changes that."
         if reason is not None:
-            told = f"{type(self).__name__}: {field.name}={value!r} does nothing: {reason}"
-            warnings.warn(told, PeftWarning, stacklevel=5)
+            self._tell_vain(field.name, reason)
+
+    def _tell_vain(self, name: str, reason: str) -> None:
+        """Warn that the value of a field changes nothing, and why."""
+        told = f"{type(self).__name__}: {name}={getattr(self, name)!r} does nothing: {reason}"
+        warnings.warn(told, PeftWarning, stacklevel=6)
 
     @classmethod
     def _known_keywords(cls) -> Any:

@@ -347,6 +347,22 @@ class TestModels:
         model.load_lora_adapter(tensors, prefix=None, adapter_name="x")
         assert [name for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)] == [root]
 
+    @pytest.mark.beyond
+    def test_biases_beside_pairs_in_a_file_reach_the_adapted_layers(self, make):
+        """As in the Control LoRAs of Stability AI, with the names of the plain model."""
+        model = make()
+        layer = next(n for n, m in model.named_modules() if n.endswith("to_out.0") and m.bias is not None)
+        shape = model.get_submodule(layer).weight.shape
+        bias = torch.arange(float(shape[0]))
+        pair = {"lora_A.weight": torch.ones(2, shape[1]), "lora_B.weight": torch.ones(shape[0], 2)}
+        tensors = {f"{layer}.{name}": tensor for name, tensor in {**pair, "bias": bias}.items()}
+        model.load_lora_adapter(tensors, prefix=None, adapter_name="x")
+        want = make()
+        with torch.no_grad():
+            want.get_submodule(layer).weight += 2
+            want.get_submodule(layer).bias.copy_(bias)
+        same(run(model), run(want))
+
 
 class TestPipeline:
     def files(self, folder: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -78,6 +78,16 @@ class TestAdapters:
             model.set_adapter("three")
         as_reference(**found)
 
+    @pytest.mark.beyond
+    def test_adapters_of_two_methods_keep_their_names_in_files(self):
+        """Those of the first are loaded by a model that has no other."""
+        ia3 = IA3Config(target_modules=["k_proj", "v_proj"], feedforward_modules=[])
+        model, alone = llama(), llama()
+        model.add_adapter(ia3, adapter_name="one")
+        model.add_adapter(lora(target_modules=["q_proj", "v_proj"]), adapter_name="two")
+        alone.add_adapter(ia3, adapter_name="one")
+        assert model.get_adapter_state_dict("one").keys() == alone.get_adapter_state_dict("one").keys()
+
     def test_deleting_one_leaves_the_other_and_deleting_the_last_leaves_the_base(self):
         model = adapted("one")
         model.add_adapter(lora(), adapter_name="two")

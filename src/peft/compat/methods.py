@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
-from peft.compat.asked import Asked
+from peft.compat.asked import Asked, is_theirs
 from peft.compat.parameters import _LoraParameterProxy
 from peft.core.combine.combined import checked_weights, combined_config
 from peft.core.combine.ways import Combination
@@ -82,6 +82,19 @@ def beside_start(
     return found
 
 
+@contextmanager
+def own_delta(layer: Any) -> Iterator[None]:
+    """Within, what an adapter adds to the weight is what it says itself, whatever a third party's class says."""
+    before = layer.__dict__.setdefault("_own_delta", 0)
+    layer.__dict__["_own_delta"] = before + 1
+    try:
+        yield
+    finally:
+        layer.__dict__["_own_delta"] = before
+        if not before:
+            del layer.__dict__["_own_delta"]
+
+
 class LoraLayerCompat:
     """Of ``LoraLayer``: starts by the names of their methods, for layers of third parties."""
 
@@ -90,6 +103,15 @@ class LoraLayerCompat:
     get_delta_weight: Any
     adapters: Any
     parameter_name: str
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """What the adapter adds to the base weight, in the layout in which the layer stores it.
+
+        Raises:
+            ValueError: if no weight equals the adapter.
+        """
+        with own_delta(self):
+            return super().get_delta_weight(adapter)  # type: ignore[misc]
 
     def pissa_init(self, adapter_name: str, init_lora_weights: str) -> None:
         """Start as PiSSA: "pissa" or "pissa_niter_<n>"."""
@@ -166,12 +188,26 @@ class LoraVariantCompat:
     """Of LoRA's adapters: copies of 0.21's forward find those that are more than plain in ``layer.lora_variant``."""
 
     output: Any
+    layer: Any
+    name: str
+    kind: Any
+    base: nn.Module
 
     def forward(
         self, module: nn.Module, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
         """The layer's output with this adapter; ``result`` is the output without it."""
         return self.output(x, result, result)
+
+    def given_delta(self) -> torch.Tensor | None:
+        """What a third party's ``get_delta_weight`` gives, ``[out, in, *kernel]``: merging follows it.
+
+        None where there is none, and while it asks the one here.
+        """
+        if not is_theirs(type(self.layer).get_delta_weight) or "_own_delta" in self.layer.__dict__:
+            return None
+        with own_delta(self.layer):
+            return self.kind.orient(self.layer.get_delta_weight(self.name), self.base)
 
 
 class AdaLoraCompat:

@@ -13,9 +13,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.autograd import Function
 
-from peft.kernels.linear import is_eager
+from peft.kernels.linear import Direct, is_eager
 from peft.kernels.remake import recipe_of, unchanged
 
 
@@ -52,8 +51,8 @@ def mixed_by_output(
     if y.numel() >= LARGE and device == "cpu" and (y.is_meta or _divides(c, s)):
         again = recipe_of(x)
     if again is None:
-        return None if s is None else Mixed.apply(y, c, s, None)
-    return Mixed.apply(y, c, s, lambda: layer(again()))
+        return None if s is None else Mixed.of(y, c, s, None)
+    return Mixed.of(y, c, s, lambda: layer(again()))
 
 
 _STANDS_FOR = ["cpu"]
@@ -101,7 +100,7 @@ def _mixed(y: torch.Tensor, c: torch.Tensor, s: torch.Tensor, back: bool = False
     return mixed
 
 
-class Mixed(Function):
+class Mixed(Direct):
     """See :func:`mixed_by_output`. ``again`` makes y where the result is kept; with None y is."""
 
     @staticmethod

@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.autograd import Function
 
 from peft.kernels.autocast import is_autocast
-from peft.kernels.linear import Joint, Share, in_dtype, into_gradient, is_eager, product_dtype
+from peft.kernels.linear import Direct, Joint, Share, in_dtype, into_gradient, is_eager, product_dtype
 from peft.kernels.products import product
 from peft.kernels.remake import is_recomputed, kept
 
@@ -30,11 +29,11 @@ def join(x: torch.Tensor, downs: Sequence[torch.Tensor]) -> Share | None:
     if not is_eager(x) or not (x.requires_grad or any(down.requires_grad for down in downs)):
         return None
     joint = Joint(weakref.ref(x))
-    source, *hidden = ReadTogether.apply(joint, x, product_dtype(x), *downs)
+    source, *hidden = ReadTogether.of(joint, x, product_dtype(x), *downs)
     return Share(joint, source if x.requires_grad else x, {id(d): (d, h) for d, h in zip(downs, hidden)})
 
 
-class ReadTogether(Function):
+class ReadTogether(Direct):
     """x as it is, and x A^T for each A."""
 
     @staticmethod

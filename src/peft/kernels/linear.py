@@ -297,10 +297,19 @@ def _apply(
         found = [(f, share.of(f, dtype)) for f in factors]
         parts = [(f.down if hidden is None else None, f.up, hidden, f.middle) for f, hidden in found]
     with no_autocast(x):
-        return LowRankLinear.apply(x, y, weight, bias, scales, drops, joint, *(t for part in parts for t in part))
+        return LowRankLinear.of(x, y, weight, bias, scales, drops, joint, *(t for part in parts for t in part))
 
 
-class LowRankLinear(Function):
+class Direct(Function):
+    """A function that is never called within transforms of ``torch.func``: see :func:`is_eager`."""
+
+    @classmethod
+    def of(cls, *args: Any) -> Any:
+        """The same as ``apply``, which first looks at each argument for what such transforms have left."""
+        return super(Function, cls).apply(*args)
+
+
+class LowRankLinear(Direct):
     """y = W x + b, or a given y which is changed in place, plus the low-rank updates of x."""
 
     @staticmethod
@@ -315,13 +324,15 @@ class LowRankLinear(Function):
         joint: Joint | None,
         *parts: Any,
     ) -> torch.Tensor:
+        shape = x.shape
+        rows = x.reshape(-1, shape[-1])
         if y is None:
-            result = fresh_linear(x, weight, bias)
+            out = product(rows, weight.t(), bias=bias)  # type: ignore[union-attr]
         else:
             ctx.mark_dirty(y)
-            result = y
-        out, dtype = result.view(-1, result.shape[-1]), product_dtype(result)
-        rows, needed, reads = in_dtype(dtype, x.reshape(-1, x.shape[-1])), [], False
+            out = y.view(-1, y.shape[-1])
+        dtype, needed, reads = product_dtype(out), [], False
+        rows = in_dtype(dtype, rows)
         for i, drop in enumerate(drops):
             a, b, hidden, m = parts[4 * i : 4 * i + 4]
             dropped = None if drop is None else Dropped(*drop)
@@ -331,11 +342,11 @@ class LowRankLinear(Function):
             accumulate(out, _through(hidden, m), in_dtype(dtype, b).t(), scales[i])
             keeps = b.requires_grad or (m is not None and m.requires_grad)
             needed += [a, b, hidden if keeps else None, m, dropped and dropped.few()]
-        ctx.scales, ctx.drops, ctx.dtype, ctx.shape, ctx.given = scales, drops, dtype, x.shape, y is not None
+        ctx.scales, ctx.drops, ctx.dtype, ctx.shape, ctx.given = scales, drops, dtype, shape, y is not None
         ctx.joint = joint
         ctx.kept, tensor = kept(x if joint is None else joint.x(), reads)
         ctx.save_for_backward(tensor, weight, *needed)
-        return result
+        return out.resize_(*shape[:-1], out.shape[1]) if y is None else y  # no view: others may change it in place
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]

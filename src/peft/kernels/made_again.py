@@ -11,11 +11,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch.autograd import Function
 from torch.autograd.graph import saved_tensors_hooks
 
 from peft.kernels.autocast import is_autocast
-from peft.kernels.linear import is_eager
+from peft.kernels.linear import Direct, is_eager
 from peft.kernels.remake import is_recomputed, recomputed
 from peft.kernels.strict import is_plain
 
@@ -34,7 +33,7 @@ def made_again(make: Make, *tensors: torch.Tensor) -> torch.Tensor:
     trains = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if not trains or is_plain() or is_recomputed() or not all(is_eager(t) for t in tensors):
         return make(*tensors)
-    return make(*tensors) if is_autocast(tensors[0].device.type) else MadeAgain.apply(make, *tensors)
+    return make(*tensors) if is_autocast(tensors[0].device.type) else MadeAgain.of(make, *tensors)
 
 
 def reading(x: torch.Tensor) -> AbstractContextManager[None]:
@@ -43,7 +42,7 @@ def reading(x: torch.Tensor) -> AbstractContextManager[None]:
     return recomputed() if may else nullcontext()
 
 
-class MadeAgain(Function):
+class MadeAgain(Direct):
     """``make(*tensors)``; see :func:`made_again`."""
 
     @staticmethod

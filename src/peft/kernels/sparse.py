@@ -10,9 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd import Function
 
-from peft.kernels.linear import fresh_linear, is_eager
+from peft.kernels.linear import Direct, fresh_linear, is_eager
 from peft.kernels.remake import kept
 
 
@@ -35,7 +34,7 @@ def sparse_linear(
         weight, bias: W ``[out, in]`` and b ``[out]`` (or None), frozen.
     """
     if is_eager(x) and torch.is_grad_enabled() and (x.requires_grad or values.requires_grad):
-        return SparseLinear.apply(x, values, positions, weight, bias)
+        return SparseLinear.of(x, values, positions, weight, bias)
     return _forward(x, values, positions, weight, bias)
 
 
@@ -72,7 +71,7 @@ def with_entries(weight: torch.Tensor, positions: torch.Tensor, values: torch.Te
     return weight.flatten().index_add(0, positions, values).view(weight.shape)
 
 
-class SparseLinear(Function):
+class SparseLinear(Direct):
     """See :func:`sparse_linear`."""
 
     @staticmethod

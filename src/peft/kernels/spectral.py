@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.autograd import Function
 
-from peft.kernels.linear import fresh_linear, is_eager
+from peft.kernels.linear import Direct, fresh_linear, is_eager
 from peft.kernels.remake import kept
 from peft.kernels.sparse import paired_products
 
@@ -44,7 +43,7 @@ def spectral_linear(
         matrix = spectral_matrix(values, places, shape)
         return F.linear(x, matrix if weight is None else matrix + weight, bias)
     if is_eager(x) and torch.is_grad_enabled() and (x.requires_grad or values.requires_grad):
-        return SpectralLinear.apply(x, values, *places, shape, weight, bias)
+        return SpectralLinear.of(x, values, *places, shape, weight, bias)
     return _forward(x, values, places, shape, weight, bias)
 
 
@@ -116,7 +115,7 @@ def _correlated(rows: torch.Tensor, columns: torch.Tensor, places: Places, shape
     return torch.where(to_above == of_above, real - imaginary, real + imaginary)
 
 
-class SpectralLinear(Function):
+class SpectralLinear(Direct):
     """See :func:`spectral_linear`."""
 
     @staticmethod

@@ -640,14 +640,15 @@ def inputs_are_held_through_autograd_alone(cell: Cell) -> None:
 
 @law(precisions=ONE, switches=False, each_layer=False)
 def a_copy_stands_alone(cell: Cell) -> None:
-    """12: deepcopy, a pickle of the whole model, and its state dict."""
-    model = cell.adapted("one", "two")
-    before = cell.run(model)
+    """12: deepcopy, a pickle of the whole model, and its state dict; of a model whose step is under way, too."""
+    model = cell.adapted("one", "two").train()
+    under_way = model(*cell.inputs())
+    before = cell.run(model.eval())
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
     for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
-        assert torch.equal(cell.run(other), before)
+        assert under_way.requires_grad and torch.equal(cell.run(other), before)
         equal_states(other.state_dict(), model.state_dict())
         perturb(other, "one", 21)
         cell.apart(cell.run(other), before)

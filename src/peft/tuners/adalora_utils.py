@@ -8,6 +8,7 @@ import torch
 
 from peft.core.model.tuner import BaseTuner
 from peft.core.model.walk import walk
+from peft.utils.usage import note
 
 
 def mask_of(config: Any, key: str) -> list[bool] | None:
@@ -17,8 +18,10 @@ def mask_of(config: Any, key: str) -> list[bool] | None:
 
 def kept_of(rank_pattern: dict[str, list[bool]], key: str) -> list[bool] | None:
     """The same, of a pattern."""
+    note(rank_pattern)
     for pattern, mask in rank_pattern.items():
-        if pattern == f"{key}.lora_E" or pattern.rpartition(".")[0] == f"{key}.lora_E":
+        if isinstance(mask, list) and f"{key}.lora_E" in (pattern, pattern.rpartition(".")[0]):
+            note(rank_pattern, (pattern,))
             return list(mask)
     return None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -19,6 +20,9 @@ from peft.core.model.walk import layers_of
 from peft.tuners.adalora_utils import BudgetTuner, Sensitivity, budget_at
 from peft.utils.error import ConfigError
 from peft.utils.peft_types import PeftType
+
+
+_asa = partial(option, needs="use_asa")
 
 
 @dataclass
@@ -41,16 +45,16 @@ class AdamssConfig(TargetModules, ModulesToSave, LayerSelection):
         choices=("orthogonal", False),
     )
     use_asa: bool = option(False, "Adaptive subspace allocation: train the most important pairs alone.")
-    asa_target_subspaces: int = option(50, "How many pairs of the whole model train in the end.", minimum=1)
-    init_warmup: int = option(50, "Step at which the number of pairs that train starts to fall.", minimum=0)
-    final_warmup: int = option(1000, "Step at which it has fallen to asa_target_subspaces.", minimum=1)
-    mask_interval: int = option(100, "Steps from one choice of pairs to the next.", minimum=1)
-    asa_importance_beta: float = option(0.85, "Decay of the average of importances.", minimum=0, below=1)
-    asa_uncertainty_beta: float = option(0.85, "Decay of the average of their uncertainty.", minimum=0, below=1)
-    asa_schedule_exponent: float = option(3.0, "How fast the number of pairs falls at first: 1 is a line.", minimum=0)
+    asa_target_subspaces: int = _asa(50, "How many pairs of the whole model train in the end.", minimum=1)
+    init_warmup: int = _asa(50, "Step at which the number of pairs that train starts to fall.", minimum=0)
+    final_warmup: int = _asa(1000, "Step at which it has fallen to asa_target_subspaces.", minimum=1)
+    mask_interval: int = _asa(100, "Steps from one choice of pairs to the next.", minimum=1)
+    asa_importance_beta: float = _asa(0.85, "Decay of the average of importances.", minimum=0, below=1)
+    asa_uncertainty_beta: float = _asa(0.85, "Decay of the average of their uncertainty.", minimum=0, below=1)
+    asa_schedule_exponent: float = _asa(3.0, "How fast the number of pairs falls at first: 1 is a line.", minimum=0)
     use_dynamic_rank: bool = option(False, "Leave out directions of a cluster with small singular values.")
     svd_threshold: float = option(
-        0.1, "Where use_dynamic_rank cuts: their squares are above this share of the largest's.", minimum=0, maximum=1
+        0.1, "Squares kept: above this share of the largest's.", minimum=0, maximum=1, needs="use_dynamic_rank"
     )
     random_seed: int = option(
         0, "Seed of the randomised SVD. Clusters are not in the file: it must stay what it was in training."

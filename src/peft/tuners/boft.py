@@ -16,7 +16,7 @@ from peft.core.families import Rotation
 from peft.core.families.rotation import block_rotated, held_still
 from peft.core.layer.weight import wide
 from peft.core.model.registry import define_tuner
-from peft.kernels.made_again import made_again
+from peft.kernels.made_again import made_again, reading
 from peft.tuners.cayley import cayley
 from peft.utils.error import ConfigError
 from peft.utils.peft_types import PeftType
@@ -91,6 +91,7 @@ class BOFT(Rotation):
     boft_dropout = setting()
     reversible = False  # a scale may be zero
     last_comes_first = True
+    spares_input = True
 
     def create(self, config: BOFTConfig, key: str) -> None:
         blocks, size = cut(self.rotated_features, config, key or type(self.base).__name__)
@@ -112,9 +113,9 @@ class BOFT(Rotation):
         blocks = boft_blocks(self.boft_R)
         if drawn and self.draws():
             blocks = held_still(blocks, self.boft_dropout)
-        if len(blocks) == 1:
-            return butterfly(x, blocks.to(x.dtype), back)
-        return made_again(partial(butterfly, back=back), x, blocks.to(x.dtype))  # not with what is between factors
+        blocks, turned = blocks.to(x.dtype), partial(butterfly, back=back)
+        with reading(x):  # nor is what is between factors kept
+            return turned(x, blocks) if len(blocks) == 1 else made_again(turned, x, blocks)
 
     def draws(self) -> bool:
         return bool(self.boft_dropout) and self.training

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from peft.config import ModulesToSave, option
 from peft.core.blocks.blocks import ATTENTION, CROSS, FEEDFORWARD
 from peft.utils.error import ConfigError
+from peft.utils.usage import note
 
 
 AFTER: dict[str, Any] = {
@@ -27,7 +28,11 @@ class NetworkFields(ModulesToSave):
     preset: str = option("", "Where the other fields start.")
     mh_adapter: bool = option(None, "Put an adapter at the self-attention.")
     output_adapter: bool = option(None, "Put an adapter at the feed-forward network.")
-    cross_adapter: bool = option(False, "Put an adapter at the attention of a decoder to its encoder.")
+    cross_adapter: bool = option(
+        False,
+        "Put an adapter at the attention of a decoder to its encoder.",
+        lacks="no block that gets adapters attends to an encoder",
+    )
     reduction_factor: Any = option(
         None,
         "Width of the hidden states over width of the bottleneck; below 1 for wider ones. A dict has one for each "
@@ -47,7 +52,9 @@ class NetworkFields(ModulesToSave):
     )
     ln_before: bool = option(False, "A trained layer norm of the adapter's own before W_down.")
     ln_after: bool = option(False, "A trained layer norm of the adapter's own after W_up.")
-    adapter_residual_before_ln: bool = option(False, "With ln_after: add the residual before that norm, not after.")
+    adapter_residual_before_ln: bool = option(
+        False, "Add the residual before the norm of ln_after, not after.", needs="ln_after"
+    )
     original_ln_before: bool = option(
         None,
         "A sequential adapter reads N(h + x), with x the residual stream, h the sub-layer's output, and N the block's "
@@ -65,9 +72,15 @@ class NetworkFields(ModulesToSave):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, value in {**AFTER, **self.PRESETS[self.preset]}.items():
+        start = {**AFTER, **self.PRESETS[self.preset]}
+        for name, value in start.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+        after = ("original_ln_before", "original_ln_after", "residual_before_ln")
+        for name in after if self.is_parallel else () if self.original_ln_before else after[2:]:
+            if getattr(self, name) != start[name]:
+                needed = "is_parallel=False" if self.is_parallel else "original_ln_before"
+                self._tell_vain(name, f"it counts only with {needed}.")
         kind = type(self).__name__
         if isinstance(self.scaling, str) and self.scaling not in ("learned", "channel"):
             raise ConfigError(f"{kind}: scaling is a number, 'learned' or 'channel', not {self.scaling!r}.")
@@ -87,4 +100,5 @@ class NetworkFields(ModulesToSave):
 
     def factor_at(self, index: int) -> float:
         """The reduction factor in the block of this number."""
+        note(self.reduction_factor, (str(index), "default"))
         return self.reduction_factor.get(str(index), self.reduction_factor["default"])

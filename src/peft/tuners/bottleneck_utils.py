@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from peft.core.adapter import setting
-from peft.core.blocks.blocks import width_of
+from peft.core.blocks.blocks import CROSS, width_of
 from peft.core.blocks.insertion import Insert, Joint
 from peft.core.filling import draw_like_linear
 from peft.core.gates import Gate
 from peft.core.model.context import Context
 from peft.tuners.activations import activation
 from peft.tuners.bottleneck_config import NetworkFields
+from peft.utils.usage import counts
 
 
 Pair = tuple[torch.Tensor, torch.Tensor | None]
@@ -104,6 +105,8 @@ class Networks(Insert):
         self.joints = Joint(config.is_parallel, config.original_ln_before, residual, config.original_ln_after)
         for sublayer in self.block.sublayers:
             if sublayer.role in config.roles():
+                if sublayer.role == CROSS:
+                    counts("cross_adapter")
                 made = self.network(config, width_of(self.base), self.block.index)
                 setattr(self, f"{self.stem}_{sublayer.role}", made)
 

@@ -50,7 +50,9 @@ class CPTConfig(PromptLearningConfig):
         "'decay': labels count the less, the further they are from the end; 'none': all count the same.",
         choices=("none", "decay", None),
     )
-    opt_loss_decay_factor: float | None = option(1.0, "What a label counts less for each later label.", minimum=0)
+    opt_loss_decay_factor: float | None = option(
+        1.0, "What a label counts less for each later label.", minimum=0, needs=("opt_weighted_loss_type", "decay")
+    )
     opt_projection_epsilon: float | None = option(
         0.1,
         "How far input tokens may move, for an embedding of width 2048; it grows with the root of the width.",
@@ -76,8 +78,10 @@ class CPTConfig(PromptLearningConfig):
                     f"CPTConfig: {field} has {len(given)} entries, cpt_token_ids {count}: cpt_token_ids, "
                     "cpt_mask and cpt_tokens_type_mask must have the same length."
                 )
-        self.num_virtual_tokens = count
-        self.num_transformer_submodules = 1
+        for field, meant in (("num_virtual_tokens", count), ("num_transformer_submodules", 1)):
+            if getattr(self, field) not in (None, meant):
+                self._tell_vain(field, f"it is {meant}, as cpt_token_ids and a decoder have it.")
+            setattr(self, field, meant)
 
 
 class CPTEmbedding(VirtualTokens):

@@ -34,7 +34,9 @@ class DeftConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
         "What projects. 'relu': Q is the trained matrix, P its positive part. 'qr': Q = P is its orthonormal basis.",
         choices=("relu", "qr"),
     )
-    init_scale: float = option(1.0, "Factor on the random R that init_weights=False draws.")
+    init_scale: float = option(
+        1.0, "Factor on the random R that init_weights=False draws.", needs=("init_weights", False)
+    )
     alpha: int | None = option(None, "The trained part is scaled by s = alpha / r; by 1 where left out.")
     para: bool = option(False, "Only project, without the trained part R. Such an adapter is not the identity.")
     deft_dropout: float = option(0.0, "Dropout on the input of the trained part.", minimum=0, below=1)

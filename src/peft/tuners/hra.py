@@ -13,6 +13,7 @@ from peft.core.adapter import part, setting
 from peft.core.families import Rotation
 from peft.core.filling import draw_like_linear
 from peft.core.model.registry import define_tuner
+from peft.kernels.made_again import reading
 from peft.utils.peft_types import PeftType
 
 
@@ -47,7 +48,9 @@ def reflected(x: torch.Tensor, u: torch.Tensor, back: bool = False) -> torch.Ten
     u = u / u.norm(dim=0)
     inverse = (u.T @ u).triu(1) + 0.5 * torch.eye(u.shape[1], device=u.device, dtype=u.dtype)
     inverse = inverse if back else inverse.T
-    return x - (x @ u) @ torch.linalg.solve_triangular(inverse, u.T, upper=back)
+    rest = torch.linalg.solve_triangular(inverse, u.T, upper=back)
+    with reading(x):
+        return x - (x @ u) @ rest
 
 
 class HRA(Rotation):
@@ -59,6 +62,7 @@ class HRA(Rotation):
     hra_u = part()
     hra_r, hra_apply_GS = setting(), setting()
     last_comes_first = True
+    spares_input = True
 
     def create(self, config: HRAConfig, key: str) -> None:
         paired = config.init_weights and config.r % 2 == 0
@@ -75,7 +79,8 @@ class HRA(Rotation):
         if not self.hra_apply_GS:
             return reflected(inner, u, back).to(x.dtype)
         u = gram_schmidt(u)  # then they commute
-        return (inner - (inner @ u) @ (2 * u.T)).to(x.dtype)
+        with reading(x):
+            return (inner - (inner @ u) @ (2 * u.T)).to(x.dtype)
 
 
 def gram_schmidt(u: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,6 @@ from peft.core.families import Sample
 from peft.core.gates import mean_of_tokens
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.registry import define_tuner
-from peft.kernels.made_again import reading
 from peft.utils.peft_types import PeftType
 
 
@@ -81,7 +80,6 @@ class Lily(Sample):
 
     lily_A, lily_B, lily_router = part(nn.ModuleDict), part(nn.ModuleDict), part(nn.ModuleDict)
     r, num_B, scaling, routing = setting(), setting(), setting(), setting()
-    spares_input = True
     because = "its routing depends on the sample"
 
     @classmethod
@@ -94,8 +92,7 @@ class Lily(Sample):
 
     def update(self, x: torch.Tensor) -> torch.Tensor:
         base, r, kind = self.base, self.r, self.kind
-        with reading(x):
-            h = kind.down(base, x, self.lily_A.weight)
+        h = self.down(x, self.lily_A.weight)
         pieces = kind.channels_last(h).unflatten(-1, (-1, r))  # [batch, ..., groups, r]
         chances = lily_chances(pieces, self.lily_router.weight)
         experts, scale = self.lily_B.weight, self.scaling  # the chances are scaled, which are few

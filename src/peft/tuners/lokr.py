@@ -16,6 +16,7 @@ from peft.core.model.registry import define_tuner
 from peft.kernels.made_again import made_again
 from peft.tuners.lycoris_utils import Lycoris, LycorisConfig, LycorisTuner, kaiming, mix, through_core, zeros
 from peft.utils.peft_types import PeftType
+from peft.utils.usage import counts
 
 
 @dataclass
@@ -28,7 +29,9 @@ class LoKrConfig(LycorisConfig):
 
     METHOD: ClassVar[PeftType] = PeftType.LOKR
 
-    decompose_both: bool = option(False, "Whether W1 can be low-rank too.")
+    decompose_both: bool = option(
+        False, "Whether W1 can be low-rank too.", lacks="W1 of no adapted layer is large enough to be of low rank"
+    )
     decompose_factor: int = option(
         -1, "Size of W1, in layers it divides, and the most in others; -1: W1 and W2 as equal as can be.", minimum=-1
     )
@@ -90,6 +93,7 @@ class LoKr(Lycoris):
         first = zeros if config.init_weights is True else kaiming  # what makes W1 zero, or not
         last = zeros if config.init_weights == "lycoris" else kaiming
         if config.decompose_both and r < max(o1, i1) / 2:
+            counts("decompose_both")
             self.lokr_w1_a, self.lokr_w1_b = first(o1, r), kaiming(r, i1)
         else:
             self.lokr_w1 = first(o1, i1)

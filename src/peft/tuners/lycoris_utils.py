@@ -26,6 +26,7 @@ from peft.core.families import Scaled
 from peft.core.filling import draw_like_linear
 from peft.core.layer.scaled import ScaledLayer
 from peft.core.model.tuner import BaseTuner
+from peft.utils.usage import counts
 
 
 @dataclass
@@ -41,7 +42,9 @@ class LycorisConfig(RankPatterns, TargetModules, ExcludeModules, ModulesToSave, 
         0.0, "Probability of leaving out the whole update of a layer in a training step.", minimum=0, below=1
     )
     use_effective_conv2d: bool = option(
-        False, "Give convolutions with a kernel larger than 1 a core tensor [r, r, *kernel] between smaller factors."
+        False,
+        "Give convolutions with a kernel larger than 1 a core tensor [r, r, *kernel] between smaller factors.",
+        lacks="no adapted layer is a convolution with a larger kernel and factors of low rank",
     )
 
 
@@ -71,7 +74,10 @@ class Lycoris(Scaled):
 
     def has_core(self, config: LycorisConfig) -> bool:
         """Whether a convolution's factors have a core tensor between them."""
-        return config.use_effective_conv2d and math.prod(self.shape[2:]) > 1
+        found = config.use_effective_conv2d and math.prod(self.shape[2:]) > 1
+        if found:
+            counts("use_effective_conv2d")
+        return found
 
     def core_shape(self, r: int) -> tuple[int, ...]:
         """Shape of that tensor. The file format gives kernels of one dimension a second one of size 1."""

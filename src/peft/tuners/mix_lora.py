@@ -15,6 +15,7 @@ from peft.core.base.kinds import fan
 from peft.core.families import Sample
 from peft.core.filling import draw_like_linear
 from peft.core.model.registry import define_tuner
+from peft.core.model.threads import OfThread
 from peft.tuners.routing import imbalance, top_weights
 from peft.utils.warning import PeftWarning
 
@@ -45,6 +46,12 @@ class MixLoraConfig(TargetModules, ExcludeModules, ModulesToSave, LayerSelection
             raise ValueError(f"top_k={self.top_k} is more than there are experts, num_experts={self.num_experts}.")
 
 
+class Uneven(OfThread):
+    """How unevenly the experts were used in the last call in training; it has a graph, so no copy has it."""
+
+    of_call: torch.Tensor | None = None
+
+
 class MixLora(Sample):
     """A is ``[experts * r, in * kernel]``, B ``[out, experts * r]``, the router ``[experts, in * kernel]``."""
 
@@ -60,20 +67,21 @@ class MixLora(Sample):
             draw_like_linear(matrix)
         self.mix_A, self.mix_B, self.mix_router = nn.Parameter(a), nn.Parameter(b), nn.Parameter(router)
         self.mix_scale, self.mix_top_k = config.alpha / r, config.top_k
-        self.mix_dropout = config.dropout
+        self.mix_dropout, self.mix_uneven = config.dropout, Uneven()
 
     def update(self, x: torch.Tensor) -> torch.Tensor:
         kind, base, experts = self.kind, self.base, len(self.mix_router)
-        chances = kind.channels_last(kind.down(base, x, self.mix_router)).unflatten(-1, (-1, experts)).softmax(-1)
+        chances = kind.channels_last(self.down(x, self.mix_router)).unflatten(-1, (-1, experts)).softmax(-1)
         weights = top_weights(chances, self.mix_top_k)  # [batch, ..., groups, experts]
         if self.training:  # for the loss, see `loss_term`
-            self.mix_uneven = imbalance(chances, weights, self.counted(chances))
-        h = kind.channels_last(kind.down(base, x if kind.lookup else self.mix_dropout(x), self.mix_A))
+            self.mix_uneven.of_call = imbalance(chances, weights, self.counted(chances))
+        h = kind.channels_last(self.down(x if kind.lookup else self.mix_dropout(x), self.mix_A))
         routed = h.unflatten(-1, (*weights.shape[-2:], -1)) * weights.unsqueeze(-1)  # [..., groups, experts, r]
         return kind.up(base, kind.channels_back(routed.flatten(-3)), self.mix_scale * self.mix_B)
 
     def loss_term(self) -> torch.Tensor | None:
-        uneven, self.mix_uneven = self.mix_uneven, None  # once: after the backward pass its graph is gone
+        # Once: after the backward pass its graph is gone.
+        uneven, self.mix_uneven.of_call = self.mix_uneven.of_call, None
         if not self.training or uneven is None:
             return None
         if torch.is_grad_enabled() and self.mix_router.requires_grad and not uneven.requires_grad:

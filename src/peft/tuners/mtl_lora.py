@@ -78,7 +78,7 @@ class MtlLora(Sample):
         tasks = self.context.tasks_of(self.n_tasks, len(x), x.device)
         each = task_matrices(self.mtl_lora_weights, self.mtl_lora_B, self.mtl_lora_D, self.sharpness) * self.scaling
         dropped = x if self.kind.lookup else self.mtl_lora_dropout(x)
-        return self.each_up(self.kind.down(self.base, dropped, self.mtl_lora_A), each[tasks])
+        return self.each_up(self.down(dropped, self.mtl_lora_A), each[tasks])
 
 
 MtlLoraModel = define_tuner(MtlLora, MtlLoraConfig)

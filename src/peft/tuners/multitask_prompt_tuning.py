@@ -47,9 +47,16 @@ class MultitaskPromptTuningConfig(PromptStart):
         "'EXACT_SOURCE_TASK', 'ONLY_SOURCE_SHARED'.",
     )
     prompt_tuning_init_state_dict_path: str | None = option(
-        None, "File of the prompt that was trained on other tasks (adapter_model.safetensors or .bin)."
+        None,
+        "File of the prompt that was trained on other tasks (adapter_model.safetensors or .bin).",
+        needs=("prompt_tuning_init", FROM_SOURCE),
     )
-    prompt_tuning_init_task: int | None = option(0, "The task to start from, for 'EXACT_SOURCE_TASK'.", minimum=0)
+    prompt_tuning_init_task: int | None = option(
+        0,
+        "The task to start from.",
+        minimum=0,
+        needs=("prompt_tuning_init", MultitaskPromptTuningInit.EXACT_SOURCE_TASK),
+    )
     num_ranks: int | None = option(1, "Rank of each task's own factor.", minimum=1)
     num_tasks: int | None = option(1, "How many tasks there are.", minimum=1)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -69,8 +68,6 @@ class PromptEncoder(VirtualTokens):
             )
             self.mlp_head = nn.Sequential(nn.Linear(2 * hidden, 2 * hidden), nn.ReLU(), nn.Linear(2 * hidden, width))
             return
-        if config.encoder_num_layers != 2:
-            warnings.warn("encoder_num_layers is for the LSTM; an MLP has three layers whatever it says.")
         self.mlp_head = nn.Sequential(
             nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, width)
         )

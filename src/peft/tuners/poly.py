@@ -88,7 +88,6 @@ class Poly(Sample):
     poly_lora_A, poly_lora_B = part(), part()
     r, n_tasks, n_skills, n_splits = setting(), setting(), setting(), setting()
     random_in_training = True
-    spares_input = True
     because = "its update depends on the task of the sample"
 
     def create(self, config: PolyConfig, key: str) -> None:
@@ -124,8 +123,7 @@ class Poly(Sample):
         full = a.new_zeros(splits, skills, r, splits, inner)
         for split in range(splits):
             full[split, :, :, split] = a[split].mT
-        with reading(x):
-            h = self.kind.channels_last(self.kind.down(self.base, x, full.view(-1, splits * inner)))
+        h = self.kind.channels_last(self.down(x, full.view(-1, splits * inner)))
         pieces = h.unflatten(-1, (-1, splits, skills, r)).flatten(1, -4)  # positions and groups together
         mixed = torch.einsum("bpqsr,bqs->bpr", pieces, weights)
         return self.kind.channels_back(mixed.reshape(*h.shape[:-1], h.shape[-1] // (splits * skills)))

@@ -36,7 +36,13 @@ class PrefixTuningConfig(PromptLearningConfig):
         "what the attention reads (UniPELT, arXiv 2110.07577).",
         own=True,
     )
-    shared_gating: bool = option(True, "With use_gating: one gate for keys and values, not one for each.", own=True)
+    shared_gating: bool = option(True, "One gate for keys and values, not one for each.", own=True, needs="use_gating")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Files have the model's width here, whether there is a network or not.
+        if not self.prefix_projection and self.encoder_hidden_size not in (None, self.token_dim):
+            self._tell_vain("encoder_hidden_size", "it counts only with prefix_projection.")
 
 
 class PrefixEncoder(VirtualTokens):

@@ -44,7 +44,9 @@ class PromptStart(PromptLearningConfig):
         "The text that a prompt starts as, cut or repeated to its length; for 'TEXT'.",
         needs=("prompt_tuning_init", "TEXT"),
     )
-    tokenizer_name_or_path: str | None = option(None, "The tokenizer of that text; for 'TEXT'.")
+    tokenizer_name_or_path: str | None = option(
+        None, "The tokenizer of that text; for 'TEXT'.", needs=("prompt_tuning_init", "TEXT")
+    )
     tokenizer_kwargs: dict | None = option(None, "Options of the tokenizer's from_pretrained; for 'TEXT'.")
 
     def __post_init__(self) -> None:

@@ -20,6 +20,9 @@ from peft.tuners.cayley import cayley, cayley_series
 from peft.utils.peft_types import PeftType
 
 
+RANDOMISED = ("psoft_svd", "lowrank")
+
+
 @dataclass
 class PsoftConfig(TargetModules, ExcludeModules, FanInFanOut, ModulesToSave, LayerSelection):
     """Config of PSOFT: rotates the part of the weight that its r largest singular values make up, and scales it.
@@ -40,8 +43,8 @@ class PsoftConfig(TargetModules, ExcludeModules, FanInFanOut, ModulesToSave, Lay
         choices=("psoft_init", "pissa_init"),
     )
     psoft_svd: str = option("full", "Exact SVD, or a randomised one that is faster.", choices=("full", "lowrank"))
-    psoft_svd_lowrank_niter: int = option(10, "Iterations of the randomised SVD.", minimum=0)
-    random_seed: int = option(0, "Seed of the randomised SVD.")
+    psoft_svd_lowrank_niter: int = option(10, "Iterations of the randomised SVD.", minimum=0, needs=RANDOMISED)
+    random_seed: int = option(0, "Seed of the randomised SVD.", needs=RANDOMISED)
     psoft_orth: bool = option(True, "R is orthogonal; otherwise any r x r matrix.")
     psoft_mag_b: bool = option(True, "Train a scale of R's rows.")
     psoft_mag_a: bool = option(True, "Train a scale of R's columns.")

@@ -67,7 +67,9 @@ class ReftConfig(ModulesToSave):
         minimum=0,
     )
     r: int = option(1, "Rank: the number of directions in which a hidden state is edited.", minimum=1)
-    tied_weights: bool = option(False, "Edit the first and the last positions by the same R, W and b.")
+    tied_weights: bool = option(
+        False, "Edit the first and the last positions by the same R, W and b.", needs="suffix_positions"
+    )
     dropout: float = option(0.05, "Dropout on the edited hidden state.", minimum=0, below=1)
     non_linearity: str | None = option(None, "f: the name of an activation of transformers; the identity if left out.")
     dtype: str | None = option(

@@ -41,7 +41,12 @@ class TinyLoraConfig(TargetModules, FanInFanOut, TrainedBias, ModulesToSave, Lay
     save_projection: bool = option(
         True, "Write P into the file. Without, it is drawn again from projection_seed when it is loaded."
     )
-    init_v_bound: float = option(0.02, "Bound of the trained numbers where they start at random.", minimum=0)
+    init_v_bound: float = option(
+        0.02,
+        "Bound of the trained numbers where they start at random.",
+        minimum=0,
+        needs=("init_weights", ("uniform", False)),
+    )
     tinylora_dropout: float = option(0.0, "Dropout on the input of the update.", minimum=0, below=1)
     init_weights: bool | str = option(
         True,

@@ -48,6 +48,7 @@ from peft.core.model.threads import OfThread
 from peft.core.model.walk import locate, parent_of
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.meanwhile import in_mode
+from peft.utils.usage import note
 
 
 class Seen(OfThread):
@@ -280,6 +281,7 @@ class InsertTuner(BlockTuner):
 
     def find(self, config: Any, model: nn.Module) -> list[BlockTarget]:  # type: ignore[override]
         blocks, roles = find_blocks(model), config.roles()
+        note(config.leave_out, [block.index for block in blocks])
         chosen = [
             block
             for block in blocks

@@ -11,21 +11,28 @@ from torch import nn
 from peft.core.adapter import Adapter
 from peft.core.addition import Addition, NoSum
 from peft.core.base.kinds import Kind
+from peft.kernels.made_again import reading
 
 
 class Sample(Adapter):
-    """y' = y + f(x): a method defines :meth:`update`.
+    """y' = y + f(x): a method defines :meth:`update`, which reads x by way of :meth:`down`.
 
     Attributes:
         because: why no weight equals it, for the errors.
     """
 
     because: ClassVar[str] = "its update depends on the sample"
+    spares_input = True
     adds: ClassVar[Addition] = NoSum("what they do depends on the sample, so no sum of their tensors does their sum.")
 
     def update(self, x: torch.Tensor) -> torch.Tensor:
         """f(x), shaped like the output."""
         raise NotImplementedError
+
+    def down(self, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        """A x as ``kind.down`` gives it, for A ``[r, in * kernel]``; x is not kept where it can be made again."""
+        with reading(x):
+            return self.kind.down(self.base, x, a)
 
     def each_up(self, h: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """``B h`` with a matrix for each sample.

@@ -127,8 +127,10 @@ def entries(model: nn.Module, adapter: str) -> Iterator[Entry]:
         yield Entry(saved, held, tensor, put=None if memory else partial(prompts.load_prompt, adapter))  # type: ignore[union-attr]
     for saved, memory, tensor in tuner.adapter_state(adapter) if (tuner := tuner_of(model)) else ():
         yield Entry(saved, memory, tensor)
+    record = biases_of(root)
+    in_place = record is not None and record.applied == adapter  # the base has this adapter's biases, no other one's
     for saved, memory, tensor in bias_state(root, adapter):
-        yield Entry(prefix + plain(saved), prefix + memory if record_applies(root, adapter) else "", tensor)
+        yield Entry(prefix + plain(saved), prefix + memory if in_place else "", tensor)
     for attribute, container in shared.items():
         value, memory = container[adapter], f"base_model.{attribute}.{adapter}"
         if isinstance(value, nn.Module):
@@ -161,9 +163,3 @@ def _setter(container: Any, adapter: str) -> Callable[[torch.Tensor], None]:
             container[adapter] = value.to(old)  # not in place: another adapter may use the old one
 
     return put
-
-
-def record_applies(root: nn.Module, adapter: str) -> bool:
-    """Whether the base model holds this adapter's biases now, and not those of another one."""
-    record = biases_of(root)
-    return record is not None and record.applied == adapter

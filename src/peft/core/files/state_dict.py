@@ -341,7 +341,8 @@ def joined(state_dict: dict[str, torch.Tensor], own: list[Entry], prefix: str) -
     """The tensors of a file, with those that stand for one tensor of the adapter put together."""
     joined = dict(state_dict)
     for entry in (entry for entry in own if entry.split):
-        for saved in (entry.saved, entry.saved.removeprefix(prefix)):
+        bare_name = entry.saved.removeprefix(prefix)
+        for saved in dict.fromkeys((entry.saved, bare_name, PREFIX + bare_name)):  # of a PeftModel, or of a plain one
             if all(saved + suffix in joined for suffix in entry.split):
                 parts = {suffix: joined.pop(saved + suffix) for suffix in entry.split}
                 try:
@@ -390,7 +391,7 @@ def _write(model: nn.Module, entry: Entry, value: torch.Tensor, assign: bool) ->
         parent = bare((holder or model).get_submodule(path if holder else path.removeprefix("base_model.")))
         old = parent._parameters.get(name, entry.tensor)
         device = _device_near(model, entry) if old.device.type == "meta" else old.device
-        value = value.to(device, old.dtype)
+        value = value.to(device, old.dtype).contiguous()
         if isinstance(old, nn.Parameter):
             parent._parameters[name] = nn.Parameter(value, requires_grad=old.requires_grad)
         else:

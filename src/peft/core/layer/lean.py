@@ -128,7 +128,9 @@ class Seen(NamedTuple):
             return None
         if not (weight.dtype is down.dtype is x.dtype) or weight.device != x.device or others["bias"] is not None:
             return None
-        return inferred(x, weight, bias, (Factors(down, up, state[names[3]][name]),))
+        if isinstance(scale := state[names[3]][name], torch.Tensor):
+            return None
+        return inferred(x, weight, bias, (Factors(down, up, scale),))
 
     def __reduce__(self) -> Any:
         return type(None), ()

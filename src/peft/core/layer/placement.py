@@ -27,6 +27,9 @@ def settle(layer: BaseTunerLayer, adapter: Adapter, device: torch.device | None 
     place = _place(layer) if device is None else (device, None)
     for attribute, _, item in adapter.held():
         tensors, has_rules = _all_tensors(item), _has_rules(item)
+        for t in tensors:
+            if not t.is_contiguous():  # made by a decomposition; FSDP 1 takes the gradients of such apart
+                t.data = t.data.contiguous()
         if not has_rules and _are_at(tensors, *place):  # nearly always: the rest need not be asked
             continue
         device, dtype = _place_of(tensors, place)

@@ -161,16 +161,12 @@ def effective(layer: BaseTunerLayer, adapters: Adapters) -> dict[str, torch.Tens
 
 
 def effective_here(layer: BaseTunerLayer, adapters: Adapters) -> dict[str, torch.Tensor | None]:
-    """The weight and bias of this layer's own kind with its adapters in them, by attribute."""
-    values: dict[str, torch.Tensor | None] = {layer.kind.weight: stored_weight(layer, adapters)}
+    """The weight and bias of this layer's own kind with its adapters in them, as it stores them, by attribute."""
+    stored = layer.kind.restore(folded_weight(layer, adapters), layer.get_base_layer())
+    values: dict[str, torch.Tensor | None] = {layer.kind.weight: stored}
     if layer.kind.bias:
         values[layer.kind.bias] = folded_bias(layer, adapters)
     return values
-
-
-def stored_weight(layer: BaseTunerLayer, adapters: Adapters) -> torch.Tensor:
-    """The folded weight in the layout in which the layer stores it."""
-    return layer.kind.restore(folded_weight(layer, adapters), layer.get_base_layer())
 
 
 def weight_change(layer: BaseTunerLayer, adapter: Adapter) -> torch.Tensor:

@@ -18,7 +18,7 @@ from peft.core.model.auxiliary import (
     tied_sites,
 )
 from peft.core.model.record import context_of, record_of
-from peft.core.model.targeting import ends_with, matches, note_tying, tell_untied
+from peft.core.model.targeting import ends_with, matches, tell_untied
 from peft.core.model.walk import (
     Holders,
     Site,
@@ -32,7 +32,7 @@ from peft.core.model.walk import (
     walk,
 )
 from peft.utils.error import some
-from peft.utils.usage import near, recording, remark
+from peft.utils.usage import counts, near, recording
 
 
 # Heads that task classes add to modules_to_save by themselves; that a model lacks some of them is no mistake.
@@ -51,8 +51,8 @@ def add_auxiliary(model: nn.Module, name: str, config: Any) -> None:
         record = record_of(model).biases = biases_of(model) or TrainedBiases()
         sites = list(bias_sites(model, mode, name))
         record.add(name, sites)
-        if not sites:
-            remark(f"bias={mode!r} does nothing: there are no biases.")
+        if sites:
+            counts("bias")
 
 
 def _wrap_modules_to_save(model: nn.Module, name: str, modules: list[str], config: Any) -> None:
@@ -73,7 +73,7 @@ def _wrap_modules_to_save(model: nn.Module, name: str, modules: list[str], confi
         if name not in wrapper:
             wrapper.update(name)
         for other in ties:
-            note_tying(config)
+            counts("ensure_weight_tying")
             tied = wrapper_of(model, other.key, ModulesToSaveWrapper, holders)
             if name not in tied:
                 tied.update(name, tied_module=wrapper)
@@ -132,7 +132,7 @@ def _wrap_tokens(model: nn.Module, name: str, indices: list[int] | dict[str, lis
             continue
         wrapper.update(name, token_indices=rows)
         for other in ties:
-            note_tying(config)
+            counts("ensure_weight_tying")
             wrapper_of(model, other, TrainableTokensWrapper, holders).update(
                 name, token_indices=rows, tied_adapter=wrapper.token_adapter
             )

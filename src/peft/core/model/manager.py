@@ -131,7 +131,8 @@ class Manager:
         del self.peft_config[adapter_name]
         left = [name for name in active if name != adapter_name]
         if adapter_name in active and not left and self.peft_config:
-            other = next(iter(self.peft_config))
+            held = self.peft_config.keys() & operations.adapters_of(self.model)
+            other = min(held, default=next(iter(self.peft_config)))
             warnings.warn(f"adapter {adapter_name!r} was active; {other!r} is active now.")
             self.set_adapter(other)
         else:

@@ -66,9 +66,10 @@ def _snapshot(model: nn.Module) -> Callable[[], None]:
         keep_merged(layer)
     if applied is not None:
         record.biases.apply(None)  # type: ignore[union-attr]
+    before = {module: _state(module) for module in model.modules()}
     # with what layers share, which they hold by name but not as a part of them
-    held = (value for module in model.modules() for value in (module, *vars(module).values()))
-    before = [(m, _state(m)) for m in dict.fromkeys(value for value in held if isinstance(value, nn.Module))]
+    shared = {v for state in before.values() for v, _ in state.values() if isinstance(v, nn.Module)}
+    before.update({module: _state(module) for module in shared - before.keys()})
     starts = [(layer, layer.rewritten.copy()) for layer in layers if layer.rewritten is not None]
     kept = {} if record is None else {**vars(record), "biases": copy.copy(record.biases)}
 
@@ -83,7 +84,7 @@ def _snapshot(model: nn.Module) -> Callable[[], None]:
             p.requires_grad_(trained)
 
     def put_back() -> None:
-        for module, state in before:
+        for module, state in before.items():
             _put_back(module, state)
         for layer, start in starts:
             layer.rewritten = start
@@ -99,7 +100,11 @@ def _snapshot(model: nn.Module) -> Callable[[], None]:
 
 def _state(module: nn.Module) -> dict[str, tuple[Any, Any]]:
     """What a module holds: each value, and what is in it where it is a container."""
-    return {k: (v, v.copy() if isinstance(v, dict | list | set) else None) for k, v in vars(module).items()}
+    # most are empty, in thousands of modules
+    return {k: (v, (v.copy() if v else ()) if isinstance(v, _CONTAINERS) else None) for k, v in vars(module).items()}
+
+
+_CONTAINERS = (dict, list, set)
 
 
 def _put_back(module: nn.Module, state: dict[str, tuple[Any, Any]]) -> None:

@@ -17,8 +17,7 @@ from peft.core.model.roles import find_roles
 from peft.core.model.walk import Site, embeddings_of, join, locate, names_of_modules, walk
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_NAMES
 from peft.utils.error import NoMatchingPeftModuleError, some
-from peft.utils.usage import found as was_found
-from peft.utils.usage import near, note, remark
+from peft.utils.usage import counts, near, note, remark
 
 
 @dataclass
@@ -83,13 +82,12 @@ def selected(config: Any, key: str) -> bool:
         return False
     layers, pattern = getattr(config, "layers_to_transform", None), getattr(config, "layers_pattern", None)
     layers = [layers] if isinstance(layers, int) else layers
-    # A regex selects layers itself, and a name in full means its module.
-    if not layers or isinstance(targets, str) or key in targets:
+    if not layers or isinstance(targets, str):  # a regex selects layers itself
         return True
     index = layer_index(key, pattern)
     note(config.layers_to_transform, (index,))
     note(pattern)
-    return index is not None and index in layers
+    return key in targets or (index is not None and index in layers)  # a name in full means its module
 
 
 def all_linear(model: nn.Module, task_type: str | None) -> set[str]:
@@ -272,27 +270,13 @@ def _with_ties(found: list[Target], sites: list[Site], config: Any, layer_cls: t
         if not follow:
             tell_untied(config, target.key, [site.key for site in group if site.key not in result])
             continue
-        note_tying(config)
+        counts("ensure_weight_tying")
         result[first.key] = module_target(config, first, layer_cls)
         for site in group:
             if site is not first:
                 result[site.key] = module_target(config, site, layer_cls)
                 result[site.key].tied_to = first.key
     return sorted(result.values(), key=lambda target: target.tied_to is not None)  # after what they follow is made
-
-
-def note_tying(config: Any) -> None:
-    """Say that ``ensure_weight_tying`` has had something to do."""
-    note(config, ("ensure_weight_tying",))
-
-
-def tell_no_ties(config: Any) -> None:
-    """Say that ``ensure_weight_tying`` has had nothing to do, if so."""
-    if getattr(config, "ensure_weight_tying", False) and not was_found(config, "ensure_weight_tying"):
-        remark(
-            "ensure_weight_tying=True does nothing: no embedding that is adapted, or trained whole, shares its weight "
-            "with another module of this model."
-        )
 
 
 def tell_untied(config: Any, key: str, others: list[str]) -> None:

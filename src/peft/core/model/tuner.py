@@ -28,7 +28,7 @@ from peft.core.model.manager import Manager, check_adapter_name
 from peft.core.model.record import context_of, drop_record, record_of
 from peft.core.model.replacing import replacing
 from peft.core.model.replicate import replicate_layers, restore_layers
-from peft.core.model.targeting import Target, find_targets, resolve_targets, tell_no_ties
+from peft.core.model.targeting import Target, find_targets, resolve_targets
 from peft.core.model.unfilled import refuse_unfilled, values_needed
 from peft.core.model.walk import (
     Holders,
@@ -43,7 +43,7 @@ from peft.core.model.walk import (
     walk,
 )
 from peft.utils.error import some
-from peft.utils.usage import recording, remark
+from peft.utils.usage import counts, recording
 
 
 MANY = 8
@@ -180,10 +180,9 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
         """Wrap the targets and give each its part of the adapter."""
         targets = self.redirected(config, name, model, self.targets_of(config, model))
         if hasattr(config, "fan_in_fan_out"):  # the layers tell; the field is for other readers of the file
-            asked = config.fan_in_fan_out
             config.fan_in_fan_out = any(target.kind and target.kind.fan_in_fan_out for target in targets)
-            if asked and not config.fan_in_fan_out:
-                remark("fan_in_fan_out=True does nothing: no adapted layer keeps its weight as [in, out].")
+            if config.fan_in_fan_out:
+                counts("fan_in_fan_out")
         with torch.device("meta") if low_cpu_mem_usage else nullcontext():
             holders = holders_of(model)
             elsewhere = self.made_elsewhere(config)
@@ -197,7 +196,6 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
             self._fill(model, name, config, layers)
             self.put_by_others(model, [target.key for target, layer in layers if len(layer.adapters) == 1])
             add_auxiliary(model, name, config)
-        tell_no_ties(config)
 
     def inject_further(
         self, config: Any, name: str, low_cpu_mem_usage: bool, state_dict: dict[str, torch.Tensor] | None

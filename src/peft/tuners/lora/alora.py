@@ -89,13 +89,24 @@ class ALora(Lora):
             )
             return y
         first, mask = self.span(tokens, x)
+        if first == 0 and mask is None:
+            return super().output(x, y, base_y)
+        if type(self) is ALora and self.kind.matrix and not self.lora_bias:  # B of zeros is zero
+            return y + self.lora_B(self._down(x, first, mask))
         if first == 0:
-            changed = super().output(x, y, base_y)
-            return changed if mask is None else torch.where(mask.unsqueeze(-1), changed, y)
+            return torch.where(mask.unsqueeze(-1), super().output(x, y, base_y), y)  # type: ignore[union-attr]
         changed = super().output(x[:, first:], y[:, first:], base_y[:, first:])
         if mask is not None:
             changed = torch.where(mask.unsqueeze(-1), changed, y[:, first:])
         return torch.cat([y[:, :first].to(changed.dtype), changed], 1)
+
+    def _down(self, x: torch.Tensor, first: int, mask: torch.Tensor | None) -> torch.Tensor:
+        """s A drop(x), and zeros where the adapter does not act: r numbers for a token, which is cheaper to choose by
+        than what B makes of them."""
+        h = self.lora_A(self.lora_dropout(x[:, first:] if first else x)) * self.scaling
+        if mask is not None:
+            h = torch.where(mask.unsqueeze(-1), h, 0)
+        return nn.functional.pad(h, (0, 0, first, 0)) if first else h
 
     def span(self, tokens: Tokens, x: torch.Tensor) -> Span:
         """Where the adapter acts in this input; worked out once for all layers of a call that have such an input."""

@@ -22,7 +22,7 @@ Pairs = Sequence[tuple[torch.Tensor, torch.Tensor]]
 MOVED = 64
 """Taking a token's x out of the others' and adding its y to them costs as much as products of about this rank."""
 
-STARTED = 2**20
+STARTED = 2**22
 """The calls for one expert and its tokens cost as much as about so many multiplications."""
 
 
@@ -68,7 +68,11 @@ def mixed(
     if eager and len(x) == 1 and not torch.is_grad_enabled() and not is_autocast(x.device.type):
         return mixed_for_one(x, directions, top_k, temperature, pairs, stack.ups)
     chosen, weights = route(x, directions, top_k, temperature)
-    way = mixed_by_token if eager and not is_stack_cheaper(len(x), stack, top_k) else mixed_by_stack
+    way = mixed_by_stack
+    if eager and len(x) == 1:
+        way = mixed_by_choice
+    elif eager and not is_stack_cheaper(len(x), stack, top_k):
+        way = mixed_by_token
     return way(x, chosen, weights.to(x.dtype), stack)
 
 
@@ -114,6 +118,12 @@ def mixed_by_token(x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor,
         if len(own):
             y = y.index_add_(0, own, ((mine @ down * share) @ up).to(y.dtype))  # narrower under autocast
     return y
+
+
+def mixed_by_choice(x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, stack: Stack) -> torch.Tensor:
+    """:func:`mixed_by_token` of one token ``[1, in]``, of which nothing has to be sorted."""
+    parts = zip(chosen[0].tolist(), weights[0].unbind())
+    return torch.stack([(x @ stack.downs[e] * share) @ stack.ups[e] for e, share in parts]).sum(0)
 
 
 def mixed_for_one(

@@ -15,6 +15,7 @@ from peft.tuners.lora.config import BdLoraConfig, LoraConfig
 from peft.tuners.lora.initialize import is_drawn
 from peft.tuners.lora.layer import Lora
 from peft.utils.error import ConfigError
+from peft.utils.usage import note
 
 
 def block_product(x: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
@@ -129,7 +130,9 @@ def side_of(options: BdLoraConfig, key: str) -> str | None:
         ValueError: if neither does and ``match_strict`` asks for one.
     """
     for side, entries in (("A", options.target_modules_bd_a), ("B", options.target_modules_bd_b)):
-        if any(_names(entry, key) for entry in entries or ()):
+        named = [entry for entry in entries or () if _names(entry, key)]
+        note(entries, named)
+        if named:
             return side
     if options.match_strict:
         raise ConfigError(

@@ -310,7 +310,9 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
         nested=KasaConfig,
     )
     ensure_weight_tying: bool = option(
-        False, "Whether adapters and trained copies of tied weights (embedding and head) stay tied."
+        False,
+        "Whether adapters and trained copies of tied weights (embedding and head) stay tied.",
+        lacks="no embedding that is adapted, or trained whole, shares its weight with another module of this model",
     )
     use_gating: bool = option(
         False,
@@ -333,6 +335,9 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
             self.init_lora_weights = True
         self._check_combinations()
         self._check_tokens()
+        for field, default in (("lora_alpha", 8), ("alpha_pattern", {}), ("use_rslora", False)):
+            if self.use_gating and getattr(self, field) != default:
+                self._tell_vain(field, "use_gating=True has a gate in the place of lora_alpha / r.")
         if self.layer_replication is not None:
             self.layer_replication = [self._layer_range(pair) for pair in self.layer_replication]
 

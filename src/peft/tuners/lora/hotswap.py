@@ -20,12 +20,13 @@ from peft.config import ORIGIN, PeftConfig, resolve_pattern
 from peft.core.files.entries import Entry, anatomy, configs_of
 from peft.core.files.io import load_peft_weights
 from peft.core.files.state_dict import match, unmerge_for
-from peft.core.model.walk import bare, join, layers_of, plain, surveyed, walk
+from peft.core.model.walk import bare, join, layers_of, names_in, plain, surveyed, walk
 from peft.tuners.lora.config import divisor, whole
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.pairs import held_rank, of_rank, pair_blocks
 from peft.utils.error import CheckpointError, ConfigError, some
 from peft.utils.peft_types import PeftType
+from peft.utils.usage import recording
 
 
 # What a swap cannot change in LoRA: it is part of the forward, or decides what the tensors mean.
@@ -139,7 +140,7 @@ def hotswap_adapter_from_state_dict(
     # All of this refuses before anything is written.
     copies = given.rest()
     unmerge_for(root, adapter_name)
-    with torch.no_grad():
+    with torch.no_grad(), recording(config, lambda: names_in(root), fields=False):
         for found, pair in zip(layers, pairs):
             _swap_pair(found, pair, adapter_name, config)
         for entry, value in copies:

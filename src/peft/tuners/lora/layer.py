@@ -210,10 +210,10 @@ class Lora(LoraVariantCompat, Scaled):
         if a is None or b is None or up._parameters["bias"] is not None:
             return None
         dropout = modules["lora_dropout"]._modules[name]
-        rate = 0.0 if type(dropout) is nn.Identity else active_rate(dropout)
-        if rate is None:
+        rate, scale = 0.0 if type(dropout) is nn.Identity else active_rate(dropout), layer.scaling[name]
+        if rate is None or isinstance(scale, torch.Tensor):  # a tensor may train
             return None
-        return Factors(a, b, layer.scaling[name], rate)
+        return Factors(a, b, scale, rate)
 
     def delta_weight(self) -> torch.Tensor:
         return self.kind.compose(self.base, *self.pair()) * self.scaling
@@ -226,8 +226,11 @@ class Lora(LoraVariantCompat, Scaled):
 
     def _with_pair(self, weight: torch.Tensor, sign: int) -> torch.Tensor:
         """W + sign * s B A; of a linear layer without a matrix for B A."""
+        if (theirs := self.given_delta()) is not None:
+            return weight + sign * theirs.to(weight.dtype)
         a, b = self.pair()
-        if self.kind.matrix and a.dtype == b.dtype == weight.dtype:
+        number = not isinstance(self.scaling, torch.Tensor)
+        if number and self.kind.matrix and a.dtype == b.dtype == weight.dtype:
             return torch.addmm(weight, b, a, alpha=sign * self.scaling)
         return weight + sign * self.delta_weight().to(weight.dtype)
 

@@ -75,7 +75,12 @@ class Storage:
 
         The tensors are in the layout of the module, by attribute; gradients reach them.
         """
-        return functional_call(m, dict(tensors), args, kwargs)
+        # In a call, FSDP 1 has attributes in front of the parameters, which would be read instead of those given.
+        hiding = {name: m.__dict__.pop(name) for name in tensors if name in m._parameters and name in m.__dict__}
+        try:
+            return functional_call(m, dict(tensors), args, kwargs)
+        finally:
+            m.__dict__.update(hiding)
 
     def keep_differentiable(self, m: nn.Module) -> None:
         """Undo, and prevent, what a library does to a weight for inference only, with no gradients from then on."""

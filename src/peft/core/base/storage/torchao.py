@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
 from peft.core.base.storage.quantized import Quantized, is_from
+
+
+_ROUNDED_INPUTS = ("act_quant_kwargs", "activation_quantization")
+"""Attributes of torchao's tensor classes that are set where inputs are quantised too."""
 
 
 class TorchAO(Quantized):
@@ -30,6 +35,17 @@ class TorchAO(Quantized):
 
     def compute_dtype(self, m: nn.Module, attribute: str) -> torch.dtype | None:
         return getattr(m, attribute).dtype
+
+    def keep_differentiable(self, m: nn.Module) -> None:
+        """Nothing can be undone here: a product with rounded inputs has no gradient, and torchao does not say so."""
+        weight: Any = m.weight
+        if any(getattr(weight, name, None) for name in _ROUNDED_INPUTS):
+            warnings.warn(
+                f"torchao multiplies weights kept as {type(weight).__name__} with inputs that it rounds in each call, "
+                "and passes no gradient through that product: adapters below such a layer get none of what comes "
+                "through it. To train, quantise the weights alone (Int8WeightOnlyConfig, IntxWeightOnlyConfig ...).",
+                stacklevel=2,
+            )
 
     def _quantize(self, old: Any, value: torch.Tensor) -> torch.Tensor:
         """The value in the format of the old weight, whose class makes it (``from_hp``) from the same options."""
