@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from toys import Attention, Mlp, tiny_llama
@@ -25,6 +28,7 @@ from peft import (
     LoraConfig,
     MissConfig,
     MultitaskPromptTuningConfig,
+    PeftConfig,
     PeftModel,
     PeftType,
     PrefixTuningConfig,
@@ -265,3 +269,153 @@ class TestCopiesOfModulesWithModules:
         torch.manual_seed(0)
         again = PeftModel.from_pretrained(Attention(), str(tmp_path))
         torch.testing.assert_close(again(self.X), model(self.X), **CLOSE)
+
+
+def _saved(folder: Path) -> Path:
+    get_peft_model(Mlp(), LoraConfig(target_modules=["lin0"], r=2)).save_pretrained(folder)
+    return folder
+
+
+def _with(folder: Path, file: str, content: str) -> Path:
+    (_saved(folder) / file).write_text(content)
+    return folder
+
+
+def _config_with(folder: Path, **fields: Any) -> Path:
+    return _with(
+        folder, "adapter_config.json", json.dumps({"peft_type": "LORA", "target_modules": ["lin0"], **fields})
+    )
+
+
+def _lora(**fields: Any) -> LoraConfig:
+    return LoraConfig(**{"target_modules": ["lin0"], "r": 2, **fields})
+
+
+def _two() -> Any:
+    model = get_peft_model(Mlp(), _lora())
+    model.add_adapter("b", _lora())
+    return model
+
+
+def _load(path: Any) -> Any:
+    return PeftModel.from_pretrained(Mlp(), path)
+
+
+def _combined(**how: Any) -> None:
+    _two().add_weighted_adapter(["default", "b"], [1.0, 1.0], "c", **how)
+
+
+def _registered(**changed: Any) -> None:
+    peft.utils.register_peft_method(name="lora", config_cls=LoraConfig, model_cls=peft.LoraModel, **changed)
+
+
+FAILURES: dict[str, tuple[Any, tuple[type[Exception], ...]]] = {
+    "a rank that is no number": (lambda _: get_peft_model(Mlp(), _lora(r="a")), (TypeError,)),
+    "a rank that is not whole": (lambda _: get_peft_model(Mlp(), _lora(r=1.5)), (TypeError,)),
+    "such a rank in a pattern": (lambda _: get_peft_model(Mlp(), _lora(rank_pattern={"lin0": "x"})), (TypeError,)),
+    "no regular expression": (lambda _: get_peft_model(Mlp(), _lora(target_modules="(")), (re.error,)),
+    "none to leave out": (lambda _: get_peft_model(Mlp(), _lora(exclude_modules="(")), (re.error,)),
+    "none in a pattern": (lambda _: get_peft_model(Mlp(), _lora(rank_pattern={"(": 3})), (re.error,)),
+    "a string of tokens": (lambda _: _lora(trainable_token_indices={"emb": "ab"}), (TypeError,)),
+    "tokens of no table": (
+        lambda _: get_peft_model(Mlp(), _lora(trainable_token_indices={"act": [1]})),
+        (TypeError,),
+    ),
+    "layers that are not there": (
+        lambda _: get_peft_model(tiny_llama(), _lora(target_modules=["q_proj"], layer_replication=[(0, 99)])),
+        (IndexError,),
+    ),
+    "no megatron": (lambda _: get_peft_model(Mlp(), _lora(megatron_config={"a": 1})), (ModuleNotFoundError,)),
+    "no length of a prompt": (
+        lambda _: get_peft_model(tiny_llama(), PromptTuningConfig(task_type="CAUSAL_LM")),
+        (TypeError,),
+    ),
+    "no length of an adaption prompt": (
+        lambda _: get_peft_model(tiny_llama(), peft.AdaptionPromptConfig(task_type="CAUSAL_LM")),
+        (TypeError,),
+    ),
+    "a state dict of nothing": (
+        lambda _: peft.inject_adapter_in_model(_lora(), Mlp(), state_dict={"x": torch.ones(1)}),
+        (peft.NoMatchingPeftModuleError,),
+    ),
+    "an empty state dict": (
+        lambda _: peft.inject_adapter_in_model(_lora(), Mlp(), state_dict={}),
+        (peft.NoMatchingPeftModuleError,),
+    ),
+    "no name of an adapter": (lambda _: _two().set_adapter(None), (ValueError,)),
+    "a number as such": (lambda _: _two().set_adapter(1), (ValueError,)),
+    "a string for a list": (lambda _: _two().merge_adapter("default"), (TypeError,)),
+    "no density": (lambda _: _combined(combination_type="ties"), (TypeError,)),
+    "no such vote": (
+        lambda _: _combined(combination_type="ties", density=0.5, majority_sign_method="x"),
+        (RuntimeError,),
+    ),
+    "such a vote of tensors": (
+        lambda _: importlib.import_module("peft.utils.merge_utils").calculate_majority_sign_mask(
+            torch.ones(2, 2), "x"
+        ),
+        (RuntimeError,),
+    ),
+    "hot-swapping an adapter that is not there": (
+        lambda f: importlib.import_module("peft.utils.hotswap").hotswap_adapter(_two(), str(_saved(f)), "x"),
+        (RuntimeError,),
+    ),
+    "a rank to convert to": (lambda _: peft.convert_to_lora(_two(), rank="x"), (TypeError,)),
+    "no tensors": (
+        lambda _: peft.set_peft_model_state_dict(_two(), {"base_model.model.lin0.lora_A.weight": [1]}),
+        (RuntimeError,),
+    ),
+    "a name of a method twice": (lambda _: _registered(prefix="x"), (KeyError,)),
+    "no path": (lambda _: _load(None), (TypeError,)),
+    "no config file": (lambda f: PeftConfig.from_json_file(str(f / "none.json")), (FileNotFoundError,)),
+    "a file for a folder": (lambda f: _lora().save_pretrained(str(_saved(f) / FILE)), (AssertionError,)),
+    "damaged weights": (lambda f: _load(_with(f, FILE, "xx")), (SafetensorError,)),
+    "null as a rank": (lambda f: _load(_config_with(f, r=None)), (TypeError,)),
+    "a string as a rank": (lambda f: _load(_config_with(f, r="2")), (TypeError,)),
+    "null as alpha": (lambda f: _load(_config_with(f, lora_alpha=None)), (TypeError,)),
+    "LoftQ without the adapter": (lambda _: peft.replace_lora_weights_loftq(_two(), adapter_name="x"), (KeyError,)),
+    "LoftQ without a path": (lambda _: peft.replace_lora_weights_loftq(_two()), (ValueError,)),
+    "LoftQ without the model": (
+        lambda f: peft.replace_lora_weights_loftq(
+            get_peft_model(tiny_llama(), _lora(target_modules=["q_proj"])), str(f / "none")
+        ),
+        (FileNotFoundError,),
+    ),
+}
+"""What fails -> the classes of 0.21.2's exceptions, one of which a script may catch."""
+
+
+@pytest.mark.parametrize("what", FAILURES)
+def test_what_is_caught_with_0_21_2_is_caught_here(what: str, tmp_path: Path) -> None:
+    fail, classes = FAILURES[what]
+    for cls in (*classes, Exception):
+        with pytest.raises(cls) as caught:
+            fail(tmp_path)
+        assert str(caught.value)
+
+
+@pytest.mark.parametrize("where", ["embed_tokens", "lm_head"])
+@pytest.mark.parametrize("tie", [True, False])
+def test_a_token_that_is_given_twice_trains_as_one_that_is_given_once(where: str, tie: bool, tmp_path: Path) -> None:
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        return tiny_llama(tie)
+
+    ids, outputs = torch.tensor([[5, 7, 9, 5]]), []
+    for number, tokens in enumerate(([5, 7], [5, 7, 5], [7, 5, 7, 7])):
+        config = _lora(target_modules=["q_proj"], trainable_token_indices={where: tokens})
+        model = get_peft_model(base(), config)
+        (rows,) = {id(p): p for n, p in model.named_parameters() if "trainable_tokens_delta" in n}.values()
+        assert len(rows) == len(tokens)  # as in files of 0.21.2
+        optimizer = torch.optim.Adam([rows], lr=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(ids, labels=ids).loss.backward()
+            optimizer.step()
+        assert torch.allclose(rows[0], rows[2]) if number == 1 else True
+        outputs.append(model(ids).logits)
+        model.save_pretrained(tmp_path / str(number))
+        loaded = PeftModel.from_pretrained(base(), tmp_path / str(number))
+        merged = loaded.merge_and_unload()(ids).logits
+        assert torch.allclose(merged, outputs[-1], **CLOSE)
+        assert torch.allclose(outputs[-1], outputs[0], **CLOSE)

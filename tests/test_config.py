@@ -127,6 +127,7 @@ UNREAD = {
     "target_svd_config": "never did anything; a value given for it is told",
     "poly_type": "one choice",
     "runtime_config": "its one option says that it has no effect",
+    "use_qalora": "read by the name that the variant gives",
     "shadow_hidden_size": "read with others as shadow_...",
     "shadow_intermediate_size": "read with others as shadow_...",
     "shadow_num_attention_heads": "read with others as shadow_...",

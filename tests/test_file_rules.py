@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import warnings
 
 import pytest
@@ -49,10 +50,14 @@ from peft.utils.warning import UnusedEntryWarning
 IDS = torch.arange(8)[None]
 
 
-def tiny_llama():
+def tiny_llama(tie=False):
     """The same tiny llama each time."""
     torch.manual_seed(0)
-    return any_llama().eval()
+    return any_llama(tie).eval()
+
+
+def trained(model):
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 def shaken(model, seed=0):
@@ -180,6 +185,29 @@ def method(request):
     return lambda: shaken(METHODS[request.param]())
 
 
+@pytest.mark.parametrize("how", ["bias", "file"])
+def test_rows_of_a_batch_share_the_tensors_of_the_base(how):
+    x = torch.randn(2, 6)
+    model = get_peft_model(Mlp(), LoraConfig(target_modules=["lin0"], r=2, bias="all" if how == "bias" else "none"))
+    if how == "file":
+        state = get_peft_model_state_dict(model)
+        set_peft_model_state_dict(model, {**state, "base_model.model.norm.bias": torch.randn(8)})
+    model.add_adapter("other", LoraConfig(target_modules=["lin0"], r=2))
+    shaken(model)
+    assert torch.allclose(model(x, adapter_names=["default", "default"]), model(x), atol=1e-6)
+    for names in (["default", "other"], ["__base__", "__base__"]):
+        with pytest.raises(ValueError, match="active"):
+            model(x, adapter_names=names)
+    model.set_adapter("other")
+    with model.disable_adapter():
+        base = model(x)
+    assert torch.allclose(
+        model(x, adapter_names=["other", "__base__"]), torch.stack([model(x)[0], base[1]]), atol=1e-6
+    )
+    with pytest.raises(ValueError, match="active"):
+        model(x, adapter_names=["other", "default"])
+
+
 # --- what torch puts around modules ---------------------------------------------------------------------------
 
 
@@ -202,6 +230,23 @@ def test_compiled_parts_have_no_name(where, tmp_path):
     found = get_peft_model_state_dict(model)
     assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert torch.allclose(model(IDS).logits, plain(IDS).logits, atol=1e-6)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_names_of_a_replica(inside, tmp_path):
+    def base():
+        return nn.ModuleDict({"module" if inside else "part": Mlp()})
+
+    model = shaken(get_peft_model(base(), LoraConfig(target_modules=["lin0"], modules_to_save=["lin1"], r=2)))
+    wanted = get_peft_model_state_dict(model)
+    model.save_pretrained(tmp_path)
+    for form in (lambda name: f"module.{name}", lambda name: f"module._orig_mod.{name}"):
+        save_file({form(name): t.clone() for name, t in wanted.items()}, tmp_path / "adapter_model.safetensors")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            loaded = PeftModel.from_pretrained(base(), tmp_path)
+        found = get_peft_model_state_dict(loaded)
+        assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 def test_a_state_dict_says_what_to_adapt_in_a_compiled_model():
@@ -696,6 +741,50 @@ def test_files_and_configs_with_names_of_older_versions(tmp_path, make):
         assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
 
 
+def qwen2_vl():
+    rope = {"rope_type": "default", "type": "mrope", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    vision = {"depth": 1, "embed_dim": 16, "num_heads": 2, "hidden_size": 16, "patch_size": 4, "mlp_ratio": 1}
+    tokens = {"image_token_id": 63, "video_token_id": 62, "vision_start_token_id": 61}
+    config = transformers.Qwen2VLConfig(text_config={**TEXT, "rope_parameters": rope}, vision_config=vision, **tokens)
+    return transformers.Qwen2VLForConditionalGeneration(config)
+
+
+BEFORE_4_52 = {llava: "language_model.model", gemma3: "language_model.model", paligemma: "language_model.model",
+               qwen2_vl: "model"}  # fmt: skip
+"""Models -> what their language model was called; today it is `model.language_model` in all of them."""
+
+
+@pytest.mark.parametrize("way", ["names", "regex", "pattern", "copies", "state dict"])
+@pytest.mark.parametrize("make", BEFORE_4_52, ids=lambda make: make.__name__)
+def test_names_from_before_the_language_model_moved(tmp_path, make, way):
+    def base():
+        torch.manual_seed(0)
+        return make()
+
+    now, before = "model.language_model", BEFORE_4_52[make]
+    names = [f"layers.{i}.self_attn.{part}_proj" for i in range(TEXT["num_hidden_layers"]) for part in "qv"]
+    ranks = {f"{now}.{names[0]}": 3} if way == "pattern" else {}
+    also = {"modules_to_save": [f"{now}.layers.0.mlp.up_proj"]} if way == "copies" else {}
+    config = LoraConfig(target_modules=[f"{now}.{name}" for name in names], r=2, rank_pattern=ranks, **also)
+    model = shaken(get_peft_model(base(), config))
+    state = get_peft_model_state_dict(model)
+    old = {name.replace(now, before): tensor for name, tensor in state.items()}
+    targets = [f"{before}.{name}" for name in names]
+    if way == "regex":
+        targets = re.escape(before) + r"\.layers\.\d+\.self_attn\.(q|v)_proj"
+    if way == "state dict":
+        loaded = inject_adapter_in_model(LoraConfig(target_modules=["x"], r=2), base(), state_dict=old)
+        assert not set_peft_model_state_dict(loaded, old).missing_keys
+        state = {name.removeprefix("base_model.model."): tensor for name, tensor in state.items()}
+    else:
+        also = {key: [name.replace(now, before) for name in value] for key, value in also.items()}
+        ranks = {key.replace(now, before): rank for key, rank in ranks.items()}
+        write(tmp_path, old, peft_type="LORA", r=2, target_modules=targets, rank_pattern=ranks, **also)
+        loaded = PeftModel.from_pretrained(base(), tmp_path)
+    found = get_peft_model_state_dict(loaded)
+    assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
+
+
 # --- tensors without values -----------------------------------------------------------------------------------
 
 
@@ -715,6 +804,39 @@ def test_no_call_with_tensors_on_meta(config):
     set_peft_model_state_dict(model, state, low_cpu_mem_usage=True)
     assert model(IDS).logits.isfinite().all()
     assert not model._forward_pre_hooks or "_peft_unfilled" not in vars(model)
+
+
+def test_no_merge_with_tensors_on_meta():
+    for lacking in ("lora_A", "lora_B", "lora_magnitude_vector"):
+        config = LoraConfig(target_modules=["lin0"], r=2, use_dora=True)
+        state = get_peft_model_state_dict(inject_adapter_in_model(config, Mlp()))
+        model = inject_adapter_in_model(config, Mlp(), low_cpu_mem_usage=True)
+        before = model.lin0.base_layer.weight.clone()
+        with pytest.warns(UserWarning, match="no values yet"):
+            set_peft_model_state_dict(
+                model, {k: t for k, t in state.items() if lacking not in k}, low_cpu_mem_usage=True
+            )
+        with pytest.raises(ValueError, match="no values"):
+            model.lin0.merge()
+        assert torch.equal(model.lin0.base_layer.weight, before) and not model.lin0.merged
+
+
+TIED = {
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [5, 6]},
+    "tokens of the head": {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [5, 6]}},
+    "copies": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    "pairs": {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+}
+
+
+@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize("what", TIED)
+def test_what_tied_modules_share_is_loaded_into_both(tmp_path, what, low):
+    model = shaken(get_peft_model(tiny_llama(tie=True), LoraConfig(r=2, **TIED[what])))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_llama(tie=True), tmp_path, low_cpu_mem_usage=low, is_trainable=True).eval()
+    assert torch.allclose(loaded(IDS).logits, model(IDS).logits, atol=1e-6)
+    assert len(trained(loaded)) == len(trained(model))  # one tensor, not one for each end
 
 
 @pytest.mark.parametrize("widen", [True, False])

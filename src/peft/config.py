@@ -36,6 +36,8 @@ from peft.options import Options, check_choice, check_regexes, compiled, option,
 from peft.utils.error import (
     ConfigError,
     ConfigFileError,
+    ConfigTypeError,
+    MissingFileError,
     NotSupportedYetError,
     UnknownMethodError,
     nearest,
@@ -80,7 +82,8 @@ def read_json(path: str) -> dict[str, Any]:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
     except OSError as error:
-        raise ConfigFileError(f"Cannot read the adapter config {path!r}: {error.strerror or error}.") from error
+        kind = MissingFileError if isinstance(error, FileNotFoundError) else ConfigFileError
+        raise kind(f"Cannot read the adapter config {path!r}: {error.strerror or error}.") from error
     except (ValueError, RecursionError) as error:  # malformed json, bytes that are no text, or lists in lists in lists
         raise ConfigFileError(
             f"The adapter config {path!r} is damaged or truncated ({error}). Save the adapter again, or fetch the "
@@ -162,7 +165,7 @@ def _of_files(cls: type[PeftConfigMixin], values: dict[str, Any]) -> dict[str, A
     """What of a file counts: not what belongs to a process.
 
     Raises:
-        ConfigError: a value is of a type that its field cannot have; both are named.
+        ConfigTypeError: a value is of a type that its field cannot have; both are named.
     """
     fields, hints = {field.name: field for field in dataclasses.fields(cls)}, _hints(cls)
     kept = {}
@@ -179,7 +182,7 @@ def check_type(where: str, value: Any, hint: Any, nested: type | None = None) ->
     """Make sure that a value of a json file can be what an annotation says. A number need not be whole for `int`.
 
     Raises:
-        ConfigError: it cannot; the message names the entry.
+        ConfigTypeError: it cannot; the message names the entry.
     """
     if _has_type(value, hint) or (nested is not None and isinstance(value, dict)):
         if nested is not None and isinstance(value, dict):
@@ -189,7 +192,7 @@ def check_type(where: str, value: Any, hint: Any, nested: type | None = None) ->
         return
     wanted = getattr(hint, "__name__", None) if isinstance(hint, type) else str(hint).replace("typing.", "")
     shown = repr(value) if len(repr(value)) < 80 else f"{repr(value)[:80]}..."
-    raise ConfigError(f"{where}={shown} is not valid: it must be {wanted}.")
+    raise ConfigTypeError(f"{where}={shown} is not valid: it must be {wanted}.")
 
 
 def _has_type(value: Any, hint: Any) -> bool:
@@ -354,7 +357,9 @@ class PeftConfigMixin(Options):
         return cls.from_json_file(path)["peft_type"]
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any
+    ):
         """Read the config of a saved adapter; the result is of the class its `peft_type` names.
 
         Args:

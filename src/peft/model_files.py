@@ -341,7 +341,7 @@ def _listed(what: str, names: list[str]) -> str:
 
 def _read_config(model_id: str | os.PathLike, config: PeftConfig | None, is_trainable: bool, hub: dict) -> PeftConfig:
     if config is None:
-        config = PeftConfig.from_pretrained(str(model_id), **hub)
+        config = PeftConfig.from_pretrained(model_id, **hub)
     elif not isinstance(config, PeftConfig):
         raise ValueError(f"config should be a PeftConfig, got {type(config).__name__}.")
     if config.peft_type not in PEFT_TYPE_TO_TUNER_MAPPING and not isinstance(config, CompositionConfig):

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from peft.utils.error import ConfigChoiceError, ConfigError, ConfigTypeError, nearest
+from peft.utils.error import ConfigChoiceError, ConfigError, ConfigPatternError, ConfigTypeError, nearest
 from peft.utils.warning import PeftWarning
 
 
@@ -108,7 +108,7 @@ def _check_bounds(where: str, value: Any, rules: Any, whole: bool) -> None:
     low, high, below, above = (rules.get(rule) for rule in ("minimum", "maximum", "below", "above"))
     kind = numbers.Integral if whole else numbers.Real
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise ConfigError(f"{where}={value!r} is not valid: it must be a {'whole number' if whole else 'number'}.")
+        raise ConfigTypeError(f"{where}={value!r} is not valid: it must be a {'whole number' if whole else 'number'}.")
     bounds = [(low, "at least", low is None or value >= low), (high, "at most", high is None or value <= high),
               (above, "above", above is None or value > above),
               (below, "below", below is None or value < below)]  # fmt: skip
@@ -121,7 +121,7 @@ def _named(where: str, value: Any, names: type) -> Any:
     """A value of a field of names, in the collection that the field keeps them in, each regular expression looked at.
 
     Raises:
-        ConfigTypeError: it is of another type. ConfigError: a regular expression is none.
+        ConfigTypeError: it is of another type. ConfigPatternError: a regular expression is none.
     """
     if value is None:
         return None
@@ -143,12 +143,12 @@ def _named(where: str, value: Any, names: type) -> Any:
 
 
 def check_regexes(where: str, patterns: Iterable[Any], read: Callable[[Any], re.Pattern]) -> None:
-    """Raise ConfigError for a pattern that ``read`` cannot compile."""
+    """Raise ConfigPatternError for a pattern that ``read`` cannot compile."""
     for pattern in patterns:
         try:
             read(pattern)
         except (re.error, TypeError) as error:
-            raise ConfigError(f"{where} has {pattern!r}, which is no regular expression ({error}).") from None
+            raise ConfigPatternError(f"{where} has {pattern!r}, which is no regular expression ({error}).") from None
 
 
 @functools.lru_cache(maxsize=4096)

@@ -22,9 +22,10 @@ from peft.core.composition.expressions import Composition
 from peft.core.files.entries import leave_out_repeats, prompts_of
 from peft.core.layer.rows import require_unmerged, without_fast_path
 from peft.core.model import operations
+from peft.core.model.auxiliary import biases_of
 from peft.core.model.context import BASE
 from peft.core.model.manager import INTERFACE, check_adapter_name
-from peft.core.model.record import context_of
+from peft.core.model.record import behind, context_of
 from peft.core.model.tuner import BaseTuner
 from peft.core.model.walk import layers_of, surveyed, wrappers_of
 from peft.core.prompts import Prompts, PromptTuner, Task, backbone_of
@@ -312,6 +313,9 @@ class PeftModel(ModelCompat, ModelFiles, PushToHubMixin, nn.Module):
         self._check_length("adapter_names", len(names), args, kwargs)
         self._check_no_division(names)
         self._check_unmerged()
+        base = self.get_base_model()
+        if record := biases_of(base):
+            record.check_rows({name: behind(base, [name]) for name in names})
 
     def _check_unmerged(self) -> None:
         for _, layer in layers_of(self.get_base_model()):
@@ -507,11 +511,11 @@ class PeftModelForCausalLM(_Generates, PeftModel):
     """
 
     _inputs = (*_ENCODER, *_COMMON)
-    chunked_loss: bool
+    chunked_loss: bool = False
 
     def _call(self, function: Callable, args: tuple, kwargs: dict, keep: bool) -> Any:
         chunked = kwargs.pop("chunked_loss", None)
-        chunked = vars(self).get("chunked_loss", False) and self.training if chunked is None else chunked
+        chunked = self.chunked_loss and self.training if chunked is None else chunked
         if not chunked or kwargs.get("labels") is None:
             return super()._call(function, args, kwargs, keep)
         with chunked_loss(self.get_base_model()):

@@ -18,7 +18,7 @@ from peft.convert.held import Held
 from peft.core.files.io import checked_tensors, torch_load
 from peft.core.files.shards import Shards, has_weights
 from peft.core.model.walk import embeddings_of, shares_embeddings
-from peft.utils.error import CheckpointError, ConfigError
+from peft.utils.error import CheckpointError, ConfigError, damaged
 
 
 # The weights that a folder is looked through for, the best known names first.
@@ -92,7 +92,7 @@ def _tensors_of(path: Path, start: bytes) -> tuple[dict[str, torch.Tensor], dict
                 return {name: opened.get_tensor(name) for name in names}, dict(opened.metadata() or {})
         found = torch_load(path, map_location="cpu")
     except Exception as error:
-        raise CheckpointError(f"{path} is damaged or no file of adapter weights ({error}).") from error
+        raise damaged(str(path), error) from error
     nested = found.get("state_dict") if isinstance(found, dict) else None  # as training checkpoints keep it
     return checked_tensors(str(path), nested if isinstance(nested, dict) else found), {}
 

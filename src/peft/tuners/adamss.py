@@ -18,7 +18,7 @@ from peft.core.layer.buffers import BufferDict
 from peft.core.model.registry import define_tuner
 from peft.core.model.walk import layers_of
 from peft.tuners.adalora_utils import BudgetTuner, Sensitivity, budget_at
-from peft.utils.error import ConfigError
+from peft.utils.error import ConfigError, MissingPackageError
 from peft.utils.peft_types import PeftType
 
 
@@ -142,12 +142,12 @@ def cluster(rows: torch.Tensor, count: int) -> list[torch.Tensor]:
     """The indices of similar rows, in at most ``count`` clusters, by k-means. The order is part of the file format.
 
     Raises:
-        ConfigError: scikit-learn is not installed.
+        MissingPackageError: scikit-learn is not installed.
     """
     try:
         from sklearn.cluster import KMeans
     except ImportError:
-        raise ConfigError("AdaMSS clusters the rows of weights by scikit-learn: pip install scikit-learn.") from None
+        raise MissingPackageError("AdaMSS clusters weights by scikit-learn: pip install scikit-learn.") from None
     # One seed for all: the clusters are in no file.
     means = KMeans(min(count, len(rows)), init="random", n_init=1, random_state=123456789)
     labels = torch.from_numpy(means.fit(rows.numpy()).labels_)

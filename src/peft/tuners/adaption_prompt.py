@@ -28,7 +28,7 @@ from peft.core.blocks.blocks import (
 from peft.core.model.registry import define_tuner
 from peft.core.model.targeting import Target, matches
 from peft.core.model.walk import join, locate, walk
-from peft.utils.error import ConfigError, NoMatchingPeftModuleError
+from peft.utils.error import ConfigTypeError, NoMatchingPeftModuleError
 from peft.utils.peft_types import PeftType
 
 
@@ -134,7 +134,7 @@ class AdaptionPromptTuner(AdaptionPromptCompat, BlockTuner):
     def find(self, config: AdaptionPromptConfig, model: nn.Module) -> list[Target]:
         missing = [field for field in ("adapter_len", "adapter_layers") if getattr(config, field) is None]
         if missing:
-            raise ConfigError(
+            raise ConfigTypeError(
                 f"AdaptionPromptConfig: {' and '.join(missing)} must be set, to whole numbers such as 4."
             )
         keys = [

@@ -5,6 +5,7 @@ code which catches the built-in keeps working.
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Set
 
 
@@ -20,8 +21,16 @@ class ConfigError(PeftError, ValueError):
     """A config, or the file it was read from, holds a value that has no meaning."""
 
 
-class ConfigTypeError(ConfigError, TypeError):
+class WrongTypeError(PeftError, ValueError, TypeError):
+    """An argument is of a type that is not taken."""
+
+
+class ConfigTypeError(ConfigError, WrongTypeError):
     """A field of a config holds something of a type that it does not take."""
+
+
+class ConfigPatternError(ConfigError, re.error):
+    """A field of a config holds a string that is no regular expression."""
 
 
 class ConfigChoiceError(ConfigError, NotImplementedError):
@@ -38,6 +47,14 @@ class ConfigFileError(ConfigError, OSError):
     """An `adapter_config.json` is missing, unreadable or damaged."""
 
 
+class NotAFolderError(ConfigFileError, NotADirectoryError, AssertionError):
+    """What should be a folder to save to is a file."""
+
+
+class MissingPackageError(ConfigError, ModuleNotFoundError):
+    """What a config asks for needs a package that is not installed, or another version of it."""
+
+
 class NoAdaptedLayersError(PeftError, ValueError, TypeError):
     """A model has no adapted layers, where an operation is about those."""
 
@@ -46,20 +63,20 @@ class MissingFileError(ConfigFileError, FileNotFoundError):
     """A file of an adapter is neither in a folder nor on the hub, or could not be fetched."""
 
 
-class UnknownAdapterError(PeftError, ValueError, KeyError):
+class UnknownAdapterError(PeftError, ValueError, KeyError, RuntimeError):
     """A model has no adapter of this name."""
 
     __str__ = BaseException.__str__  # a KeyError shows its message in quotation marks
 
 
 class AdapterNameError(PeftError, ValueError, KeyError):
-    """A name that an adapter cannot have, or that is taken."""
+    """A name that an adapter cannot have, or that another adapter or method has."""
 
     __str__ = BaseException.__str__
 
 
-class UnknownTokenError(PeftError, ValueError, IndexError):
-    """An index of a token is outside the table of embeddings."""
+class OutOfRangeError(PeftError, ValueError, IndexError):
+    """There are fewer tokens in the table, or layers in the model, than an index says."""
 
 
 class NoEqualWeightError(PeftError, ValueError, NotImplementedError):
@@ -80,6 +97,13 @@ class CheckpointError(PeftError, ValueError, RuntimeError):
 
 class NotSupportedYetError(ConfigError, NotImplementedError):
     """A known method or option of the file format that this version recognises but cannot honour."""
+
+
+def damaged(file: str, error: Exception) -> CheckpointError:
+    """The error for a file that cannot be read; of the class that its reader raised as well, if that has its own."""
+    own = type(error).__module__.startswith(("safetensors", "_pickle", "pickle"))
+    kind = type("DamagedFileError", (CheckpointError, type(error)), {}) if own else CheckpointError
+    return kind(f"{file} is damaged or no file of adapter weights ({type(error).__name__}: {error}).")
 
 
 def nearest(value: object, known: Iterable[object], cutoff: float = 0.5) -> str:

@@ -17,6 +17,7 @@ import torch
 
 from peft._lazy import also_known
 from peft.core.combine.names import PruningMethod
+from peft.utils.error import ConfigChoiceError
 
 
 def reshape_weight_task_tensors(task_tensors: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -140,10 +141,10 @@ def calculate_majority_sign_mask(
         A mask, bool, of the shape of ``tensor``.
 
     Raises:
-        ValueError: for another method.
+        ConfigChoiceError: for another method.
     """
     if method not in ("total", "frequency"):
-        raise ValueError(f"Unknown way to elect the majority sign: {method!r}; choose 'total' or 'frequency'")
+        raise ConfigChoiceError(f"Unknown way to elect the majority sign: {method!r}; choose 'total' or 'frequency'")
     positive = (tensor if method == "total" else tensor.sign()).sum(dim=0) >= 0
     return torch.where(positive, tensor > 0, tensor < 0)
 

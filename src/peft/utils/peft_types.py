@@ -17,7 +17,7 @@ import warnings
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from peft.utils.error import nearest
+from peft.utils.error import AdapterNameError, nearest
 from peft.utils.warning import PeftWarning
 
 
@@ -201,7 +201,7 @@ def register_peft_method(
     taken: Any = (PEFT_TYPE_TO_CONFIG_MAPPING.get(key), PEFT_TYPE_TO_TUNER_MAPPING.get(key),
              PEFT_TYPE_TO_PREFIX_MAPPING.get(key))  # fmt: skip
     if taken[0] is not None and taken != entry:
-        raise ValueError(
+        raise AdapterNameError(
             f"Method {name!r} is already registered with {taken[0].__name__} and {taken[1].__name__} "
             f"(prefix {taken[2]!r}); choose another name."
         )

@@ -17,7 +17,7 @@ import torch
 from peft.core.adapter import Adapter
 from peft.core.combine.names import WAYS, CombinationType, Vote, Way
 from peft.core.layer.weight import bias_change, weight_change, wide
-from peft.utils.error import nearest
+from peft.utils.error import ConfigChoiceError, WrongTypeError, nearest
 from peft.utils.merge_utils import aligned, prune, task_arithmetic, ties
 
 
@@ -48,9 +48,9 @@ class Combination:
                 f"unknown combination_type {self.name!r}.{nearest(self.name, WAYS)} There are {', '.join(WAYS)}."
             )
         if self.vote not in get_args(Vote):
-            raise ValueError(f"majority_sign_method is 'total' or 'frequency', got {self.vote!r}.")
+            raise ConfigChoiceError(f"majority_sign_method is 'total' or 'frequency', got {self.vote!r}.")
         if self.way.pruning and self.density is None:
-            raise ValueError(
+            raise WrongTypeError(
                 f"combination_type {self.name!r} needs density, the fraction of entries to keep, such as 0.5."
             )
 

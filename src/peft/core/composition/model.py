@@ -145,6 +145,8 @@ class Compositions(ModelMixin):
         """A context for activating an adapter: gives the name of an expression, which is added if need be."""
         if isinstance(adapter, Composition):
             adapter = self._name_of(adapter)
+        elif not hasattr(adapter, "__iter__"):  # None, or a number
+            operations.require_adapters(self, [adapter])
         elif not isinstance(adapter, str) and len(adapter) > 1:
             self._check_list(adapter)
         try:

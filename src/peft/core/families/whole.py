@@ -13,7 +13,7 @@ from peft.core.addition import Addition, Replaces
 from peft.core.base.kinds import Kind
 from peft.core.base.storage import copied
 from peft.core.layer.weight import base_bias, base_weight
-from peft.utils.error import UnknownTokenError
+from peft.utils.error import OutOfRangeError
 
 
 class Copy(Adapter):
@@ -82,24 +82,34 @@ class Rows(Adapter):
         """The tokens that they are for, ``[n]``."""
         return torch.as_tensor(self.token_indices, device=device)
 
+    def once(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and their rows. Of a token that is given twice the last row counts; all its rows train alike."""
+        last = {token: place for place, token in enumerate(self.token_indices)}
+        rows = self.rows
+        if len(last) == len(self.token_indices):
+            return self.index(device), rows
+        order = {token: place for place, token in enumerate(last)}
+        home = torch.tensor([order[token] for token in self.token_indices], device=rows.device)
+        values = rows.detach()[torch.tensor([*last.values()], device=rows.device)]
+        return torch.tensor([*last], device=device), values.index_add(0, home, rows - rows.detach())
+
     def replace(self, indices: list[int], init: bool = True) -> None:
         """Allocate the trained rows: copies of the rows they replace (random ones without ``init``).
 
         A tied layer takes the very rows of the layer that it is tied to.
 
         Raises:
-            ValueError: if there is no index, or one is negative, repeated, or not in the table.
+            ValueError: if there is no index, or one is negative or not in the table.
         """
         if not indices:
             raise ValueError("no token indices are given, so no row would train: name the tokens by their indices.")
         base = base_weight(self.layer)
         table = base.T if self.kind.lookup else base
         wrong = [i for i in indices if not 0 <= i < table.shape[0]]
-        if wrong or len(set(indices)) < len(indices):
-            problem = f"outside the table of {table.shape[0]} tokens: {wrong}" if wrong else "repeated"
-            raise UnknownTokenError(
-                f"the token indices (trainable_token_indices, token_indices) are {problem}. Resize the embeddings "
-                "first if these tokens are new."
+        if wrong:
+            raise OutOfRangeError(
+                f"token indices (trainable_token_indices, token_indices) are outside the table of {table.shape[0]} "
+                f"tokens: {wrong}. Resize the embeddings first if these tokens are new."
             )
         source: Any = self.tied_to
         if source is not None:
@@ -134,8 +144,8 @@ class Rows(Adapter):
 
     def output(self, x: torch.Tensor, y: torch.Tensor, base_y: torch.Tensor) -> torch.Tensor:
         kind: Any = self.kind
-        base, rows = self.base, self.rows
-        index = self.index(y.device)
+        base = self.base
+        index, rows = self.once(y.device)
         if not self.kind.lookup:
             trained = self.kind.apply(base, x, rows)
             if (bias := base_bias(self.layer)) is not None:
@@ -148,5 +158,6 @@ class Rows(Adapter):
         return torch.where((ordered[found] == x).unsqueeze(-1), trained, y)
 
     def fold(self, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-        index, rows = self.index(weight.device), self.rows.to(weight.dtype)
+        index, rows = self.once(weight.device)
+        rows = rows.to(weight.dtype)
         return weight.index_copy(1, index, rows.T) if self.kind.lookup else weight.index_copy(0, index, rows)

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from peft.utils.error import CheckpointError, ConfigFileError, MissingFileError, some
+from peft.utils.error import CheckpointError, MissingFileError, NotAFolderError, WrongTypeError, damaged, some
 
 
 if TYPE_CHECKING:
@@ -76,7 +76,10 @@ def locate(where: str | os.PathLike, *names: str, subfolder: str | None = None, 
 
     Raises:
         MissingFileError: there is none; the message says what was looked for, where, and what to do.
+        WrongTypeError: ``where`` is no path.
     """
+    if not isinstance(where, (str, os.PathLike)):
+        raise WrongTypeError(f"an adapter is found by its folder, or by its name on the hub, not by {where!r}.")
     where = os.fspath(where)
     if not os.path.isdir(where):
         return _download(where, names, subfolder, hub)
@@ -209,9 +212,7 @@ def read_tensors(file: str, device: str | None = None) -> dict[str, torch.Tensor
             return load_file(file, device=str(device or "cpu"))
         tensors = torch_load(file, map_location=torch.device(device or "cpu"))
     except Exception as error:
-        raise CheckpointError(
-            f"{file} is damaged or no file of adapter weights ({type(error).__name__}: {error})."
-        ) from error
+        raise damaged(file, error) from error
     return checked_tensors(file, tensors)
 
 
@@ -272,11 +273,11 @@ def replacing(folder: str | os.PathLike, *stale: str) -> Iterator[Callable[[str]
         stale: names of files that the new ones make obsolete; they go when the new ones come.
 
     Raises:
-        ConfigFileError: the folder is a file.
+        NotAFolderError: the folder is a file.
     """
     folder = os.fspath(folder)
     if os.path.isfile(folder):
-        raise ConfigFileError(f"Cannot save to {folder!r}: it is a file, and a folder is needed.")
+        raise NotAFolderError(f"Cannot save to {folder!r}: it is a file, and a folder is needed.")
     new = not os.path.isdir(folder)
     os.makedirs(folder, exist_ok=True)
     _settle(folder, clear=True)

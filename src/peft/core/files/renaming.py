@@ -19,7 +19,8 @@ from torch import nn
 from peft.core.adapter import LABEL
 from peft.core.files.io import renamed
 from peft.core.model.targeting import matches
-from peft.core.model.walk import plain, walk
+from peft.core.model.walk import names_of_modules, plain_names, walk
+from peft.utils.error import NoMatchingPeftModuleError, some
 from peft.utils.peft_types import RENAMED_METHODS
 
 
@@ -58,17 +59,28 @@ def current_name(model: nn.Module) -> Callable[[str], Iterator[str]]:
 
 
 def _old_names(model: nn.Module) -> dict[str, set[str]]:
-    """What each module was called before, for those that were renamed."""
-    backwards = [transform.reverse_transform() for transform in reversed(_renamings(transforms_of(model)))]
+    """What each module was called before, for those that were renamed: all names that lead to those of today."""
+    backwards = [_backwards(transform) for transform in reversed(_renamings(transforms_of(model)))]
+    current = current_name(model)
     found: dict[str, set[str]] = {}
     for site in walk(model) if backwards else ():
         for suffix in _SUFFIXES:
-            old = site.key + suffix
-            for transform in backwards:
-                old = transform.rename_source_key(old)[0]
-            if site.key and old.endswith(suffix) and old != site.key + suffix:
-                found.setdefault(site.key, set()).add(old.removesuffix(suffix))
+            now = site.key + suffix
+            names = {now}
+            for ways in backwards:  # a module may have moved by this one, or not
+                names |= {way.rename_source_key(name)[0] for name in names for way in ways}
+            old = {name.removesuffix(suffix) for name in names - {now} if name.endswith(suffix)}
+            if site.key and (old := {name for name in old if now in current(name + suffix)}):
+                found.setdefault(site.key, set()).update(old)
     return found
+
+
+def _backwards(transform: Any) -> list[Any]:
+    """A renaming read backwards, once for each of the names that it takes together."""
+    sources, targets = transform.source_patterns, transform.target_patterns
+    if len(sources) == 1 or len(targets) != 1:
+        return [transform.reverse_transform()]
+    return [type(transform)(source, targets).reverse_transform() for source in sources]
 
 
 def update_names(model: nn.Module, config: Any) -> None:
@@ -92,9 +104,12 @@ def update_names(model: nn.Module, config: Any) -> None:
             setattr(config, field, type_of(field)(updated))
     for field in _PATTERNS:
         pattern = getattr(config, field, None) or {}
-        for key in [k for k in pattern if not _means(_whole(k), now)]:
-            if new := _meant(_whole(key), before()):
-                setattr(config, field, {**getattr(config, field), **{f"^{re.escape(n)}": pattern[key] for n in new}})
+        renewed: dict[str, Any] = {}
+        for key, value in pattern.items():
+            new = [] if _means(_whole(key), now) else _meant(_whole(key), before())
+            renewed.update(dict.fromkeys((f"^{re.escape(name)}" for name in new), value) if new else {key: value})
+        if renewed != pattern:
+            setattr(config, field, renewed)
 
 
 def type_of(field: str) -> Callable[[Iterable[str]], Any]:
@@ -120,8 +135,8 @@ def _meant(targets: str | list[str], old: dict[str, set[str]]) -> list[str]:
 
 
 def of_today(state_dict: dict[str, Any], config: Any) -> dict[str, Any]:
-    """A state dict under plain names, those of a method that had another name in older files as they are today."""
-    given = {plain(name): value for name, value in state_dict.items()}
+    """A state dict with the names of today, of a method that had another one in older files."""
+    given = state_dict
     for now, old, new in RENAMED_METHODS.values():
         if config is not None and config.peft_type == now:
             given = {
@@ -129,6 +144,32 @@ def of_today(state_dict: dict[str, Any], config: Any) -> dict[str, Any]:
                 for name, value in given.items()
             }
     return given
+
+
+def keys_of(model: nn.Module, state_dict: dict[str, Any], layer_cls: Any) -> set[str]:
+    """Names of the modules for which a checkpoint has tensors of this method.
+
+    Raises:
+        NoMatchingPeftModuleError: if it has none.
+    """
+    several = names_of_modules(model)
+    known = {name: s.key for s in walk(model) for name in several.get(id(s.module), [s.key])}
+    parts = layer_cls.adapter_cls.parts.values()
+    names = "|".join(re.escape(name) for part in parts for name in part.names)
+    found, current = set(), current_name(model)
+    for key in plain_names(state_dict, model):
+        # Beside adapters of other methods, files have a `base_layer` between a module's name and the tensor's.
+        split = re.match(rf"(?:base_model\.model\.)?(.+?)(?:\.base_layer)*\.(?:{names})(?:\.|$)", key)
+        old = split.group(1) if split else ""
+        today = (new.removesuffix(".weight") for new in (f"{old}.weight", *current(f"{old}.weight")))
+        if place := next((known[name] for name in today if name in known), None):
+            found.add(place)
+    if not found:
+        held = some(state_dict, 3) or "it is empty"
+        raise NoMatchingPeftModuleError(
+            f"the state dict has no tensors of {layer_cls.__name__} for modules of this model ({held})."
+        )
+    return found
 
 
 def names_today(name: str, tails: set[str], current: Callable[[str], Iterator[str]]) -> Iterator[str]:

@@ -28,6 +28,7 @@ from peft.core.model.walk import (
     join,
     layers_of,
     plain,
+    plain_names,
     unreplicated,
     walk,
 )
@@ -128,9 +129,7 @@ def _holding(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> Iterator[
     Yields:
         The tensors that the state dict lacks, by id, with their names.
     """
-    given = {plain(name): value for name, value in state_dict.items()}
-    if "module" not in model._modules and given and all(name.startswith("module.") for name in given):  # a replica
-        given = {name.removeprefix("module."): value for name, value in given.items()}
+    given = plain_names(state_dict, model)
     places: list[tuple[dict[str, Any], str, torch.Tensor]] = []
     values: dict[int, torch.Tensor] = {}
     absent: dict[int, str] = {}
@@ -194,7 +193,8 @@ def set_peft_model_state_dict(
         low_cpu_mem_usage: put the given tensors into the model instead of copying them.
 
     Raises:
-        RuntimeError: (also a ValueError) if a tensor has another shape than its place; nothing has been changed then.
+        RuntimeError: (also a ValueError) if a tensor has another shape than its place, or is none; nothing has been
+            changed then.
 
     Returns:
         Names in the model of what the state dict lacks, and names of the state dict that belong nowhere. Tensors of
@@ -220,6 +220,8 @@ def _put(
     model: nn.Module, adapter_name: str, peft_model_state_dict: dict[str, torch.Tensor], ignore: bool, assign: bool
 ) -> Match:
     root, _ = anatomy(model)
+    if odd := [name for name, value in peft_model_state_dict.items() if not isinstance(value, torch.Tensor)]:
+        raise CheckpointError(f"a state dict holds tensors by name; these are none: {some(odd)}.")
     if (prompts := prompts_of(model)) and adapter_name in prompts:
         prompts.make_room(adapter_name, peft_model_state_dict)
     found = match(model, adapter_name, peft_model_state_dict)
@@ -229,9 +231,14 @@ def _put(
         names = ", ".join(entry.saved for entry, _ in found.wrong)
         warnings.warn(f"these tensors have another shape and were left out: {names}")
     unmerge_for(root, adapter_name)
+    replaced: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
     with torch.no_grad():
         for entry, value in sorted(found.fits, key=lambda item: item[0].put is None):  # exact ones after rounded ones
-            _write(model, entry, value, assign)
+            _write(model, entry, value, assign, replaced)
+        for module in root.modules() if replaced else ():  # tied modules hold one tensor, a file has it once
+            for name, p in module._parameters.items():
+                if p is not None and id(p) in replaced:
+                    module._parameters[name] = replaced[id(p)][1]
         if found.base:
             train_along(root, adapter_name, found.base, _acting(root, prompts))
         for layer, value in found.weights:
@@ -295,7 +302,7 @@ def match(model: nn.Module, adapter: str, state_dict: dict[str, torch.Tensor]) -
     found = Match(own, [], [], [], [], [])
     rest: dict[str, torch.Tensor] = {}
     config = configs_of(model).get(adapter)
-    for name, value in joined(of_today(state_dict, config), own, prefix).items():
+    for name, value in joined(of_today(plain_names(state_dict, model, root), config), own, prefix).items():
         # From a file with the prefix into a plain model that was adapted in place, and the other way round.
         place = known.get(name) or known.get(prefix + name) or known.get(name.removeprefix(PREFIX))
         if place is None:
@@ -323,7 +330,7 @@ def _match_rest(found: Match, root: nn.Module, prefix: str, known: dict[str, Ent
     tails = {entry.tail for entry in found.own if entry.tail}
     labelled = {e.tail.partition(".")[0] for e in found.own if e.owner is not None and e.owner.labelled_inside}
     for name, value in rest.items():
-        tail = name.removeprefix(prefix)
+        tail = name.removeprefix(prefix).removeprefix(PREFIX)
         names = [name, *(prefix + new for new in (*names_today(tail, tails, current), *relabelled(tail, labelled)))]
         place = next((known[n] for n in names if n in known), None)
         base = next((places[n] for n in names if n in places), None)
@@ -374,7 +381,8 @@ def unmerge_for(root: nn.Module, adapter: str) -> None:
             layer.unmerge()
 
 
-def _write(model: nn.Module, entry: Entry, value: torch.Tensor, assign: bool) -> None:
+def _write(model: nn.Module, entry: Entry, value: torch.Tensor, assign: bool, replaced: dict[int, Any]) -> None:
+    """Put a tensor into its place. A parameter that another takes the place of is noted, with that, by its id."""
     if entry.put is not None:
         entry.put(value)
     elif not entry.memory:  # a view of another layer's tensor, or a weight of the base model
@@ -393,7 +401,8 @@ def _write(model: nn.Module, entry: Entry, value: torch.Tensor, assign: bool) ->
         device = _device_near(model, entry) if old.device.type == "meta" else old.device
         value = value.to(device, old.dtype).contiguous()
         if isinstance(old, nn.Parameter):
-            parent._parameters[name] = nn.Parameter(value, requires_grad=old.requires_grad)
+            new = parent._parameters[name] = nn.Parameter(value, requires_grad=old.requires_grad)
+            replaced[id(old)] = (old, new)
         else:
             parent._buffers[name] = value
     else:

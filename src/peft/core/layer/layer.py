@@ -26,6 +26,7 @@ from peft.core.layer.room import held_constant, hold, make_more_room, make_room,
 from peft.core.layer.rows import mixed
 from peft.core.model.context import Context
 from peft.kernels.grouped import forget
+from peft.utils.error import WrongTypeError
 
 
 _UNREADABLE = (
@@ -335,7 +336,7 @@ def check_adapters_to_merge(module: BaseTunerLayer, adapter_names: list[str] | N
     Warns if all of them are merged already.
     """
     if isinstance(adapter_names, str):
-        raise ValueError(f"adapter_names should be a list of adapter names, got the string {adapter_names!r}.")
+        raise WrongTypeError(f"adapter_names should be a list of adapter names, got the string {adapter_names!r}.")
     new = module.to_merge(adapter_names)
     wanted = module.active_adapters if adapter_names is None else adapter_names
     if not new and (merged := [name for name in wanted if name in module.merged_adapters]):

@@ -18,7 +18,7 @@ from torch import nn
 from peft.core.base.storage import storage_of
 from peft.kernels.made_weight import made_product
 from peft.kernels.strict import forbid_dense
-from peft.utils.error import NoEqualWeightError
+from peft.utils.error import CheckpointError, NoEqualWeightError
 
 
 if TYPE_CHECKING:
@@ -264,11 +264,18 @@ def merge(layer: BaseTunerLayer, new: Adapters, safe_merge: bool) -> None:
     """Put these adapters into the base weight beside those that are in it; the layer is unchanged by errors.
 
     Raises:
-        ValueError: if one cannot be merged, or the merged weight is not finite.
+        ValueError: if one cannot be merged or has no values yet, or the merged weight is not finite.
     """
     for adapter in new:
         if reason := adapter.unmergeable():
             raise NoEqualWeightError(f"adapter {adapter.name!r} cannot be merged: {reason}")
+    base_is_meta = any(p.is_meta for p in layer.get_base_layer().parameters())
+    for adapter in () if base_is_meta else new:  # some products with tensors on meta give what is in memory
+        if any(p.is_meta for p in layer.adapter_parameters(adapter.name)):
+            raise CheckpointError(
+                f"adapter {adapter.name!r} has no values yet (low_cpu_mem_usage), so it cannot be merged: load all "
+                "its tensors with set_peft_model_state_dict first."
+            )
     names = [*layer.merged_adapters, *(adapter.name for adapter in new)]
     adapters = [layer.adapters[name] for name in names]
     layer.check_active(names)
@@ -306,7 +313,10 @@ def _swap(layer: BaseTunerLayer, adapters: Adapters, safe_merge: bool) -> None:
 
 def dtype_of_module(module: nn.Module) -> torch.dtype | None:
     """The dtype of the first of its parameters that floats, None where it has none."""
-    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+    for p in module.parameters():  # no next(.., None): torch 2.8 does not compile it
+        if p.is_floating_point():
+            return p.dtype
+    return None
 
 
 def check_writable(layer: BaseTunerLayer) -> None:

@@ -21,7 +21,7 @@ from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.switch import Switch
 from peft.core.model.record import known_record
 from peft.core.model.walk import AuxiliaryWrapper, Site, file_path, join, replace_module, walk
-from peft.utils.error import ConfigError
+from peft.utils.error import ConfigError, WrongTypeError
 
 
 class AuxiliaryTrainingWrapper(Switch, AuxiliaryWrapper):
@@ -228,7 +228,10 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
     token_adapter: BaseTunerLayer
 
     def _wrap(self, module: nn.Module) -> None:
-        kind = kind_of(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module) or WHOLE
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        kind = kind_of(base) or WHOLE
+        if reason := TrainableTokens.refusal(kind, base, None):
+            raise WrongTypeError(f"trainable_token_indices cannot be applied to a {type(base).__name__}: {reason}.")
         self.token_adapter = class_for(TrainableTokensLayer, kind, module)(module, kind=kind)
 
     @property
@@ -371,6 +374,15 @@ class TrainedBiases:
         if len(found) > 1:
             raise ValueError(f"adapters {found} train the same biases of the base model; activate one of them.")
         return found[0] if found else None
+
+    def check_rows(self, rows: dict[str, list[str]]) -> None:
+        """Raise ValueError if rows of a batch, by what stands behind each, need other biases than those applied."""
+        if odd := [row for row, names in rows.items() if self.choose(names) != self.applied]:
+            raise ValueError(
+                f"adapter_names: tensors of the base model are trained along (bias=..., or in a file) by "
+                f"{[*self.values]}, and the base has one set of them for all rows: that of {self.applied!r}, which is "
+                f"active, and not that of {odd}. Call the model for these apart, each time with its adapter active."
+            )
 
     def delete(self, name: str) -> None:
         if self.applied == name:

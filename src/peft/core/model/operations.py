@@ -30,7 +30,7 @@ from peft.core.model.walk import (
     walk,
     wrappers_of,
 )
-from peft.utils.error import UnknownAdapterError
+from peft.utils.error import UnknownAdapterError, WrongTypeError
 
 
 def names_of(adapter_names: str | Sequence[str]) -> list[str]:
@@ -48,6 +48,8 @@ def adapters_of(model: nn.Module) -> list[str]:
 
 def require_adapters(model: nn.Module, names: Iterable[str], known: Iterable[str] | None = None) -> None:
     """Raise UnknownAdapterError for a name that is no adapter of the model; it lists those there are."""
+    if isinstance(names, str):
+        raise WrongTypeError(f"adapter_names should be a list of adapter names, got the string {names!r}.")
     known = list(adapters_of(model) if known is None else known)
     unknown = [name for name in names if name not in known]
     if unknown:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from peft.core.model.record import drop_if_empty, known_record, record_of
+from peft.utils.error import OutOfRangeError
 
 
 class Replication:
@@ -72,7 +73,7 @@ def replicate_layers(model: nn.Module, layer_map: Sequence[Sequence[int]]) -> bo
         )
     wrong = [pair for pair in ranges if len(pair) != 2 or not 0 <= pair[0] < pair[1] <= depth]
     if wrong or not ranges:
-        raise ValueError(f"layer_replication has the ranges {wrong}, but the model has the layers 0 to {depth - 1}.")
+        raise OutOfRangeError(f"layer_replication has the ranges {wrong}; the model has the layers 0 to {depth - 1}.")
     record = record_of(model).replication = Replication(model, lists[0], ranges)
     order = record.order
     first = {i: place for place, i in reversed(list(enumerate(order)))}  # where it stays itself; later ones are copies

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -18,6 +17,7 @@ from peft.core.base.readers import reads_weight_of
 from peft.core.base.stack import Stack
 from peft.core.base.storage import weight_names
 from peft.core.combine.sums import add_sum
+from peft.core.files.renaming import keys_of
 from peft.core.layer.classes import class_for
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.placement import place_for
@@ -36,13 +36,10 @@ from peft.core.model.walk import (
     layers_of,
     locate,
     names_in,
-    names_of_modules,
     parent_of,
     replace_at,
     surveyed,
-    walk,
 )
-from peft.utils.error import some
 from peft.utils.usage import counts, recording
 
 
@@ -172,7 +169,7 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
 
     def settle(self, model: nn.Module, name: str, autocast_adapter_dtype: bool, low_cpu_mem_usage: bool) -> None:
         """What follows when an adapter has got its parts."""
-        operations.settle(model, name, autocast_adapter_dtype)
+        operations.settle(model, name, self.widens(name, autocast_adapter_dtype))
         if low_cpu_mem_usage or getattr(next(model.parameters(), None), "is_meta", False):
             refuse_unfilled(model)  # what a method makes of a base without values has none
 
@@ -409,26 +406,3 @@ def _fitting(
     """The layer among these that holds adapters of a method for the target's weight."""
     fits = (w for _, w in wrappers if isinstance(w, layer_cls))
     return next((w for w in fits if target.kind is None or w.kind.whole or w.kind.weight == target.kind.weight), None)
-
-
-def keys_of(model: nn.Module, state_dict: dict[str, Any], layer_cls: type[BaseTunerLayer]) -> set[str]:
-    """Names of the modules for which a checkpoint has tensors of this method.
-
-    Raises:
-        ValueError: if it has none.
-    """
-    several = names_of_modules(model)
-    known = {name: s.key for s in walk(model) for name in several.get(id(s.module), [s.key])}
-    parts = layer_cls.adapter_cls.parts.values()
-    names = "|".join(re.escape(name) for part in parts for name in part.names)
-    found = set()
-    for key in state_dict:
-        # Beside adapters of other methods, files have a `base_layer` between a module's name and the tensor's.
-        split = re.match(rf"(?:base_model\.model\.)?(.+?)(?:\.base_layer)*\.(?:{names})(?:\.|$)", key)
-        if split and split.group(1) in known:
-            found.add(known[split.group(1)])
-    if not found:
-        raise ValueError(
-            f"the state dict has no tensors of {layer_cls.__name__} for modules of this model ({some(state_dict, 3)})."
-        )
-    return found

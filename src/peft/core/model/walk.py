@@ -70,6 +70,15 @@ def plain(name: str) -> str:
     return ".".join([part for part in name.split(".") if part not in _PASSED]) if "._" in f".{name}" else name
 
 
+def plain_names(state_dict: dict[str, Any], *models: nn.Module) -> dict[str, Any]:
+    """A state dict of one of these models under plain names, and without what a replica (DDP) puts before them."""
+    given = {plain(name): value for name, value in state_dict.items()}
+    own = any("module" in model._modules for model in models)
+    if not given or not all(name.startswith("module.base_model." if own else "module.") for name in given):
+        return given
+    return {name.removeprefix("module."): value for name, value in given.items()}
+
+
 def inner_name(module: nn.Module) -> str | None:
     """The path from ``module`` to the module that it wraps, or None if it wraps none."""
     if isinstance(module, BaseTunerLayer):

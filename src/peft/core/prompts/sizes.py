@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from peft.core.model.walk import embeddings_of
-from peft.utils.error import ConfigError
+from peft.utils.error import ConfigError, ConfigTypeError
 
 
 def settle_sizes(config: Any, model: nn.Module, as_prefix: bool) -> None:
@@ -18,7 +18,7 @@ def settle_sizes(config: Any, model: nn.Module, as_prefix: bool) -> None:
         ValueError: if a size is neither given nor found, or given and not that of the model.
     """
     if config.num_virtual_tokens is None:
-        raise ConfigError(f"{type(config).__name__} needs num_virtual_tokens, the length of the prompt.")
+        raise ConfigTypeError(f"{type(config).__name__} needs num_virtual_tokens, the length of the prompt.")
     if config.num_transformer_submodules is None:
         config.num_transformer_submodules = 2 if config.task_type == "SEQ_2_SEQ_LM" else 1
     found = sizes_of(model, as_prefix)

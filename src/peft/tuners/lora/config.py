@@ -17,7 +17,7 @@ from peft.config import (
     TrainedBias,
     option,
 )
-from peft.utils.error import ConfigError
+from peft.utils.error import ConfigError, ConfigTypeError
 from peft.utils.peft_types import PeftType, TaskType
 
 
@@ -376,7 +376,7 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
         tokens = self.trainable_token_indices
         for indices in tokens.values() if isinstance(tokens, dict) else [] if tokens is None else [tokens]:
             if not isinstance(indices, (list, tuple)) or not all(type(i) is int and i >= 0 for i in indices):
-                raise ConfigError(
+                raise ConfigTypeError(
                     f"{type(self).__name__}: trainable_token_indices must hold lists of token indices, got "
                     f"{indices!r}."
                 )

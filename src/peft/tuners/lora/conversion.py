@@ -34,7 +34,7 @@ from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.lora.pairs import join_pair, pair_blocks
-from peft.utils.error import NoAdaptedLayersError
+from peft.utils.error import NoAdaptedLayersError, WrongTypeError
 
 
 # What says which layers are adapted, and of what: the same fields in every config.
@@ -273,7 +273,7 @@ def _check_weights(names: list[str], weights: Sequence[float] | None) -> list[fl
 
 def _check_rank(rank: float) -> None:
     if isinstance(rank, bool) or not isinstance(rank, int | float) or rank <= 0:
-        raise ValueError(f"rank should be an int of at least 1, or a float in (0, 1], got {rank!r}.")
+        raise WrongTypeError(f"rank should be an int of at least 1, or a float in (0, 1], got {rank!r}.")
     if isinstance(rank, float) and rank > 1:
         raise ValueError(f"a rank that is a float is a share of the update's energy, in (0, 1]; got {rank}.")
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from peft.core.base.kinds import Kind
 from peft.core.filling import unfilled_linear
+from peft.utils.error import MissingPackageError
 
 
 class ParallelLinear(Kind):
@@ -123,13 +124,13 @@ def use_library(name: str) -> None:
         name: ``megatron.core``, or a package that offers the same.
 
     Raises:
-        ValueError: if it cannot be imported, or has no such layers.
+        MissingPackageError: if it cannot be imported, or has no such layers.
     """
     try:
         layers = importlib.import_module(f"{name}.tensor_parallel")
         found = [getattr(layers, kind.layer) for kind in PARALLEL]
     except (ImportError, AttributeError) as error:
-        raise ValueError(
+        raise MissingPackageError(
             f"megatron_config adapts the parallel layers of {name!r}, which cannot be used here: {error}. Install it "
             "(pip install megatron-core), name the package that has tensor_parallel.ColumnParallelLinear and "
             "RowParallelLinear in megatron_core, or leave megatron_config out to adapt the model's other layers."

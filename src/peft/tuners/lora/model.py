@@ -69,13 +69,13 @@ class LoraTuner(LoraCompat, BaseTuner):
     ) -> None:
         """Add an adapter that combines others, inactive and frozen, with scale 1.
 
-        An adapter that a layer lacks contributes nothing there; ranks may differ.
+        An adapter that a layer lacks contributes nothing there.
 
         Args:
             weights: one for each adapter; negative ones subtract it.
             combination_type: "cat" puts the pairs side by side: exactly the weighted sum of the updates, at the sum
                 of the ranks. "svd": the best approximation of that sum at a lower rank. "linear": weighted sums of
-                the A's and of the B's, which is exact for one adapter only. "magnitude_prune", "ties"
+                the A's and of the B's, exact for one adapter, refused for ranks that differ. "magnitude_prune", "ties"
                 (arXiv 2306.01708), "dare_linear", "dare_ties" (arXiv 2311.03099): prune A and B, then combine them;
                 with "_svd" at the end, prune the updates and factor the result. "della_svd" (arXiv 2406.11617) drops
                 small entries more often, "breadcrumbs_svd" (arXiv 2312.06795) the largest and the smallest ones,
@@ -92,7 +92,7 @@ class LoraTuner(LoraCompat, BaseTuner):
 
         Examples:
             >>> model.add_adapter("other", LoraConfig(r=8, task_type="CAUSAL_LM"))
-            >>> model.add_weighted_adapter(["default", "other"], [0.7, 0.3], "both", combination_type="linear")
+            >>> model.add_weighted_adapter(["default", "other"], [0.7, 0.3], "both", combination_type="cat")
             >>> model.set_adapter("both")
         """
         weights = checked_weights(self, adapters, weights)
@@ -156,6 +156,17 @@ class LoraTuner(LoraCompat, BaseTuner):
             "path_initial_model_for_weight_conversion, or merge it into the base."
         )
 
+    def _check_ranks(self, adapters: list[str], combination: Combination) -> None:
+        if combination.way.dense or combination.name == "cat":
+            return
+        for path, layer in tuner_layers(self):
+            ranks = {name: layer.r[name] for name in adapters if name in layer}
+            if len(set(ranks.values())) > 1:
+                raise ValueError(
+                    f"combination_type {combination.name!r} adds up A's and B's, and those of {path!r} have different "
+                    f"ranks: {ranks}. 'cat' gives the exact sum, 'svd' its best approximation at the rank you say."
+                )
+
     def _check_combination(self, adapters: list[str], svd_rank: int | None, svd_clamp: float | None) -> None:
         if svd_rank is not None and svd_rank < 1:
             raise ValueError(f"svd_rank is the rank of the new adapter and has to be at least 1, got {svd_rank}.")
@@ -182,6 +193,7 @@ class LoraTuner(LoraCompat, BaseTuner):
 
     def _combined_rank(self, adapters: list[str], combination: Combination, svd_rank: int | None) -> int:
         """The rank of the result, the same in all layers."""
+        self._check_ranks(adapters, combination)
         ranks, groups = [], 1
         for _, layer in tuner_layers(self):
             here: list[Any] = [layer.adapters[name] for name in adapters if name in layer]

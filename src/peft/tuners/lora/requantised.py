@@ -15,9 +15,11 @@ from peft.core.base.storage.quantized import Quantized
 from peft.core.combine.ranks import halves, svd
 from peft.core.files.shards import SINGLE, Shards
 from peft.core.layer.weight import unmerged_weight
+from peft.core.model.operations import require_adapters
 from peft.core.model.walk import layers_of
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.model import LoraTuner
+from peft.utils.error import MissingFileError
 
 
 @torch.no_grad()
@@ -37,13 +39,19 @@ def replace_lora_weights_loftq(
         callback: called as ``callback(model, module_name)`` after each layer; what it returns false for is put back.
 
     Raises:
-        ValueError: if the model is no LoRA model, or has no such layer with this adapter.
+        ValueError: if the model is no LoRA model, or has no such layer with this adapter. An adapter that is not there
+            is a KeyError as well.
         FileNotFoundError: if the unquantised weights are not found as safetensors.
         KeyError: if they lack a layer's weight.
     """
     tuner: Any = getattr(peft_model, "base_model", None)
     if not isinstance(tuner, LoraTuner):
         raise ValueError(f"LoftQ fits LoRA, and this is {type(tuner or peft_model).__name__} without it.")
+    require_adapters(tuner.model, [adapter_name])
+    source = model_path or getattr(getattr(tuner.model, "config", None), "_name_or_path", None)
+    if not source:
+        raise ValueError("the base does not say where it was loaded from: give the unquantised weights as model_path.")
+    shards = _shards(source)
     layers = [(name, layer) for name, layer in layers_of(tuner.model) if _has_lost(layer) and adapter_name in layer]
     if not layers:
         raise ValueError(
@@ -52,7 +60,6 @@ def replace_lora_weights_loftq(
             "dense one."
         )
     prefix = getattr(tuner.model, "base_model_prefix", "")
-    shards = _shards(model_path or tuner.model.config._name_or_path)
     for name, layer in layers:
         full = _dense(shards, f"{name}.weight", prefix).to(layer.lora_A[adapter_name].weight.device).float()
         lora: Any = layer.adapters[adapter_name]
@@ -77,7 +84,10 @@ def _has_lost(layer: Any) -> bool:
 def _shards(source: str) -> Shards:
     """The model's files in a folder, or on the hub."""
     if not Path(source).exists():
-        source = cached_file(source, SINGLE, _raise_exceptions_for_missing_entries=False) or source
+        try:
+            source = cached_file(source, SINGLE, _raise_exceptions_for_missing_entries=False) or source
+        except OSError as error:
+            raise MissingFileError(f"the unquantised weights {source!r} were not found: {error}") from error
     return Shards(source)
 
 
