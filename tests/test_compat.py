@@ -44,6 +44,10 @@ def asked(layer, name, *args, **kwargs):
 # What third parties were seen to import, where 0.21 has it and the name's own place here is another.
 IMPORTED = """
     peft.auto check_file_exists_on_hf_hub
+    peft.tuners.adaption_prompt.utils llama_apply_rotary_pos_emb llama_compute_query_states
+    peft.utils.save_and_load _maybe_shard_state_dict_for_tp
+    peft.utils.transformers_weight_conversion _convert_peft_config_moe
+    peft.tuners.lora.variants LoraVariant
     peft.mapping get_peft_model PeftType MODEL_TYPE_TO_PEFT_MODEL_MAPPING
     peft.mapping_func PEFT_TYPE_TO_CONFIG_MAPPING BaseTuner
     peft.peft_model PeftType TaskType shift_tokens_right _get_batch_size BaseTunerLayer WEIGHTS_NAME _set_trainable
@@ -317,6 +321,71 @@ def test_a_replaced_hook_of_injection_leaves_out_and_redirects(monkeypatch):
     assert [name for name, _ in layers_of(model.base_model.model)] == ["0.linear", "2"]
     with pytest.raises(ValueError, match="cannot be adapted"):
         get_peft_model(nn.Sequential(nn.Tanh()), LoraConfig(r=2, target_modules=["0"]))
+
+
+def test_replaced_steps_of_casting_and_unloading(monkeypatch):
+    """As ms-swift keeps a dtype of its own, and unsloth clears up after a merge."""
+    cast, unload, seen = peft.LoraModel._cast_adapter_dtype, tuners_utils.BaseTuner._unload_and_optionally_merge, []
+    monkeypatch.setattr(peft.LoraModel, "_cast_adapter_dtype", lambda self, name, _=True: cast(self, name, False))
+
+    def cleared(self, *args, **kwargs):
+        seen.append((args, kwargs))
+        return unload(self, *args, **kwargs)
+
+    monkeypatch.setattr(tuners_utils.BaseTuner, "_unload_and_optionally_merge", cleared)
+    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)).bfloat16(), config)
+    assert model.base_model.model[0].lora_A["default"].weight.dtype == torch.bfloat16
+    x = torch.randn(2, 4).bfloat16()
+    want = model(x)
+    torch.testing.assert_close(model.merge_and_unload()(x), want, rtol=0.05, atol=0.05)
+    assert type(get_peft_model(nn.Sequential(nn.Linear(4, 4)), config).unload()[0]) is nn.Linear
+    assert len(seen) == 2
+
+
+def test_a_replaced_choice_of_parameters(monkeypatch):
+    """As axolotl chooses them: it hands each on by ``_create_and_replace``."""
+    before, seen = tuners_utils.BaseTuner._inject_parameters, []
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Parameter(torch.randn(2, 4, 6)), nn.Parameter(torch.randn(2, 6, 4))
+
+        def forward(self, x):
+            return x @ self.up[0] @ self.down[1]
+
+    def choose(self, peft_config, model, adapter_name, low_cpu_mem_usage):
+        seen.extend(before(self, peft_config, model, adapter_name, low_cpu_mem_usage))
+        self._create_and_replace(
+            peft_config, adapter_name, model[0], "0", model, current_key="0.up", parameter_name="up"
+        )
+        return seen
+
+    monkeypatch.setattr(tuners_utils.BaseTuner, "_inject_parameters", choose)
+    base = nn.Sequential(Experts(), nn.Linear(4, 4))
+    config = LoraConfig(r=2, target_modules=["1"], target_parameters=["0.down"], init_lora_weights=False)
+    model = get_peft_model(base, config)
+    layers = {layer.parameter_name: layer for _, layer in layers_of(model.base_model.model)}
+    assert seen == ["0.down"] and set(layers) == {"weight", "up", "down"}
+    layer = layers["up"]
+    plain = layer.get_base_layer().up.detach().clone()
+    with layer._activate_lora(["default"]):
+        torch.testing.assert_close(layer.get_base_layer().up, plain + layer.get_delta_weight("default"))
+    assert torch.equal(layer.get_base_layer().up, plain)
+
+
+def test_tables_are_looked_up_and_queries_rotated():
+    model = get_peft_model(nn.Sequential(nn.Embedding(9, 4, padding_idx=1)), LoraConfig(r=2, target_modules=["0"]))
+    layer, table, rows = model.base_model.model[0], torch.randn(9, 2), torch.tensor([3, 1])
+    assert torch.equal(layer._embed(rows, table), table[rows])
+    shifted = layer._embed(rows, table, lambda given: given[0] + 1, torch.neg)
+    assert torch.equal(shifted, -table[rows + 1])
+    utils = sys.modules["peft.tuners.adaption_prompt"]
+    q, (cos, sin), at = torch.randn(2, 3, 2, 4), torch.randn(2, 1, 1, 5, 4), torch.tensor([[0, 1], [3, 4]])
+    turned = torch.stack([-q[..., 2], -q[..., 3], q[..., 0], q[..., 1]], -1)
+    want = q * cos[0, 0][at][:, None] + turned * sin[0, 0][at][:, None]
+    torch.testing.assert_close(utils.llama_apply_rotary_pos_emb(q, cos, sin, at), want)
 
 
 def test_a_start_is_subtracted():

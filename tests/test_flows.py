@@ -608,6 +608,7 @@ def test_autocast(name):
     expected = logits(model)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(logits(model).float(), expected, rtol=0.1, atol=0.1)
+    with torch.autocast("cpu", torch.bfloat16):  # torch 2.8 keeps what it cast without gradients while a context lasts
         loss = model(input_ids=IDS, labels=IDS).loss
     loss.backward()
     for key, p in trained(model).items():

@@ -22,6 +22,7 @@ PARTS = ("config", "layer", "model", "bnb")
 
 # Further parts that others import, by method.
 MORE_PARTS = {
+    "adaption_prompt": ("utils",),
     "adalora": ("gptq",),
     "adamss": ("asa_callback",),
     "cartridge": ("utils",),
@@ -70,7 +71,18 @@ OF_LIBRARY: dict[str, dict[str, str]] = {
 # What others import from a method's module and what stands elsewhere, resolved on first use.
 ELSEWHERE: dict[str, dict[str, tuple[str, ...]]] = {
     "adamss": {"peft.compat.callbacks": ("AdamssAsaCallback",)},
-    "adaption_prompt": {"peft.compat.attention": ("ModelTypeConfig", "TRANSFORMERS_MODEL_CONFIG")},
+    "adaption_prompt": {
+        "peft.compat.attention": (
+            "ModelTypeConfig",
+            "TRANSFORMERS_MODEL_CONFIG",
+            "compute_query_states",
+            "gpt2_compute_query_states",
+            "is_adaption_prompt_trainable",
+            "llama_compute_query_states",
+            "llama_apply_rotary_pos_emb",
+            "llama_rotate_half",
+        )
+    },
     "lora": {
         "peft.compat.lora_variant": ("LoraVariant",),
         "peft.compat.parameters": ("_LoraParameterProxy",),

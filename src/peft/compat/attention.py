@@ -28,6 +28,32 @@ def compute_query_states(model: nn.Module, **kwargs: Any) -> torch.Tensor:
     return seen[0]
 
 
+llama_compute_query_states = gpt2_compute_query_states = compute_query_states
+
+
+def is_adaption_prompt_trainable(params: str) -> bool:
+    """Whether a parameter of this name is one of the method's."""
+    return "adaption_" in params
+
+
+def llama_rotate_half(x: torch.Tensor) -> torch.Tensor:
+    """(x1, x2) -> (-x2, x1) of the halves of the last axis; optimum-habana builds its attention on these two."""
+    first, second = x.chunk(2, -1)
+    return torch.cat([-second, first], -1)
+
+
+def llama_apply_rotary_pos_emb(
+    q: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, position_ids: torch.Tensor
+) -> torch.Tensor:
+    """Queries ``[batch, heads, tokens, features]`` rotated by their positions ``[batch, tokens]``.
+
+    Args:
+        cos, sin: tables ``[1, 1, positions, features]``, as rotary embeddings of older LLaMAs give them.
+    """
+    cos, sin = (table[0, 0][position_ids].unsqueeze(1) for table in (cos, sin))
+    return q * cos + llama_rotate_half(q) * sin
+
+
 @dataclass
 class ModelTypeConfig:
     """What the parts of an attention are called: ``k_proj_layer`` makes values too where ``v_proj_layer`` is None."""

@@ -38,6 +38,11 @@ def check_file_exists_on_hf_hub(repo_id: str, filename: str, **kwargs: Any) -> b
         return None
 
 
+def _maybe_shard_state_dict_for_tp(model: nn.Module, state_dict: dict[str, torch.Tensor], adapter_name: str) -> None:
+    """Leaves an adapter's tensors as they are. transformers 5.6 to 5.17 call it on a model with tensor parallelism, of
+    which each process has its part of the layers, but here the whole adapter; ms-swift replaces it."""
+
+
 def _insert_adapter_name_into_state_dict(
     state_dict: dict[str, torch.Tensor], adapter_name: str, parameter_prefix: str
 ) -> dict[str, torch.Tensor]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
 from peft.compat.asked import Asked, is_theirs
+from peft.compat.parameters import _LoraParameterProxy
 from peft.core.combine.combined import checked_weights, combined_config
 from peft.core.combine.ways import Combination
 from peft.core.files.entries import anatomy, entries
@@ -96,6 +99,10 @@ class LoraLayerCompat:
     """Of ``LoraLayer``: starts by the names of their methods, for layers of third parties."""
 
     reset_lora_parameters: Any
+    get_base_layer: Any
+    get_delta_weight: Any
+    adapters: Any
+    parameter_name: str
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """What the adapter adds to the base weight, in the layout in which the layer stores it.
@@ -129,6 +136,48 @@ class LoraLayerCompat:
     def mica_init(self, adapter_name: str) -> None:
         """Start an adapter that is one of MiCA's anew."""
         self.reset_lora_parameters(adapter_name, "mica")
+
+    def _embed(
+        self,
+        input: torch.Tensor,
+        weight: torch.Tensor,
+        input_fn: Callable[[tuple[torch.Tensor]], torch.Tensor] | None = None,
+        output_fn: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Rows ``input`` of a table ``[entries, r]``, looked up as an adapted embedding's own are.
+
+        Layers of third parties take it over (optimum-neuron). ``input_fn`` and ``output_fn`` change what goes in, in
+        a tuple, and what comes out.
+        """
+        base: Any = self.get_base_layer()
+        found = F.embedding(
+            input if input_fn is None else input_fn((input,)),
+            weight,
+            padding_idx=base.padding_idx,
+            max_norm=base.max_norm,
+            norm_type=base.norm_type,
+            scale_grad_by_freq=base.scale_grad_by_freq,
+            sparse=base.sparse,
+        )
+        return found if output_fn is None else output_fn(found)
+
+    @contextmanager
+    def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
+        """An adapted parameter reads as changed by these adapters, in whole, while this lasts; axolotl wraps it."""
+        deltas = [self.get_delta_weight(name) for name in active_adapters if name in self.adapters]
+        if not deltas:
+            yield
+            return
+        base, name = self.get_base_layer(), self.parameter_name
+        register_parametrization(base, name, _LoraParameterProxy(sum(deltas[1:], deltas[0])))
+        try:
+            yield
+        finally:
+            chain: Any = base.parametrizations[name]
+            if len(chain) == 1:
+                remove_parametrizations(base, name, leave_parametrized=False)
+            else:  # those of somebody else stay
+                del chain[-1]
 
     def orthogonal_init(self, adapter_name: str) -> None:
         """Start from one orthogonal matrix for both factors."""

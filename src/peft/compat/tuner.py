@@ -13,10 +13,11 @@ from peft.compat import innermost, new_layer
 from peft.compat.asked import Asked, is_theirs
 from peft.compat.foreign import Held, containers
 from peft.config import PeftConfig, resolve_pattern
+from peft.core.base.stack import Stack
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model import operations
 from peft.core.model.record import context_of
-from peft.core.model.targeting import Target, module_target, selected
+from peft.core.model.targeting import Target, module_target, parameter_target, parameter_targets, selected
 from peft.core.model.walk import layers_of, locate, parent_of, put_module, replace_module, walk
 
 
@@ -35,6 +36,19 @@ class TunerCompat:
         super().start(model, configs, adapter_name, *options)  # type: ignore[misc]
         if self._replaced("_mark_only_adapters_as_trainable"):
             self._mark_only_adapters_as_trainable(model)
+
+    def widens(self, adapter_name: str, autocast_adapter_dtype: bool) -> bool:
+        """Whether a new adapter is to be held in float32; a replaced :meth:`_cast_adapter_dtype` has done what it
+        thinks right."""
+        if not self._replaced("_cast_adapter_dtype"):
+            return autocast_adapter_dtype
+        self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        return False
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Hold an adapter in float32 where it is in a 16-bit dtype. Others replace it, such as ms-swift, to keep a
+        dtype of their own."""
+        operations.cast_adapter_dtype(self.model, adapter_name, autocast_adapter_dtype)
 
     @Asked
     def uses_shared_state(self) -> bool:
@@ -152,11 +166,18 @@ class TunerCompat:
         Raises:
             ValueError: if one that it hands on cannot be adapted.
         """
-        if not self._replaced("_create_and_replace"):
+        parameters = bool(getattr(peft_config, "target_parameters", None)) and self._replaced("_inject_parameters")
+        if not parameters and not self._replaced("_create_and_replace"):
             return targets
-        handed: list[tuple[nn.Module, Any]] = []
+        handed: list[tuple[nn.Module, Any, str | None]] = []
         self.__dict__["_handed_on"] = handed
         try:
+            if parameters:
+                self._inject_parameters(peft_config, model, adapter_name, False)
+                targets = [target for target in targets if not isinstance(target.kind, Stack)]
+            if not self._replaced("_create_and_replace"):
+                handed += [(target.module, peft_config, None) for target in targets]
+                targets = []
             for target in targets:
                 site = locate(model, target.key)
                 parent, name = parent_of(model, site.wrappers[0][0] if site.wrappers else site.path)
@@ -167,8 +188,12 @@ class TunerCompat:
             del self.__dict__["_handed_on"]
         sites = {id(site.module): site for site in walk(model)}
         found = []
-        for module, config in handed:
-            target = module_target(config, sites[id(innermost(module))], self.layer_cls)
+        for module, config, parameter in handed:
+            site = sites[id(innermost(module))]
+            if parameter is not None:
+                target = parameter_target(site, parameter, f"{site.key}.{parameter}".lstrip("."))
+            else:
+                target = module_target(config, site, self.layer_cls)
             found.append(target if config is peft_config else dataclasses.replace(target, config=config))
         return found
 
@@ -198,7 +223,7 @@ class TunerCompat:
     ) -> None:
         """Give one module an adapter. Others replace it, such as ms-swift, to leave modules out."""
         if "_handed_on" in self.__dict__:  # an injection asks a replaced one what it would adapt
-            self.__dict__["_handed_on"].append((target, peft_config))
+            self.__dict__["_handed_on"].append((target, peft_config, kwargs.get("parameter_name")))
             return
         if isinstance(target, self.layer_cls):
             target.add_adapter(adapter_name, peft_config, current_key)
@@ -206,6 +231,31 @@ class TunerCompat:
         self._replace_module(
             parent, target_name, self._create_new_module(peft_config, adapter_name, target, **kwargs), target
         )
+
+    def _inject_parameters(
+        self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        """Adapt the parameters that ``target_parameters`` names, and give their names. Others replace it, such as
+        axolotl, to choose by rules of their own; they hand each to :meth:`_create_and_replace`."""
+        found = []
+        for site in list(walk(model)):
+            for target in parameter_targets(peft_config, site, [site.key]):
+                parent, name = parent_of(model, site.path)
+                found.append(f"{site.key}.{target.kind.weight}")  # type: ignore[union-attr]
+                self._create_and_replace(
+                    peft_config,
+                    adapter_name,
+                    site.module,
+                    name,
+                    parent,
+                    current_key=found[-1],
+                    parameter_name=target.kind.weight,  # type: ignore[union-attr]
+                )
+        return found
+
+    def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
+        """Nothing more to check here: a target that cannot be adapted is refused where it is found. Copies of
+        0.21's injection call it, axolotl's among them."""
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         """Freeze the base; the active adapters train. Others replace it, to let more of the model train."""

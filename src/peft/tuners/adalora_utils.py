@@ -18,12 +18,10 @@ def mask_of(config: Any, key: str) -> list[bool] | None:
 
 def kept_of(rank_pattern: dict[str, list[bool]], key: str) -> list[bool] | None:
     """The same, of a pattern."""
-    note(rank_pattern)
-    for pattern, mask in rank_pattern.items():
-        if isinstance(mask, list) and f"{key}.lora_E" in (pattern, pattern.rpartition(".")[0]):
-            note(rank_pattern, (pattern,))
-            return list(mask)
-    return None
+    mine = (n for n, m in rank_pattern.items() if isinstance(m, list) and f"{key}.lora_E" in (n, n.rpartition(".")[0]))
+    found = next(mine, "")
+    note(rank_pattern, [found])
+    return list(rank_pattern[found]) if found else None
 
 
 class BudgetTuner(BaseTuner):
@@ -167,8 +165,8 @@ class RankAllocator:
 
     def mask_using_rank_pattern(self, model: Any, rank_pattern: dict[str, list[bool]]) -> None:
         """Set E to zero where a pattern keeps nothing."""
-        found = {key: kept_of(rank_pattern, key) for key in self.adapters}
-        self.mask({key: torch.tensor(mask) for key, mask in found.items() if mask is not None})
+        found = ((key, kept_of(rank_pattern, key)) for key in self.adapters)
+        self.mask({key: torch.tensor(mask) for key, mask in found if mask is not None})
 
     @torch.no_grad()
     def mask(self, kept: dict[str, torch.Tensor]) -> None:
@@ -197,6 +195,5 @@ class Allocating(BudgetTuner):
 
     def ranked(self, name: str) -> dict[str, Any]:
         """The adapters called so by the names of the modules that they adapt."""
-        wrappers = ((site.key, w) for site in walk(self.model) for _, w in site.wrappers)
-        found = ((key, w.adapters) for key, w in wrappers if isinstance(w, self.layer_cls))
-        return {key: adapters[name] for key, adapters in found if name in adapters}
+        wrappers = ((s.key, w) for s in walk(self.model) for _, w in s.wrappers if isinstance(w, self.layer_cls))
+        return {key: w.adapters[name] for key, w in wrappers if name in w.adapters}

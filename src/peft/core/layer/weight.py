@@ -313,7 +313,10 @@ def _swap(layer: BaseTunerLayer, adapters: Adapters, safe_merge: bool) -> None:
 
 def dtype_of_module(module: nn.Module) -> torch.dtype | None:
     """The dtype of the first of its parameters that floats, None where it has none."""
-    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+    for p in module.parameters():  # no next(.., None): torch 2.8 does not compile it
+        if p.is_floating_point():
+            return p.dtype
+    return None
 
 
 def check_writable(layer: BaseTunerLayer) -> None:

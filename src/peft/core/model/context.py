@@ -219,7 +219,9 @@ class Context(Facts):
             x if isinstance(x, torch.Tensor) and x.dim() == 2 and not two_lengths else None for x in by_token
         )
         texts = (*args[:1], *(kwargs.get(name) for name in ("input_ids", "inputs_embeds")))
-        text = next((x for x in texts if isinstance(x, torch.Tensor) and x.dim() > 1), None)
+        # Not by next(.., None), which torch 2.8 does not compile.
+        found = [x for x in texts if isinstance(x, torch.Tensor) and x.dim() > 1]
+        text = found[0] if found else None
         if self.mask is not None and text is not None:
             self.mask = self.mask[:, -text.shape[1] :]  # the columns before are those of tokens in the cache
         if self.common.reads_tokens:

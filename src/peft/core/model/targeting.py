@@ -232,7 +232,7 @@ def find_targets(
         if any(ends_with(skip, name) for name in called):
             whole += (f"{site.key}.",)
             continue
-        found += _parameter_targets(config, site, called)
+        found += parameter_targets(config, site, called)
         meant = [name for name in called if config.target_modules and selected(config, name)]
         if meant and site.key not in companions:
             own = not foreign(site.module)
@@ -308,7 +308,7 @@ def module_target(config: Any, site: Site, layer_cls: type[BaseTunerLayer]) -> T
     return Target(site.key, site.module, kind, site=site)
 
 
-def _parameter_targets(config: Any, site: Site, called: Iterable[str]) -> list[Target]:
+def parameter_targets(config: Any, site: Site, called: Iterable[str]) -> list[Target]:
     """Parameters of a module, ``called`` so, named in ``target_parameters``, the first registered one innermost."""
     names = getattr(config, "target_parameters", None)
     found: list[Target] = []
@@ -316,13 +316,18 @@ def _parameter_targets(config: Any, site: Site, called: Iterable[str]) -> list[T
         meant = [name for name in called if matches(names, join(name, parameter))]
         if not meant:
             continue
-        kind = Stack(parameter)
-        if reason := kind.refusal(site.module):
-            raise ValueError(f"target parameter {join(site.key, parameter)!r} cannot be adapted: {reason}.")
         if config.target_modules and selected(config, site.key):
             raise ValueError(f"{site.key!r} is meant by target_modules and by target_parameters; choose one of them.")
-        found.append(Target(site.key, site.module, kind, called=meant[0]))
+        found.append(parameter_target(site, parameter, meant[0]))
     return found
+
+
+def parameter_target(site: Site, parameter: str, called: str) -> Target:
+    """A parameter of a module, ``called`` so in a config, as a target. Raises ValueError if it cannot be adapted."""
+    kind = Stack(parameter)
+    if reason := kind.refusal(site.module):
+        raise ValueError(f"target parameter {join(site.key, parameter)!r} cannot be adapted: {reason}.")
+    return Target(site.key, site.module, kind, called=called)
 
 
 def _top_level(config: Any, model: nn.Module) -> str:

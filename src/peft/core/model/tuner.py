@@ -169,7 +169,7 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
 
     def settle(self, model: nn.Module, name: str, autocast_adapter_dtype: bool, low_cpu_mem_usage: bool) -> None:
         """What follows when an adapter has got its parts."""
-        operations.settle(model, name, autocast_adapter_dtype)
+        operations.settle(model, name, self.widens(name, autocast_adapter_dtype))
         if low_cpu_mem_usage or getattr(next(model.parameters(), None), "is_meta", False):
             refuse_unfilled(model)  # what a method makes of a base without values has none
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft._lazy import also_known
 from peft.compat.magnitude import DoraConv1dLayer as DoraConv1dLayer
 from peft.compat.magnitude import DoraConv2dLayer as DoraConv2dLayer
 from peft.compat.magnitude import DoraConv3dLayer as DoraConv3dLayer
@@ -100,3 +101,6 @@ class Dora(Lora):
 
     def unfold(self, weight: torch.Tensor) -> torch.Tensor:
         return weight  # the original is kept
+
+
+also_known(__name__)

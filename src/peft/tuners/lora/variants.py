@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from peft._lazy import also_known
 from peft.compat.lora_variant import standing_for
 from peft.core.adapter import setting
 from peft.core.layer.classes import check_names
@@ -98,3 +99,6 @@ def calculate_alora_offsets(
         start = int(last_occurrence(row[None], tokens)) if tokens else -1
         found.append(len(row) - start if start >= 0 else None)
     return found
+
+
+also_known(__name__)
