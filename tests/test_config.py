@@ -143,7 +143,7 @@ def test_every_field_is_read():
                 read.add(node.attr)
             elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "getattr":
                 read.update(a.value for a in node.args if isinstance(a, ast.Constant))
-            elif isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") in ("loss_weight", "option"):
+            elif isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "loss_weight":
                 read.add(node.value.value)
     fields = {f.name for cls in CONFIGS.values() for f in dataclasses.fields(cls)}
     assert fields - read == set(UNREAD)
