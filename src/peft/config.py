@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
+import inspect
 import json
 import numbers
 import os
@@ -25,7 +26,7 @@ import sys
 import types
 import typing
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -143,7 +144,17 @@ def _told_by(values: dict[str, Any]) -> str:
     return f" It has the fields {some(map(repr, values))}." if values else " It is empty."
 
 
-_hints: Callable[[type], dict[str, Any]] = functools.cache(typing.get_type_hints)  # needed for each file
+@functools.cache  # needed for each file
+def _hints(cls: type) -> dict[str, Any]:
+    """The types of a config's fields. Python 3.10 tells none beside a bare ``ClassVar``."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    hints: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        own = {name: hint for name, hint in inspect.get_annotations(base).items() if name in names}
+        hints |= typing.get_type_hints(
+            type(base.__name__, (), {"__annotations__": own, "__module__": base.__module__})
+        )
+    return hints
 
 
 def _transient(cls: type) -> set[str]:
