@@ -100,7 +100,6 @@ class LoraLayerCompat:
 
     reset_lora_parameters: Any
     get_base_layer: Any
-    get_delta_weight: Any
     adapters: Any
     parameter_name: str
 
