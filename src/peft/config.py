@@ -26,7 +26,7 @@ import sys
 import types
 import typing
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -144,8 +144,7 @@ def _told_by(values: dict[str, Any]) -> str:
     return f" It has the fields {some(map(repr, values))}." if values else " It is empty."
 
 
-@functools.cache  # needed for each file
-def _hints(cls: type) -> dict[str, Any]:
+def _hints_of(cls: type) -> dict[str, Any]:
     """The types of a config's fields. Python 3.10 tells none beside a bare ``ClassVar``."""
     names = {field.name for field in dataclasses.fields(cls)}
     hints: dict[str, Any] = {}
@@ -155,6 +154,9 @@ def _hints(cls: type) -> dict[str, Any]:
             type(base.__name__, (), {"__annotations__": own, "__module__": base.__module__})
         )
     return hints
+
+
+_hints: Callable[[type], dict[str, Any]] = functools.cache(_hints_of)  # needed for each file
 
 
 def _transient(cls: type) -> set[str]:
