@@ -155,7 +155,8 @@ class TestSharedTensorsAreWrittenOnce:
         config = RandLoraConfig(r=8, target_modules=["q_proj", "v_proj", "up_proj"])
         model = disturb(get_peft_model(tiny_llama(), config))
         model.save_pretrained(tmp_path)
-        stored = load_file(tmp_path / "adapter_model.safetensors")
+        # Copies, since older releases of safetensors map the file, which is written anew below.
+        stored = {key: t.clone() for key, t in load_file(tmp_path / "adapter_model.safetensors").items()}
         assert [key for key in stored if "randlora_A" in key] == ["base_model.randlora_A"]
         assert [key for key in stored if "randlora_B" in key] == ["base_model.randlora_B"]
         layers = [key.removesuffix(".randlora_lambda") for key in stored if key.endswith(".randlora_lambda")]

@@ -281,6 +281,7 @@ def test_generation_edits_the_prompt_and_no_new_token(name):
     labels = torch.cat([torch.full((3, 7), -100), found[:, 7:]], 1)
     places = (mask.cumsum(-1) - 1).clamp(min=0)
     whole = logits(model, {"input_ids": found, "attention_mask": mask, "position_ids": places}, labels=labels)
+    whole[..., 2] = -torch.inf  # the end of the text, which min_new_tokens keeps off
     assert torch.equal(whole[:, 6:-1].argmax(-1), found[:, 7:])
     calls = spied(model, lambda: new_tokens(model, PROMPTS))
     steps = [(h, edited) for _, h, edited in calls if h.shape[1] == 1]

@@ -211,7 +211,10 @@ class TestUnusedEntries:
                 "target_parameters: 'up_proj.wight' (nearest: 'up_proj.weight')",
             ),
             ({"modules_to_save": ["lm_haed"]}, "modules_to_save: 'lm_haed' (nearest: 'lm_head')"),
-            ({"modules_to_save": ["mlp"], "target_modules": ["q_proj", "up_proj"]}, "'up_proj' (there, but left out"),
+            (
+                {"modules_to_save": ["mlp"], "target_modules": ["q_proj", "up_proj"]},
+                "'up_proj' (there, but no such thing as this field names, or left out",
+            ),
             ({"ensure_weight_tying": True}, "ensure_weight_tying=True does nothing"),
             ({"bias": "all"}, "bias='all' does nothing"),
             ({"fan_in_fan_out": True}, "fan_in_fan_out=True does nothing"),

@@ -511,11 +511,11 @@ class PeftModelForCausalLM(_Generates, PeftModel):
     """
 
     _inputs = (*_ENCODER, *_COMMON)
-    chunked_loss: bool = False
+    chunked_loss: bool
 
     def _call(self, function: Callable, args: tuple, kwargs: dict, keep: bool) -> Any:
         chunked = kwargs.pop("chunked_loss", None)
-        chunked = self.chunked_loss and self.training if chunked is None else chunked
+        chunked = self.__dict__.get("chunked_loss", False) and self.training if chunked is None else chunked
         if not chunked or kwargs.get("labels") is None:
             return super()._call(function, args, kwargs, keep)
         with chunked_loss(self.get_base_model()):

@@ -78,7 +78,8 @@ def spectral_matrix(values: torch.Tensor, places: Places, shape: tuple[int, int]
 
 def _spectrum(x: torch.Tensor) -> torch.Tensor:
     """sum_i x_i exp(-2 pi i f / n) for half of the f: real parts and imaginary ones, ``[2, f, tokens + PAD]``."""
-    parts = torch.view_as_real(torch.fft.rfft(x.reshape(-1, x.shape[-1]))).permute(2, 1, 0)
+    x = x.reshape(-1, x.shape[-1]).contiguous()  # torch 2.8 transforms nothing that has a stride of 0
+    parts = torch.view_as_real(torch.fft.rfft(x)).permute(2, 1, 0)
     return F.pad(parts, (0, PAD))
 
 
