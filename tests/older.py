@@ -16,6 +16,7 @@ BEFORE: list[tuple[str, str, str, tuple[str, ...]]] = [
             "test_distributed.py::*[[]fsdp2*",
             "test_distributed.py::test_values_on_the_first_process_alone",
             "test_kernels.py::test_two_processes_train_as_one[[]fsdp*",
+            "test_launch.py::test_a_configuration_file[[]fsdp2]",
             "test_kernels.py::test_two_processes_train_as_one[[]bfloat16]",
         ),
     ),
@@ -31,6 +32,12 @@ BEFORE: list[tuple[str, str, str, tuple[str, ...]]] = [
             "test_less_kept.py::*",
             "test_savings.py::*",
         ),
+    ),
+    (
+        "torch",
+        "2.9",
+        "estimates of a step's memory are about an eighth low",
+        ("test_memory.py::test_the_estimate_is_what_is_measured*",),
     ),
     ("torch", "2.9", "torch compiles no training step of a wrapped model", ("test_kernels.py::test_compiles_*",)),
     (
@@ -59,7 +66,11 @@ BEFORE: list[tuple[str, str, str, tuple[str, ...]]] = [
         "transformers",
         "5.12",
         "Trainers of transformers before 5.12 compute losses otherwise",
-        ("clients/test_transformers.py::TestTrainer::*", "test_distributed.py::test_the_trainer*"),
+        (
+            "clients/test_transformers.py::TestTrainer::*",
+            "test_distributed.py::test_the_trainer*",
+            "test_many.py::test_together_is_one_after_another",
+        ),
     ),
     (
         "transformers",
@@ -83,6 +94,7 @@ BEFORE: list[tuple[str, str, str, tuple[str, ...]]] = [
             "test_distributed.py::test_processes_start_from_one_adapter",
             "test_computed_weights.py::test_the_code_of_a_class_tells_whose_weight_it_reads",
             "test_mtl_lora.py::*[[]vit]",
+            "test_threads.py::test_blocks_can_be_traced_and_exported",
         ),
     ),
 ]

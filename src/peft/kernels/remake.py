@@ -111,7 +111,7 @@ def recipe_of(x: torch.Tensor) -> Recipe | None:
 
 def is_recomputed() -> bool:
     """Whether gradient checkpointing is at work: it keeps nothing, and counts what is kept."""
-    # a compiler decides for itself what to keep; torch 2.6 does not tell, so with it everything is kept
+    # a compiler decides for itself what to keep; torch 2.8 does not tell, so with it everything is kept
     if torch.compiler.is_compiling() or not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"):
         return True
     hooks = _hooks()

@@ -22,7 +22,7 @@ class BitsAndBytes4bit(Quantized):
     name = "bitsandbytes"
     layer_name = "Linear4bit"
     fresh_output = True
-    install = "'bitsandbytes>=0.46'"
+    install = "'bitsandbytes>=0.50'"
     slots: ClassVar[tuple[str, ...]] = ("weight", "quant_state")
 
     def matches(self, m: nn.Module, attribute: str) -> bool:
@@ -92,7 +92,7 @@ class BitsAndBytes8bit(Quantized):
     name = "bitsandbytes"
     layer_name = "Linear8bitLt"
     fresh_output = True
-    install = "'bitsandbytes>=0.46'"
+    install = "'bitsandbytes>=0.50'"
     slots: ClassVar[tuple[str, ...]] = ("weight", "state")
 
     def matches(self, m: nn.Module, attribute: str) -> bool:
