@@ -21,6 +21,7 @@ from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.context import Context
 from peft.core.model.record import context_of
 from peft.core.model.walk import layers_of, walk, wrappers_of
+from peft.utils.meanwhile import having
 
 
 class LoraCompat:
@@ -82,22 +83,14 @@ def beside_start(
     return found
 
 
-@contextmanager
-def own_delta(layer: Any) -> Iterator[None]:
-    """Within, what an adapter adds to the weight is what it says itself, whatever a third party's class says."""
-    before = layer.__dict__.setdefault("_own_delta", 0)
-    layer.__dict__["_own_delta"] = before + 1
-    try:
-        yield
-    finally:
-        layer.__dict__["_own_delta"] = before
-        if not before:
-            del layer.__dict__["_own_delta"]
-
-
 class LoraLayerCompat:
-    """Of ``LoraLayer``: starts by the names of their methods, for layers of third parties."""
+    """Of ``LoraLayer``: starts by the names of their methods, for layers of third parties.
 
+    Attributes:
+        says_own_delta: what an adapter adds to the weight is what it says itself, whatever a third party's class says.
+    """
+
+    says_own_delta: bool = False
     reset_lora_parameters: Any
     get_base_layer: Any
     adapters: Any
@@ -109,7 +102,7 @@ class LoraLayerCompat:
         Raises:
             ValueError: if no weight equals the adapter.
         """
-        with own_delta(self):
+        with having([self], says_own_delta=True):
             return super().get_delta_weight(adapter)  # type: ignore[misc]
 
     def pissa_init(self, adapter_name: str, init_lora_weights: str) -> None:
@@ -203,9 +196,9 @@ class LoraVariantCompat:
 
         None where there is none, and while it asks the one here.
         """
-        if not is_theirs(type(self.layer).get_delta_weight) or "_own_delta" in self.layer.__dict__:
+        if not is_theirs(type(self.layer).get_delta_weight) or self.layer.says_own_delta:
             return None
-        with own_delta(self.layer):
+        with having([self.layer], says_own_delta=True):
             return self.kind.orient(self.layer.get_delta_weight(self.name), self.base)
 
 

@@ -18,7 +18,7 @@ from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model import operations
 from peft.core.model.record import context_of
 from peft.core.model.targeting import Target, module_target, parameter_target, parameter_targets, selected
-from peft.core.model.walk import layers_of, locate, parent_of, put_module, replace_module, walk
+from peft.core.model.walk import join, layers_of, locate, parent_of, put_module, replace_module, walk
 
 
 class TunerCompat:
@@ -191,7 +191,7 @@ class TunerCompat:
         for module, config, parameter in handed:
             site = sites[id(innermost(module))]
             if parameter is not None:
-                target = parameter_target(site, parameter, f"{site.key}.{parameter}".lstrip("."))
+                target = parameter_target(site, parameter, join(site.key, parameter))
             else:
                 target = module_target(config, site, self.layer_cls)
             found.append(target if config is peft_config else dataclasses.replace(target, config=config))
@@ -232,6 +232,17 @@ class TunerCompat:
             parent, target_name, self._create_new_module(peft_config, adapter_name, target, **kwargs), target
         )
 
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        **options: Any,
+    ) -> nn.Module:
+        """The plain model, with adapters in its weights if ``merge``. Others replace it, such as unsloth."""
+        return operations.unload(self.model, merge, adapter_names, safe_merge, progressbar, **options)
+
     def _inject_parameters(
         self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
@@ -241,7 +252,7 @@ class TunerCompat:
         for site in list(walk(model)):
             for target in parameter_targets(peft_config, site, [site.key]):
                 parent, name = parent_of(model, site.path)
-                found.append(f"{site.key}.{target.kind.weight}")  # type: ignore[union-attr]
+                found.append(join(site.key, target.kind.weight))  # type: ignore[union-attr]
                 self._create_and_replace(
                     peft_config,
                     adapter_name,

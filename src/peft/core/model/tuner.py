@@ -47,18 +47,6 @@ MANY = 8
 """So many layers that are slow to start are worth a progress bar."""
 
 
-def _unload_and_optionally_merge(
-    self: BaseTuner,
-    merge: bool = True,
-    progressbar: bool = False,
-    safe_merge: bool = False,
-    adapter_names: list[str] | None = None,
-    **options: Any,
-) -> nn.Module:
-    """The plain model, with adapters in its weights if ``merge``. Others replace it, such as unsloth."""
-    return operations.unload(self.model, merge, adapter_names, safe_merge, progressbar, **options)
-
-
 class BaseTuner(TunerCompat, Manager, nn.Module):
     """Applies one method to a model, and manages its adapters there.
 
@@ -388,7 +376,8 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
     def unload(self) -> nn.Module:
         return self._leave(self._unload_and_optionally_merge(merge=False))
 
-    _unload_and_optionally_merge = _unload_and_optionally_merge
+    # In the class itself, where 0.21 has it: those who put theirs around it read it there.
+    _unload_and_optionally_merge = TunerCompat._unload_and_optionally_merge
 
     def require_whole(self, adapter_names: list[str]) -> None:
         """Raise ValueError if an adapter can become part of the weights in part only; layers refuse what cannot."""

@@ -327,13 +327,9 @@ class LoraLayer(LoraLayerCompat, ScaledLayer):
     @Asked
     def num_experts(self) -> int:
         """How many matrices the adapted parameter holds; 1 for a layer. Mixtures of third parties set their own."""
-        return (
-            1
-            if isinstance(self, type)
-            else self.kind.experts(self.get_base_layer())
-            if isinstance(self.kind, Stack)
-            else 1
-        )
+        if isinstance(self, type) or not isinstance(self.kind, Stack):  # asked of the class, there is no kind
+            return 1
+        return self.kind.experts(self.get_base_layer())
 
     def get_delta_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
         """An update in factors (left, right, scale); ``left @ right * scale`` is that of each matrix, as it is kept.
