@@ -16,7 +16,7 @@ ENTRIES_ELSEWHERE = 2**20
 """On an accelerator, which works off an operation on so many while the next one is started. Not measured."""
 
 
-def are_few(entries: int) -> bool:
+def is_small(entries: int) -> bool:
     """Whether so many entries of a weight, which each layer would keep, are few on any device."""
     return entries < ENTRIES
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from peft.core.base.storage import Plain, storage_of
-from peft.kernels.few import are_few
+from peft.kernels.few import is_small
 from peft.kernels.made_weight import made_product
 from peft.kernels.strict import forbid_dense
 from peft.utils.error import CheckpointError, NoEqualWeightError
@@ -217,7 +217,7 @@ def multiplied(
     """
     forbid_dense(layer)
     base = layer.get_base_layer()
-    if not torch.is_grad_enabled() or (type(layer.storage) is Plain and are_few(math.prod(layer.shape))):
+    if not torch.is_grad_enabled() or (type(layer.storage) is Plain and is_small(math.prod(layer.shape))):
         return layer.kind.apply(base, x, make())
     if layer.kind.matrix and layer.storage.name is None and all(adapter.dear_to_make() for adapter in adapters):
         out, inner = layer.shape
