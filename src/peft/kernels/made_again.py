@@ -48,6 +48,17 @@ def reading(x: torch.Tensor) -> AbstractContextManager[None]:
 _NO_CONTEXT = nullcontext()
 
 
+class Transformable(Direct):
+    """A function that transforms of ``torch.func`` know, too: its context is set up apart from its forward."""
+
+    generate_vmap_rule = True  # torch.func.vmap refuses a function without a rule
+
+    @classmethod
+    def of(cls, *args: Any) -> Any:
+        # apply binds the arguments of such a function by its signature, which takes longer than all else
+        return super().of(*args) if is_eager(args[0]) else cls.apply(*args)
+
+
 class MadeAgain(Direct):
     """``make(*tensors)``; see :func:`made_again`."""
 

@@ -44,7 +44,7 @@ def vera_pair(
     Args:
         a: A ``[r, in]``. b: B ``[out, r]``. lambda_d: d ``[r]``. lambda_b: b ``[out]``.
     """
-    return a, ScaledTable.apply(lambda_b, b, lambda_d)
+    return a, ScaledTable.of(lambda_b, b, lambda_d)
 
 
 class SharedPair(LowRank):
