@@ -400,7 +400,7 @@ def is_settled(low: float, high: float) -> bool:
     return high / low < 1.04 or high < 0.95
 
 
-TINY_HEADER = """| method | step above floor | reference | here / reference | forward above | reference | here / reference |
+TINY_HEADER = """| method | step above floor | reference | here / reference | forward above | reference | ratio |
 |---|---:|---:|---:|---:|---:|---:|"""
 
 

@@ -101,7 +101,8 @@ def wide(weight: torch.Tensor) -> torch.Tensor:
 
 def fold_order(adapters: Adapters) -> list[Adapter]:
     """Maps of x apply one after another, hence to W in reverse order."""
-    return list(adapters[::-1] if any(adapter.folds_in_reverse() for adapter in adapters) else adapters)
+    reverse = len(adapters) > 1 and any(adapter.folds_in_reverse() for adapter in adapters)
+    return list(adapters[::-1] if reverse else adapters)
 
 
 def layer_inside(layer: BaseTunerLayer) -> BaseTunerLayer | None:
