@@ -351,7 +351,7 @@ class LoraLayer(LoraLayerCompat, ScaledLayer):
         found = {name: adapter for name, adapter in self.adapters.items() if type(adapter) is not Lora}
         return {name: getattr(adapter, "variant", adapter) for name, adapter in found.items()}
 
-    def update_layer(
+    def update_layer(  # type: ignore[override]
         self, adapter_name: str, r: int, lora_alpha: int = 8, config: Any = None, *args: Any, **kwargs: Any
     ) -> None:
         """Give the layer an adapter, active and trained: third parties call it in the constructors of their layers.
