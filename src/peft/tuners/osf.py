@@ -11,10 +11,10 @@ from torch import nn
 from peft.config import ModulesToSave, TargetModules, option, resolve_pattern
 from peft.core.adapter import part, setting
 from peft.core.base.kinds import fan
-from peft.core.combine.ranks import svd
 from peft.core.families import Fold
 from peft.core.layer.buffers import BufferDict
 from peft.core.model.registry import define_tuner
+from peft.kernels.decompositions import svd
 from peft.utils.error import ConfigError
 from peft.utils.peft_types import PeftType
 

@@ -11,11 +11,11 @@ from torch import nn
 from peft.config import ExcludeModules, FanInFanOut, LayerSelection, ModulesToSave, TargetModules, option
 from peft.core.adapter import input_dropout, part, setting
 from peft.core.base.kinds import fan
-from peft.core.combine.ranks import halves, svd
 from peft.core.families import LowRank, Scaled
 from peft.core.layer.buffers import BufferDict
 from peft.core.layer.weight import wide
 from peft.core.model.registry import define_tuner
+from peft.kernels.decompositions import halves, svd
 from peft.tuners.cayley import cayley, cayley_series
 from peft.utils.peft_types import PeftType
 
