@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from peft.composition.config import CompositionConfig
+from peft.composition.model import Compositions
 from peft.config import PeftConfig
-from peft.core.composition.config import CompositionConfig
-from peft.core.composition.model import Compositions
 from peft.core.files.entries import entries
 from peft.core.files.io import CONFIG_NAME, HUB_KEYWORDS, hub_options, load_peft_weights, write_adapter
 from peft.core.files.state_dict import LoadResult, get_peft_model_state_dict, set_peft_model_state_dict

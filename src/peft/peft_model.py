@@ -14,10 +14,10 @@ from transformers.utils import PushToHubMixin
 
 from peft._lazy import also_known
 from peft.compat.model import ModelCompat
+from peft.composition.config import CompositionConfig
+from peft.composition.dividing import divided
 from peft.config import PeftConfig
-from peft.core.composition.config import CompositionConfig
-from peft.core.composition.dividing import divided
-from peft.core.composition.expressions import Composition
+from peft.core.composition import Composition
 from peft.core.files.entries import leave_out_repeats, prompts_of
 from peft.core.layer.rows import require_unmerged, without_fast_path
 from peft.core.model import operations

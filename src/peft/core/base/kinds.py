@@ -16,7 +16,7 @@ from torch import nn
 
 from peft.core.base.storage import foreign_linear
 from peft.core.filling import unfilled, unfilled_linear
-from peft.utils.error import MeaninglessError, NoEqualWeightError
+from peft.utils.error import MeaninglessError, NoEqualWeightError, WrongTypeError
 
 
 class Kind:
@@ -384,7 +384,7 @@ class Whole(Kind):
 
     def join_rows(self, m: nn.Module, parts: list[Any], order: torch.Tensor) -> Any:
         if not all(isinstance(part, torch.Tensor) for part in parts):
-            raise ValueError(
+            raise WrongTypeError(
                 f"adapter_names cannot be used here: {type(m).__name__} gives no single tensor, so what the adapters "
                 "make of their rows cannot be put together. Activate one adapter at a time with set_adapter."
             )

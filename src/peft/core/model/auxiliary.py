@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from peft.core.adapter import part
-from peft.core.base.kinds import WHOLE, Kind, kind_of
+from peft.core.base.kinds import WHOLE, kind_of
 from peft.core.base.storage import copied, offloading_hook
 from peft.core.base.storage.sharded import MARKS, tensors_in
-from peft.core.composition.expressions import Composition, Stack
+from peft.core.composition import Composition
 from peft.core.families import Rows
 from peft.core.layer.classes import class_for, layer_class
 from peft.core.layer.layer import BaseTunerLayer
@@ -128,7 +128,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         for name in names:
             expression = name if isinstance(name, Composition) else self.context.compositions.get(name)
             members = [self.present([member]) for member in (expression.members if expression else ())]
-            held = [one for one in members if one][-1 if isinstance(expression, Stack) else 0 :]
+            held = [one for one in members if one][-1 if expression is not None and expression.in_turn else 0 :]
             found.update(dict.fromkeys([name] if name in self.modules_to_save else sum(held, [])))
         return list(found)
 
@@ -150,21 +150,15 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         rows = kwargs.pop("adapter_names", None) or self.context.adapter_names
         if rows is None or self._disable_adapters:
             return self._module()(*args, **kwargs)
-        kind, x = Kind(), args[0] if args else next(iter(kwargs.values()))
+        x = args[0] if args else next(iter(kwargs.values()))
         groups, order, _ = self.context.groups(tuple(rows), x.shape[0], x.device)
         parts = []
         for name, index in groups:
             own = self.present([name])
             module = self.modules_to_save[own[0]] if own else self.original_module
-            part, rest = kind.take_rows(self, args, kwargs, index)
+            part, rest = WHOLE.take_rows(self, args, kwargs, index)
             parts.append(module(*part, **rest))
-            if not isinstance(parts[-1], torch.Tensor):
-                raise TypeError(
-                    f"adapter_names cannot be used here: {type(self.original_module).__name__}, which adapters train "
-                    f"whole (modules_to_save), gives a {type(parts[-1]).__name__}, and rows can be put together of "
-                    "single tensors only. Call the model with one adapter at a time."
-                )
-        return kind.join_rows(self, parts, order)
+        return WHOLE.join_rows(self.original_module, parts, order)
 
     # a Sequential is called, but indexed as well
     def __getitem__(self, index: Any) -> Any:

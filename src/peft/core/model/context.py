@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from peft.core.composition.expressions import Composition, Fuse, alternatives
+from peft.core.composition import Composition, alternatives
 from peft.core.layer.together import Readers
 from peft.core.model.sequence import Tokens, note_in_cache, tokens_of
 from peft.core.model.threads import Common, Facts
@@ -181,7 +181,7 @@ class Context(Facts):
             made_of = name if isinstance(name, Composition) else self.compositions.get(name)
             if isinstance(name, str):
                 found[name] = None
-            if made_of is not None and not (training and isinstance(made_of, Fuse)):
+            if made_of is not None and not (training and made_of.trains_alone):
                 found.update(dict.fromkeys(self.behind(made_of.members, training)))
         return list(found)
 
