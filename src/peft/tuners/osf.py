@@ -100,8 +100,17 @@ class OSF(Fold):
             low = tuple(torch.randn(tensor.shape) for tensor in low)
         low = {sub: nn.Parameter(tensor.contiguous()) for sub, tensor in zip(("U_low", "S_low", "V_low"), low)}
         self.effective_rank, self.osf_svd_params = top, nn.ParameterDict(low)
-        self.osf_U_high, self.osf_V_high = u[:, :top].contiguous(), v[:top].clone()
-        self.osf_high = (u[:, :top] * s[:top]) @ v[:top]
+        self.freeze(u[:, :top], s[:top], v[:top])
+
+    def freeze(self, u: torch.Tensor, s: torch.Tensor, v: torch.Tensor) -> None:
+        """Keep U_h, S_h and V_h."""
+        self.osf_U_high, self.osf_V_high, self.osf_high = u.contiguous(), v.clone(), (u * s) @ v
+
+    def loaded(self) -> None:
+        if self.osf_high.is_meta:
+            top = self.effective_rank
+            u, s, v = svd(self.base_weight().detach().flatten(1).float())
+            self.freeze(u[:, :top], s[:top], v[:top])
 
     def folded(self, base: torch.Tensor) -> torch.Tensor:
         low = self.osf_svd_params
