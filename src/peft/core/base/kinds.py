@@ -382,6 +382,12 @@ class Whole(Kind):
     def apply(self, m: nn.Module, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         return self.orient(w, m)
 
+    def take_rows(self, m: nn.Module, args: tuple, kwargs: dict, rows: torch.Tensor) -> tuple[tuple, dict]:
+        if args:
+            return super().take_rows(m, args, kwargs, rows)
+        first = next(iter(kwargs))
+        return (), {**kwargs, first: kwargs[first].index_select(0, rows)}
+
     def join_rows(self, m: nn.Module, parts: list[Any], order: torch.Tensor) -> Any:
         if not all(isinstance(part, torch.Tensor) for part in parts):
             raise WrongTypeError(

@@ -18,13 +18,12 @@ from peft.core.composition import Composition
 from peft.core.families import Rows
 from peft.core.layer.classes import class_for, layer_class
 from peft.core.layer.layer import BaseTunerLayer
-from peft.core.layer.switch import Switch
 from peft.core.model.record import known_record
 from peft.core.model.walk import AuxiliaryWrapper, Site, file_path, join, replace_module, walk
 from peft.utils.error import ConfigError, WrongTypeError
 
 
-class AuxiliaryTrainingWrapper(Switch, AuxiliaryWrapper):
+class AuxiliaryTrainingWrapper(AuxiliaryWrapper):
     """Wraps a module of which adapters hold their own version; without an active one, the original acts."""
 
     adapter_layer_names: tuple[str, ...] = ()
@@ -151,14 +150,13 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         if rows is None or self._disable_adapters:
             return self._module()(*args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
-        groups, order, _ = self.context.groups(tuple(rows), x.shape[0], x.device)
-        parts = []
-        for name, index in groups:
+        groups = self.context.groups(tuple(rows), x.shape[0], x.device)
+
+        def run(name: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
             own = self.present([name])
-            module = self.modules_to_save[own[0]] if own else self.original_module
-            part, rest = WHOLE.take_rows(self, args, kwargs, index)
-            parts.append(module(*part, **rest))
-        return WHOLE.join_rows(self.original_module, parts, order)
+            return (self.modules_to_save[own[0]] if own else self.original_module)(*args, **kwargs)
+
+        return self.context.split(groups, WHOLE, self.original_module, args, kwargs, run)
 
     # a Sequential is called, but indexed as well
     def __getitem__(self, index: Any) -> Any:

@@ -7,9 +7,9 @@ its own, see :mod:`peft.core.model.threads`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -20,11 +20,15 @@ from peft.core.model.threads import Common, Facts
 from peft.utils.meanwhile import having
 
 
+if TYPE_CHECKING:
+    from peft.core.base.kinds import Kind
+
+
 BASE = "__base__"  # the adapter name of rows that use no adapter
 
 
 class Groups(NamedTuple):
-    """The rows of a batch by adapter.
+    """The rows of a batch by adapter, which :meth:`Context.split` computes one after another.
 
     Attributes:
         parts: the rows of each adapter, the adapters in the order in which the rows name them.
@@ -163,6 +167,20 @@ class Context(Facts):
             yield
         finally:
             self.rows = outer
+
+    def split(
+        self, groups: Groups, kind: Kind, m: Any, args: tuple, kwargs: dict[str, Any], run: Callable[..., Any]
+    ) -> Any:
+        """A call of a module with the rows of each adapter alone, put back into the order of the batch.
+
+        Args:
+            kind: takes the call of ``m`` apart, and puts the outputs together. run: ``run(adapter, args, kwargs)``.
+        """
+        done = []
+        for name, rows in groups.parts:
+            with self.on_rows(rows, len(groups.order)):
+                done.append(run(name, *kind.take_rows(m, args, kwargs, rows)))
+        return kind.join_rows(m, done, groups.order)
 
     def prompted(self, ids: Any) -> AbstractContextManager[None]:
         """While ``generate`` goes on with these ids, ``[batch, tokens]``; what it adds is no part of the prompt."""
