@@ -143,6 +143,7 @@ SMALLER: dict[str, dict[str, Any]] = {
     "psoft": {"r": 16},
     "pvera": {"r": 32},
     "randlora": {"r": 8},
+    "road": {"variant": "road_1", "group_size": 32},
     "shira": {"r": 4},
     "unilora": {"theta_d_length": 1000},
     "vblora": {"vector_length": 16},
