@@ -148,7 +148,7 @@ PLAIN_ROUTES = (stand_in, parted, folded, updated)
 def adapted(layer: BaseTunerLayer, adapters: Adapters, args: tuple, kwargs: Keywords) -> Any:
     """The layer's output with these adapters, at least one."""
     alone = len(adapters) == 1 and not layer.kind.opaque and not torch.compiler.is_compiling()
-    routes = ways_of(type(adapters[0])) if alone else ROUTES
+    routes = ways_of(type(adapters[0])) if alone else ROUTES  # type: ignore[arg-type]
     for route in PLAIN_ROUTES if is_plain() else routes:
         y = route(layer, adapters, args, kwargs)
         if y is not None:
