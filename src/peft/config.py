@@ -667,14 +667,24 @@ class RankPattern(PeftConfig):
         minimum=1,
     )
 
+    def rank_at(self, key: str) -> int:
+        """The rank of the module called `key`."""
+        return resolve_pattern(self.rank_pattern, key, self.r)  # type: ignore[attr-defined]
+
 
 @dataclass
 class RankPatterns(RankPattern):
-    """Ranks and scales that differ from the config's `r` and alpha."""
+    """Ranks and scales that differ from the config's `r` and alpha, whose field is called `ALPHA`."""
+
+    ALPHA: ClassVar[str] = "alpha"
 
     alpha_pattern: dict[str, float] | None = option(
         dict, "Alphas of particular modules, with keys like those of `rank_pattern`.", names=dict
     )
+
+    def alpha_at(self, key: str) -> float:
+        """The alpha of the module called `key`."""
+        return resolve_pattern(self.alpha_pattern, key, getattr(self, self.ALPHA))
 
 
 def match_pattern(keys: Iterable[str], name: str) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from peft.config import PeftConfig, patterned, resolve_pattern
+from peft.config import PeftConfig, patterned
 from peft.core.files.io import PREFIX, load_peft_weights, write_adapter
 from peft.tuners.lora.config import LoraConfig, divisor, whole
 from peft.tuners.lora.initialize import rewrites
@@ -169,7 +169,7 @@ def pairs_of(held: Held) -> Pairs:
     for module, parts in found.items():
         if not {"down", "up"} <= parts.keys():
             raise ValueError(f"the adapter has only {', '.join(parts)} of a LoRA at {module}: its file is incomplete.")
-        alpha = resolve_pattern(config.alpha_pattern, module, config.lora_alpha)
+        alpha = config.alpha_at(module)
         pairs[module] = Pair(alpha=alpha, table=module in tables, **parts)
     if not config.use_bdlora:  # keeps one factor as blocks
         _check_ranks(pairs)

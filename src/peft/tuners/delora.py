@@ -67,7 +67,7 @@ class Delora(LowRank):
     r, delora_dropout = setting(), input_dropout()
 
     def create(self, config: DeloraConfig, key: str) -> None:
-        r, (rows, columns) = resolve_pattern(config.rank_pattern, key, config.r), fan(self.shape)
+        r, (rows, columns) = config.rank_at(key), fan(self.shape)
         strength = float(resolve_pattern(config.lambda_pattern, key, config.delora_lambda))
         self.r, self.delora_A = r, kaiming(r, columns)
         self.delora_B = zeros(rows, r) if config.init_weights else kaiming(rows, r)

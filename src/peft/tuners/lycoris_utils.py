@@ -11,15 +11,7 @@ from torch import nn
 
 from peft._lazy import also_known
 from peft.compat.methods import LycorisCompat
-from peft.config import (
-    ExcludeModules,
-    LayerSelection,
-    ModulesToSave,
-    RankPatterns,
-    TargetModules,
-    option,
-    resolve_pattern,
-)
+from peft.config import ExcludeModules, LayerSelection, ModulesToSave, RankPatterns, TargetModules, option
 from peft.core.adapter import setting
 from peft.core.base.kinds import Kind
 from peft.core.families import Scaled
@@ -66,8 +58,8 @@ class Lycoris(Scaled):
         return None
 
     def create(self, config: Any, key: str) -> None:
-        self.r = resolve_pattern(config.rank_pattern, key, config.r)
-        self.alpha = resolve_pattern(config.alpha_pattern, key, config.alpha)
+        self.r = config.rank_at(key)
+        self.alpha = config.alpha_at(key)
         self.rank_dropout, self.module_dropout = config.rank_dropout, config.module_dropout
         self.rank_dropout_scale = getattr(config, "rank_dropout_scale", True)
         self.scaling = self.initial_scaling()

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from peft.config import resolve_pattern
 from peft.convert.formats.flux import is_original, to_diffusers, with_all_rows
 from peft.convert.formats.kohya import ALGORITHMS, by_method, saver
 from peft.convert.held import Held, Pair, Pairs, held_of, magnitude_of, modules_of, pairs_of, rank_fields
@@ -142,7 +141,7 @@ def _pairs(modules: dict[str, dict[str, torch.Tensor]], config: dict[str, Any], 
         rank = len(parts["down"])
         alpha = float(parts.pop("alpha", torch.tensor(0.0))) or rank
         if known is not None:
-            alpha = resolve_pattern(known.alpha_pattern, module, known.lora_alpha)
+            alpha = known.alpha_at(module)
         if (scale := parts.get("magnitude")) is not None:
             parts["magnitude"] = magnitude_of(scale, parts["down"])
         pairs[module] = with_all_rows(module, Pair(alpha=alpha, **parts))

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from peft.config import resolve_pattern
 from peft.convert.held import Held, Pair, Pairs, as_saved, held_of, is_lora, modules_of, pairs_of, rank_fields
 from peft.convert.source import Base, Bundle
 from peft.core.combine.ranks import face_splitting
@@ -167,9 +166,7 @@ def _modules(held: Held) -> dict[str, dict[str, torch.Tensor]]:
 
 def _scale(held: Held, module: str) -> tuple[float, int]:
     """alpha and rank."""
-    config = held.config
-    return (resolve_pattern(config.alpha_pattern, module, config.alpha),
-            resolve_pattern(config.rank_pattern, module, config.r))  # fmt: skip
+    return held.config.alpha_at(module), held.config.rank_at(module)
 
 
 def _pair_of_loha(parts: dict[str, torch.Tensor], alpha: float, rank: int) -> Pair:

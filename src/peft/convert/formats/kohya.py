@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from peft.config import resolve_pattern
 from peft.convert.formats.flux import is_diffusers, is_original, to_original
 from peft.convert.formats.lycoris import (
     CHANGES,
@@ -268,9 +267,7 @@ def _flattened(held: Held, prefix: str, job: Job) -> dict[str, torch.Tensor]:
 
 def _effective_alpha(held: Held, module: str, parts: Parts) -> float:
     """alpha that gives the scale with the rank that LyCORIS reads from the shapes."""
-    config = held.config
-    alpha = resolve_pattern(config.alpha_pattern, module, config.alpha)
-    rank = resolve_pattern(config.rank_pattern, module, config.r)
+    alpha, rank = held.config.alpha_at(module), held.config.rank_at(module)
     whole_pair = "lokr_w1" in parts and "lokr_w2" in parts
     if whole_pair and alpha != rank:
         raise ConfigError(

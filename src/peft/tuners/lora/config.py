@@ -182,6 +182,7 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
 
     METHOD: ClassVar[PeftType] = PeftType.LORA
     OWN_BIAS: ClassVar[str] = "lora_only"
+    ALPHA: ClassVar[str] = "lora_alpha"
 
     r: int = option(8, "Rank of the update: the width between A and B.", minimum=1)
     lora_alpha: int = option(8, "Numerator of the scale s = lora_alpha / r that the update is multiplied by.", stuck=0)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft.config import resolve_pattern
 from peft.core.files.entries import configs_of
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.parallel import several_processes
@@ -188,7 +187,7 @@ def _layers(model: nn.Module, config: LoraConfig, name: str) -> tuple[dict[str, 
         ranks = {path: layer.r[name] for path, layer in adapted.items()}
         return dict(adapted), {path: layer.kind for path, layer in adapted.items()}, ranks
     targets = targets_of(model, config, "eva")
-    ranks = {key: resolve_pattern(config.rank_pattern, key, config.r) for key in targets}
+    ranks = {key: config.rank_at(key) for key in targets}
     return {k: t.module for k, t in targets.items()}, {k: t.kind for k, t in targets.items()}, ranks
 
 
