@@ -21,9 +21,9 @@ from peft.config import (
 from peft.core.adapter import input_dropout, part, setting
 from peft.core.base.kinds import fan
 from peft.core.families import LowRank
+from peft.core.filling import kaiming, zeros
 from peft.core.layer.buffers import BufferDict
 from peft.core.model.registry import define_tuner
-from peft.tuners.lycoris_utils import kaiming, zeros
 from peft.utils.peft_types import PeftType
 
 

@@ -15,7 +15,6 @@ from peft.config import ExcludeModules, LayerSelection, ModulesToSave, RankPatte
 from peft.core.adapter import setting
 from peft.core.base.kinds import Kind
 from peft.core.families import Scaled
-from peft.core.filling import draw_like_linear
 from peft.core.layer.scaled import ScaledLayer
 from peft.core.model.tuner import BaseTuner
 from peft.utils.usage import counts
@@ -100,18 +99,6 @@ class Lycoris(Scaled):
 
 class LycorisTuner(LycorisCompat, BaseTuner):
     """Base of the tuners of these methods."""
-
-
-def kaiming(*shape: int) -> nn.Parameter:
-    """A parameter drawn like the weight of ``nn.Linear``."""
-    drawn = torch.empty(shape)
-    draw_like_linear(drawn)
-    return nn.Parameter(drawn)
-
-
-def zeros(*shape: int) -> nn.Parameter:
-    """A parameter of zeros."""
-    return nn.Parameter(torch.zeros(shape))
 
 
 def through_core(a: torch.Tensor, b: torch.Tensor, core: torch.Tensor, shape: Any) -> torch.Tensor:
