@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -167,13 +167,18 @@ def pairs_of(held: Held) -> Pairs:
             tables.add(module)
     pairs = {}
     for module, parts in found.items():
-        if not {"down", "up"} <= parts.keys():
-            raise ValueError(f"the adapter has only {', '.join(parts)} of a LoRA at {module}: its file is incomplete.")
+        check_pair(module, parts)
         alpha = config.alpha_at(module)
         pairs[module] = Pair(alpha=alpha, table=module in tables, **parts)
     if not config.use_bdlora:  # keeps one factor as blocks
         _check_ranks(pairs)
     return Pairs(pairs, others, config.use_rslora)
+
+
+def check_pair(module: str, parts: Collection[str], names: Collection[str] = ("down", "up")) -> None:
+    """Raise ConfigError where a file lacks a factor of a LoRA; ``names`` are what it calls the two."""
+    if not {*names} <= {*parts}:
+        raise ConfigError(f"the file has only {', '.join(parts)} of a LoRA at {module}: it is incomplete.")
 
 
 def _check_ranks(pairs: Mapping[str, Pair]) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from peft.convert.formats.flux import is_original, to_diffusers, with_all_rows
 from peft.convert.formats.kohya import ALGORITHMS, by_method, saver
-from peft.convert.held import Held, Pair, Pairs, held_of, magnitude_of, modules_of, pairs_of, rank_fields
+from peft.convert.held import Held, Pair, Pairs, check_pair, held_of, magnitude_of, modules_of, pairs_of, rank_fields
 from peft.convert.names import component_of
 from peft.convert.source import Bundle, Files, Format, Job, Source
 from peft.options import value_of
@@ -136,8 +136,7 @@ def _pairs(modules: dict[str, dict[str, torch.Tensor]], config: dict[str, Any], 
     known = LoraConfig(**{k: v for k, v in config.items() if k in _SCALES}) if config else None
     pairs = {}
     for module, parts in modules.items():
-        if not {"down", "up"} <= parts.keys():
-            raise ConfigError(f"the file has only {', '.join(parts)} of a LoRA at {module}.")
+        check_pair(module, parts)
         rank = len(parts["down"])
         alpha = float(parts.pop("alpha", torch.tensor(0.0))) or rank
         if known is not None:
