@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from peft.config import PeftConfig, patterned
+from peft.config import PeftConfig
 from peft.core.files.io import PREFIX, load_peft_weights, write_adapter
-from peft.tuners.lora.config import LoraConfig, divisor, whole
+from peft.tuners.lora.config import LoraConfig, divisor, rank_fields
 from peft.tuners.lora.initialize import rewrites
 from peft.utils.error import ConfigError
 
@@ -220,12 +220,6 @@ def held_of(found: Pairs, like: LoraConfig | None = None) -> Held:
 def as_saved(modules: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Tensors by module, see :attr:`Held.by_module`, under their names in a file."""
     return {f"{PREFIX}{module}.{part}": tensor for module, parts in modules.items() for part, tensor in parts.items()}
-
-
-def rank_fields(ranks: Mapping[str, int], alphas: Mapping[str, float], alpha: str = "lora_alpha") -> dict[str, Any]:
-    """The fields of a config that say the rank and the alpha of each module; what its field for alpha is called."""
-    given = {module: whole(value) for module, value in alphas.items()}
-    return dict(zip(("r", "rank_pattern", alpha, "alpha_pattern"), (*patterned(ranks), *patterned(given))))
 
 
 def magnitude_of(scale: torch.Tensor, down: torch.Tensor) -> torch.Tensor:

@@ -15,11 +15,11 @@ import torch
 
 from peft.convert.formats.flux import is_original, to_diffusers, with_all_rows
 from peft.convert.formats.kohya import ALGORITHMS, by_method, saver
-from peft.convert.held import Held, Pair, Pairs, check_pair, held_of, magnitude_of, modules_of, pairs_of, rank_fields
+from peft.convert.held import Held, Pair, Pairs, check_pair, held_of, magnitude_of, modules_of, pairs_of
 from peft.convert.names import component_of
 from peft.convert.source import Bundle, Files, Format, Job, Source
 from peft.options import value_of
-from peft.tuners.lora.config import LoraConfig
+from peft.tuners.lora.config import LoraConfig, rank_fields
 from peft.utils.error import ConfigError
 
 
