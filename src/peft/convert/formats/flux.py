@@ -179,7 +179,7 @@ def _pair_of_loha(parts: dict[str, torch.Tensor], alpha: float, rank: int) -> Pa
 
 def _pair_of_lokr(parts: dict[str, torch.Tensor], alpha: float, rank: int) -> Pair:
     """W1 (x) (A B) = (W1 (x) A) (1 (x) B), of the rank of W2 for each input of W1."""
-    first = lokr_factor(*(parts.get(f"lokr_w1{end}") for end in ("", "_a", "_b")))
+    first = lokr_factor(parts.get("lokr_w1"), parts.get("lokr_w1_a"), parts.get("lokr_w1_b"))
     if "lokr_w2" in parts:
         a, b = parts["lokr_w2"], torch.eye(parts["lokr_w2"].shape[1], dtype=first.dtype)
     else:

@@ -91,8 +91,8 @@ def _product(parts: Parts, shape: torch.Size) -> torch.Tensor:
 
 def lokr_factors(parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
     """W1 and W2 of a LoKr; a W2 of low rank without a core has its kernel's axes flattened."""
-    first, second = ([parts.get(f"lokr_w{n}{end}") for end in ("", "_a", "_b")] for n in (1, 2))
-    return lokr_factor(*first), lokr_factor(*second, parts.get("lokr_t2"))
+    (w1, a1, b1), (w2, a2, b2) = ([parts.get(f"lokr_w{n}{end}") for end in ("", "_a", "_b")] for n in (1, 2))
+    return lokr_factor(w1, a1, b1), lokr_factor(w2, a2, b2, parts.get("lokr_t2"))
 
 
 def kronecker(parts: Parts) -> torch.Tensor:

@@ -61,6 +61,7 @@ class BaseTunerLayer(Unconstructed, ReadThrough):
     key = ""
     read_by_parent: bool
     rewritten: Rewritten | None = None
+    cast_input_dtype_enabled: bool
     shares_weight = False
     merge_error = 0.0
     _storage: Noted | None
@@ -95,6 +96,7 @@ class BaseTunerLayer(Unconstructed, ReadThrough):
             adapters={},
             merged_adapters=[],
             originals={},
+            cast_input_dtype_enabled=True,
             tied_to={},
             _storage=None,
         )
