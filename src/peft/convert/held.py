@@ -83,6 +83,12 @@ class Pair:
         """Rows of A."""
         return self.down.shape[0]
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What is in a file, by its name there below the module's."""
+        a, b = ("lora_embedding_A", "lora_embedding_B") if self.table else ("lora_A.weight", "lora_B.weight")
+        named = {a: self.down, b: self.up, "lora_magnitude_vector": self.magnitude, "lora_B.bias": self.bias}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
 
 @dataclass
 class Pairs:
@@ -199,12 +205,7 @@ def held_of(found: Pairs, like: LoraConfig | None = None) -> Held:
     if like is None:
         _check_ranks(pairs)
     for module, pair in pairs.items():
-        a, b = ("lora_embedding_A", "lora_embedding_B") if pair.table else ("lora_A.weight", "lora_B.weight")
-        tensors[f"{PREFIX}{module}.{a}"], tensors[f"{PREFIX}{module}.{b}"] = pair.down, pair.up
-        if pair.magnitude is not None:
-            tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = pair.magnitude
-        if pair.bias is not None:
-            tensors[f"{PREFIX}{module}.lora_B.bias"] = pair.bias
+        tensors.update({f"{PREFIX}{module}.{part}": tensor for part, tensor in pair.tensors().items()})
     fields = rank_fields({m: pair.rank for m, pair in pairs.items()}, {m: pair.alpha for m, pair in pairs.items()})
     if like is None:
         fields["target_modules"] = sorted(pairs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -160,7 +160,8 @@ class AdaLoraTuner(AdaLoraCompat, LoraCompat, Allocating):
                 continue
             allocator = self.allocator(name)
             settled = any(adapter.left is not None for adapter in adapters.values())
-            if not settled and global_step <= allocator.end and self._loaded_whole(adapters):
+            whole = all(len(adapter.lora_E) == adapter.r for adapter in adapters.values())
+            if not settled and global_step <= allocator.end and whole:
                 last = global_step == allocator.end
                 _, kept = allocator.update_and_allocate(self.model, global_step, force_mask=last)
                 config.rank_pattern = kept or config.rank_pattern
@@ -168,10 +169,6 @@ class AdaLoraTuner(AdaLoraCompat, LoraCompat, Allocating):
                     adapter.left = kept_of(config.rank_pattern, key)
             elif settled:
                 allocator.mask({key: adapter.marks(adapter.left) for key, adapter in adapters.items()})
-
-    @staticmethod
-    def _loaded_whole(adapters: dict[str, Any]) -> bool:
-        return all(len(adapter.lora_E) == adapter.r for adapter in adapters.values())
 
 
 AdaLoraModel = define_tuner(AdaLora, AdaLoraConfig, base=AdaLoraTuner)

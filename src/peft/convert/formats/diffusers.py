@@ -163,12 +163,7 @@ def _write(bundle: Bundle, job: Job) -> Files:
             if pair.table:
                 job.lost[module] = "diffusers' LoRAs have no embeddings"
                 continue
-            key = f"{name}.{module}"
-            tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = pair.down, pair.up
-            if pair.magnitude is not None:
-                tensors[f"{key}.lora_magnitude_vector"] = pair.magnitude
-            if pair.bias is not None:
-                tensors[f"{key}.lora_B.bias"] = pair.bias
+            tensors.update({f"{name}.{module}.{part}": tensor for part, tensor in pair.tensors().items()})
         job.lost.update(dict.fromkeys(found.others, "diffusers' files hold LoRAs alone"))
         said.update({f"{name}.{key}": value for key, value in _header(found, held).items()})
     text = json.dumps(said, indent=2, sort_keys=True)
