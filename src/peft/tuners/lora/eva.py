@@ -95,8 +95,7 @@ def get_eva_state_dict(
         raise ValueError("peft_config is needed for a model without adapters.")
     options = config.eva_config or EvaConfig()
     layers, kinds, ranks = _layers(model, config, adapter_name)
-    bases = {name: innermost(layer) for name, layer in layers.items()}
-    shapes = {name: kind.shape(bases[name]) for name, kind in kinds.items()}
+    shapes = {name: kind.shape(innermost(layers[name])) for name, kind in kinds.items()}
     state: dict[str, Any] = {}
     several = gather_distributed_inputs and several_processes()
 
@@ -109,7 +108,7 @@ def get_eva_state_dict(
         chosen = prepare_layer_inputs_fn
         function = chosen.get(name) if isinstance(chosen, dict) else chosen
         if function is None or len(shapes[name]) > 2:
-            found = rows(kinds[name], bases[name], x)
+            found = rows(kinds[name], innermost(layers[name]), x)
         else:
             found = function(x, state["inputs"], name)
         return gathered(found) if several else found
