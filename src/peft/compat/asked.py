@@ -22,3 +22,9 @@ def is_theirs(method: Any) -> bool:
     function = getattr(method, "__func__", method)
     ours = isinstance(function, FunctionType) and function.__globals__.get("__name__", "").startswith("peft.")
     return callable(function) and not ours
+
+
+def is_replaced(cls: type, name: str) -> bool:
+    """Whether somebody outside this package has put a method of this name into a class, or into one below it."""
+    below: list[type] = cls.__subclasses__()
+    return is_theirs(vars(cls).get(name)) or any(is_replaced(one, name) for one in below)

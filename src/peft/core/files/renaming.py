@@ -182,6 +182,14 @@ def names_today(name: str, tails: set[str], current: Callable[[str], Iterator[st
                 yield f"{new.removesuffix('.weight')}.{tail}"
 
 
+def at_first(name: str, others: dict[str, str]) -> Iterator[str]:
+    """What a tensor is called by the first names of the modules around it, by what :func:`other_names` gives."""
+    for other, first in others.items():
+        if name.startswith(f"{other}."):
+            yield (new := first + name[len(other) :])
+            yield from at_first(new, others)
+
+
 def relabelled(name: str, labelled: set[str]) -> Iterator[str]:
     """What a tensor is called that an older file has under the name of the adapter, or under none."""
     parts = name.split(".")

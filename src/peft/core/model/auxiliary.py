@@ -412,8 +412,8 @@ def bias_sites(model: nn.Module, mode: str, adapter: str) -> Iterator[tuple[nn.M
                     yield site.module, attribute
 
 
-def bias_state(model: nn.Module, adapter: str) -> Iterator[tuple[str, str, torch.Tensor]]:
-    """An adapter's trained biases as (name in the file, name in memory, tensor)."""
+def bias_state(model: nn.Module, adapter: str) -> Iterator[tuple[str, str, str, torch.Tensor]]:
+    """An adapter's trained biases as (name in the file, name in memory, name in the unadapted model, tensor)."""
     record = biases_of(model)
     if record is None or adapter not in record:
         return
@@ -423,7 +423,7 @@ def bias_state(model: nn.Module, adapter: str) -> Iterator[tuple[str, str, torch
             if (id(site.module), attribute) in tensors:
                 path = join(site.path, attribute)
                 saved = file_path(path, adapter, [*site.above, *site.wrappers])
-                yield saved, path, tensors[id(site.module), attribute]
+                yield saved, path, join(site.key, attribute), tensors[id(site.module), attribute]
 
 
 def tied_sites(model: nn.Module, module: nn.Module) -> list[Site]:

@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from peft.compat import alias_submodules
+from peft.compat.readable import make_readable
 from peft.core.adapter import Adapter
 from peft.core.layer.classes import layer_class, prefix_of
 from peft.core.layer.layer import BaseTunerLayer
@@ -50,6 +51,7 @@ def define_tuner(
     for name, cls in layer_cls.by_name.items():
         vars(module).setdefault(name, cls)
     method = str(value_of(config_cls.METHOD))
+    make_readable(method.lower(), layer_cls)
     table = getattr(constants, f"TRANSFORMERS_MODELS_TO_{method.replace('_', '')}_TARGET_MODULES_MAPPING", {})
     members = {
         "layer_cls": layer_cls,

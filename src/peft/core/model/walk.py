@@ -232,6 +232,22 @@ def names_of_modules(model: nn.Module) -> dict[int, list[str]]:
     return {module: names for module, names in found.items() if len(names) > 1}
 
 
+def other_names(model: nn.Module) -> dict[str, str]:
+    """The names beside the first of modules that stand in several places: other name -> first name, both unadapted.
+
+    What is within such a module has none here: its name begins with one of these.
+    """
+    if not (holders := survey(model).holders):
+        return {}
+    keys = {id(site.module): site.key for site in walk(model)}
+    found = {}
+    for site in walk(model):
+        module = site.wrappers[0][1] if site.wrappers else site.module
+        names = [join(keys[id(parent)], name) for parent, name in holders.get(id(module), ())]
+        found.update({name: site.key for name in names if name != site.key})
+    return found
+
+
 def names_in(model: nn.Module) -> list[str]:
     """What a config can name in a model: its modules, and their parameters."""
     return [name for s in walk(model) for name in (s.key, *(join(s.key, p) for p in s.module._parameters)) if name]
