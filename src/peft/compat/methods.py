@@ -256,7 +256,7 @@ class VBLoRACompat:
         beside = [
             tensor
             for _, wrapper in wrappers_of(anatomy(model)[0])
-            if not isinstance(wrapper, BaseTunerLayer) and adapter in wrapper  # type: ignore[operator]
+            if not isinstance(wrapper, BaseTunerLayer) and adapter in wrapper
             for _, _, tensor in wrapper.adapter_state(adapter)
         ]
         own = total - sum(t.numel() * t.itemsize for t in beside)

@@ -17,7 +17,7 @@ import torch
 
 from peft.convert.held import Held, Pair, Pairs, as_saved, held_of, is_lora, modules_of, pairs_of
 from peft.convert.source import Base, Bundle
-from peft.core.combine.ranks import face_splitting
+from peft.kernels.decompositions import face_splitting
 from peft.tuners.lokr import lokr_factor
 from peft.tuners.lora.config import rank_fields
 from peft.utils.error import ConfigError, some

@@ -29,10 +29,15 @@ _PATTERNS = ("rank_pattern", "alpha_pattern")
 _SUFFIXES = (".weight", ".part.weight")  # a renaming may be of a module's weight, or of whatever it holds
 
 
+def is_of_transformers(model: nn.Module) -> bool:
+    """Whether it is a model of transformers, without importing that."""
+    library = sys.modules.get("transformers.modeling_utils")
+    return library is not None and isinstance(model, library.PreTrainedModel)
+
+
 def transforms_of(model: nn.Module) -> list[Any]:
     """transformers' weight conversions for a model; none for models of other origin."""
-    library = sys.modules.get("transformers.modeling_utils")
-    if library is None or not isinstance(model, library.PreTrainedModel):
+    if not is_of_transformers(model):
         return []
     from transformers.conversion_mapping import get_model_conversion_mapping
 
