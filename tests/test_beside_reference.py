@@ -419,3 +419,167 @@ def test_a_token_that_is_given_twice_trains_as_one_that_is_given_once(where: str
         merged = loaded.merge_and_unload()(ids).logits
         assert torch.allclose(merged, outputs[-1], **CLOSE)
         assert torch.allclose(outputs[-1], outputs[0], **CLOSE)
+
+
+class _Step(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.n = nn.Linear(4, 4), nn.Linear(4, 4), nn.LayerNorm(4)
+        self.e = nn.Embedding(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.n(self.k(self.q(x)).tanh()) + self.e(x.argmax(-1))
+
+
+def _sharing(what: str) -> nn.Module:
+    """Steps of which the first two share single modules, or are one and the same."""
+    torch.manual_seed(0)
+    model = nn.Sequential(_Step(), _Step(), _Step())
+    if what == "block":
+        model[1] = model[0]
+    for name in "qne" if what == "modules" else "":
+        setattr(model[1], name, getattr(model[0], name))
+    return model
+
+
+class TestModulesThatStandTwice:
+    """0.21.2 wraps what is trained whole at each place, and fails on a file that lacks one: KeyError."""
+
+    BESIDE = {
+        "copies": {"modules_to_save": ["q", "n"]},
+        "tokens": {"trainable_token_indices": {"e": [1, 2, 3]}},
+        "biases": {"bias": "all"},
+    }
+    WRITTEN = {  # by 0.21.2, without the LoRA and without the third step; its base has the biases, so all their names
+        ("modules", "copies"): ["0.n.bias", "0.n.weight", "0.q.bias", "0.q.weight"],
+        ("modules", "tokens"): ["0.e.token_adapter.trainable_tokens_delta"],
+        ("modules", "biases"): ["0.k.base_layer.bias", "0.n.bias", "0.q.bias"],
+    }
+    X = torch.randn(3, 4, generator=torch.Generator().manual_seed(5))
+
+    def adapted(self, what: str, beside: str) -> Any:
+        config = LoraConfig(r=2, target_modules=["k"], init_lora_weights=False, **self.BESIDE[beside])
+        return disturb(get_peft_model(_sharing(what), config))
+
+    @pytest.mark.parametrize("beside", ["copies", "tokens"])
+    @pytest.mark.parametrize("what", ["modules", "block"])
+    def test_files_have_what_0_21_2_reads(self, what: str, beside: str, tmp_path: Path) -> None:
+        self.adapted(what, beside).save_pretrained(tmp_path)
+        names = {n.removeprefix("base_model.model.") for n in load_file(tmp_path / FILE) if "lora_" not in n}
+        first = self.WRITTEN["modules", beside]
+        steps = "012" if what == "modules" else "02"  # a block that stands twice is adapted once there, too
+        assert names == {step + name[1:] for step in steps for name in first}
+
+    @pytest.mark.parametrize("beside", BESIDE)
+    @pytest.mark.parametrize("what", ["modules", "block"])
+    @pytest.mark.parametrize("low", [False, True])
+    def test_files_that_have_it_at_each_place(
+        self, what: str, beside: str, low: bool, tmp_path: Path, recwarn: pytest.WarningsRecorder
+    ) -> None:
+        model = self.adapted(what, beside)
+        model.save_pretrained(tmp_path)
+        tensors = load_file(tmp_path / FILE)
+        for name in self.WRITTEN["modules", beside]:
+            other = f"base_model.model.1{name.replace('.base_layer', '')[1:] if what == 'modules' else name[1:]}"
+            if other not in tensors and (what == "block" or ".k." not in other):
+                tensors[other] = tensors[f"base_model.model.{name}"].clone()
+        save_file(tensors, tmp_path / FILE)
+        recwarn.clear()
+        again = PeftModel.from_pretrained(_sharing(what), tmp_path, low_cpu_mem_usage=low).eval()
+        assert torch.equal(again(self.X), model(self.X))
+        assert not [str(w.message) for w in recwarn]
+
+    def test_of_copies_that_differ_the_first_is_taken_and_named(self, tmp_path: Path) -> None:
+        model = self.adapted("modules", "copies")
+        model.save_pretrained(tmp_path)
+        tensors = load_file(tmp_path / FILE)
+        tensors["base_model.model.1.q.weight"] += 1
+        save_file(tensors, tmp_path / FILE)
+        with pytest.warns(UserWarning, match="1.q.weight' and 'base_model.model.0.q.weight' are one tensor"):
+            again = PeftModel.from_pretrained(_sharing("modules"), tmp_path).eval()
+        assert torch.equal(again(self.X), model(self.X))
+
+    def test_tied_weights_are_written_once(self) -> None:
+        model = get_peft_model(tiny_llama(True), _lora(target_modules=["q_proj"], modules_to_save=["embed_tokens"]))
+        assert len([name for name in get_peft_model_state_dict(model) if "lora_" not in name]) == 1
+
+
+# What layers of 0.21.2 say of an adapter, with nn.Linear(8, 6); recorded with it.
+READ_ON_LAYERS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("AdaLora", {"init_r": 4, "total_step": 10}, {"lora_embedding_A": None, "lora_variant": None, "use_dora": None}),
+    ("BOFT", {"boft_block_size": 4}, {"boft_block_size": 4, "boft_block_num": 2}),
+    ("BOFT", {"boft_block_size": 0, "boft_block_num": 4}, {"boft_block_size": 2, "boft_block_num": 4}),
+    (
+        "Deft",
+        {"r": 3, "decomposition_method": "qr"},
+        {"deft_r": 3, "deft_scaling": 1.0, "deft_decomposition": "qr"},
+    ),
+    (
+        "FourierFT",
+        {"n_frequency": 4, "scaling": 7.0},
+        {"fourierft_scaling": 7.0, "indices": torch.tensor([[2, 2, 4, 3], [7, 6, 1, 2]])},
+    ),
+    ("Gralora", {"r": 2, "gralora_k": 2, "hybrid_r": 2}, {"r": 2, "gralora_k": 2, "hybrid_r": 2}),
+    ("Miss", {"r": 2}, {"miss_mini_r": 1}),
+    ("Miss", {"r": 2, "init_weights": "mini", "mini_r": 3}, {"miss_mini_r": 3}),
+    ("Peanut", {"r": 2, "depth": 1}, {"r": 2, "depth": 1}),
+    ("Shira", {"r": 2}, {"r": 2}),
+    ("Supertuning", {"sparsity": 0.5, "r": 2}, {"supertuning_rank": 2}),
+    (
+        "WaveFT",
+        {"n_frequency": 4, "scaling": 3.0, "use_idwt": False},
+        {
+            "waveft_scaling": 3.0,
+            "waveft_indices": torch.tensor([[2, 2, 4, 3], [7, 6, 1, 2]]),
+            "waveft_use_idwt": False,
+            "waveft_wavelet_family": "db1",
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize("method, given, said", READ_ON_LAYERS, ids=[f"{m}-{[*g]}" for m, g, _ in READ_ON_LAYERS])
+def test_what_scripts_read_on_layers(method: str, given: dict[str, Any], said: dict[str, Any]) -> None:
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(8, 6)), getattr(peft, f"{method}Config")(**given, target_modules="0")
+    )
+    layer: Any = model.base_model.model[0]
+    for name, value in said.items():
+        found = getattr(layer, name)
+        if value is None:
+            assert found == {}, name
+        else:
+            assert (
+                torch.equal(torch.as_tensor(found["default"]), value)
+                if isinstance(value, torch.Tensor)
+                else (found == {"default": value})
+            ), name
+    model.add_adapter("second", model.peft_config["default"])
+    assert all(
+        list(getattr(layer, name)) == (["default", "second"] if v is not None else []) for name, v in said.items()
+    )
+    assert not layer.is_target_conv_1d_layer and not layer.ephemeral_gpu_offload
+
+
+def test_dropouts_and_original_rows_are_read_on_layers() -> None:
+    for share, kind in ((0.25, nn.Dropout), (0.0, nn.Identity)):
+        config = peft.OFTConfig(oft_block_size=4, module_dropout=share, target_modules="0")
+        model = get_peft_model(nn.Sequential(nn.Linear(8, 6)), config)
+        assert isinstance(model.base_model.model[0].oft_dropout["default"], kind)
+    base = nn.Sequential(nn.Embedding(16, 8))
+    rows = base[0].weight[[1, 3]].clone()
+    config = peft.TrainableTokensConfig(token_indices=[1, 3], target_modules=["0"])
+    layer = get_peft_model(base, config).base_model.model[0]
+    assert torch.equal(layer.trainable_tokens_original["default"], rows)
+
+
+@pytest.mark.parametrize("method", ["LoHa", "IA3", "Hira", "Miss"])
+def test_a_layer_is_given_an_adapter_by_its_update_layer(method: str) -> None:
+    given = {"feedforward_modules": []} if method == "IA3" else {}
+    config = getattr(peft, f"{method}Config")(target_modules="0", **given)
+    layer: Any = get_peft_model(nn.Sequential(nn.Linear(8, 6)), config).base_model.model[0]
+    layer.update_layer("second", config=config)
+    assert layer.adapter_names == ["default", "second"] and layer.active_adapters == ["default"]
+    if method in ("LoHa", "Miss"):
+        layer.update_layer("third", 3, config=config)
+        assert [*layer.r.values()][-1] == 3 if method == "LoHa" else len(layer.miss_block["third"]) == 3

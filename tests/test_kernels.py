@@ -21,7 +21,7 @@ from toys import tiny_llama
 from transformers.pytorch_utils import Conv1D
 
 from peft import FourierFTConfig, LoraConfig, ShiraConfig, get_peft_model
-from peft.kernels import Factors, adapted_norm, dora_linear, is_plain, low_rank_linear, plain, spectral
+from peft.kernels import Factors, adapted_norm, dora_linear, few, is_plain, low_rank_linear, plain, spectral
 from peft.kernels.dropout import Dropped, draw_seed
 from peft.kernels.grouped import GroupedLowRank, grouped_linear
 from peft.kernels.linear import composed
@@ -84,6 +84,14 @@ def batch(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(*shape, 6, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
+@pytest.fixture(params=["fused", "few"])
+def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By our functions of autograd, and by its own operations, as few entries are."""
+    if request.param == "few":
+        monkeypatch.setattr(few, "ENTRIES", 2**16)
+
+
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("shape", [(4,), (2, 3), (2, 2, 3)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("adapters", [1, 2])
@@ -98,6 +106,7 @@ def test_values_and_gradients_equal_the_plain_path(shape, bias, adapters):
         assert_equal({"y": model(x)}, {"y": wanted["y"]})
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
 def test_sixteen_bits_agree_within_rounding(dtype, autocast_adapter_dtype):
@@ -111,6 +120,7 @@ def test_sixteen_bits_agree_within_rounding(dtype, autocast_adapter_dtype):
     assert_equal(got, wanted, 0.03)
 
 
+@pytest.mark.usefixtures("either_way")
 def test_autocast_agrees_within_rounding():
     model, x = adapted(), batch(4, 3)
     with torch.autocast("cpu", torch.bfloat16):
@@ -120,6 +130,7 @@ def test_autocast_agrees_within_rounding():
     assert_equal(got, wanted, 0.05)
 
 
+@pytest.mark.usefixtures("either_way")
 def test_a_product_in_native_bfloat16(monkeypatch):
     """On devices with such products the adapters are rounded for them."""
     from peft.kernels import linear
@@ -153,6 +164,54 @@ def test_dropout_equals_the_plain_path_with_the_same_mask(rate):
     for name in order:
         getattr(model.base_model.model, name).lora_dropout["default"] = Fixed(rate, draw_seed())
     assert_equal(got, run(model, x))
+
+
+@pytest.mark.few
+def test_few_entries_are_dropped_as_torch_does(monkeypatch):
+    model, x = adapted(lora_dropout=0.5), batch(5, 4)
+    torch.manual_seed(5)
+    got = run(model, x)
+    torch.manual_seed(5)
+    for name in LAYERS:
+        monkeypatch.setattr(getattr(model.base_model.model, name).lora_dropout["default"], "forward", dropped_by_torch)
+    assert_equal(got, run(model, x))
+
+
+def dropped_by_torch(x: torch.Tensor) -> torch.Tensor:
+    return F.dropout(x, 0.5)
+
+
+@pytest.mark.few
+@pytest.mark.parametrize("x", [batch(2), batch(2, 3)[:, :2]], ids=["matrix", "strided"])
+def test_what_few_entries_give_is_no_view(x):
+    model = adapted()
+    y = model(x)
+    before = y.detach().clone()
+    assert not y._is_view()
+    y.mul_(2)
+    y.sum().backward()
+    torch.testing.assert_close(y.detach(), 2 * before)
+    wanted = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+    model.zero_grad()
+    (2 * model(x)).sum().backward()
+    torch.testing.assert_close(wanted, [p.grad for p in model.parameters() if p.requires_grad])
+
+
+@pytest.mark.few
+def test_how_many_entries_are_few():
+    model, wide = adapted(), torch.randn(few.ENTRIES // 6 + 1, 6)
+
+    def seen(x: torch.Tensor) -> set[str]:
+        """Names of the nodes of a graph."""
+        found, left = set(), [model(x).grad_fn]
+        while left:
+            if (node := left.pop()) is not None and node not in found:
+                found.add(node)
+                left += [edge for edge, _ in node.next_functions]
+        return {node.name() for node in found}
+
+    assert "LowRankLinearBackward" not in seen(wide[:100])
+    assert "LowRankLinearBackward" in seen(wide)
 
 
 @pytest.mark.parametrize("p", [0.01, 0.05, 0.5, 0.8])
@@ -287,6 +346,7 @@ def test_hooks_that_keep_something_else_get_the_input_itself():
 
 
 # --- where it has to work ---------------------------------------------------------------------------------------
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("rate", [0.0, 0.3])
 def test_gradient_checkpointing(reentrant, rate):
@@ -300,6 +360,7 @@ def test_gradient_checkpointing(reentrant, rate):
     assert_equal(run(model, x), wanted)
 
 
+@pytest.mark.usefixtures("either_way")
 def test_a_norm_outside_of_the_checkpointed_block():
     model, x = adapted(), batch(4)
     inner = model.base_model.model

@@ -1,4 +1,4 @@
-"""Layers without autograd, one adapter active: the way with the fewest steps gives what the layer is defined as."""
+"""One adapter active, few entries: the way with the fewest steps gives what the layer is defined as."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from peft.tuners.lora.layer import Lora
 from peft.utils.hotswap import hotswap_adapter
 
 
+pytestmark = pytest.mark.few
 X = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(1))
 
 
@@ -61,13 +62,25 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
 
 
 def agrees(model: nn.Module, x: torch.Tensor = X, **call) -> torch.Tensor:
-    """The output, which is that of the model's definition, call after call."""
+    """The output, which is that of the model's definition, call after call; and so are the gradients."""
     with torch.no_grad():
         with plain():
             want = model(x, **call)
         for _ in range(3):
             torch.testing.assert_close(model(x, **call), want)
+    with plain():
+        gradients = trained(model, x, **call)
+    for _ in range(2):
+        torch.testing.assert_close(trained(model, x, **call), gradients)
     return want
+
+
+def trained(model: nn.Module, x: torch.Tensor, **call) -> list[torch.Tensor | None]:
+    """Output, and the gradients of the input and of all that trains."""
+    x = x.clone().requires_grad_()
+    y = model(x, **call)
+    tensors = [x, *(p for p in model.parameters() if p.requires_grad)]
+    return [y, *torch.autograd.grad(torch.sin(y).sum(), tensors, allow_unused=True)]
 
 
 @pytest.mark.parametrize(
@@ -301,7 +314,7 @@ def test_where_it_is_no_way(taken):
         assert model(X).dtype == torch.bfloat16
     with torch.no_grad():
         torch.func.vmap(model)(X)
-    model(X).sum().backward()
+    model(X.repeat(2**14, 1, 1)).sum().backward()
     assert q(model).lora_B["default"].weight.grad.abs().sum() > 0
     assert not any(taken[-9:])
     x = X.clone().requires_grad_()

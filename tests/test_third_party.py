@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import gc
 import re
 from dataclasses import dataclass
 from types import MethodType
@@ -13,7 +14,7 @@ from toys import tiny_llama
 from transformers.pytorch_utils import Conv1D
 
 import peft
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.core.model.record import context_of
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer, LoraModel
@@ -601,6 +602,42 @@ def test_a_start_that_others_put_into_the_class(derived, monkeypatch):
     model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), config)
     layer = model.base_model.model[0]
     assert (layer.lora_A["default"].weight == 3).all() and not layer.lora_B["default"].weight.any()
+
+
+@pytest.mark.parametrize("derived", [False, True])
+def test_a_start_that_only_others_know(derived, monkeypatch, tmp_path, request):
+    """As 0.21.2, which leaves the name of a start to `reset_lora_parameters`; without one it is refused at once."""
+    request.addfinalizer(gc.collect)  # a derived class counts for as long as it lives
+    before = LoraLayer.reset_lora_parameters
+
+    def start(self, adapter_name, init_lora_weights):
+        if init_lora_weights != "mine":
+            return before(self, adapter_name, init_lora_weights)
+        nn.init.constant_(self.lora_A[adapter_name].weight, 3)
+
+    gc.collect()
+    with pytest.raises(ValueError, match="'mine' is not valid"):
+        LoraConfig(init_lora_weights="mine")
+    if derived:
+        classes = {nn.Linear: type("Derived", (LoraLinear,), {"reset_lora_parameters": start})}
+    else:
+        classes = {}
+        monkeypatch.setattr(LoraLayer, "reset_lora_parameters", start)
+    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights="mine")
+    config._register_custom_module(classes)
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), config)
+    layer = model.base_model.model[0]
+    assert (layer.lora_A["default"].weight == 3).all()
+    model.save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(tmp_path).init_lora_weights == "mine"
+    for own in ([LoraConfig(**{**config.to_dict(), "init_lora_weights": "other"})], [config] if derived else []):
+        for one in own:  # what no layer's own start knows
+            with pytest.raises(ValueError, match="is not valid"):
+                get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(**one.to_dict()))
+    monkeypatch.undo()
+    if not derived:
+        with pytest.raises(ValueError, match="'mine' is not valid"):
+            PeftModel.from_pretrained(nn.Sequential(nn.Linear(4, 4)), tmp_path)
 
 
 def test_a_constructor_that_others_put_into_the_class(monkeypatch):

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from peft.composition.config import CompositionConfig
+from peft.composition.model import Compositions
 from peft.config import PeftConfig
-from peft.core.composition.config import CompositionConfig
-from peft.core.composition.model import Compositions
-from peft.core.files.card import create_or_update_model_card
 from peft.core.files.entries import entries
 from peft.core.files.io import CONFIG_NAME, HUB_KEYWORDS, hub_options, load_peft_weights, write_adapter
 from peft.core.files.state_dict import LoadResult, get_peft_model_state_dict, set_peft_model_state_dict
@@ -27,6 +26,7 @@ from peft.core.model.tuner import BaseTuner
 from peft.core.model.walk import layers_of, surveyed
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.options import value_of
+from peft.tools.card import create_or_update_model_card
 from peft.tuners.lora.experts import convert_peft_adapter_state_dict_for_transformers
 from peft.utils.error import CheckpointError, ConfigError, ConfigFileError, PeftError, some
 from peft.utils.usage import tell_misspelt

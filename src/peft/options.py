@@ -31,6 +31,7 @@ def option(
     *,
     choices: Iterable[Any] | None = None,
     pattern: str | None = None,
+    others: Callable[[], bool] | None = None,
     minimum: float | None = None,
     maximum: float | None = None,
     below: float | None = None,
@@ -51,6 +52,7 @@ def option(
         help: one or two sentences for the user.
         choices: the values allowed, apart from None.
         pattern: a regular expression; strings that match it whole are allowed besides `choices`.
+        others: says whether somebody else may understand strings besides these; then any is allowed.
         minimum, maximum, below, above: bounds of a number; the last two are exclusive. A field annotated `int` that
             has a bound takes whole numbers only.
         needs: another field, or one and its value (or a tuple of them), without which this one does nothing; a value
@@ -98,6 +100,8 @@ def check_choice(where: str, value: Any, rules: Any) -> None:
     if choices is None or _is_choice(value, choices):
         return
     if pattern and isinstance(value, str) and re.fullmatch(pattern, value):
+        return
+    if isinstance(value, str) and (others := rules.get("others")) is not None and others():
         return
     allowed = [repr(value_of(c)) for c in choices] + ([f"text of the form {pattern!r}"] if pattern else [])
     hint = nearest(value_of(value), [value_of(c) for c in choices])

@@ -21,3 +21,9 @@ def is_theirs(method: Any) -> bool:
     """Whether a function, or a method of a class, was written outside this package: somebody has put it there."""
     function = getattr(method, "__func__", method)
     return isinstance(function, FunctionType) and not function.__globals__.get("__name__", "").startswith("peft.")
+
+
+def is_replaced(cls: type, name: str) -> bool:
+    """Whether somebody outside this package has put a method of this name into a class, or into one below it."""
+    below: list[type] = cls.__subclasses__()
+    return is_theirs(vars(cls).get(name)) or any(is_replaced(one, name) for one in below)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from peft.compat.asked import Asked, is_theirs
+from peft.compat.by_hand import with_given
 from peft.core.layer.buffers import BufferDict
 from peft.core.layer.placement import settle
 from peft.core.layer.rows import require_unmerged
@@ -54,6 +55,14 @@ class LayerCompat:
         return {adapter: {name for name, container in held.items() if adapter in container} for adapter in names}
 
     @Asked
+    def is_target_conv_1d_layer(self) -> bool:
+        """Whether the base is a ``Conv1D`` of transformers."""
+        return not isinstance(self, type) and type(self.get_base_layer()).__name__ == "Conv1D"
+
+    ephemeral_gpu_offload = False
+    """Whether a start moves the base to a GPU for a while: none does here, all compute where the weight is."""
+
+    @Asked
     def parameter_name(self) -> str | None:
         """The attribute of the base layer that the adapters adapt; None where that is the whole layer."""
         return None if isinstance(self, type) else self.kind.weight or None
@@ -67,6 +76,11 @@ class LayerCompat:
         else:
             self.__dict__["key"] = key
             theirs(self, name, config.r, lora_alpha=config.lora_alpha, config=config)
+
+    def update_layer(self, adapter_name: str, *args: Any, config: Any = None, **kwargs: Any) -> None:
+        """Give the layer an adapter, as ``lora.Linear(base, adapter_name, config, ...)`` does. A name of 0.21."""
+        self.add_adapter(adapter_name, with_given(type(self), config, args, kwargs), self.key)  # type: ignore[attr-defined]
+        self.set_adapter(self.active_adapters or [adapter_name])  # type: ignore[attr-defined]
 
     def get_param(self) -> torch.Tensor:
         """The tensor of the base layer that the adapters adapt, as it is kept."""

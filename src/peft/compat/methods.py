@@ -250,7 +250,7 @@ def _adalora_layers(model: nn.Module, adapter_name: str) -> dict[str, Any]:
         site.key: wrapper
         for site in walk(model)
         for _, wrapper in site.wrappers
-        if adapter_name in wrapper and hasattr(wrapper, "lora_E")  # type: ignore[operator]
+        if adapter_name in wrapper and hasattr(wrapper, "lora_E")
     }
 
 
@@ -273,7 +273,7 @@ class VBLoRACompat:
         beside = [
             tensor
             for _, wrapper in wrappers_of(anatomy(model)[0])
-            if not isinstance(wrapper, BaseTunerLayer) and adapter in wrapper  # type: ignore[operator]
+            if not isinstance(wrapper, BaseTunerLayer) and adapter in wrapper
             for _, _, tensor in wrapper.adapter_state(adapter)
         ]
         own = total - sum(t.numel() * t.itemsize for t in beside)

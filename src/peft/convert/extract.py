@@ -15,14 +15,14 @@ from torch import nn
 from peft.config import patterned
 from peft.convert.resize import check_size
 from peft.core.base.kinds import kind_of
-from peft.core.combine.ranks import halves, leading_svd, randomized_svd, shared_ranks
 from peft.core.files.io import PREFIX, write_adapter
-from peft.core.files.shards import Shards
 from peft.core.layer.weight import wide
 from peft.core.model.targeting import exact_targets
 from peft.core.model.walk import embeddings_of, join, shares_embeddings
+from peft.kernels.decompositions import halves, leading_svd, randomized_svd, shared_ranks
 from peft.tools.architecture import build
 from peft.tools.footprint import meta_copy
+from peft.tools.shards import Shards
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.conversion import lora_tensors
 from peft.utils.error import nearest, some

@@ -13,9 +13,9 @@ import torch
 
 from peft.config import patterned, resolve_pattern
 from peft.convert.held import Held
-from peft.core.combine.ranks import halves, product_svd
 from peft.core.files.io import PREFIX
 from peft.core.layer.weight import wide
+from peft.kernels.decompositions import halves, product_svd
 from peft.tuners.lora.config import divisor, whole
 from peft.tuners.lora.layer import Lora
 

@@ -236,7 +236,10 @@ class Adapter:
         return False
 
     def loaded(self) -> None:
-        """Make what is ``remade`` from other parts; called when a file has just brought those."""
+        """Make what is ``remade`` from other parts, or from a base that had no values before.
+
+        Called when a file has just brought those parts.
+        """
 
     def upgrade(self, written_by: str) -> None:
         """Adjust an adapter just loaded from a file of another version, where the two mean different things."""

@@ -22,6 +22,7 @@ from torch.autograd import Function
 
 from peft.kernels.autocast import is_autocast
 from peft.kernels.dropout import Dropped, draw_seed
+from peft.kernels.few import is_few
 from peft.kernels.products import accumulate, plus_product, product
 from peft.kernels.remake import kept
 
@@ -124,10 +125,14 @@ def low_rank_linear(
         share: what other layers that read x have made of it for this one.
     """
     if not is_eager(x):
-        return composed(base(x), x, [f.whole() for f in factors])
+        return composed(base(x), x, factors)
+    few = not is_autocast(x.device.type) and are_few(x, factors)
+    own = weight is not None and x.dtype == weight.dtype and not is_autocast(x.device.type)
     if not (torch.is_grad_enabled() and _trains(x, factors)):
-        return _infer(base, x, [f.whole() for f in factors], weight, fresh)
-    if weight is not None and not is_autocast(x.device.type) and x.dtype == weight.dtype:
+        return _infer(base, x, [f.whole() for f in factors], weight if own else None, fresh, few)
+    if few:
+        return with_few(x, weight, base.bias, factors) if own else composed(base(x), x, factors)
+    if own:
         return _apply(x, None, weight, base.bias, factors, share)
     return _apply(x, base_output(base, x, None, fresh), None, None, factors, share)
 
@@ -148,14 +153,35 @@ def base_output(
 
 
 def composed(y: torch.Tensor, x: torch.Tensor, factors: Sequence[Factors]) -> torch.Tensor:
-    """The same in plain operations: the updates of ``x`` added to ``y``."""
+    """The same in plain operations: the updates of x ``[..., in]`` added to y ``[..., out]``."""
     dtype = product_dtype(y)
+    # no add with alpha: Inductor (torch 2.13) makes one addmm of it and the product, and loses the alpha
+    in_one = y.dim() == 2 and dtype == y.dtype and not torch.compiler.is_compiling() and not is_autocast(y.device.type)
     for f in factors:
         inner = F.dropout(x, f.dropout) if f.dropout else x
-        update = F.linear(F.linear(inner.to(dtype), f.down.to(dtype)), f.up.to(dtype))
-        # no add with alpha: Inductor (torch 2.13) makes one addmm of it and the product, and loses the alpha
-        y = (y + update * f.scale).to(y.dtype)
+        hidden = _through(F.linear(in_dtype(dtype, inner), in_dtype(dtype, f.down)), f.middle)
+        up = in_dtype(dtype, f.up)
+        if in_one:
+            y = torch.addmm(y, hidden, up.t(), alpha=f.scale)
+        else:
+            y = in_dtype(y.dtype, y + F.linear(hidden, up) * f.scale)
     return y
+
+
+def are_few(x: torch.Tensor, factors: Sequence[Factors]) -> bool:
+    """Whether a training step with this input is one for :func:`with_few`."""
+    # autograd would hold what ZeRO-3 has gathered for the forward pass, under another name
+    return is_few(x, any(f.dropout for f in factors)) and not any(hasattr(f.down, "ds_id") for f in factors)
+
+
+def with_few(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, factors: Sequence[Factors]
+) -> torch.Tensor:
+    """W x + b and low-rank updates of x ``[..., in]``, which has W's dtype, by autograd's own operations."""
+    rows = x.reshape(-1, x.shape[-1])
+    y = composed(F.linear(rows, weight, bias), rows, factors)
+    # no view: others may change it in place
+    return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))
 
 
 def is_eager(x: torch.Tensor) -> bool:
@@ -227,25 +253,32 @@ def _trains(x: torch.Tensor, factors: Sequence[Factors]) -> bool:
 
 
 def _infer(
-    base: nn.Module, x: torch.Tensor, factors: Sequence[Factors], weight: torch.Tensor | None, fresh: bool
+    base: nn.Module, x: torch.Tensor, factors: Sequence[Factors], weight: torch.Tensor | None, fresh: bool, few: bool
 ) -> torch.Tensor:
     """Without autograd: the updates go straight into the base layer's output."""
-    if weight is not None and weight.dtype == x.dtype and not is_autocast(x.device.type):
-        return inferred(x, weight, base.bias, factors)
+    if weight is not None:
+        return inferred(x, weight, base.bias, factors, few)
     y = base_output(base, x, None, fresh)
     out, rows = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
     with no_autocast(x):
         for f in factors:
-            _add(out, rows, f)
+            _add(out, rows, f, few)
     return y
 
 
 def inferred(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, factors: Sequence[Factors]
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    factors: Sequence[Factors],
+    few: bool = False,
 ) -> torch.Tensor:
     """W x + b and low-rank updates of x ``[..., in]``, which has W's dtype, without autograd or autocast.
 
     All products are of matrices: for one token, a product of tensors with three axes costs twice as much.
+
+    Args:
+        few: entries are dropped as a training step with few of them does.
     """
     shape = x.shape
     rows = x.reshape(-1, shape[-1])
@@ -254,16 +287,20 @@ def inferred(
         if f.down.dtype is f.up.dtype is x.dtype is torch.float32 and not f.dropout:
             y.addmm_(F.linear(rows, f.down), f.up.t(), alpha=f.scale)  # as below, in fewer calls
         else:
-            _add(y, rows, f)
+            _add(y, rows, f, few)
     return y.resize_(*shape[:-1], y.shape[1])  # and no view: others may change it in place
 
 
-def _add(y: torch.Tensor, x: torch.Tensor, f: Factors) -> None:
+def _add(y: torch.Tensor, x: torch.Tensor, f: Factors, few: bool) -> None:
     """Add an update of x ``[n, in]`` to y ``[n, out]``, in place."""
-    dtype = product_dtype(y)
-    inner = Dropped(f.dropout, draw_seed()).copy(x) if f.dropout else x
+    dtype, inner, scale = product_dtype(y), x, f.scale
+    # reentrant checkpointing comes here first and computes again with autograd: the masks have to be the same
+    if f.dropout and few:
+        inner = F.dropout(x, f.dropout)
+    elif f.dropout:
+        inner, scale = Dropped(f.dropout, draw_seed()).copy(x), f.scale / (1 - f.dropout)
     hidden = F.linear(in_dtype(dtype, inner), in_dtype(dtype, f.down))
-    accumulate(y, hidden, in_dtype(dtype, f.up).t(), f.scale / (1 - f.dropout))
+    accumulate(y, hidden, in_dtype(dtype, f.up).t(), scale)
 
 
 def in_dtype(dtype: torch.dtype, tensor: torch.Tensor) -> torch.Tensor:

@@ -24,13 +24,13 @@ from peft.core.combine.combined import check_auxiliary, checked_weights
 from peft.core.combine.names import CombinationType, Vote, idle
 from peft.core.combine.ways import Combination
 from peft.core.files.io import CONFIG_NAME, replacing
-from peft.core.files.shards import INDEX, Entry, Shards, ShardWriter, dtype_of, has_weights
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.weight import base_bias, effective, unmerged_weight
 from peft.core.model.auxiliary import AuxiliaryTrainingWrapper, biases_of
 from peft.core.model.declared import new_biases
 from peft.core.model.walk import embeddings_of, join, shares_embeddings, walk
 from peft.tools.architecture import build, class_of
+from peft.tools.shards import INDEX, Entry, Shards, ShardWriter, dtype_of, has_weights
 from peft.utils.error import ConfigError, NoEqualWeightError
 
 

@@ -13,9 +13,9 @@ from peft.compat.methods import AdaLoraCompat, LoraCompat
 from peft.config import option, resolve_pattern
 from peft.core.adapter import input_dropout, part, setting
 from peft.core.base.kinds import fan
-from peft.core.combine.ranks import orthogonality
 from peft.core.families import LowRank, Scaled
 from peft.core.model.registry import define_tuner
+from peft.kernels.decompositions import orthogonality
 from peft.tuners.adalora_utils import Allocating, mask_of
 from peft.tuners.adalora_utils import RankAllocator as RankAllocator  # a name of the API
 from peft.tuners.lora.config import LoraConfig

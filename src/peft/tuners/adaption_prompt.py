@@ -13,7 +13,6 @@ from peft.compat.methods import AdaptionPromptCompat
 from peft.config import PeftConfig, option
 from peft.core.adapter import part
 from peft.core.base.kinds import kind_of
-from peft.core.blocks.attention import AttentionFunction, can_watch, keys_and_values, watched
 from peft.core.blocks.blocks import (
     ATTENTION,
     BlockAdapter,
@@ -28,6 +27,7 @@ from peft.core.blocks.blocks import (
 from peft.core.model.registry import define_tuner
 from peft.core.model.targeting import Target, matches
 from peft.core.model.walk import join, locate, walk
+from peft.tuners.adaption_prompt_utils import AttentionFunction, can_watch, keys_and_values, watched
 from peft.utils.error import ConfigTypeError, NoMatchingPeftModuleError
 from peft.utils.peft_types import PeftType
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from peft.config import option
 from peft.core.adapter import part
 from peft.core.base.kinds import fan
-from peft.core.combine.ranks import face_splitting
 from peft.core.model.registry import define_tuner
+from peft.kernels.decompositions import face_splitting
 from peft.tuners.lycoris_utils import Lycoris, LycorisConfig, LycorisTuner, kaiming, mix, through_core, zeros
 from peft.utils.peft_types import PeftType
 

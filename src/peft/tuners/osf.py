@@ -11,10 +11,10 @@ from torch import nn
 from peft.config import ModulesToSave, TargetModules, option, resolve_pattern
 from peft.core.adapter import part, setting
 from peft.core.base.kinds import fan
-from peft.core.combine.ranks import svd
 from peft.core.families import Fold
 from peft.core.layer.buffers import BufferDict
 from peft.core.model.registry import define_tuner
+from peft.kernels.decompositions import svd
 from peft.utils.error import ConfigError
 from peft.utils.peft_types import PeftType
 
@@ -100,8 +100,17 @@ class OSF(Fold):
             low = tuple(torch.randn(tensor.shape) for tensor in low)
         low = {sub: nn.Parameter(tensor.contiguous()) for sub, tensor in zip(("U_low", "S_low", "V_low"), low)}
         self.effective_rank, self.osf_svd_params = top, nn.ParameterDict(low)
-        self.osf_U_high, self.osf_V_high = u[:, :top].contiguous(), v[:top].clone()
-        self.osf_high = (u[:, :top] * s[:top]) @ v[:top]
+        self.freeze(u[:, :top], s[:top], v[:top])
+
+    def freeze(self, u: torch.Tensor, s: torch.Tensor, v: torch.Tensor) -> None:
+        """Keep U_h, S_h and V_h."""
+        self.osf_U_high, self.osf_V_high, self.osf_high = u.contiguous(), v.clone(), (u * s) @ v
+
+    def loaded(self) -> None:
+        if self.osf_high.is_meta:
+            top = self.effective_rank
+            u, s, v = svd(self.base_weight().detach().flatten(1).float())
+            self.freeze(u[:, :top], s[:top], v[:top])
 
     def folded(self, base: torch.Tensor) -> torch.Tensor:
         low = self.osf_svd_params

@@ -11,11 +11,11 @@ from torch import nn
 from peft.config import ExcludeModules, FanInFanOut, LayerSelection, ModulesToSave, TargetModules, option
 from peft.core.adapter import input_dropout, part, setting
 from peft.core.base.kinds import fan
-from peft.core.combine.ranks import halves, svd
 from peft.core.families import LowRank, Scaled
 from peft.core.layer.buffers import BufferDict
 from peft.core.layer.weight import wide
 from peft.core.model.registry import define_tuner
+from peft.kernels.decompositions import halves, svd
 from peft.tuners.cayley import cayley, cayley_series
 from peft.utils.peft_types import PeftType
 
@@ -109,18 +109,25 @@ class Psoft(LowRank, Scaled):
     psoft_R = part(nn.ModuleDict)
     psoft_A, psoft_B = part(BufferDict, remade=True), part(BufferDict, remade=True)
     r, psoft_alpha, scaling, psoft_dropout = setting(), setting(), setting(), input_dropout()
+    psoft_config = setting()
 
     def create(self, config: PsoftConfig, key: str) -> None:
         self.r, self.psoft_alpha = config.r, config.psoft_alpha
         self.scaling = self.initial_scaling()
         self.check_rank(key)
-        u, s, v = self.decompose(config)
-        if config.ab_svd_init == "psoft_init":
-            a, b = v, u * s
-        else:
-            a, b = halves(u, s, v)
-        self.psoft_A, self.psoft_B = a.contiguous(), b / self.scaling
+        self.psoft_config = config
+        self.freeze()
         self.psoft_R, self.psoft_dropout = PsoftRotation(self.r, config), config.psoft_dropout
+
+    def freeze(self) -> None:
+        """Make A and B of the base."""
+        u, s, v = self.decompose(self.psoft_config)
+        a, b = (v, u * s) if self.psoft_config.ab_svd_init == "psoft_init" else halves(u, s, v)
+        self.psoft_A, self.psoft_B = a.contiguous(), b / self.initial_scaling()
+
+    def loaded(self) -> None:
+        if self.psoft_A.is_meta:
+            self.freeze()
 
     def check_rank(self, key: str) -> None:
         """Raise ValueError where the weight has fewer singular values."""

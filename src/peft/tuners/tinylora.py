@@ -14,11 +14,11 @@ from peft.config import FanInFanOut, LayerSelection, ModulesToSave, TargetModule
 from peft.core.adapter import input_dropout, part, setting, shared
 from peft.core.addition import LinearIn
 from peft.core.base.kinds import fan
-from peft.core.combine.ranks import halves, svd
 from peft.core.families import LowRank
 from peft.core.layer.buffers import BufferDict
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.registry import define_tuner
+from peft.kernels.decompositions import halves, svd
 from peft.utils.peft_types import PeftType
 
 

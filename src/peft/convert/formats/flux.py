@@ -18,7 +18,7 @@ import torch
 from peft.config import resolve_pattern
 from peft.convert.held import Held, Pair, Pairs, as_saved, held_of, is_lora, modules_of, pairs_of, rank_fields
 from peft.convert.source import Base, Bundle
-from peft.core.combine.ranks import face_splitting
+from peft.kernels.decompositions import face_splitting
 from peft.utils.error import ConfigError, some
 
 

@@ -15,8 +15,8 @@ import torch
 from peft.convert.formats.kohya import saver
 from peft.convert.held import Pair, Pairs, alpha_of_scale, held_of, pairs_of
 from peft.convert.source import Bundle, Files, Format, Job, Source, one
-from peft.core.combine.combined import resized
 from peft.core.files.io import PREFIX
+from peft.kernels.decompositions import resized
 from peft.utils.error import ConfigError
 
 

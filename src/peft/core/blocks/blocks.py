@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -15,7 +15,7 @@ from peft.core.addition import Addition, NoSum
 from peft.core.base.kinds import kind_of
 from peft.core.layer.composed import Change, Composed, change_of, made_of
 from peft.core.layer.layer import BaseTunerLayer
-from peft.core.model.roles import find_roles
+from peft.core.model.roles import entries_around, find_roles
 from peft.core.model.targeting import Target
 from peft.core.model.tuner import BaseTuner
 from peft.core.model.walk import Holders, Site, join, unwrapped, walk
@@ -69,7 +69,7 @@ def find_blocks(model: nn.Module) -> list[Block]:
         attentions[key if whole else key.rpartition(".")[0]] = None
     blocks: dict[str, Block] = {}
     for attention in attentions:
-        for key in _entries(attention, sites):
+        for key in entries_around(attention, sites):
             if key in blocks:  # by another attention of it
                 break
             inside = [other for other in attentions if other.startswith(f"{key}.")]
@@ -83,15 +83,6 @@ def find_blocks(model: nn.Module) -> list[Block]:
     for index, block in enumerate(found):
         block.index = index
     return found
-
-
-def _entries(key: str, sites: dict[str, Site]) -> Iterator[str]:
-    """The entries of lists that a module is in, inner ones first."""
-    parts = key.split(".")
-    for end in range(len(parts) - 1, 0, -1):
-        parent = ".".join(parts[: end - 1])
-        if parent in sites and isinstance(sites[parent].module, nn.ModuleList | nn.Sequential):
-            yield ".".join(parts[:end])
 
 
 def _children(key: str, sites: dict[str, Site]) -> list[str]:

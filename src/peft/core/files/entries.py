@@ -17,8 +17,9 @@ from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.rewritten import brought_weight, stand_on
 from peft.core.model.auxiliary import bias_state, biases_of
 from peft.core.model.record import known_record
+from peft.core.model.targeting import ends_with
 from peft.core.model.tuner import BaseTuner
-from peft.core.model.walk import file_path, join, plain, walk
+from peft.core.model.walk import file_path, join, other_names, plain, walk
 from peft.core.prompts import Prompts
 
 
@@ -28,7 +29,7 @@ class Entry:
 
     Attributes:
         saved, memory: its name in the file, and in the model ("" where no module holds it).
-        aliases: other names that files may have for it.
+        aliases: other names that files may have for it. repeats: names under which a file has it again.
         put: takes new values, where they are not simply copied into the tensor.
         tail: its name within the adapted module. owner: the adapter there, which may write it in a way of its own.
     """
@@ -37,6 +38,7 @@ class Entry:
     memory: str
     tensor: torch.Tensor
     aliases: tuple[str, ...] = ()
+    repeats: tuple[str, ...] = ()
     put: Callable[[torch.Tensor], None] | None = None
     tail: str = ""
     owner: Adapter | None = None
@@ -50,7 +52,7 @@ class Entry:
         """What a file holds for this value of it, by name."""
         written = value if self.owner is None else self.owner.as_saved(self.tail, value)
         parts = written if isinstance(written, dict) else {"": written}
-        return {self.saved + suffix: part for suffix, part in parts.items()}
+        return {name + suffix: part for name in (self.saved, *self.repeats) for suffix, part in parts.items()}
 
     def as_loaded(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
         """The one tensor that several of a file stand for, by what is appended to its name."""
@@ -59,7 +61,7 @@ class Entry:
 
     def names(self) -> list[str]:
         """All names by which a state dict may mean this tensor; some clients give those in memory."""
-        return [plain(name) for name in (self.memory, *self.aliases, self.saved) if name]
+        return [plain(name) for name in (self.memory, *self.aliases, *self.repeats, self.saved) if name]
 
     def fits(self, value: torch.Tensor) -> bool:
         """Whether a tensor of this shape can take the place."""
@@ -103,6 +105,7 @@ def entries(model: nn.Module, adapter: str) -> Iterator[Entry]:
     shared: dict[str, Any] = {}
     labelled = False
     repeated: list[str] = []  # where files may say again what the layers share
+    again = _named_again(root, configs_of(model).get(adapter))
     for site in walk(root):
         for depth, (path, wrapper) in enumerate(site.wrappers):
             around = [*site.above, *site.wrappers[:depth]]
@@ -112,7 +115,9 @@ def entries(model: nn.Module, adapter: str) -> Iterator[Entry]:
                 unlabelled = memory.removesuffix(".weight") != memory and not saved.endswith(".weight")
                 aliases = (prefix + join(place, f"{saved}.weight"),) if unlabelled else ()
                 held = prefix + join(path, memory) if memory else ""
-                yield Entry(prefix + join(place, saved), held, tensor, aliases, None, saved, own)
+                names = again.get(place, ()) if own is None else ()
+                repeats = tuple(prefix + join(name, saved) for name in names)
+                yield Entry(prefix + join(place, saved), held, tensor, aliases, repeats, None, saved, own)
             if own is not None and (weight := brought_weight(wrapper, adapter)) is not None:
                 name = prefix + plain(join(site.path, wrapper.kind.weight))
                 yield Entry(name, "", weight, put=partial(stand_on, wrapper, adapter))
@@ -129,8 +134,8 @@ def entries(model: nn.Module, adapter: str) -> Iterator[Entry]:
         yield Entry(saved, memory, tensor)
     record = biases_of(root)
     in_place = record is not None and record.applied == adapter  # the base has this adapter's biases, no other one's
-    for saved, memory, tensor in bias_state(root, adapter):
-        yield Entry(prefix + plain(saved), prefix + memory if in_place else "", tensor)
+    for saved, memory, name, tensor in bias_state(root, adapter):
+        yield Entry(prefix + plain(saved), prefix + memory if in_place else "", tensor, (prefix + name,))
     for attribute, container in shared.items():
         value, memory = container[adapter], f"base_model.{attribute}.{adapter}"
         if isinstance(value, nn.Module):
@@ -139,7 +144,22 @@ def entries(model: nn.Module, adapter: str) -> Iterator[Entry]:
                 yield Entry(f"base_model.{attribute}.{label}{sub}", f"{memory}.{sub}", tensor)
             continue
         put = None if isinstance(value, nn.Parameter) else _setter(container, adapter)
-        yield Entry(f"base_model.{attribute}", memory, value, tuple(join(p, attribute) for p in repeated), put)
+        places = tuple(join(place, attribute) for place in repeated)
+        yield Entry(f"base_model.{attribute}", memory, value, places, put=put)
+
+
+def _named_again(root: nn.Module, config: Any) -> dict[str, list[str]]:
+    """Other names of modules that the config trains beside the adapted layers: first name -> those that it means too.
+
+    A module that stands in two places is one here; 0.21.2 has a copy at each, and reads no file that lacks one.
+    """
+    tokens = getattr(config, "trainable_token_indices", None)
+    meant = [*(getattr(config, "modules_to_save", None) or ()), *(tokens if isinstance(tokens, dict) else ())]
+    found: dict[str, list[str]] = {}
+    for other, first in other_names(root).items() if meant else ():
+        if ends_with(meant, other):
+            found.setdefault(first, []).append(other)
+    return found
 
 
 def leave_out_repeats(model: nn.Module, state: dict[str, Any], prefix: str = "") -> None:

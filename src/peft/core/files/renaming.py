@@ -30,10 +30,15 @@ _PATTERNS = ("rank_pattern", "alpha_pattern")
 _SUFFIXES = (".weight", ".part.weight")  # a renaming may be of a module's weight, or of whatever it holds
 
 
+def is_of_transformers(model: nn.Module) -> bool:
+    """Whether it is a model of transformers, without importing that."""
+    library = sys.modules.get("transformers.modeling_utils")
+    return library is not None and isinstance(model, library.PreTrainedModel)
+
+
 def transforms_of(model: nn.Module) -> list[Any]:
     """transformers' weight conversions for a model; none for models of other origin."""
-    library = sys.modules.get("transformers.modeling_utils")
-    if library is None or not isinstance(model, library.PreTrainedModel):
+    if not is_of_transformers(model):
         return []
     from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -181,6 +186,14 @@ def names_today(name: str, tails: set[str], current: Callable[[str], Iterator[st
         if (tail := ".".join(parts[cut:])) in tails:
             for new in current(".".join((*parts[:cut], "weight"))):
                 yield f"{new.removesuffix('.weight')}.{tail}"
+
+
+def at_first(name: str, others: dict[str, str]) -> Iterator[str]:
+    """What a tensor is called by the first names of the modules around it, by what :func:`other_names` gives."""
+    for other, first in others.items():
+        if name.startswith(f"{other}."):
+            yield (new := first + name[len(other) :])
+            yield from at_first(new, others)
 
 
 def relabelled(name: str, labelled: set[str]) -> Iterator[str]:

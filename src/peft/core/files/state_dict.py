@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from peft.core.files.entries import Entry, anatomy, configs_of, entries, prompts
 from peft.core.files.flattened import filling_units, standing_in, taken_out
 from peft.core.files.io import PREFIX, separate
 from peft.core.files.of_part import of_part
-from peft.core.files.renaming import current_name, names_today, of_today, relabelled
+from peft.core.files.renaming import at_first, current_name, names_today, of_today, relabelled
 from peft.core.files.vocabulary import is_resized
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.rewritten import stand_on
@@ -27,6 +27,7 @@ from peft.core.model.walk import (
     bare,
     join,
     layers_of,
+    other_names,
     plain,
     plain_names,
     unreplicated,
@@ -269,6 +270,7 @@ class Match:
         base: other tensors of the base model: (module, attribute) and the new tensor.
         weights: layers of the adapter, and the base weights that it stands on.
         unexpected: names that belong nowhere.
+        given: the name and the tensor that a place has got, by the place's id.
     """
 
     own: list[Entry]
@@ -277,9 +279,18 @@ class Match:
     base: list[tuple[tuple[nn.Module, str], torch.Tensor]]
     weights: list[tuple[BaseTunerLayer, torch.Tensor]]
     unexpected: list[str]
+    given: dict[int, tuple[str, torch.Tensor]] = field(default_factory=dict)
 
-    def put(self, place: Entry, value: torch.Tensor) -> None:
-        """Note a tensor for a place, as one that fits or one that does not."""
+    def put(self, place: Entry, value: torch.Tensor, called: str) -> None:
+        """Note a tensor for a place, as one that fits or one that does not. Of several for one the first counts."""
+        name, first = self.given.setdefault(id(place), (called, value))
+        if first is not value:
+            if first.shape != value.shape or not (first.is_meta or torch.equal(first, value)):
+                warnings.warn(
+                    f"{called!r} and {name!r} are one tensor in this model, and differ in the checkpoint: the values "
+                    "of the latter are taken. In a model that does not share the module, both are loaded."
+                )
+            return
         (self.fits if place.fits(value) else self.wrong).append((place, value))
 
     @property
@@ -310,11 +321,11 @@ def match(model: nn.Module, adapter: str, state_dict: dict[str, torch.Tensor]) -
         if place is None:
             rest[name] = value
         else:
-            found.put(place, value)
+            found.put(place, value, name)
     if rest:
         tables = base_weights(root, prefix)  # not before: a file of the adapter's own tensors names none of them
         for name in [name for name in rest if name in tables]:
-            found.put(tables[name], rest.pop(name))
+            found.put(tables[name], rest.pop(name), name)
         for name, layer in weights_under(root, prefix, adapter).items():
             if (value := rest.pop(name, None)) is not None:
                 weight = getattr(layer.get_base_layer(), layer.kind.weight)
@@ -328,16 +339,17 @@ def match(model: nn.Module, adapter: str, state_dict: dict[str, torch.Tensor]) -
 
 def _match_rest(found: Match, root: nn.Module, prefix: str, known: dict[str, Entry], rest: dict[str, Any]) -> None:
     """Find a place for names of older versions, and for other tensors of the base model."""
-    places, current = base_places(root, prefix), current_name(root)
+    places, current, others = base_places(root, prefix), current_name(root), other_names(root)
     tails = {entry.tail for entry in found.own if entry.tail}
     labelled = {e.tail.partition(".")[0] for e in found.own if e.owner is not None and e.owner.labelled_inside}
     for name, value in rest.items():
         tail = name.removeprefix(prefix).removeprefix(PREFIX)
-        names = [name, *(prefix + new for new in (*names_today(tail, tails, current), *relabelled(tail, labelled)))]
+        called = *names_today(tail, tails, current), *relabelled(tail, labelled), *at_first(tail, others)
+        names = [name, *(prefix + new for new in called)]
         place = next((known[n] for n in names if n in known), None)
         base = next((places[n] for n in names if n in places), None)
         if place is not None:
-            found.put(place, value)
+            found.put(place, value, name)
         elif base is not None and getattr(*base).shape == value.shape:
             found.base.append((base, value))
         elif base is not None:

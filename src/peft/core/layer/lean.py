@@ -1,8 +1,9 @@
-"""A call like most while text is generated: one adapter, no gradients, nothing out of the ordinary.
+"""A call like most while text is generated, or while little is trained on: one adapter, nothing out of the ordinary.
 
 For one token a layer's arithmetic is so short that what is asked before it counts: the routes ask fifty questions in
 as many functions, of objects that the weights of other layers have pushed out of the processor's cache. Here the same
-is asked in one place and in the fewest steps. What is not as expected goes to the routes, which give the same.
+is asked in one place and in the fewest steps. What is not as expected goes to the routes, which give the same; so do
+steps with an input of a size for which autograd's own operations are not the best.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from torch.utils.hooks import RemovableHandle
 from peft.core.adapter import Adapter
 from peft.core.base.kinds import Kind, Linear
 from peft.core.base.storage import Plain, Storage, storage_of
-from peft.kernels.linear import Factors, inferred, is_eager, is_hooked
+from peft.core.layer.routes import all_factors
+from peft.kernels.few import is_few
+from peft.kernels.linear import Factors, are_few, inferred, is_eager, is_hooked, with_few
 from peft.kernels.strict import is_plain
 
 
@@ -31,7 +34,8 @@ def lean(layer: BaseTunerLayer, x: torch.Tensor) -> torch.Tensor | None:
     Of tensors nothing is kept from call to call: they may be replaced, or change in ways that leave no trace
     (``p.data.copy_``), at any time.
     """
-    if torch.is_grad_enabled() or torch._C._is_any_autocast_enabled() or not is_eager(x) or is_plain():
+    trains = torch.is_grad_enabled()
+    if (trains and not is_few(x)) or torch._C._is_any_autocast_enabled() or not is_eager(x) or is_plain():
         return None
     state, active = layer.__dict__, layer._active_adapter
     context, seen = state["context"], state.get("_seen")
@@ -39,7 +43,7 @@ def lean(layer: BaseTunerLayer, x: torch.Tensor) -> torch.Tensor | None:
         return None
     if context.adapter_names is not None or context.current is not None:
         return None
-    if seen is not None and (y := seen.output(state, active[0], x)) is not None:
+    if seen is not None and (y := seen.output(state, active[0], x, trains)) is not None:
         return y
     adapter = state["adapters"].get(active[0])
     if adapter is None or not _only_adds(type(adapter)):  # type: ignore[arg-type]
@@ -53,11 +57,15 @@ def lean(layer: BaseTunerLayer, x: torch.Tensor) -> torch.Tensor | None:
         return None
     if type(bias) not in _BIASES or weight.dtype is not x.dtype or weight.device != x.device:
         return None
-    factors = adapter.factors()
-    if factors is None or not (factors.down.dtype is x.dtype or state["cast_input_dtype_enabled"]):
+    factors = all_factors(layer, (adapter,), x, trains)
+    if factors is None:
         return None
-    state["_seen"] = None if adapter.held_in is None or factors.dropout else Seen.of(layer, adapter)
-    return inferred(x, weight, bias, (factors,))
+    drops = bool(factors[0].dropout)
+    few = are_few(x, factors) if trains or drops else False
+    if trains and not few:
+        return None
+    state["_seen"] = Seen.of(layer, adapter) if adapter.held_in is not None and (trains or not drops) else None
+    return with_few(x, weight, bias, factors) if trains else inferred(x, weight, bias, factors, few)
 
 
 _BIASES = (nn.Parameter, type(None))
@@ -95,7 +103,7 @@ class Seen(NamedTuple):
 
     @classmethod
     def of(cls, layer: BaseTunerLayer, adapter: Adapter) -> Seen:
-        """What is seen in a layer on the short way, where no dropout acts."""
+        """What is seen in a layer on the short way; no dropout acts there without autograd."""
         assert adapter.held_in is not None
         parts: list[Any] = []
         for name in adapter.held_in[:3]:
@@ -105,13 +113,19 @@ class Seen(NamedTuple):
         base: Any = layer._modules["base_layer"]
         return cls(RemovableHandle.next_id, base, base.__dict__, adapter.held_in, *parts)
 
-    def output(self, state: dict[str, Any], name: str, x: torch.Tensor) -> torch.Tensor | None:
-        """The layer's output while all of it is still so, None otherwise."""
+    def output(self, state: dict[str, Any], name: str, x: torch.Tensor, trains: bool) -> torch.Tensor | None:
+        """The layer's output while all of it is still so, None otherwise.
+
+        Args:
+            trains: autograd records the call, of few entries.
+        """
         hooks, base, own, names, box_a, in_a, a, of_a, box_b, in_b, b, of_b, box_drop, in_drop, drop, of_drop = self
         modules = state["_modules"]
         if hooks != RemovableHandle.next_id or modules["base_layer"] is not base or type(base) is not nn.Linear:
             return None
         if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+            return None
+        if trains and (own["_backward_hooks"] or own["_backward_pre_hooks"]):
             return None
         if in_a.get(name) is not a or in_b.get(name) is not b or in_drop.get(name) is not drop:
             return None
@@ -119,18 +133,24 @@ class Seen(NamedTuple):
             return None
         if "forward" in own or "forward" in of_a or "forward" in of_b:
             return None
-        if of_drop is not None and (of_drop["training"] or "forward" in of_drop):
-            return None
+        rate = 0.0
+        if of_drop is not None:
+            rate = of_drop["p"] if of_drop["training"] else 0.0
+            if "forward" in of_drop or (rate and not (trains and rate < 1 and is_few(x, draws=True))):
+                return None
         tensors, others = own["_parameters"], of_b["_parameters"]
         weight, bias = tensors.get("weight"), tensors.get("bias")
         down, up = of_a["_parameters"].get("weight"), others.get("weight")
         if not (type(weight) is type(down) is type(up) is nn.Parameter) or type(bias) not in _BIASES:
             return None
-        if not (weight.dtype is down.dtype is x.dtype) or weight.device != x.device or others["bias"] is not None:
+        if weight.dtype is not x.dtype or weight.device != x.device or others["bias"] is not None:
             return None
         if isinstance(scale := state[names[3]][name], torch.Tensor):
             return None
-        return inferred(x, weight, bias, (Factors(down, up, scale),))
+        if down.dtype is not x.dtype and not state["cast_input_dtype_enabled"]:
+            return None
+        factors = (Factors(down, up, scale, rate),)
+        return with_few(x, weight, bias, factors) if trains else inferred(x, weight, bias, factors)
 
     def __reduce__(self) -> Any:
         return type(None), ()

@@ -10,7 +10,7 @@ from torch import nn
 
 from peft.core.adapter import setting
 from peft.core.base.kinds import Kind
-from peft.core.combine.combined import resized
+from peft.kernels.decompositions import resized
 from peft.tuners.lora.arrow_products import mixed, stacked
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.initialize import is_drawn

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from peft.kernels.autocast import is_autocast
+from peft.kernels.decompositions import resized
 from peft.kernels.linear import Direct, is_eager
 
 
@@ -51,10 +51,8 @@ def stacked(pairs: Pairs, scales: Sequence[float], top_k: int, once: bool) -> St
         once: for one call. Turning the numbers takes longer than that gains.
     """
     rank = max(len(a) for a, _ in pairs)
-    if any(len(a) < rank for a, _ in pairs):
-        pairs = [(F.pad(a, (0, 0, 0, rank - len(a))), F.pad(b, (0, rank - len(a)))) for a, b in pairs]
-    down = torch.cat([a for a, _ in pairs]).t()
-    up = torch.cat([b if s == 1 else b * s for (_, b), s in zip(pairs, scales)], 1).t()
+    down = torch.cat([resized(a, rank, 0) for a, _ in pairs]).t()
+    up = torch.cat([resized(b if s == 1 else b * s, rank, 1) for (_, b), s in zip(pairs, scales)], 1).t()
     own = not once and ranks_saved(rank, len(pairs), top_k) > 3 * MOVED * top_k
     if not once:
         down, up = down if own else down.contiguous(), up.contiguous()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -164,6 +165,14 @@ class MontecloraConfig(Options):
 
 _INITS = (True, False, "gaussian", "orthogonal", "loftq", "pissa", "olora", "corda", "eva", "lora_ga", "mica")
 _PISSA_STEPS = r"pissa_niter_\d+"
+
+
+def _starts_otherwise() -> bool:
+    """Whether some layers start by a ``reset_lora_parameters`` of a third party, which may know starts of its own."""
+    layers = sys.modules.get("peft.tuners.lora.layer")  # it imports this module
+    return layers is not None and layers.starts_otherwise()
+
+
 _OF_LAYERS = (
     *("lora_dropout", "use_dora", "lora_bias", "kasa_config"),
     *("use_bdlora", "use_qalora", "monteclora_config", "velora_config"),
@@ -216,6 +225,7 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
         "vectors and stays so, A starts at zero (arXiv 2604.01694).",
         choices=_INITS,
         pattern=_PISSA_STEPS,
+        others=_starts_otherwise,
     )
     megatron_config: dict | None = option(
         None,

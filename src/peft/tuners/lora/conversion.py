@@ -16,9 +16,7 @@ from tqdm import tqdm
 from peft.config import patterned
 from peft.core.adapter import Adapter
 from peft.core.base.stack import Stack
-from peft.core.combine.combined import factorize, resized
 from peft.core.combine.names import CombinationType, Vote, idle
-from peft.core.combine.ranks import product_svd, shared_ranks
 from peft.core.combine.ways import Combination, Part
 from peft.core.files.entries import anatomy, configs_of
 from peft.core.files.io import PREFIX, write_adapter
@@ -29,6 +27,7 @@ from peft.core.model import operations
 from peft.core.model.auxiliary import ModulesToSaveWrapper, TrainableTokensWrapper, bias_sites, biases_of
 from peft.core.model.targeting import exact_targets
 from peft.core.model.walk import bare, layers_of, walk
+from peft.kernels.decompositions import factorize, product_svd, resized, shared_ranks
 from peft.tools.footprint import meta_copy
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import LoraLayer

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from peft.compat.asked import Asked, is_theirs
+from peft.compat.asked import Asked, is_replaced, is_theirs
 from peft.compat.methods import LoraLayerCompat, LoraVariantCompat
 from peft.config import resolve_pattern
 from peft.core.adapter import Adapter, input_dropout, part, setting
@@ -20,6 +20,7 @@ from peft.core.filling import skip_values
 from peft.core.layer.rewritten import for_a_start, give_back
 from peft.core.layer.scaled import ScaledLayer
 from peft.kernels import Factors, active_rate, bare_weight
+from peft.options import check_choice
 from peft.tuners.lora.config import LoraConfig, divisor
 from peft.tuners.lora.initialize import initialize, is_drawn, refusal
 from peft.tuners.lora.megatron import PARALLEL, ParallelLinear
@@ -140,6 +141,8 @@ class Lora(LoraVariantCompat, Scaled):
             self.start(config)
         if is_theirs(getattr(type(self.layer), "reset_lora_parameters", None)):
             self.layer.reset_lora_parameters(self.name, config.init_lora_weights)
+        else:
+            check_start(config.init_lora_weights)
 
     def start(self, config: LoraConfig) -> None:
         """Give A and B the values that they start from."""
@@ -351,7 +354,7 @@ class LoraLayer(LoraLayerCompat, ScaledLayer):
         found = {name: adapter for name, adapter in self.adapters.items() if type(adapter) is not Lora}
         return {name: getattr(adapter, "variant", adapter) for name, adapter in found.items()}
 
-    def update_layer(
+    def update_layer(  # type: ignore[override]
         self, adapter_name: str, r: int, lora_alpha: int = 8, config: Any = None, *args: Any, **kwargs: Any
     ) -> None:
         """Give the layer an adapter, active and trained: third parties call it in the constructors of their layers.
@@ -380,6 +383,7 @@ class LoraLayer(LoraLayerCompat, ScaledLayer):
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: Any, **options: Any) -> None:
         """Start A and B of an adapter anew, with options as fields of the config; an earlier start is undone."""
         adapter: Any = self.adapters[adapter_name]
+        check_start(init_lora_weights)
         config = LoraConfig(init_lora_weights=init_lora_weights, r=adapter.r, **options)
         if reason := refusal(self.kind, self.get_base_layer(), config):
             raise ValueError(reason)
@@ -388,3 +392,15 @@ class LoraLayer(LoraLayerCompat, ScaledLayer):
         give_back(self, adapter_name)
         with for_a_start(self):
             adapter.start(config)
+
+
+def check_start(init: Any) -> None:
+    """Refuse a start that only a third party's layers may know."""
+    rules = LoraConfig.__dataclass_fields__["init_lora_weights"].metadata
+    if init is not None:
+        check_choice("init_lora_weights", init, {**rules, "others": None})
+
+
+def starts_otherwise() -> bool:
+    """Whether a third party has written how some layers start."""
+    return is_replaced(LoraLayer, "reset_lora_parameters")
