@@ -96,6 +96,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "monteclora": {"monteclora_config": {}},
     "velora": {"velora_config": {"num_groups": 32}},
     "mica": {"init_lora_weights": "mica"},
+    "rslora": {"use_rslora": True},
     "qalora": {"use_qalora": True},
 }
 """Of LoRA, each with the rank of plain LoRA. (What 0.21.2 takes for QA-LoRA here is plain LoRA.)"""
@@ -108,6 +109,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "prompt_tuning": ("prompt_tuning", {"num_virtual_tokens": 20, **WHOLE}),
     "p_tuning": ("p_tuning", {"num_virtual_tokens": 20, "encoder_hidden_size": 128, **WHOLE}),
     "prefix_tuning": ("prefix_tuning", {"num_virtual_tokens": 20, **WHOLE}),
+    "lora[arrow]": ("arrow", HYPERPARAMETERS["lora"]),
     "ln_tuning": ("ln_tuning", {"target_modules": ["input_layernorm", "post_attention_layernorm"]}),
     "trainable_tokens": ("trainable_tokens", {"token_indices": list(range(10)), "target_modules": ["embed_tokens"]}),
     "union[mam]": ("union", {"ready": "MAMConfig", **WHOLE}),
@@ -180,6 +182,8 @@ def adapted(method: str, fields: dict[str, Any], size: dict[str, int]) -> Any:
     if given["target_modules"] is None:
         del given["target_modules"]
     base = llama(**size)
+    if method == "arrow":
+        return routed(base, given)
     with tempfile.TemporaryDirectory() as folder:
         if method == "xlora":
             given["adapters"] = {str(i): saved_lora(f"{folder}/{i}", size) for i in range(2)}
@@ -199,6 +203,28 @@ def adapted(method: str, fields: dict[str, Any], size: dict[str, int]) -> Any:
     return model
 
 
+def routed(base: Any, fields: dict[str, Any]) -> Any:
+    """The model with an Arrow router that chooses two of eight LoRAs; nothing trains."""
+    import torch
+
+    from peft import ArrowConfig, LoraConfig, get_peft_model
+
+    experts = {f"task_{i}": LoraConfig(**fields) for i in range(8)}
+    model = get_peft_model(base, experts["task_0"], "task_0")
+    for name in [*experts][1:]:
+        model.add_adapter(name, experts[name])
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.01)
+    options = ArrowConfig(top_k=2)
+    options.task_adapter_names = [*experts]
+    model.add_adapter("arrow_router", LoraConfig(**fields, arrow_config=options))
+    model.set_adapter("arrow_router")
+    return model.requires_grad_(False).train()
+
+
 def saved_lora(folder: str, size: dict[str, int]) -> str:
     """The folder, with a LoRA in it."""
     adapted("lora", HYPERPARAMETERS["lora"], size).save_pretrained(folder)
@@ -208,13 +234,14 @@ def saved_lora(folder: str, size: dict[str, int]) -> str:
 def answer(work: Work, method: str, fields: dict[str, Any]) -> dict[str, Any]:
     """Bytes and counts of a method, whose model and training step the work takes up; an error where it cannot."""
     import torch
-    from _common import saved_bytes, training_step
+    from _common import floor_step, saved_bytes, training_step
 
     ids = work.ids
     try:
         work.model = model = adapted(method, fields, work.size)
         extra = {"task_ids": torch.zeros(len(ids), dtype=torch.long)} if "n_tasks" in fields else {}
-        work.step = training_step(model, ids, **extra)
+        trains = any(p.requires_grad for p in model.parameters())
+        work.step = training_step(model, ids, **extra) if trains else floor_step(model, ids)
         work.forward = forward(model, ids, **extra)
         work.step()
     except Exception as error:
