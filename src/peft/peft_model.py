@@ -33,13 +33,7 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.model_files import ModelFiles, note_base
 from peft.tools.out_of_memory import add_way_out
 from peft.tools.skipping import blocks_skipped
-from peft.tools.status import (
-    TunerLayerStatus,
-    TunerModelStatus,
-    count_parameters,
-    get_layer_status,
-    get_model_status,
-)
+from peft.tools.status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
 from peft.tuners.lora.experts import convert_config_for
 
 

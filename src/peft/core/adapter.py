@@ -377,7 +377,7 @@ class Adapter:
     def state(self) -> Iterator[tuple[str, str, torch.Tensor]]:
         """Its tensors in files: name there, name in memory below the layer, tensor."""
         for attribute, declared, value in self.held():
-            if declared.remade:
+            if declared.remade or (declared.saved_by and not getattr(self, declared.saved_by)):
                 continue
             if not isinstance(value, nn.Module):
                 yield attribute, f"{attribute}.{self.name}", value

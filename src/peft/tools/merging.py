@@ -317,7 +317,12 @@ def _changed(
                     "leave combination out."
                 )
             mixes = mixture if tokens is None else None  # of tokens only one adapter has its own
-            give = _of_layer(layer, here, mixes) if stands is None else _of_module(stands)
+            if stands is not None:
+                give = _of_module(stands)
+            elif mixes is None or not here:
+                give = functools.partial(effective, layer, here)
+            else:
+                give = functools.partial(_mixed, layer, here, mixes)
         else:
             give = _of_module(wrapper.unload(True, names))
         for name in _names(site.module):
@@ -327,14 +332,6 @@ def _changed(
 
 def _names(module: nn.Module) -> list[str]:
     return [name for name, _ in module.named_parameters()]
-
-
-def _of_layer(
-    layer: BaseTunerLayer, adapters: list[Adapter], mixture: _Mixture | None
-) -> Callable[[], dict[str, torch.Tensor]]:
-    if mixture is None or not adapters:
-        return lambda: effective(layer, adapters)
-    return lambda: _mixed(layer, adapters, mixture)
 
 
 def _mixed(layer: BaseTunerLayer, adapters: list[Adapter], mixture: _Mixture) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from peft.config import FanInFanOut, TrainedBias, option
 from peft.core.adapter import part, setting
 from peft.core.addition import LinearIn
 from peft.core.base.kinds import fan
-from peft.core.families import Scaled, weight_to_add_to
+from peft.core.families import ScaledBy, weight_to_add_to
 from peft.core.layer.buffers import BufferDict
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.weight import base_bias
@@ -68,23 +68,20 @@ def _scaled_numbers(
     return (spectrum * scaling).to(dtype), (places // columns, places % columns)
 
 
-class FourierFT(Scaled):
+class FourierFT(ScaledBy):
     """dW, ``[out, in * kernel]``, by the transform of a real matrix: only half of the spectrum is held."""
 
     fourierft_spectrum = part()
     fourierft_places = part(BufferDict, remade=True)
-    fourierft_n_frequency, configured, scaling = setting(), setting(), setting()
+    fourierft_n_frequency = setting()
     adds = LinearIn("fourierft_spectrum")
 
     def create(self, config: FourierFTConfig, key: str) -> None:
         rows, columns = fan(self.shape)
         self.fourierft_n_frequency = n = config.count_for(key, (rows, columns))
-        self.configured = self.scaling = config.scaling
+        self.scale_by(config.scaling)
         self.fourierft_places = random_places(rows * columns, n, config.random_loc_seed)
         self.fourierft_spectrum = nn.Parameter(torch.zeros(n) if config.init_weights else torch.randn(n))
-
-    def initial_scaling(self) -> float:
-        return self.configured
 
     def delta_weight(self) -> torch.Tensor:
         dw = fourierft_update(self.fourierft_spectrum, self.fourierft_places, fan(self.shape), self.scaling)

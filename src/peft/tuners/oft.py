@@ -10,15 +10,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from peft.config import (
-    ExcludeModules,
-    FanInFanOut,
-    LayerSelection,
-    ModulesToSave,
-    TargetModules,
-    TrainedBias,
-    option,
-)
+from peft.config import ExcludeModules, FanInFanOut, LayerSelection, ModulesToSave, TargetModules, TrainedBias, option
 from peft.core.adapter import part, setting
 from peft.core.families import Rotation
 from peft.core.families.rotation import block_rotated, held_still

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -75,7 +75,7 @@ class Supertuning(Sparse):
     """dW holds ``supertuning_values[k]`` at ``supertuning_indices[k]`` of the flat weight, plus s B A."""
 
     supertuning_values = part()
-    supertuning_indices = part(BufferDict)
+    supertuning_indices = part(BufferDict, saved_by="save_indices")
     supertuning_lora_A, supertuning_lora_B = part(nn.ModuleDict), part(nn.ModuleDict)
     save_indices, select_top = setting(), setting()
     lora_scaling, supertuning_lora_dropout = setting(), input_dropout()
@@ -135,10 +135,6 @@ class Supertuning(Sparse):
         sparse = self.multiplied(x, lambda: super(Supertuning, self).delta_weight().to(dtype=floating(x)))
         dropped = x if self.kind.lookup else self.supertuning_lora_dropout(x)
         return sparse + self.kind.up(base, self.kind.down(base, dropped, a), b)
-
-    def state(self) -> Iterator[tuple[str, str, torch.Tensor]]:
-        kept = super().state()
-        return (entry for entry in kept if self.save_indices or entry[0] != "supertuning_indices")
 
 
 def trained_count(config: SupertuningConfig, size: int, key: str) -> int:

@@ -70,7 +70,8 @@ class TinyLora(LowRank):
     Of an embedding A and B are those of the table ``[tokens, dim]``.
     """
 
-    tinylora_A, tinylora_B, tinylora_P = part(BufferDict), part(BufferDict), part(BufferDict)
+    tinylora_A, tinylora_B = part(BufferDict), part(BufferDict)
+    tinylora_P = part(BufferDict, saved_by="save_projection")
     tinylora_v = shared()
     r, u, layer_index, tinylora_v_key, save_projection = setting(), setting(), setting(), setting(), setting()
     tinylora_dropout = input_dropout()
@@ -122,9 +123,6 @@ class TinyLora(LowRank):
 
     def parameters(self) -> Iterator[torch.Tensor]:
         yield self.vector()
-
-    def state(self) -> Iterator[tuple[str, str, torch.Tensor]]:
-        return (entry for entry in super().state() if self.save_projection or entry[0] != "tinylora_P")
 
 
 TinyLoraModel = define_tuner(TinyLora, TinyLoraConfig)

@@ -205,7 +205,7 @@ class BlockLayer(BaseTunerLayer):
             derive: what the first of ``given`` is for a state that other members of a stack have changed.
         """
         for adapter, rows in self.acting(onto):
-            first, *rest = (state, *given) if rows is None else [x.index_select(0, rows) for x in (state, *given)]
+            first, *rest = (own_rows(x, rows) for x in (state, *given))
 
             def own(leaf: Any, now: torch.Tensor, first: torch.Tensor = first, rest: Any = rest) -> Change | None:
                 made = rest if derive is None or now is first else [derive(now), *rest[1:]]
@@ -214,8 +214,7 @@ class BlockLayer(BaseTunerLayer):
             with self.context.on_rows(rows, len(onto)):
                 change = change_of(adapter, first, own, place)
             if change is not None:
-                new = change.total.to(onto.dtype)
-                onto = onto + new if rows is None else onto.index_add(0, rows, new)
+                onto = with_rows_added(onto, change.total.to(onto.dtype), rows)
         return onto
 
     def widths(self, adapters: Sequence[Any]) -> dict[str, int]:
@@ -237,6 +236,16 @@ class BlockAdapter(Adapter):
 
     def unmergeable(self) -> str | None:
         return "it acts on what a whole module computes, so no one weight equals it"
+
+
+def own_rows(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """The rows of a batch ``[batch, ...]`` that an adapter acts on; None: all."""
+    return x if rows is None else x.index_select(0, rows)
+
+
+def with_rows_added(x: torch.Tensor, new: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """A batch with what was made of :func:`own_rows` added to them."""
+    return x + new if rows is None else x.index_add(0, rows, new)
 
 
 def first_input(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 import torch.nn.functional as F
 
-from peft.core.adapter import Adapter
+from peft.core.adapter import Adapter, setting
 from peft.core.layer.scaled import ScaledLayer
 from peft.core.layer.weight import base_bias, sums_exactly
 from peft.kernels.autocast import is_autocast
@@ -143,6 +143,19 @@ class Scaled(Delta):
     def initial_scaling(self) -> float:
         """What the factor starts at, from the adapter's config."""
         raise NotImplementedError
+
+
+class ScaledBy(Scaled):
+    """A dW whose factor starts at a number that its config tells: :meth:`scale_by`."""
+
+    scaling, configured = setting(), setting()
+
+    def scale_by(self, factor: float) -> None:
+        """Let the factor start at this."""
+        self.scaling = self.configured = factor
+
+    def initial_scaling(self) -> float:
+        return self.configured
 
 
 def kernel_weight(layer: BaseTunerLayer, x: torch.Tensor) -> torch.Tensor | None:
