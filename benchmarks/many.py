@@ -145,7 +145,10 @@ def routed(width: int, rank: int, count: int, backward: bool) -> tuple[float, fl
 
     torch.manual_seed(0)
     pairs = [(torch.randn(rank, width) / width**0.5, torch.randn(width, rank) / rank**0.5) for _ in range(EXPERTS)]
-    directions, stack = torch.stack([direction(a, b) for a, b in pairs]), stacked(pairs, [1.0] * EXPERTS, once=False)
+    directions, stack = (
+        torch.stack([direction(a, b) for a, b in pairs]),
+        stacked(pairs, [1.0] * EXPERTS, CHOSEN, once=False),
+    )
     x, dy = torch.randn(count, width).requires_grad_(backward), torch.randn(count, width)
 
     def in_turn_of_experts() -> torch.Tensor:
@@ -159,7 +162,7 @@ def routed(width: int, rank: int, count: int, backward: bool) -> tuple[float, fl
         return lambda: torch.autograd.grad(way(), x, dy) if backward else way()
 
     ways = (
-        lambda: mixed(x, directions, CHOSEN, 1.0, pairs, stack),
+        lambda: mixed(x, directions, CHOSEN, 1.0, stack),
         in_turn_of_experts,
         lambda: mixed_by_stack(x, *route(x, directions, CHOSEN, 1.0), stack),
     )

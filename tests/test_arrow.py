@@ -144,15 +144,16 @@ def test_ranks_may_differ(tmp_path: Path) -> None:
         ))  # fmt: skip
 
 
-@pytest.mark.parametrize("once", [False, True])
+@pytest.mark.parametrize(("rank", "once"), [(4, False), (4, True), (96, False)])
 @pytest.mark.parametrize("tokens", [1, 64])
-def test_what_was_not_chosen_is_not_computed(tokens: int, once: bool) -> None:
+def test_what_was_not_chosen_is_not_computed(tokens: int, rank: int, once: bool) -> None:
     """Two of eight experts cost a quarter of all eight, forward and backward; all ways give the same."""
     torch.manual_seed(0)
-    size, experts, ranks = 32, 8, [4, 3] * 4
+    size, experts, ranks = 32, 8, [rank, rank - 1] * 4
     x, pairs = torch.randn(tokens, size), [(torch.randn(r, size) / r, torch.randn(size, r)) for r in ranks]
     x.requires_grad_()
-    directions, stack = torch.stack([direction(*pair) for pair in pairs]), stacked(pairs, [1.0] * experts, once)
+    directions, stack = torch.stack([direction(*pair) for pair in pairs]), stacked(pairs, [1.0] * experts, 2, once)
+    assert stack.down.is_contiguous() == (rank == 96)
     each = torch.stack([x @ a.T @ b.T for a, b in pairs], 1)  # [tokens, experts, size]
     flops = []
     for k in (2, 8):
@@ -168,20 +169,35 @@ def test_what_was_not_chosen_is_not_computed(tokens: int, once: bool) -> None:
             torch.testing.assert_close(found, summed, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-3)
         routing = tokens * experts * 2 * size  # its backward
-        assert ways[mixed_by_stack] == tokens * sum(ranks) * 2 * 2 * 2 * size + routing
-        assert ways[mixed_by_token] == sum(ranks[e] for e in chosen.flatten().tolist()) * 2 * 2 * 2 * size + routing
+        assert ways[mixed_by_stack] == tokens * experts * rank * 2 * 2 * 2 * size + routing  # filled up with zeros
+        assert ways[mixed_by_token] == tokens * k * rank * 2 * 2 * 2 * size + routing
         assert ways.get(mixed_by_choice, ways[mixed_by_token]) == ways[mixed_by_token]
         flops.append(ways[mixed_by_token])
         if tokens == 1:
             with torch.no_grad():
-                one = mixed_for_one(x, directions, k, 1.0, pairs, stack.ups)
+                one = mixed_for_one(x, directions, k, 1.0, stack)
             torch.testing.assert_close(one, found)
+
+
+@pytest.mark.parametrize("once", [False, True])
+def test_second_derivatives_of_all_factors(once: bool) -> None:
+    torch.manual_seed(0)
+    pairs = [(torch.randn(r, 6).double() / 4, torch.randn(5, r).double() / 4) for r in (3, 2, 3)]
+    directions = torch.stack([direction(*pair) for pair in pairs]).double()
+    x, *factors = (t.requires_grad_() for t in (torch.randn(4, 6).double(), *[t for pair in pairs for t in pair]))
+
+    def update(x: torch.Tensor, *factors: torch.Tensor) -> torch.Tensor:
+        stack = stacked([*zip(factors[::2], factors[1::2])], [1.0, 2.0, 0.5], 2, once)
+        return mixed_by_token(x, *route(x, directions, 2, 1.0), stack)
+
+    assert torch.autograd.gradcheck(update, (x, *factors))
+    assert torch.autograd.gradgradcheck(update, (x, *factors))
 
 
 def test_few_tokens_and_low_ranks_go_through_all_experts() -> None:
     def cheaper(tokens: int, r: int, width: int = 1024) -> bool:
         pairs = [(torch.empty(r, width, device="meta"), torch.empty(width, r, device="meta"))] * 8
-        return is_stack_cheaper(tokens, stacked(pairs, [1.0] * 8, True), 2)
+        return is_stack_cheaper(tokens, stacked(pairs, [1.0] * 8, 2, True), 2)
 
     assert [cheaper(*shape) for shape in ((4096, 16), (8, 64), (512, 64), (64, 128))] == [True, True, False, False]
 

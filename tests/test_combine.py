@@ -18,8 +18,8 @@ from peft import (
     TrainableTokensConfig,
     get_peft_model,
 )
-from peft.core.combine.combined import factorize, factorize_product
 from peft.core.combine.ways import WAYS
+from peft.kernels.decompositions import factorize, factorize_product
 from peft.tuners.lora.pairs import split_pair
 from peft.utils import merge_utils
 

@@ -45,8 +45,8 @@ from peft import (
     get_peft_model,
     set_peft_model_state_dict,
 )
-from peft.core.composition.expressions import from_dict
-from peft.core.layer.composed import Fused
+from peft.composition.expressions import from_dict
+from peft.composition.layers import Fused
 from peft.testing.cells import Cell, gradient, layers, parameters_of
 from peft.utils.error import ConfigError
 

@@ -253,6 +253,7 @@ def test_the_null_kind_takes_rows_and_has_no_weight() -> None:
     kind, m, x = Whole(), nn.GRU(4, 3), torch.randn(3, 4)
     (rows,), _ = kind.take_rows(m, (x,), {}, torch.tensor([2, 0]))
     assert torch.equal(rows, x[[2, 0]]) and not kind.matrix and not kind.opaque and kind.bias is None
+    assert torch.equal(kind.take_rows(m, (), {"input": x, "flag": 1}, torch.tensor([2, 0]))[1]["input"], x[[2, 0]])
     assert torch.equal(kind.join_rows(m, [x[:1], x[1:]], torch.tensor([1, 0, 2])), x[[1, 0, 2]])
     for ask in (lambda: kind.shape(m), lambda: kind.sizes(m), lambda: kind.orient(x, m), lambda: kind.apply(m, x, x)):
         with pytest.raises(ValueError, match="GRU is none of Linear"):

@@ -42,7 +42,7 @@ from peft.convert import (
 )
 from peft.convert.held import Held
 from peft.convert.products import METHODS, WHY_NOT, products_of
-from peft.core.combine.ranks import leading_svd, randomized_svd, shared_ranks
+from peft.kernels.decompositions import leading_svd, randomized_svd, shared_ranks
 from peft.testing.cells import perturb
 from peft.tuners.lora.config import KasaConfig
 from peft.utils import merge_utils

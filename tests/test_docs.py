@@ -64,4 +64,4 @@ def test_the_measured_table_has_every_weight_method(build: ModuleType) -> None:
 def test_the_method_of_the_guide_is_the_one_that_the_laws_test() -> None:
     code, *_ = re.findall(r"```python\n(.*?)```", (DOCS / "add_a_method.md").read_text(encoding="utf-8"), re.DOTALL)
     assert code == (Path(peft.__file__).parent / "tuners" / "lora_xs.py").read_text(encoding="utf-8")
-    assert len(code.splitlines()) < 60
+    assert sum(map(bool, code.splitlines())) < 45  # but for blank ones

@@ -20,7 +20,7 @@ import peft
 MODULES = (
     "auto",
     "config",
-    "core.files.base_state",
+    "tools.base_state",
     "core.files.io",
     "core.files.state_dict",
     "core.model.tuner",

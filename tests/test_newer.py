@@ -23,8 +23,8 @@ from peft import (
     PeftModel,
     get_peft_model,
 )
-from peft.core.combine.ranks import face_splitting, product_svd
 from peft.helpers import spectral_surgery
+from peft.kernels.decompositions import face_splitting, product_svd
 from peft.optimizers import create_loramuon_optimizer, create_lorarite_optimizer
 from peft.testing.cells import perturb
 from peft.tuners.lora.surgery import gates

@@ -23,11 +23,15 @@ from peft import (
     PromptEncoderConfig,
     PromptTuningConfig,
     get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
 )
 from peft.core.base.storage import onloaded, storage_of
 from peft.core.families import Copy
 from peft.testing.cells import Cell, parameters_of, perturb
+from peft.tools.base_state import set_base_model_state_dict
 from peft.tools.memory import estimate_memory
+from peft.utils.error import ConfigError
 
 
 accelerate = pytest.importorskip("accelerate")
@@ -288,6 +292,21 @@ def test_a_base_that_is_filled_later(config: LoraConfig, assign: bool) -> None:
     assert torch.allclose(found(x), wanted(x)) and not torch.allclose(found(x), plain(x))
     found.merge_adapter()
     assert torch.allclose(found(x), wanted(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("cell", [cell for cell in CELLS if cell.place.kind == "Linear"], ids=lambda cell: cell.id)
+def test_output_is_that_of_a_base_with_values_from_the_start(cell: Cell) -> None:
+    """Law: on a meta base that is filled later, for every method; one that makes its adapter of the base says so."""
+    base = cell.base()
+    try:
+        found = cell.fresh("default", base=copy.deepcopy(base).to("meta"))
+    except ConfigError as error:
+        assert "no values yet" in str(error)
+        return
+    set_base_model_state_dict(found, {name: value.clone() for name, value in base.state_dict().items()})
+    plain = cell.adapted("default")
+    set_peft_model_state_dict(found, get_peft_model_state_dict(plain))
+    cell.near(cell.run(found.train(plain.training)), cell.run(plain), "output")
 
 
 def test_nothing_is_merged_into_a_base_without_values() -> None:

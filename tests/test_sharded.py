@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from laws import cells
 from torch import nn
 
 from peft import IA3Config, LoraConfig, get_peft_model
 from peft.core.base.storage import storage_of
+from peft.testing.cells import Cell, perturb
 
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
@@ -137,6 +139,19 @@ class _Partition:
             p.requires_grad_(False)
         return m
 
+    def hooked(self, model: nn.Module) -> nn.Module:
+        """A model whose modules have their own parameters whole while they compute."""
+        for m in model.modules():
+            if own := [*m.parameters(recurse=False)]:
+                m.register_forward_pre_hook(lambda m, args, own=own: self._hold(own, True))
+                m.register_forward_hook(lambda m, args, y, own=own: self._hold(own, False))
+        return model
+
+    def _hold(self, own: list[Any], whole: bool) -> None:
+        for p in own:
+            p.data = p.ds_tensor.view(p.ds_shape).clone() if whole else p.data.new_empty(0)
+            p.ds_active_sub_modules = {1} if whole else set()
+
     @contextmanager
     def gathered(self, params: list[Any], modifier_rank: int | None = None) -> Iterator[None]:
         params = list(params)
@@ -172,6 +187,22 @@ def test_zero3(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(y, nn.functional.linear(x, old * 3, plain.bias)) and given.grad is not None
     storage.put_back(m, "weight", kept)
     assert torch.equal(storage.read(m, "weight"), old) and m.weight.numel() == 0 and not partition.open
+
+
+ROWS = [cell for cell in cells(precisions=("float32",), each_layer=False) if cell.place.name == "Linear"]
+
+
+@pytest.mark.parametrize("cell", ROWS, ids=lambda cell: cell.id)
+def test_output_is_that_of_the_whole_base(cell: Cell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: on a base of which each process holds a part, for every method."""
+    partition = _Partition(monkeypatch)
+    found = cell.fresh("default", base=partition.hooked(partition.init(cell.base())))
+    perturb(found, "default", 10, cell.method.times)
+    plain = cell.adapted("default")
+    with torch.no_grad():
+        cell.near(cell.run(found), cell.run(plain), "output")
+    held = [p for p in found.parameters() if hasattr(p, "ds_id")]
+    assert all(p.numel() == 0 for p in held) and not partition.open
 
 
 @pytest.mark.parametrize("place", ["an adapted layer", "a copied module", "trained tokens"])

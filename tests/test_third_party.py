@@ -550,7 +550,21 @@ def small(r=2, **fields):
     return get_peft_model(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4)), config)
 
 
-def test_an_update_that_others_put_into_the_class(monkeypatch):
+class Compiled:
+    """A method as Cython makes it: called like a function, and of another type."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, *args, **kwargs):
+        return self.function(*args, **kwargs)
+
+    def __get__(self, instance, owner):
+        return self if instance is None else MethodType(self, instance)
+
+
+@pytest.mark.parametrize("kind", [lambda function: function, Compiled])
+def test_an_update_that_others_put_into_the_class(kind, monkeypatch):
     """Around the one that is there, or instead of it with parts of another shape."""
     update, seen = LoraLayer.update_layer, []
 
@@ -560,7 +574,7 @@ def test_an_update_that_others_put_into_the_class(monkeypatch):
         name = args[0] if args else kwargs["adapter_name"]
         seen.append((name, self.r[name]))
 
-    monkeypatch.setattr(LoraLayer, "update_layer", around)
+    monkeypatch.setattr(LoraLayer, "update_layer", kind(around))
     model = small(rank_pattern={"0": 3})
     model.add_adapter("b", LoraConfig(r=1, target_modules=["0", "1"]))
     assert seen == [("default", 3), ("b", 1), ("b", 1)]
@@ -579,7 +593,7 @@ def test_an_update_that_others_put_into_the_class(monkeypatch):
             a, b = self.lora_A[name], self.lora_B[name]
             return self.base_layer(x) + torch.cat([b[h](a[h](x)) for h in a], -1) * self.scaling[name]
 
-    monkeypatch.setattr(LoraLayer, "update_layer", of_heads)
+    monkeypatch.setattr(LoraLayer, "update_layer", kind(of_heads))
     monkeypatch.setattr(LoraLinear, "forward", forward)
     model, x = small(), torch.randn(3, 4)
     model(x).sum().backward()

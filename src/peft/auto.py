@@ -13,16 +13,7 @@ from peft._lazy import also_known
 from peft.config import PeftConfig
 from peft.core.files.io import TOKENIZER_CONFIG_NAME, hub_options, locate
 from peft.options import value_of
-from peft.peft_model import (
-    MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
-    PeftModel,
-    PeftModelForCausalLM,
-    PeftModelForFeatureExtraction,
-    PeftModelForQuestionAnswering,
-    PeftModelForSeq2SeqLM,
-    PeftModelForSequenceClassification,
-    PeftModelForTokenClassification,
-)
+from peft.peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 from peft.tools.architecture import AUTO_CLASSES
 from peft.utils.error import MissingFileError
 
@@ -58,6 +49,11 @@ class _BaseAutoPeftModel:
 
     auto_class: ClassVar[str | None] = None
     peft_class: ClassVar[type[PeftModel]] = PeftModel
+
+    def __init_subclass__(cls, task: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if task is not None:
+            cls.auto_class, cls.peft_class = AUTO_CLASSES[task], MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         name = type(self).__name__
@@ -185,46 +181,28 @@ class AutoPeftModel(_BaseAutoPeftModel):
     """For adapters without a task: the config names the class of the base model."""
 
 
-class AutoPeftModelForCausalLM(_BaseAutoPeftModel):
+class AutoPeftModelForCausalLM(_BaseAutoPeftModel, task="CAUSAL_LM"):
     """For ``TaskType.CAUSAL_LM``."""
 
-    auto_class = AUTO_CLASSES["CAUSAL_LM"]
-    peft_class = PeftModelForCausalLM
 
-
-class AutoPeftModelForSeq2SeqLM(_BaseAutoPeftModel):
+class AutoPeftModelForSeq2SeqLM(_BaseAutoPeftModel, task="SEQ_2_SEQ_LM"):
     """For ``TaskType.SEQ_2_SEQ_LM``."""
 
-    auto_class = AUTO_CLASSES["SEQ_2_SEQ_LM"]
-    peft_class = PeftModelForSeq2SeqLM
 
-
-class AutoPeftModelForSequenceClassification(_BaseAutoPeftModel):
+class AutoPeftModelForSequenceClassification(_BaseAutoPeftModel, task="SEQ_CLS"):
     """For ``TaskType.SEQ_CLS``."""
 
-    auto_class = AUTO_CLASSES["SEQ_CLS"]
-    peft_class = PeftModelForSequenceClassification
 
-
-class AutoPeftModelForTokenClassification(_BaseAutoPeftModel):
+class AutoPeftModelForTokenClassification(_BaseAutoPeftModel, task="TOKEN_CLS"):
     """For ``TaskType.TOKEN_CLS``."""
 
-    auto_class = AUTO_CLASSES["TOKEN_CLS"]
-    peft_class = PeftModelForTokenClassification
 
-
-class AutoPeftModelForQuestionAnswering(_BaseAutoPeftModel):
+class AutoPeftModelForQuestionAnswering(_BaseAutoPeftModel, task="QUESTION_ANS"):
     """For ``TaskType.QUESTION_ANS``."""
 
-    auto_class = AUTO_CLASSES["QUESTION_ANS"]
-    peft_class = PeftModelForQuestionAnswering
 
-
-class AutoPeftModelForFeatureExtraction(_BaseAutoPeftModel):
+class AutoPeftModelForFeatureExtraction(_BaseAutoPeftModel, task="FEATURE_EXTRACTION"):
     """For ``TaskType.FEATURE_EXTRACTION``."""
-
-    auto_class = AUTO_CLASSES["FEATURE_EXTRACTION"]
-    peft_class = PeftModelForFeatureExtraction
 
 
 also_known(__name__)

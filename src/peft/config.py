@@ -50,6 +50,7 @@ from peft.utils.peft_types import (
     OwnMethod,
     PeftType,
     TaskType,
+    listed,
     parse_peft_type,
 )
 from peft.utils.usage import note
@@ -357,9 +358,9 @@ class PeftConfigMixin(Options):
         if key not in PEFT_TYPE_TO_CONFIG_MAPPING:
             _load_methods()  # this may be the first that is asked of the library
         if key not in PEFT_TYPE_TO_CONFIG_MAPPING:
-            available = ", ".join(sorted(value_of(k) for k in PEFT_TYPE_TO_CONFIG_MAPPING))
             raise NotSupportedYetError(
-                f"The method {value_of(key)} is not supported yet{version}. Available: {available}."
+                f"The method {value_of(key)} is not supported yet{version}. Available: "
+                f"{listed(PEFT_TYPE_TO_CONFIG_MAPPING)}."
             )
         return PEFT_TYPE_TO_CONFIG_MAPPING[key]
 
@@ -400,10 +401,9 @@ class PeftConfigMixin(Options):
                 values["peft_type"] = cls.METHOD  # whoever asks the class of a method says what the file leaves out
             if values.get("peft_type") is None:
                 _load_methods()
-                known = ", ".join(sorted(value_of(key) for key in PEFT_TYPE_TO_CONFIG_MAPPING))
                 raise UnknownMethodError(
                     f"it names no peft_type, so it is no config of an adapter.{_told_by(values)} If it is one, add "
-                    f"its peft_type: one of {known}."
+                    f"its peft_type: one of {listed(PEFT_TYPE_TO_CONFIG_MAPPING)}."
                 )
             config = cls.of_file(values, **kwargs)
         except ConfigError as error:
@@ -667,14 +667,24 @@ class RankPattern(PeftConfig):
         minimum=1,
     )
 
+    def rank_at(self, key: str) -> int:
+        """The rank of the module called `key`."""
+        return resolve_pattern(self.rank_pattern, key, self.r)  # type: ignore[attr-defined]
+
 
 @dataclass
 class RankPatterns(RankPattern):
-    """Ranks and scales that differ from the config's `r` and alpha."""
+    """Ranks and scales that differ from the config's `r` and alpha, whose field is called `ALPHA`."""
+
+    ALPHA: ClassVar[str] = "alpha"
 
     alpha_pattern: dict[str, float] | None = option(
         dict, "Alphas of particular modules, with keys like those of `rank_pattern`.", names=dict
     )
+
+    def alpha_at(self, key: str) -> float:
+        """The alpha of the module called `key`."""
+        return resolve_pattern(self.alpha_pattern, key, getattr(self, self.ALPHA))
 
 
 def match_pattern(keys: Iterable[str], name: str) -> str | None:

@@ -21,6 +21,7 @@ from peft.utils.peft_types import (
     PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
+    listed,
 )
 
 
@@ -48,16 +49,11 @@ def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
     if not isinstance(config_dict, dict):
         raise TypeError(f"get_peft_config takes a dict of config fields, got {type(config_dict).__name__}.")
     if config_dict.get("peft_type") is None:
-        known = ", ".join(sorted(method_names()))
         raise UnknownMethodError(
-            f"the dict has no 'peft_type', which says what it configures; it can be one of {known}."
+            f"the dict has no 'peft_type', which says what it configures; it can be one of "
+            f"{listed(PEFT_TYPE_TO_TUNER_MAPPING)}."
         )
     return PeftConfig.from_peft_type(**config_dict)
-
-
-def method_names() -> list[str]:
-    """The methods that are registered, as strings."""
-    return [str(value_of(peft_type)) for peft_type in PEFT_TYPE_TO_TUNER_MAPPING]
 
 
 def check_config(peft_config: Any) -> None:
@@ -81,7 +77,7 @@ def check_config(peft_config: Any) -> None:
     if method is None or method not in PEFT_TYPE_TO_TUNER_MAPPING:
         raise NotSupportedYetError(
             f"{type(peft_config).__name__}: this version has no method for peft_type {named!r} yet. "
-            f"There are {', '.join(sorted(method_names()))}; register_peft_method adds others."
+            f"There are {listed(PEFT_TYPE_TO_TUNER_MAPPING)}; register_peft_method adds others."
         )
     wanted = PEFT_TYPE_TO_CONFIG_MAPPING[method]
     if not isinstance(peft_config, wanted):

@@ -12,9 +12,8 @@ from peft.config import PeftConfig
 from peft.core.model.beside import add_auxiliary
 from peft.core.model.mixed import MixedModel
 from peft.core.model.tuner import BaseTuner
-from peft.options import value_of
 from peft.peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
-from peft.utils.peft_types import PEFT_TYPE_TO_MIXED_MODEL_MAPPING
+from peft.utils.peft_types import PEFT_TYPE_TO_MIXED_MODEL_MAPPING, listed
 
 
 class PeftMixedModel(PeftModel):
@@ -44,10 +43,10 @@ class PeftMixedModel(PeftModel):
 
     def _check_method(self, peft_config: PeftConfig) -> None:
         if peft_config.peft_type not in PEFT_TYPE_TO_MIXED_MODEL_MAPPING:
-            known = sorted(str(value_of(t)) for t in PEFT_TYPE_TO_MIXED_MODEL_MAPPING)
+            known = listed(PEFT_TYPE_TO_MIXED_MODEL_MAPPING)
             raise ValueError(
                 f"{peft_config.peft_type} adapters cannot be mixed with others: they change how the whole model is "
-                f"called, not single layers of it. These can be mixed: {', '.join(known)}; a UnionConfig can have "
+                f"called, not single layers of it. These can be mixed: {known}; a UnionConfig can have "
                 "such a part beside others."
             )
 

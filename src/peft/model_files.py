@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from peft.composition.config import CompositionConfig
+from peft.composition.model import Compositions
 from peft.config import PeftConfig
-from peft.core.composition.config import CompositionConfig
-from peft.core.composition.model import Compositions
-from peft.core.files.card import create_or_update_model_card
 from peft.core.files.entries import entries
 from peft.core.files.io import CONFIG_NAME, HUB_KEYWORDS, hub_options, load_peft_weights, write_adapter
 from peft.core.files.state_dict import LoadResult, get_peft_model_state_dict, set_peft_model_state_dict
@@ -26,9 +25,10 @@ from peft.core.model.replacing import restoring
 from peft.core.model.tuner import BaseTuner
 from peft.core.model.walk import layers_of, surveyed
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.options import value_of
+from peft.tools.card import create_or_update_model_card
 from peft.tuners.lora.experts import convert_peft_adapter_state_dict_for_transformers
 from peft.utils.error import CheckpointError, ConfigError, ConfigFileError, PeftError, some
+from peft.utils.peft_types import listed
 from peft.utils.usage import tell_misspelt
 from peft.utils.warning import PeftWarning
 
@@ -345,9 +345,8 @@ def _read_config(model_id: str | os.PathLike, config: PeftConfig | None, is_trai
     elif not isinstance(config, PeftConfig):
         raise ValueError(f"config should be a PeftConfig, got {type(config).__name__}.")
     if config.peft_type not in PEFT_TYPE_TO_TUNER_MAPPING and not isinstance(config, CompositionConfig):
-        known = sorted(str(value_of(t)) for t in PEFT_TYPE_TO_TUNER_MAPPING)
         what = f"is a {config.peft_type} adapter" if config.peft_type else "has a config that names no peft_type"
-        raise ConfigError(f"{model_id} {what}; this version has {', '.join(known)}.")
+        raise ConfigError(f"{model_id} {what}; this version has {listed(PEFT_TYPE_TO_TUNER_MAPPING)}.")
     config.inference_mode = not is_trainable
     for member in config.members:  # virtual tokens start as the file says, not the config
         member.inference_mode |= member.is_prompt_learning

@@ -14,11 +14,10 @@ from transformers.utils import PushToHubMixin
 
 from peft._lazy import also_known
 from peft.compat.model import ModelCompat
+from peft.composition.config import CompositionConfig
+from peft.composition.dividing import divided
 from peft.config import PeftConfig
-from peft.core.blocks.skipping import blocks_skipped
-from peft.core.composition.config import CompositionConfig
-from peft.core.composition.dividing import divided
-from peft.core.composition.expressions import Composition
+from peft.core.composition import Composition
 from peft.core.files.entries import leave_out_repeats, prompts_of
 from peft.core.layer.rows import require_unmerged, without_fast_path
 from peft.core.model import operations
@@ -33,13 +32,8 @@ from peft.kernels import chunked_loss
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.model_files import ModelFiles, note_base
 from peft.tools.out_of_memory import add_way_out
-from peft.tools.status import (
-    TunerLayerStatus,
-    TunerModelStatus,
-    count_parameters,
-    get_layer_status,
-    get_model_status,
-)
+from peft.tools.skipping import blocks_skipped
+from peft.tools.status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
 from peft.tuners.lora.experts import convert_config_for
 
 

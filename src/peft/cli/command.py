@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser
 from peft.cli.output import Output
 from peft.config import Options
 from peft.options import value_of
-from peft.utils.error import PeftError
+from peft.utils.error import ConfigError, PeftError
 
 
 class UsageError(PeftError, ValueError):
@@ -52,6 +52,17 @@ def argument(help: str, nargs: str | None = None, default: Any = None) -> Any:
     """A positional argument of a command. ``nargs`` is argparse's: None, "?", "*" or "+"."""
     metadata = {"help": help, "positional": True, "nargs": nargs}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def output_of(options: Any) -> str:
+    """Where a command is to write.
+
+    Raises:
+        ConfigError: that was not said.
+    """
+    if options.output is None:
+        raise ConfigError("where to write is missing: say it with --output, or -o.")
+    return options.output
 
 
 def need(extra: str, *modules: str) -> None:

@@ -6,10 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from peft.cli.command import Command, argument
+from peft.cli.command import Command, argument, output_of
 from peft.cli.output import Output
 from peft.config import Options, option
-from peft.utils.error import ConfigError
 
 
 _RANK = "The most that a layer has."
@@ -48,16 +47,10 @@ class ResizeOptions(Options):
     energy: float | None = option(None, _ENERGY, above=0, maximum=1)
 
 
-def _output(options: Any) -> str:
-    if options.output is None:
-        raise ConfigError("where to write is missing: say it with --output, or -o.")
-    return options.output
-
-
 def _convert(options: ConvertOptions, output: Output) -> dict[str, Any]:
     from peft.convert import convert_adapter
 
-    report = convert_adapter(options.source, options.to, _output(options), base=options.base, lossy=options.lossy)
+    report = convert_adapter(options.source, options.to, output_of(options), base=options.base, lossy=options.lossy)
     return {"ok": True, **dataclasses.asdict(report)}
 
 
@@ -74,7 +67,7 @@ def _show_conversion(found: dict[str, Any], output: Output) -> None:
 def _extract(options: ExtractOptions, output: Output) -> dict[str, Any]:
     from peft.convert import extract_adapter
 
-    target = _output(options)
+    target = output_of(options)
     report = extract_adapter(options.base, options.tuned, target, rank=options.rank, energy=options.energy)
     return {"ok": True, **dataclasses.asdict(report)}
 
@@ -82,7 +75,7 @@ def _extract(options: ExtractOptions, output: Output) -> dict[str, Any]:
 def _resize(options: ResizeOptions, output: Output) -> dict[str, Any]:
     from peft.convert import resize_adapter
 
-    report = resize_adapter(options.source, _output(options), rank=options.rank, energy=options.energy)
+    report = resize_adapter(options.source, output_of(options), rank=options.rank, energy=options.energy)
     return {"ok": True, **dataclasses.asdict(report)}
 
 

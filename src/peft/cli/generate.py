@@ -12,11 +12,9 @@ from peft.cli import models
 from peft.cli.command import Command, argument
 from peft.cli.output import Output
 from peft.config import Options, option
+from peft.core.model.context import BASE
 from peft.tools.merging import with_adapters
 from peft.utils.error import ConfigError, nearest
-
-
-BASE = "__base__"  # the name under which the model knows its base
 
 
 @dataclass

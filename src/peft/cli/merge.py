@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from peft.cli.command import Command, argument
+from peft.cli.command import Command, argument, output_of
 from peft.cli.models import pairs
 from peft.cli.output import Output
 from peft.config import Options, option
@@ -39,17 +39,14 @@ def act(options: MergeOptions, output: Output) -> dict[str, Any]:
     import torch
 
     from peft.tools.merging import merge_files
-    from peft.utils.error import ConfigError
 
-    if options.output is None:
-        raise ConfigError("the folder of the result is missing: say it with --output FOLDER, or -o FOLDER.")
-    adapters = pairs(options.adapters)
+    target, adapters = output_of(options), pairs(options.adapters)
     with output.progress() as progress:
         bar = progress.add_task("merging")
         report = merge_files(
             options.base,
             adapters,
-            options.output,
+            target,
             weights=options.weights,
             combination=options.combination,
             density=options.density,

@@ -11,10 +11,8 @@ import torch
 from peft.cli.command import need
 from peft.cli.recipe import ModelOptions
 from peft.config import PeftConfig
+from peft.tools.architecture import AUTO_CLASSES
 from peft.utils.error import ConfigError
-
-
-_AUTO = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_CLS": "AutoModelForSequenceClassification"}
 
 
 def device_of(wanted: str | None = None) -> torch.device:
@@ -31,9 +29,7 @@ def load_config(options: ModelOptions) -> Any:
     import transformers
 
     with _named(options):
-        return transformers.AutoConfig.from_pretrained(
-            options.name, revision=options.revision, trust_remote_code=options.trust_remote_code
-        )
+        return transformers.AutoConfig.from_pretrained(**_from(options))
 
 
 def load_tokenizer(options: ModelOptions) -> Any:
@@ -41,9 +37,7 @@ def load_tokenizer(options: ModelOptions) -> Any:
     import transformers
 
     with _named(options):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            options.name, revision=options.revision, trust_remote_code=options.trust_remote_code
-        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**_from(options))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # batches need one
     return tokenizer
@@ -61,16 +55,17 @@ def load_base(options: ModelOptions, task_type: str = "CAUSAL_LM", device: str |
         need("quantization", "bitsandbytes")
         more["quantization_config"] = _quantization(options)
         more["device_map"] = {"": device_of(device)}
-    auto = getattr(transformers, _AUTO[task_type])
+    auto = getattr(transformers, AUTO_CLASSES[task_type])
     with _named(options):
-        model = auto.from_pretrained(
-            options.name,
-            revision=options.revision,
-            trust_remote_code=options.trust_remote_code,
-            dtype=options.dtype if options.dtype == "auto" else getattr(torch, options.dtype),
-            **more,
-        )
+        dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+        model = auto.from_pretrained(**_from(options), dtype=dtype, **more)
     return model if options.quantization else model.to(device_of(device))
+
+
+def _from(options: ModelOptions) -> dict[str, Any]:
+    """Where a model is, for ``from_pretrained``."""
+    where = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    return {"pretrained_model_name_or_path": options.name, **where}
 
 
 def _quantization(options: ModelOptions) -> Any:

@@ -177,11 +177,23 @@ class Recipe(Options):
         file = os.path.join(folder, "recipe.yaml") if os.path.isdir(folder) else folder
         if not os.path.isfile(file):
             raise ConfigError(f"there is no recipe {file!r}.")
+        return cls(**read_yaml(file))
+
+
+def read_yaml(file: str) -> dict[str, Any]:
+    """The fields in a recipe.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else.
+    """
+    try:
         with open(file, encoding="utf-8") as stream:
-            values = yaml.safe_load(stream) or {}
-        if not isinstance(values, dict):
-            raise ConfigError(f"{file!r} is no recipe: it holds a {type(values).__name__}.")
-        return cls(**values)
+            found = yaml.safe_load(stream) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"the recipe {file!r} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"the recipe {file!r} holds a {type(found).__name__}, and not fields with values.")
+    return found
 
 
 def _plain(value: Any) -> Any:

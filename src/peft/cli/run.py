@@ -9,12 +9,10 @@ import re
 import warnings
 from typing import Any
 
-import yaml
-
 from peft._version import __version__
 from peft.cli.command import Command, UsageError, add_fields, bracketed, make, parser_of
 from peft.cli.output import Output
-from peft.cli.recipe import NOT_IN_A_RECIPE, config_class
+from peft.cli.recipe import NOT_IN_A_RECIPE, config_class, read_yaml
 from peft.utils.error import ConfigError, nearest
 
 
@@ -170,22 +168,11 @@ def _method_of(argv: list[str]) -> str:
     method = None
     for place, word in enumerate(argv):
         if word.startswith("--recipe=") or word == "--recipe":
-            method = _read(word[9:] or (argv[place + 1 :] or [""])[0]).get("method", method)
+            method = read_yaml(word[9:] or (argv[place + 1 :] or [""])[0]).get("method", method)
     for place, word in enumerate(argv):
         if word.startswith("--method=") or word == "--method":
             method = word[9:] or (argv[place + 1 :] or [""])[0]
     return method or "lora"
-
-
-def _read(file: str) -> dict[str, Any]:
-    try:
-        with open(file, encoding="utf-8") as stream:
-            found = yaml.safe_load(stream) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise UsageError(f"the recipe {file!r} cannot be read: {error}") from error
-    if not isinstance(found, dict):
-        raise UsageError(f"the recipe {file!r} holds a {type(found).__name__}, and not fields with values.")
-    return found
 
 
 def _with_hint(message: str, parser: Any) -> str:

@@ -13,8 +13,8 @@ from peft.cli.command import Command
 from peft.cli.output import Output, shown
 from peft.cli.recipe import Recipe
 from peft.cli.training import prepare, unfinished, write_json
-from peft.core.files.card import CARD_NAME
 from peft.core.files.io import replacing
+from peft.tools.card import CARD_NAME
 
 
 ADAPTER = "adapter"

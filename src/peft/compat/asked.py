@@ -18,9 +18,10 @@ class Asked:
 
 
 def is_theirs(method: Any) -> bool:
-    """Whether a function, or a method of a class, was written outside this package: somebody has put it there."""
+    """Whether what a class has under a name was put there by somebody else: it is no function of this package."""
     function = getattr(method, "__func__", method)
-    return isinstance(function, FunctionType) and not function.__globals__.get("__name__", "").startswith("peft.")
+    ours = isinstance(function, FunctionType) and function.__globals__.get("__name__", "").startswith("peft.")
+    return callable(function) and not ours
 
 
 def is_replaced(cls: type, name: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft.core.blocks.attention import AttentionFunction, watched
+from peft.tuners.adaption_prompt_utils import AttentionFunction, watched
 
 
 def compute_query_states(model: nn.Module, **kwargs: Any) -> torch.Tensor:

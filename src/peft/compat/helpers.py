@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft.core.combine.ranks import halves, svd
+from peft.core.layer.layer import BaseTunerLayer
+from peft.kernels.decompositions import halves, svd
 from peft.utils.integrations import dequantize_bnb_weight
 
 
@@ -132,3 +133,23 @@ def project_gradient_to_orthogonal_space(svd_dict: dict[str, Any]) -> None:
         if (gradient := svd_dict["V_low"].grad) is not None:
             frozen = svd_dict["V_high"]
             gradient.sub_((gradient @ frozen.T) @ frozen)
+
+
+def has_valid_embedding_base_layer(layer: Any) -> bool:
+    """Whether a layer is an adapted one around an embedding or an output head."""
+    return isinstance(layer, BaseTunerLayer) and isinstance(layer.get_base_layer(), nn.Linear | nn.Embedding)
+
+
+def get_embedding_layer_name(model: nn.Module, layer: nn.Module, is_embedding_in_target_modules: bool) -> str | None:
+    """The path in the model of an embedding that is saved whole, or None if it is not in the model.
+
+    Args:
+        layer: the embedding or output head, adapted or not.
+        is_embedding_in_target_modules: whether the adapter has tensors there; then it is the base layer that is meant,
+            and None if nothing is around one.
+    """
+    if is_embedding_in_target_modules:
+        if not has_valid_embedding_base_layer(layer):
+            return None
+        layer = layer.get_base_layer()
+    return next((name for name, module in model.named_modules() if module is layer), None)

@@ -20,7 +20,8 @@ from peft.core.files.state_dict import get_peft_model_state_dict
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.context import Context
 from peft.core.model.record import context_of
-from peft.core.model.walk import layers_of, walk, wrappers_of
+from peft.core.model.walk import layers_of, wrappers_of
+from peft.tuners.adalora_utils import kept_of
 from peft.utils.meanwhile import having
 
 
@@ -205,29 +206,24 @@ class LoraVariantCompat:
 class AdaLoraCompat:
     """Of ``AdaLoraModel``."""
 
-    model: Any
+    ranked: Any
 
     def resize_modules_by_rank_pattern(self, rank_pattern: dict[str, Any], adapter_name: str) -> None:
         """Take the ranks that a pattern (``"<module>.lora_E"`` -> mask, or how many) leaves out of an adapter."""
-        for key, layer in _adalora_layers(self.model, adapter_name).items():
-            index = _kept(rank_pattern, key)
-            if index is not None:
-                for name, axis in OF_ADALORA.items():
-                    old = getattr(layer, name)[adapter_name]
-                    new = nn.Parameter(old.detach().index_select(axis, index.to(old.device)))
-                    getattr(layer, name)[adapter_name] = new.requires_grad_(old.requires_grad)
-                layer.left[adapter_name] = None
+        for adapter, index in self._resized(rank_pattern, adapter_name):
+            for name in adapter.parts:
+                old = getattr(adapter, name)
+                new = nn.Parameter(old.detach().index_select(AXES[name], index.to(old.device)))
+                setattr(adapter, name, new.requires_grad_(old.requires_grad))
+            adapter.left = None
 
     def resize_state_dict_by_rank_pattern(
         self, rank_pattern: dict[str, Any], state_dict: dict[str, torch.Tensor], adapter_name: str
     ) -> dict[str, torch.Tensor]:
         """The same for the adapter's tensors in a state dict, under their names in files or in memory."""
         cut = {}
-        for key, layer in _adalora_layers(self.model, adapter_name).items():
-            index = _kept(rank_pattern, key)
-            if index is not None:
-                held = {name: getattr(layer, name)[adapter_name] for name in OF_ADALORA}
-                cut.update({id(tensor): (OF_ADALORA[name], index) for name, tensor in held.items()})
+        for adapter, index in self._resized(rank_pattern, adapter_name):
+            cut.update({id(tensor): (AXES[name], index) for name, tensor in adapter.tensors()})
         model: Any = self
         found = dict(state_dict)
         for entry in entries(model, adapter_name):
@@ -238,28 +234,15 @@ class AdaLoraCompat:
                         found[name] = found[name].index_select(axis, index.to(found[name].device))
         return found
 
+    def _resized(self, rank_pattern: dict[str, Any], adapter_name: str) -> Iterator[tuple[Any, torch.Tensor]]:
+        """The adapters, at their layers, of which a pattern keeps some ranks, and the indices of those."""
+        for key, adapter in self.ranked(adapter_name).items():
+            if (index := kept_of(rank_pattern, key)) is not None:
+                yield adapter, index
+
 
 AXES = {"lora_A": 0, "lora_E": 0, "lora_B": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}
 """The axis of each of LoRA's and AdaLoRA's tensors along which the ranks stand."""
-OF_ADALORA = {name: axis for name, axis in AXES.items() if "embedding" not in name}
-
-
-def _adalora_layers(model: nn.Module, adapter_name: str) -> dict[str, Any]:
-    """The layers that hold an adapter of AdaLoRA, by the names of their modules."""
-    return {
-        site.key: wrapper
-        for site in walk(model)
-        for _, wrapper in site.wrappers
-        if adapter_name in wrapper and hasattr(wrapper, "lora_E")  # type: ignore[operator]
-    }
-
-
-def _kept(rank_pattern: dict[str, Any], key: str) -> torch.Tensor | None:
-    """Which ranks of a layer a pattern keeps, as indices; files may add the adapter's name to that of the layer."""
-    for pattern, mask in rank_pattern.items():
-        if pattern == f"{key}.lora_E" or pattern.rpartition(".")[0] == f"{key}.lora_E":
-            return torch.arange(mask) if isinstance(mask, int) else torch.as_tensor(mask).bool().nonzero()[:, 0]
-    return None
 
 
 class VBLoRACompat:
@@ -273,7 +256,7 @@ class VBLoRACompat:
         beside = [
             tensor
             for _, wrapper in wrappers_of(anatomy(model)[0])
-            if not isinstance(wrapper, BaseTunerLayer) and adapter in wrapper  # type: ignore[operator]
+            if not isinstance(wrapper, BaseTunerLayer) and adapter in wrapper
             for _, _, tensor in wrapper.adapter_state(adapter)
         ]
         own = total - sum(t.numel() * t.itemsize for t in beside)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from peft.compat.asked import Asked
-from peft.core.model.mixin import ModelMixin
+from peft.model_mixin import ModelMixin
 
 
 class ModelCompat(ModelMixin):

@@ -11,8 +11,7 @@ from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutput
 
 from peft.core.blocks.blocks import first_output
-from peft.core.blocks.side_caches import FOLLOWED
-from peft.tuners.shadow_utils import last_of, loss_of
+from peft.tuners.shadow_utils import FOLLOWED, last_of, loss_of
 
 
 @dataclass(slots=True)

@@ -117,8 +117,8 @@ class TunerCompat:
         return bool(adapters) and not any(adapter.any_module or adapter.unmergeable() for adapter in adapters)
 
     def _replaced(self, *names: str) -> bool:
-        """Whether one of these methods is not the one below."""
-        return any(_function(type(self), name) is not _function(TunerCompat, name) for name in names)
+        """Whether one of these methods is somebody else's."""
+        return any(is_theirs(getattr(type(self), name)) for name in names)
 
     def make_elsewhere(self, peft_config: Any, adapter_name: str, target: Any, holders: Any) -> Any:
         """The layer around a target as somebody else makes it, with the adapter in it; None where nobody does."""
@@ -272,12 +272,6 @@ class TunerCompat:
         """Freeze the base; the active adapters train. Others replace it, to let more of the model train."""
         model.requires_grad_(False)
         operations.set_requires_grad(model, operations.active_of(model), True)
-
-
-def _function(cls: type, name: str) -> Any:
-    """What a class has under a name, without the class that class methods are bound to."""
-    found = getattr(cls, name)
-    return getattr(found, "__func__", found)
 
 
 def options(peft_config: Any, key: str) -> dict[str, Any]:

@@ -12,18 +12,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft.config import patterned
 from peft.convert.resize import check_size
 from peft.core.base.kinds import kind_of
-from peft.core.combine.ranks import halves, leading_svd, randomized_svd, shared_ranks
 from peft.core.files.io import PREFIX, write_adapter
-from peft.core.files.shards import Shards
 from peft.core.layer.weight import wide
 from peft.core.model.targeting import exact_targets
 from peft.core.model.walk import embeddings_of, join, shares_embeddings
+from peft.kernels.decompositions import halves, leading_svd, randomized_svd, shared_ranks
 from peft.tools.architecture import build
 from peft.tools.footprint import meta_copy
-from peft.tuners.lora.config import LoraConfig
+from peft.tools.shards import Shards
+from peft.tuners.lora.config import LoraConfig, rank_fields
 from peft.tuners.lora.conversion import lora_tensors
 from peft.utils.error import nearest, some
 
@@ -272,15 +271,11 @@ class _Extractor:
         return key
 
     def _config(self, ranks: dict[str, int], base: str) -> LoraConfig:
-        common, others = patterned(ranks) if ranks else (1, {})
         first = embeddings_of(self.model)[0]
         adapted = any(self.model.get_submodule(path) is first for path in ranks)
         targets = exact_targets(self.model, set(ranks))
         return LoraConfig(
-            r=common,
-            lora_alpha=common,
-            rank_pattern=others,
-            alpha_pattern=dict(others),
+            **(rank_fields(ranks, ranks) if ranks else {"r": 1, "lora_alpha": 1}),
             target_modules=list(targets) if isinstance(targets, set) else targets,
             modules_to_save=sorted(self.saved) or None,
             bias="all" if self.biases else "none",

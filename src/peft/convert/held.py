@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from peft.config import PeftConfig, patterned, resolve_pattern
+from peft.config import PeftConfig
 from peft.core.files.io import PREFIX, load_peft_weights, write_adapter
-from peft.tuners.lora.config import LoraConfig, divisor, whole
+from peft.tuners.lora.config import LoraConfig, divisor, rank_fields
 from peft.tuners.lora.initialize import rewrites
 from peft.utils.error import ConfigError
 
@@ -82,6 +82,12 @@ class Pair:
     def rank(self) -> int:
         """Rows of A."""
         return self.down.shape[0]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What is in a file, by its name there below the module's."""
+        a, b = ("lora_embedding_A", "lora_embedding_B") if self.table else ("lora_A.weight", "lora_B.weight")
+        named = {a: self.down, b: self.up, "lora_magnitude_vector": self.magnitude, "lora_B.bias": self.bias}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
 @dataclass
@@ -167,13 +173,18 @@ def pairs_of(held: Held) -> Pairs:
             tables.add(module)
     pairs = {}
     for module, parts in found.items():
-        if not {"down", "up"} <= parts.keys():
-            raise ValueError(f"the adapter has only {', '.join(parts)} of a LoRA at {module}: its file is incomplete.")
-        alpha = resolve_pattern(config.alpha_pattern, module, config.lora_alpha)
+        check_pair(module, parts)
+        alpha = config.alpha_at(module)
         pairs[module] = Pair(alpha=alpha, table=module in tables, **parts)
     if not config.use_bdlora:  # keeps one factor as blocks
         _check_ranks(pairs)
     return Pairs(pairs, others, config.use_rslora)
+
+
+def check_pair(module: str, parts: Collection[str], names: Collection[str] = ("down", "up")) -> None:
+    """Raise ConfigError where a file lacks a factor of a LoRA; ``names`` are what it calls the two."""
+    if not {*names} <= {*parts}:
+        raise ConfigError(f"the file has only {', '.join(parts)} of a LoRA at {module}: it is incomplete.")
 
 
 def _check_ranks(pairs: Mapping[str, Pair]) -> None:
@@ -194,12 +205,7 @@ def held_of(found: Pairs, like: LoraConfig | None = None) -> Held:
     if like is None:
         _check_ranks(pairs)
     for module, pair in pairs.items():
-        a, b = ("lora_embedding_A", "lora_embedding_B") if pair.table else ("lora_A.weight", "lora_B.weight")
-        tensors[f"{PREFIX}{module}.{a}"], tensors[f"{PREFIX}{module}.{b}"] = pair.down, pair.up
-        if pair.magnitude is not None:
-            tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = pair.magnitude
-        if pair.bias is not None:
-            tensors[f"{PREFIX}{module}.lora_B.bias"] = pair.bias
+        tensors.update({f"{PREFIX}{module}.{part}": tensor for part, tensor in pair.tensors().items()})
     fields = rank_fields({m: pair.rank for m, pair in pairs.items()}, {m: pair.alpha for m, pair in pairs.items()})
     if like is None:
         fields["target_modules"] = sorted(pairs)
@@ -215,12 +221,6 @@ def held_of(found: Pairs, like: LoraConfig | None = None) -> Held:
 def as_saved(modules: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Tensors by module, see :attr:`Held.by_module`, under their names in a file."""
     return {f"{PREFIX}{module}.{part}": tensor for module, parts in modules.items() for part, tensor in parts.items()}
-
-
-def rank_fields(ranks: Mapping[str, int], alphas: Mapping[str, float], alpha: str = "lora_alpha") -> dict[str, Any]:
-    """The fields of a config that say the rank and the alpha of each module; what its field for alpha is called."""
-    given = {module: whole(value) for module, value in alphas.items()}
-    return dict(zip(("r", "rank_pattern", alpha, "alpha_pattern"), (*patterned(ranks), *patterned(given))))
 
 
 def magnitude_of(scale: torch.Tensor, down: torch.Tensor) -> torch.Tensor:

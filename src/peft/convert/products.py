@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from peft.config import patterned, resolve_pattern
+from peft.config import RankPatterns, patterned
 from peft.convert.held import Held
-from peft.core.combine.ranks import halves, product_svd
 from peft.core.files.io import PREFIX
 from peft.core.layer.weight import wide
+from peft.kernels.decompositions import halves, product_svd
 from peft.tuners.lora.config import divisor, whole
 from peft.tuners.lora.layer import Lora
 
@@ -186,21 +186,17 @@ def _fixed(config: Any) -> str | None:
 def _lora_scale(config: Any, module: str, rank: int) -> float:
     if not hasattr(config, "lora_alpha"):
         return 1.0
-    alpha = resolve_pattern(config.alpha_pattern, module, config.lora_alpha)
-    return alpha / divisor(rank, config.use_rslora)
+    return config.alpha_at(module) / divisor(rank, config.use_rslora)
 
 
 def _say_patterns(held: Held, old: dict[str, int], new: dict[str, int]) -> None:
     """Say the new ranks, and the alphas with which the scales stay."""
     config = held.config
     fields = dict(zip(("r", "rank_pattern"), patterned(new)))
-    field = next((name for name in ("lora_alpha", "alpha") if hasattr(config, name)), None)
-    if field is not None:
-        alphas = {}
-        for module, rank in new.items():
-            alpha = resolve_pattern(config.alpha_pattern, module, getattr(config, field))
-            alphas[module] = whole(alpha * divisor(rank / old[module], getattr(config, "use_rslora", False)))
-        fields.update(zip((field, "alpha_pattern"), patterned(alphas)))
+    if isinstance(config, RankPatterns):
+        rslora = getattr(config, "use_rslora", False)
+        alphas = {m: whole(config.alpha_at(m) * divisor(rank / old[m], rslora)) for m, rank in new.items()}
+        fields.update(zip((config.ALPHA, "alpha_pattern"), patterned(alphas)))
     held.config = dataclasses.replace(config, **fields)
 
 
@@ -213,7 +209,7 @@ def _read_adalora(held: Held) -> Iterator[Product]:
     for module, down, up in pairs_by_name(held, [("lora_A", "lora_B")]):
         middle = f"{PREFIX}{module}.lora_E"
         a, e, b = (wide(held.tensors[name]) for name in (down, middle, up))
-        alpha = resolve_pattern(config.alpha_pattern, module, config.lora_alpha)
+        alpha = config.alpha_at(module)
         scale = (alpha if alpha > 0 else config.init_r) / (config.init_r + 1e-5)
         put = _putting(held, (down, middle, up), lambda found: (found[0][2], found[0][1][:, None], found[0][0]))
         yield Product(module, [(a * e, b)], scale, put)
@@ -238,7 +234,7 @@ def _read_lokr(held: Held) -> Iterator[Product]:
             "writes a LoRA of any rank instead."
         )
     for module, up, down in pairs_by_name(held, [("lokr_w2_a", "lokr_w2_b")]):
-        alpha = resolve_pattern(held.config.alpha_pattern, module, held.config.alpha)
+        alpha = held.config.alpha_at(module)
         scale = alpha / len(tensors[down]) * float(tensors[f"{PREFIX}{module}.lokr_w1"].double().norm())
         put = _putting(held, (down, up), _halves_of_one)
         yield Product(module, [(wide(tensors[down]), wide(tensors[up]))], scale, put)
@@ -248,7 +244,7 @@ def _say_lokr(held: Held, old: dict[str, int], new: dict[str, int]) -> None:
     """The same; a module with a whole W2 stays as it is, whose rank says no more than its scale."""
     config = held.config
     kept = {name.removeprefix(PREFIX).removesuffix(".lokr_w2") for name in held.tensors if name.endswith(".lokr_w2")}
-    same = {module: resolve_pattern(config.rank_pattern, module, config.r) for module in kept}
+    same = {module: config.rank_at(module) for module in kept}
     _say_patterns(held, {**old, **same}, {**new, **same})
 
 

@@ -9,7 +9,7 @@ import torch
 
 from peft.convert.held import Held, Pair, Pairs, beyond_pairs, held_of, is_lora, pairs_of
 from peft.convert.products import pairs_in, products_of
-from peft.core.combine.ranks import shared_ranks
+from peft.kernels.decompositions import shared_ranks
 from peft.utils.error import some
 
 

@@ -16,8 +16,8 @@ from peft.config import read_json
 from peft.convert.extract import skeleton
 from peft.convert.held import Held
 from peft.core.files.io import checked_tensors, torch_load
-from peft.core.files.shards import Shards, has_weights
 from peft.core.model.walk import embeddings_of, shares_embeddings
+from peft.tools.shards import Shards, has_weights
 from peft.utils.error import CheckpointError, ConfigError, damaged
 
 

@@ -236,7 +236,10 @@ class Adapter:
         return False
 
     def loaded(self) -> None:
-        """Make what is ``remade`` from other parts; called when a file has just brought those."""
+        """Make what is ``remade`` from other parts, or from a base that had no values before.
+
+        Called when a file has just brought those parts.
+        """
 
     def upgrade(self, written_by: str) -> None:
         """Adjust an adapter just loaded from a file of another version, where the two mean different things."""
@@ -307,7 +310,7 @@ class Adapter:
         """x in the dtype of the adapter, which may be wider than the activations'."""
         if self.layer.cast_input_dtype_enabled and x.is_floating_point():
             for p in self.parameters():  # the first tells: an adapter has one dtype
-                return x if p.dtype == x.dtype or not p.is_floating_point() else x.to(p.dtype)
+                return x if p.dtype is x.dtype or not p.is_floating_point() else x.to(p.dtype)
         return x
 
     def multiplied(self, x: torch.Tensor, make: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -374,7 +377,7 @@ class Adapter:
     def state(self) -> Iterator[tuple[str, str, torch.Tensor]]:
         """Its tensors in files: name there, name in memory below the layer, tensor."""
         for attribute, declared, value in self.held():
-            if declared.remade:
+            if declared.remade or (declared.saved_by and not getattr(self, declared.saved_by)):
                 continue
             if not isinstance(value, nn.Module):
                 yield attribute, f"{attribute}.{self.name}", value

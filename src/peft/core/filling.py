@@ -130,3 +130,15 @@ def draw_like_linear(weight: torch.Tensor) -> None:
 
 
 _GAIN = math.sqrt(2 / 6)
+
+
+def kaiming(*shape: int) -> nn.Parameter:
+    """A parameter drawn like the weight of ``nn.Linear``."""
+    drawn = torch.empty(shape)
+    draw_like_linear(drawn)
+    return nn.Parameter(drawn)
+
+
+def zeros(*shape: int) -> nn.Parameter:
+    """A parameter of zeros."""
+    return nn.Parameter(torch.zeros(shape))

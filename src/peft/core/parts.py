@@ -24,12 +24,19 @@ class part:
         table: the name that it has at tables of embeddings, if another.
         remade: no file holds it: :meth:`Adapter.loaded` makes it from the config, the base and the other parts.
         bare: its module holds a single ``weight``, saved under the bare name.
+        saved_by: the setting that says whether files hold it, if not all do.
     """
 
     def __init__(
-        self, container: type = nn.ParameterDict, *, table: str | None = None, remade: bool = False, bare: bool = False
+        self,
+        container: type = nn.ParameterDict,
+        *,
+        table: str | None = None,
+        remade: bool = False,
+        bare: bool = False,
+        saved_by: str = "",
     ) -> None:
-        self.container, self.table, self.remade, self.bare = container, table, remade, bare
+        self.container, self.table, self.remade, self.bare, self.saved_by = container, table, remade, bare, saved_by
         held = {nn.ModuleDict: "_modules", BufferDict: "_buffers"}
         self.slot = held.get(container, "_parameters")
 

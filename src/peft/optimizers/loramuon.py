@@ -16,16 +16,12 @@ class LoraMuon(ProductOptimizer):
 
     what = "LoRA-Muon"
 
-    def step_of_pair(
-        self, x: torch.Tensor, y: torch.Tensor, gx: torch.Tensor, gy: torch.Tensor,
-        kept: tuple[dict[str, Any], dict[str, Any]], group: dict[str, Any],
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        beta, steps = group["momentum"], []
-        for gradient, state, other in ((gx, kept[0], y), (gy, kept[1], x)):
-            mean = state.setdefault("momentum", torch.zeros_like(gradient)).lerp_(gradient, 1 - beta)
-            root = polar(other)[1]
-            steps.append(-group["lr"] / 2 * polar(mean @ root)[0] @ root)
-        return steps[0], steps[1]
+    def half_step(
+        self, other: torch.Tensor, gradient: torch.Tensor, state: dict[str, Any], group: dict[str, Any]
+    ) -> torch.Tensor:
+        mean = state.setdefault("momentum", torch.zeros_like(gradient)).lerp_(gradient, 1 - group["momentum"])
+        root = polar(other)[1]
+        return -group["lr"] / 2 * polar(mean @ root)[0] @ root
 
 
 def create_loramuon_optimizer(

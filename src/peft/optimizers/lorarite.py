@@ -25,15 +25,8 @@ class LoraRite(ProductOptimizer):
 
     what = "LoRA-RITE"
 
-    def step_of_pair(
-        self, x: torch.Tensor, y: torch.Tensor, gx: torch.Tensor, gy: torch.Tensor,
-        kept: tuple[dict[str, Any], dict[str, Any]], group: dict[str, Any],
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        return self._half(y, gx, kept[0], group), self._half(x, gy, kept[1], group)
-
-    @staticmethod
-    def _half(
-        other: torch.Tensor, gradient: torch.Tensor, state: dict[str, Any], group: dict[str, Any]
+    def half_step(
+        self, other: torch.Tensor, gradient: torch.Tensor, state: dict[str, Any], group: dict[str, Any]
     ) -> torch.Tensor:
         (beta1, beta2), (basis, inverse) = group["betas"], polar(other)
         if not state:

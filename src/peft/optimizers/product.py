@@ -31,7 +31,7 @@ def polar(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class ProductOptimizer(Optimizer):
-    """Steps in pairs, and AdamW's in whatever else trains. A method defines :meth:`step_of_pair`.
+    """Steps in pairs, and AdamW's in whatever else trains. A method defines :meth:`half_step`.
 
     The two factors are seen as X Y^T = s B A: X is B ``[out, r]``, and Y is s A^T ``[in, r]``.
 
@@ -59,14 +59,13 @@ class ProductOptimizer(Optimizer):
             groups.append({"params": others, "scalings": None, **adam, "weight_decay": settings["weight_decay"]})
         super().__init__(groups, {})
 
-    def step_of_pair(
-        self, x: torch.Tensor, y: torch.Tensor, gx: torch.Tensor, gy: torch.Tensor,
-        kept: tuple[dict[str, Any], dict[str, Any]], group: dict[str, Any],
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        """What is added to X and Y, for their gradients.
+    def half_step(
+        self, other: torch.Tensor, gradient: torch.Tensor, state: dict[str, Any], group: dict[str, Any]
+    ) -> torch.Tensor:
+        """What is added to one of X and Y, for its gradient, beside the other as it is.
 
         Args:
-            kept: the states of the two. group: settings.
+            state: what is kept for the one. group: settings.
         """
         raise NotImplementedError
 
@@ -90,7 +89,7 @@ class ProductOptimizer(Optimizer):
         require_whole(a, self.what)
         x, y = wide(b.flatten(1)), wide(a.flatten(1)).T * s
         gx, gy = wide(b.grad.flatten(1)), wide(a.grad.flatten(1)).T / s
-        dx, dy = self.step_of_pair(x, y, gx, gy, (self.state[b], self.state[a]), group)
+        dx, dy = self.half_step(y, gx, self.state[b], group), self.half_step(x, gy, self.state[a], group)
         # decay of the product by 1 - lr * weight_decay, half of it in each factor, and none in what is added to it
         shrink = math.sqrt(1 - group["lr"] * group["weight_decay"])
         b.copy_((x * shrink + dx / shrink).view_as(b))

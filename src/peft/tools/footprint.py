@@ -205,14 +205,15 @@ def activation_bytes(model: nn.Module, args: tuple, kwargs: dict[str, Any], chec
         block.register_forward_hook(ledger.leave)
     model.train()
     hooks = saved_tensors_hooks(ledger.note, lambda t: t)
-    with torch.enable_grad(), _KeepsAs(device), meta_stands_for(device), hooks, _quiet():
+    with torch.enable_grad(), _KeepsAs(device), meta_stands_for(device), hooks, quiet():
         model(*args, **kwargs)
     outside = ledger.in_block.pop(None, 0)
     return outside + ledger.into_blocks + max(ledger.in_block.values(), default=0)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
+    """Without warnings: they are of the real call's business, which will say so itself."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

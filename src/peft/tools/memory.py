@@ -7,7 +7,6 @@ have a shape and a dtype and no memory, and the tensors that autograd keeps ther
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,6 +27,7 @@ from peft.tools.footprint import (
     device_of,
     meta_copy,
     on_meta,
+    quiet,
     readable,
     stored_bytes,
 )
@@ -222,8 +222,7 @@ def _built(config: Any, task: Any, dtype: torch.dtype | None) -> nn.Module:
 
 
 def _adapted(model: nn.Module, peft_config: Any) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the real call's business, which will say so itself
+    with quiet():
         return get_peft_model(model, copy.deepcopy(peft_config), low_cpu_mem_usage=True)
 
 

@@ -24,13 +24,13 @@ from peft.core.combine.combined import check_auxiliary, checked_weights
 from peft.core.combine.names import CombinationType, Vote, idle
 from peft.core.combine.ways import Combination
 from peft.core.files.io import CONFIG_NAME, replacing
-from peft.core.files.shards import INDEX, Entry, Shards, ShardWriter, dtype_of, has_weights
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.weight import base_bias, effective, unmerged_weight
 from peft.core.model.auxiliary import AuxiliaryTrainingWrapper, biases_of
 from peft.core.model.declared import new_biases
 from peft.core.model.walk import embeddings_of, join, shares_embeddings, walk
 from peft.tools.architecture import build, class_of
+from peft.tools.shards import INDEX, Entry, Shards, ShardWriter, dtype_of, has_weights
 from peft.utils.error import ConfigError, NoEqualWeightError
 
 
@@ -317,7 +317,12 @@ def _changed(
                     "leave combination out."
                 )
             mixes = mixture if tokens is None else None  # of tokens only one adapter has its own
-            give = _of_layer(layer, here, mixes) if stands is None else _of_module(stands)
+            if stands is not None:
+                give = _of_module(stands)
+            elif mixes is None or not here:
+                give = functools.partial(effective, layer, here)
+            else:
+                give = functools.partial(_mixed, layer, here, mixes)
         else:
             give = _of_module(wrapper.unload(True, names))
         for name in _names(site.module):
@@ -327,14 +332,6 @@ def _changed(
 
 def _names(module: nn.Module) -> list[str]:
     return [name for name, _ in module.named_parameters()]
-
-
-def _of_layer(
-    layer: BaseTunerLayer, adapters: list[Adapter], mixture: _Mixture | None
-) -> Callable[[], dict[str, torch.Tensor]]:
-    if mixture is None or not adapters:
-        return lambda: effective(layer, adapters)
-    return lambda: _mixed(layer, adapters, mixture)
 
 
 def _mixed(layer: BaseTunerLayer, adapters: list[Adapter], mixture: _Mixture) -> dict[str, torch.Tensor]:

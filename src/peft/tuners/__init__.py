@@ -7,7 +7,7 @@ import peft
 from peft._lazy import lazy_module
 
 
-import_module("peft.core.composition.config")  # whose files hold adapters that are made of others
+import_module("peft.composition.config")  # whose files hold adapters that are made of others
 for _file in iter_modules(__path__):
     import_module(f"{__name__}.{_file.name}")
 

@@ -12,10 +12,10 @@ from torch import nn
 from peft.config import ExcludeModules, LayerSelection, ModulesToSave, TargetModules, option
 from peft.core.adapter import input_dropout, part, setting
 from peft.core.base.kinds import fan
-from peft.core.combine.ranks import face_splitting, halves, svd
 from peft.core.families import LowRank
 from peft.core.filling import draw_like_linear, skip_values
 from peft.core.model.registry import define_tuner
+from peft.kernels.decompositions import face_splitting, halves, svd
 
 
 @dataclass

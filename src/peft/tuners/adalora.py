@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from peft.compat.methods import AdaLoraCompat, LoraCompat
-from peft.config import option, resolve_pattern
+from peft.config import option
 from peft.core.adapter import input_dropout, part, setting
 from peft.core.base.kinds import fan
-from peft.core.combine.ranks import orthogonality
 from peft.core.families import LowRank, Scaled
 from peft.core.model.registry import define_tuner
-from peft.tuners.adalora_utils import Allocating, mask_of
+from peft.kernels.decompositions import orthogonality
+from peft.tuners.adalora_utils import Allocating, kept_of
 from peft.tuners.adalora_utils import RankAllocator as RankAllocator  # a name of the API
 from peft.tuners.lora.config import LoraConfig
 from peft.utils.error import ConfigError
@@ -103,8 +103,8 @@ class AdaLora(LowRank, Scaled):
     loss_weight: ClassVar[str] = "orth_reg_weight"
 
     def create(self, config: AdaLoraConfig, key: str) -> None:
-        mask, (out, inner) = mask_of(config, key), fan(self.shape)
-        rank = config.init_r if mask is None else sum(mask)
+        kept, (out, inner) = kept_of(config.rank_pattern, key), fan(self.shape)
+        rank = config.init_r if kept is None else len(kept)
         # 0.21.2 draws all of these, and a rank, before the start that is used: one seed gives the same adapter.
         a, e, b, _ = torch.randn(rank, inner), torch.randn(rank, 1), torch.randn(out, rank), torch.randn(1)
         if config.init_lora_weights:
@@ -113,11 +113,15 @@ class AdaLora(LowRank, Scaled):
         self.r, self.left = config.init_r, None
         # Others read it, so it has its value on the meta device too.
         self.ranknum = nn.Parameter(torch.tensor([float(config.init_r)], device="cpu"), requires_grad=False)
-        self.lora_alpha = resolve_pattern(config.alpha_pattern, key, config.lora_alpha)
+        self.lora_alpha = config.alpha_at(key)
         self.lora_dropout, self.scaling = config.lora_dropout, self.initial_scaling()
 
     def initial_scaling(self) -> float:
         return float(self.lora_alpha if self.lora_alpha > 0 else self.r)
+
+    def marks(self, kept: torch.Tensor) -> torch.Tensor:
+        """1 for the ranks of these indices, 0 for the others, ``[r]``."""
+        return torch.zeros(len(self.lora_E)).index_fill(0, kept, 1)
 
     def factored(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """A, E and B without the ranks that the budget has taken."""
@@ -156,19 +160,15 @@ class AdaLoraTuner(AdaLoraCompat, LoraCompat, Allocating):
                 continue
             allocator = self.allocator(name)
             settled = any(adapter.left is not None for adapter in adapters.values())
-            if not settled and global_step <= allocator.end and self._loaded_whole(adapters):
+            whole = all(len(adapter.lora_E) == adapter.r for adapter in adapters.values())
+            if not settled and global_step <= allocator.end and whole:
                 last = global_step == allocator.end
                 _, kept = allocator.update_and_allocate(self.model, global_step, force_mask=last)
                 config.rank_pattern = kept or config.rank_pattern
                 for key, adapter in adapters.items() if last else ():
-                    adapter.left = torch.tensor(mask_of(config, key)).nonzero()[:, 0]
+                    adapter.left = kept_of(config.rank_pattern, key)
             elif settled:
-                marks = {key: torch.zeros(len(x.lora_E)).index_fill(0, x.left, 1) for key, x in adapters.items()}
-                allocator.mask(marks)
-
-    @staticmethod
-    def _loaded_whole(adapters: dict[str, Any]) -> bool:
-        return all(len(adapter.lora_E) == adapter.r for adapter in adapters.values())
+                allocator.mask({key: adapter.marks(adapter.left) for key, adapter in adapters.items()})
 
 
 AdaLoraModel = define_tuner(AdaLora, AdaLoraConfig, base=AdaLoraTuner)

@@ -11,17 +11,18 @@ from peft.core.model.walk import walk
 from peft.utils.usage import note
 
 
-def mask_of(config: Any, key: str) -> list[bool] | None:
-    """Which ranks of a layer are left; files name them with the adapter's name at the time, or without."""
-    return kept_of(config.rank_pattern or {}, key)
+def kept_of(rank_pattern: dict[str, Any] | None, key: str) -> torch.Tensor | None:
+    """Which ranks of a layer a pattern keeps, as indices; it has a mask of them, or how many they are.
 
-
-def kept_of(rank_pattern: dict[str, list[bool]], key: str) -> list[bool] | None:
-    """The same, of a pattern."""
-    mine = (n for n, m in rank_pattern.items() if isinstance(m, list) and f"{key}.lora_E" in (n, n.rpartition(".")[0]))
-    found = next(mine, "")
-    note(rank_pattern, [found])
-    return list(rank_pattern[found]) if found else None
+    Files name the layer with the adapter's name at the time, or without.
+    """
+    known = rank_pattern or {}
+    name = next((name for name in known if f"{key}.lora_E" in (name, name.rpartition(".")[0])), "")
+    note(rank_pattern, [name])
+    if not name:
+        return None
+    mask = known[name]
+    return torch.arange(mask) if isinstance(mask, int) else torch.as_tensor(mask, device="cpu").bool().nonzero()[:, 0]
 
 
 class BudgetTuner(BaseTuner):
@@ -165,8 +166,8 @@ class RankAllocator:
 
     def mask_using_rank_pattern(self, model: Any, rank_pattern: dict[str, list[bool]]) -> None:
         """Set E to zero where a pattern keeps nothing."""
-        found = ((key, kept_of(rank_pattern, key)) for key in self.adapters)
-        self.mask({key: torch.tensor(mask) for key, mask in found if mask is not None})
+        found = {key: kept_of(rank_pattern, key) for key in self.adapters}
+        self.mask({key: self.adapters[key].marks(index) for key, index in found.items() if index is not None})
 
     @torch.no_grad()
     def mask(self, kept: dict[str, torch.Tensor]) -> None:

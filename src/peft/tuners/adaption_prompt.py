@@ -13,7 +13,6 @@ from peft.compat.methods import AdaptionPromptCompat
 from peft.config import PeftConfig, option
 from peft.core.adapter import part
 from peft.core.base.kinds import kind_of
-from peft.core.blocks.attention import AttentionFunction, can_watch, keys_and_values, watched
 from peft.core.blocks.blocks import (
     ATTENTION,
     BlockAdapter,
@@ -22,12 +21,15 @@ from peft.core.blocks.blocks import (
     find_blocks,
     first_input,
     first_output,
+    own_rows,
     width_of,
     with_first,
+    with_rows_added,
 )
 from peft.core.model.registry import define_tuner
 from peft.core.model.targeting import Target, matches
 from peft.core.model.walk import join, locate, walk
+from peft.tuners.adaption_prompt_utils import AttentionFunction, can_watch, keys_and_values, watched
 from peft.utils.error import ConfigTypeError, NoMatchingPeftModuleError
 from peft.utils.peft_types import PeftType
 
@@ -79,7 +81,7 @@ class AdaptionPrompt(BlockAdapter):
         self, pair: Any, query: torch.Tensor, rows: torch.Tensor | None, scale: float | None, dtype: torch.dtype
     ) -> torch.Tensor:
         """What the queries of its rows (None: of all) see of the prompt, by its K_p and V_p."""
-        query = query if rows is None else query.index_select(0, rows)
+        query = own_rows(query, rows)
         key, value = (_for_heads(x, query, rows) for x in pair)
         return adaption_prompt(query, key, value, self.adaption_gate, scale).to(dtype)
 
@@ -102,7 +104,7 @@ class AdaptedAttention(BlockLayer, nn.Module):
             update = torch.zeros_like(output)
             for adapter, rows, pair in acting:
                 seen = adapter.seen(pair, query, rows, options.get("scaling"), output.dtype)
-                update = update + seen if rows is None else update.index_add(0, rows, seen)
+                update = with_rows_added(update, seen, rows)
             # Where the output projection keeps its weight transposed (GPT-2), what is added comes after it.
             if self.projects:
                 return output + update, weights

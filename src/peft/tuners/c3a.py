@@ -9,14 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peft.config import (
-    LayerSelection,
-    ModulesToSave,
-    TargetModules,
-    TrainedBias,
-    option,
-    resolve_pattern,
-)
+from peft.config import LayerSelection, ModulesToSave, TargetModules, TrainedBias, option, resolve_pattern
 from peft.core.adapter import part, setting
 from peft.core.addition import LinearIn
 from peft.core.base.kinds import fan

@@ -12,7 +12,7 @@ from peft.config import ExcludeModules, LayerSelection, ModulesToSave, TargetMod
 from peft.core.adapter import input_dropout, part, setting
 from peft.core.base.kinds import fan
 from peft.core.families import Sample
-from peft.core.filling import draw_like_linear
+from peft.core.filling import kaiming, zeros
 from peft.core.model.registry import define_tuner
 from peft.tuners.routing import top_weights
 
@@ -59,12 +59,9 @@ class Comol(Sample):
 
     def create(self, config: ComolConfig, key: str) -> None:
         (out, columns), r, experts = fan(self.shape), config.r, config.num_experts
-        a, b, router = torch.empty(r, columns), torch.zeros(out, r), torch.empty(experts, r)
-        for matrix in (a, router) if config.init_weights else (a, router, b):
-            draw_like_linear(matrix)
-        cores = torch.eye(r) + torch.randn(experts, r, r) / (4 * r**0.5)
-        self.comol_A, self.comol_B = nn.Parameter(a), nn.Parameter(b)
-        self.comol_cores, self.comol_router = nn.Parameter(cores), nn.Parameter(router)
+        self.comol_A, self.comol_router = kaiming(r, columns), kaiming(experts, r)
+        self.comol_B = zeros(out, r) if config.init_weights else kaiming(out, r)
+        self.comol_cores = nn.Parameter(torch.eye(r) + torch.randn(experts, r, r) / (4 * r**0.5))
         self.comol_scale, self.comol_top_k = config.alpha / r, config.top_k
         self.comol_dropout = config.dropout
 

@@ -21,9 +21,9 @@ from peft.config import (
 from peft.core.adapter import input_dropout, part, setting
 from peft.core.base.kinds import fan
 from peft.core.families import LowRank
+from peft.core.filling import kaiming, zeros
 from peft.core.layer.buffers import BufferDict
 from peft.core.model.registry import define_tuner
-from peft.tuners.lycoris_utils import kaiming, zeros
 from peft.utils.peft_types import PeftType
 
 
@@ -67,7 +67,7 @@ class Delora(LowRank):
     r, delora_dropout = setting(), input_dropout()
 
     def create(self, config: DeloraConfig, key: str) -> None:
-        r, (rows, columns) = resolve_pattern(config.rank_pattern, key, config.r), fan(self.shape)
+        r, (rows, columns) = config.rank_at(key), fan(self.shape)
         strength = float(resolve_pattern(config.lambda_pattern, key, config.delora_lambda))
         self.r, self.delora_A = r, kaiming(r, columns)
         self.delora_B = zeros(rows, r) if config.init_weights else kaiming(rows, r)

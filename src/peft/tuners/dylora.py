@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import nn
 
 from peft.config import ExcludeModules, LayerSelection, ModulesToSave, TargetModules, option
 from peft.core.adapter import input_dropout, part, setting
 from peft.core.base.kinds import fan
 from peft.core.combine.combined import tuner_layers
 from peft.core.families import LowRank
-from peft.core.filling import draw_like_linear
+from peft.core.filling import kaiming, zeros
 from peft.core.model.registry import define_tuner
 from peft.core.model.tuner import BaseTuner
 
@@ -69,10 +68,8 @@ class DyLora(LowRank):
 
     def create(self, config: DyLoraConfig, key: str) -> None:
         (out, columns), r = fan(self.shape), config.r
-        a, b = torch.empty(r, columns), torch.zeros(out, r)
-        for matrix in (a,) if config.init_weights else (a, b):
-            draw_like_linear(matrix)
-        self.dylora_A, self.dylora_B = nn.Parameter(a), nn.Parameter(b)
+        self.dylora_A = kaiming(r, columns)
+        self.dylora_B = zeros(out, r) if config.init_weights else kaiming(out, r)
         self.dylora_alpha, self.dylora_range, self.dylora_rank = config.alpha, (config.min_r, r), config.rank or r
         self.dylora_last, self.dylora_dropout = config.last_only, config.dropout
 

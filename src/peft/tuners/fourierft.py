@@ -13,11 +13,12 @@ from peft.config import FanInFanOut, TrainedBias, option
 from peft.core.adapter import part, setting
 from peft.core.addition import LinearIn
 from peft.core.base.kinds import fan
-from peft.core.families import Scaled, weight_to_add_to
+from peft.core.families import ScaledBy, weight_to_add_to
 from peft.core.layer.buffers import BufferDict
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.weight import base_bias
 from peft.core.model.registry import define_tuner
+from peft.kernels.few import is_small
 from peft.kernels.spectral import Places, spectral_linear, spectral_matrix
 from peft.tuners.spectra import SpectrumConfig, random_places
 from peft.utils.peft_types import PeftType
@@ -57,6 +58,9 @@ def fourierft_update(
         shape: ``(out, in * kernel)``.
     """
     values, rows_and_columns = _scaled_numbers(spectrum, places, shape[1], scaling)
+    if is_small(shape[0] * shape[1]):
+        whole = values.new_zeros(shape[0] * shape[1]).index_add(0, places, values).view(shape)
+        return torch.fft.ifft2(whole).real.to(spectrum.dtype)  # twice the work, in a third of the calls
     return spectral_matrix(values, rows_and_columns, shape).to(spectrum.dtype)
 
 
@@ -68,23 +72,20 @@ def _scaled_numbers(
     return (spectrum * scaling).to(dtype), (places // columns, places % columns)
 
 
-class FourierFT(Scaled):
+class FourierFT(ScaledBy):
     """dW, ``[out, in * kernel]``, by the transform of a real matrix: only half of the spectrum is held."""
 
     fourierft_spectrum = part()
     fourierft_places = part(BufferDict, remade=True)
-    fourierft_n_frequency, configured, scaling = setting(), setting(), setting()
+    fourierft_n_frequency = setting()
     adds = LinearIn("fourierft_spectrum")
 
     def create(self, config: FourierFTConfig, key: str) -> None:
         rows, columns = fan(self.shape)
         self.fourierft_n_frequency = n = config.count_for(key, (rows, columns))
-        self.configured = self.scaling = config.scaling
+        self.scale_by(config.scaling)
         self.fourierft_places = random_places(rows * columns, n, config.random_loc_seed)
         self.fourierft_spectrum = nn.Parameter(torch.zeros(n) if config.init_weights else torch.randn(n))
-
-    def initial_scaling(self) -> float:
-        return self.configured
 
     def delta_weight(self) -> torch.Tensor:
         dw = fourierft_update(self.fourierft_spectrum, self.fourierft_places, fan(self.shape), self.scaling)
@@ -116,6 +117,8 @@ class FourierFT(Scaled):
 def is_sparse(layer: BaseTunerLayer, adapters: Sequence[FourierFT]) -> bool:
     """Whether products by the spectra of the tokens cost less than making dW."""
     rows, columns = fan(layer.shape)
+    if is_small(rows * columns):
+        return False
     return layer.kind.matrix and DENSE * sum(a.fourierft_n_frequency for a in adapters) < rows * columns
 
 

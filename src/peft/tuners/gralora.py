@@ -12,7 +12,7 @@ from torch import nn
 from peft.config import FanInFanOut, LayerSelection, ModulesToSave, TargetModules, TrainedBias, option
 from peft.core.adapter import input_dropout, part, setting
 from peft.core.base.kinds import fan
-from peft.core.families import Scaled, padded
+from peft.core.families import ScaledBy, padded
 from peft.core.filling import draw_like_linear
 from peft.core.model.registry import define_tuner
 from peft.kernels.made_again import reading
@@ -69,7 +69,7 @@ def gralora_weight(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.einsum("nijp,jnpo->joni", pieces_a, pieces_b).flatten(2).flatten(0, 1)
 
 
-class Gralora(Scaled):
+class Gralora(ScaledBy):
     """dW of k x k blocks, see :func:`gralora`, and of a LoRA over all where ``hybrid_r`` is given.
 
     A ``[k, in / k, r]`` and B ``[k, r, out / k]``, rounded up where k does not divide.
@@ -78,7 +78,7 @@ class Gralora(Scaled):
     spares_input = True
     gralora_A, gralora_B = part(), part()
     gralora_A_general, gralora_B_general = part(nn.ModuleDict), part(nn.ModuleDict)
-    alpha, ranks, scaling, gralora_dropout = setting(), setting(), setting(), input_dropout()
+    alpha, gralora_dropout = setting(), input_dropout()
 
     def create(self, config: GraloraConfig, key: str) -> None:
         k, r, (rows, columns) = config.gralora_k, config.r, fan(self.shape)
@@ -88,17 +88,14 @@ class Gralora(Scaled):
             if not config.init_weights:
                 draw_like_linear(b[n])
         self.gralora_A, self.gralora_B = nn.Parameter(a.mT.contiguous()), nn.Parameter(b.mT.contiguous())
-        self.alpha, self.ranks = config.alpha, r + config.hybrid_r
-        self.gralora_dropout, self.scaling = config.gralora_dropout, self.initial_scaling()
+        self.alpha, self.gralora_dropout = config.alpha, config.gralora_dropout
+        self.scale_by(config.alpha / (r + config.hybrid_r))
         if config.hybrid_r:
             down, up = nn.Linear(columns, config.hybrid_r, bias=False), nn.Linear(config.hybrid_r, rows, bias=False)
             draw_like_linear(down.weight)
             if config.init_weights:
                 nn.init.zeros_(up.weight)
             self.gralora_A_general, self.gralora_B_general = down, up
-
-    def initial_scaling(self) -> float:
-        return self.alpha / self.ranks
 
     def delta_weight(self) -> torch.Tensor:
         rows, columns = fan(self.shape)

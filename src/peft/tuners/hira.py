@@ -8,16 +8,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from peft.config import (
-    ExcludeModules,
-    FanInFanOut,
-    LayerSelection,
-    ModulesToSave,
-    RankPattern,
-    TargetModules,
-    option,
-    resolve_pattern,
-)
+from peft.config import ExcludeModules, FanInFanOut, LayerSelection, ModulesToSave, RankPattern, TargetModules, option
 from peft.core.adapter import input_dropout, part, setting
 from peft.core.addition import SideBySide
 from peft.core.families import Fold
@@ -43,7 +34,7 @@ class HiraConfig(TargetModules, ExcludeModules, FanInFanOut, ModulesToSave, Laye
 
 def hira_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """B A, ``[out, in, *kernel]``, of A ``[r, in, *kernel]`` and B ``[out, r, 1...]``."""
-    return (b.flatten(1) @ a.flatten(1)).unflatten(1, a.shape[1:])
+    return b @ a if a.dim() == 2 else (b.flatten(1) @ a.flatten(1)).unflatten(1, a.shape[1:])
 
 
 class Hira(Fold):
@@ -55,7 +46,7 @@ class Hira(Fold):
     adds = SideBySide("hira_B", hira_A=0, hira_B=1)
 
     def create(self, config: HiraConfig, key: str) -> None:
-        self.r = r = resolve_pattern(config.rank_pattern, key, config.r)
+        self.r = r = config.rank_at(key)
         out, *rest = self.shape
         a, b = torch.randn(r, *rest), torch.randn(out, r, *[1] * (len(rest) - 1))
         if config.init_weights and self.kind.lookup:

@@ -23,6 +23,7 @@ from peft.core.blocks.blocks import (
     BlockTuner,
     find_blocks,
     first_input,
+    own_rows,
     width_of,
     with_first_input,
 )
@@ -125,7 +126,7 @@ class CouplingLayer(BlockLayer, nn.Module):
         x = first_input(self.base_layer, args, kwargs)
         acting = self.acting(x)
         for adapter, rows in reversed(acting) if self.at_head else acting:  # what came last is undone first
-            new = adapter.change(adapter.cast(x if rows is None else x.index_select(0, rows))).to(x.dtype)
+            new = adapter.change(adapter.cast(own_rows(x, rows))).to(x.dtype)
             x = new if rows is None else x.index_copy(0, rows, new)
         args, kwargs = with_first_input(self.base_layer, args, kwargs, x) if acting else (args, kwargs)
         return self.base_layer(*args, **kwargs)

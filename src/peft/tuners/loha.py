@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from peft.config import option
 from peft.core.adapter import part
 from peft.core.base.kinds import fan
-from peft.core.combine.ranks import face_splitting
+from peft.core.filling import kaiming, zeros
 from peft.core.model.registry import define_tuner
-from peft.tuners.lycoris_utils import Lycoris, LycorisConfig, LycorisTuner, kaiming, mix, through_core, zeros
+from peft.kernels.decompositions import face_splitting
+from peft.tuners.lycoris_utils import Lycoris, LycorisConfig, LycorisTuner, mix, through_core
 from peft.utils.peft_types import PeftType
 
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 
 from peft.config import option
 from peft.core.adapter import part
+from peft.core.filling import kaiming, zeros
 from peft.core.model.registry import define_tuner
 from peft.kernels.made_again import made_again
-from peft.tuners.lycoris_utils import Lycoris, LycorisConfig, LycorisTuner, kaiming, mix, through_core, zeros
+from peft.tuners.lycoris_utils import Lycoris, LycorisConfig, LycorisTuner, mix, through_core
 from peft.utils.peft_types import PeftType
 from peft.utils.usage import counts
 
@@ -56,6 +57,22 @@ def lokr_weight(
     """
     axes = (1, *first.shape) if by_rows else (*first.shape, *[1] * len(shape[2:]))
     return torch.kron(first.view(axes), second).view(shape)
+
+
+def lokr_factor(
+    whole: torch.Tensor | None, a: Any, b: Any, core: torch.Tensor | None = None, kernel: tuple[int, ...] = ()
+) -> torch.Tensor:
+    """W1 or W2 from what is held of it: itself, or a pair, which may have a core between.
+
+    Args:
+        a, b: ``[o, r]`` and ``[r, i * kernel]``; with a core ``[r, o]`` and ``[r, i]``. core: ``[r, r, *kernel]``.
+        kernel: that of W2, where the core does not tell.
+    """
+    if whole is not None:
+        return whole
+    if core is not None:
+        return through_core(a, b, core, (a.shape[1], b.shape[1], *(kernel or core.shape[2:])))
+    return (a @ b).unflatten(1, (-1, *kernel)) if kernel else a @ b
 
 
 def lokr_product(
@@ -106,16 +123,11 @@ class LoKr(Lycoris):
 
     def first(self) -> torch.Tensor:
         """W1, ``[o1, i1]``."""
-        return self.lokr_w1_a @ self.lokr_w1_b if self.lokr_w1 is None else self.lokr_w1
+        return lokr_factor(self.lokr_w1, self.lokr_w1_a, self.lokr_w1_b)
 
     def second(self) -> torch.Tensor:
         """W2, ``[o2, i2, *kernel]``."""
-        if self.lokr_w2 is not None:
-            return self.lokr_w2
-        a, b, kernel = self.lokr_w2_a, self.lokr_w2_b, self.shape[2:]
-        if self.lokr_t2 is not None:
-            return through_core(a, b, self.lokr_t2, (a.shape[1], b.shape[1], *kernel))
-        return (a @ b).unflatten(1, (-1, *kernel)) if kernel else a @ b
+        return lokr_factor(self.lokr_w2, self.lokr_w2_a, self.lokr_w2_b, self.lokr_t2, self.shape[2:])
 
     def delta_weight(self) -> torch.Tensor:
         return lokr_weight(self.first(), self.second(), self.shape, self._reads_rows()) * self.scaling

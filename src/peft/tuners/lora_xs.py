@@ -12,10 +12,10 @@ from peft.config import ExcludeModules, LayerSelection, ModulesToSave, TargetMod
 from peft.core.adapter import part, setting
 from peft.core.addition import LinearIn
 from peft.core.base.kinds import fan
-from peft.core.combine.ranks import svd
 from peft.core.families import LowRank
 from peft.core.layer.buffers import BufferDict
 from peft.core.model.registry import define_tuner
+from peft.kernels.decompositions import svd
 
 
 @dataclass

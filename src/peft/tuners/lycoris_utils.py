@@ -11,19 +11,10 @@ from torch import nn
 
 from peft._lazy import also_known
 from peft.compat.methods import LycorisCompat
-from peft.config import (
-    ExcludeModules,
-    LayerSelection,
-    ModulesToSave,
-    RankPatterns,
-    TargetModules,
-    option,
-    resolve_pattern,
-)
+from peft.config import ExcludeModules, LayerSelection, ModulesToSave, RankPatterns, TargetModules, option
 from peft.core.adapter import setting
 from peft.core.base.kinds import Kind
 from peft.core.families import Scaled
-from peft.core.filling import draw_like_linear
 from peft.core.layer.scaled import ScaledLayer
 from peft.core.model.tuner import BaseTuner
 from peft.utils.usage import counts
@@ -66,8 +57,8 @@ class Lycoris(Scaled):
         return None
 
     def create(self, config: Any, key: str) -> None:
-        self.r = resolve_pattern(config.rank_pattern, key, config.r)
-        self.alpha = resolve_pattern(config.alpha_pattern, key, config.alpha)
+        self.r = config.rank_at(key)
+        self.alpha = config.alpha_at(key)
         self.rank_dropout, self.module_dropout = config.rank_dropout, config.module_dropout
         self.rank_dropout_scale = getattr(config, "rank_dropout_scale", True)
         self.scaling = self.initial_scaling()
@@ -108,18 +99,6 @@ class Lycoris(Scaled):
 
 class LycorisTuner(LycorisCompat, BaseTuner):
     """Base of the tuners of these methods."""
-
-
-def kaiming(*shape: int) -> nn.Parameter:
-    """A parameter drawn like the weight of ``nn.Linear``."""
-    drawn = torch.empty(shape)
-    draw_like_linear(drawn)
-    return nn.Parameter(drawn)
-
-
-def zeros(*shape: int) -> nn.Parameter:
-    """A parameter of zeros."""
-    return nn.Parameter(torch.zeros(shape))
 
 
 def through_core(a: torch.Tensor, b: torch.Tensor, core: torch.Tensor, shape: Any) -> torch.Tensor:

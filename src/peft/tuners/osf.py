@@ -11,10 +11,11 @@ from torch import nn
 from peft.config import ModulesToSave, TargetModules, option, resolve_pattern
 from peft.core.adapter import part, setting
 from peft.core.base.kinds import fan
-from peft.core.combine.ranks import svd
 from peft.core.families import Fold
 from peft.core.layer.buffers import BufferDict
 from peft.core.model.registry import define_tuner
+from peft.kernels.decompositions import svd
+from peft.kernels.made_again import Transformable
 from peft.utils.error import ConfigError
 from peft.utils.peft_types import PeftType
 
@@ -68,7 +69,7 @@ def osf_weight(
         u, s, v: U_l ``[out, k]``, S_l ``[k]``, V_l ``[k, in * kernel]``.
         top_u, top_v: U_h ``[out, n]`` and V_h ``[n, in * kernel]``. high: U_h S_h V_h.
     """
-    u, v = _Beside.apply(u, top_u), _Beside.apply(v.T, top_v.T).T
+    u, v = _Beside.of(u, top_u), _Beside.of(v.T, top_v.T).T
     return torch.addmm(high, u * s, v)
 
 
@@ -100,8 +101,17 @@ class OSF(Fold):
             low = tuple(torch.randn(tensor.shape) for tensor in low)
         low = {sub: nn.Parameter(tensor.contiguous()) for sub, tensor in zip(("U_low", "S_low", "V_low"), low)}
         self.effective_rank, self.osf_svd_params = top, nn.ParameterDict(low)
-        self.osf_U_high, self.osf_V_high = u[:, :top].contiguous(), v[:top].clone()
-        self.osf_high = (u[:, :top] * s[:top]) @ v[:top]
+        self.freeze(u[:, :top], s[:top], v[:top])
+
+    def freeze(self, u: torch.Tensor, s: torch.Tensor, v: torch.Tensor) -> None:
+        """Keep U_h, S_h and V_h."""
+        self.osf_U_high, self.osf_V_high, self.osf_high = u.contiguous(), v.clone(), (u * s) @ v
+
+    def loaded(self) -> None:
+        if self.osf_high.is_meta:
+            top = self.effective_rank
+            u, s, v = svd(self.base_weight().detach().flatten(1).float())
+            self.freeze(u[:, :top], s[:top], v[:top])
 
     def folded(self, base: torch.Tensor) -> torch.Tensor:
         low = self.osf_svd_params
@@ -113,10 +123,8 @@ class OSF(Fold):
         return (self.folded(base) - base).to(dtype=dtype)
 
 
-class _Beside(torch.autograd.Function):
+class _Beside(Transformable):
     """A matrix as it is; its gradient without what lies in the span of the orthonormal columns of another."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(matrix: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from torch import nn
 
 from peft.config import ExcludeModules, LayerSelection, ModulesToSave, TargetModules, option
 from peft.core.adapter import part, setting
-from peft.core.families import LowRank, Scaled
+from peft.core.families import LowRank, ScaledBy
 from peft.core.filling import draw_like_linear
 from peft.core.model.registry import define_tuner
 from peft.kernels.remake import remade
@@ -63,19 +63,18 @@ def peanut(
     return h.T
 
 
-class Peanut(LowRank, Scaled):
+class Peanut(LowRank, ScaledBy):
     """dW = s B H^T with H ``[in * kernel, r]`` that a network makes of the weight: :func:`peanut`."""
 
     peanut_A, peanut_B, peanut_encoders = part(nn.ModuleDict), part(nn.ModuleDict), part(nn.ModuleDict)
     peanut_decoders = part(nn.ModuleDict)
-    configured, scaling = setting(), setting()
     act_fn = setting(nn.ModuleDict)
     reversible = False  # while merged, the network would read another weight
     requires_dense_base = True
 
     def create(self, config: PeanutConfig, key: str) -> None:
         r, rows = config.r, self.shape[0]
-        self.configured = self.scaling = config.scaling
+        self.scale_by(config.scaling)
         self.act_fn = activation(config.act_fn, "PeanutConfig: act_fn")
         self.peanut_A, self.peanut_B = nn.Linear(rows, r, bias=False), nn.Linear(r, rows, bias=False)
         if config.depth:
@@ -87,9 +86,6 @@ class Peanut(LowRank, Scaled):
             draw_like_linear(linear.weight)
         if config.init_weights:
             nn.init.zeros_(self.peanut_B.weight)
-
-    def initial_scaling(self) -> float:
-        return self.configured
 
     def network(self) -> torch.Tensor:
         """H^T, ``[r, in * kernel]``."""

@@ -11,11 +11,11 @@ from torch import nn
 from peft.config import ExcludeModules, FanInFanOut, LayerSelection, ModulesToSave, TargetModules, option
 from peft.core.adapter import input_dropout, part, setting
 from peft.core.base.kinds import fan
-from peft.core.combine.ranks import halves, svd
-from peft.core.families import LowRank, Scaled
+from peft.core.families import LowRank, ScaledBy
 from peft.core.layer.buffers import BufferDict
 from peft.core.layer.weight import wide
 from peft.core.model.registry import define_tuner
+from peft.kernels.decompositions import halves, svd
 from peft.tuners.cayley import cayley, cayley_series
 from peft.utils.peft_types import PeftType
 
@@ -103,33 +103,35 @@ class PsoftRotation(nn.Module):
         return r * self.vector_a if "vector_a" in self._parameters else r
 
 
-class Psoft(LowRank, Scaled):
+class Psoft(LowRank, ScaledBy):
     """dW = s B (R - I) A with s B A the best approximation of W of rank r: A = V^T and B = U S / s of its SVD."""
 
     psoft_R = part(nn.ModuleDict)
     psoft_A, psoft_B = part(BufferDict, remade=True), part(BufferDict, remade=True)
-    r, psoft_alpha, scaling, psoft_dropout = setting(), setting(), setting(), input_dropout()
+    r, psoft_alpha, psoft_dropout = setting(), setting(), input_dropout()
+    psoft_config = setting()
 
     def create(self, config: PsoftConfig, key: str) -> None:
         self.r, self.psoft_alpha = config.r, config.psoft_alpha
-        self.scaling = self.initial_scaling()
-        self.check_rank(key)
-        u, s, v = self.decompose(config)
-        if config.ab_svd_init == "psoft_init":
-            a, b = v, u * s
-        else:
-            a, b = halves(u, s, v)
-        self.psoft_A, self.psoft_B = a.contiguous(), b / self.scaling
-        self.psoft_R, self.psoft_dropout = PsoftRotation(self.r, config), config.psoft_dropout
-
-    def check_rank(self, key: str) -> None:
-        """Raise ValueError where the weight has fewer singular values."""
-        most = min(fan(self.shape))
-        if self.r > most:
+        self.scale_by(config.psoft_alpha / config.r)
+        if self.r > (most := min(fan(self.shape))):
             raise ValueError(
                 f"r={self.r} is more than the weight of {key or 'the layer'} has singular values: {most}. "
                 "Lower it, or leave that module out of target_modules."
             )
+        self.psoft_config = config
+        self.freeze()
+        self.psoft_R, self.psoft_dropout = PsoftRotation(self.r, config), config.psoft_dropout
+
+    def freeze(self) -> None:
+        """Make A and B of the base."""
+        u, s, v = self.decompose(self.psoft_config)
+        a, b = (v, u * s) if self.psoft_config.ab_svd_init == "psoft_init" else halves(u, s, v)
+        self.psoft_A, self.psoft_B = a.contiguous(), b / self.initial_scaling()
+
+    def loaded(self) -> None:
+        if self.psoft_A.is_meta:
+            self.freeze()
 
     def decompose(self, config: PsoftConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """U ``[out, r]``, S ``[r]``, V^T ``[r, in * kernel]``."""
@@ -142,9 +144,6 @@ class Psoft(LowRank, Scaled):
             torch.manual_seed(config.random_seed)
             u, s, v = torch.svd_lowrank(weight, q=r, niter=config.psoft_svd_lowrank_niter)
         return u, s, v.T
-
-    def initial_scaling(self) -> float:
-        return self.psoft_alpha / self.r
 
     def outer(self) -> tuple[torch.Tensor, torch.Tensor]:
         dtype = self.psoft_R.weight.dtype

@@ -13,10 +13,11 @@ from torch import nn
 from peft.config import FanInFanOut, LayerSelection, ModulesToSave, TargetModules, TrainedBias, option
 from peft.core.adapter import input_dropout, part, setting, shared
 from peft.core.base.kinds import fan
-from peft.core.families import LowRank, Scaled
+from peft.core.families import LowRank, ScaledBy
 from peft.core.layer import routes
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.registry import define_tuner
+from peft.kernels.few import is_small
 from peft.kernels.linear import is_transformed
 from peft.kernels.made_again import made_again, reading
 from peft.utils.peft_types import PeftType
@@ -67,7 +68,8 @@ class WeightedBases(torch.autograd.Function):
 
 def weighted_bases(weights: torch.Tensor, basis: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
     """What :class:`WeightedBases` gives, by plain operations where ``torch.func`` or a compiler is at work."""
-    if is_transformed() or torch.compiler.is_compiling():  # an exported program may run where gradients are on
+    few = is_small(weights.shape[1] * basis.numel())
+    if few or is_transformed() or torch.compiler.is_compiling():  # an exported program may run where gradients are on
         return (basis[:, None] * gamma * weights[:, :, None]).flatten(0, 1)
     return WeightedBases.apply(weights, basis, gamma)
 
@@ -89,7 +91,7 @@ def randlora_pair(
     return a, b.flatten(1)[:, : len(a)]
 
 
-class RandLora(LowRank, Scaled):
+class RandLora(LowRank, ScaledBy):
     """dW = s B' A', transposed where out < in: the wide side of the layer belongs to B, the narrow one to A.
 
     B' and A' are sums of products in an order that is not the paper's: see :func:`randlora_pair`.
@@ -97,8 +99,7 @@ class RandLora(LowRank, Scaled):
 
     randlora_lambda, randlora_gamma = part(), part()
     randlora_A, randlora_B = shared(frozen=True), shared(frozen=True)
-    r, num_bases, randlora_alpha, scaling = setting(), setting(), setting(), setting()
-    randlora_dropout = input_dropout()
+    r, num_bases, randlora_alpha, randlora_dropout = setting(), setting(), setting(), input_dropout()
 
     @classmethod
     def share(cls, config: RandLoraConfig, layers: Sequence[BaseTunerLayer]) -> dict[str, torch.Tensor]:
@@ -109,15 +110,12 @@ class RandLora(LowRank, Scaled):
 
     def create(self, config: RandLoraConfig, key: str) -> None:
         narrow, r = min(fan(self.shape)), config.r
-        self.r, self.randlora_alpha, self.num_bases = r, config.randlora_alpha, -(-narrow // r)
-        self.scaling, self.randlora_dropout = self.initial_scaling(), config.randlora_dropout
-        bases = self.num_bases
+        self.r, self.randlora_alpha, self.num_bases = r, config.randlora_alpha, (bases := -(-narrow // r))
+        self.scale_by(config.randlora_alpha / r)
+        self.randlora_dropout = config.randlora_dropout
         start = torch.zeros(r, bases) if config.init_weights else torch.randn(r, bases) * 0.1
         self.randlora_lambda = nn.Parameter(start)
         self.randlora_gamma = nn.Parameter(torch.full((bases, narrow), 1 / max(bases, narrow)))
-
-    def initial_scaling(self) -> float:
-        return self.randlora_alpha / self.r
 
     @classmethod
     def kernel(cls, layer: BaseTunerLayer, adapters: Sequence[Any], x: torch.Tensor) -> torch.Tensor | None:

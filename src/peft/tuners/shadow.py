@@ -14,13 +14,7 @@ from torch import nn
 
 from peft.config import ExcludeModules, LayerSelection, ModulesToSave, TargetModules, option
 from peft.core.adapter import part, setting, shared
-from peft.core.blocks.blocks import (
-    BlockAdapter,
-    BlockTarget,
-    BlockTuner,
-    find_blocks,
-    width_of,
-)
+from peft.core.blocks.blocks import BlockAdapter, BlockTarget, BlockTuner, find_blocks, width_of
 from peft.core.model import operations
 from peft.core.model.registry import define_tuner
 from peft.core.model.targeting import selected

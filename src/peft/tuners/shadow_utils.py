@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,6 @@ from torch import nn
 
 from peft.config import PeftConfig, option
 from peft.core.blocks.blocks import find_blocks, first_output
-from peft.core.blocks.side_caches import beside
 from peft.core.model.walk import embeddings_of
 
 
@@ -129,3 +129,38 @@ def last_of(values: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.
     mask = torch.ones(values.shape[:2], device=values.device) if attention_mask is None else attention_mask
     last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(-1)
     return values[torch.arange(len(values), device=values.device), last]
+
+
+# --- its cache, kept with that of the base model ------------------------------------------------------------------
+
+FOLLOWED = ("reorder_cache", "crop", "batch_repeat_interleave", "batch_select_indices", "reset")
+"""What generation does to a cache, and so to those beside it."""
+
+
+def beside(cache: Any, name: str, config: Any) -> Any:
+    """The cache that belongs to ``name``, kept with ``cache``; an empty one at first.
+
+    Args:
+        config: of the network that fills it.
+
+    Raises:
+        ValueError: if ``cache`` was filled while there was none for ``name``.
+    """
+    from transformers import DynamicCache
+
+    others = cache.__dict__.setdefault("_beside", {})
+    if name not in others:
+        if cache.get_seq_length() > 0:
+            raise ValueError(f"the cache was filled without adapter {name!r}; start with an empty one.")
+        for method in FOLLOWED:
+            own = getattr(cache, method, None)
+            if own is not None and not others:  # the first one wraps them for all
+                setattr(cache, method, partial(_all, own, others, method))
+        others[name] = DynamicCache(config=config)
+    return others[name]
+
+
+def _all(own: Any, others: dict[str, Any], method: str, *args: Any, **kwargs: Any) -> Any:
+    for other in others.values():
+        getattr(other, method)(*args, **kwargs)
+    return own(*args, **kwargs)

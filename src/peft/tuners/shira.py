@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from peft.config import FanInFanOut, ModulesToSave, TargetModules, option
-from peft.core.adapter import part, setting
+from peft.core.adapter import part
 from peft.core.addition import SideBySide
 from peft.core.base.kinds import Kind, fan
-from peft.core.families import Scaled, Sparse
+from peft.core.families import ScaledBy, Sparse
 from peft.core.filling import skip_values
 from peft.core.layer.buffers import BufferDict
 from peft.core.model.registry import define_tuner
@@ -73,12 +73,11 @@ def shira_entries(
     return rows * columns + inner, values * scaling
 
 
-class Shira(Sparse, Scaled):
+class Shira(Sparse, ScaledBy):
     """dW holds ``shira_weight[k]`` at the row and column ``shira_indices[:, k]`` of ``[out, in * kernel]``."""
 
     shira_weight = part()
     shira_indices = part(BufferDict)
-    scaling = setting()
     adds = SideBySide("shira_weight", shira_weight=0, shira_indices=1)
 
     def create(self, config: ShiraConfig, key: str) -> None:
@@ -94,10 +93,8 @@ class Shira(Sparse, Scaled):
         indices = torch.empty(2, count, dtype=torch.int32)
         if not values.is_meta:  # otherwise the file brings them
             indices = chosen_entries(config, self.base, self.kind, (rows, columns))
-        self.scaling, self.shira_weight, self.shira_indices = 1.0, nn.Parameter(values), indices
-
-    def initial_scaling(self) -> float:
-        return 1.0
+        self.scale_by(1.0)
+        self.shira_weight, self.shira_indices = nn.Parameter(values), indices
 
     def entries(self) -> tuple[torch.Tensor, torch.Tensor]:
         return shira_entries(self.shira_weight, self.shira_indices, fan(self.shape)[1], self.scaling)

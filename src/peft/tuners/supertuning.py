@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -75,26 +75,34 @@ class Supertuning(Sparse):
     """dW holds ``supertuning_values[k]`` at ``supertuning_indices[k]`` of the flat weight, plus s B A."""
 
     supertuning_values = part()
-    supertuning_indices = part(BufferDict)
+    supertuning_indices = part(BufferDict, saved_by="save_indices")
     supertuning_lora_A, supertuning_lora_B = part(nn.ModuleDict), part(nn.ModuleDict)
-    save_indices, lora_scaling, supertuning_lora_dropout = setting(), setting(), input_dropout()
+    save_indices, select_top = setting(), setting()
+    lora_scaling, supertuning_lora_dropout = setting(), input_dropout()
     adds = LinearIn("supertuning_values", "supertuning_lora_B")
 
     def create(self, config: SupertuningConfig, key: str) -> None:
         rows, columns = fan(self.shape)
         count = trained_count(config, rows * columns, key)
         values = torch.zeros(count) if config.init_weights else torch.randn(count)
-        indices = torch.empty(count, dtype=torch.int32)
-        if not (config.save_precomputed_indices and values.is_meta):  # otherwise the file brings them
-            size = self.base_weight().detach().abs().flatten()
-            indices = size.topk(count, largest=config.select_top).indices.to(torch.int32)
-        self.save_indices = config.save_precomputed_indices
-        self.supertuning_values, self.supertuning_indices = nn.Parameter(values), indices
+        self.save_indices, self.select_top = config.save_precomputed_indices, config.select_top
+        self.supertuning_values = nn.Parameter(values)
+        brought = config.save_precomputed_indices and values.is_meta  # by the file
+        self.supertuning_indices = torch.empty(count, dtype=torch.int32) if brought else self.chosen()
         if config.r is not None:
             self.supertuning_lora_A, self.supertuning_lora_B = low_rank_pair(config, rows, columns)
             assert config.lora_alpha is not None
             self.lora_scaling = config.lora_alpha / config.r
             self.supertuning_lora_dropout = config.lora_dropout
+
+    def chosen(self) -> torch.Tensor:
+        """The positions of the largest, or smallest, entries of the base."""
+        size = self.base_weight().detach().abs().flatten()
+        return size.topk(len(self.supertuning_values), largest=self.select_top).indices.to(torch.int32)
+
+    def loaded(self) -> None:
+        if self.supertuning_indices.is_meta:
+            self.supertuning_indices = self.chosen()
 
     def entries(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.supertuning_indices.long(), self.supertuning_values
@@ -127,10 +135,6 @@ class Supertuning(Sparse):
         sparse = self.multiplied(x, lambda: super(Supertuning, self).delta_weight().to(dtype=floating(x)))
         dropped = x if self.kind.lookup else self.supertuning_lora_dropout(x)
         return sparse + self.kind.up(base, self.kind.down(base, dropped, a), b)
-
-    def state(self) -> Iterator[tuple[str, str, torch.Tensor]]:
-        kept = super().state()
-        return (entry for entry in kept if self.save_indices or entry[0] != "supertuning_indices")
 
 
 def trained_count(config: SupertuningConfig, size: int, key: str) -> int:

@@ -14,11 +14,11 @@ from peft.config import FanInFanOut, LayerSelection, ModulesToSave, TargetModule
 from peft.core.adapter import input_dropout, part, setting, shared
 from peft.core.addition import LinearIn
 from peft.core.base.kinds import fan
-from peft.core.combine.ranks import halves, svd
 from peft.core.families import LowRank
 from peft.core.layer.buffers import BufferDict
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.registry import define_tuner
+from peft.kernels.decompositions import halves, svd
 from peft.utils.peft_types import PeftType
 
 
@@ -70,7 +70,8 @@ class TinyLora(LowRank):
     Of an embedding A and B are those of the table ``[tokens, dim]``.
     """
 
-    tinylora_A, tinylora_B, tinylora_P = part(BufferDict), part(BufferDict), part(BufferDict)
+    tinylora_A, tinylora_B = part(BufferDict), part(BufferDict)
+    tinylora_P = part(BufferDict, saved_by="save_projection")
     tinylora_v = shared()
     r, u, layer_index, tinylora_v_key, save_projection = setting(), setting(), setting(), setting(), setting()
     tinylora_dropout = input_dropout()
@@ -122,9 +123,6 @@ class TinyLora(LowRank):
 
     def parameters(self) -> Iterator[torch.Tensor]:
         yield self.vector()
-
-    def state(self) -> Iterator[tuple[str, str, torch.Tensor]]:
-        return (entry for entry in super().state() if self.save_projection or entry[0] != "tinylora_P")
 
 
 TinyLoraModel = define_tuner(TinyLora, TinyLoraConfig)

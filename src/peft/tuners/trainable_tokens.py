@@ -28,7 +28,7 @@ class TrainableTokensConfig(PeftConfig):
 
     token_indices: list[int] = option(list, "Indices of the tokens to train.")
     target_modules: list[str] | str | None = option(
-        None, "The embedding, by name or regex; by default the model's input embedding."
+        None, "The embedding, by name or regex; by default the model's input embedding.", names=set
     )
     init_weights: bool = option(
         True, "Start at the present vectors, so that nothing changes; otherwise at random ones."
@@ -36,8 +36,6 @@ class TrainableTokensConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.target_modules, (str, type(None))):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if not all(type(i) is int and i >= 0 for i in self.token_indices):
             raise ConfigError(
                 f"TrainableTokensConfig: token_indices must be token indices, got {self.token_indices!r}."

@@ -14,7 +14,7 @@ from peft.core.base.kinds import kind_of
 from peft.core.layer.layer import BaseTunerLayer, check_adapters_to_merge
 from peft.core.model.operations import cast_adapter_dtype, delete_adapter, set_adapter, set_requires_grad
 from peft.core.model.replicate import clone_module, replicate_layers
-from peft.core.model.targeting import all_linear, matches
+from peft.core.model.targeting import all_linear, matches, means_all_linear
 from peft.core.model.targeting import selected as check_target_module_exists
 from peft.core.model.tuner import BaseTuner
 from peft.core.model.walk import walk
@@ -91,7 +91,7 @@ def _put_back(weights_map: Any, name: str, value: torch.Tensor) -> None:
 
 def _maybe_include_all_linear_layers(peft_config: Any, model: nn.Module) -> Any:
     """A config with ``target_modules="all-linear"`` names the linear layers of the model."""
-    if isinstance(peft_config.target_modules, str) and peft_config.target_modules.lower() == "all-linear":
+    if means_all_linear(peft_config.target_modules):
         peft_config.target_modules = all_linear(model, peft_config.task_type)
     return peft_config
 

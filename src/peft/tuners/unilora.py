@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -55,8 +55,9 @@ def unilora_spread(theta: torch.Tensor, indices: torch.Tensor, scales: torch.Ten
 class UniLora(LowRank):
     """dW = B A with A and B = theta[indices] * scales, scales = 1 / sqrt(how often the number is used)."""
 
-    unilora_indices_A, unilora_indices_B = part(BufferDict), part(BufferDict)
-    unilora_scales_A, unilora_scales_B = part(BufferDict), part(BufferDict)
+    unilora_indices_A, unilora_indices_B, unilora_scales_A, unilora_scales_B = (
+        part(BufferDict, saved_by="save_indices") for _ in range(4)
+    )
     unilora_theta_d = shared()
     r, save_indices, unilora_dropout = setting(), setting(), input_dropout()
 
@@ -89,9 +90,6 @@ class UniLora(LowRank):
         theta = self.unilora_theta_d
         a = unilora_spread(theta, self.unilora_indices_A, self.unilora_scales_A)
         return a, unilora_spread(theta, self.unilora_indices_B, self.unilora_scales_B)
-
-    def state(self) -> Iterator[tuple[str, str, torch.Tensor]]:
-        return super().state() if self.save_indices else iter(())
 
 
 def generate_index(lora_param_count: int, theta_d_length: int, proj_seed: int) -> torch.Tensor:

@@ -16,9 +16,6 @@ from peft.utils.error import ConfigError, ConfigTypeError, nearest
 from peft.utils.peft_types import PEFT_TYPE_TO_MIXED_MODEL_MAPPING, register_peft_method
 
 
-"""Fields that a union has for all of its parts."""
-
-
 @dataclass(init=False)
 class UnionConfig(ModulesToSave):
     """Config of a union: one name for parts of different methods, which train, act and are saved together.

@@ -14,7 +14,7 @@ from peft.config import FanInFanOut, TrainedBias, option
 from peft.core.adapter import part, setting
 from peft.core.addition import LinearIn
 from peft.core.base.kinds import fan
-from peft.core.families import Scaled, Sparse
+from peft.core.families import ScaledBy, Sparse
 from peft.core.layer.buffers import BufferDict
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.registry import define_tuner
@@ -113,13 +113,12 @@ def _filter_of(place: torch.Tensor, size: int, length: int) -> tuple[torch.Tenso
     return 2 * (place % half) - (length - 2), place >= half
 
 
-class WaveFT(Sparse, Scaled):
+class WaveFT(Sparse, ScaledBy):
     """dW = s IDWT2(F), F zero but for ``waveft_spectrum`` ``[n]``; or s F itself where there is no wavelet."""
 
     waveft_spectrum = part()
     waveft_places = part(BufferDict, remade=True)
     waveft_n_frequency, waveft_wavelet, share_of_budget = setting(), setting(), setting()
-    configured, scaling = setting(), setting()
     adds = LinearIn("waveft_spectrum")
 
     @classmethod
@@ -133,13 +132,10 @@ class WaveFT(Sparse, Scaled):
         rows, columns = fan(self.shape)
         default = self.share_of_budget if config.proportional_parameters else None
         self.waveft_n_frequency = n = config.count_for(key, (rows, columns), default)
-        self.configured = self.scaling = config.scaling
+        self.scale_by(config.scaling)
         self.waveft_wavelet = config.wavelet_family if config.use_idwt else None
         self.waveft_spectrum = nn.Parameter(torch.zeros(n) if config.init_weights else torch.randn(n) * 0.01)
         self.waveft_places = random_places(rows * columns, n, config.random_loc_seed)
-
-    def initial_scaling(self) -> float:
-        return self.configured
 
     def entries(self) -> tuple[torch.Tensor, torch.Tensor]:
         spectrum, places, wavelet = self.waveft_spectrum * self.scaling, self.waveft_places, self.waveft_wavelet

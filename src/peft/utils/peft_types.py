@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import enum
 import warnings
+from collections.abc import Iterable
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -126,6 +127,11 @@ def parse_peft_type(name: str | PeftType) -> PeftType | OwnMethod:
     known += [point.name.upper() for point in entry_points(group=OUTSIDE) if (point.name, point.value) not in _tried]
     hint = nearest(name, known, cutoff=0.0)
     raise ValueError(f"Unknown peft_type {name!r}.{hint} Known: {', '.join(sorted(known))}.")
+
+
+def listed(methods: Iterable[Any]) -> str:
+    """Names of methods in order, as errors list them; such as those of a mapping above."""
+    return ", ".join(sorted(str(getattr(method, "value", method)) for method in methods))
 
 
 OUTSIDE = "peft.methods"

@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 
-from peft.config import resolve_pattern
 from peft.convert.formats.flux import is_original, to_diffusers, with_all_rows
 from peft.convert.formats.kohya import ALGORITHMS, by_method, saver
-from peft.convert.held import Held, Pair, Pairs, held_of, magnitude_of, modules_of, pairs_of, rank_fields
+from peft.convert.held import Held, Pair, Pairs, check_pair, held_of, magnitude_of, modules_of, pairs_of
 from peft.convert.names import component_of
 from peft.convert.source import Bundle, Files, Format, Job, Source
 from peft.options import value_of
-from peft.tuners.lora.config import LoraConfig
+from peft.tuners.lora.config import LoraConfig, rank_fields
 from peft.utils.error import ConfigError
 
 
@@ -137,12 +136,11 @@ def _pairs(modules: dict[str, dict[str, torch.Tensor]], config: dict[str, Any], 
     known = LoraConfig(**{k: v for k, v in config.items() if k in _SCALES}) if config else None
     pairs = {}
     for module, parts in modules.items():
-        if not {"down", "up"} <= parts.keys():
-            raise ConfigError(f"the file has only {', '.join(parts)} of a LoRA at {module}.")
+        check_pair(module, parts)
         rank = len(parts["down"])
         alpha = float(parts.pop("alpha", torch.tensor(0.0))) or rank
         if known is not None:
-            alpha = resolve_pattern(known.alpha_pattern, module, known.lora_alpha)
+            alpha = known.alpha_at(module)
         if (scale := parts.get("magnitude")) is not None:
             parts["magnitude"] = magnitude_of(scale, parts["down"])
         pairs[module] = with_all_rows(module, Pair(alpha=alpha, **parts))
@@ -165,12 +163,7 @@ def _write(bundle: Bundle, job: Job) -> Files:
             if pair.table:
                 job.lost[module] = "diffusers' LoRAs have no embeddings"
                 continue
-            key = f"{name}.{module}"
-            tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = pair.down, pair.up
-            if pair.magnitude is not None:
-                tensors[f"{key}.lora_magnitude_vector"] = pair.magnitude
-            if pair.bias is not None:
-                tensors[f"{key}.lora_B.bias"] = pair.bias
+            tensors.update({f"{name}.{module}.{part}": tensor for part, tensor in pair.tensors().items()})
         job.lost.update(dict.fromkeys(found.others, "diffusers' files hold LoRAs alone"))
         said.update({f"{name}.{key}": value for key, value in _header(found, held).items()})
     text = json.dumps(said, indent=2, sort_keys=True)

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
-from peft.config import resolve_pattern
-from peft.convert.held import Held, Pair, Pairs, as_saved, held_of, is_lora, modules_of, pairs_of, rank_fields
+from peft.convert.held import Held, Pair, Pairs, as_saved, held_of, is_lora, modules_of, pairs_of
 from peft.convert.source import Base, Bundle
-from peft.core.combine.ranks import face_splitting
+from peft.kernels.decompositions import face_splitting
+from peft.tuners.lokr import lokr_factor
+from peft.tuners.lora.config import rank_fields
 from peft.utils.error import ConfigError, some
 
 
@@ -167,9 +168,7 @@ def _modules(held: Held) -> dict[str, dict[str, torch.Tensor]]:
 
 def _scale(held: Held, module: str) -> tuple[float, int]:
     """alpha and rank."""
-    config = held.config
-    return (resolve_pattern(config.alpha_pattern, module, config.alpha),
-            resolve_pattern(config.rank_pattern, module, config.r))  # fmt: skip
+    return held.config.alpha_at(module), held.config.rank_at(module)
 
 
 def _pair_of_loha(parts: dict[str, torch.Tensor], alpha: float, rank: int) -> Pair:
@@ -180,7 +179,7 @@ def _pair_of_loha(parts: dict[str, torch.Tensor], alpha: float, rank: int) -> Pa
 
 def _pair_of_lokr(parts: dict[str, torch.Tensor], alpha: float, rank: int) -> Pair:
     """W1 (x) (A B) = (W1 (x) A) (1 (x) B), of the rank of W2 for each input of W1."""
-    first = parts["lokr_w1"] if "lokr_w1" in parts else parts["lokr_w1_a"] @ parts["lokr_w1_b"]
+    first = lokr_factor(parts.get("lokr_w1"), parts.get("lokr_w1_a"), parts.get("lokr_w1_b"))
     if "lokr_w2" in parts:
         a, b = parts["lokr_w2"], torch.eye(parts["lokr_w2"].shape[1], dtype=first.dtype)
     else:

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from peft.composition.config import CompositionConfig
+from peft.composition.expressions import Fuse
 from peft.convert.held import Held
 from peft.convert.source import Job, Source
-from peft.core.composition.config import CompositionConfig
-from peft.core.composition.expressions import Fuse
 from peft.core.files.io import PREFIX
 from peft.utils.error import ConfigError
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from peft.convert.held import Held, Pair, Pairs, held_of, pairs_of
+from peft.convert.held import Held, Pair, Pairs, check_pair, held_of, pairs_of
 from peft.convert.rotary import as_halves, as_pairs
 from peft.convert.source import Base, Bundle, Files, Format, Job, Source, one
 from peft.utils.error import CheckpointError, ConfigError
@@ -170,8 +170,7 @@ def _held(
 ) -> Held:
     pairs = {}
     for module, pair in parts.items():
-        if len(pair) < 2:
-            raise ConfigError(f"the file has only {', '.join(pair)} of a LoRA at {module}.")
+        check_pair(module, pair, ("lora_a", "lora_b"))
         table = isinstance(base.model.get_submodule(module), torch.nn.Embedding)
         down, up = pair["lora_a"].T.contiguous() if table else pair["lora_a"], pair["lora_b"]
         if (heads := _heads(module, base, arch)) is not None:

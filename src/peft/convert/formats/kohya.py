@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from peft.config import resolve_pattern
 from peft.convert.formats.flux import is_diffusers, is_original, to_original
 from peft.convert.formats.lycoris import (
     CHANGES,
@@ -22,17 +21,19 @@ from peft.convert.formats.lycoris import (
     ia3_held,
     ia3_parts,
     is_change,
+    lokr_factors,
     norm_parts,
     whole_of,
     whole_pair,
     with_norms,
 )
-from peft.convert.held import Held, Pair, Pairs, as_saved, held_of, magnitude_of, modules_of, pairs_of, rank_fields
+from peft.convert.held import Held, Pair, Pairs, as_saved, held_of, magnitude_of, modules_of, pairs_of
 from peft.convert.names import TRANSFORMERS, component_of, dotted, flat, is_t5
 from peft.convert.source import Bundle, Files, Format, Job, Source
 from peft.core.files.io import PREFIX, separate
 from peft.tuners.loha import LoHaConfig
 from peft.tuners.lokr import LoKrConfig, factorization
+from peft.tuners.lora.config import rank_fields
 from peft.utils.error import ConfigError
 
 
@@ -176,17 +177,8 @@ def _lokr(modules: dict[str, Parts], job: Job) -> Held:
 
 def _sizes(parts: Parts) -> tuple[int, int, int, int]:
     """o1, o2, i1, i2 of W1 ``[o1, i1]`` and W2 ``[o2, i2, *kernel]``."""
-    if "lokr_w1" in parts:
-        o1, i1 = parts["lokr_w1"].shape
-    else:
-        o1, i1 = len(parts["lokr_w1_a"]), parts["lokr_w1_b"].shape[1]
-    if "lokr_w2" in parts:
-        o2, i2 = parts["lokr_w2"].shape[:2]
-    elif "lokr_t2" in parts:
-        o2, i2 = parts["lokr_w2_a"].shape[1], parts["lokr_w2_b"].shape[1]
-    else:
-        o2, i2 = len(parts["lokr_w2_a"]), parts["lokr_w2_b"].shape[1]
-    return o1, o2, i1, i2
+    first, second = lokr_factors(parts)
+    return len(first), len(second), first.shape[1], second.shape[1]
 
 
 def _factors(sizes: tuple[int, int, int, int]) -> set[int]:
@@ -268,9 +260,7 @@ def _flattened(held: Held, prefix: str, job: Job) -> dict[str, torch.Tensor]:
 
 def _effective_alpha(held: Held, module: str, parts: Parts) -> float:
     """alpha that gives the scale with the rank that LyCORIS reads from the shapes."""
-    config = held.config
-    alpha = resolve_pattern(config.alpha_pattern, module, config.alpha)
-    rank = resolve_pattern(config.rank_pattern, module, config.r)
+    alpha, rank = held.config.alpha_at(module), held.config.rank_at(module)
     whole_pair = "lokr_w1" in parts and "lokr_w2" in parts
     if whole_pair and alpha != rank:
         raise ConfigError(

@@ -20,8 +20,7 @@ from peft.tuners.cayley import cayley
 from peft.tuners.ia3 import IA3Config
 from peft.tuners.ln_tuning import LNTuningConfig
 from peft.tuners.loha import loha_weight
-from peft.tuners.lokr import lokr_weight
-from peft.tuners.lycoris_utils import through_core
+from peft.tuners.lokr import lokr_factor, lokr_weight
 from peft.utils.error import ConfigError
 
 
@@ -90,18 +89,17 @@ def _product(parts: Parts, shape: torch.Size) -> torch.Tensor:
     return kronecker(parts).view(shape)
 
 
+def lokr_factors(parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
+    """W1 and W2 of a LoKr; a W2 of low rank without a core has its kernel's axes flattened."""
+    (w1, a1, b1), (w2, a2, b2) = ([parts.get(f"lokr_w{n}{end}") for end in ("", "_a", "_b")] for n in (1, 2))
+    return lokr_factor(w1, a1, b1), lokr_factor(w2, a2, b2, parts.get("lokr_t2"))
+
+
 def kronecker(parts: Parts) -> torch.Tensor:
     """dW of a LoKr, ``[out, in, *kernel]``; of two whole factors the scale is 1, whatever alpha says."""
     small = next((parts[name] for name in ("lokr_w2_b", "lokr_w1_b") if name in parts), None)
     scale = 1.0 if small is None else alpha_of(parts, len(small)) / len(small)
-    first = parts["lokr_w1"] if "lokr_w1" in parts else parts["lokr_w1_a"] @ parts["lokr_w1_b"]
-    if "lokr_w2" in parts:
-        second = parts["lokr_w2"]
-    elif (core := parts.get("lokr_t2")) is not None:
-        a, b = parts["lokr_w2_a"], parts["lokr_w2_b"]
-        second = through_core(a, b, core, (a.shape[1], b.shape[1], *core.shape[2:]))
-    else:
-        second = parts["lokr_w2_a"] @ parts["lokr_w2_b"]
+    first, second = lokr_factors(parts)
     shape = (len(first) * len(second), first.shape[1] * second.shape[1], *second.shape[2:])
     return lokr_weight(first, second, shape) * scale
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from peft.convert.formats.kohya import saver
-from peft.convert.held import Pair, Pairs, alpha_of_scale, held_of, pairs_of
+from peft.convert.held import Pair, Pairs, alpha_of_scale, check_pair, held_of, pairs_of
 from peft.convert.source import Bundle, Files, Format, Job, Source, one
-from peft.core.combine.combined import resized
 from peft.core.files.io import PREFIX
+from peft.kernels.decompositions import resized
 from peft.utils.error import ConfigError
 
 
@@ -79,8 +79,7 @@ def _read(source: Source, job: Job) -> Bundle:
     heads: dict[str, torch.Tensor] = {}
     for name, found in parts.items():
         module = _renamed(name, job, back=True)
-        if not {"lora_a", "lora_b"} <= found.keys():
-            raise ConfigError(f"the file has only {', '.join(found)} of a LoRA at {module}.")
+        check_pair(module, found, ("lora_a", "lora_b"))
         down, up = found["lora_a"].T.contiguous(), found["lora_b"].T.contiguous()
         rank = len(down)
         alpha = alpha_of_scale(given["scale"], rank) if "scale" in given else given["alpha"]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from peft.convert.formats.mlx import as_json
-from peft.convert.held import Pair, Pairs, held_of, pairs_of
+from peft.convert.held import Pair, Pairs, check_pair, held_of, pairs_of
 from peft.convert.rotary import as_halves, as_pairs
 from peft.convert.source import Base, Bundle, Files, Format, Job, Source, one
 from peft.utils.error import ConfigError
@@ -39,8 +39,7 @@ def _read(source: Source, job: Job) -> Bundle:
         parts.setdefault(_theirs(words[:-size]), {})[_PARTS[tuple(words[-size:])]] = tensor
     pairs = {}
     for module, found in parts.items():
-        if not {"down", "up"} <= found.keys():
-            raise ConfigError(f"the file has only {', '.join(found)} of a LoRA at {module}.")
+        check_pair(module, found)
         if (heads := _heads(module, base)) is not None:
             found.update({part: as_halves(found[part], heads) for part in ("up", "magnitude") if part in found})
         pairs[module] = Pair(alpha=source.config["lora_alpha"], **found)

@@ -16,7 +16,7 @@ from torch import nn
 
 from peft.core.base.storage import foreign_linear
 from peft.core.filling import unfilled, unfilled_linear
-from peft.utils.error import MeaninglessError, NoEqualWeightError
+from peft.utils.error import MeaninglessError, NoEqualWeightError, WrongTypeError
 
 
 class Kind:
@@ -382,9 +382,15 @@ class Whole(Kind):
     def apply(self, m: nn.Module, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         return self.orient(w, m)
 
+    def take_rows(self, m: nn.Module, args: tuple, kwargs: dict, rows: torch.Tensor) -> tuple[tuple, dict]:
+        if args:
+            return super().take_rows(m, args, kwargs, rows)
+        first = next(iter(kwargs))
+        return (), {**kwargs, first: kwargs[first].index_select(0, rows)}
+
     def join_rows(self, m: nn.Module, parts: list[Any], order: torch.Tensor) -> Any:
         if not all(isinstance(part, torch.Tensor) for part in parts):
-            raise ValueError(
+            raise WrongTypeError(
                 f"adapter_names cannot be used here: {type(m).__name__} gives no single tensor, so what the adapters "
                 "make of their rows cannot be put together. Activate one adapter at a time with set_adapter."
             )

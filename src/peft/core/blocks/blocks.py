@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -15,7 +15,7 @@ from peft.core.addition import Addition, NoSum
 from peft.core.base.kinds import kind_of
 from peft.core.layer.composed import Change, Composed, change_of, made_of
 from peft.core.layer.layer import BaseTunerLayer
-from peft.core.model.roles import find_roles
+from peft.core.model.roles import entries_around, find_roles
 from peft.core.model.targeting import Target
 from peft.core.model.tuner import BaseTuner
 from peft.core.model.walk import Holders, Site, join, unwrapped, walk
@@ -69,7 +69,7 @@ def find_blocks(model: nn.Module) -> list[Block]:
         attentions[key if whole else key.rpartition(".")[0]] = None
     blocks: dict[str, Block] = {}
     for attention in attentions:
-        for key in _entries(attention, sites):
+        for key in entries_around(attention, sites):
             if key in blocks:  # by another attention of it
                 break
             inside = [other for other in attentions if other.startswith(f"{key}.")]
@@ -83,15 +83,6 @@ def find_blocks(model: nn.Module) -> list[Block]:
     for index, block in enumerate(found):
         block.index = index
     return found
-
-
-def _entries(key: str, sites: dict[str, Site]) -> Iterator[str]:
-    """The entries of lists that a module is in, inner ones first."""
-    parts = key.split(".")
-    for end in range(len(parts) - 1, 0, -1):
-        parent = ".".join(parts[: end - 1])
-        if parent in sites and isinstance(sites[parent].module, nn.ModuleList | nn.Sequential):
-            yield ".".join(parts[:end])
 
 
 def _children(key: str, sites: dict[str, Site]) -> list[str]:
@@ -214,7 +205,7 @@ class BlockLayer(BaseTunerLayer):
             derive: what the first of ``given`` is for a state that other members of a stack have changed.
         """
         for adapter, rows in self.acting(onto):
-            first, *rest = (state, *given) if rows is None else [x.index_select(0, rows) for x in (state, *given)]
+            first, *rest = (own_rows(x, rows) for x in (state, *given))
 
             def own(leaf: Any, now: torch.Tensor, first: torch.Tensor = first, rest: Any = rest) -> Change | None:
                 made = rest if derive is None or now is first else [derive(now), *rest[1:]]
@@ -223,8 +214,7 @@ class BlockLayer(BaseTunerLayer):
             with self.context.on_rows(rows, len(onto)):
                 change = change_of(adapter, first, own, place)
             if change is not None:
-                new = change.total.to(onto.dtype)
-                onto = onto + new if rows is None else onto.index_add(0, rows, new)
+                onto = with_rows_added(onto, change.total.to(onto.dtype), rows)
         return onto
 
     def widths(self, adapters: Sequence[Any]) -> dict[str, int]:
@@ -246,6 +236,16 @@ class BlockAdapter(Adapter):
 
     def unmergeable(self) -> str | None:
         return "it acts on what a whole module computes, so no one weight equals it"
+
+
+def own_rows(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """The rows of a batch ``[batch, ...]`` that an adapter acts on; None: all."""
+    return x if rows is None else x.index_select(0, rows)
+
+
+def with_rows_added(x: torch.Tensor, new: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """A batch with what was made of :func:`own_rows` added to them."""
+    return x + new if rows is None else x.index_add(0, rows, new)
 
 
 def first_input(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:

@@ -174,7 +174,7 @@ class InsertLayer(BlockLayer):
         """y = N(z), where z = h + x."""
         role = place.part.role
 
-        def change(adapter: Insert, z: torch.Tensor, y: torch.Tensor, x: torch.Tensor, inside: bool) -> Change | None:
+        def change(inside: bool, adapter: Insert, z: torch.Tensor, y: torch.Tensor, x: torch.Tensor) -> Change | None:
             joint = adapter.joint(role)
             if joint is None or not joint.needs_norm or inside != joint.sums:
                 return None
@@ -183,16 +183,10 @@ class InsertLayer(BlockLayer):
             replaced = h if inside else y
             return Change(adapter.change(role, read, kept), read, None if kept is replaced else kept - replaced)
 
-        def inside(adapter: Insert, z: torch.Tensor, y: torch.Tensor, x: torch.Tensor) -> Change | None:
-            return change(adapter, z, y, x, True)
-
-        def outside(adapter: Insert, y: torch.Tensor, z: torch.Tensor, x: torch.Tensor) -> Change | None:
-            return change(adapter, z, y, x, False)
-
-        inner = self.added(z, z, inside, y, place.seen.x, place=role, derive=norm.forward)
+        inner = self.added(z, z, partial(change, True), y, place.seen.x, place=role, derive=norm.forward)
         # By `forward`: this runs in a hook of the norm, and a call of it would start the hooks again.
         outer = y if inner is z else norm.forward(inner)
-        return self.added(outer, y, outside, z, place.seen.x, place=role)
+        return self.added(outer, y, lambda a, y, z, x: change(False, a, z, y, x), z, place.seen.x, place=role)
 
     def widths(self, adapters: Sequence[Any]) -> dict[str, int]:
         width = width_of(self.get_base_layer())

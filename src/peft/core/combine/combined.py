@@ -8,11 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from peft.core.base.stack import Stack
-from peft.core.combine.ranks import product_svd, svd
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.rewritten import combine_starts
 from peft.core.model import operations
@@ -193,61 +191,3 @@ def _copy_auxiliary(model: nn.Module, adapters: Sequence[str], adapter_name: str
         for place, tensor in record.tensors(source).items():
             if place in record.values[adapter_name]:
                 record.values[adapter_name][place] = tensor.detach().clone()
-
-
-# --- ways of combining ----------------------------------------------------------------------------------------
-
-
-def factorize(
-    weight: torch.Tensor, rank: int, clamp: float | None = None, driver: str | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best pair of a given rank for a matrix, by singular value decomposition.
-
-    Args:
-        weight: ``[..., out, in]``.
-        clamp: limit the entries of the pair to this quantile of them all.
-        driver: cuSOLVER's routine, for CUDA tensors.
-
-    Returns:
-        (down ``[..., rank, in]``, up ``[..., out, rank]``); zeros beyond the rank that the matrix can have.
-
-    Raises:
-        ValueError: for a driver on a device that has none.
-    """
-    u, s, vh = svd(weight, driver)
-    return _truncated(vh, u * s.unsqueeze(-2), rank, clamp)
-
-
-def factorize_product(
-    down: torch.Tensor, up: torch.Tensor, rank: int, clamp: float | None = None, driver: str | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`factorize` of ``up @ down``, without forming it where it is thin.
-
-    Args:
-        down: ``[..., r, in]``. up: ``[..., out, r]``.
-    """
-    u, s, vh = product_svd(down, up, driver)
-    return _truncated(vh, u * s.unsqueeze(-2), rank, clamp)
-
-
-def _truncated(
-    down: torch.Tensor, up: torch.Tensor, rank: int, clamp: float | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    down, up = down[..., :rank, :], up[..., :rank]
-    if clamp is not None:
-        limit = _quantile(torch.cat([down.flatten(), up.flatten()]), clamp)
-        down, up = down.clamp(-limit, limit), up.clamp(-limit, limit)
-    return resized(down, rank, -2), resized(up, rank, -1)
-
-
-def _quantile(values: torch.Tensor, q: float) -> float:
-    """As ``torch.quantile``, which takes at most 2**24 values."""
-    ordered, place = values.sort().values, q * (values.numel() - 1)
-    low, high = ordered[math.floor(place)], ordered[math.ceil(place)]
-    return float(low + (high - low) * (place % 1))
-
-
-def resized(tensor: torch.Tensor, size: int, dim: int) -> torch.Tensor:
-    """The tensor with zeros appended along one axis."""
-    missing, behind = size - tensor.shape[dim], tensor.dim() - 1 - dim % tensor.dim()
-    return F.pad(tensor, (0, 0) * behind + (0, missing)) if missing else tensor

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from peft.core.adapter import Adapter
-from peft.core.combine.combined import add_combined, checked_weights, combined_config, resized, tuner_layers
+from peft.core.combine.combined import add_combined, checked_weights, combined_config, tuner_layers
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.weight import wide
 from peft.core.model.manager import check_adapter_name
+from peft.kernels.decompositions import resized
 from peft.utils.error import CONVERSION
 
 

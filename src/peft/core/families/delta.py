@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 import torch.nn.functional as F
 
-from peft.core.adapter import Adapter
+from peft.core.adapter import Adapter, setting
 from peft.core.layer.scaled import ScaledLayer
 from peft.core.layer.weight import base_bias, sums_exactly
 from peft.kernels.autocast import is_autocast
@@ -119,7 +119,7 @@ class Sparse(Delta):
         weight = weight_to_add_to(layer, adapters, x)
         if weight is None:
             return None
-        positions, values = (torch.cat(parts) for parts in zip(*(adapter.entries() for adapter in adapters)))
+        positions, values = (joined(parts) for parts in zip(*(adapter.entries() for adapter in adapters)))
         return sparse_linear(x, values, positions, weight, base_bias(layer))
 
     def delta_weight(self) -> torch.Tensor:
@@ -145,6 +145,19 @@ class Scaled(Delta):
         raise NotImplementedError
 
 
+class ScaledBy(Scaled):
+    """A dW whose factor starts at a number that its config tells: :meth:`scale_by`."""
+
+    scaling, configured = setting(), setting()
+
+    def scale_by(self, factor: float) -> None:
+        """Let the factor start at this."""
+        self.scaling = self.configured = factor
+
+    def initial_scaling(self) -> float:
+        return self.configured
+
+
 def kernel_weight(layer: BaseTunerLayer, x: torch.Tensor) -> torch.Tensor | None:
     """W ``[out, in]`` in the dtype of x where kernels may compute the whole layer, outside autocast; else None."""
     if not layer.kind.matrix or layer.kind.opaque or not is_eager(x) or is_autocast(x.device.type):
@@ -157,6 +170,11 @@ def weight_to_add_to(layer: BaseTunerLayer, adapters: Sequence[Adapter], x: torc
     """The same where W can hold these adapters' dW as well, computed in its dtype; else None."""
     weight = kernel_weight(layer, x) if sums_exactly(layer) else None
     return weight if weight is not None and all(adapter.dtype == weight.dtype for adapter in adapters) else None
+
+
+def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Tensors one after another; one by itself."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def padded(x: torch.Tensor, size: int) -> torch.Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,26 +15,6 @@ from peft.core.files.entries import Entry
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.auxiliary import ModulesToSaveWrapper, TrainableTokensWrapper
 from peft.core.model.walk import Site, embeddings_of, file_path, join, plain, walk
-
-
-def has_valid_embedding_base_layer(layer: Any) -> bool:
-    """Whether a layer is an adapted one around an embedding or an output head."""
-    return isinstance(layer, BaseTunerLayer) and isinstance(layer.get_base_layer(), nn.Linear | nn.Embedding)
-
-
-def get_embedding_layer_name(model: nn.Module, layer: nn.Module, is_embedding_in_target_modules: bool) -> str | None:
-    """The path in the model of an embedding that is saved whole, or None if it is not in the model.
-
-    Args:
-        layer: the embedding or output head, adapted or not.
-        is_embedding_in_target_modules: whether the adapter has tensors there; then it is the base layer that is meant,
-            and None if nothing is around one.
-    """
-    if is_embedding_in_target_modules:
-        if not has_valid_embedding_base_layer(layer):
-            return None
-        layer = layer.get_base_layer()
-    return next((name for name, module in model.named_modules() if module is layer), None)
 
 
 def tell_no_embeddings(root: nn.Module) -> None:

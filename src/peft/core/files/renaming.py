@@ -18,9 +18,8 @@ from torch import nn
 
 from peft.core.adapter import LABEL
 from peft.core.files.io import renamed
-from peft.core.model.targeting import matches
+from peft.core.model.targeting import matches, means_all_linear
 from peft.core.model.walk import names_of_modules, plain_names, walk
-from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.error import NoMatchingPeftModuleError, some
 from peft.utils.peft_types import RENAMED_METHODS
 
@@ -30,10 +29,15 @@ _PATTERNS = ("rank_pattern", "alpha_pattern")
 _SUFFIXES = (".weight", ".part.weight")  # a renaming may be of a module's weight, or of whatever it holds
 
 
+def is_of_transformers(model: nn.Module) -> bool:
+    """Whether it is a model of transformers, without importing that."""
+    library = sys.modules.get("transformers.modeling_utils")
+    return library is not None and isinstance(model, library.PreTrainedModel)
+
+
 def transforms_of(model: nn.Module) -> list[Any]:
     """transformers' weight conversions for a model; none for models of other origin."""
-    library = sys.modules.get("transformers.modeling_utils")
-    if library is None or not isinstance(model, library.PreTrainedModel):
+    if not is_of_transformers(model):
         return []
     from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -93,7 +97,7 @@ def update_names(model: nn.Module, config: Any) -> None:
     before = functools.cache(lambda: _old_names(model))
     for field in _FIELDS:
         value = getattr(config, field, None)
-        if not value or value == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        if not value or means_all_linear(value):
             continue
         if isinstance(value, str):
             if not _means(value, now) and (new := _meant(value, before())):

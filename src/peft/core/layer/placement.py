@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import TYPE_CHECKING
 
 import torch
@@ -59,13 +58,7 @@ def place_for(layer: BaseTunerLayer, item: torch.Tensor | nn.Module) -> Place:
 
 def _place(layer: BaseTunerLayer) -> Place:
     """The base weight's device and dtype, None where parts have nothing to follow."""
-    base = layer.get_base_layer()
-    if not layer.kind.whole:
-        return layer.storage.device_and_dtype(base, layer.kind.weight)
-    anchor = next(itertools.chain(base.parameters(), base.buffers()), None)
-    if anchor is None or anchor.is_meta:
-        return None, None
-    return anchor.device, anchor.dtype if anchor.is_floating_point() and anchor.dtype.itemsize > 1 else None
+    return layer.storage.device_and_dtype(layer.get_base_layer(), layer.kind.weight)
 
 
 def _place_of(tensors: list[torch.Tensor], place: Place) -> Place:

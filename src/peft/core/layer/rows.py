@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -72,10 +73,11 @@ def _mixed(layer: BaseTunerLayer, names: tuple[str, ...], args: tuple, kwargs: d
         y = _grouped(layer, groups, adapters, args[0])
         if y is not None:
             return y
-    if alone or any(adapter.only_folds() or adapter.stand_in() is not None for adapter in here):
-        return split(layer, groups, args, kwargs)
-    if here and all(adapter.prefers_folding() for adapter in here) and layer.may_bypass_base(first):
-        return split(layer, groups, args, kwargs)
+    apart = alone or any(adapter.only_folds() or adapter.stand_in() is not None for adapter in here)
+    if not apart and here and all(adapter.prefers_folding() for adapter in here):
+        apart = layer.may_bypass_base(first)
+    if apart:
+        return layer.context.split(groups, kind, base, args, kwargs, partial(_of_one, layer))
     return _updates(layer, groups, adapters, args, kwargs)
 
 
@@ -112,15 +114,6 @@ def without_fast_path() -> Iterator[None]:
             _FastPath.calls -= 1
             if not _FastPath.calls:
                 switch.set_fastpath_enabled(_FastPath.was_on)
-
-
-def split(layer: BaseTunerLayer, groups: Groups, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """The call with the rows of each adapter alone, put back into the order of the batch."""
-    kind, base, done = layer.kind, layer.get_base_layer(), []
-    for name, rows in groups.parts:
-        with layer.context.on_rows(rows, len(groups.order)):
-            done.append(_of_one(layer, name, *kind.take_rows(base, args, kwargs, rows)))
-    return kind.join_rows(base, done, groups.order)
 
 
 def _of_one(layer: BaseTunerLayer, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -11,20 +11,19 @@ import torch
 from torch import nn
 
 from peft.core.adapter import part
-from peft.core.base.kinds import WHOLE, Kind, kind_of
+from peft.core.base.kinds import WHOLE, kind_of
 from peft.core.base.storage import copied, offloading_hook
 from peft.core.base.storage.sharded import MARKS, tensors_in
-from peft.core.composition.expressions import Composition, Stack
+from peft.core.composition import Composition
 from peft.core.families import Rows
 from peft.core.layer.classes import class_for, layer_class
 from peft.core.layer.layer import BaseTunerLayer
-from peft.core.layer.switch import Switch
 from peft.core.model.record import known_record
 from peft.core.model.walk import AuxiliaryWrapper, Site, file_path, join, replace_module, walk
 from peft.utils.error import ConfigError, WrongTypeError
 
 
-class AuxiliaryTrainingWrapper(Switch, AuxiliaryWrapper):
+class AuxiliaryTrainingWrapper(AuxiliaryWrapper):
     """Wraps a module of which adapters hold their own version; without an active one, the original acts."""
 
     adapter_layer_names: tuple[str, ...] = ()
@@ -128,7 +127,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         for name in names:
             expression = name if isinstance(name, Composition) else self.context.compositions.get(name)
             members = [self.present([member]) for member in (expression.members if expression else ())]
-            held = [one for one in members if one][-1 if isinstance(expression, Stack) else 0 :]
+            held = [one for one in members if one][-1 if expression is not None and expression.in_turn else 0 :]
             found.update(dict.fromkeys([name] if name in self.modules_to_save else sum(held, [])))
         return list(found)
 
@@ -150,21 +149,14 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         rows = kwargs.pop("adapter_names", None) or self.context.adapter_names
         if rows is None or self._disable_adapters:
             return self._module()(*args, **kwargs)
-        kind, x = Kind(), args[0] if args else next(iter(kwargs.values()))
-        groups, order, _ = self.context.groups(tuple(rows), x.shape[0], x.device)
-        parts = []
-        for name, index in groups:
+        x = args[0] if args else next(iter(kwargs.values()))
+        groups = self.context.groups(tuple(rows), x.shape[0], x.device)
+
+        def run(name: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
             own = self.present([name])
-            module = self.modules_to_save[own[0]] if own else self.original_module
-            part, rest = kind.take_rows(self, args, kwargs, index)
-            parts.append(module(*part, **rest))
-            if not isinstance(parts[-1], torch.Tensor):
-                raise TypeError(
-                    f"adapter_names cannot be used here: {type(self.original_module).__name__}, which adapters train "
-                    f"whole (modules_to_save), gives a {type(parts[-1]).__name__}, and rows can be put together of "
-                    "single tensors only. Call the model with one adapter at a time."
-                )
-        return kind.join_rows(self, parts, order)
+            return (self.modules_to_save[own[0]] if own else self.original_module)(*args, **kwargs)
+
+        return self.context.split(groups, WHOLE, self.original_module, args, kwargs, run)
 
     # a Sequential is called, but indexed as well
     def __getitem__(self, index: Any) -> Any:

@@ -7,24 +7,28 @@ its own, see :mod:`peft.core.model.threads`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from peft.core.composition.expressions import Composition, Fuse, alternatives
+from peft.core.composition import Composition, alternatives
 from peft.core.layer.together import Readers
 from peft.core.model.sequence import Tokens, note_in_cache, tokens_of
 from peft.core.model.threads import Common, Facts
 from peft.utils.meanwhile import having
 
 
+if TYPE_CHECKING:
+    from peft.core.base.kinds import Kind
+
+
 BASE = "__base__"  # the adapter name of rows that use no adapter
 
 
 class Groups(NamedTuple):
-    """The rows of a batch by adapter.
+    """The rows of a batch by adapter, which :meth:`Context.split` computes one after another.
 
     Attributes:
         parts: the rows of each adapter, the adapters in the order in which the rows name them.
@@ -164,6 +168,20 @@ class Context(Facts):
         finally:
             self.rows = outer
 
+    def split(
+        self, groups: Groups, kind: Kind, m: Any, args: tuple, kwargs: dict[str, Any], run: Callable[..., Any]
+    ) -> Any:
+        """A call of a module with the rows of each adapter alone, put back into the order of the batch.
+
+        Args:
+            kind: takes the call of ``m`` apart, and puts the outputs together. run: ``run(adapter, args, kwargs)``.
+        """
+        done = []
+        for name, rows in groups.parts:
+            with self.on_rows(rows, len(groups.order)):
+                done.append(run(name, *kind.take_rows(m, args, kwargs, rows)))
+        return kind.join_rows(m, done, groups.order)
+
     def prompted(self, ids: Any) -> AbstractContextManager[None]:
         """While ``generate`` goes on with these ids, ``[batch, tokens]``; what it adds is no part of the prompt."""
         self.begin()
@@ -181,7 +199,7 @@ class Context(Facts):
             made_of = name if isinstance(name, Composition) else self.compositions.get(name)
             if isinstance(name, str):
                 found[name] = None
-            if made_of is not None and not (training and isinstance(made_of, Fuse)):
+            if made_of is not None and not (training and made_of.trains_alone):
                 found.update(dict.fromkeys(self.behind(made_of.members, training)))
         return list(found)
 

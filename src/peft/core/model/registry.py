@@ -22,7 +22,6 @@ def define_tuner(
     *,
     base: type[BaseTuner] = BaseTuner,
     layer: type[BaseTunerLayer] | None = None,
-    layer_name: str | None = None,
     prefix: str | None = None,
     mixed: bool = True,
     **attributes: Any,
@@ -35,7 +34,7 @@ def define_tuner(
     Args:
         adapter_cls: the method's adapters.
         base: a tuner class with operations of the method's own.
-        layer: a layer class with attributes of the method's own. layer_name: what the derived one is called.
+        layer: a layer class with attributes of the method's own.
         prefix: what the names of the method's tensors start with, where they do not tell.
         mixed: whether it can be active together with other methods (``PeftMixedModel``); not where its tuner runs the
             model in a way of its own.
@@ -46,7 +45,7 @@ def define_tuner(
     """
     module = sys.modules[adapter_cls.__module__]
     stem = config_cls.__name__.removesuffix("Config")
-    layer_cls = layer_class(adapter_cls, layer, layer_name or f"{stem}Layer")
+    layer_cls = layer_class(adapter_cls, layer, f"{stem}Layer")
     vars(module).setdefault(layer_cls.__name__, layer_cls)  # where pickles and clients look for it
     for name, cls in layer_cls.by_name.items():
         vars(module).setdefault(name, cls)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
@@ -122,7 +122,7 @@ def _feedforward(sites: dict[str, Site], projections: dict[str, str]) -> set[str
     found: set[str] = set()
     searched: dict[str, set[str]] = {}
     for key in projections:
-        for block in _blocks(key, sites):
+        for block in (*entries_around(key, sites), ""):
             if block not in searched:
                 width = {_sizes(sites[other].module)[0] for other in projections if _inside(other, block)}
                 searched[block] = _leading_back({k: v for k, v in outside.items() if _inside(k, block)}, width)
@@ -132,12 +132,13 @@ def _feedforward(sites: dict[str, Site], projections: dict[str, str]) -> set[str
     return found
 
 
-def _blocks(key: str, sites: dict[str, Site]) -> list[str]:
-    """What may be the transformer block around a projection: entries of lists that it is in, inner ones first."""
+def entries_around(key: str, sites: dict[str, Site]) -> Iterator[str]:
+    """What may be the transformer block around a module: entries of lists that it is in, inner ones first."""
     parts = key.split(".")
-    lists = (nn.ModuleList, nn.Sequential)
-    ends = (end for end in range(len(parts) - 1, 0, -1) if isinstance(sites[".".join(parts[: end - 1])].module, lists))
-    return [*(".".join(parts[:end]) for end in ends), ""]
+    for end in range(len(parts) - 1, 0, -1):
+        parent = sites.get(".".join(parts[: end - 1]))
+        if parent is not None and isinstance(parent.module, nn.ModuleList | nn.Sequential):
+            yield ".".join(parts[:end])
 
 
 def _leading_back(layers: dict[str, tuple[int, int]], width: set[int]) -> set[str]:

@@ -121,6 +121,11 @@ def found_targets(model: nn.Module, roles: Iterable[str]) -> set[str]:
     return _short_names(wanted, [site.key for site in walk(model) if site.key not in chosen])
 
 
+def means_all_linear(targets: Any) -> bool:
+    """Whether ``target_modules`` is the word for all linear layers, in any case."""
+    return isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
+
+
 def resolve_targets(
     config: Any,
     model: nn.Module,
@@ -144,7 +149,7 @@ def resolve_targets(
         _follow_keys(config, model, set(keys))
         return
     targets = config.target_modules
-    if isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+    if means_all_linear(targets):
         config.target_modules = all_linear(model, config.task_type)
     elif targets is None and not getattr(config, "target_parameters", None):
         default = table_row(mapping, model)
@@ -167,7 +172,7 @@ def exact_targets(model: nn.Module, keys: set[str]) -> set[str] | str:
 def _follow_keys(config: Any, model: nn.Module, keys: set[str]) -> None:
     """Let the config mean exactly these modules, and say where it meant others."""
     targets = config.target_modules
-    if targets and not (isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND):
+    if targets and not means_all_linear(targets):
         exact = set() if isinstance(targets, str) else {t for t in targets if t in keys}  # these may end other names
         asked = {s.key for s in walk(model) if s.key in keys or not exact or not matches(exact, s.key)}
         asked = {key for key in asked if kind_of(locate(model, key).module) and selected(config, key)}

@@ -40,8 +40,8 @@ def _check(model: nn.Module, args: Any) -> None:
     for path, layer in layers_of(model):
         if all(p.is_meta for p in layer.get_base_layer().parameters()):
             continue  # a model on the meta device computes shapes, with adapters as without
-        for name in layer.adapter_names:
-            if any(p.is_meta for p in layer.adapter_parameters(name)):
+        for name, adapter in layer.adapters.items():
+            if any(tensor.is_meta for _, tensor in adapter.tensors()):  # the frozen ones too
                 left = True
                 if name in layer.active_adapters and not layer.disable_adapters:
                     raise CheckpointError(

@@ -13,6 +13,7 @@ from torch import nn
 
 from peft.core.filling import no_collection
 from peft.core.layer.layer import BaseTunerLayer
+from peft.core.layer.switch import Switch
 
 
 @dataclass(slots=True)
@@ -30,16 +31,17 @@ class Site:
     path: str
     key: str
     module: nn.Module
-    wrappers: list[tuple[str, nn.Module]]
-    above: list[tuple[str, nn.Module]]
+    wrappers: list[tuple[str, Wrapper]]
+    above: list[tuple[str, Wrapper]]
 
 
-class AuxiliaryWrapper(nn.Module):
+class AuxiliaryWrapper(Switch, nn.Module):
     """Base of the wrappers that are no tuner layers; ``inner`` is the path to what they wrap."""
 
     inner = "original_module"
 
 
+Wrapper = BaseTunerLayer | AuxiliaryWrapper
 _WRAPPERS = (BaseTunerLayer, AuxiliaryWrapper)
 _PASSED = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
 
@@ -263,7 +265,7 @@ def join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def wrappers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def wrappers_of(model: nn.Module) -> Iterator[tuple[str, Wrapper]]:
     """All tuner layers and auxiliary wrappers with their paths, outer ones first."""
     for site in walk(model):
         yield from site.wrappers
@@ -278,7 +280,7 @@ def layers_of(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
             yield join(path, wrapper.inner.rpartition(".")[0]), layer
 
 
-def file_path(path: str, adapter: str, around: list[tuple[str, nn.Module]], wrapper: nn.Module | None = None) -> str:
+def file_path(path: str, adapter: str, around: list[tuple[str, Wrapper]], wrapper: Wrapper | None = None) -> str:
     """The path that a module would have if ``adapter`` were the only adapter of the model.
 
     Args:
@@ -291,7 +293,7 @@ def file_path(path: str, adapter: str, around: list[tuple[str, nn.Module]], wrap
     parts = path.split(".")
     for outer, other in reversed(around):
         held = isinstance(other, BaseTunerLayer) and adapter in other
-        if not held or method not in (None, type(other).adapter_cls):  # type: ignore[attr-defined]
+        if not held or method not in (None, type(other).adapter_cls):
             start = len(outer.split(".")) if outer else 0
             del parts[start : start + len(str(inner_name(other)).split("."))]
     return ".".join(parts)
@@ -304,8 +306,8 @@ def locate(model: nn.Module, key: str) -> Site:
         KeyError: if there is none.
     """
     path, module = "", model
-    above: list[tuple[str, nn.Module]] = []
-    wrappers: list[tuple[str, nn.Module]] = []
+    above: list[tuple[str, Wrapper]] = []
+    wrappers: list[tuple[str, Wrapper]] = []
     for part in [*key.split("."), None] if key else [None]:
         wrappers = []
         while inner := (inner_name(module) if isinstance(module, _WRAPPERS) else passed_through(module)):

@@ -13,7 +13,6 @@ import torch
 from peft.core.model.sequence import ARGUMENTS, cache_of, length_of
 from peft.core.prompts import caches
 from peft.core.prompts.calls import Calls, named
-from peft.core.prompts.feed import Feed
 
 
 class Generation:
@@ -90,17 +89,15 @@ class Generation:
         self.calls.accompany(feed, kwargs, input_ids, before=before, enter=enter, counted=True)
         if not enter:
             return prepare(input_ids, **kwargs)
+        table = self.model.get_input_embeddings()
         if decoder:
-            return self._first_decoder_step(feed, prepare(input_ids, **kwargs))
+            inputs = prepare(input_ids, **kwargs)
+            inputs["decoder_inputs_embeds"] = feed.join(feed.values, table(inputs.pop("decoder_input_ids")))
+            return inputs
         embeds = kwargs.pop("inputs_embeds", None)
-        embeds = self.model.get_input_embeddings()(input_ids) if embeds is None else embeds
+        embeds = table(input_ids) if embeds is None else embeds
         kwargs.update(inputs_embeds=feed.join(feed.values, embeds), is_first_iteration=True, next_sequence_length=None)
         return prepare(input_ids, **kwargs)
-
-    def _first_decoder_step(self, feed: Feed, inputs: dict[str, Any]) -> dict[str, Any]:
-        embeds = self.model.get_input_embeddings()(inputs.pop("decoder_input_ids"))
-        inputs["decoder_inputs_embeds"] = feed.join(feed.values, embeds)
-        return inputs
 
     def _with_more_room(self, prepare: Callable, *args: Any, **kwargs: Any) -> Any:
         """Have ``generate`` make its cache longer: one of fixed size is to hold the virtual tokens too."""

@@ -10,8 +10,8 @@ from torch import nn
 
 from peft.core.adapter import setting
 from peft.core.base.kinds import Kind
-from peft.core.combine.combined import resized
-from peft.tuners.lora.arrow_products import Pairs, mixed, stacked
+from peft.kernels.decompositions import resized
+from peft.tuners.lora.arrow_products import mixed, stacked
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.initialize import is_drawn
 from peft.tuners.lora.layer import Lora
@@ -22,12 +22,10 @@ class Experts(NamedTuple):
     """What tokens are routed over.
 
     Attributes:
-        pairs: A ``[r, in]`` and B ``[out, r]`` of each expert. directions: ``[experts, in]``.
-        stack: the same pairs in a :class:`Stack`.
+        directions: ``[experts, in]``. stack: A and B of each expert in a `Stack`; None where it outlives no call.
         stamp: changes when something does that they were made of. trains: gradients flow into the pairs.
     """
 
-    pairs: Pairs
     directions: torch.Tensor
     stack: Any
     stamp: tuple
@@ -92,7 +90,7 @@ class Arrow(Lora):
             return x.new_zeros(*x.shape[:-1], self.shape[0])
         experts = self.experts(adapters)
         flat = adapters[0].cast(x).reshape(-1, x.shape[-1])
-        y = mixed(flat, experts.directions, options.top_k, options.router_temperature, experts.pairs, experts.stack)
+        y = mixed(flat, experts.directions, options.top_k, options.router_temperature, experts.stack)
         return self.lora_dropout(y).view(*x.shape[:-1], -1)
 
     def experts(self, adapters: Sequence[Lora]) -> Experts:
@@ -113,8 +111,8 @@ class Arrow(Lora):
                 pairs = without_common(pairs, [adapter.pair() for adapter in general])
             known = kept is not None and kept.stamp == stamp
             directions = kept.directions if known else torch.stack([direction(a, b) for a, b in pairs])
-            made = Experts(pairs, directions, stacked(pairs, scales, trains), stamp, trains)
-        self.arrow_experts = made._replace(pairs=[], stack=None) if trains else made  # no graph outlives its call
+            made = Experts(directions, stacked(pairs, scales, self.arrow_config.top_k, trains), stamp, trains)
+        self.arrow_experts = made._replace(stack=None) if trains else made  # no graph outlives its call
         return made
 
     def named(self, names: Sequence[str] | None) -> list[Any]:

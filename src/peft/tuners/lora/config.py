@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -17,6 +18,7 @@ from peft.config import (
     TargetModules,
     TrainedBias,
     option,
+    patterned,
 )
 from peft.utils.error import ConfigError, ConfigTypeError
 from peft.utils.peft_types import PeftType, TaskType
@@ -30,6 +32,12 @@ def divisor(rank: float, rslora: bool) -> float:
 def whole(number: float) -> float:
     """A number as an int where it is one, as configs are written."""
     return int(number) if float(number).is_integer() else float(number)
+
+
+def rank_fields(ranks: Mapping[str, int], alphas: Mapping[str, float], alpha: str = "lora_alpha") -> dict[str, Any]:
+    """The fields of a config that say the rank and the alpha of each module; what its field for alpha is called."""
+    given = {module: whole(value) for module, value in alphas.items()}
+    return dict(zip(("r", "rank_pattern", alpha, "alpha_pattern"), (*patterned(ranks), *patterned(given))))
 
 
 @dataclass
@@ -191,6 +199,7 @@ class LoraConfig(TargetModules, ExcludeModules, FanInFanOut, TrainedBias, Module
 
     METHOD: ClassVar[PeftType] = PeftType.LORA
     OWN_BIAS: ClassVar[str] = "lora_only"
+    ALPHA: ClassVar[str] = "lora_alpha"
 
     r: int = option(8, "Rank of the update: the width between A and B.", minimum=1)
     lora_alpha: int = option(8, "Numerator of the scale s = lora_alpha / r that the update is multiplied by.", stuck=0)

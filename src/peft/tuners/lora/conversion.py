@@ -13,12 +13,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from peft.config import patterned
 from peft.core.adapter import Adapter
 from peft.core.base.stack import Stack
-from peft.core.combine.combined import factorize, resized
 from peft.core.combine.names import CombinationType, Vote, idle
-from peft.core.combine.ranks import product_svd, shared_ranks
 from peft.core.combine.ways import Combination, Part
 from peft.core.files.entries import anatomy, configs_of
 from peft.core.files.io import PREFIX, write_adapter
@@ -29,8 +26,9 @@ from peft.core.model import operations
 from peft.core.model.auxiliary import ModulesToSaveWrapper, TrainableTokensWrapper, bias_sites, biases_of
 from peft.core.model.targeting import exact_targets
 from peft.core.model.walk import bare, layers_of, walk
+from peft.kernels.decompositions import factorize, product_svd, resized, shared_ranks
 from peft.tools.footprint import meta_copy
-from peft.tuners.lora.config import LoraConfig
+from peft.tuners.lora.config import LoraConfig, rank_fields
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.lora.pairs import join_pair, pair_blocks
@@ -152,8 +150,10 @@ def _converted(
     ranks = {
         place: down.shape[0] * down.shape[1] // _experts(places[place][0][0]) for place, (down, _) in pairs.items()
     }
-    biased = any(shift is not None for shift in shifts.values())
-    lora = _lora_config(_kept(model, root, names, places), ranks, biased)
+    kept = _kept(model, root, names, places)
+    if any(shift is not None for shift in shifts.values()):
+        kept["lora_bias"] = True
+    lora = LoraConfig(**rank_fields(ranks, ranks), **kept)
     return Conversion(lora, _written(model, root, lora, _holder(model, root, names), pairs, shifts), errors)
 
 
@@ -384,12 +384,6 @@ def _explaining(values: torch.Tensor, share: float) -> int:
 
 
 # --- what it becomes ------------------------------------------------------------------------------------------
-
-
-def _lora_config(kept: dict[str, Any], ranks: dict[str, int], biased: bool) -> LoraConfig:
-    common, others = patterned(ranks)
-    kept = {**kept, "lora_bias": True} if biased else kept
-    return LoraConfig(r=common, lora_alpha=common, rank_pattern=others, alpha_pattern=dict(others), **kept)
 
 
 def _written(

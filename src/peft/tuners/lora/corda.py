@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from peft.config import resolve_pattern
 from peft.core.base.kinds import kind_of
 from peft.core.base.storage import storage_of
 from peft.core.model.targeting import Target
@@ -67,7 +66,7 @@ def preprocess_corda(
             covariances = measured(seen, run_model, options.use_float16_for_covariance)
         write_cache(covariances, options.covariance_file)
     for name, target in tqdm(targets.items(), desc="CorDA", disable=not options.verbose and len(targets) < 32):
-        rank = resolve_pattern(lora_config.rank_pattern, name, lora_config.r)
+        rank = lora_config.rank_at(name)
         # Each is `[in, in]`: none is kept longer than it is needed.
         covariance = covariances[name] if not options.prune_temporary_fields else covariances.pop(name)
         target.module.__dict__["eigens"] = _eigens(target, covariance, rank, options)

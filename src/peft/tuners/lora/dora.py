@@ -39,7 +39,7 @@ class Dora(Lora):
         super().make_pair(config)
         with torch.no_grad():
             norm = torch.empty(self.shape[0])  # a file will bring it
-            if not ((is_drawn(config) and skip_values()) or self.pair()[0].is_meta):
+            if not ((is_drawn(config) and skip_values()) or next(self.parameters()).is_meta):
                 base = self.base_weight()  # without values where another process has them, and will send them
                 norm = norm.to("meta") if base.is_meta else self.norm(base)
         self.lora_magnitude_vector = magnitudes(norm, self.kind.lookup, len(self.shape) - 2)

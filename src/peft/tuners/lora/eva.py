@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft.config import resolve_pattern
+from peft.compat import innermost
 from peft.core.files.entries import configs_of
-from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.parallel import several_processes
 from peft.core.model.walk import layers_of
 from peft.tuners.lora.anew import start_from
@@ -96,6 +95,7 @@ def get_eva_state_dict(
         raise ValueError("peft_config is needed for a model without adapters.")
     options = config.eva_config or EvaConfig()
     layers, kinds, ranks = _layers(model, config, adapter_name)
+    shapes = {name: kind.shape(innermost(layers[name])) for name, kind in kinds.items()}
     state: dict[str, Any] = {}
     several = gather_distributed_inputs and several_processes()
 
@@ -107,13 +107,13 @@ def get_eva_state_dict(
     def take(name: str, x: torch.Tensor) -> torch.Tensor:
         chosen = prepare_layer_inputs_fn
         function = chosen.get(name) if isinstance(chosen, dict) else chosen
-        if function is None or len(kinds[name].shape(base_of(layers[name]))) > 2:
-            found = rows(kinds[name], base_of(layers[name]), x)
+        if function is None or len(shapes[name]) > 2:
+            found = rows(kinds[name], innermost(layers[name]), x)
         else:
             found = function(x, state["inputs"], name)
         return gathered(found) if several else found
 
-    most = {n: min(round(r * options.rho), *_sizes(kinds[n], layers[n])) for n, r in ranks.items()}
+    most = {n: min(round(r * options.rho), math.prod(shapes[n][1:])) for n, r in ranks.items()}
     watched = Watched(model, layers, ranks, most, options.tau, run, take)
     components, given = watched.components(dataloader, show_progress_bar)
     found = {}
@@ -168,11 +168,6 @@ def initialize_lora_eva_weights(
     start_from(model, config, adapter_name, _layers(model, config, adapter_name)[0], eva_state_dict)
 
 
-def base_of(module: nn.Module) -> nn.Module:
-    """The base layer of an adapted layer, and a plain one itself."""
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-
-
 def _layers(model: nn.Module, config: LoraConfig, name: str) -> tuple[dict[str, nn.Module], dict, dict[str, int]]:
     """The layers to look at by module name, their kinds, and their ranks now."""
     adapted = {path: layer for path, layer in layers_of(model) if isinstance(layer, LoraLayer) and name in layer}
@@ -188,13 +183,8 @@ def _layers(model: nn.Module, config: LoraConfig, name: str) -> tuple[dict[str, 
         ranks = {path: layer.r[name] for path, layer in adapted.items()}
         return dict(adapted), {path: layer.kind for path, layer in adapted.items()}, ranks
     targets = targets_of(model, config, "eva")
-    ranks = {key: resolve_pattern(config.rank_pattern, key, config.r) for key in targets}
+    ranks = {key: config.rank_at(key) for key in targets}
     return {k: t.module for k, t in targets.items()}, {k: t.kind for k, t in targets.items()}, ranks
-
-
-def _sizes(kind: Any, module: nn.Module) -> tuple[int, ...]:
-    shape = kind.shape(base_of(module))
-    return (math.prod(shape[1:]),)
 
 
 def _moved(batch: Any, model: nn.Module) -> Any:

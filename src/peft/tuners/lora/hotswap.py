@@ -268,7 +268,7 @@ def _pair(
         raise CheckpointError(f"Hot swapping the adapter did not succeed: {key!r} has only one of its two factors.")
     lora: Any = layer.adapters[name]
     (a, b), (experts, groups) = lora.held_pair(), pair_blocks(lora)
-    rank = resolve_pattern(config.rank_pattern, key, config.r)
+    rank = config.rank_at(key)
     shapes: tuple = (rank * experts, *a.shape[1:]), (b.shape[0], rank * experts // groups, *b.shape[2:])
     if lora.fixed_rank:
         shapes = a.shape, b.shape
@@ -286,7 +286,7 @@ def _pair(
 
 def _swap_pair(found: _Found, pair: tuple[torch.Tensor, torch.Tensor] | None, name: str, config: Any) -> None:
     _, key, layer = found
-    rank = resolve_pattern(config.rank_pattern, key, config.r)
+    rank = config.rank_at(key)
     if name not in layer.tied_to:
         lora: Any = layer.adapters[name]
         if not lora.fixed_rank:
@@ -300,7 +300,7 @@ def _swap_pair(found: _Found, pair: tuple[torch.Tensor, torch.Tensor] | None, na
             b.zero_()
             if layer.lora_bias[name]:
                 layer.lora_B[name].bias.zero_()
-    alpha = resolve_pattern(config.alpha_pattern, key, config.lora_alpha)
+    alpha = config.alpha_at(key)
     layer.put(name, r=rank, lora_alpha=alpha, use_rslora=config.use_rslora)
     if isinstance(layer.scaling[name], torch.Tensor):  # prepared: a compiled graph reads this tensor
         layer.scaling[name].fill_(layer._initial(name))

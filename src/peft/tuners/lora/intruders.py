@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from peft.core.combine.ranks import svd
 from peft.core.files.entries import anatomy
 from peft.core.files.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.core.layer.weight import base_weight
 from peft.core.model.walk import layers_of
+from peft.kernels.decompositions import svd
 from peft.tuners.lora.factors import factors_of
 from peft.tuners.lora.layer import LoraLayer
 

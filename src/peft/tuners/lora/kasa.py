@@ -11,10 +11,10 @@ from torch import nn
 
 from peft.core.adapter import part, setting
 from peft.core.base.kinds import Kind, fan
-from peft.core.combine.ranks import orthogonality, svd
 from peft.core.filling import skip_values
 from peft.core.layer.buffers import BufferDict
 from peft.kernels import Factors
+from peft.kernels.decompositions import orthogonality, svd
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.initialize import rewrites
 from peft.tuners.lora.layer import Lora

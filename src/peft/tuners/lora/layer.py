@@ -11,7 +11,6 @@ from torch import nn
 
 from peft.compat.asked import Asked, is_replaced, is_theirs
 from peft.compat.methods import LoraLayerCompat, LoraVariantCompat
-from peft.config import resolve_pattern
 from peft.core.adapter import Adapter, input_dropout, part, setting
 from peft.core.base.kinds import Kind
 from peft.core.base.stack import Stack
@@ -127,8 +126,8 @@ class Lora(LoraVariantCompat, Scaled):
         return f"{cls.needs_dense_pair}, but {reason}" if reason else None
 
     def create(self, config: LoraConfig, key: str) -> None:
-        self.r = resolve_pattern(config.rank_pattern, key, config.r)
-        self.lora_alpha = resolve_pattern(config.alpha_pattern, key, config.lora_alpha)
+        self.r = config.rank_at(key)
+        self.lora_alpha = config.alpha_at(key)
         self.lora_dropout = config.lora_dropout
         self.use_rslora, self.use_dora, self.lora_bias = config.use_rslora, config.use_dora, config.lora_bias
         self.scaling = self.initial_scaling()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from peft.core.combine.ranks import halves, svd
+from peft.kernels.decompositions import halves, svd
 
 
 BLOCK = 64

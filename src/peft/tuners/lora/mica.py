@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from peft.core.base.kinds import Kind
-from peft.core.combine.ranks import svd
 from peft.core.filling import skip_values
+from peft.kernels.decompositions import svd
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import Lora
 from peft.utils.error import ConfigError

@@ -13,15 +13,7 @@ import torch
 from torch import nn
 
 from peft.compat.methods import LoraCompat, beside_start
-from peft.core.combine.combined import (
-    add_combined,
-    checked_weights,
-    combined_config,
-    factorize,
-    factorize_product,
-    resized,
-    tuner_layers,
-)
+from peft.core.combine.combined import add_combined, checked_weights, combined_config, tuner_layers
 from peft.core.combine.names import CombinationType, Vote, idle
 from peft.core.combine.ways import Combination
 from peft.core.files.io import load_peft_weights
@@ -30,6 +22,7 @@ from peft.core.model import operations
 from peft.core.model.manager import check_adapter_name
 from peft.core.model.registry import define_tuner
 from peft.core.model.tuner import BaseTuner
+from peft.kernels.decompositions import factorize, factorize_product, resized
 from peft.tuners.lora.config import LoraConfig, divisor
 from peft.tuners.lora.initialize import is_repeatable, rewrites
 from peft.tuners.lora.kasa import Kasa

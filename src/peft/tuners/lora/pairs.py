@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from peft.core.adapter import Adapter
-from peft.core.combine.combined import resized
+from peft.kernels.decompositions import resized
 
 
 if TYPE_CHECKING:

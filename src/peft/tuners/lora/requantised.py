@@ -12,11 +12,11 @@ from torch import nn
 from transformers.utils import cached_file
 
 from peft.core.base.storage.quantized import Quantized
-from peft.core.combine.ranks import halves, svd
-from peft.core.files.shards import SINGLE, Shards
 from peft.core.layer.weight import unmerged_weight
 from peft.core.model.operations import require_adapters
 from peft.core.model.walk import layers_of
+from peft.kernels.decompositions import halves, svd
+from peft.tools.shards import SINGLE, Shards
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.model import LoraTuner
 from peft.utils.error import MissingFileError

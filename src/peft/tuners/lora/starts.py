@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from peft.core.combine.ranks import halves, svd
+from peft.kernels.decompositions import halves, svd
 
 
 Pair = tuple[torch.Tensor, torch.Tensor]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from peft.core.combine.ranks import product_svd
+from peft.kernels.decompositions import product_svd
 from peft.tuners.lora.factors import factors_of
 from peft.tuners.lora.intruders import beside, plain_layers
 from peft.utils.meanwhile import having, in_mode

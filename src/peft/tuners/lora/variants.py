@@ -43,43 +43,29 @@ class Theirs(Lora):
         return self.kind.orient(stored, self.base)
 
 
-VARIANTS: tuple[type[Lora], ...] = (
-    ALora,
-    Dora,
-    Gated,
-    Arrow,
-    Kasa,
-    VeLora,
-    MonteCLora,
-    BdLora,
-    QaLora,
-    Mica,
-)
+_NAMES: dict[type[Lora], str] = {
+    ALora: "ALoraLinearVariant",
+    Dora: "DoraLinearVariant DoraEmbeddingVariant DoraConv1dVariant DoraConv2dVariant DoraConv3dVariant",
+    Gated: "",
+    Arrow: "ArrowLinearVariant",
+    Kasa: "KasaLinearVariant",
+    VeLora: "VeloraLinearVariant",
+    MonteCLora: "MontecloraLinearVariant",
+    BdLora: "BdLoraLinearVariant",
+    QaLora: "QALoraLinearVariant",
+    Mica: "MiCALinearVariant MiCAEmbeddingVariant",
+}
+"""Variant -> its names in 0.21, which tests of variants, and copies of a layer's forward, import from here."""
+
+VARIANTS = tuple(_NAMES)
 
 for variant in (*VARIANTS, Theirs):
     check_names(variant, LoraLayer)
 Lora.variants[:] = VARIANTS
 Lora.of_others = Theirs
 
-# By the names of 0.21, which tests of variants, and copies of a layer's forward, import from here.
-vars().update(
-    standing_for(ALora, "ALoraLinearVariant")
-    | standing_for(Arrow, "ArrowLinearVariant")
-    | standing_for(BdLora, "BdLoraLinearVariant")
-    | standing_for(
-        Dora,
-        "DoraLinearVariant",
-        "DoraEmbeddingVariant",
-        "DoraConv1dVariant",
-        "DoraConv2dVariant",
-        "DoraConv3dVariant",
-    )
-    | standing_for(Kasa, "KasaLinearVariant")
-    | standing_for(Mica, "MiCALinearVariant", "MiCAEmbeddingVariant")
-    | standing_for(MonteCLora, "MontecloraLinearVariant")
-    | standing_for(QaLora, "QALoraLinearVariant")
-    | standing_for(VeLora, "VeloraLinearVariant")
-)
+for variant, names in _NAMES.items():
+    vars().update(standing_for(variant, *names.split()))
 
 
 def calculate_alora_offsets(

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from peft.config import PeftConfig, option
-from peft.utils.error import ConfigError
 from peft.utils.peft_types import PeftType
 from peft.utils.warning import PeftWarning
 
@@ -40,7 +39,9 @@ class XLoraConfig(PeftConfig):
     use_trainable_adapters: bool = option(
         False, "Whether the experts are trained along with the classifier; the file then holds them too."
     )
-    softmax_temperature: float = option(1.0, "What the classifier's outputs are divided by before the softmax.")
+    softmax_temperature: float = option(
+        1.0, "What the classifier's outputs are divided by before the softmax.", above=0
+    )
     top_k_lora: int | None = option(
         None, "How many experts act on a token, those with the largest weights; all if left out.", minimum=1
     )
@@ -51,10 +52,6 @@ class XLoraConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.softmax_temperature <= 0:
-            raise ConfigError(
-                f"XLoraConfig: softmax_temperature={self.softmax_temperature} is not valid; it has to be above 0."
-            )
         if self.enable_softmax_topk and self.top_k_lora is None:
             warnings.warn("enable_softmax_topk has no effect without top_k_lora.", PeftWarning)
         if self.enable_softmax_topk and self.enable_softmax:

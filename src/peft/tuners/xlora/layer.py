@@ -10,6 +10,7 @@ from torch import nn
 
 from peft.core.adapter import Adapter
 from peft.core.base.kinds import Kind
+from peft.core.gates import mean_of_tokens
 from peft.core.model.context import Context
 from peft.kernels import Factors
 from peft.tuners.lora.layer import Lora, LoraLayer
@@ -141,9 +142,7 @@ def by_position(weights: torch.Tensor, change: torch.Tensor, context: Context) -
         return weights.reshape(-1, 1)
     if len(change) != batch:
         return None
-    mask = context.padding(batch, tokens, weights.device)
-    mask = torch.ones_like(weights) if mask is None else mask
-    mean = (weights * mask).sum(1) / mask.sum(1).clamp(min=1)
+    mean = mean_of_tokens(weights.unsqueeze(-1), context.padding(batch, tokens, weights.device))
     return mean.view(-1, *[1] * (change.dim() - 1))
 
 

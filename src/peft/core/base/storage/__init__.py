@@ -60,10 +60,10 @@ def storage_of(m: nn.Module, attribute: str) -> Storage:
     return found
 
 
-def device_of(m: nn.Module, attribute: str = "weight") -> torch.device:
-    """Where a module computes with a weight, which may be kept elsewhere meanwhile."""
-    device, _ = storage_of(m, attribute).device_and_dtype(m, attribute)
-    return getattr(m, attribute).device if device is None else device
+def device_of(m: nn.Module) -> torch.device:
+    """Where a module computes with its weight, which may be kept elsewhere meanwhile."""
+    device, _ = storage_of(m, "weight").device_and_dtype(m, "weight")
+    return m.weight.device if device is None else device
 
 
 def _inside(m: nn.Module, attribute: str) -> Storage:

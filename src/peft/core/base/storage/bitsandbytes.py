@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from peft.core.base.storage.quantized import Quantized, is_from
+from peft.core.base.storage.quantized import Quantized
 
 
 class BitsAndBytes4bit(Quantized):
@@ -21,12 +21,10 @@ class BitsAndBytes4bit(Quantized):
 
     name = "bitsandbytes"
     layer_name = "Linear4bit"
+    linears: ClassVar[tuple[tuple[str, str], ...]] = (("bitsandbytes", "Linear4bit"),)
     fresh_output = True
     install = "'bitsandbytes>=0.50'"
     slots: ClassVar[tuple[str, ...]] = ("weight", "quant_state")
-
-    def matches(self, m: nn.Module, attribute: str) -> bool:
-        return attribute == "weight" and is_from(m, "bitsandbytes", "Linear4bit")
 
     def read(self, m: nn.Module, attribute: str) -> torch.Tensor:
         weight: Any = m.weight
@@ -91,12 +89,10 @@ class BitsAndBytes8bit(Quantized):
 
     name = "bitsandbytes"
     layer_name = "Linear8bitLt"
+    linears: ClassVar[tuple[tuple[str, str], ...]] = (("bitsandbytes", "Linear8bitLt"),)
     fresh_output = True
     install = "'bitsandbytes>=0.50'"
     slots: ClassVar[tuple[str, ...]] = ("weight", "state")
-
-    def matches(self, m: nn.Module, attribute: str) -> bool:
-        return attribute == "weight" and is_from(m, "bitsandbytes", "Linear8bitLt")
 
     def read(self, m: nn.Module, attribute: str) -> torch.Tensor:
         weight: Any = m.weight

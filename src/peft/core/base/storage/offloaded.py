@@ -149,9 +149,6 @@ class Offloaded(Storage):
     def compute_dtype(self, m: nn.Module, attribute: str) -> torch.dtype | None:
         return self.inner.compute_dtype(m, attribute)
 
-    def output_may_be_overwritten(self, m: nn.Module, attribute: str) -> bool:
-        return False  # the hook has it last
-
     def holds_updates_exactly(self, m: nn.Module, attribute: str) -> bool:
         device = self.device_and_dtype(m, attribute)[0]
         return self.inner.holds_updates_exactly(m, attribute) and not (device and is_autocast(device.type))

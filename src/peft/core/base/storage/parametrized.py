@@ -74,17 +74,11 @@ class Parametrized(Storage):
         with self._given(m, mine):
             return super().call(m, {k: v for k, v in tensors.items() if k not in mine}, args, kwargs)
 
-    def output_may_be_overwritten(self, m: nn.Module, attribute: str) -> bool:
-        return False
-
     def tensors(self, m: nn.Module, attribute: str) -> list[torch.Tensor]:
-        return self._originals(m, attribute)
+        return [t for *_, t in self._slots(m, attribute)]
 
-    def device_and_dtype(self, m: nn.Module, attribute: str) -> tuple[torch.device | None, torch.dtype | None]:
-        anchor = next(iter(self._originals(m, attribute)), None)
-        if anchor is None:
-            return None, None
-        return None if anchor.is_meta else anchor.device, anchor.dtype if anchor.is_floating_point() else None
+    def anchor(self, m: nn.Module, attribute: str) -> torch.Tensor | None:
+        return next(iter(self.tensors(m, attribute)), None)
 
     # --- what the two ways of torch do differently ------------------------------------------------------------
     def _function(self, m: nn.Module, attribute: str) -> nn.Module:
@@ -97,9 +91,6 @@ class Parametrized(Storage):
             held for part in self._function(m, attribute).modules() for held in (part._parameters, part._buffers)
         )
         return [(holder, name, t) for holder in holders for name, t in holder.items() if t is not None]
-
-    def _originals(self, m: nn.Module, attribute: str) -> list[torch.Tensor]:
-        return [t for *_, t in self._slots(m, attribute)]
 
     def _assign(self, m: nn.Module, attribute: str, value: torch.Tensor) -> None:
         self._function(m, attribute).right_inverse(value)

@@ -139,14 +139,17 @@ class Storage:
 
         Codes have no dtype to follow, so parts beside them stay in float32, as in QLoRA.
         """
-        anchor = getattr(m, attribute, None)
-        if not isinstance(anchor, torch.Tensor):
-            anchor = next(itertools.chain(m.parameters(), m.buffers()), None)
+        anchor = self.anchor(m, attribute)
         if anchor is None:
             return None, None
         # float8 is no dtype to train in
         floating = self.name is None and anchor.is_floating_point() and anchor.dtype.itemsize > 1
         return None if anchor.is_meta else anchor.device, anchor.dtype if floating else None
+
+    def anchor(self, m: nn.Module, attribute: str) -> torch.Tensor | None:
+        """A tensor that is where, and as wide as, the weight is; of a module without that weight, its first one."""
+        weight = getattr(m, attribute, None) if attribute else None
+        return weight if isinstance(weight, torch.Tensor) else next(itertools.chain(m.parameters(), m.buffers()), None)
 
     def linear_shape(self, m: nn.Module) -> tuple[int, int]:
         """``(out, in)`` of one of ``linears``."""
@@ -207,7 +210,8 @@ class Plain(Storage):
 
     def holds_updates_exactly(self, m: nn.Module, attribute: str) -> bool:
         # Under autocast the product has 16 bits, whatever the weight has.
-        weight = getattr(m, attribute, None)
+        weight = m._parameters.get(attribute)
+        weight = getattr(m, attribute, None) if weight is None else weight
         return isinstance(weight, torch.Tensor) and weight.dtype.itemsize >= 4 and not is_autocast(weight.device.type)
 
     def keep(self, m: nn.Module, attribute: str) -> tuple[nn.Parameter, torch.Tensor]:

@@ -73,9 +73,8 @@ class Distributed(Storage):
     def holds_updates_exactly(self, m: nn.Module, attribute: str) -> bool:
         return False  # an update would have to be gathered with it
 
-    def device_and_dtype(self, m: nn.Module, attribute: str) -> tuple[torch.device | None, torch.dtype | None]:
-        local = getattr(m, attribute).to_local()
-        return None if local.is_meta else local.device, local.dtype if local.is_floating_point() else None
+    def anchor(self, m: nn.Module, attribute: str) -> torch.Tensor:
+        return getattr(m, attribute).to_local()
 
 
 def is_dtensor(value: Any) -> bool:
@@ -187,12 +186,8 @@ class FSDP1(Storage):
             "model without FSDP, and merge there."
         )
 
-    def output_may_be_overwritten(self, m: nn.Module, attribute: str) -> bool:
-        return False
-
-    def device_and_dtype(self, m: nn.Module, attribute: str) -> tuple[torch.device | None, torch.dtype | None]:
-        flat = next(m.parameters())
-        return flat.device, flat.dtype
+    def anchor(self, m: nn.Module, attribute: str) -> torch.Tensor:
+        return next(m.parameters())
 
 
 class ZeRO3(Storage):
@@ -235,10 +230,6 @@ class ZeRO3(Storage):
 
     def output_may_be_overwritten(self, m: nn.Module, attribute: str) -> bool:
         return False
-
-    def device_and_dtype(self, m: nn.Module, attribute: str) -> tuple[torch.device | None, torch.dtype | None]:
-        parameter = getattr(m, attribute)
-        return parameter.device, parameter.dtype if parameter.is_floating_point() else None
 
 
 class _Bare(nn.Module):

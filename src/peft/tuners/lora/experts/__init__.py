@@ -12,10 +12,7 @@ conversions say which modules went where; from them follows what a LoRA made for
 from __future__ import annotations
 
 from peft.tuners.lora.experts.configs import convert_config_for, convert_peft_config_for_transformers
-from peft.tuners.lora.experts.files import (
-    build_peft_weight_mapping,
-    convert_peft_adapter_state_dict_for_transformers,
-)
+from peft.tuners.lora.experts.files import build_peft_weight_mapping, convert_peft_adapter_state_dict_for_transformers
 from peft.tuners.lora.experts.operations import FlattenDims, PeftConcatenate, PermuteDims
 
 

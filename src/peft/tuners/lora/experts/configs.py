@@ -11,11 +11,10 @@ from torch import nn
 from peft.config import resolve_pattern
 from peft.core.base.kinds import kind_of
 from peft.core.files.renaming import update_names
-from peft.core.model.targeting import all_linear, matches, selected
+from peft.core.model.targeting import all_linear, matches, means_all_linear, selected
 from peft.core.model.walk import join, walk
 from peft.tuners.lora.config import divisor, whole
 from peft.tuners.lora.experts.fused import Fused, aliases, conversions_of, fused_in
-from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.peft_types import PeftType
 
 
@@ -40,7 +39,7 @@ def convert_peft_config_for_transformers(peft_config: Any, model: nn.Module, con
     if not fused:
         return
     is_lora = peft_config.peft_type == PeftType.LORA
-    if isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+    if means_all_linear(targets):
         if not is_lora:
             return
         peft_config.target_modules = _were_linear(model, fused) | all_linear(model, peft_config.task_type)

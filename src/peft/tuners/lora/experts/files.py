@@ -10,7 +10,7 @@ from torch import nn
 
 from peft.core.files.entries import anatomy
 from peft.core.files.io import PREFIX
-from peft.core.model.targeting import matches
+from peft.core.model.targeting import matches, means_all_linear
 from peft.core.model.walk import join, walk
 from peft.tuners.lora.experts.fused import Fused, aliases, conversions_of, fused_in, understood
 from peft.tuners.lora.experts.operations import (
@@ -24,7 +24,6 @@ from peft.tuners.lora.experts.operations import (
     WeightRenaming,
     block_diagonal,
 )
-from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING, RENAMED_METHODS, PeftType
 
 
@@ -134,9 +133,7 @@ def _may_mean(config: Any, conversion: Any, conversions: list[Any]) -> bool:
         inside = source.removesuffix(".weight").lstrip(".").replace("*", "0")
         block = f"model.layers.0.{inside}" if inside.startswith("mlp.") else f"model.layers.0.mlp.{inside}"
         names += aliases(block, conversions)
-    if isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
-        return True
-    return any(matches(targets, name) for name in names)
+    return means_all_linear(targets) or any(matches(targets, name) for name in names)
 
 
 def convert_peft_adapter_state_dict_for_transformers(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 import warnings
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import nn
 
 from peft._version import __version__
 from peft.core.files.io import replacing
+from peft.core.files.renaming import is_of_transformers
 from peft.options import value_of
 
 
@@ -68,7 +68,7 @@ def _facts(model: Any, tags: list[str]) -> dict[str, Any]:
     new = [_BASE_TAG + origin] if origin else []
     new += dict.fromkeys(c.method_name.lower() for c in configs)
     new += [tag for tag in getattr(base, "model_tags", None) or () if tag not in new]  # of trainers
-    new += ["transformers"] if _of_transformers(base) else []
+    new += ["transformers"] if is_of_transformers(base) else []
     own = [tag for tag in tags if tag not in new and not (origin and tag.startswith(_BASE_TAG))]
     facts: dict[str, Any] = {"base_model": origin} if origin else {}
     facts["library_name"] = "peft"
@@ -77,12 +77,6 @@ def _facts(model: Any, tags: list[str]) -> dict[str, Any]:
         facts["pipeline_tag"] = _PIPELINES[task]
     facts["tags"] = [*own, *new]
     return facts
-
-
-def _of_transformers(base: nn.Module) -> bool:
-    """Whether it is a model of transformers, without importing that."""
-    library = sys.modules.get("transformers.modeling_utils")
-    return library is not None and isinstance(base, library.PreTrainedModel)
 
 
 def _with_quantization(text: str, model: Any) -> str:

@@ -8,14 +8,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from peft.core.composition import adding
-from peft.core.composition.config import CompositionConfig
-from peft.core.composition.expressions import Composition, Fuse, unused
+from peft.composition import adding
+from peft.composition.config import CompositionConfig
+from peft.composition.expressions import Fuse, unused
+from peft.core.composition import Composition
 from peft.core.files.io import CONFIG_NAME
 from peft.core.model import operations
 from peft.core.model.context import BASE
-from peft.core.model.mixin import ModelMixin
 from peft.core.model.record import behind, context_of
+from peft.model_mixin import ModelMixin
 
 
 def beside(model_id: Any, name: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft.composition.config import CompositionConfig
+from peft.composition.expressions import Fuse, Split
+from peft.composition.layers import check_members
 from peft.core.blocks.blocks import CROSS, find_blocks
 from peft.core.blocks.extent import extent_of
-from peft.core.composition.config import CompositionConfig
-from peft.core.composition.expressions import Composition, Fuse, Split
-from peft.core.layer.composed import check_members
+from peft.core.composition import Composition
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model import operations
 from peft.core.model.auxiliary import TrainableTokensWrapper

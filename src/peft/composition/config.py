@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from peft.composition.expressions import from_dict
 from peft.config import ModulesToSave, option
-from peft.core.composition.expressions import Composition, from_dict
+from peft.core.composition import Composition
 from peft.utils.error import ConfigError
 from peft.utils.peft_types import CONFIGS_OF_NO_METHOD
 

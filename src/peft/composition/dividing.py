@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from peft.core.composition.expressions import Composition, copies, rows_of
+from peft.composition.expressions import copies, rows_of
+from peft.core.composition import Composition
 
 
 NOT_OF_ROWS = ("cache_position", "logits_to_keep", "past_key_values")
