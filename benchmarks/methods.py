@@ -4,7 +4,8 @@
 
 The table goes to ``benchmarks/RESULTS.md`` (between the marks there) unless ``--methods`` picks some rows: those are
 printed only, or written too with ``--write``, and take the place of what the file of ``--json`` has of them.
-``--clock cpu`` measures CPU time, for machines with other work.
+``--clock cpu`` measures CPU time, for machines with other work. ``--tiny`` measures what the calls cost instead: see
+`TINY`.
 
 All weight methods, and the methods of blocks and prompts that need no more than a config, on a LLaMA-shaped model of 6
 layers, width 576, 9 heads (3 key-value), 1,536 inner, a vocabulary of 2,000, float32, with random weights; 4 x 128
@@ -129,6 +130,32 @@ ELSEWHERE: dict[str, dict[str, Any]] = {
 """Methods whose paper puts them on other layers; X-LoRA weighs two LoRAs on all linear layers."""
 
 
+TINY: dict[str, int] = {"layers": 6, "width": 64, "inner": 128, "heads": 4, "kv_heads": 2, "vocab": 100}
+"""A model whose arithmetic takes no time, for ``--tiny``: one row of 8 tokens in training, and a single token without
+gradients, as in generation. What a step costs above the floor is then the calls that a method makes."""
+
+SMALLER: dict[str, dict[str, Any]] = {
+    "adamss": {"r": 16},
+    "c3a": {"block_size": 16},
+    "compacter": {"reduction_factor": 8},
+    "lora_xs": {"r": 16},
+    "lora[velora]": {"velora_config": {"num_groups": 8}},
+    "miss": {"r": 16},
+    "miss[bat]": {"r": 16},
+    "psoft": {"r": 16},
+    "pvera": {"r": 32},
+    "randlora": {"r": 8},
+    "road": {"variant": "road_1", "group_size": 32},
+    "shira": {"r": 4},
+    "unilora": {"theta_d_length": 1000},
+    "vblora": {"vector_length": 16},
+    "vera": {"r": 32},
+    "waveft": {"n_frequency": 256},
+    "xlora": {"hidden_size": 64},
+}
+"""Fields that the layers of the tiny model are too narrow for."""
+
+
 def rows() -> dict[str, tuple[str, dict[str, Any]]]:
     """Every registered weight method, and the rows above: name -> registered method and fields of its config."""
     import peft.tuners  # noqa: F401
@@ -143,8 +170,8 @@ def rows() -> dict[str, tuple[str, dict[str, Any]]]:
     return {**found, **METHODS}
 
 
-def adapted(method: str, fields: dict[str, Any]) -> Any:
-    """The model with one adapter in training, moved off its start so that no factor is zero."""
+def adapted(method: str, fields: dict[str, Any], size: dict[str, int]) -> Any:
+    """The model of a size with one adapter in training, moved off its start so that no factor is zero."""
     import torch
     from _common import llama
 
@@ -154,12 +181,12 @@ def adapted(method: str, fields: dict[str, Any]) -> Any:
     given = {"target_modules": LINEARS, **fields}
     if given["target_modules"] is None:
         del given["target_modules"]
-    base = llama()
+    base = llama(**size)
     if method == "arrow":
         return routed(base, given)
     with tempfile.TemporaryDirectory() as folder:
         if method == "xlora":
-            given["adapters"] = {str(i): saved_lora(f"{folder}/{i}") for i in range(2)}
+            given["adapters"] = {str(i): saved_lora(f"{folder}/{i}", size) for i in range(2)}
             base.config.use_cache = False
         ready = given.pop("ready", None)  # a union that has a name of its own
         config = (
@@ -198,61 +225,102 @@ def routed(base: Any, fields: dict[str, Any]) -> Any:
     return model.requires_grad_(False).train()
 
 
-def saved_lora(folder: str) -> str:
+def saved_lora(folder: str, size: dict[str, int]) -> str:
     """The folder, with a LoRA in it."""
-    adapted("lora", HYPERPARAMETERS["lora"]).save_pretrained(folder)
+    adapted("lora", HYPERPARAMETERS["lora"], size).save_pretrained(folder)
     return folder
 
 
-def answer(method: str, fields: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], object] | None]:
-    """Bytes and counts of a method, and its training step; an error, and None, where it cannot be measured."""
+def answer(work: Work, method: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """Bytes and counts of a method, whose model and training step the work takes up; an error where it cannot."""
     import torch
-    from _common import floor_step, saved_bytes, tokens, training_step
+    from _common import floor_step, saved_bytes, training_step
 
-    ids = tokens()
+    ids = work.ids
     try:
-        model = adapted(method, fields)
+        work.model = model = adapted(method, fields, work.size)
         extra = {"task_ids": torch.zeros(len(ids), dtype=torch.long)} if "n_tasks" in fields else {}
         trains = any(p.requires_grad for p in model.parameters())
-        step = training_step(model, ids, **extra) if trains else floor_step(model, ids)
-        step()
+        work.step = training_step(model, ids, **extra) if trains else floor_step(model, ids)
+        work.forward = forward(model, ids, **extra)
+        work.step()
     except Exception as error:
         traceback.print_exc()
-        return {"error": f"{type(error).__name__}: {error}"}, None
+        work.step = None
+        return {"error": f"{type(error).__name__}: {error}"}
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return {"trainable": trained, "bytes": saved_bytes(step, model)}, step
+    return {"trainable": trained, "bytes": saved_bytes(work.step, model)}
 
 
-def work(threads: int) -> None:
+def forward(model: Any, ids: Any, **kwargs: Any) -> Callable[[], object]:
+    """A call with the first token of each row, without gradients, as a step of generation is one."""
+    import torch
+
+    def call() -> object:
+        with torch.no_grad():
+            return model(input_ids=ids[:, :1], **kwargs)
+
+    return call
+
+
+class Work:
+    """What a process measures: the steps of one method after another, and those of the frozen model."""
+
+    step: Callable[[], object] | None = None
+    model: Any = None
+
+    def __init__(self, tiny: bool) -> None:
+        from _common import floor_step, llama, saved_bytes, tokens
+
+        self.size = TINY if tiny else {}
+        self.ids = tokens(1, 8, TINY["vocab"]) if tiny else tokens()
+        self.base = llama(**self.size).train()
+        self.floor, self.bare = floor_step(self.base, self.ids), forward(self.base, self.ids)
+        self.floor()
+        self.floor_bytes = saved_bytes(self.floor, self.base)
+
+    def times(self) -> dict[str, float]:
+        """Seconds of one step each; of the tiny model, whose steps are short, the least of several."""
+        from _common import seconds
+
+        if not self.size:
+            return {"step": seconds(self.step), "floor": seconds(self.floor)}
+        found = {}
+        for mode, pair in ((True, ("step", "floor")), (False, ("forward", "bare"))):
+            self.model.train(mode)
+            self.base.train(mode)
+            rounds = [[seconds(getattr(self, name)) for name in pair] for _ in range(12)]
+            found |= {name: min(times) for name, times in zip(pair, zip(*rounds[2:]))}
+        return found
+
+
+def work(threads: int, tiny: bool) -> None:
     """In the process of a library: a line of input names a method, or is empty and asks for a pair of times."""
     import torch
-    from _common import floor_step, keep_freed_memory, llama, saved_bytes, seconds, tokens
+    from _common import keep_freed_memory
 
     torch.set_num_threads(threads)
     keep_freed_memory()
-    base = llama().train()
-    floor = floor_step(base, tokens())
-    floor()
-    floor_bytes, step = saved_bytes(floor, base), None
+    work = Work(tiny)
     for line in sys.stdin:
         if line.strip():
-            del step
+            work.model = work.step = work.forward = None
             gc.collect()
-            figures, step = answer(*json.loads(line))
-            print(json.dumps({**figures, "floor_bytes": floor_bytes}), flush=True)
-        elif step is not None:
-            print(json.dumps({"step": seconds(step), "floor": seconds(floor)}), flush=True)
+            print(json.dumps({**answer(work, *json.loads(line)), "floor_bytes": work.floor_bytes}), flush=True)
+        elif work.step is not None:
+            print(json.dumps(work.times()), flush=True)
 
 
 class Library:
     """A process that measures with one library."""
 
-    def __init__(self, python: str, ours: bool, threads: int) -> None:
+    def __init__(self, python: str, ours: bool, threads: int, tiny: bool = False) -> None:
         from _common import environment
 
+        self.tiny = tiny
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed with the process
         self.process = subprocess.Popen(
-            [python, str(HERE / "methods.py"), "--worker", "--threads", str(threads)],
+            [python, str(HERE / "methods.py"), "--worker", "--threads", str(threads), *["--tiny"] * tiny],
             env=environment(threads, ours),
             cwd=tempfile.gettempdir(),
             stdin=subprocess.PIPE,
@@ -263,6 +331,7 @@ class Library:
         self.facts: dict[str, Any] = {}
         self.steps: list[float] = []  # seconds, of the method
         self.floors: list[float] = []  # of all methods so far
+        self.times: list[dict[str, float]] = []  # all that was measured of the method
 
     def _ask(self, line: str) -> dict[str, Any]:
         assert self.process.stdin is not None
@@ -280,12 +349,13 @@ class Library:
 
     def take(self, method: str, fields: dict[str, Any]) -> bool:
         """Turn to a method; whether it can be measured."""
-        self.steps, self.facts = [], self._ask(json.dumps([method, fields]))
+        self.steps, self.times, self.facts = [], [], self._ask(json.dumps([method, fields]))
         return "error" not in self.facts
 
     def measure(self) -> None:
         """One more repetition."""
         times = self._ask("")
+        self.times.append(times)
         self.steps.append(times["step"])
         self.floors.append(times["floor"])
 
@@ -295,6 +365,9 @@ class Library:
 
         if "error" in self.facts:
             return self.facts
+        if "bare" in self.times[0]:
+            least = {key: min(times[key] for times in self.times) for key in self.times[0]}
+            return {"step": least["step"] - least["floor"], "forward": least["forward"] - least["bare"]}
         return {
             "trainable": self.facts["trainable"],
             "seconds": statistics.median(self.steps),
@@ -319,14 +392,18 @@ def measured(
 ) -> dict[str, dict[str, Any]]:
     """Figures of the libraries ("here", "reference"), whose repetitions take turns; ``repeats`` at most."""
     working = {name: library for name, library in libraries.items() if library.take(method, fields)}
-    there_too = len(working) == 2
+    there_too, tiny = len(working) == 2, libraries["here"].tiny
     for i in range(repeats if "here" in working else 0):
         for library in list(working.values())[:: 1 if i % 2 else -1]:
             library.measure()
-        if i + 1 >= ENOUGH and (not there_too or is_settled(*compared(*working.values())[1:])):
+        if i + 1 >= ENOUGH and (tiny or not there_too or is_settled(*compared(*working.values())[1:])):
             break
     figures = {name: libraries[name].figures() for name in libraries}
-    if there_too:
+    if there_too and tiny:
+        for one, floor in (("step", "floor"), ("forward", "bare")):
+            sides = ([t[one] / t[floor] - 1 for t in library.times] for library in working.values())
+            figures["here"][f"{one}_to_reference"] = statistics.median(a / b for a, b in zip(*sides))
+    elif there_too:
         middle, low, high = compared(*working.values())
         figures["here"] |= {"to_reference": middle, "between": [low, high]}
     return figures
@@ -349,6 +426,20 @@ def compared(here: Library, reference: Library) -> tuple[float, float, float]:
 def is_settled(low: float, high: float) -> bool:
     """Whether a range is narrow enough: within 2 % either way, or clear of 1."""
     return high / low < 1.04 or high < 0.95
+
+
+TINY_HEADER = """| method | step above floor | reference | here / reference | forward above | reference | ratio |
+|---|---:|---:|---:|---:|---:|---:|"""
+
+
+def tiny_line(row: str, figures: dict[str, dict[str, Any]]) -> str:
+    """A row of the table of ``--tiny``."""
+    here, other = figures["here"], figures.get("reference", {})
+    cells = [row]
+    for key in ("step", "forward"):
+        cells += [f"{side[key] * 1e3:.2f} ms" if key in side else "-" for side in (here, other)]
+        cells.append(f"{here[f'{key}_to_reference']:.2f}" if f"{key}_to_reference" in here else "-")
+    return f"| {' | '.join(cells)} |" if "error" not in here else f"| {row} | {here['error']} | | | | | |"
 
 
 HEADER = """| method | trained | step / floor | reference | here / reference | bytes / floor | reference |
@@ -382,10 +473,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=45, help="repetitions of a row at most")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: on a machine with other work")
     parser.add_argument("--write", action="store_true", help="write RESULTS.md although not all rows are measured")
+    parser.add_argument("--tiny", action="store_true", help="what the calls cost: a model whose arithmetic is none")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        work(options.threads)
+        work(options.threads, options.tiny)
         return
     os.environ["BENCHMARK_CLOCK"] = options.clock
     sys.path.insert(0, str(HERE.parent / "src"))
@@ -397,27 +489,29 @@ def main() -> None:
     if options.write or not options.methods:
         from _common import write_section
 
-        write_section("methods.py", report(found, options))
+        write_section("methods.py --tiny" if options.tiny else "methods.py", report(found, options))
 
 
 def measure_all(chosen: dict[str, tuple[str, dict[str, Any]]], options: argparse.Namespace) -> dict[str, Any]:
     """The figures of these rows, which are printed (and written to ``--json``) as they come."""
     from _common import machine, versions
 
-    libraries = {"here": Library(sys.executable, True, options.threads)}
+    head, as_line = (TINY_HEADER, tiny_line) if options.tiny else (HEADER, line)
+    libraries = {"here": Library(sys.executable, True, options.threads, options.tiny)}
     if options.reference_python:
-        libraries["reference"] = Library(options.reference_python, False, options.threads)
-    head = {"machine": machine(), "threads": options.threads, "versions": versions("torch", "transformers")}
+        libraries["reference"] = Library(options.reference_python, False, options.threads, options.tiny)
+    facts = {"machine": machine(), "threads": options.threads, "versions": versions("torch", "transformers")}
     figures: dict[str, Any] = {}
     if options.methods and options.json and options.json.exists():
         figures = json.loads(options.json.read_text())["methods"]
-    print(HEADER, flush=True)
+    print(head, flush=True)
     for row, (method, fields) in chosen.items():
+        fields = {**fields, **SMALLER.get(row, {})} if options.tiny else fields
         result = measured(libraries, method, fields, options.repeats)
         figures[row] = {"method": method, "fields": fields, "repeats": len(libraries["here"].steps), **result}
-        print(line(row, result), flush=True)
+        print(as_line(row, result), flush=True)
         if options.json:
-            options.json.write_text(json.dumps({**head, "methods": figures}, indent=1) + "\n")
+            options.json.write_text(json.dumps({**facts, "methods": figures}, indent=1) + "\n")
     for library in libraries.values():
         library.close()
     return figures
@@ -431,7 +525,8 @@ def report(figures: dict[str, Any], options: argparse.Namespace) -> str:
     clock = "CPU time" if options.clock == "cpu" else "Wall time"
     repeats = [result["repeats"] for result in figures.values() if result["repeats"]]
     about = f"{clock}, medians of {min(repeats)} to {max(repeats)} repetitions in turn."
-    return "\n".join([*head, about, "", HEADER, *(line(row, result) for row, result in figures.items())])
+    columns, as_line = (TINY_HEADER, tiny_line) if options.tiny else (HEADER, line)
+    return "\n".join([*head, about, "", columns, *(as_line(row, result) for row, result in figures.items())])
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from contextlib import nullcontext
 from typing import Any
 from unittest.mock import Mock
 
@@ -255,6 +256,23 @@ def test_plain_reaches_every_fast_path(cell: Cell, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("peft.core.layer.routes.low_rank_linear", lambda *_: pytest.fail("a fused product was asked"))
     with plain():
         model(*cell.inputs())
+
+
+@pytest.mark.few
+@over([c for c in CELLS if c.place.name in ("Linear[no-bias]", "Linear") and not c.method.is_a(Copy)])
+def test_steps_with_few_entries_equal_the_plain_path(cell: Cell) -> None:
+    """In value and gradient, by the operations of autograd that they are computed with."""
+    found = []
+    for context in (nullcontext, plain):
+        model, inputs = cell.adapted("one").train(), cell.inputs()
+        x = inputs[0].requires_grad_(inputs[0].is_floating_point())
+        trained = [x, *(p for p in model.parameters() if p.requires_grad)]
+        with context():
+            torch.manual_seed(0)
+            y = model(*inputs)
+            found.append([y, *torch.autograd.grad(y.square().sum(), trained, allow_unused=True)])
+    for few, expected in zip(*found):
+        torch.testing.assert_close(few, expected, rtol=1e-3, atol=1e-4)
 
 
 # --- the declarations -----------------------------------------------------------------------------------------------

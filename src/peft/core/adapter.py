@@ -310,7 +310,7 @@ class Adapter:
         """x in the dtype of the adapter, which may be wider than the activations'."""
         if self.layer.cast_input_dtype_enabled and x.is_floating_point():
             for p in self.parameters():  # the first tells: an adapter has one dtype
-                return x if p.dtype == x.dtype or not p.is_floating_point() else x.to(p.dtype)
+                return x if p.dtype is x.dtype or not p.is_floating_point() else x.to(p.dtype)
         return x
 
     def multiplied(self, x: torch.Tensor, make: Callable[[], torch.Tensor]) -> torch.Tensor:

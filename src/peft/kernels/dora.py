@@ -10,9 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.autograd import Function
 
 from peft.kernels.dropout import Dropped, draw_seed
+from peft.kernels.few import is_few
 from peft.kernels.linear import Factors, in_dtype, no_autocast, product_dtype
 from peft.kernels.products import accumulate, plus_product, product
 from peft.kernels.remake import kept
@@ -45,11 +47,30 @@ def dora_linear(
     Args:
         x: ``[..., in]``, in the dtype of ``weight``. magnitude: m ``[out]``.
     """
+    if is_few(x, bool(factors.dropout)) and {t.dtype for t in (factors.down, factors.up, magnitude)} == {x.dtype}:
+        return composed(x, weight, bias, factors, magnitude)
     given = x, weight, bias, factors.down, factors.up, magnitude, factors.scale
     with no_autocast(x):
         if factors.dropout:
             return DroppedDoraLinear.apply(*given, (factors.dropout, draw_seed()))
         return DoraLinear.apply(*given)
+
+
+def composed(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, f: Factors, magnitude: torch.Tensor
+) -> torch.Tensor:
+    """The same in plain operations, with all tensors of one dtype."""
+    with torch.no_grad():
+        norm = adapted_norm(weight, f.down, f.up, f.scale)
+    rows = x.reshape(-1, x.shape[-1])
+    inner = F.dropout(rows, f.dropout) if f.dropout else rows
+    y = F.linear(inner, weight)
+    own = torch.addmm(y, F.linear(inner, f.down), f.up.t(), alpha=f.scale) * (magnitude / norm)
+    if f.dropout:
+        own = own + (F.linear(rows, weight, bias) - y)
+    elif bias is not None:
+        own = own + bias
+    return torch.ops.aten._unsafe_view(own, (*x.shape[:-1], len(weight)))
 
 
 class DoraLinear(Function):

@@ -16,6 +16,11 @@ ENTRIES_ELSEWHERE = 2**20
 """On an accelerator, which works off an operation on so many while the next one is started. Not measured."""
 
 
+def is_small(entries: int) -> bool:
+    """Whether so many entries of a weight, which each layer would keep, are few on any device."""
+    return entries < ENTRIES
+
+
 def is_few(x: torch.Tensor, draws: bool = False) -> bool:
     """Whether autograd's own operations are the faster way with this input.
 

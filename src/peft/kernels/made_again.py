@@ -14,6 +14,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from peft.kernels.autocast import is_autocast
+from peft.kernels.few import is_few
 from peft.kernels.linear import Direct, is_eager
 from peft.kernels.remake import is_recomputed, recomputed
 from peft.kernels.strict import is_plain
@@ -31,15 +32,31 @@ def made_again(make: Make, *tensors: torch.Tensor) -> torch.Tensor:
         make: it must give the same when called again, and a tensor of its own: no view of what it is given.
     """
     trains = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if not trains or is_plain() or is_recomputed() or not all(is_eager(t) for t in tensors):
+    if not trains or not all(is_eager(t) for t in tensors) or all(is_few(t) for t in tensors):
+        return make(*tensors)
+    if is_plain() or is_recomputed():
         return make(*tensors)
     return make(*tensors) if is_autocast(tensors[0].device.type) else MadeAgain.of(make, *tensors)
 
 
 def reading(x: torch.Tensor) -> AbstractContextManager[None]:
     """A context for an operation that reads x: autograd keeps no x for it that x's own graph can give back."""
-    may = x.requires_grad and torch.is_grad_enabled() and is_eager(x) and not is_plain()
-    return recomputed() if may else nullcontext()
+    may = x.requires_grad and torch.is_grad_enabled() and is_eager(x) and not is_few(x) and not is_plain()
+    return recomputed() if may else _NO_CONTEXT
+
+
+_NO_CONTEXT = nullcontext()
+
+
+class Transformable(Direct):
+    """A function that transforms of ``torch.func`` know, too: its context is set up apart from its forward."""
+
+    generate_vmap_rule = True  # torch.func.vmap refuses a function without a rule
+
+    @classmethod
+    def of(cls, *args: Any) -> Any:
+        # apply binds the arguments of such a function by its signature, which takes longer than all else
+        return super().of(*args) if is_eager(args[0]) else cls.apply(*args)
 
 
 class MadeAgain(Direct):

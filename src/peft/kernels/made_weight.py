@@ -30,8 +30,6 @@ def made_product(
         make: W, ``[out, in, *kernel]``; it must give the same one when called again.
         parameters: the tensors from which ``make`` computes it and which may need a gradient.
     """
-    if not torch.is_grad_enabled():
-        return kind.apply(base, x, make())
     if torch.compiler.is_compiling() or is_transformed() or is_autocast(x.device.type):
         return remade(lambda x: kind.apply(base, x, make()), x)
     trained = [p for p in parameters if p.requires_grad]

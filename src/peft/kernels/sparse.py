@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from peft.kernels.few import is_small
 from peft.kernels.linear import Direct, fresh_linear, is_eager
 from peft.kernels.remake import kept
 
@@ -33,7 +34,8 @@ def sparse_linear(
         positions: where they stand in the flattened ``[out, in]``, ``[n]``.
         weight, bias: W ``[out, in]`` and b ``[out]`` (or None), frozen.
     """
-    if is_eager(x) and torch.is_grad_enabled() and (x.requires_grad or values.requires_grad):
+    trains = torch.is_grad_enabled() and (x.requires_grad or values.requires_grad)
+    if trains and is_eager(x) and not is_small(weight.numel()):
         return SparseLinear.of(x, values, positions, weight, bias)
     return _forward(x, values, positions, weight, bias)
 

@@ -23,7 +23,8 @@ def cayley_series(q: torch.Tensor, terms: int) -> torch.Tensor:
     if terms <= 2:
         return eye + 2 * q * (terms - 1)
     times = torch.addmm if q.dim() == 2 else torch.baddbmm
-    total = q + 2 * eye  # from the highest power down, each step one product and sum
+    twice = 2 * eye
+    total = q + twice  # from the highest power down, each step one product and sum
     for _ in range(max(terms, 4) - 3):
-        total = times(2 * eye, q, total)
+        total = times(twice, q, total)
     return times(eye, q, total)

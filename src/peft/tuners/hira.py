@@ -34,7 +34,7 @@ class HiraConfig(TargetModules, ExcludeModules, FanInFanOut, ModulesToSave, Laye
 
 def hira_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """B A, ``[out, in, *kernel]``, of A ``[r, in, *kernel]`` and B ``[out, r, 1...]``."""
-    return (b.flatten(1) @ a.flatten(1)).unflatten(1, a.shape[1:])
+    return b @ a if a.dim() == 2 else (b.flatten(1) @ a.flatten(1)).unflatten(1, a.shape[1:])
 
 
 class Hira(Fold):

@@ -15,6 +15,7 @@ from peft.core.base.kinds import fan
 from peft.core.families import Delta, padded
 from peft.core.filling import draw_like_linear
 from peft.core.model.registry import define_tuner
+from peft.kernels.made_again import Transformable
 from peft.utils.peft_types import PeftType
 
 
@@ -45,10 +46,8 @@ class MissConfig(TargetModules, ExcludeModules, TrainedBias, ModulesToSave, Laye
     )
 
 
-class Blocks(torch.autograd.Function):
+class Blocks(Transformable):
     """V M_J + M_J, with ``whole`` V + V M_J + M_J, for each block V of a row J of blocks: one product and one sum."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(lines: torch.Tensor, m: torch.Tensor, whole: bool) -> torch.Tensor:
@@ -95,7 +94,7 @@ def bat(weight: torch.Tensor, m: torch.Tensor, whole: bool = False) -> torch.Ten
     (rows, columns), r = weight.shape, m.shape[1]
     wide = padded(weight.to(m.dtype), -(-columns // r) * r)
     lines = padded(wide.T, len(m) * r).T.reshape(len(m), -1, r)  # [J, (row, I), column of the block]
-    return Blocks.apply(lines, m, whole).reshape(len(m) * r, -1)[:rows, :columns]
+    return Blocks.of(lines, m, whole).reshape(len(m) * r, -1)[:rows, :columns]
 
 
 class Miss(Delta):

@@ -68,8 +68,8 @@ class OFTRotation(nn.Module):
     def skew(self) -> torch.Tensor:
         """Q, ``[blocks, size, size]``."""
         rows, columns = torch.triu_indices(self.size, self.size, 1, device=self.weight.device)
-        q = self.weight.new_zeros(len(self.weight), self.size, self.size)
-        q = q.index_put((torch.arange(len(q), device=q.device)[:, None], rows, columns), self.weight)
+        q = self.weight.new_zeros(len(self.weight), self.size**2).index_add(1, rows * self.size + columns, self.weight)
+        q = q.unflatten(1, (self.size, self.size))
         q = q - q.mT
         if self.radius is not None:
             norm = q.detach().flatten(1).norm(dim=1)[:, None, None]

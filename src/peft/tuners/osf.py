@@ -15,6 +15,7 @@ from peft.core.families import Fold
 from peft.core.layer.buffers import BufferDict
 from peft.core.model.registry import define_tuner
 from peft.kernels.decompositions import svd
+from peft.kernels.made_again import Transformable
 from peft.utils.error import ConfigError
 from peft.utils.peft_types import PeftType
 
@@ -68,7 +69,7 @@ def osf_weight(
         u, s, v: U_l ``[out, k]``, S_l ``[k]``, V_l ``[k, in * kernel]``.
         top_u, top_v: U_h ``[out, n]`` and V_h ``[n, in * kernel]``. high: U_h S_h V_h.
     """
-    u, v = _Beside.apply(u, top_u), _Beside.apply(v.T, top_v.T).T
+    u, v = _Beside.of(u, top_u), _Beside.of(v.T, top_v.T).T
     return torch.addmm(high, u * s, v)
 
 
@@ -122,10 +123,8 @@ class OSF(Fold):
         return (self.folded(base) - base).to(dtype=dtype)
 
 
-class _Beside(torch.autograd.Function):
+class _Beside(Transformable):
     """A matrix as it is; its gradient without what lies in the span of the orthonormal columns of another."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(matrix: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

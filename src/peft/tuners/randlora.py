@@ -17,6 +17,7 @@ from peft.core.families import LowRank, ScaledBy
 from peft.core.layer import routes
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.registry import define_tuner
+from peft.kernels.few import is_small
 from peft.kernels.linear import is_transformed
 from peft.kernels.made_again import made_again, reading
 from peft.utils.peft_types import PeftType
@@ -67,7 +68,8 @@ class WeightedBases(torch.autograd.Function):
 
 def weighted_bases(weights: torch.Tensor, basis: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
     """What :class:`WeightedBases` gives, by plain operations where ``torch.func`` or a compiler is at work."""
-    if is_transformed() or torch.compiler.is_compiling():  # an exported program may run where gradients are on
+    few = is_small(weights.shape[1] * basis.numel())
+    if few or is_transformed() or torch.compiler.is_compiling():  # an exported program may run where gradients are on
         return (basis[:, None] * gamma * weights[:, :, None]).flatten(0, 1)
     return WeightedBases.apply(weights, basis, gamma)
 

@@ -9,12 +9,11 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from peft.core.layer.layer import BaseTunerLayer
+from peft.kernels.made_again import Transformable
 
 
-class ScaledTable(torch.autograd.Function):
+class ScaledTable(Transformable):
     """``diag(rows) table diag(columns)``, of which autograd keeps the two vectors and the frozen table, no product."""
-
-    generate_vmap_rule = True  # torch.func.vmap refuses a function without a rule
 
     @staticmethod
     def forward(rows: torch.Tensor, table: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

@@ -14,8 +14,10 @@ from torch import nn
 from peft.config import FanInFanOut, LayerSelection, ModulesToSave, TargetModules, TrainedBias, option
 from peft.core.base.kinds import fan
 from peft.core.families import LowRank
+from peft.core.layer import routes
 from peft.core.layer.layer import BaseTunerLayer
 from peft.kernels.autocast import is_autocast
+from peft.kernels.few import is_few
 from peft.kernels.linear import base_output, is_eager
 from peft.kernels.remake import is_recomputed
 from peft.tuners.vera_kernels import Raised, ScaledTable, projected, times
@@ -42,7 +44,7 @@ def vera_pair(
     Args:
         a: A ``[r, in]``. b: B ``[out, r]``. lambda_d: d ``[r]``. lambda_b: b ``[out]``.
     """
-    return a, ScaledTable.apply(lambda_b, b, lambda_d)
+    return a, ScaledTable.of(lambda_b, b, lambda_d)
 
 
 class SharedPair(LowRank):
@@ -97,11 +99,13 @@ class SharedPair(LowRank):
 
     @classmethod
     def kernel(cls, layer: BaseTunerLayer, adapters: Sequence[Any], x: torch.Tensor) -> torch.Tensor | None:
-        if len(adapters) > 1 or not torch.is_grad_enabled() or not is_eager(x) or is_autocast(x.device.type):
+        if len(adapters) > 1 or not is_eager(x) or is_autocast(x.device.type):
             return None
         (adapter,) = adapters
+        if is_few(x):
+            return routes.updated(layer, adapters, (x,), {})  # in fewer calls than by a pair
         matrix = layer.kind.matrix and not layer.kind.opaque and x.dtype == adapter.dtype
-        if not matrix or is_recomputed():
+        if not matrix or not torch.is_grad_enabled() or is_recomputed():
             return None
         (b, d), (a, table) = adapter.vectors(), adapter.frozen()
         h, made = projected(layer, adapter.dropped(x), a)

@@ -119,7 +119,7 @@ class Sparse(Delta):
         weight = weight_to_add_to(layer, adapters, x)
         if weight is None:
             return None
-        positions, values = (torch.cat(parts) for parts in zip(*(adapter.entries() for adapter in adapters)))
+        positions, values = (joined(parts) for parts in zip(*(adapter.entries() for adapter in adapters)))
         return sparse_linear(x, values, positions, weight, base_bias(layer))
 
     def delta_weight(self) -> torch.Tensor:
@@ -170,6 +170,11 @@ def weight_to_add_to(layer: BaseTunerLayer, adapters: Sequence[Adapter], x: torc
     """The same where W can hold these adapters' dW as well, computed in its dtype; else None."""
     weight = kernel_weight(layer, x) if sums_exactly(layer) else None
     return weight if weight is not None and all(adapter.dtype == weight.dtype for adapter in adapters) else None
+
+
+def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Tensors one after another; one by itself."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def padded(x: torch.Tensor, size: int) -> torch.Tensor:

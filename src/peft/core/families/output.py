@@ -7,6 +7,8 @@ import torch
 from peft.core.adapter import Adapter
 from peft.core.families.fold import Shift
 from peft.kernels.channels import mixed_by_output
+from peft.kernels.few import is_few
+from peft.kernels.linear import is_eager
 from peft.kernels.made_again import reading
 from peft.kernels.strict import is_plain
 
@@ -19,6 +21,8 @@ def by_output(
     Args:
         x: the input of the adapter, which the layer gets by way of :meth:`Adapter.input`.
     """
+    if not torch.is_grad_enabled() or (is_eager(y) and is_few(y)):
+        return None  # nothing is kept, or nothing that counts
     layer = adapter.layer
     # Beside others, y is not what the base layer gives, and could not be had again from x.
     alone = not layer.context.is_mixed and len(layer.current()) == 1

@@ -91,8 +91,8 @@ class Rotation(Adapter):
 
 def block_rotated(x: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
     """x blockdiag(R_1, ..., R_D) along the last axis, for blocks ``[D, size, size]``."""
-    pieces = x.unflatten(-1, (len(blocks), -1))  # [..., D, size]
-    return torch.einsum("...dk,dkc->...dc", pieces, blocks).flatten(-2)
+    pieces = x.reshape(-1, *blocks.shape[:2]).transpose(0, 1)  # [D, rows, size]
+    return torch.bmm(pieces, blocks).transpose(0, 1).reshape(x.shape)
 
 
 def held_still(blocks: torch.Tensor, probability: float) -> torch.Tensor:

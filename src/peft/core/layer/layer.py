@@ -66,11 +66,13 @@ class BaseTunerLayer(Unconstructed, ReadThrough):
     merge_error = 0.0
     _storage: Noted | None
     _seen: Seen | None = None
+    _may_add: ClassVar[bool] = True  # its adapters have factors, so a call may be lean
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "adapter_cls" in vars(cls):
             cls.adapter_layer_names, cls.other_param_names = names_held(cls.adapter_cls)
+            cls._may_add = cls.adapter_cls.factors is not Adapter.factors
 
     def __init__(
         self,
@@ -220,7 +222,7 @@ class BaseTunerLayer(Unconstructed, ReadThrough):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base layer's forward with the active adapters, or with one adapter for each row (``adapter_names``)."""
-        if len(args) == 1 and not kwargs and (y := lean(self, args[0])) is not None:
+        if self._may_add and len(args) == 1 and not kwargs and (y := lean(self, args[0])) is not None:
             return y
         rows = kwargs.pop("adapter_names", None) or self.context.adapter_names
         if not args and not (self.kind.whole or self.kind.opaque):
@@ -236,9 +238,10 @@ class BaseTunerLayer(Unconstructed, ReadThrough):
 
     def _live(self) -> list[Adapter]:
         """Adapters that act in the forward: active, present here, and not in the weight already."""
-        here = self.adapters
-        live = [here[n] for n in self.active_adapters if n in here and n not in self.merged_adapters]
-        return in_order(live) if self.context.compositions else live
+        here, merged, active = self.adapters, self.merged_adapters, self._active_adapter
+        names = (active,) if isinstance(active, str) else active  # others set one name
+        live = [here[n] for n in names if n in here and n not in merged]
+        return in_order(live) if self.context.common.compositions else live
 
     def current(self) -> list[Adapter]:
         """Adapters that act on a weight which another module reads."""

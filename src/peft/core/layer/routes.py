@@ -8,14 +8,16 @@ what it gives: an output, or None. Whether the base layer may be passed by is as
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from peft.core.adapter import Adapter
 from peft.core.layer import parallel
 from peft.core.layer import weight as weights
 from peft.core.layer.composed import leaves_of
@@ -25,7 +27,6 @@ from peft.kernels.strict import is_plain
 
 
 if TYPE_CHECKING:
-    from peft.core.adapter import Adapter
     from peft.core.layer.layer import BaseTunerLayer
 
     Adapters = Sequence[Adapter]
@@ -124,21 +125,21 @@ def _folded_change(
 
 def updated(layer: BaseTunerLayer, adapters: Adapters, args: tuple, kwargs: Keywords) -> Any:
     """The base layer on an input that adapters may change, and what they make of its output, one after another."""
-    x, *rest = args
+    x = inner = args[0]
     # looking at all that autograd keeps takes longer than adapters do that see to it themselves
-    with nullcontext() if all(adapter.spares_input for adapter in adapters) else reading(x):
-        inner = x
+    with _NO_CONTEXT if all(adapter.spares_input for adapter in adapters) else reading(x):
         if any(adapter.changes_input for adapter in adapters):
             for adapter in reversed(weights.fold_order(adapters)):  # the one next to x is folded last
                 inner = adapter.input(adapter.cast(inner))
             inner = inner.to(x.dtype)
-        given = layer.base_layer(inner, *rest, **kwargs)
+        given = layer._modules["base_layer"](inner, *args[1:], **kwargs)  # type: ignore[misc]
         base_y = y = layer.kind.tensor_in(given)
         for adapter in adapters:
             y = adapter.output(adapter.cast(x), y, base_y)
-        return layer.kind.with_tensor(given, y.to(base_y.dtype))
+        return layer.kind.with_tensor(given, y if y.dtype is base_y.dtype else y.to(base_y.dtype))
 
 
+_NO_CONTEXT = nullcontext()
 ROUTES = (stand_in, parted, by_kernel, low_rank, folded, updated)
 PLAIN_ROUTES = (stand_in, parted, folded, updated)
 """Those within :func:`peft.kernels.plain`."""
@@ -146,11 +147,29 @@ PLAIN_ROUTES = (stand_in, parted, folded, updated)
 
 def adapted(layer: BaseTunerLayer, adapters: Adapters, args: tuple, kwargs: Keywords) -> Any:
     """The layer's output with these adapters, at least one."""
-    for route in PLAIN_ROUTES if is_plain() else ROUTES:
+    alone = len(adapters) == 1 and not layer.kind.opaque and not torch.compiler.is_compiling()
+    routes = ways_of(type(adapters[0])) if alone else ROUTES  # type: ignore[arg-type]
+    for route in PLAIN_ROUTES if is_plain() else routes:
         y = route(layer, adapters, args, kwargs)
         if y is not None:
             return y
     raise AssertionError("the last route serves every call")
+
+
+@functools.cache
+def ways_of(cls: type[Adapter]) -> tuple[Callable[..., Any], ...]:
+    """The routes that can serve one adapter of a class: the others ask for what only classes of their own define."""
+
+    def defines(*names: str) -> bool:
+        return any(inspect.getattr_static(cls, name) is not vars(Adapter)[name] for name in names)
+
+    vain = {
+        stand_in: not defines("stand_in"),
+        by_kernel: not defines("kernel"),
+        low_rank: cls.changes_input or not defines("factors", "training_factors"),
+        folded: not defines("prefers_folding", "only_folds"),
+    }
+    return tuple(route for route in ROUTES if not vain.get(route))
 
 
 def input_first(layer: BaseTunerLayer, kwargs: Keywords) -> tuple[tuple, Keywords]:

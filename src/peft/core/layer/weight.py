@@ -7,6 +7,7 @@ another method may be nested inside; it adapts the same weight first.
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from peft.core.base.storage import storage_of
+from peft.core.base.storage import Plain, storage_of
+from peft.kernels.few import is_small
 from peft.kernels.made_weight import made_product
 from peft.kernels.strict import forbid_dense
 from peft.utils.error import CheckpointError, NoEqualWeightError
@@ -99,7 +101,8 @@ def wide(weight: torch.Tensor) -> torch.Tensor:
 
 def fold_order(adapters: Adapters) -> list[Adapter]:
     """Maps of x apply one after another, hence to W in reverse order."""
-    return list(adapters[::-1] if any(adapter.folds_in_reverse() for adapter in adapters) else adapters)
+    reverse = len(adapters) > 1 and any(adapter.folds_in_reverse() for adapter in adapters)
+    return list(adapters[::-1] if reverse else adapters)
 
 
 def layer_inside(layer: BaseTunerLayer) -> BaseTunerLayer | None:
@@ -211,16 +214,18 @@ def multiplied(
     """``make() x``, with a weight ``[out, in, *kernel]`` made of these adapters: made again in the backward pass.
 
     Neither the weight nor what it is computed from is kept meanwhile: a dense base that was dequantised, or an update
-    that takes as much memory as W. An exception are weights that are dear to make.
+    that takes as much memory as W. Exceptions are small weights, and those that are dear to make.
     """
     forbid_dense(layer)
     base = layer.get_base_layer()
+    if not torch.is_grad_enabled() or (type(layer.storage) is Plain and is_small(math.prod(layer.shape))):
+        return layer.kind.apply(base, x, make())
     if layer.kind.matrix and layer.storage.name is None and all(adapter.dear_to_make() for adapter in adapters):
         out, inner = layer.shape
         if out * inner <= x.numel() * (1 + out / inner):  # no larger than what the layer takes and gives
             return layer.kind.apply(base, x, make())
     read = [p for adapter in adapters for p in adapter.parameters()]
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # else nothing is made again later
+    if not torch.compiler.is_compiling():  # else nothing is made again later
         make = _with_tensors_of_now(make, adapters)
     return made_product(layer.kind, base, x, make, [*read, *base.parameters(recurse=False)])
 

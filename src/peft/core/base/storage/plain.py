@@ -210,7 +210,8 @@ class Plain(Storage):
 
     def holds_updates_exactly(self, m: nn.Module, attribute: str) -> bool:
         # Under autocast the product has 16 bits, whatever the weight has.
-        weight = getattr(m, attribute, None)
+        weight = m._parameters.get(attribute)
+        weight = getattr(m, attribute, None) if weight is None else weight
         return isinstance(weight, torch.Tensor) and weight.dtype.itemsize >= 4 and not is_autocast(weight.device.type)
 
     def keep(self, m: nn.Module, attribute: str) -> tuple[nn.Parameter, torch.Tensor]:
