@@ -659,6 +659,23 @@ class TestSecondModel:
         with pytest.warns(UserWarning):
             get_peft_model(model.get_base_model(), lora(), "second")
 
+    def test_a_model_with_a_frozen_dict_is_left_as_it_was(self):
+        """As those of diffusers have for their config."""
+
+        class Frozen(dict):
+            def _refuse(self, *args, **kwargs):
+                raise TypeError("frozen")
+
+            __setitem__ = update = clear = pop = _refuse
+
+        model = Mlp()
+        model._internal_dict = Frozen(width=6)
+        adapted = get_peft_model(model, lora("lin0"))
+        expected = adapted(X)
+        with pytest.warns(UserWarning, match="which the new one replaces"), pytest.raises(ValueError, match="nowhere"):
+            get_peft_model(model, lora("nowhere"))
+        assert torch.equal(adapted(X), expected) and model._internal_dict == {"width": 6}
+
     def test_a_file_for_an_adapted_model_replaces_what_it_wears(self, tmp_path):
         """Of the PeftModel itself, as for its base: what a notebook cell does that runs twice."""
         model = mlp()

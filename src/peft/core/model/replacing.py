@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -101,10 +102,15 @@ def _snapshot(model: nn.Module) -> Callable[[], None]:
 def _state(module: nn.Module) -> dict[str, tuple[Any, Any]]:
     """What a module holds: each value, and what is in it where it is a container."""
     # most are empty, in thousands of modules
-    return {k: (v, (v.copy() if v else ()) if isinstance(v, _CONTAINERS) else None) for k, v in vars(module).items()}
+    return {k: (v, (v.copy() if v else ()) if _changes(v) else None) for k, v in vars(module).items()}
 
 
-_CONTAINERS = (dict, list, set)
+_SETTERS = (dict.__setitem__, OrderedDict.__setitem__)
+
+
+def _changes(value: Any) -> bool:
+    """Whether it is a container whose content may change; diffusers keeps configs in dicts that refuse to."""
+    return isinstance(value, list | set) or (isinstance(value, dict) and type(value).__setitem__ in _SETTERS)
 
 
 def _put_back(module: nn.Module, state: dict[str, tuple[Any, Any]]) -> None:

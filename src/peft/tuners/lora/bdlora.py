@@ -118,6 +118,8 @@ class BdLora(Lora):
         cls = type(self)
         if (cls.pair, cls.acting_pair) != (BdLora.pair, Lora.acting_pair):
             return super().update(x)  # another variant computes with the dense pair
+        if self.lora_B.bias is None:
+            return self.lora_B(self.lora_A(x) * self.scaling)  # r numbers of each token are scaled, not all outputs
         return self.lora_B(self.lora_A(x)) * self.scaling
 
 
