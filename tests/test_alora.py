@@ -67,6 +67,14 @@ def test_the_last_occurrence_is_found() -> None:
     assert last_occurrence(IDS, [5, 6], texts).tolist() == [[1] * 6 + [-1] * 2, [-1] * 8, [0] * 6 + [-1] * 2]
 
 
+def test_of_other_tokens_nothing_is_kept() -> None:
+    model, kept = adapted(target_modules=["down_proj"]).train(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        model(input_ids=IDS).logits.sum()
+    (acting,) = {shape for shape in kept if shape[-1] == 24 and shape[0] not in (3, 16)}  # neither gates nor weights
+    assert acting == (3 + 8, 24)  # those of the first and of the third row
+
+
 def test_it_acts_from_the_last_invocation_on_and_trains_there_alone() -> None:
     model = adapted()
     model.train()

@@ -24,10 +24,12 @@ class Span(NamedTuple):
         first: the first position at which it acts in some row.
         mask: whether it acts, ``[rows, positions from first on]`` (of tokens laid out as rows ``[rows]``); None where
             it does everywhere from there on.
+        places: the tokens at which it acts, numbered through all rows.
     """
 
     first: int
     mask: torch.Tensor | None
+    places: torch.Tensor
 
 
 def last_occurrence(ids: torch.Tensor, sequence: Sequence[int], segments: torch.Tensor | None = None) -> torch.Tensor:
@@ -88,11 +90,11 @@ class ALora(Lora):
                 "cannot be found in its input, and the adapter does nothing in this call."
             )
             return y
-        first, mask = self.span(tokens, x)
+        first, mask, places = self.span(tokens, x)
         if first == 0 and mask is None:
             return super().output(x, y, base_y)
-        if type(self) is ALora and self.kind.matrix and not self.lora_bias:  # B of zeros is zero
-            return y + self.lora_B(self._down(x, first, mask))
+        if type(self) is ALora and self.kind.matrix:
+            return self._added(x, y, places)
         if first == 0:
             return torch.where(mask.unsqueeze(-1), super().output(x, y, base_y), y)  # type: ignore[union-attr]
         changed = super().output(x[:, first:], y[:, first:], base_y[:, first:])
@@ -100,13 +102,13 @@ class ALora(Lora):
             changed = torch.where(mask.unsqueeze(-1), changed, y[:, first:])
         return torch.cat([y[:, :first].to(changed.dtype), changed], 1)
 
-    def _down(self, x: torch.Tensor, first: int, mask: torch.Tensor | None) -> torch.Tensor:
-        """s A drop(x), and zeros where the adapter does not act: r numbers for a token, which is cheaper to choose by
-        than what B makes of them."""
-        h = self.lora_A(self.lora_dropout(x[:, first:] if first else x)) * self.scaling
-        if mask is not None:
-            h = torch.where(mask.unsqueeze(-1), h, 0)
-        return nn.functional.pad(h, (0, 0, first, 0)) if first else h
+    def _added(self, x: torch.Tensor, y: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """y with the update of the tokens at these places; for the others nothing is computed, and nothing kept."""
+        there = x.flatten(0, -2).index_select(0, places)
+        update = self.update(self.lora_dropout(there))
+        wide = y.to(torch.promote_types(y.dtype, update.dtype))
+        # index_add keeps the update for its backward pass, and takes a call for each token
+        return wide.flatten(0, -2).index_put((places,), update, accumulate=True).view(y.shape)
 
     def span(self, tokens: Tokens, x: torch.Tensor) -> Span:
         """Where the adapter acts in this input; worked out once for all layers of a call that have such an input."""
@@ -132,15 +134,16 @@ class ALora(Lora):
                     "cannot tell where its invocation tokens stand in them. Leave the layer out of target_modules."
                 )
             acts = acts.flatten().to(device)
-            return Span(0, acts if rows is None else acts[rows[0]])
+            acts = acts if rows is None else acts[rows[0]]
+            return Span(0, acts, acts.nonzero().flatten())
         batch, length = shape
         skipped = count - length  # by layers that see the last tokens only
         start = self.context.of_rows("input_ids", start, batch, device) - skipped
         acts = torch.arange(length, device=device) >= (start if start.shape[1] == 1 else start[:, skipped:])
         somewhere = acts.any(0)
         first = int(somewhere.int().argmax()) if bool(somewhere.any()) else length
-        acts = acts[:, first:]
-        return Span(first, None if bool(acts.all()) else acts)
+        places, acts = acts.flatten().nonzero().flatten(), acts[:, first:]
+        return Span(first, None if bool(acts.all()) else acts, places)
 
     def unmergeable(self) -> str | None:
         return "aLoRA acts on some tokens only, so no one weight equals it. Keep the adapter unmerged."
