@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft import BottleneckConfig, LoraConfig, PeftMixedModel, PeftModel, get_peft_model
 from peft.convert import convert_adapter, format_of
+from peft.convert.formats.unet import diffusers_name
 from peft.utils.error import ConfigError
 
 
@@ -412,6 +413,75 @@ def test_flux_by_its_authors_names_and_by_those_of_diffusers(tmp_path: Path) -> 
     found = convert_adapter(tmp_path / "diffusers", "kohya", tmp_path / "back.safetensors")
     assert "authors" in found.notes[0]
     same_tensors(given, load_file(tmp_path / "back.safetensors"))
+
+
+RESNET = ("in_layers.0", "in_layers.2", "emb_layers.1", "out_layers.0", "out_layers.3", "skip_connection")
+ATTENTION = ("norm", "proj_in", "transformer_blocks.0.attn1.to_q", "transformer_blocks.1.ff.net.0.proj", "proj_out")
+RESNETS = [*(f"input_blocks.{i}.0" for i in (1, 2, 4, 5, 7, 8)), *(f"output_blocks.{i}.0" for i in range(9))]
+ATTENTIONS = [*(f"input_blocks.{i}.1" for i in (4, 5, 7, 8)), *(f"output_blocks.{i}.1" for i in range(6))]
+SDXL = [
+    *(f"{block}.{part}" for block in (*RESNETS, "middle_block.0", "middle_block.2") for part in RESNET),
+    *(f"{block}.{part}" for block in (*ATTENTIONS, "middle_block.1") for part in ATTENTION),
+    *(f"input_blocks.{i}.0.op" for i in (3, 6)),
+    *(f"output_blocks.{i}.2.conv" for i in (2, 5)),
+    *("time_embed.0", "time_embed.2", "label_emb.0.0", "label_emb.0.2", "input_blocks.0.0", "out.0", "out.2"),
+]
+
+
+def test_modules_of_stable_diffusion_by_its_authors_names() -> None:
+    """All kinds of modules of SDXL's UNet have the names that diffusers gives their weights."""
+    utils = pytest.importorskip("diffusers.loaders.single_file_utils")
+    whole = {
+        f"model.diffusion_model.{module}.{part}": torch.tensor([i, k])
+        for i, module in enumerate(SDXL)
+        for k, part in enumerate(("weight", "bias"))
+    }
+    config = {"layers_per_block": 2, "addition_embed_type": "text_time"}
+    found = {tuple(t.tolist()): name for name, t in utils.convert_ldm_unet_checkpoint(whole, config).items()}
+    wanted = {module: found[i, 0].removesuffix(".weight") for i, module in enumerate(SDXL)}
+    assert {module: diffusers_name(module) for module in SDXL} == wanted
+    for odd in ("input_blocks.3.0.in_layers.2", "middle_block.3.norm", "output_blocks.1.2.proj_in", "out.1"):
+        with pytest.raises(ConfigError, match="no module of a UNet"):
+            diffusers_name(odd)
+
+
+@pytest.mark.parametrize("kind", ["lora", "loha"])
+def test_files_for_sdxl_by_its_authors_names(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    attention = "transformer_blocks.0.attn1.to_q"
+    modules = {"input_blocks_4_1_transformer_blocks_0_attn1_to_q": f"down_blocks.1.attentions.0.{attention}",
+               "output_blocks_2_0_emb_layers_1": "up_blocks.0.resnets.2.time_emb_proj",
+               "middle_block_1_proj_in": "mid_block.attentions.0.proj_in", "out_2": "conv_out"}  # fmt: skip
+    halves = {"a": (4, 2), "b": (2, 4)}
+    rows = {"lora": {"lora_down.weight": (2, 4), "lora_up.weight": (4, 2)},
+            "loha": {f"hada_w{i}_{x}": halves[x] for i in (1, 2) for x in "ab"}}[kind]  # fmt: skip
+    save_file(
+        {f"lora_unet_{name}.{part}": torch.randn(shape) for name in modules for part, shape in rows.items()}
+        | {f"lora_unet_{name}.alpha": torch.tensor(2.0 * i + 1) for i, name in enumerate(modules)},
+        tmp_path / "kohya.safetensors",
+    )
+    base = nn.Module()
+    for path in modules.values():
+        *names, leaf = path.split(".")
+        parent = base
+        for name in names:
+            parent = parent._modules.setdefault(name, nn.Module())
+        parent.add_module(leaf, nn.Linear(4, 4, bias=False))
+    convert_adapter(tmp_path / "kohya.safetensors", "peft", tmp_path / "peft", base=base)
+    model = PeftModel.from_pretrained(base, tmp_path / "peft")
+    given = load_file(tmp_path / "kohya.safetensors")
+    for i, (name, path) in enumerate(modules.items()):
+        parts = {part: given[f"lora_unet_{name}.{part}"] for part in rows}
+        if kind == "lora":
+            update = parts["lora_up.weight"] @ parts["lora_down.weight"]
+        else:
+            update = (parts["hada_w1_a"] @ parts["hada_w1_b"]) * (parts["hada_w2_a"] @ parts["hada_w2_b"])
+        found = model.get_submodule(f"base_model.model.{path}").get_delta_weight("default")
+        torch.testing.assert_close(found, update * (2 * i + 1) / 2)
+    if kind == "lora":
+        convert_adapter(tmp_path / "kohya.safetensors", "diffusers", tmp_path / "file.safetensors")
+        names = {name.partition(".lora_")[0] for name in load_file(tmp_path / "file.safetensors")}
+        assert names == {f"unet.{path}" for path in modules.values()}
 
 
 def test_flux_parts_of_their_own_stand_side_by_side(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from peft.convert.formats import FORMATS
 from peft.convert.formats.flux import as_in, flux_encoders
+from peft.convert.formats.unet import unet_as_in
 from peft.convert.held import Held, beyond_pairs, held_of, is_lora, magnitude_of, modules_of, pairs_of
 from peft.convert.source import ENDS, WEIGHTS, Base, Bundle, Files, Format, Job, Source
 from peft.core.files.io import PREFIX, replacing
@@ -105,7 +106,7 @@ def _fitted(held: Held, job: Job) -> Held:
     """The adapter on the modules that the base has, where tools know a model by different ones, or in other shapes."""
     if job.base is None:
         return held
-    held = as_in(held, job.base)
+    held = unet_as_in(as_in(held, job.base), job.base)
     return _shaped(held, job.base) if is_lora(held) and not held.config.use_gating else held
 
 

@@ -33,8 +33,8 @@ _SINGLE = {
     "upsamplers", "op", "norm", "norm1", "norm2", "encoder", "decoder", "layers", "layer", "block", "blocks",
     "embeddings", "mlp", "fc1", "fc2", "shared", "model", "transformer", "h", "wte", "lin", "linear", "linear1",
     "linear2", "qkv", "modulation", "SelfAttention", "EncDecAttention", "DenseReluDense", "q", "k", "v", "o", "wi",
-    "wo", "w1", "w2", "w3", "visual", "dense", "attention", "query", "key", "value", "output", "intermediate", "bert",
-    "roberta",
+    "wo", "out", "w1", "w2", "w3", "visual", "dense", "attention", "query", "key", "value", "output", "intermediate",
+    "bert", "roberta",
 }
 # fmt: on
 _PARTS = sorted((tuple(name.split("_")) for name in _COMPOUND), key=len, reverse=True)  # the longest compound first

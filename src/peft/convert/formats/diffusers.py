@@ -15,6 +15,7 @@ import torch
 
 from peft.convert.formats.flux import is_original, to_diffusers, with_all_rows
 from peft.convert.formats.kohya import ALGORITHMS, by_method, saver
+from peft.convert.formats.unet import is_authors, unet_to_diffusers
 from peft.convert.held import Held, Pair, Pairs, check_pair, held_of, magnitude_of, modules_of, pairs_of
 from peft.convert.names import component_of
 from peft.convert.source import Bundle, Files, Format, Job, Source
@@ -156,6 +157,8 @@ def _write(bundle: Bundle, job: Job) -> Files:
     for component, held in bundle.items():
         if is_original(modules_of(held)):
             component, held = "transformer", to_diffusers(held)
+        elif is_authors(modules_of(held)):
+            component, held = "unet", unet_to_diffusers(held)
         if component.partition("-")[0] not in COMPONENTS and component:
             raise ConfigError(f"diffusers has no component {component!r}.")
         found, name = pairs_of(held), component or component_of(modules_of(held)) or "transformer"
