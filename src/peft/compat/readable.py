@@ -47,7 +47,7 @@ READABLE: dict[str, dict[str, Callable[[Any], Any]]] = {
     },
     "fourierft": {"fourierft_scaling": lambda a: a.scaling, "indices": _places("fourierft_places")},
     "gralora": {
-        "r": lambda a: a.ranks - _rows(a.gralora_A_general),
+        "r": lambda a: a.gralora_A.shape[-1],
         "gralora_k": lambda a: len(a.gralora_A),
         "hybrid_r": lambda a: _rows(a.gralora_A_general),
     },

@@ -8,12 +8,12 @@ channels, by the inverse of their 2 x 2 matrices.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from peft.kernels.few import device_of
 from peft.kernels.linear import Direct, is_eager
 from peft.kernels.remake import recipe_of, unchanged
 
@@ -46,26 +46,13 @@ def mixed_by_output(
     trains = torch.is_grad_enabled() and (c.requires_grad or (s is not None and s.requires_grad))
     if not trains or c.dtype != y.dtype or not is_eager(y):
         return None
-    device, again = _STANDS_FOR[-1] if y.is_meta else y.device.type, None
+    again = None
     # other devices would have to wait for the check of c
-    if y.numel() >= LARGE and device == "cpu" and (y.is_meta or _divides(c, s)):
+    if y.numel() >= LARGE and device_of(y) == "cpu" and (y.is_meta or _divides(c, s)):
         again = recipe_of(x)
     if again is None:
         return None if s is None else Mixed.of(y, c, s, None)
     return Mixed.of(y, c, s, lambda: layer(again()))
-
-
-_STANDS_FOR = ["cpu"]
-
-
-@contextmanager
-def meta_stands_for(device: str) -> Iterator[None]:
-    """A context in which tensors on the meta device, whose values nobody knows, are kept as on this type of device."""
-    _STANDS_FOR.append(device)
-    try:
-        yield
-    finally:
-        _STANDS_FOR.pop()
 
 
 def _divides(c: torch.Tensor, s: torch.Tensor | None) -> bool:

@@ -6,6 +6,9 @@ paid for by the passes over memory and the bytes that it spares, which are nothi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 
@@ -27,5 +30,23 @@ def is_few(x: torch.Tensor, draws: bool = False) -> bool:
     Args:
         draws: entries of x are dropped, which torch's own operation takes longer for than ours.
     """
-    few = ENTRIES if x.is_cpu else ENTRIES_ELSEWHERE
+    few = ENTRIES if x.is_cpu or (x.is_meta and device_of(x) == "cpu") else ENTRIES_ELSEWHERE
     return x.numel() < (few // 2 if draws else few)
+
+
+def device_of(x: torch.Tensor) -> str:
+    """The type of device that a tensor is on, or stands for."""
+    return _STANDS_FOR[-1] if x.is_meta else x.device.type
+
+
+_STANDS_FOR = ["cpu"]
+
+
+@contextmanager
+def meta_stands_for(device: str) -> Iterator[None]:
+    """A context in which tensors on the meta device, whose values nobody knows, are kept as on this type of device."""
+    _STANDS_FOR.append(device)
+    try:
+        yield
+    finally:
+        _STANDS_FOR.pop()

@@ -14,7 +14,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from peft.kernels.autocast import is_autocast
-from peft.kernels.few import is_few
+from peft.kernels.few import is_few, is_small
 from peft.kernels.linear import Direct, is_eager
 from peft.kernels.remake import is_recomputed, recomputed
 from peft.kernels.strict import is_plain
@@ -32,7 +32,7 @@ def made_again(make: Make, *tensors: torch.Tensor) -> torch.Tensor:
         make: it must give the same when called again, and a tensor of its own: no view of what it is given.
     """
     trains = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if not trains or not all(is_eager(t) for t in tensors) or all(is_few(t) for t in tensors):
+    if not trains or not all(is_eager(t) for t in tensors) or all(is_small(t.numel()) for t in tensors):
         return make(*tensors)
     if is_plain() or is_recomputed():
         return make(*tensors)

@@ -21,7 +21,7 @@ from peft.core.base.kinds import kind_of
 from peft.core.base.storage import hooks_of, plain_tensors, storage_of, without_hooks
 from peft.core.model.gradient_checkpointing import switched_on
 from peft.core.model.walk import Site, embeddings_of, walk
-from peft.kernels.channels import meta_stands_for
+from peft.kernels.few import meta_stands_for
 
 
 OPTIMIZERS = {"adamw": 2.0, "adamw_8bit": 0.5, "momentum": 1.0, "sgd": 0.0}
