@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -216,6 +216,20 @@ def held_of(found: Pairs, like: LoraConfig | None = None) -> Held:
         return Held(LoraConfig(**fields, **found.extra), tensors)
     config = type(like)(**{**like.to_dict(), **fields, **found.extra})
     return Held(config, tensors)
+
+
+def alpha_and_rank(held: Held, module: str) -> tuple[float, int]:
+    """Alpha and rank of a LoHa or LoKr at a module."""
+    return held.config.alpha_at(module), held.config.rank_at(module)
+
+
+def on_modules(
+    held: Held, modules: Mapping[str, Mapping[str, torch.Tensor]], scales: Mapping[str, tuple[float, int]]
+) -> Held:
+    """A LoHa or LoKr like another, on other modules, with their alphas and ranks."""
+    alphas, ranks = ({module: scale[i] for module, scale in scales.items()} for i in (0, 1))
+    fields: dict[str, Any] = rank_fields(ranks, alphas, "alpha")  # type: ignore[arg-type]
+    return Held(replace(held.config, **fields, target_modules=sorted(modules)), as_saved(modules))
 
 
 def as_saved(modules: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -73,14 +73,15 @@ def dotted(name: str, known: Iterable[str] | None) -> str:
     return ".".join(parts)
 
 
-UNETS = ("down_blocks", "up_blocks", "mid_block", "input_blocks", "middle_block", "output_blocks")
+UNET_OF_DIFFUSERS = {"down_blocks", "up_blocks", "mid_block"}
+UNET_OF_AUTHORS = {"input_blocks", "middle_block", "output_blocks"}
 TRANSFORMERS = ("double_blocks", "single_blocks", "joint_blocks", "transformer_blocks", "single_transformer_blocks")
 
 
 def component_of(modules: Iterable[str]) -> str:
     """The component of a pipeline that modules are of, by their names; "" if these do not tell."""
     words = {word for module in modules for word in module.split(".")}
-    if words & set(UNETS):
+    if words & (UNET_OF_DIFFUSERS | UNET_OF_AUTHORS):
         return "unet"
     if words & {"text_model", "SelfAttention", "DenseReluDense"}:
         return "text_encoder"

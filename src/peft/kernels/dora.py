@@ -15,7 +15,7 @@ from torch.autograd import Function
 
 from peft.kernels.dropout import Dropped, draw_seed
 from peft.kernels.few import is_few
-from peft.kernels.linear import Factors, in_dtype, no_autocast, product_dtype
+from peft.kernels.linear import Factors, in_dtype, no_autocast, product_dtype, shaped_as
 from peft.kernels.products import accumulate, plus_product, product
 from peft.kernels.remake import kept
 
@@ -70,7 +70,7 @@ def composed(
         own = own + (F.linear(rows, weight, bias) - y)
     elif bias is not None:
         own = own + bias
-    return torch.ops.aten._unsafe_view(own, (*x.shape[:-1], len(weight)))
+    return shaped_as(x, own)
 
 
 class DoraLinear(Function):
@@ -92,7 +92,7 @@ class DoraLinear(Function):
         y.mul_(magnitude / norm)
         if bias is not None:
             y.add_(bias)
-        y = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+        y = shaped_as(x, y)
         recomputes = len(weight) * NARROW <= weight.shape[1]
         ctx.scale, ctx.shape = scale, x.shape
         ctx.kept, tensor = kept(x, down.requires_grad or recomputes)
@@ -133,7 +133,7 @@ class DroppedDoraLinear(Function):
         ctx.scale, ctx.drop, ctx.shape = scale, drop, x.shape
         ctx.kept, tensor = kept(x)
         ctx.save_for_backward(tensor, weight, down, up, magnitude, norm, hidden, dropping.few())
-        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+        return shaped_as(x, y)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -180,8 +180,7 @@ def with_few(
     """W x + b and low-rank updates of x ``[..., in]``, which has W's dtype, by autograd's own operations."""
     rows = x.reshape(-1, x.shape[-1])
     y = composed(F.linear(rows, weight, bias), rows, factors)
-    # no view: others may change it in place
-    return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))
+    return y if x.dim() == 2 else shaped_as(x, y)
 
 
 def is_eager(x: torch.Tensor) -> bool:
@@ -311,10 +310,10 @@ def in_dtype(dtype: torch.dtype, tensor: torch.Tensor) -> torch.Tensor:
 def no_autocast(x: torch.Tensor) -> Any:
     """The products choose their dtypes themselves."""
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if is_autocast(kind) else _NO_CONTEXT
+    return torch.autocast(kind, enabled=False) if is_autocast(kind) else NO_CONTEXT
 
 
-_NO_CONTEXT = nullcontext()
+NO_CONTEXT = nullcontext()
 
 
 def _apply(
@@ -395,7 +394,12 @@ def fresh_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     """W x + b, never as a view: outputs of a layer may be changed in place."""
     rows = x.reshape(-1, x.shape[-1])
     out = product(rows, weight.t(), bias=bias)
-    return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], out.shape[-1]))
+    return shaped_as(x, out)
+
+
+def shaped_as(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Outputs ``[n, out]`` of all rows of x ``[..., in]`` as ``[..., out]``, never as a view."""
+    return torch.ops.aten._unsafe_view(rows, (*x.shape[:-1], rows.shape[-1]))
 
 
 def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from peft.kernels.autocast import is_autocast
 from peft.kernels.few import is_few, is_small
-from peft.kernels.linear import Direct, is_eager
+from peft.kernels.linear import NO_CONTEXT, Direct, is_eager
 from peft.kernels.remake import is_recomputed, recomputed
 from peft.kernels.strict import is_plain
 
@@ -42,10 +42,7 @@ def made_again(make: Make, *tensors: torch.Tensor) -> torch.Tensor:
 def reading(x: torch.Tensor) -> AbstractContextManager[None]:
     """A context for an operation that reads x: autograd keeps no x for it that x's own graph can give back."""
     may = x.requires_grad and torch.is_grad_enabled() and is_eager(x) and not is_few(x) and not is_plain()
-    return recomputed() if may else _NO_CONTEXT
-
-
-_NO_CONTEXT = nullcontext()
+    return recomputed() if may else NO_CONTEXT
 
 
 class Transformable(Direct):

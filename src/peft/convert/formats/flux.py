@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 
-from peft.convert.held import Held, Pair, Pairs, as_saved, held_of, is_lora, modules_of, pairs_of
+from peft.convert.held import Held, Pair, Pairs, alpha_and_rank, held_of, is_lora, modules_of, on_modules, pairs_of
 from peft.convert.source import Base, Bundle
 from peft.kernels.decompositions import face_splitting
 from peft.tuners.lokr import lokr_factor
-from peft.tuners.lora.config import rank_fields
 from peft.utils.error import ConfigError, some
 
 
@@ -156,7 +155,7 @@ def _pairs(held: Held) -> Pairs:
             f"Flux's two sets of names are changed in LoRA, LoHa and LoKr, and this adapter is {held.method}: make a "
             "LoRA of it by save_as_lora first."
         )
-    return Pairs({module: equal(parts, *_scale(held, module)) for module, parts in _modules(held).items()})
+    return Pairs({module: equal(parts, *alpha_and_rank(held, module)) for module, parts in _modules(held).items()})
 
 
 def _modules(held: Held) -> dict[str, dict[str, torch.Tensor]]:
@@ -164,11 +163,6 @@ def _modules(held: Held) -> dict[str, dict[str, torch.Tensor]]:
     if saved := getattr(held.config, "modules_to_save", None):
         raise ConfigError(f"whole modules have other names in Flux's two sets: {some(saved)}; take them out first.")
     return held.by_module
-
-
-def _scale(held: Held, module: str) -> tuple[float, int]:
-    """alpha and rank."""
-    return held.config.alpha_at(module), held.config.rank_at(module)
 
 
 def _pair_of_loha(parts: dict[str, torch.Tensor], alpha: float, rank: int) -> Pair:
@@ -196,15 +190,8 @@ def _loha_to_diffusers(held: Held) -> Held:
         order = torch.arange(out).roll(out // 2) if module == _SWAPPED else torch.arange(out)
         for part, at in zip(parts, order.split(_sizes(parts, out, inner))):
             made[part] = {name: t[at] if name.endswith("_a") else t for name, t in found.items()}
-            scales[part] = _scale(held, module)
-    return _loha_of(held, made, scales)
-
-
-def _loha_of(held: Held, modules: dict[str, dict[str, torch.Tensor]], scales: dict[str, tuple[float, int]]) -> Held:
-    """A LoHa like another, on other modules."""
-    alphas, ranks = ({module: scale[i] for module, scale in scales.items()} for i in (0, 1))
-    fields: dict[str, Any] = rank_fields(ranks, alphas, "alpha")  # type: ignore[arg-type]
-    return Held(dataclasses.replace(held.config, **fields, target_modules=sorted(modules)), as_saved(modules))
+            scales[part] = alpha_and_rank(held, module)
+    return on_modules(held, made, scales)
 
 
 def _sizes(parts: tuple[str, ...], out: int, inner: int) -> list[int]:
@@ -262,7 +249,7 @@ def _grouped(modules: dict[str, Any]) -> dict[str, dict[int, Any]]:
 def _loha_to_original(held: Held) -> Held | None:
     """A LoHa whose parts differ in their outputs alone; None if they do not."""
     made, scales = {}, {}
-    for module, parts in _grouped({m: (p, _scale(held, m)) for m, p in _modules(held).items()}).items():
+    for module, parts in _grouped({m: (p, alpha_and_rank(held, m)) for m, p in _modules(held).items()}).items():
         (one, scale), names = next(iter(parts.values())), _parts_of(module) or ()
         shared = {name: t for name, t in one.items() if name.endswith("_b")}
         if any(own != scale or any(not torch.equal(p[n], t) for n, t in shared.items()) for p, own in parts.values()):
@@ -275,7 +262,7 @@ def _loha_to_original(held: Held) -> Held | None:
             whole = torch.cat(rows)
             made[module][name] = whole.roll(len(whole) // 2, 0) if module == _SWAPPED else whole
         scales[module] = scale
-    return _loha_of(held, made, scales)
+    return on_modules(held, made, scales)
 
 
 def _outs(names: tuple[str, ...], inner: int) -> list[int]:

@@ -6,13 +6,12 @@ levels, of two residual blocks in the input and three in the output. The matrice
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Iterable
 
-from peft.convert.held import Held, Pairs, as_saved, held_of, is_lora, modules_of, pairs_of
+from peft.convert.held import Held, Pairs, alpha_and_rank, held_of, is_lora, modules_of, on_modules, pairs_of
+from peft.convert.names import UNET_OF_AUTHORS, UNET_OF_DIFFUSERS
 from peft.convert.source import Base
-from peft.tuners.lora.config import rank_fields
 from peft.utils.error import ConfigError
 
 
@@ -39,12 +38,12 @@ _LEVEL = 3  # input blocks of a level: two residual blocks and the step down; ou
 
 def is_authors(names: Iterable[str]) -> bool:
     """Whether modules have the names of Stable Diffusion's authors."""
-    return any(name.startswith(("input_blocks.", "middle_block.", "output_blocks.")) for name in names)
+    return any(name.partition(".")[0] in UNET_OF_AUTHORS for name in names)
 
 
 def has_unet(names: Iterable[str]) -> bool:
     """Whether modules are those of a UNet of diffusers."""
-    return any(name.startswith(("down_blocks.", "mid_block.", "up_blocks.")) for name in names)
+    return any(name.partition(".")[0] in UNET_OF_DIFFUSERS for name in names)
 
 
 def diffusers_name(module: str) -> str:
@@ -87,7 +86,7 @@ def unet_to_diffusers(held: Held) -> Held:
     """An adapter on the authors' modules as the same on diffusers'.
 
     Raises:
-        ConfigError: a module has no counterpart, or whole modules are kept, or the method has no ranks by module.
+        ConfigError: a module has no counterpart, or the method has no ranks by module.
     """
     if is_lora(held):
         found = pairs_of(held)
@@ -98,11 +97,8 @@ def unet_to_diffusers(held: Held) -> Held:
             "a LoRA of it by save_as_lora first."
         )
     names = {module: diffusers_name(module) for module in held.by_module}
-    ranks = {name: held.config.rank_at(module) for module, name in names.items()}
-    alphas = {name: held.config.alpha_at(module) for module, name in names.items()}
-    fields = {**rank_fields(ranks, alphas, "alpha"), "target_modules": sorted(ranks)}
-    tensors = as_saved({names[module]: parts for module, parts in held.by_module.items()})
-    return Held(dataclasses.replace(held.config, **fields), tensors)
+    modules = {names[module]: parts for module, parts in held.by_module.items()}
+    return on_modules(held, modules, {name: alpha_and_rank(held, module) for module, name in names.items()})
 
 
 def unet_as_in(held: Held, base: Base) -> Held:

@@ -11,7 +11,6 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +20,7 @@ from peft.core.adapter import Adapter
 from peft.core.layer import parallel
 from peft.core.layer import weight as weights
 from peft.core.layer.composed import leaves_of
-from peft.kernels.linear import Factors, is_eager, low_rank_linear
+from peft.kernels.linear import NO_CONTEXT, Factors, is_eager, low_rank_linear
 from peft.kernels.made_again import reading
 from peft.kernels.strict import is_plain
 
@@ -127,7 +126,7 @@ def updated(layer: BaseTunerLayer, adapters: Adapters, args: tuple, kwargs: Keyw
     """The base layer on an input that adapters may change, and what they make of its output, one after another."""
     x = inner = args[0]
     # looking at all that autograd keeps takes longer than adapters do that see to it themselves
-    with _NO_CONTEXT if all(adapter.spares_input for adapter in adapters) else reading(x):
+    with NO_CONTEXT if all(adapter.spares_input for adapter in adapters) else reading(x):
         if any(adapter.changes_input for adapter in adapters):
             for adapter in reversed(weights.fold_order(adapters)):  # the one next to x is folded last
                 inner = adapter.input(adapter.cast(inner))
@@ -139,7 +138,6 @@ def updated(layer: BaseTunerLayer, adapters: Adapters, args: tuple, kwargs: Keyw
         return layer.kind.with_tensor(given, y if y.dtype is base_y.dtype else y.to(base_y.dtype))
 
 
-_NO_CONTEXT = nullcontext()
 ROUTES = (stand_in, parted, by_kernel, low_rank, folded, updated)
 PLAIN_ROUTES = (stand_in, parted, folded, updated)
 """Those within :func:`peft.kernels.plain`."""
