@@ -105,7 +105,7 @@ def test_scales_are_had_from_the_output(pairs: bool, lead: tuple[int, ...]) -> N
         return mixed
 
     y = F.linear(gated(x), weight)
-    torch.testing.assert_close(output(x, c, s), road_rotated(y, c, s, 2) if pairs else y * c)
+    torch.testing.assert_close(output(x, c, s), road_rotated(y, c.view(2, 2, 2), s.view(2, 2, 2)) if pairs else y * c)
     tested = (lambda x, c, s: output(x, c, s)) if pairs else (lambda x, c: output(x, c, s))
     inputs = (x, c, s) if pairs else (x, c)
     torch.autograd.gradcheck(tested, inputs)

@@ -41,7 +41,7 @@ def made_again(make: Make, *tensors: torch.Tensor) -> torch.Tensor:
 
 def reading(x: torch.Tensor) -> AbstractContextManager[None]:
     """A context for an operation that reads x: autograd keeps no x for it that x's own graph can give back."""
-    may = x.requires_grad and torch.is_grad_enabled() and is_eager(x) and not is_few(x) and not is_plain()
+    may = x.requires_grad and torch.is_grad_enabled() and not is_few(x) and is_eager(x) and not is_plain()
     return recomputed() if may else NO_CONTEXT
 
 

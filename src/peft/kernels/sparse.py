@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from peft.kernels.few import is_small
 from peft.kernels.linear import Direct, fresh_linear, is_eager
@@ -62,6 +63,8 @@ def _forward(
     x: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     columns = weight.shape[1]
+    if is_small(weight.numel()):  # the fewest calls
+        return F.linear(x, with_entries(weight, positions, values), bias)
     if FEW * len(values) * (x.numel() // columns) > weight.numel():
         return fresh_linear(x, with_entries(weight, positions, values), bias)
     update = x.index_select(-1, positions % columns).mul_(values)  # for few tokens, less than a copy of W

@@ -14,9 +14,9 @@ from peft.core.adapter import part, setting
 from peft.core.addition import LinearIn
 from peft.core.base.kinds import fan
 from peft.core.families import ScaledBy, weight_to_add_to
+from peft.core.layer import weight as weights
 from peft.core.layer.buffers import BufferDict
 from peft.core.layer.layer import BaseTunerLayer
-from peft.core.layer.weight import base_bias
 from peft.core.model.registry import define_tuner
 from peft.kernels.few import is_small
 from peft.kernels.spectral import Places, spectral_linear, spectral_matrix
@@ -57,19 +57,20 @@ def fourierft_update(
         spectrum: the numbers in F that are not zero, ``[n]``. places: where they stand in the flat F, ``[n]``.
         shape: ``(out, in * kernel)``.
     """
-    values, rows_and_columns = _scaled_numbers(spectrum, places, shape[1], scaling)
+    values = _scaled_numbers(spectrum, scaling)
     if is_small(shape[0] * shape[1]):
         whole = values.new_zeros(shape[0] * shape[1]).index_add(0, places, values).view(shape)
         return torch.fft.ifft2(whole).real.to(spectrum.dtype)  # twice the work, in a third of the calls
-    return spectral_matrix(values, rows_and_columns, shape).to(spectrum.dtype)
+    return spectral_matrix(values, _rows_and_columns(places, shape[1]), shape).to(spectrum.dtype)
 
 
-def _scaled_numbers(
-    spectrum: torch.Tensor, places: torch.Tensor, columns: int, scaling: float
-) -> tuple[torch.Tensor, Places]:
-    """s in the numbers, and their rows and columns."""
-    dtype = torch.promote_types(spectrum.dtype, torch.float32)  # there is no transform of 16 bits
-    return (spectrum * scaling).to(dtype), (places // columns, places % columns)
+def _scaled_numbers(spectrum: torch.Tensor, scaling: float) -> torch.Tensor:
+    """s in the numbers; there is no transform of 16 bits."""
+    return weights.wide(spectrum * scaling)
+
+
+def _rows_and_columns(places: torch.Tensor, columns: int) -> Places:
+    return places // columns, places % columns
 
 
 class FourierFT(ScaledBy):
@@ -93,7 +94,8 @@ class FourierFT(ScaledBy):
 
     def numbers(self) -> tuple[torch.Tensor, Places]:
         """The numbers in the spectrum that are not zero, s in them, and their rows and columns."""
-        return _scaled_numbers(self.fourierft_spectrum, self.fourierft_places, fan(self.shape)[1], self.scaling)
+        values = _scaled_numbers(self.fourierft_spectrum, self.scaling)
+        return values, _rows_and_columns(self.fourierft_places, self.in_features)
 
     def prefers_folding(self) -> bool:
         return not is_sparse(self.layer, (self,)) and self.sums_exactly()
@@ -111,15 +113,14 @@ class FourierFT(ScaledBy):
             return None
         values, places = zip(*(adapter.numbers() for adapter in adapters))
         rows, columns = (torch.cat(part) for part in zip(*places))
-        return spectral_linear(x, torch.cat(values), (rows, columns), fan(layer.shape), weight, base_bias(layer))
+        bias = weights.base_bias(layer)
+        return spectral_linear(x, torch.cat(values), (rows, columns), fan(layer.shape), weight, bias)
 
 
 def is_sparse(layer: BaseTunerLayer, adapters: Sequence[FourierFT]) -> bool:
     """Whether products by the spectra of the tokens cost less than making dW."""
-    rows, columns = fan(layer.shape)
-    if is_small(rows * columns):
-        return False
-    return layer.kind.matrix and DENSE * sum(a.fourierft_n_frequency for a in adapters) < rows * columns
+    size = layer.in_features * layer.out_features if layer.kind.matrix else 0
+    return not is_small(size) and DENSE * sum(a.fourierft_n_frequency for a in adapters) < size
 
 
 FourierFTModel = define_tuner(FourierFT, FourierFTConfig)

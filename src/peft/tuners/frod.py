@@ -20,6 +20,8 @@ from peft.core.layer.buffers import BufferDict
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.weight import base_bias, sums_exactly
 from peft.core.model.registry import define_tuner
+from peft.kernels.few import is_small
+from peft.kernels.linear import in_dtype
 from peft.tuners.frod_utils import (
     categories,
     common_basis,
@@ -70,6 +72,11 @@ class FrodConfig(TargetModules, FanInFanOut, TrainedBias, ModulesToSave, LayerSe
 
 def frod_coupled(h: torch.Tensor, scales: torch.Tensor, values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """(diag(l) + S) h along the last axis, S with ``values`` ``[nnz]`` at ``places`` ``[2, nnz]``: rows, columns."""
+    n = h.shape[-1]
+    if is_small(n * n):  # in fewer calls than by a sparse product
+        rows, columns = places
+        s = values.new_zeros(n * n).index_add(0, columns.add(rows, alpha=n), values).view(n, n)
+        return torch.addcmul(F.linear(h, s), h, scales)
     return torch.addcmul(sparse_product(h, values, places), h, scales)
 
 
@@ -136,7 +143,7 @@ class Frod(LowRank):
     def _tensors(self, dtype: torch.dtype, whole: bool = False) -> tuple[torch.Tensor, ...]:
         """U, V, the scales less those of W (unless it is ``whole``), S's values and their places."""
         tensors = self.frod_U, self.basis, self.frod_lambda_l, self.frod_lambda_s_values, self.frod_start
-        u, v, scales, values, start = (tensor.to(dtype) for tensor in tensors)
+        u, v, scales, values, start = [in_dtype(dtype, tensor) for tensor in tensors]
         return u, v, scales if whole else scales - start, values, self.places
 
     @classmethod

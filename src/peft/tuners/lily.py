@@ -13,7 +13,7 @@ from torch import nn
 from peft.config import ExcludeModules, LayerSelection, ModulesToSave, TargetModules, option
 from peft.core.adapter import part, setting
 from peft.core.base.kinds import fan
-from peft.core.families import Sample
+from peft.core.families import Sample, by_number
 from peft.core.gates import mean_of_tokens
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.registry import define_tuner
@@ -68,7 +68,7 @@ def lily_experts(chances: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
     Args:
         chances: p ``[..., num_B]``. experts: the B_e ``[num_B, r, out]``.
     """
-    return torch.einsum("...e,ero->...ro", chances, experts)
+    return (chances @ experts.flatten(1)).view(*chances.shape[:-1], *experts.shape[1:])
 
 
 class Lily(Sample):
@@ -93,23 +93,24 @@ class Lily(Sample):
     def update(self, x: torch.Tensor) -> torch.Tensor:
         base, r, kind = self.base, self.r, self.kind
         h = self.down(x, self.lily_A.weight)
-        pieces = kind.channels_last(h).unflatten(-1, (-1, r))  # [batch, ..., groups, r]
+        pieces = last = kind.channels_last(h)
+        if last.shape[-1] > r:
+            pieces = last.unflatten(-1, (-1, r))  # [batch, ..., groups, r]
         chances = lily_chances(pieces, self.lily_router.weight)
         experts, scale = self.lily_B.weight, self.scaling  # the chances are scaled, which are few
         if self.routing == "token":  # (sum_e p_e B_e) h with the p_e on h: no matrix for each token
-            each = ((chances * scale).unsqueeze(-1) * pieces.unsqueeze(-2)).flatten(
-                -3
-            )  # [batch, ..., groups * num_B * r]
+            each = by_number(chances, scale).unsqueeze(-1) * pieces.unsqueeze(-2)
+            each = each.view(*last.shape[:-1], self.num_B * last.shape[-1])  # [batch, ..., groups * num_B * r]
             return kind.up(base, kind.channels_back(each), experts.T)
         experts = experts.unflatten(0, (-1, r))  # [num_B, r, out]
         if self.routing == "batch":
-            mean = mean_of_tokens(chances.flatten(0, -2)[None], None)[0] * scale
-            return kind.up(base, h, lily_experts(mean, experts).T)
-        return self.each_up(h, lily_experts(self.average(chances) * scale, experts))
+            mean = mean_of_tokens(chances.flatten(0, -2)[None], None)[0]
+            return kind.up(base, h, lily_experts(by_number(mean, scale), experts).T)
+        return self.each_up(h, lily_experts(by_number(self.average(chances), scale), experts))
 
     def average(self, chances: torch.Tensor) -> torch.Tensor:
         """The mean over the positions of each sample, without padding, ``[batch, num_B]``."""
-        flat = chances.flatten(1, -2)  # [batch, positions * groups, num_B]
+        flat = chances.flatten(1, -2) if chances.dim() > 2 else chances[:, None]  # [batch, positions * groups, num_B]
         return mean_of_tokens(flat, self.context.padding(len(flat), flat.shape[1], flat.device))
 
 

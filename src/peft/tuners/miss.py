@@ -76,7 +76,8 @@ def _factor(m: torch.Tensor, whole: bool) -> torch.Tensor:
 def miss_product(x: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
     """dW x = D^T (sum of the blocks of x), D ``[r, out]``; x ``[..., in]`` is filled with zeros to whole blocks."""
     r = len(d)
-    blocks = padded(x, -(-x.shape[-1] // r) * r).unflatten(-1, (-1, r))  # [..., block, r]
+    count = -(-x.shape[-1] // r)
+    blocks = padded(x, count * r).reshape(*x.shape[:-1], count, r)
     return blocks.sum(-2) @ d
 
 
@@ -118,8 +119,11 @@ class Miss(Delta):
 
     def up(self) -> torch.Tensor:
         """D ``[r, out]``."""
-        block, rows = self.miss_block, self.shape[0]
-        return block if block.shape[1] == rows else block.repeat(1, -(-rows // block.shape[1]))[:, :rows]
+        block = self.miss_block
+        if self.form != "mini":
+            return block
+        rows = self.shape[0]
+        return block.repeat(1, -(-rows // block.shape[1]))[:, :rows]
 
     def delta_weight(self) -> torch.Tensor:
         if self.form == "bat":

@@ -15,6 +15,7 @@ from peft.core.families import Fold
 from peft.core.layer.buffers import BufferDict
 from peft.core.model.registry import define_tuner
 from peft.kernels.decompositions import svd
+from peft.kernels.linear import in_dtype
 from peft.kernels.made_again import Transformable
 from peft.utils.error import ConfigError
 from peft.utils.peft_types import PeftType
@@ -69,7 +70,8 @@ def osf_weight(
         u, s, v: U_l ``[out, k]``, S_l ``[k]``, V_l ``[k, in * kernel]``.
         top_u, top_v: U_h ``[out, n]`` and V_h ``[n, in * kernel]``. high: U_h S_h V_h.
     """
-    u, v = _Beside.of(u, top_u), _Beside.of(v.T, top_v.T).T
+    if torch.is_grad_enabled():
+        u, v = _Beside.of(u, top_u), _Beside.of(v.T, top_v.T).T
     return torch.addmm(high, u * s, v)
 
 
@@ -116,7 +118,7 @@ class OSF(Fold):
     def folded(self, base: torch.Tensor) -> torch.Tensor:
         low = self.osf_svd_params
         tensors = low["U_low"], low["S_low"], low["V_low"], self.osf_U_high, self.osf_V_high, self.osf_high
-        return osf_weight(*(tensor.to(base.dtype) for tensor in tensors)).view_as(base)
+        return osf_weight(*[in_dtype(base.dtype, tensor) for tensor in tensors]).view_as(base)
 
     def change(self, dtype: torch.dtype | None) -> torch.Tensor:
         base = self.base_weight()  # the difference of two large weights is formed before it is rounded

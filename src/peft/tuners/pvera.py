@@ -10,10 +10,10 @@ import torch
 
 from peft.config import option
 from peft.core.adapter import input_dropout, part, setting, shared
-from peft.core.families import LowRank
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.registry import define_tuner
 from peft.kernels import Factors
+from peft.kernels.few import is_few
 from peft.tuners.vera_utils import SharedPair, SharedPairConfig, vera_pair
 from peft.utils.peft_types import PeftType
 
@@ -82,22 +82,25 @@ class Pvera(SharedPair):
         self.pvera_dropout = config.pvera_dropout
 
     def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
-        a, b = self.frozen()
-        return vera_pair(a.chunk(2)[0], b, self.pvera_lambda_d.chunk(2)[0], self.pvera_lambda_b)
+        b, d, a, table = self.held_here()
+        return vera_pair(a[: self.r], table, d[: self.r], b)
+
+    def read(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        b, d, a, table = self.held_here()
+        return (b, d, a, table) if self.samples() else (b, d[: self.r], a[: self.r], table)
 
     @classmethod
     def kernel(cls, layer: BaseTunerLayer, adapters: Sequence[Any], x: torch.Tensor) -> torch.Tensor | None:
-        return super().kernel(layer, adapters, x) if adapters[0].samples() else None
+        return super().kernel(layer, adapters, x) if is_few(x) or adapters[0].samples() else None
 
     def drawn(self, h: torch.Tensor, d: torch.Tensor) -> tuple[torch.Tensor, None]:
         return Drawn.apply(h, d, self.noise(h.new_empty(()).expand(len(h), self.r))), None
 
     def inner(self, h: torch.Tensor) -> torch.Tensor:
-        mean, log_variance = halves(h, getattr(self.base, "groups", 1), self.kind.channel_axis)
+        if not self.samples():
+            return h
+        mean, log_variance = halves(h, self.kind.groups(self.base), self.kind.channel_axis)
         return pvera_draw(mean, log_variance, self.noise(mean))
-
-    def delta(self, x: torch.Tensor) -> torch.Tensor:
-        return super().delta(x) if self.samples() else LowRank.delta(self, x)
 
     def factors(self) -> Factors | None:
         return None if self.samples() else super().factors()

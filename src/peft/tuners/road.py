@@ -45,14 +45,16 @@ class RoadConfig(TargetModules, ModulesToSave):
             raise ConfigError(f"RoadConfig: group_size={self.group_size} must be even: channels are rotated in pairs.")
 
 
-def road_rotated(y: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, half: int) -> torch.Tensor:
+def road_rotated(y: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
     """y * (alpha cos) + rot(y) * (alpha sin) along the last axis, rot(y) = (-y_2, y_1) for the halves of each group.
 
     Args:
-        y: ``[..., out]``. cosine, sine: alpha cos(theta) and alpha sin(theta), ``[out]`` each. half: of a group.
+        y: ``[..., out]``.
+        cosine, sine: alpha cos(theta) and alpha sin(theta), ``[groups, 1 or 2, half of a group]`` (by halves) each.
     """
-    first, second = y.unflatten(-1, (-1, 2, half)).unbind(-2)  # [..., group, half] each
-    return torch.addcmul(y * cosine, torch.stack((-second, first), -2).flatten(-3), sine)
+    pairs = y.unflatten(-1, (len(cosine), 2, cosine.shape[-1]))
+    first, second = pairs.unbind(-2)  # [..., group, half] each
+    return torch.addcmul(pairs * cosine, torch.stack((-second, first), -2), sine).flatten(-3)
 
 
 class Road(Output):
@@ -94,12 +96,11 @@ class Road(Output):
         return (cosine[:, :2], sine[:, 2:]) if self.variant == "road_4" else (cosine, sine)
 
     def map_output(self, y: torch.Tensor) -> torch.Tensor:
-        # the same for each channel, [out]
-        cosine, sine = (c.to(y.dtype).expand(-1, 2, self.group_size // 2).flatten() for c in self.coefficients())
-        return road_rotated(y, cosine, sine, self.group_size // 2)
+        cosine, sine = self.coefficients()
+        return road_rotated(y, cosine.to(y.dtype), sine.to(y.dtype))
 
     def output(self, x: torch.Tensor, y: torch.Tensor, base_y: torch.Tensor) -> torch.Tensor:
-        changed = by_output(self, x, y, *self.coefficients())
+        changed = by_output(self, x, y, self.coefficients)
         return super().output(x, y, base_y) if changed is None else changed
 
 

@@ -13,7 +13,7 @@ from peft.config import FanInFanOut, ModulesToSave, TargetModules, option
 from peft.core.adapter import part
 from peft.core.addition import SideBySide
 from peft.core.base.kinds import Kind, fan
-from peft.core.families import ScaledBy, Sparse
+from peft.core.families import ScaledBy, Sparse, by_number
 from peft.core.filling import skip_values
 from peft.core.layer.buffers import BufferDict
 from peft.core.model.registry import define_tuner
@@ -70,7 +70,7 @@ def shira_entries(
         Places in the flat dW and the numbers there, ``[n]`` each.
     """
     rows, inner = indices.long()
-    return rows * columns + inner, values * scaling
+    return inner.add(rows, alpha=columns), by_number(values, scaling)
 
 
 class Shira(Sparse, ScaledBy):

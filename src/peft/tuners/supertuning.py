@@ -105,11 +105,12 @@ class Supertuning(Sparse):
             self.supertuning_indices = self.chosen()
 
     def entries(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.supertuning_indices.long(), self.supertuning_values
+        return self.supertuning_indices, self.supertuning_values
 
     @classmethod
     def kernel(cls, layer: BaseTunerLayer, adapters: Sequence[Any], x: torch.Tensor) -> torch.Tensor | None:
-        return None if any(adapter.low_rank() for adapter in adapters) else super().kernel(layer, adapters, x)
+        pairs = any(adapter.supertuning_lora_A is not None for adapter in adapters)
+        return None if pairs else super().kernel(layer, adapters, x)
 
     def low_rank(self) -> tuple[torch.Tensor, ...]:
         """A ``[r, in * kernel]`` and s B ``[out, r]``, where there is such a pair."""

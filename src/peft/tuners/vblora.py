@@ -58,15 +58,14 @@ def vblora_pieces(logits: torch.Tensor, bank: torch.Tensor, topk: int) -> torch.
     """sum_k w_k bank[i_k], w the softmax of the ``topk`` largest logits and i their places.
 
     Args:
-        logits: ``[m, n, num_vectors]``. bank: ``[num_vectors, vector_length]``.
+        logits: ``[n, num_vectors]``. bank: ``[num_vectors, vector_length]``.
 
     Returns:
-        ``[m, n, vector_length]``, in the dtype of the logits.
+        ``[n, vector_length]``, in the dtype of the logits.
     """
-    best, place = logits.float().topk(topk, -1)  # [m, n, topk]
-    place, mix = place.flatten(0, 1), best.softmax(-1).flatten(0, 1)
-    mixed = F.embedding_bag(place, bank.float(), per_sample_weights=mix, mode="sum")  # [m n, vector_length]
-    return mixed.unflatten(0, logits.shape[:2]).to(logits.dtype)
+    best, place = logits.float().topk(topk, -1)  # [n, topk]
+    mixed = F.embedding_bag(place, bank.float(), per_sample_weights=best.softmax(-1), mode="sum")
+    return mixed.to(logits.dtype)
 
 
 class VBLoRA(LowRank):
@@ -96,9 +95,12 @@ class VBLoRA(LowRank):
     def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
         self._refuse_to_train_on()
         bank, (rows, columns) = self.vblora_vector_bank, fan(self.shape)
-        a, b = (vblora_pieces(logits, bank, self.topk) for logits in (self.vblora_logits_A, self.vblora_logits_B))
-        # [r, pieces of a row, length] -> [r, in]; [pieces of a column, r, length] -> [out, r]
-        return a.flatten(1)[:, :columns], b.transpose(1, 2).flatten(0, 1)[:rows]
+        first, second = self.vblora_logits_A, self.vblora_logits_B
+        pieces = vblora_pieces(torch.cat((first.flatten(0, 1), second.flatten(0, 1))), bank, self.topk)
+        a, b = pieces.split((first.shape[0] * first.shape[1], second.shape[0] * second.shape[1]))
+        # [r * pieces of a row, length] -> [r, in]; [pieces of a column * r, length] -> [out, r]
+        a, b = a.reshape(len(first), -1), b.unflatten(0, second.shape[:2]).transpose(1, 2).flatten(0, 1)
+        return a[:, :columns], b[:rows]
 
     def as_saved(self, saved: str, tensor: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
         if not self.save_only_topk_weights:

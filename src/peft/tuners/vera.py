@@ -41,7 +41,8 @@ class Vera(SharedPair):
 
     def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The first is frozen, so that no gradient needs the input."""
-        return vera_pair(*self.frozen(), self.vera_lambda_d, self.vera_lambda_b)
+        b, d, a, table = self.read()
+        return vera_pair(a, table, d, b)
 
 
 VeraModel = define_tuner(Vera, VeraConfig, prefix="vera_lambda_")

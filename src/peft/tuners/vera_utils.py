@@ -14,11 +14,10 @@ from torch import nn
 from peft.config import FanInFanOut, LayerSelection, ModulesToSave, TargetModules, TrainedBias, option
 from peft.core.base.kinds import fan
 from peft.core.families import LowRank
-from peft.core.layer import routes
 from peft.core.layer.layer import BaseTunerLayer
 from peft.kernels.autocast import is_autocast
 from peft.kernels.few import is_few
-from peft.kernels.linear import base_output, is_eager
+from peft.kernels.linear import base_output, in_dtype, is_eager
 from peft.kernels.remake import is_recomputed
 from peft.tuners.vera_kernels import Raised, ScaledTable, projected, times
 
@@ -79,15 +78,16 @@ class SharedPair(LowRank):
         for name, vector in zip(self.parts, (b, d)):
             setattr(self, name, nn.Parameter(vector))
 
-    def vectors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """b ``[out]`` and d ``[draws * r]``."""
-        b, d = (getattr(self, name) for name in self.parts)
-        return b, d
+    def held_here(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """b ``[out]`` and d ``[draws * r]``; leading columns of A, ``[draws * r, in * kernel]``, and rows of B."""
+        (rows, columns), (b, d) = fan(self.shape), [getattr(self, name) for name in self.parts]
+        a, table = [in_dtype(d.dtype, getattr(self, name)) for name in self.common]
+        a = a if a.shape[1] == columns else a[:, :columns]
+        return b, d, a, table if len(table) == rows else table[:rows]
 
-    def frozen(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The leading columns of A, ``[draws * r, in * kernel]``, and rows of B, ``[out, r]``."""
-        (rows, columns), (a, b), d = fan(self.shape), (getattr(self, name) for name in self.common), self.vectors()[1]
-        return a[:, :columns].to(d), b[:rows].to(d)
+    def read(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What of these a forward computes with now."""
+        return self.held_here()
 
     def drawn(self, h: torch.Tensor, d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What z is made of in a step: z = d * h of h = A x ``[n, draws * r]``; of another z, that and None."""
@@ -102,12 +102,14 @@ class SharedPair(LowRank):
         if len(adapters) > 1 or not is_eager(x) or is_autocast(x.device.type):
             return None
         (adapter,) = adapters
-        if is_few(x):
-            return routes.updated(layer, adapters, (x,), {})  # in fewer calls than by a pair
+        if is_few(x):  # in the fewest calls
+            y = layer._modules["base_layer"](x)  # type: ignore[misc]
+            raised, b = adapter.raised(adapter.cast(x))
+            return in_dtype(y.dtype, torch.addcmul(y, raised, b))
         matrix = layer.kind.matrix and not layer.kind.opaque and x.dtype == adapter.dtype
         if not matrix or not torch.is_grad_enabled() or is_recomputed():
             return None
-        (b, d), (a, table) = adapter.vectors(), adapter.frozen()
+        b, d, a, table = adapter.read()
         h, made = projected(layer, adapter.dropped(x), a)
         h, d = adapter.drawn(h, d)
         weight = layer.bypass_matrix(x)
@@ -118,8 +120,13 @@ class SharedPair(LowRank):
             )  # what another layer's A x has saved is spent on keeping less
         return y + (F.linear(times(h, d), table) * b).view_as(y)
 
+    def raised(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """B z and b, whose product is dW x."""
+        base, kind, (b, d, a, table) = self.base, self.kind, self.read()
+        groups = kind.groups(base)
+        h = kind.down(base, self.dropped(x), a) * kind.along_channels(d if groups == 1 else d.repeat(groups), base)
+        return kind.up(base, self.inner(h), table), kind.along_channels(b, base)
+
     def delta(self, x: torch.Tensor) -> torch.Tensor:
-        base, kind, (b, d), (a, table) = self.base, self.kind, self.vectors(), self.frozen()
-        groups = getattr(base, "groups", 1)
-        h = kind.down(base, self.dropped(x), a) * self.along_channels(d if groups == 1 else d.repeat(groups))
-        return kind.up(base, self.inner(h), table) * self.along_channels(b)
+        raised, b = self.raised(x)
+        return raised * b

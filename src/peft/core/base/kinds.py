@@ -128,6 +128,10 @@ class Kind:
         """``B h`` for a matrix B ``[out, r]`` and what :meth:`down` gives."""
         return F.linear(h, b)
 
+    def groups(self, m: nn.Module) -> int:
+        """How many parts of the channels are computed apart from each other."""
+        return 1
+
     def along_channels(self, v: torch.Tensor, m: nn.Module) -> torch.Tensor:
         """A vector over features, shaped to multiply x or y."""
         return v
@@ -240,6 +244,9 @@ class Conv(Kind):
     def up(self, m: nn.Module, h: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         convolve = (F.conv1d, F.conv2d, F.conv3d)[self.dims - 1]
         return convolve(h, b.reshape(*b.shape, *[1] * self.dims), groups=m.groups)
+
+    def groups(self, m: nn.Module) -> int:
+        return m.groups
 
     def along_channels(self, v: torch.Tensor, m: nn.Module) -> torch.Tensor:
         return v.reshape(-1, *[1] * self.dims)

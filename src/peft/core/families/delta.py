@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from peft.core.adapter import Adapter, setting
 from peft.core.layer.scaled import ScaledLayer
@@ -80,7 +81,10 @@ class LowRank(Delta):
 
     def dropped(self, x: torch.Tensor) -> torch.Tensor:
         """x after dropout, which indices do not have."""
-        return x if self.kind.lookup or not self.dropout else getattr(self, self.dropout)(x)
+        if self.kind.lookup or not self.dropout:
+            return x
+        dropout = getattr(self, self.dropout)
+        return x if type(dropout) is nn.Identity else dropout(x)
 
     def _rate(self) -> float | None:
         """The dropout that acts now, where the factors of dW say all."""
@@ -160,16 +164,23 @@ class ScaledBy(Scaled):
 
 def kernel_weight(layer: BaseTunerLayer, x: torch.Tensor) -> torch.Tensor | None:
     """W ``[out, in]`` in the dtype of x where kernels may compute the whole layer, outside autocast; else None."""
-    if not layer.kind.matrix or layer.kind.opaque or not is_eager(x) or is_autocast(x.device.type):
+    if layer.kind.opaque or not is_eager(x) or is_autocast(x.device.type):
         return None
     weight = layer.bypass_matrix(x)
-    return weight if weight is not None and weight.dtype == x.dtype else None
+    return weight if weight is not None and weight.dtype is x.dtype else None
 
 
 def weight_to_add_to(layer: BaseTunerLayer, adapters: Sequence[Adapter], x: torch.Tensor) -> torch.Tensor | None:
     """The same where W can hold these adapters' dW as well, computed in its dtype; else None."""
-    weight = kernel_weight(layer, x) if sums_exactly(layer) else None
-    return weight if weight is not None and all(adapter.dtype == weight.dtype for adapter in adapters) else None
+    weight = kernel_weight(layer, x)
+    if weight is None or not sums_exactly(layer):
+        return None
+    return weight if all(adapter.dtype is weight.dtype for adapter in adapters) else None
+
+
+def by_number(x: torch.Tensor, factor: Any) -> torch.Tensor:
+    """x times a factor, a number or a tensor; x itself where that is the number 1."""
+    return x if not isinstance(factor, torch.Tensor) and factor == 1 else x * factor
 
 
 def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 
 from peft.core.adapter import Adapter
 from peft.core.families.fold import Shift
 from peft.kernels.channels import mixed_by_output
 from peft.kernels.few import is_few
-from peft.kernels.linear import is_eager
+from peft.kernels.linear import in_dtype, is_eager
 from peft.kernels.made_again import reading
 from peft.kernels.strict import is_plain
 
 
 def by_output(
-    adapter: Adapter, x: torch.Tensor, y: torch.Tensor, c: torch.Tensor, s: torch.Tensor | None = None
+    adapter: Adapter, x: torch.Tensor, y: torch.Tensor, scales: Callable[[], Sequence[torch.Tensor]]
 ) -> torch.Tensor | None:
     """What :func:`mixed_by_output` gives of the output y of a frozen linear layer; None where that is not asked.
 
     Args:
         x: the input of the adapter, which the layer gets by way of :meth:`Adapter.input`.
+        scales: gives c, or c and s.
     """
     if not torch.is_grad_enabled() or (is_eager(y) and is_few(y)):
         return None  # nothing is kept, or nothing that counts
@@ -28,7 +31,7 @@ def by_output(
     alone = not layer.context.is_mixed and len(layer.current()) == 1
     if is_plain() or not alone or not layer.kind.matrix or not layer.base_is_fresh():
         return None
-    return mixed_by_output(y, x, lambda x: layer.base_layer(adapter.input(x)), c, s)
+    return mixed_by_output(y, x, lambda x: layer.base_layer(adapter.input(x)), *scales())
 
 
 class Output(Shift):
@@ -46,8 +49,8 @@ class Output(Shift):
 
     def output(self, x: torch.Tensor, y: torch.Tensor, base_y: torch.Tensor) -> torch.Tensor:
         if type(self).map_output is not Output.map_output:
-            axis = self.kind.channel_axis
-            y = self.map_output(y.to(self.dtype).movedim(axis, -1)).movedim(-1, axis)
+            y = self.kind.channels_last(in_dtype(self.dtype, y))
+            y = self.kind.channels_back(self.map_output(y))
         return self.shifted(y)
 
     def fold(self, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
@@ -87,7 +90,7 @@ class Scale(Adapter):
             y = y * inner[x].unsqueeze(-1)
         if scale is None:
             return y
-        changed = by_output(self, x, y, scale)
+        changed = by_output(self, x, y, lambda: (scale,))
         return y * self.along_channels(scale) if changed is None else changed
 
     def fold(self, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:

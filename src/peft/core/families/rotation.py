@@ -65,7 +65,7 @@ class Rotation(Adapter):
         if bias is not None:
             return torch.addcmul(bias - bias * s, y, s)  # s scales W x alone: (y - b) s + b
         # It computes y once more in the backward pass, where a draw would come out otherwise.
-        changed = None if self.draws() else by_output(self, x, y, s)
+        changed = None if self.draws() else by_output(self, x, y, lambda: (s,))
         return y * s if changed is None else changed
 
     def fold(self, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:

@@ -41,11 +41,11 @@ class Sample(Adapter):
             h: what ``kind.down`` gives. b: ``[batch, r, out]``.
         """
         h = self.kind.channels_last(h)
-        groups = getattr(self.base, "groups", 1)
-        pieces = h.reshape(len(h), math.prod(h.shape[1:-1]), groups, b.shape[1])  # [batch, positions, groups, r]
+        groups = self.kind.groups(self.base)
         if groups == 1:
-            y = pieces.squeeze(2) @ b
+            y = (h if h.dim() == 3 else h.reshape(len(h), math.prod(h.shape[1:-1]), h.shape[-1])) @ b
         else:
+            pieces = h.reshape(len(h), math.prod(h.shape[1:-1]), groups, b.shape[1])  # [batch, positions, groups, r]
             y = torch.einsum("bpgr,brgo->bpgo", pieces, b.unflatten(-1, (groups, -1))).flatten(-2)
         return self.kind.channels_back(y.view(*h.shape[:-1], y.shape[-1]))
 

@@ -18,7 +18,7 @@ from peft.core.filling import make_module
 from peft.core.layer import routes
 from peft.core.layer import weight as weights
 from peft.core.layer.composed import composed_class, in_order, leaves_of, made_of
-from peft.core.layer.lean import Noted, Seen, lean, noted
+from peft.core.layer.lean import Noted, Seen, lean, noted, only_adds
 from peft.core.layer.placement import settle
 from peft.core.layer.read import ReadThrough
 from peft.core.layer.rewritten import Rewritten, follow, give_back, give_back_unmerged, include, keep_merged
@@ -66,13 +66,13 @@ class BaseTunerLayer(Unconstructed, ReadThrough):
     merge_error = 0.0
     _storage: Noted | None
     _seen: Seen | None = None
-    _may_add: ClassVar[bool] = True  # its adapters have factors, so a call may be lean
+    _may_add: ClassVar[bool] = True  # a call may be lean
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "adapter_cls" in vars(cls):
             cls.adapter_layer_names, cls.other_param_names = names_held(cls.adapter_cls)
-            cls._may_add = cls.adapter_cls.factors is not Adapter.factors
+            cls._may_add = only_adds(cls.adapter_cls)
 
     def __init__(
         self,
@@ -257,17 +257,22 @@ class BaseTunerLayer(Unconstructed, ReadThrough):
             )
         return self._live()
 
-    def may_bypass_base(self, x: torch.Tensor) -> bool:
-        """Whether the layer's output may be computed without calling the base layer; its bias may train.
+    def direct_weight(self, x: torch.Tensor) -> nn.Parameter | None:
+        """W as it is stored, where the layer's output may be computed without calling the base layer; else None.
 
         Not where calling it does more than its class says (hooks, a replaced ``forward``, such as accelerate's for
         offloaded weights), nor where its tensors are no ordinary ones at hand: sharded, quantised, on the meta device.
+        W is frozen, nothing is merged into it, and no other adapted layer is inside; the bias may train.
         """
         base: Any = self._modules["base_layer"]
-        if not self.kind.is_own(base) or self.merged_adapters:
-            return False
+        if self.merged_adapters or not self.kind.is_own(base):
+            return None
         weight = self.storage.direct_weight(base, self.kind.weight)
-        return weight is not None and weight.device == x.device
+        return weight if weight is not None and weight.device == x.device else None
+
+    def may_bypass_base(self, x: torch.Tensor) -> bool:
+        """Whether the layer's output may be computed without calling the base layer: see :meth:`direct_weight`."""
+        return self.direct_weight(x) is not None
 
     def base_is_fresh(self) -> bool:
         """Whether nothing else holds or needs what the base layer gives: it may be changed in place."""
@@ -276,13 +281,12 @@ class BaseTunerLayer(Unconstructed, ReadThrough):
 
     def bypass_matrix(self, x: torch.Tensor) -> torch.Tensor | None:
         """W ``[out, in]`` where kernels may compute the whole layer with it, W x + b with a frozen b; else None."""
-        if not self.kind.matrix or not self.may_bypass_base(x):
+        weight = self.direct_weight(x) if self.kind.matrix else None
+        if weight is None:
             return None
         base = self._modules["base_layer"]
         bias = base._parameters.get("bias")
-        if bias is not None and bias.requires_grad:
-            return None
-        return self.kind.orient(base._parameters[self.kind.weight], base)
+        return None if bias is not None and bias.requires_grad else self.kind.orient(weight, base)
 
     @property
     def merged(self) -> bool:

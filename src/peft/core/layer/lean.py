@@ -46,7 +46,7 @@ def lean(layer: BaseTunerLayer, x: torch.Tensor) -> torch.Tensor | None:
     if seen is not None and (y := seen.output(state, active[0], x, trains)) is not None:
         return y
     adapter = state["adapters"].get(active[0])
-    if adapter is None or not _only_adds(type(adapter)):  # type: ignore[arg-type]
+    if adapter is None or not only_adds(type(adapter)):  # type: ignore[arg-type]
         return None
     # what BaseTunerLayer.bypass_matrix asks, of a linear layer of torch's own
     base, storage = state["_modules"]["base_layer"], state["_storage"]
@@ -178,7 +178,7 @@ _OWN = (nn.Linear, nn.Parameter, None, False, 0)
 
 
 @functools.cache
-def _only_adds(cls: Any) -> bool:
+def only_adds(cls: Any) -> bool:
     """Whether adapters of a class have factors, and no other way to act while they do."""
     kernel = cls.kernel.__func__ is not Adapter.kernel.__func__  # type: ignore[attr-defined]
     own = kernel or cls.stand_in is not Adapter.stand_in or cls.changes_input

@@ -92,12 +92,11 @@ def folded(layer: BaseTunerLayer, adapters: Adapters, args: tuple, kwargs: Keywo
     only = any(adapter.only_folds() for adapter in adapters)
     if not only and not all(adapter.prefers_folding() for adapter in adapters):
         return None
-    x, base = args[0], layer.get_base_layer()
-    if layer.may_bypass_base(x):
+    x = args[0]
+    if (direct := layer.direct_weight(x)) is not None:
         bias = weights.folded_bias(layer, adapters)
-        made_of = leaves_of(adapters)
-        y = weights.multiplied(layer, x, lambda: weights.folded_weight(layer, adapters), made_of)
-        return y if bias is None else y + layer.kind.along_channels(bias, base)
+        y = weights.multiplied(layer, x, lambda: weights.folded_into(layer, direct, adapters), leaves_of(adapters))
+        return y if bias is None else y + layer.kind.along_channels(bias, layer.get_base_layer())
     if not only:
         return None
     below = weights.adapters_below(layer)

@@ -99,10 +99,10 @@ def wide(weight: torch.Tensor) -> torch.Tensor:
 # --- with adapters ------------------------------------------------------------------------------------------------
 
 
-def fold_order(adapters: Adapters) -> list[Adapter]:
+def fold_order(adapters: Adapters) -> Adapters:
     """Maps of x apply one after another, hence to W in reverse order."""
     reverse = len(adapters) > 1 and any(adapter.folds_in_reverse() for adapter in adapters)
-    return list(adapters[::-1] if reverse else adapters)
+    return adapters[::-1] if reverse else adapters
 
 
 def layer_inside(layer: BaseTunerLayer) -> BaseTunerLayer | None:
@@ -135,11 +135,23 @@ def folded_weight(
     weight = base_weight(layer) if inner is None else folded_weight(inner, first, tuple(rest))
     if not adapters:
         return weight
-    dtype, weight = weight.dtype, wide(weight)
     base = weight if inner is None and not layer.merged else unmerged_weight(layer)
+    return _folded_one_by_one(weight, base, adapters)
+
+
+def folded_into(layer: BaseTunerLayer, direct: torch.Tensor, adapters: Adapters) -> torch.Tensor:
+    """The same where :meth:`BaseTunerLayer.direct_weight` gives W as it is stored: there is nothing else in it."""
+    weight = layer.kind.orient(direct.detach(), layer._modules["base_layer"])
+    return _folded_one_by_one(weight, weight, adapters)
+
+
+def _folded_one_by_one(weight: torch.Tensor, base: torch.Tensor, adapters: Adapters) -> torch.Tensor:
+    """A weight with these adapters in it, in its dtype; ``base`` is the one without any, wide or the very same."""
+    dtype, same, weight = weight.dtype, base is weight, wide(weight)
+    base = weight if same else base
     for adapter in fold_order(adapters):
         weight = adapter.fold(weight, base)
-    return weight.to(dtype)
+    return weight if weight.dtype is dtype else weight.to(dtype)
 
 
 def folded_bias(layer: BaseTunerLayer, adapters: Adapters) -> torch.Tensor | None:
@@ -148,6 +160,8 @@ def folded_bias(layer: BaseTunerLayer, adapters: Adapters) -> torch.Tensor | Non
     bias = old = base_bias(layer) if inner is None else folded_bias(inner, inner.current())
     for adapter in fold_order(adapters):
         bias = adapter.fold_bias(bias)
+    if bias is old:
+        return bias
     if bias is None:
         return None
     like = getattr(layer.get_base_layer(), layer.kind.weight) if old is None else old
