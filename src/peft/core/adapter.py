@@ -58,6 +58,7 @@ class Adapter:
         follows_ties: modules tied to a targeted embedding get the same adapter.
         untrained: parts that a variant holds constant, though its method trains them: saved as ever, never trained.
         held_in: where :meth:`factors` finds bare linear layers A and B, a dropout and s, if it does nothing else.
+        dropout: the name of its ``input_dropout``, if any.
         printed_as: how a printed model names its layers, if not by method and kind.
         loss_weight: the config's field that weighs the mean of :meth:`loss_term` over layers; without one, their sum.
     """
@@ -88,6 +89,7 @@ class Adapter:
     changes_input: ClassVar[bool] = False
     spares_input: ClassVar[bool] = False
     held_in: ClassVar[tuple[str, str, str, str] | None] = None
+    dropout: ClassVar[str] = ""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -325,9 +327,17 @@ class Adapter:
         """Whether W can hold an update added to it."""
         return weights.sums_exactly(self.layer)
 
-    def drops(self, dropout: nn.Module | None) -> bool:
-        """Whether a dropout of the adapter's acts in the next forward."""
+    def drops(self) -> bool:
+        """Whether its input dropout acts in the next forward."""
+        dropout = getattr(self, self.dropout) if self.dropout else None
         return isinstance(dropout, nn.Dropout) and dropout.training
+
+    def dropped(self, x: torch.Tensor) -> torch.Tensor:
+        """x after its input dropout, which indices do not have."""
+        if self.kind.lookup or not self.dropout:
+            return x
+        dropout = getattr(self, self.dropout)
+        return x if type(dropout) is nn.Identity else dropout(x)
 
     # --- state ----------------------------------------------------------------------------------------------
     def held(self) -> list[tuple[str, part, Any]]:

@@ -112,7 +112,7 @@ class input_dropout(setting):
 
     def __set_name__(self, owner: Any, name: str) -> None:
         super().__set_name__(owner, name)
-        owner.dropout = name  # by which a LowRank method drops
+        owner.dropout = name
 
     def __set__(self, adapter: Any, value: float) -> None:
         super().__set__(adapter, nn.Dropout(value) if value else blank(nn.Identity))

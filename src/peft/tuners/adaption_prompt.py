@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -101,14 +102,14 @@ class AdaptedAttention(BlockLayer, nn.Module):
 
         def around(attend: AttentionFunction, module: nn.Module, query: torch.Tensor, *rest: Any, **options: Any):
             output, weights = attend(module, query, *rest, **options)
-            update = torch.zeros_like(output)
+            # Where the output projection keeps its weight transposed (GPT-2), what is added comes after it.
+            total = output if self.projects else torch.zeros_like(output)
             for adapter, rows, pair in acting:
                 seen = adapter.seen(pair, query, rows, options.get("scaling"), output.dtype)
-                update = with_rows_added(update, seen, rows)
-            # Where the output projection keeps its weight transposed (GPT-2), what is added comes after it.
+                total = with_rows_added(total, seen, rows)
             if self.projects:
-                return output + update, weights
-            unprojected.append(update)
+                return total, weights
+            unprojected.append(total)
             return output, weights
 
         output = watched(base, around, args, kwargs)
@@ -116,7 +117,7 @@ class AdaptedAttention(BlockLayer, nn.Module):
             output = with_first(output, first_output(output) + update.flatten(2))
         return output
 
-    @property
+    @cached_property
     def projects(self) -> bool:
         """Whether W_o acts on what the prompt gives: files leave it out where layers are transposed (GPT-2)."""
         kinds = [kind for site in walk(self.base_layer) if (kind := kind_of(site.module)) is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -21,6 +22,9 @@ AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 def _source(module: nn.Module) -> Callable:
     return inspect.unwrap(type(module).forward)
+
+
+_signature = functools.cache(inspect.signature)
 
 
 def can_watch(module: nn.Module) -> bool:
@@ -84,11 +88,12 @@ def keys_and_values(
         attend: AttentionFunction, owner: nn.Module, query: Any, key: Any, value: Any, *rest: Any, **options: Any
     ):
         found.extend((key, value))
-        return attend(owner, query, key, value, None, **{**options, "dropout": 0.0})
+        return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2), None  # of that shape
 
-    given = inspect.signature(_source(module)).bind_partial(module, *args, **kwargs).arguments
+    signature = (inspect.signature if torch.compiler.is_compiling() else _signature)(_source(module))
+    given = signature.bind_partial(module, *args, **kwargs).arguments
     call = {name: _neutral(name, value, x) for name, value in given.items()}
-    names = list(inspect.signature(_source(module)).parameters)
+    names = list(signature.parameters)
     rest = given.get("kwargs") or {}
     # Without `self` and the catch-all, of which only the positions matter.
     call = {name: value for name, value in call.items() if name not in (names[0], "kwargs")}

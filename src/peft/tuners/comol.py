@@ -67,7 +67,7 @@ class Comol(Sample):
 
     def update(self, x: torch.Tensor) -> torch.Tensor:
         kind, base = self.kind, self.base
-        h = kind.channels_last(self.down(x if kind.lookup else self.comol_dropout(x), self.comol_A))
+        h = kind.channels_last(self.down(self.dropped(x), self.comol_A))
         pieces = h.unflatten(-1, (-1, len(self.comol_A)))  # [batch, ..., groups, r]
         mixed = mixed_cores(pieces, self.comol_cores, self.comol_router, self.comol_top_k)
         return kind.up(base, kind.channels_back(mixed.flatten(-2)), self.comol_scale * self.comol_B)

@@ -108,7 +108,7 @@ class Deft(Fold):
         base, kind, (q, p), bias = self.base, self.kind, self.directions(), self.base_bias()
         learned = None if bias is None else bias.to(p.dtype) @ p
         if self.deft_R is not None:
-            dropped = x if kind.lookup else self.deft_dropout(x)
+            dropped = self.dropped(x)
             update = self.scaling * kind.channels_last(kind.down(base, dropped, self.deft_R))
             learned = update if learned is None else learned + update
         return y + kind.channels_back(deft_change(kind.channels_last(base_y).to(p.dtype), learned, q, p))

@@ -150,7 +150,7 @@ class Frod(LowRank):
     def kernel(cls, layer: BaseTunerLayer, adapters: Sequence[Any], x: torch.Tensor) -> torch.Tensor | None:
         adapter, *others = adapters
         whole = layer.kind.matrix and not layer.kind.opaque and layer.may_bypass_base(x) and sums_exactly(layer)
-        if others or not whole or adapter.drops(adapter.frod_dropout):
+        if others or not whole or adapter.drops():
             return None
         inner, bias = adapter.cast(x), base_bias(layer)
         y = frod_product(inner, *adapter._tensors(inner.dtype, whole=True))

@@ -105,7 +105,7 @@ class Gralora(ScaledBy):
         return (weight * self.scaling).view(self.shape)
 
     def delta(self, x: torch.Tensor) -> torch.Tensor:
-        x = x if self.kind.lookup else self.gralora_dropout(x)
+        x = self.dropped(x)
         if not self.kind.matrix:
             return super().delta(x)
         y = gralora(x, self.gralora_A, self.gralora_B, self.scaling)[..., : self.shape[0]]

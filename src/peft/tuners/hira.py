@@ -69,10 +69,10 @@ class Hira(Fold):
         return self.base_weight().to(dtype=dtype) * self.product()
 
     def prefers_folding(self) -> bool:
-        return self.sums_exactly() and not self.drops(self.hira_dropout)
+        return self.sums_exactly() and not self.drops()
 
     def delta(self, x: torch.Tensor) -> torch.Tensor:
-        return super().delta(x if self.kind.lookup else self.hira_dropout(x))
+        return super().delta(self.dropped(x))
 
 
 HiraModel = define_tuner(Hira, HiraConfig)

@@ -137,13 +137,13 @@ class Miss(Delta):
         return change if weight is base else weight + change
 
     def prefers_folding(self) -> bool:
-        return self.form == "bat" and self.sums_exactly() and not self.drops(self.miss_dropout)
+        return self.form == "bat" and self.sums_exactly() and not self.drops()
 
     def dear_to_make(self) -> bool:
         return self.form == "bat"
 
     def delta(self, x: torch.Tensor) -> torch.Tensor:
-        x = x if self.kind.lookup else self.miss_dropout(x)
+        x = self.dropped(x)
         return super().delta(x) if self.form == "bat" or not self.kind.matrix else miss_product(x, self.up())
 
 

@@ -75,7 +75,7 @@ class MixLora(Sample):
         weights = top_weights(chances, self.mix_top_k)  # [batch, ..., groups, experts]
         if self.training:  # for the loss, see `loss_term`
             self.mix_uneven.of_call = imbalance(chances, weights, self.counted(chances))
-        h = kind.channels_last(self.down(x if kind.lookup else self.mix_dropout(x), self.mix_A))
+        h = kind.channels_last(self.down(self.dropped(x), self.mix_A))
         routed = h.unflatten(-1, (*weights.shape[-2:], -1)) * weights.unsqueeze(-1)  # [..., groups, experts, r]
         return kind.up(base, kind.channels_back(routed.flatten(-3)), self.mix_scale * self.mix_B)
 

@@ -77,7 +77,7 @@ class MtlLora(Sample):
     def update(self, x: torch.Tensor) -> torch.Tensor:
         tasks = self.context.tasks_of(self.n_tasks, len(x), x.device)
         each = task_matrices(self.mtl_lora_weights, self.mtl_lora_B, self.mtl_lora_D, self.sharpness) * self.scaling
-        dropped = x if self.kind.lookup else self.mtl_lora_dropout(x)
+        dropped = self.dropped(x)
         return self.each_up(self.down(dropped, self.mtl_lora_A), each[tasks])
 
 

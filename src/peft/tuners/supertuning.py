@@ -127,14 +127,14 @@ class Supertuning(Sparse):
         return weight - self.delta_weight().to(weight.dtype)
 
     def prefers_folding(self) -> bool:
-        return self.sums_exactly() and not self.drops(self.supertuning_lora_dropout)
+        return self.sums_exactly() and not self.drops()
 
     def delta(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.drops(self.supertuning_lora_dropout):
+        if not self.drops():
             return super().delta(x)
         base, (a, b) = self.base, self.low_rank()
         sparse = self.multiplied(x, lambda: super(Supertuning, self).delta_weight().to(dtype=floating(x)))
-        dropped = x if self.kind.lookup else self.supertuning_lora_dropout(x)
+        dropped = self.dropped(x)
         return sparse + self.kind.up(base, self.kind.down(base, dropped, a), b)
 
 

@@ -18,6 +18,7 @@ from peft.core.families import LowRank
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.registry import define_tuner
 from peft.core.model.tuner import BaseTuner
+from peft.kernels.few import is_small
 from peft.utils.error import ConfigError
 from peft.utils.peft_types import PeftType
 
@@ -64,8 +65,10 @@ def vblora_pieces(logits: torch.Tensor, bank: torch.Tensor, topk: int) -> torch.
         ``[n, vector_length]``, in the dtype of the logits.
     """
     best, place = logits.float().topk(topk, -1)  # [n, topk]
-    mixed = F.embedding_bag(place, bank.float(), per_sample_weights=best.softmax(-1), mode="sum")
-    return mixed.to(logits.dtype)
+    mix, bank = best.softmax(-1), bank.float()
+    if is_small(logits.numel()):  # zeros are multiplied by as well, in fewer and faster calls
+        return (torch.zeros_like(logits, dtype=mix.dtype).scatter(-1, place, mix) @ bank).to(logits.dtype)
+    return F.embedding_bag(place, bank, per_sample_weights=mix, mode="sum").to(logits.dtype)
 
 
 class VBLoRA(LowRank):

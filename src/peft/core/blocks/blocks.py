@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -263,7 +264,15 @@ def with_first_input(
 
 
 def _first_name(module: nn.Module) -> str:
-    return next(iter(inspect.signature(unwrapped(module).forward).parameters))
+    inner = unwrapped(module)
+    if "forward" in inner.__dict__ or torch.compiler.is_compiling():  # replaced by somebody; and nothing is looked up
+        return next(iter(inspect.signature(inner.forward).parameters))
+    return _second_parameter(type(inner).forward)
+
+
+@functools.cache
+def _second_parameter(forward: Callable[..., Any]) -> str:
+    return [*inspect.signature(forward).parameters][1]
 
 
 def first_output(output: Any) -> torch.Tensor:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from peft.core.adapter import Adapter, setting
 from peft.core.layer.scaled import ScaledLayer
@@ -56,11 +55,8 @@ class LowRank(Delta):
     """dW = B A with a pair of matrices that the method makes of its parameters: :meth:`pair`.
 
     Or dW = B M A, with a pair :meth:`outer` and a small M between them, :meth:`core`: a step multiplies by M the
-    products of rank r, which are few, and makes no B M. The weight is the matrix ``[out, in * kernel]``. ``dropout``
-    names its ``input_dropout``, if any.
+    products of rank r, which are few, and makes no B M. The weight is the matrix ``[out, in * kernel]``.
     """
-
-    dropout: ClassVar[str] = ""
 
     def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A ``[r, in * kernel]`` and B ``[out, r]``, in the dtype of the adapter."""
@@ -78,13 +74,6 @@ class LowRank(Delta):
     def acting_pair(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B in this forward, which a method may draw anew while it trains; no weight has that in it."""
         return self.pair()
-
-    def dropped(self, x: torch.Tensor) -> torch.Tensor:
-        """x after dropout, which indices do not have."""
-        if self.kind.lookup or not self.dropout:
-            return x
-        dropout = getattr(self, self.dropout)
-        return x if type(dropout) is nn.Identity else dropout(x)
 
     def _rate(self) -> float | None:
         """The dropout that acts now, where the factors of dW say all."""

@@ -80,7 +80,7 @@ class Dora(Lora):
     def output(self, x: torch.Tensor, y: torch.Tensor, base_y: torch.Tensor) -> torch.Tensor:
         layer, base = self.layer, self.base_weight()
         g = self.along_channels(self.factor(base))
-        dropped = self.drops(self.lora_dropout) and not self.kind.lookup
+        dropped = self.drops() and not self.kind.lookup
         if dropped:
             x = self.lora_dropout(x)
         if dropped or layer.merged or layer_inside(layer) is not None:  # base_y is then no W x of this x

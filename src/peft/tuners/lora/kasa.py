@@ -91,13 +91,13 @@ class Kasa(Lora):
         return torch.cat([a, v.view(-1, *a.shape[1:])]), torch.cat([trained, taken.view(*us.shape, *b.shape[2:])], 1)
 
     def product(self) -> Factors | None:
-        return None if self.drops(self.lora_dropout) else super().product()
+        return None if self.drops() else super().product()
 
     def training_factors(self) -> Sequence[Factors] | None:
         """What trains, with sigma between A and B, and what is taken from W: of that no gradients are made."""
         cls = type(self)
         alone = (cls.pair, cls.acting_pair, cls.product) == (Kasa.pair, Lora.acting_pair, Kasa.product)
-        if not alone or not self.adds_product or self.drops(self.lora_dropout):
+        if not alone or not self.adds_product or self.drops():
             return super().training_factors()
         held = self.held_product()
         if held is None:
@@ -105,7 +105,7 @@ class Kasa(Lora):
         return replace(held, middle=self.lora_diag), Factors(self.kasa_V, self.kasa_US, -1.0)
 
     def delta(self, x: torch.Tensor) -> torch.Tensor:
-        if self.kind.lookup or not self.drops(self.lora_dropout):
+        if self.kind.lookup or not self.drops():
             return super().delta(x)
         dropped = self.lora_dropout(x)  # what is taken from W reads x whole, as W does
         taken = self.kind.down(self.base, dropped - x, self.kasa_V.to(x.dtype))

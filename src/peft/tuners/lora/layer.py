@@ -176,7 +176,7 @@ class Lora(LoraVariantCompat, Scaled):
 
     # --- the mathematics --------------------------------------------------------------------------------------
     def delta(self, x: torch.Tensor) -> torch.Tensor:
-        return self.update(x if self.kind.lookup else self.lora_dropout(x))
+        return self.update(self.dropped(x))
 
     def update(self, x: torch.Tensor) -> torch.Tensor:
         """s B A x, of an input after dropout."""
