@@ -89,8 +89,9 @@ class FourierFT(ScaledBy):
         self.fourierft_spectrum = nn.Parameter(torch.zeros(n) if config.init_weights else torch.randn(n))
 
     def delta_weight(self) -> torch.Tensor:
-        dw = fourierft_update(self.fourierft_spectrum, self.fourierft_places, fan(self.shape), self.scaling)
-        return dw.view(self.shape)
+        shape = self.shape
+        dw = fourierft_update(self.fourierft_spectrum, self.fourierft_places, fan(shape), self.scaling)
+        return dw if len(shape) == 2 else dw.view(shape)
 
     def numbers(self) -> tuple[torch.Tensor, Places]:
         """The numbers in the spectrum that are not zero, s in them, and their rows and columns."""

@@ -14,6 +14,7 @@ from peft.config import option
 from peft.core.adapter import part
 from peft.core.filling import kaiming, zeros
 from peft.core.model.registry import define_tuner
+from peft.kernels.few import is_small
 from peft.kernels.made_again import made_again
 from peft.tuners.lycoris_utils import Lycoris, LycorisConfig, LycorisTuner, mix, through_core
 from peft.utils.peft_types import PeftType
@@ -131,6 +132,10 @@ class LoKr(Lycoris):
 
     def delta_weight(self) -> torch.Tensor:
         return lokr_weight(self.first(), self.second(), self.shape, self._reads_rows()) * self.scaling
+
+    def prefers_folding(self) -> bool:
+        whole = not (self.training and (self.module_dropout or self.rank_dropout))
+        return whole and self.kind.matrix and is_small(math.prod(self.shape)) and self.sums_exactly()
 
     def _reads_rows(self) -> bool:
         return len(self.shape) == 3 and self.lokr_w2 is not None

@@ -12,7 +12,7 @@ from peft.core.adapter import Adapter, setting
 from peft.core.layer.scaled import ScaledLayer
 from peft.core.layer.weight import base_bias, sums_exactly
 from peft.kernels.autocast import is_autocast
-from peft.kernels.linear import Factors, active_rate, is_eager
+from peft.kernels.linear import Factors, active_rate, in_dtype, is_eager
 from peft.kernels.sparse import sparse_linear, with_entries
 
 
@@ -45,7 +45,7 @@ class Delta(Adapter):
         return y + self.delta(x)
 
     def fold(self, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-        return weight + self.delta_weight().to(weight.dtype)
+        return weight + in_dtype(weight.dtype, self.delta_weight())
 
     def unfold(self, weight: torch.Tensor) -> torch.Tensor:
         return weight - self.delta_weight().to(weight.dtype)
