@@ -69,13 +69,19 @@ def poly_matrices(weights: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tu
         weights: w ``[batch, splits, skills]``. a: ``[splits, skills, in / splits, r]``.
         b: ``[splits, skills, r, out / splits]``.
     """
-    down = torch.einsum("bqs,qsir->bqir", weights, a).flatten(1, 2)  # the splits of the input one after another
+    down = _mixed(weights, a).transpose(0, 1).flatten(1, 2)  # the splits of the input one after another
     return down, poly_up(weights, b)
 
 
 def poly_up(weights: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """The second of :func:`poly_matrices`."""
-    return torch.einsum("bqs,qsrd->brqd", weights, b).flatten(-2)  # the splits of the output one after another
+    return _mixed(weights, b).permute(1, 2, 0, 3).flatten(-2)  # the splits of the output one after another
+
+
+def _mixed(weights: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+    """sum_s w_s M_s, ``[splits, batch, n, m]``, of M ``[splits, skills, n, m]``."""
+    mixed = torch.bmm(weights.transpose(0, 1), matrices.flatten(2))
+    return mixed.view(*mixed.shape[:2], *matrices.shape[2:])
 
 
 class Poly(Sample):
@@ -108,7 +114,8 @@ class Poly(Sample):
 
     def update(self, x: torch.Tensor) -> torch.Tensor:
         router, a, b = self.poly_router, self.poly_lora_A, self.poly_lora_B
-        router.train(self.training)
+        if router.training is not self.training:
+            router.train(self.training)
         weights = router(self.context.tasks_of(self.n_tasks, len(x), x.device))
         if self.kind.lookup or len(self.shape) > 2:
             return self.each_up(self.mixed_after(x, a, weights), poly_up(weights, b) / self.r)

@@ -281,7 +281,7 @@ class Context(Facts):
                 )
             return torch.zeros(batch, dtype=torch.long, device=device)
         compiling = torch.compiler.is_compiling()  # which cannot look at values
-        if not compiling and bool(((tasks < 0) | (tasks >= count)).any()):
+        if not compiling and not all(0 <= task < count for task in tasks.tolist()):
             raise ValueError(f"task_ids={tasks.tolist()} names a task outside 0..{count - 1} (n_tasks).")
         return tasks
 
