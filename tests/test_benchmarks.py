@@ -57,7 +57,7 @@ def test_gpu_dry(benchmark):
 
 @pytest.mark.few
 def test_steps_of_ordinary_size_keep_no_more_for_the_limits_of_few_entries(benchmark, monkeypatch):
-    """What is left to autograd's own operations, which keep more, is small: of one block of 576 features, 256 tokens."""
+    """What is left to autograd, whose operations keep more, is small: one block of 576 features, 256 tokens."""
     methods, common = benchmark("methods"), benchmark("_common")
     ids, ratios = common.tokens(rows=2), {}
     for name, (method, fields) in methods.rows().items():
