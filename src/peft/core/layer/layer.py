@@ -72,7 +72,7 @@ class BaseTunerLayer(Unconstructed, ReadThrough):
         super().__init_subclass__(**kwargs)
         if "adapter_cls" in vars(cls):
             cls.adapter_layer_names, cls.other_param_names = names_held(cls.adapter_cls)
-            cls._may_add = routes.only_adds(cls.adapter_cls)
+            cls._may_add = routes.only_adds(cls.adapter_cls)  # type: ignore[arg-type]
 
     def __init__(
         self,

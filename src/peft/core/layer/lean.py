@@ -45,7 +45,7 @@ def lean(layer: BaseTunerLayer, x: torch.Tensor) -> torch.Tensor | None:
     if seen is not None and (y := seen.output(state, active[0], x, trains)) is not None:
         return y
     adapter = state["adapters"].get(active[0])
-    if adapter is None or not only_adds(type(adapter)):
+    if adapter is None or not only_adds(type(adapter)):  # type: ignore[arg-type]
         return None
     base, known = state["_modules"]["base_layer"], state["_storage"]
     if type(base) is not nn.Linear or known is None or not known.own:

@@ -171,9 +171,9 @@ def ways_of(cls: type[Adapter]) -> tuple[Callable[..., Any], ...]:
 
 
 @functools.cache
-def only_adds(cls: Any) -> bool:
+def only_adds(cls: type[Adapter]) -> bool:
     """Whether adapters of a class have factors, and no other way to act while they do."""
-    return {stand_in, by_kernel, low_rank}.intersection(ways_of(cls)) == {low_rank}
+    return {stand_in, by_kernel, low_rank}.intersection(ways_of(cls)) == {low_rank}  # type: ignore[arg-type]
 
 
 def input_first(layer: BaseTunerLayer, kwargs: Keywords) -> tuple[tuple, Keywords]:
