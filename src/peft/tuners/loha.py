@@ -88,7 +88,7 @@ class LoHa(Lycoris):
         if grouped or self.hada_t1 is not None or r * r * (out + columns) >= out * columns:
             return super().product(x)
         a, b = face_splitting(a1, b1, a2, b2)
-        inner = self.kind.apply(self.base, x, b.view(r * r, *self.shape[1:]))
+        inner = self.kind.apply(self.base, x, b.view(r * r, *self.shape[1:]))  # b: [r * r, in, *kernel]
         return mix(a, inner, len(self.shape) - 2) * self.scaling
 
 

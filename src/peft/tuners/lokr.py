@@ -157,7 +157,7 @@ class LoKr(Lycoris):
         """W2 x, by way of the rank where that is cheaper."""
         if len(second) == 1:
             return self.kind.apply(self.base, rows, *second)
-        a, b = second
+        a, b = second  # [out, r], [r, in, *kernel]
         return mix(a, self.kind.apply(self.base, rows, b.view(len(b), -1, *self.shape[2:])), len(self.shape) - 2)
 
 

@@ -111,7 +111,7 @@ def _rewriting(lora: Lora, config: LoraConfig) -> None:
         return _loftq(lora, weight, config)
     with weight.device:  # the pair may be on the meta device, to be loaded later; the weight is not
         blocks = pair_blocks(lora)[0]
-        wide = weight.flatten(1).float().unflatten(0, (blocks, -1))
+        wide = weight.flatten(1).float().unflatten(0, (blocks, -1))  # [blocks, out / blocks, in * kernel]
         gradient = _gradient(lora, wide) if init == "lora_ga" else wide
         pairs = [_decomposed(lora, config, *both) for both in zip(wide, gradient)]
         down, up = (torch.stack(factors) for factors in zip(*pairs))

@@ -32,6 +32,11 @@ def convert_config_for(model: nn.Module, peft_config: Any) -> None:
         convert_peft_config_for_transformers(config, model, conversions_of(model))
 
 
+def _convert_peft_config_moe(peft_config: Any, model: nn.Module) -> None:
+    """:func:`convert_config_for`, as third parties know it (unsloth)."""
+    convert_config_for(model, peft_config)
+
+
 def convert_peft_config_for_transformers(peft_config: Any, model: nn.Module, conversions: list[Any] | None) -> None:
     """As :func:`convert_config_for`, with conversions that are already at hand."""
     targets = getattr(peft_config, "target_modules", None)
