@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from peft.compat import innermost, new_layer
+from peft.compat import new_layer
 from peft.compat.asked import Asked, is_theirs
 from peft.compat.foreign import Held, containers
 from peft.config import PeftConfig, resolve_pattern
+from peft.core.base.kinds import innermost
 from peft.core.base.stack import Stack
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model import operations

@@ -16,6 +16,7 @@ from torch import nn
 
 from peft.config import ModulesToSave, option
 from peft.core.adapter import part, setting
+from peft.core.base.rows import rows_of
 from peft.core.blocks.blocks import (
     BlockAdapter,
     BlockLayer,
@@ -23,15 +24,14 @@ from peft.core.blocks.blocks import (
     BlockTuner,
     find_blocks,
     first_input,
-    own_rows,
     width_of,
     with_first_input,
 )
 from peft.core.model.registry import define_tuner
 from peft.core.model.targeting import Target
 from peft.core.model.walk import embeddings_of, locate, walk
+from peft.errors import ConfigError, NoMatchingPeftModuleError
 from peft.tuners.activations import activation
-from peft.utils.error import ConfigError, NoMatchingPeftModuleError
 
 
 @dataclass
@@ -126,7 +126,7 @@ class CouplingLayer(BlockLayer, nn.Module):
         x = first_input(self.base_layer, args, kwargs)
         acting = self.acting(x)
         for adapter, rows in reversed(acting) if self.at_head else acting:  # what came last is undone first
-            new = adapter.change(adapter.cast(own_rows(x, rows))).to(x.dtype)
+            new = adapter.change(adapter.cast(rows_of(x, rows))).to(x.dtype)
             x = new if rows is None else x.index_copy(0, rows, new)
         args, kwargs = with_first_input(self.base_layer, args, kwargs, x) if acting else (args, kwargs)
         return self.base_layer(*args, **kwargs)

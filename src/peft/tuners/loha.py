@@ -14,8 +14,8 @@ from peft.core.base.kinds import fan
 from peft.core.filling import kaiming, zeros
 from peft.core.model.registry import define_tuner
 from peft.kernels.decompositions import face_splitting
+from peft.peft_types import PeftType
 from peft.tuners.lycoris_utils import Lycoris, LycorisConfig, LycorisTuner, mix, through_core
-from peft.utils.peft_types import PeftType
 
 
 @dataclass

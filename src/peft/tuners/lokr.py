@@ -15,9 +15,9 @@ from peft.core.adapter import part
 from peft.core.filling import kaiming, zeros
 from peft.core.model.registry import define_tuner
 from peft.kernels.made_again import made_again
+from peft.peft_types import PeftType
 from peft.tuners.lycoris_utils import Lycoris, LycorisConfig, LycorisTuner, mix, through_core
-from peft.utils.peft_types import PeftType
-from peft.utils.usage import counts
+from peft.usage import counts
 
 
 @dataclass

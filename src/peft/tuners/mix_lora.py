@@ -16,8 +16,8 @@ from peft.core.families import Sample
 from peft.core.filling import draw_like_linear
 from peft.core.model.registry import define_tuner
 from peft.core.model.threads import OfThread
+from peft.errors import PeftWarning
 from peft.tuners.routing import imbalance, top_weights
-from peft.utils.warning import PeftWarning
 
 
 @dataclass

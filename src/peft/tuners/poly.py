@@ -19,7 +19,7 @@ from peft.core.filling import draw_like_linear
 from peft.core.model.registry import define_tuner
 from peft.core.model.tuner import BaseTuner
 from peft.kernels.made_again import reading
-from peft.utils.peft_types import PeftType
+from peft.peft_types import PeftType
 
 
 @dataclass

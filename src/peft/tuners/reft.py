@@ -29,8 +29,8 @@ from peft.core.blocks.extent import Extent, extent_of
 from peft.core.layer.composed import Change, change_of
 from peft.core.model.registry import define_tuner
 from peft.core.model.walk import locate
+from peft.errors import ConfigError, NoMatchingPeftModuleError
 from peft.tuners.reft_utils import Intervention
-from peft.utils.error import ConfigError, NoMatchingPeftModuleError
 
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")

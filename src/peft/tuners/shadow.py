@@ -19,11 +19,11 @@ from peft.core.model import operations
 from peft.core.model.registry import define_tuner
 from peft.core.model.targeting import selected
 from peft.core.model.walk import embeddings_of, layers_of, locate
+from peft.default_targets import SEQ_CLS_HEAD_NAMES
+from peft.errors import NoMatchingPeftModuleError
+from peft.peft_types import PeftType
 from peft.tuners.shadow_layer import ShadowLayer, States, shadow_state, shadow_update
 from peft.tuners.shadow_utils import Network, loss_of, network_for, stack_of
-from peft.utils.constants import SEQ_CLS_HEAD_NAMES
-from peft.utils.error import NoMatchingPeftModuleError
-from peft.utils.peft_types import PeftType
 
 
 if TYPE_CHECKING:

@@ -46,9 +46,9 @@ from peft.core.blocks.blocks import (
 from peft.core.layer.composed import Change
 from peft.core.model.threads import OfThread
 from peft.core.model.walk import locate, parent_of
-from peft.utils.error import NoMatchingPeftModuleError
-from peft.utils.meanwhile import in_mode
-from peft.utils.usage import note
+from peft.errors import NoMatchingPeftModuleError
+from peft.meanwhile import in_mode
+from peft.usage import note
 
 
 class Seen(OfThread):

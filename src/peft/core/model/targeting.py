@@ -15,9 +15,9 @@ from peft.core.base.storage import untrainable, weight_names
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.roles import find_roles
 from peft.core.model.walk import Site, embeddings_of, join, locate, names_of_modules, walk
-from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_NAMES
-from peft.utils.error import NoMatchingPeftModuleError, some
-from peft.utils.usage import counts, near, note, remark
+from peft.default_targets import INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_NAMES
+from peft.errors import NoMatchingPeftModuleError, some
+from peft.usage import counts, near, note, remark
 
 
 @dataclass

@@ -40,7 +40,7 @@ from peft.core.model.walk import (
     replace_at,
     surveyed,
 )
-from peft.utils.usage import counts, recording
+from peft.usage import counts, recording
 
 
 MANY = 8

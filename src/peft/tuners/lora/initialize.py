@@ -18,11 +18,11 @@ from peft.core.base.kinds import Kind
 from peft.core.base.storage import storage_of
 from peft.core.filling import draw_like_linear, is_filled_later
 from peft.core.layer.rewritten import original_weight, rewrite
+from peft.errors import PeftWarning
 from peft.tuners.lora.config import LoraConfig, LoraGAConfig
 from peft.tuners.lora.loftq import loftq_init
 from peft.tuners.lora.pairs import join_pair, pair_blocks
 from peft.tuners.lora.starts import PISSA, Pair, lora_ga, olora, pissa
-from peft.utils.warning import PeftWarning
 
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ from torch import nn
 
 from peft.core.base.storage import storage_of
 from peft.core.model.targeting import Target
+from peft.meanwhile import having
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.initialize import PREPARED
 from peft.tuners.lora.preparing import Means, read_cache, targets_of, write_cache
-from peft.utils.meanwhile import having
 
 
 def preprocess_loraga(

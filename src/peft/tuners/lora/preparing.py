@@ -15,10 +15,10 @@ from torch import nn
 
 from peft.core.base.kinds import Kind
 from peft.core.model.targeting import Target, find_targets, resolve_targets
+from peft.errors import some
+from peft.meanwhile import in_mode
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.model import LoraModel
-from peft.utils.error import some
-from peft.utils.meanwhile import in_mode
 
 
 def targets_of(model: nn.Module, config: LoraConfig, start: str) -> dict[str, Target]:

@@ -13,9 +13,9 @@ from peft.core.base.kinds import kind_of
 from peft.core.files.renaming import update_names
 from peft.core.model.targeting import all_linear, matches, means_all_linear, selected
 from peft.core.model.walk import join, walk
+from peft.peft_types import PeftType
 from peft.tuners.lora.config import divisor, whole
 from peft.tuners.lora.experts.fused import Fused, aliases, conversions_of, fused_in
-from peft.utils.peft_types import PeftType
 
 
 def convert_config_for(model: nn.Module, peft_config: Any) -> None:
