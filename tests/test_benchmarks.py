@@ -77,7 +77,7 @@ def test_steps_of_ordinary_size_keep_no_more_for_the_limits_of_few_entries(bench
 
 def test_parts_of_a_call_tell_thin_products_from_large_ones(benchmark):
     parts = benchmark("parts")
-    x, w, a, b, dy = (torch.randn(*shape) for shape in ((512, 64), (96, 64), (8, 64), (96, 8), (512, 96)))
+    x, w, a, b, dy = (torch.randn(*shape) for shape in ((512, 100), (90, 100), (8, 100), (90, 8), (512, 90)))
     cases = {
         "large products": (lambda: x @ w.T, lambda: dy @ w),
         "thin products": (lambda: x @ a.T, lambda: dy @ b, lambda: (dy @ b).T @ x, lambda: dy.T @ (x @ a.T)),
