@@ -94,7 +94,7 @@ class TunerCompat:
             if site.key and self._check_target_module_exists(peft_config, site.key):
                 own = not elsewhere(site.module)
                 found.append(
-                    module_target(peft_config, site, self.layer_cls) if own else Target(site.key, site.module, None)
+                    module_target(peft_config, site, self.layer_cls) if own else Target(site.key, site.module)
                 )
         return found
 
@@ -253,7 +253,7 @@ class TunerCompat:
         for site in list(walk(model)):
             for target in parameter_targets(peft_config, site, [site.key]):
                 parent, name = parent_of(model, site.path)
-                found.append(join(site.key, target.kind.weight))  # type: ignore[union-attr]
+                found.append(join(site.key, target.kind.weight))
                 self._create_and_replace(
                     peft_config,
                     adapter_name,
@@ -261,7 +261,7 @@ class TunerCompat:
                     name,
                     parent,
                     current_key=found[-1],
-                    parameter_name=target.kind.weight,  # type: ignore[union-attr]
+                    parameter_name=target.kind.weight,
                 )
         return found
 

@@ -153,7 +153,7 @@ class AdaptionPromptTuner(AdaptionPromptCompat, BlockTuner):
                 f"adapter_layers={config.adapter_layers}, but {type(model).__name__} has {len(chosen)} "
                 f"self-attentions called {config.target_modules!r}; those found are called {names}."
             )
-        targets = [Target(key, locate(model, key).module, None) for key in chosen[-config.adapter_layers :]]
+        targets = [Target(key, locate(model, key).module) for key in chosen[-config.adapter_layers :]]
         for target in targets:
             if not can_watch(target.module):
                 raise ValueError(

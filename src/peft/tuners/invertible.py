@@ -172,10 +172,10 @@ class InvertibleTuner(BlockTuner):
         for block in blocks:
             names = block.key.split(".")
             number = next(i for i, name in enumerate(names) if name.isdigit())  # stages are of one stack
-            target = BlockTarget(block.key, locate(model, block.key).module, None, block=block)
+            target = BlockTarget(block.key, locate(model, block.key).module, block=block)
             firsts.setdefault(tuple(names[:number]), target)
         found, head = list(firsts.values()), embeddings_of(model)[1]
-        heads = [Target(site.key, head, None) for site in walk(model) if config.invert_output and site.module is head]
+        heads = [Target(site.key, head) for site in walk(model) if config.invert_output and site.module is head]
         widths = [width_of(target.module) for target in found]
         if heads and (width := width_of(heads[0].module)) not in widths:
             raise ConfigError(

@@ -177,7 +177,7 @@ class ReftTuner(BlockTuner):
                 f"ReftConfig edits nothing after the blocks {config.layers} of {type(model).__name__}: it has "
                 f"{len(blocks)} transformer blocks, counted from 0, and those with cross-attention have no suffix."
             )
-        return [BlockTarget(b.key, locate(model, b.key).module, None, block=b) for b in edited]
+        return [BlockTarget(b.key, locate(model, b.key).module, block=b) for b in edited]
 
     def _layer_for(self, model: nn.Module, target: Any, holders: Any) -> Any:
         layer = super()._layer_for(model, target, holders)

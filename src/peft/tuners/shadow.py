@@ -110,7 +110,7 @@ class ShadowTuner(BlockTuner):
                 f"target_modules {config.target_modules} name no transformer block; these are "
                 f"{', '.join(block.key for block in blocks)}."
             )
-        return [BlockTarget(block.key, locate(model, block.key).module, None, block=block) for block in chosen]
+        return [BlockTarget(block.key, locate(model, block.key).module, block=block) for block in chosen]
 
     def _share(self, name: str, config: Any, layers: list[Any]) -> None:
         stack, root = locate(self.model, stack_of(self.model)).module, self.model

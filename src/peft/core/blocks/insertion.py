@@ -287,7 +287,7 @@ class InsertTuner(BlockTuner):
                 f"blocks, of which leave_out={config.leave_out} are left out, and what is asked for stands at "
                 f"{', '.join(roles) or 'no sub-layer'}."
             )
-        return [BlockTarget(block.key, locate(model, block.key).module, None, block=block) for block in chosen]
+        return [BlockTarget(block.key, locate(model, block.key).module, block=block) for block in chosen]
 
 
 def outermost(block: nn.Module, name: str) -> str:

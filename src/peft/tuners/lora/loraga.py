@@ -79,7 +79,6 @@ def measured(model: nn.Module, targets: dict[str, Target], train_step: Callable[
 
 def _trainable(name: str, target: Target) -> nn.Parameter:
     """The weight of a layer, if it can have a gradient."""
-    assert target.kind is not None
     attribute = target.kind.weight
     storage, weight = storage_of(target.module, attribute), target.module._parameters.get(attribute)
     if storage.name is not None or weight is None or not weight.is_floating_point() or weight.is_meta:
