@@ -12,6 +12,7 @@ from torch import nn
 from peft.core.base.kinds import Kind, kind_names, kind_of
 from peft.core.base.stack import Stack
 from peft.core.base.storage import untrainable, weight_names
+from peft.core.layer.classes import is_own
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.roles import find_roles
 from peft.core.model.walk import Site, embeddings_of, join, locate, names_of_modules, walk
@@ -301,7 +302,7 @@ def module_target(config: Any, site: Site, layer_cls: type[BaseTunerLayer]) -> T
     reason: str | None = f"it is none of {', '.join(kind_names())}"
     if adapter_cls.any_module:  # it trains a copy, or stands beside
         reason = untrainable(site.module) if adapter_cls.adds.replaces else None
-    elif kind is None and any(isinstance(wrapper, layer_cls) for _, wrapper in site.wrappers):
+    elif kind is None and any(is_own(wrapper, layer_cls) for _, wrapper in site.wrappers):
         reason = None  # a third party's layer has it already
     elif kind is not None:
         reason = kind.refusal(site.module) or adapter_cls.refusal(kind, site.module, config)

@@ -12,6 +12,7 @@ from torch import nn
 
 from peft.compat import innermost
 from peft.core.files.entries import configs_of
+from peft.core.layer.classes import is_own
 from peft.core.layer.parallel import several_processes
 from peft.core.model.walk import layers_of
 from peft.tuners.lora.anew import start_from
@@ -170,7 +171,7 @@ def initialize_lora_eva_weights(
 
 def _layers(model: nn.Module, config: LoraConfig, name: str) -> tuple[dict[str, nn.Module], dict, dict[str, int]]:
     """The layers to look at by module name, their kinds, and their ranks now."""
-    adapted = {path: layer for path, layer in layers_of(model) if isinstance(layer, LoraLayer) and name in layer}
+    adapted = {path: layer for path, layer in layers_of(model) if is_own(layer, LoraLayer) and name in layer}
     unseen = {path for path, layer in adapted.items() if layer.kind.lookup or layer.kind.opaque}
     if adapted and unseen:
         warnings.warn(

@@ -350,7 +350,8 @@ class LoraLayer(LoraLayerCompat, ScaledLayer):
     @property
     def lora_variant(self) -> dict[str, Adapter]:
         """The adapters that are more than plain LoRA, by name; of a third party's variant, the variant."""
-        found = {name: adapter for name, adapter in self.adapters.items() if type(adapter) is not Lora}
+        held = self.adapters.items()
+        found = {name: adapter for name, adapter in held if isinstance(adapter, Lora) and type(adapter) is not Lora}
         return {name: getattr(adapter, "variant", adapter) for name, adapter in found.items()}
 
     def update_layer(  # type: ignore[override]

@@ -11,6 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from peft.core.files.entries import configs_of
+from peft.core.layer.classes import is_own
 from peft.core.layer.rewritten import give_back
 from peft.core.model.operations import adapters_disabled
 from peft.core.model.walk import layers_of
@@ -72,7 +73,7 @@ def initialize(
             f"the model has no LoRA called {adapter_name!r}: call get_peft_model with a LoraConfig first."
         )
     new, rest = _config_for(config, start, options)
-    layers = [(path, layer) for path, layer in layers_of(model) if isinstance(layer, LoraLayer)]
+    layers = [(path, layer) for path, layer in layers_of(model) if is_own(layer, LoraLayer)]
     layers = [(path, layer) for path, layer in layers if adapter_name in layer]
     for path, layer in layers:
         _check(path, layer, adapter_name, new)
