@@ -13,8 +13,8 @@ from peft.cli.command import Command, argument
 from peft.cli.output import Output
 from peft.config import Options, option
 from peft.core.model.context import BASE
+from peft.errors import ConfigError, nearest
 from peft.tools.merging import with_adapters
-from peft.utils.error import ConfigError, nearest
 
 
 @dataclass

@@ -16,14 +16,14 @@ from peft.core.base.kinds import fan
 from peft.core.families import LowRank, Scaled
 from peft.core.model.registry import define_tuner
 from peft.core.model.tuner import BaseTuner
+from peft.errors import ConfigError
 from peft.kernels.decompositions import orthogonality
+from peft.peft_types import PeftType
 from peft.tuners.adalora_layer import FIXED, AdaLoraLayer, started
 from peft.tuners.adalora_utils import Allocating, kept_of
 from peft.tuners.adalora_utils import RankAllocator as RankAllocator  # a name of the API
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.model import LoraModel
-from peft.utils.error import ConfigError
-from peft.utils.peft_types import PeftType
 
 
 _OFF = (

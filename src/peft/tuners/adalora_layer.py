@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from peft.core.layer.layer import BaseTunerLayer
+from peft.errors import ConfigError
 from peft.tuners.lora.layer import LoraLayer
-from peft.utils.error import ConfigError
 
 
 FIXED = "AdaLoRA has one update, in the form of a singular value decomposition. Leave it out, or use LoraConfig."

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from peft.utils.error import CheckpointError, MissingFileError, NotAFolderError, WrongTypeError, damaged, some
+from peft.errors import CheckpointError, MissingFileError, NotAFolderError, WrongTypeError, damaged, some
 
 
 if TYPE_CHECKING:

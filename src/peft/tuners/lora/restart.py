@@ -15,6 +15,7 @@ from peft.core.layer.classes import is_own
 from peft.core.layer.rewritten import give_back
 from peft.core.model.operations import adapters_disabled
 from peft.core.model.walk import layers_of
+from peft.errors import ConfigError
 from peft.tuners.lora.anew import remake
 from peft.tuners.lora.config import CordaConfig, EvaConfig, LoftQConfig, LoraConfig, LoraGAConfig
 from peft.tuners.lora.corda import preprocess_corda
@@ -22,7 +23,6 @@ from peft.tuners.lora.eva import initialize_lora_eva_weights
 from peft.tuners.lora.initialize import refusal
 from peft.tuners.lora.layer import Lora, LoraLayer
 from peft.tuners.lora.loraga import preprocess_loraga
-from peft.utils.error import ConfigError
 
 
 # start -> the field of the config with its options, and their class
