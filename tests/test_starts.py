@@ -421,6 +421,38 @@ def test_a_start_afterwards_that_cannot_be_leaves_the_model():
     assert all(torch.equal(t, before[name]) for name, t in peft_model.state_dict().items())
 
 
+@pytest.mark.parametrize("start", ["corda", "lora_ga", "eva"])
+def test_a_start_whose_data_fail_leaves_the_start_before(start):
+    def broken(*_):
+        raise RuntimeError("no data")
+        yield
+
+    peft_model = get_peft_model(two(), LoraConfig(r=2, target_modules=["l1"], init_lora_weights="pissa"))
+    nn.init.normal_(peft_model.base_model.model.l1.lora_B["default"].weight)
+    y, before = peft_model(X), copy.deepcopy(peft_model.state_dict())
+    data = {"corda": "run_model", "lora_ga": "train_step", "eva": "dataloader"}[start]
+    with pytest.raises(ValueError, match=data):
+        peft.initialize(peft_model, start)
+    with pytest.raises(RuntimeError, match="no data"):
+        peft.initialize(peft_model, start, **{data: broken() if start == "eva" else lambda: next(broken())})
+    assert peft_model.peft_config["default"].init_lora_weights == "pissa" and torch.equal(peft_model(X), y)
+    assert all(torch.equal(t, before[name]) for name, t in peft_model.state_dict().items())
+
+
+def test_data_are_run_without_any_adapter():
+    peft_model = get_peft_model(two(), LoraConfig(r=2, target_modules=["l1"], init_lora_weights="pissa"))
+    peft_model.add_adapter("l2", LoraConfig(r=2, target_modules=["l1", "l2"], init_lora_weights=False))
+    peft_model.base_model.set_adapter(["default", "l2"])
+    plain, seen = two()(X), []
+
+    def forward(model, batch):
+        seen.append(model(batch))
+
+    options = {"prepare_model_inputs_fn": None, "prepare_layer_inputs_fn": None, "show_progress_bar": False}
+    peft.initialize(peft_model, "eva", dataloader=[X], forward_fn=forward, **options)
+    assert seen and all(torch.equal(y, plain) for y in seen)
+
+
 def test_caches_of_corda_and_lora_ga(tmp_path):
     files = {"cache_file": str(tmp_path / "in" / "c.pt"), "covariance_file": str(tmp_path / "v.pt")}
     fields = {"r": 2, "target_modules": ["l1"]}

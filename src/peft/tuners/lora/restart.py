@@ -17,7 +17,7 @@ from peft.core.model.walk import layers_of
 from peft.tuners.lora.anew import remake
 from peft.tuners.lora.config import CordaConfig, EvaConfig, LoftQConfig, LoraConfig, LoraGAConfig
 from peft.tuners.lora.corda import preprocess_corda
-from peft.tuners.lora.eva import initialize_lora_eva_weights
+from peft.tuners.lora.eva import get_eva_state_dict, initialize_lora_eva_weights
 from peft.tuners.lora.initialize import refusal
 from peft.tuners.lora.layer import Lora, LoraLayer
 from peft.tuners.lora.loraga import preprocess_loraga
@@ -77,21 +77,23 @@ def initialize(
     for path, layer in layers:
         _check(path, layer, adapter_name, new)
     plain: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    for _, layer in layers:
-        give_back(layer, adapter_name)  # what the old start took out of the weight
-    with adapters_disabled(plain):
+    vectors = rest.pop("eva_state_dict", None)
+    with adapters_disabled(plain):  # a start that there is lets go of the weights for so long
         if start == "corda":
             preprocess_corda(plain, new, run_model)
         elif start == "lora_ga":
             if train_step is None:
                 raise ValueError("LoRA-GA needs train_step, which runs forward and backward passes.")
             preprocess_loraga(plain, new, train_step)
+        elif start == "eva" and vectors is None:
+            vectors = get_eva_state_dict(model, dataloader, new, adapter_name=adapter_name, **rest)
     config.__dict__.update(new.__dict__)
     with torch.no_grad():
         for _, layer in tqdm(layers, desc=f"Starting adapter {adapter_name}", disable=len(layers) < 8):
+            give_back(layer, adapter_name)  # what the old start took out of the weight
             remake(layer, layer.adapters[adapter_name], config)
     if start == "eva":
-        initialize_lora_eva_weights(model, dataloader, adapter_name=adapter_name, **rest)
+        initialize_lora_eva_weights(model, eva_state_dict=vectors, adapter_name=adapter_name)
 
 
 def _config_for(config: LoraConfig, start: bool | str, options: dict[str, Any]) -> tuple[LoraConfig, dict[str, Any]]:
