@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
+
+from peft.kernels import few
 
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -51,3 +53,22 @@ def test_gpu_dry(benchmark):
     assert set(late) < set(here) and set(late.values()) == {"left out: no time left"}
     lines = gpu.table(here, here)
     assert len(lines) == len(here) + 2 and "1.00" in lines[-1]
+
+
+@pytest.mark.few
+def test_steps_of_ordinary_size_keep_no_more_for_the_limits_of_few_entries(benchmark, monkeypatch):
+    """What is left to autograd, whose operations keep more, is small: one block of 576 features, 256 tokens."""
+    methods, common = benchmark("methods"), benchmark("_common")
+    ids, ratios = common.tokens(rows=2), {}
+    for name, (method, fields) in methods.rows().items():
+        work, kept = SimpleNamespace(ids=ids, size={"layers": 1}), []
+        fields = {**fields, "adapter_layers": 1} if "adapter_layers" in fields else fields
+        for entries in (few.ENTRIES, 0):
+            with monkeypatch.context() as patch:
+                patch.setattr(few, "ENTRIES", entries)
+                found = methods.answer(work, method, fields)
+            assert "error" not in found, (name, found)
+            kept.append(found["bytes"])
+        ratios[name] = kept[0] / kept[1]
+    assert len(ratios) > 50
+    assert {name: ratio for name, ratio in ratios.items() if ratio > 1.03} == {}

@@ -115,7 +115,7 @@ class BOFT(Rotation):
             blocks = held_still(blocks, self.boft_dropout)
         blocks, turned = blocks.to(x.dtype), partial(butterfly, back=back)
         with reading(x):  # nor is what is between factors kept
-            return turned(x, blocks) if len(blocks) == 1 else made_again(turned, x, blocks)
+            return turned(x, blocks) if len(blocks) == 1 else made_again(turned, x, blocks, entries=x.numel())
 
     def draws(self) -> bool:
         return bool(self.boft_dropout) and self.training

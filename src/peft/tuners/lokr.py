@@ -151,7 +151,7 @@ class LoKr(Lycoris):
         def product(x: torch.Tensor, first: torch.Tensor, *second: torch.Tensor) -> torch.Tensor:
             return lokr_product(x, first, lambda rows: self._apply_second(rows, *second), dims)
 
-        return made_again(product, x, first, *second)
+        return made_again(product, x, first, *second, entries=x.numel())
 
     def _apply_second(self, rows: torch.Tensor, *second: torch.Tensor) -> torch.Tensor:
         """W2 x, by way of the rank where that is cheaper."""

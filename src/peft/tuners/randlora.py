@@ -87,7 +87,7 @@ def randlora_pair(
         weights: lambda ``[r, N]``, times the scale. gamma: ``[N, narrow]``. a: A ``[r, narrow]``.
         b: B ``[wide, bases of the largest layer, r]``, of which the first N are used.
     """
-    a = made_again(weighted_bases, weights, a, gamma)
+    a = made_again(weighted_bases, weights, a, gamma, entries=gamma.numel() * len(a))
     return a, b.flatten(1)[:, : len(a)]
 
 
