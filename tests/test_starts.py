@@ -421,6 +421,29 @@ def test_a_start_afterwards_that_cannot_be_leaves_the_model():
     assert all(torch.equal(t, before[name]) for name, t in peft_model.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"use_bdlora": {"target_modules_bd_a": ["l1"], "nblocks": 2}},
+        {"use_qalora": True, "qalora_group_size": 2},
+        {"use_gating": True},
+        {"kasa_config": {}},
+        {"alora_invocation_tokens": [1]},
+    ],
+    ids=str,
+)
+def test_a_start_afterwards_is_refused_where_one_before_is(variant):
+    with pytest.raises(ValueError, match="init_lora_weights='pissa'"):
+        get_peft_model(two(), LoraConfig(r=2, target_modules=["l1"], init_lora_weights="pissa", **variant))
+    peft_model = get_peft_model(two(), LoraConfig(r=2, target_modules=["l1"], **variant))
+    before = copy.deepcopy(peft_model.state_dict())
+    with pytest.raises(ValueError, match="init_lora_weights='pissa'"):
+        peft.initialize(peft_model, "pissa")
+    with pytest.raises(ValueError, match="init_lora_weights='pissa'"):
+        peft_model.base_model.model.l1.reset_lora_parameters("default", "pissa")
+    assert all(torch.equal(t, before[name]) for name, t in peft_model.state_dict().items())
+
+
 @pytest.mark.parametrize("start", ["corda", "lora_ga", "eva"])
 def test_a_start_whose_data_fail_leaves_the_start_before(start):
     def broken(*_):

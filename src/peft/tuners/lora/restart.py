@@ -18,7 +18,6 @@ from peft.tuners.lora.anew import remake
 from peft.tuners.lora.config import CordaConfig, EvaConfig, LoftQConfig, LoraConfig, LoraGAConfig
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.eva import get_eva_state_dict, initialize_lora_eva_weights
-from peft.tuners.lora.initialize import refusal
 from peft.tuners.lora.layer import Lora, LoraLayer
 from peft.tuners.lora.loraga import preprocess_loraga
 from peft.utils.error import ConfigError
@@ -114,11 +113,11 @@ def _check(path: str, layer: LoraLayer, name: str, config: LoraConfig) -> None:
     """Raise ValueError where the start has no meaning at a layer as it is now."""
     if layer.merged:
         raise ValueError(f"{path} has adapters merged into its weight; call unmerge_adapter() first.")
-    adapter = layer.adapters[name]
+    adapter: Any = layer.adapters[name]
     if type(adapter) is not layer._class_of(name, config):
         raise ValueError(
             f"init_lora_weights={config.init_lora_weights!r} makes {Lora.of(config).__name__} of an adapter that is "
             f"{type(adapter).__name__}; make the adapter anew with such a config."
         )
-    if reason := refusal(layer.kind, layer.get_base_layer(), config):
+    if reason := adapter.refuses_start(config):
         raise ValueError(f"{path}: {reason}")
