@@ -414,6 +414,8 @@ def test_a_start_afterwards_that_cannot_be_leaves_the_model():
         peft.initialize(peft_model, "pissa", "other")
     with pytest.raises(ValueError, match="no option 'rho'"):
         peft.initialize(peft_model, "pissa", rho=2)
+    with pytest.raises(ValueError, match="no option 'method'. Did you mean 'corda_method'"):
+        peft.initialize(peft_model, "corda", method="kpm")
     peft_model.merge_adapter()
     with pytest.raises(ValueError, match="unmerge_adapter"):
         peft.initialize(peft_model, "pissa")

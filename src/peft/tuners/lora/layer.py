@@ -126,7 +126,7 @@ class Lora(LoraVariantCompat, Scaled):
         return f"{cls.needs_dense_pair}, but {reason}" if reason else None
 
     def refuses_start(self, config: LoraConfig) -> str | None:
-        """Why this adapter cannot start as a config says, or None; of the config that made it nothing else is asked."""
+        """Why this adapter cannot start as a config says, or None; the rest of that config counts for nothing."""
         mine = (variant for variant in self.variants if isinstance(self, variant))
         reasons = (variant.refuses(self.kind, self.base, config) for variant in mine)
         return next(filter(None, reasons), None) or refusal(self.kind, self.base, config)

@@ -20,7 +20,7 @@ from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.eva import get_eva_state_dict, initialize_lora_eva_weights
 from peft.tuners.lora.layer import Lora, LoraLayer
 from peft.tuners.lora.loraga import preprocess_loraga
-from peft.utils.error import ConfigError
+from peft.utils.error import ConfigError, nearest
 
 
 # start -> the field of the config with its options, and their class
@@ -102,7 +102,9 @@ def _config_for(config: LoraConfig, start: bool | str, options: dict[str, Any]) 
     own = {name: value for name, value in options.items() if name in known}
     rest = {name: value for name, value in options.items() if name not in known}
     if rest and start != "eva":
-        raise ConfigError(f"init_lora_weights={start!r} has no option {next(iter(rest))!r}.")
+        name = next(iter(rest))
+        there = f"{nearest(name, known)} There are {', '.join(sorted(known))}." if known else " It has none."
+        raise ConfigError(f"init_lora_weights={start!r} has no option {name!r}.{there}")
     changed = {"init_lora_weights": start}
     if cls is not None and (own or not getattr(config, field)):
         changed[field] = cls(**own)
