@@ -13,6 +13,7 @@ from peft.core.layer.placement import settle
 from peft.core.layer.rewritten import for_a_start
 from peft.core.model.targeting import exact_targets
 from peft.core.model.walk import holders_of, replace_module
+from peft.kernels.grouped import forget
 from peft.tuners.lora.config import EvaConfig, LoraConfig, divisor
 
 
@@ -54,9 +55,13 @@ def start_from(
 def remake(layer: Any, adapter: Any, config: LoraConfig) -> None:
     """Make an adapter anew, of the rank that the config has for it, where it is and as it trains."""
     before = next(adapter.parameters())
+    if (cls := layer._class_of(adapter.name, config)) is not type(adapter):  # MiCA's start is a class of its own
+        forget(layer)
+        adapter = layer.adapters[adapter.name] = cls(layer, adapter.name)
+        layer.__dict__["_seen"] = None
     with for_a_start(layer):
         adapter.create(config, layer.key)
     settle(layer, adapter)
-    for p in adapter.parameters():
+    for p in (*adapter.parameters(), *layer.adapter_constants(adapter.name)):
         p.data = p.data.to(before.dtype)
-        p.requires_grad_(before.requires_grad)
+    layer.set_requires_grad(adapter.name, before.requires_grad)

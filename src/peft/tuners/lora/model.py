@@ -30,6 +30,7 @@ from peft.tuners.lora.layer import Lora, LoraLayer
 from peft.tuners.lora.megatron import use_library
 from peft.tuners.lora.monteclora import MonteCLora
 from peft.tuners.lora.pairs import join_pair, pair_blocks, pair_rank, split_pair
+from peft.utils.warning import PeftWarning
 
 
 PLAIN: dict[str, Any] = {
@@ -123,6 +124,13 @@ class LoraTuner(LoraCompat, BaseTuner):
             raise ValueError(
                 f"adapter {adapter_name!r} is {bound[0]}, which has tensors of its own that follow the rank: there is "
                 "none of twice the rank that does the same. Merge it into the base instead (merge_and_unload)."
+            )
+        if config.init_lora_weights == "loftq":
+            warnings.warn(
+                f"adapter {adapter_name!r} was trained on weights that LoftQ has rounded. The plain LoRA that is written "
+                "is for the weights as they were, so outputs differ by what rounding took away and the start did not "
+                "make up for. Saved without path_initial_model_for_weight_conversion, it is loaded as it is.",
+                PeftWarning,
             )
         own = os.path.join(path, adapter_name)
         start = load_peft_weights(own if os.path.isdir(own) else path, device="cpu")

@@ -74,7 +74,7 @@ def initialize(
     layers = [(path, layer) for path, layer in layers_of(model) if isinstance(layer, LoraLayer)]
     layers = [(path, layer) for path, layer in layers if adapter_name in layer]
     for path, layer in layers:
-        _check(path, layer, adapter_name, new)
+        _check(path, layer, new)
     plain: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     vectors = rest.pop("eva_state_dict", None)
     with adapters_disabled(plain):  # a start that there is lets go of the weights for so long
@@ -105,21 +105,16 @@ def _config_for(config: LoraConfig, start: bool | str, options: dict[str, Any]) 
         name = next(iter(rest))
         there = f"{nearest(name, known)} There are {', '.join(sorted(known))}." if known else " It has none."
         raise ConfigError(f"init_lora_weights={start!r} has no option {name!r}.{there}")
-    changed = {"init_lora_weights": start}
+    changed: dict[str, Any] = {"init_lora_weights": start}
+    changed |= {of_other: None for of_other, _ in OPTIONS.values() if of_other != field and getattr(config, of_other)}
     if cls is not None and (own or not getattr(config, field)):
         changed[field] = cls(**own)
     return type(config)(**{**config.to_dict(), **changed}), rest
 
 
-def _check(path: str, layer: LoraLayer, name: str, config: LoraConfig) -> None:
+def _check(path: str, layer: LoraLayer, config: LoraConfig) -> None:
     """Raise ValueError where the start has no meaning at a layer as it is now."""
     if layer.merged:
         raise ValueError(f"{path} has adapters merged into its weight; call unmerge_adapter() first.")
-    adapter: Any = layer.adapters[name]
-    if type(adapter) is not layer._class_of(name, config):
-        raise ValueError(
-            f"init_lora_weights={config.init_lora_weights!r} makes {Lora.of(config).__name__} of an adapter that is "
-            f"{type(adapter).__name__}; make the adapter anew with such a config."
-        )
-    if reason := adapter.refuses_start(config):
+    if reason := Lora.refusal(layer.kind, layer.get_base_layer(), config):
         raise ValueError(f"{path}: {reason}")
