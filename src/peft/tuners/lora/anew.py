@@ -10,7 +10,7 @@ from torch import nn
 from peft.config import named_apart
 from peft.core.files.io import PREFIX
 from peft.core.layer.placement import settle
-from peft.core.layer.rewritten import for_a_start
+from peft.core.layer.rewritten import for_a_start, give_back
 from peft.core.model.targeting import exact_targets
 from peft.core.model.walk import holders_of, replace_module
 from peft.kernels.grouped import forget
@@ -55,6 +55,7 @@ def start_from(
 def remake(layer: Any, adapter: Any, config: LoraConfig) -> None:
     """Make an adapter anew, of the rank that the config has for it, where it is and as it trains."""
     before = next(adapter.parameters())
+    give_back(layer, adapter.name)  # what an earlier start took out of the weight
     if (cls := layer._class_of(adapter.name, config)) is not type(adapter):  # MiCA's start is a class of its own
         forget(layer)
         adapter = layer.adapters[adapter.name] = cls(layer, adapter.name)

@@ -90,16 +90,14 @@ def get_eva_state_dict(
     Raises:
         ValueError: if there is no config, no layer, or a layer saw no input.
     """
-    config = peft_config or configs_of(model).get(adapter_name)
-    if config is None:
+    if (config := peft_config or configs_of(model).get(adapter_name)) is None:
         raise ValueError("peft_config is needed for a model without adapters.")
     if dataloader is None:
-        raise ValueError("EVA needs a dataloader: dataloader is required if eva_state_dict is not provided.")
+        raise ValueError("dataloader is required if eva_state_dict is not provided")
     options = config.eva_config or EvaConfig()
     layers, kinds, ranks = _layers(model, config, adapter_name)
     shapes = {name: kind.shape(innermost(layers[name])) for name, kind in kinds.items()}
-    state: dict[str, Any] = {}
-    several = gather_distributed_inputs and several_processes()
+    state, several = {}, gather_distributed_inputs and several_processes()  # type: ignore[var-annotated]
 
     def run(batch: Any) -> None:
         prepare = prepare_model_inputs_fn

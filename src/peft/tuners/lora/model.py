@@ -127,9 +127,9 @@ class LoraTuner(LoraCompat, BaseTuner):
             )
         if config.init_lora_weights == "loftq":
             warnings.warn(
-                f"adapter {adapter_name!r} was trained on weights that LoftQ has rounded. The plain LoRA that is written "
-                "is for the weights as they were, so outputs differ by what rounding took away and the start did not "
-                "make up for. Saved without path_initial_model_for_weight_conversion, it is loaded as it is.",
+                f"adapter {adapter_name!r} was trained on weights that LoftQ has rounded. The plain LoRA that is "
+                "written is for the weights as they were, so outputs differ by what rounding took away and the start "
+                "did not make up for. Saved without path_initial_model_for_weight_conversion, it is loaded as it is.",
                 PeftWarning,
             )
         own = os.path.join(path, adapter_name)

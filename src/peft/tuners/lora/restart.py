@@ -11,7 +11,6 @@ from torch import nn
 from tqdm import tqdm
 
 from peft.core.files.entries import configs_of
-from peft.core.layer.rewritten import give_back
 from peft.core.model.operations import adapters_disabled
 from peft.core.model.walk import layers_of
 from peft.tuners.lora.anew import remake
@@ -71,9 +70,8 @@ def initialize(
             f"the model has no LoRA called {adapter_name!r}: call get_peft_model with a LoraConfig first."
         )
     new, rest = _config_for(config, start, options)
-    layers = [(path, layer) for path, layer in layers_of(model) if isinstance(layer, LoraLayer)]
-    layers = [(path, layer) for path, layer in layers if adapter_name in layer]
-    for path, layer in layers:
+    layers = {p: layer for p, layer in layers_of(model) if isinstance(layer, LoraLayer) and adapter_name in layer}
+    for path, layer in layers.items():
         _check(path, layer, new)
     plain: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     vectors = rest.pop("eva_state_dict", None)
@@ -88,8 +86,7 @@ def initialize(
             vectors = get_eva_state_dict(model, dataloader, new, adapter_name=adapter_name, **rest)
     config.__dict__.update(new.__dict__)
     with torch.no_grad():
-        for _, layer in tqdm(layers, desc=f"Starting adapter {adapter_name}", disable=len(layers) < 8):
-            give_back(layer, adapter_name)  # what the old start took out of the weight
+        for layer in tqdm(layers.values(), desc=f"Starting adapter {adapter_name}", disable=len(layers) < 8):
             remake(layer, layer.adapters[adapter_name], config)
     if start == "eva":
         initialize_lora_eva_weights(model, eva_state_dict=vectors, adapter_name=adapter_name)
