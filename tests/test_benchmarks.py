@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 
 from peft.kernels import few
 
@@ -72,3 +73,16 @@ def test_steps_of_ordinary_size_keep_no_more_for_the_limits_of_few_entries(bench
         ratios[name] = kept[0] / kept[1]
     assert len(ratios) > 50
     assert {name: ratio for name, ratio in ratios.items() if ratio > 1.03} == {}
+
+
+def test_parts_of_a_call_tell_thin_products_from_large_ones(benchmark):
+    parts = benchmark("parts")
+    x, w, a, b, dy = (torch.randn(*shape) for shape in ((512, 100), (90, 100), (8, 100), (90, 8), (512, 90)))
+    cases = {
+        "large products": (lambda: x @ w.T, lambda: dy @ w),
+        "thin products": (lambda: x @ a.T, lambda: dy @ b, lambda: (dy @ b).T @ x, lambda: dy.T @ (x @ a.T)),
+    }
+    for part, actions in cases.items():
+        for action in actions:
+            found = parts.parts_of(action, 8)
+            assert found[part] == sum(found[name] for name in cases) > 0

@@ -76,6 +76,12 @@ def test_core_has_files_of_at_most_450_lines_and_classes_of_at_most_350(path):
     assert {name: lines for name, lines in classes(path).items() if lines > 350} == {}
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "utils").glob("*.py")), ids=short)
+def test_utils_holds_names_only(path):
+    """Its files are import paths of the ecosystem; what they name stands where it belongs."""
+    assert [name for name, _ in functions(path)] == [] == list(classes(path))
+
+
 def test_core_does_not_grow_back():
     """What one method, one tool or the `PeftModel` alone needs is theirs."""
     assert sum(len(path.read_text().splitlines()) for path in CORE) <= 15_000

@@ -12,10 +12,10 @@ from torch import nn
 from peft._lazy import also_known
 from peft.config import PeftConfig
 from peft.core.files.io import TOKENIZER_CONFIG_NAME, hub_options, locate
+from peft.errors import MissingFileError
 from peft.options import value_of
 from peft.peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 from peft.tools.architecture import AUTO_CLASSES
-from peft.utils.error import MissingFileError
 
 
 # Packages that an adapter's config may name as the home of its base model's class: what the config says gets imported,

@@ -16,8 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from peft.utils.error import ConfigChoiceError, ConfigError, ConfigPatternError, ConfigTypeError, nearest
-from peft.utils.warning import PeftWarning
+from peft.errors import ConfigChoiceError, ConfigError, ConfigPatternError, ConfigTypeError, PeftWarning, nearest
 
 
 # Annotations of fields that hold whole numbers, as dataclasses record them.
@@ -61,7 +60,7 @@ def option(
         instead: for a field that never does anything: what does. A value given for it is told in a warning.
         stuck: a value with which the adapter changes nothing, and never will; it is told in a warning.
         lacks: for a field that counts only at some modules: what a model without them lacks.
-            Where such a module is met, :func:`peft.utils.usage.counts` says so; without, a value is told in a warning.
+            Where such a module is met, :func:`peft.usage.counts` says so; without, a value is told in a warning.
         names: for a field of names of modules: `set`, if it takes a list of them, kept as a set, or a string that is
             a regular expression; `list`, if it takes a list alone; `str`, if one name may stand for a list of one;
             `dict`, if it has values by name, or by regular expression, whose bounds are then those of the field.

@@ -28,6 +28,7 @@ from peft.core.model.record import behind, context_of
 from peft.core.model.tuner import BaseTuner
 from peft.core.model.walk import layers_of, surveyed, wrappers_of
 from peft.core.prompts import Prompts, PromptTuner, Task, backbone_of
+from peft.errors import MeaninglessError, NoSuchAttributeError, PeftWarning
 from peft.kernels import chunked_loss
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.model_files import ModelFiles, note_base
@@ -37,8 +38,6 @@ from peft.tools.out_of_memory import add_way_out
 from peft.tools.skipping import blocks_skipped
 from peft.tools.status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
 from peft.tuners.lora.experts import convert_config_for
-from peft.utils.error import MeaninglessError, NoSuchAttributeError
-from peft.utils.warning import PeftWarning
 
 
 class PeftModel(ModelCompat, ModelFiles, PushToHubMixin, nn.Module):

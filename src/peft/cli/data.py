@@ -10,7 +10,7 @@ from typing import Any
 
 from peft.cli.command import need
 from peft.cli.recipe import DataOptions, near_file
-from peft.utils.error import ConfigError, nearest
+from peft.errors import ConfigError, nearest
 
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}

@@ -14,8 +14,8 @@ from peft.cli.output import Output
 from peft.cli.recipe import near_file
 from peft.config import Options, option
 from peft.core.model.context import BASE
+from peft.errors import ConfigError, nearest
 from peft.tools.merging import with_adapters
-from peft.utils.error import ConfigError, nearest
 
 
 @dataclass

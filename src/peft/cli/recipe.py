@@ -12,9 +12,9 @@ import yaml
 
 from peft.config import ORIGIN, Options, PeftConfig, option
 from peft.core.files.io import replacing
+from peft.errors import ConfigError, nearest
 from peft.options import value_of
 from peft.tools.catalogue import methods
-from peft.utils.error import ConfigError, nearest
 
 
 NOT_IN_A_RECIPE = ("peft_type", *ORIGIN)

@@ -13,7 +13,7 @@ from peft._version import __version__
 from peft.cli.command import Command, UsageError, add_fields, bracketed, make, parser_of
 from peft.cli.output import Output
 from peft.cli.recipe import NOT_IN_A_RECIPE, config_class, near_file, read_yaml
-from peft.utils.error import ConfigError, nearest
+from peft.errors import ConfigError, nearest
 
 
 # Said here as well as by the commands, so that help imports none of them.

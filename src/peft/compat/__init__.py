@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from peft._lazy import HOMES, lazy_module
-from peft.core.base.kinds import kind_of
+from peft.core.base.kinds import innermost, kind_of
 from peft.core.base.storage import storage_of
 from peft.core.base.storage.quantized import is_from
 
@@ -180,11 +180,6 @@ def _dispatcher(layer_cls: Any, library: str | None) -> Any:
 
     dispatch.__doc__ = f"An adapted layer around ``target`` if it is {library or 'plain'}, else None."
     return dispatch
-
-
-def innermost(module: Any) -> nn.Module:
-    """The layer inside an adapted one; any other module as it is."""
-    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
 
 
 def new_layer(

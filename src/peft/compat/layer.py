@@ -9,10 +9,10 @@ from torch import nn
 
 from peft.compat.asked import Asked, is_theirs
 from peft.compat.by_hand import with_given
+from peft.compat.quantization import QuantizationBackend, resolve_quantization_backend
 from peft.core.layer.buffers import BufferDict
 from peft.core.layer.placement import settle
 from peft.core.layer.rows import require_unmerged
-from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
 
 
 class LayerCompat:

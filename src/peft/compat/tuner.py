@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from peft.compat import innermost, new_layer
+from peft.compat import new_layer
 from peft.compat.asked import Asked, is_theirs
 from peft.compat.foreign import Held, containers
 from peft.config import PeftConfig, resolve_pattern
+from peft.core.base.kinds import innermost
 from peft.core.base.stack import Stack
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model import operations
@@ -93,7 +94,7 @@ class TunerCompat:
             if site.key and self._check_target_module_exists(peft_config, site.key):
                 own = not elsewhere(site.module)
                 found.append(
-                    module_target(peft_config, site, self.layer_cls) if own else Target(site.key, site.module, None)
+                    module_target(peft_config, site, self.layer_cls) if own else Target(site.key, site.module)
                 )
         return found
 
@@ -252,7 +253,7 @@ class TunerCompat:
         for site in list(walk(model)):
             for target in parameter_targets(peft_config, site, [site.key]):
                 parent, name = parent_of(model, site.path)
-                found.append(join(site.key, target.kind.weight))  # type: ignore[union-attr]
+                found.append(join(site.key, target.kind.weight))
                 self._create_and_replace(
                     peft_config,
                     adapter_name,
@@ -260,7 +261,7 @@ class TunerCompat:
                     name,
                     parent,
                     current_key=found[-1],
-                    parameter_name=target.kind.weight,  # type: ignore[union-attr]
+                    parameter_name=target.kind.weight,
                 )
         return found
 

@@ -11,9 +11,9 @@ import torch
 
 from peft.config import PeftConfig
 from peft.core.files.io import PREFIX, load_peft_weights, write_adapter
+from peft.errors import ConfigError
 from peft.tuners.lora.config import LoraConfig, divisor, rank_fields
 from peft.tuners.lora.initialize import rewrites
-from peft.utils.error import ConfigError
 
 
 GATED = "the adapter has gates (use_gating), which depend on the sample, so no pair of matrices does what it does"

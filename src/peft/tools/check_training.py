@@ -14,10 +14,9 @@ from torch import nn
 from peft.core.files.entries import prompts_of
 from peft.core.model.gradient_checkpointing import FUNCTION, is_reentrant
 from peft.core.model.walk import layers_of, wrappers_of
+from peft.errors import PeftWarning, some
+from peft.meanwhile import having, in_mode
 from peft.tools.status import count_parameters
-from peft.utils.error import some
-from peft.utils.meanwhile import having, in_mode
-from peft.utils.warning import PeftWarning
 
 
 LOW_LEARNING_RATE = 5e-5

@@ -15,12 +15,12 @@ from peft.core.adapter import input_dropout, part, setting
 from peft.core.base.kinds import fan
 from peft.core.families import LowRank, Scaled
 from peft.core.model.registry import define_tuner
+from peft.errors import ConfigError
 from peft.kernels.decompositions import orthogonality
+from peft.peft_types import PeftType
 from peft.tuners.adalora_utils import Allocating, kept_of
 from peft.tuners.adalora_utils import RankAllocator as RankAllocator  # a name of the API
 from peft.tuners.lora.config import LoraConfig
-from peft.utils.error import ConfigError
-from peft.utils.peft_types import PeftType
 
 
 _FIXED = "AdaLoRA has one update, in the form of a singular value decomposition. Leave it out, or use LoraConfig."

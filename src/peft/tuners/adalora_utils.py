@@ -8,7 +8,7 @@ import torch
 
 from peft.core.model.tuner import BaseTuner
 from peft.core.model.walk import walk
-from peft.utils.usage import note
+from peft.usage import note
 
 
 def kept_of(rank_pattern: dict[str, Any] | None, key: str) -> torch.Tensor | None:

@@ -15,9 +15,9 @@ from peft.core.adapter import part
 from peft.core.filling import kaiming, zeros
 from peft.core.model.registry import define_tuner
 from peft.kernels.made_again import made_again
+from peft.peft_types import PeftType
 from peft.tuners.lycoris_utils import Lycoris, LycorisConfig, LycorisTuner, mix, through_core
-from peft.utils.peft_types import PeftType
-from peft.utils.usage import counts
+from peft.usage import counts
 
 
 @dataclass
@@ -157,7 +157,7 @@ class LoKr(Lycoris):
         """W2 x, by way of the rank where that is cheaper."""
         if len(second) == 1:
             return self.kind.apply(self.base, rows, *second)
-        a, b = second
+        a, b = second  # [out, r], [r, in, *kernel]
         return mix(a, self.kind.apply(self.base, rows, b.view(len(b), -1, *self.shape[2:])), len(self.shape) - 2)
 
 

@@ -12,9 +12,9 @@ from torch import nn
 from peft.config import option
 from peft.core.files.io import read_tensors
 from peft.core.prompts import define_prompt
+from peft.errors import ConfigError, some
+from peft.peft_types import PeftType
 from peft.tuners.prompt_utils import PromptStart, StartedPrompt
-from peft.utils.error import ConfigError, some
-from peft.utils.peft_types import PeftType
 
 
 class MultitaskPromptTuningInit(str, enum.Enum):

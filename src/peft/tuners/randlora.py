@@ -20,7 +20,7 @@ from peft.core.model.registry import define_tuner
 from peft.kernels.few import is_small
 from peft.kernels.linear import is_transformed
 from peft.kernels.made_again import made_again, reading
-from peft.utils.peft_types import PeftType
+from peft.peft_types import PeftType
 
 
 @dataclass

@@ -17,9 +17,9 @@ import torch
 
 from peft.convert.held import Held, Pair, Pairs, alpha_and_rank, held_of, is_lora, modules_of, on_modules, pairs_of
 from peft.convert.source import Base, Bundle
+from peft.errors import ConfigError, some
 from peft.kernels.decompositions import face_splitting
 from peft.tuners.lokr import lokr_factor
-from peft.utils.error import ConfigError, some
 
 
 _MLP_RATIO = 4  # of the hidden size, in all of Flux

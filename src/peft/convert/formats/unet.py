@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from peft.convert.held import Held, Pairs, alpha_and_rank, held_of, is_lora, modules_of, on_modules, pairs_of
 from peft.convert.names import UNET_OF_AUTHORS, UNET_OF_DIFFUSERS
 from peft.convert.source import Base
-from peft.utils.error import ConfigError
+from peft.errors import ConfigError
 
 
 _RESNET = {

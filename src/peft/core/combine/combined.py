@@ -18,7 +18,7 @@ from peft.core.model.auxiliary import AuxiliaryTrainingWrapper, biases_of
 from peft.core.model.manager import check_adapter_name
 from peft.core.model.targeting import exact_targets
 from peft.core.model.walk import walk, wrappers_of
-from peft.utils.error import CONVERSION
+from peft.errors import CONVERSION
 
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from peft.utils.error import MissingFileError, nearest
+from peft.errors import MissingFileError, nearest
 
 
 def folders_with(folder: str, names: Sequence[str]) -> list[str]:

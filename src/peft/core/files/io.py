@@ -26,7 +26,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from peft.core.files.hub import any_of, download, folders_with
-from peft.utils.error import (
+from peft.errors import (
     CheckpointError,
     MissingFileError,
     NotAFolderError,

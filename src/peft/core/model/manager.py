@@ -14,7 +14,7 @@ from peft.core.model import operations
 from peft.core.model.gradient_checkpointing import stop_watching, watch_checkpointing
 from peft.core.model.record import drop_record
 from peft.core.model.walk import surveyed
-from peft.utils.error import AdapterNameError
+from peft.errors import AdapterNameError
 
 
 INTERFACE = (

@@ -23,8 +23,8 @@ from peft.core.model.replacing import replacing
 from peft.core.model.tuner import BaseTuner
 from peft.core.model.walk import layers_of
 from peft.core.prompts import NOTHING_TO_MERGE, PLAIN, PromptTuner, Task
-from peft.utils.error import CONVERSION, ConfigError, some
-from peft.utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.errors import CONVERSION, ConfigError, some
+from peft.peft_types import PEFT_TYPE_TO_TUNER_MAPPING
 
 
 class MembersOf(MutableMapping):

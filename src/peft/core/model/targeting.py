@@ -9,20 +9,21 @@ from typing import Any
 
 from torch import nn
 
-from peft.core.base.kinds import Kind, kind_names, kind_of
+from peft.core.base.kinds import WHOLE, Kind, kind_names, kind_of
 from peft.core.base.stack import Stack
 from peft.core.base.storage import untrainable, weight_names
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.roles import find_roles
 from peft.core.model.walk import Site, embeddings_of, join, locate, names_of_modules, walk
-from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_NAMES
-from peft.utils.error import NoMatchingPeftModuleError, some
-from peft.utils.usage import counts, near, note, remark
+from peft.default_targets import INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_NAMES
+from peft.errors import NoMatchingPeftModuleError, some
+from peft.usage import counts, near, note, remark
 
 
 @dataclass
 class Target:
-    """One module to adapt: its name in the unadapted model, the kind of layer it is, and what it is tied to.
+    """One module to adapt: its name in the unadapted model, the kind of layer it is (:data:`WHOLE` where that is of no
+    concern), and what it is tied to.
 
     ``called`` is the name by which the config means a module that has several, ``site`` where it was found, ``config``
     one that counts for it alone, in the place of the adapter's.
@@ -30,7 +31,7 @@ class Target:
 
     key: str
     module: nn.Module
-    kind: Kind | None
+    kind: Kind = WHOLE
     tied_to: str | None = None
     called: str | None = None
     site: Site | None = None
@@ -241,10 +242,9 @@ def find_targets(
         meant = [name for name in called if config.target_modules and selected(config, name)]
         if meant and site.key not in companions:
             own = not foreign(site.module)
-            target = module_target(config, site, layer_cls) if own else Target(site.key, site.module, None)
+            target = module_target(config, site, layer_cls) if own else Target(site.key, site.module)
             target.called = meant[0]
-            apart = target.kind is None or layer_cls.adapter_cls.any_module
-            for child in target.kind.companions if target.kind is not None and not apart else ():
+            for child in () if layer_cls.adapter_cls.any_module else target.kind.companions:
                 companions.add(join(site.key, child))
                 inner = next(s for s in sites if s.key == join(site.key, child))
                 found.append(module_target(config, inner, layer_cls))
@@ -264,7 +264,7 @@ def _with_ties(found: list[Target], sites: list[Site], config: Any, layer_cls: t
     for site in sites:
         if (weight := site.module._parameters.get("weight")) is not None:
             by_weight.setdefault(id(weight), []).append(site)
-    result = {target.kind.target_name(target.key) if target.kind else target.key: target for target in found}
+    result = {target.kind.target_name(target.key): target for target in found}
     for target in found:
         group = by_weight.get(id(target.module._parameters.get("weight")), [])
         if len(group) < 2:
@@ -310,7 +310,7 @@ def module_target(config: Any, site: Site, layer_cls: type[BaseTunerLayer]) -> T
             f"target module {site.key!r} ({type(site.module).__name__}) cannot be adapted by "
             f"{type(config).__name__}: {reason}. Narrow target_modules, or name it in exclude_modules."
         )
-    return Target(site.key, site.module, kind, site=site)
+    return Target(site.key, site.module, kind or WHOLE, site=site)
 
 
 def parameter_targets(config: Any, site: Site, called: Iterable[str]) -> list[Target]:

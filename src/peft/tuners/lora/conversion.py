@@ -26,13 +26,13 @@ from peft.core.model import operations
 from peft.core.model.auxiliary import ModulesToSaveWrapper, TrainableTokensWrapper, bias_sites, biases_of
 from peft.core.model.targeting import exact_targets
 from peft.core.model.walk import bare, layers_of, walk
+from peft.errors import NoAdaptedLayersError, WrongTypeError
 from peft.kernels.decompositions import factorize, product_svd, resized, shared_ranks
 from peft.tools.footprint import meta_copy
 from peft.tuners.lora.config import LoraConfig, rank_fields
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.lora.pairs import join_pair, pair_blocks
-from peft.utils.error import NoAdaptedLayersError, WrongTypeError
 
 
 # What says which layers are adapted, and of what: the same fields in every config.

@@ -10,17 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft.compat import innermost
+from peft.core.base.kinds import innermost
 from peft.core.files.entries import configs_of
 from peft.core.layer.parallel import several_processes
 from peft.core.model.walk import layers_of
+from peft.errors import PeftWarning, some
 from peft.tuners.lora.anew import start_from
 from peft.tuners.lora.components import Watched, gathered
 from peft.tuners.lora.config import EvaConfig, LoraConfig
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.preparing import rows, targets_of
-from peft.utils.error import some
-from peft.utils.warning import PeftWarning
 
 
 def forward_fn_dict(model: nn.Module, inputs: Mapping[str, Any]) -> Any:

@@ -22,6 +22,7 @@ from peft.core.model import operations
 from peft.core.model.manager import check_adapter_name
 from peft.core.model.registry import define_tuner
 from peft.core.model.tuner import BaseTuner
+from peft.errors import PeftWarning
 from peft.kernels.decompositions import factorize, factorize_product, resized
 from peft.tuners.lora.config import LoraConfig, divisor
 from peft.tuners.lora.initialize import is_repeatable, rewrites
@@ -30,7 +31,6 @@ from peft.tuners.lora.layer import Lora, LoraLayer
 from peft.tuners.lora.megatron import use_library
 from peft.tuners.lora.monteclora import MonteCLora
 from peft.tuners.lora.pairs import join_pair, pair_blocks, pair_rank, split_pair
-from peft.utils.warning import PeftWarning
 
 
 PLAIN: dict[str, Any] = {

@@ -15,11 +15,11 @@ from peft.core.base.storage.quantized import Quantized
 from peft.core.layer.weight import unmerged_weight
 from peft.core.model.operations import require_adapters
 from peft.core.model.walk import layers_of
+from peft.errors import MissingFileError
 from peft.kernels.decompositions import halves, svd
 from peft.tools.shards import SINGLE, Shards
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.model import LoraTuner
-from peft.utils.error import MissingFileError
 
 
 @torch.no_grad()

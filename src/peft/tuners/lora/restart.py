@@ -13,13 +13,13 @@ from tqdm import tqdm
 from peft.core.files.entries import configs_of
 from peft.core.model.operations import adapters_disabled
 from peft.core.model.walk import layers_of
+from peft.errors import ConfigError, nearest
 from peft.tuners.lora.anew import remake
 from peft.tuners.lora.config import CordaConfig, EvaConfig, LoftQConfig, LoraConfig, LoraGAConfig
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.eva import get_eva_state_dict, initialize_lora_eva_weights
 from peft.tuners.lora.layer import Lora, LoraLayer
 from peft.tuners.lora.loraga import preprocess_loraga
-from peft.utils.error import ConfigError, nearest
 
 
 # start -> the field of the config with its options, and their class
