@@ -156,7 +156,12 @@ class Manager:
 
 def check_adapter_name(name: str, taken: Sequence[str] = ()) -> None:
     """Raise AdapterNameError for a name that cannot be a module name, or that is taken."""
-    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
+    if not isinstance(name, str):
+        raise AdapterNameError(
+            f"{repr(name)[:40]} cannot be the name of an adapter: names are strings. In add_adapter the name comes "
+            "before the config, in get_peft_model after it."
+        )
+    if not name or "." in name or hasattr(nn.ModuleDict(), name):
         raise AdapterNameError(
             f"{name!r} cannot be the name of an adapter: names are non-empty, have no dot, and are not those of "
             "what an nn.ModuleDict has (such as 'keys' or 'training')."
