@@ -91,6 +91,21 @@ class MeaninglessError(PeftError, AttributeError, ValueError):
     """What means nothing for the model's method, or for a layer of its kind; to ``hasattr`` it does not exist."""
 
 
+class NoSuchAttributeError(PeftError, AttributeError):
+    """Neither a model with adapters nor its base model has an attribute; the nearest name is looked for when asked."""
+
+    def __init__(self, name: str, owner: object, base: object) -> None:
+        super().__init__(name=name, obj=owner)
+        self.base = base
+
+    def __str__(self) -> str:
+        known = [n for n in (*dir(type(self.obj)), *dir(type(self.base))) if not n.startswith("_")]
+        return (
+            f"{type(self.obj).__name__!r} object has no attribute {self.name!r}, nor has its base model, "
+            f"{type(self.base).__name__}.{nearest(self.name, known, cutoff=0.6)}"
+        )
+
+
 class CheckpointError(PeftError, ValueError, RuntimeError):
     """A file of adapter weights is damaged, or does not fit the model."""
 

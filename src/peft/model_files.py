@@ -78,7 +78,7 @@ class ModelFiles(Compositions):
         if os.path.isfile(save_directory):
             raise ConfigFileError(f"{save_directory} is a file; save_pretrained needs a folder.")
         tell_misspelt(ModelFiles.save_pretrained, kwargs, ["state_dict"])
-        names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
+        names = list(self.peft_config) if selected_adapters is None else operations.names_of(selected_adapters)
         operations.require_adapters(self, names, self.peft_config)
         if not is_main_process and kwargs.get("state_dict") is not None:
             return  # gathered already

@@ -159,10 +159,10 @@ class OfLibrary(type):
 
     def __new__(mcs, name: str, layer_cls: type, library: str) -> OfLibrary:
         doc = f"``{layer_cls.__name__}`` over a base layer of {library}."
-        return super().__new__(mcs, name, (), {"__module__": layer_cls.__module__, "__doc__": doc})
+        return super().__new__(mcs, name, (layer_cls,), {"__module__": layer_cls.__module__, "__doc__": doc})
 
     def __init__(cls, name: str, layer_cls: type, library: str) -> None:
-        super().__init__(name, (), {})
+        super().__init__(name, (layer_cls,), {})
         cls.layer_cls, cls.library = layer_cls, library
 
     def __instancecheck__(cls, instance: Any) -> bool:

@@ -15,6 +15,7 @@ from peft.compat.foreign import Held, containers
 from peft.config import PeftConfig, resolve_pattern
 from peft.core.base.kinds import innermost
 from peft.core.base.stack import Stack
+from peft.core.layer.classes import is_own
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model import operations
 from peft.core.model.record import context_of
@@ -226,7 +227,7 @@ class TunerCompat:
         if "_handed_on" in self.__dict__:  # an injection asks a replaced one what it would adapt
             self.__dict__["_handed_on"].append((target, peft_config, kwargs.get("parameter_name")))
             return
-        if isinstance(target, self.layer_cls):
+        if is_own(target, self.layer_cls):
             target.add_adapter(adapter_name, peft_config, current_key)
             return
         self._replace_module(

@@ -176,6 +176,8 @@ def open_base(base: str | os.PathLike) -> nn.Module:
 
 def _folder_of(base: str | os.PathLike) -> str:
     if os.path.isdir(base):
+        if os.path.isfile(os.path.join(base, CONFIG_NAME)) and not os.path.isfile(os.path.join(base, "config.json")):
+            raise ConfigError(f"{os.fspath(base)!r} holds an adapter. The base model comes first, then its adapters.")
         return os.fspath(base)
     from huggingface_hub import snapshot_download
 

@@ -17,7 +17,7 @@ from peft.core.base.stack import Stack
 from peft.core.base.storage import weight_names
 from peft.core.combine.sums import add_sum
 from peft.core.files.renaming import keys_of
-from peft.core.layer.classes import class_for
+from peft.core.layer.classes import class_for, is_own
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.placement import place_for
 from peft.core.model import operations
@@ -269,7 +269,7 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
         for target, layer in tqdm(layers, desc=f"Starting adapter {name}", disable=not slow):
             if target.tied_to is not None:
                 source = locate(model, target.tied_to)
-                layer.tied_to[name] = next(w for _, w in source.wrappers if isinstance(w, self.layer_cls))
+                layer.tied_to[name] = next(w for _, w in source.wrappers if is_own(w, self.layer_cls))
             key = target.called or target.key
             if name not in layer.adapters:
                 self.give(layer, name, target.config or config, target.kind.target_name(key))
@@ -392,5 +392,5 @@ def _fitting(
     layer_cls: type[BaseTunerLayer], target: Target, wrappers: list[tuple[str, nn.Module]]
 ) -> BaseTunerLayer | None:
     """The layer among these that holds adapters of a method for the target's weight."""
-    fits = (w for _, w in wrappers if isinstance(w, layer_cls))
+    fits = (w for _, w in wrappers if is_own(w, layer_cls))
     return next((w for w in fits if target.kind.whole or w.kind.whole or w.kind.weight == target.kind.weight), None)

@@ -20,6 +20,7 @@ from peft.core.combine.ways import Combination, Part
 from peft.core.files.entries import anatomy, configs_of
 from peft.core.files.io import PREFIX, write_adapter
 from peft.core.files.state_dict import get_peft_model_state_dict
+from peft.core.layer.classes import is_own
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.weight import wide
 from peft.core.model import operations
@@ -422,7 +423,7 @@ def lora_tensors(
     """
     tuner = LoraModel(blank, {name: lora}, name, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
     for place, layer in _layers(blank, name).items():
-        if isinstance(layer, LoraLayer) and place in pairs:
+        if is_own(layer, LoraLayer) and place in pairs:
             _fill(layer.adapters[name], *pairs[place], shifts.get(place))
     return get_peft_model_state_dict(tuner, adapter_name=name, save_embedding_layers=False)
 

@@ -20,6 +20,7 @@ from peft.config import ORIGIN, PeftConfig, resolve_pattern
 from peft.core.files.entries import Entry, anatomy, configs_of
 from peft.core.files.io import load_peft_weights
 from peft.core.files.state_dict import match, unmerge_for
+from peft.core.layer.classes import is_own
 from peft.core.model.walk import bare, join, layers_of, names_in, plain, surveyed, walk
 from peft.errors import CheckpointError, ConfigError, some
 from peft.peft_types import PeftType
@@ -242,7 +243,7 @@ class _Found(NamedTuple):
 def _lora_layers(root: nn.Module) -> Iterator[_Found]:
     for site in walk(root):
         for path, wrapper in site.wrappers:
-            if isinstance(wrapper, LoraLayer):
+            if is_own(wrapper, LoraLayer):
                 yield _Found(path, plain(wrapper.kind.target_name(site.key)), wrapper)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from transformers.utils import cached_file
 
 from peft.core.base.storage.quantized import Quantized
+from peft.core.layer.classes import is_own
 from peft.core.layer.weight import unmerged_weight
 from peft.core.model.operations import require_adapters
 from peft.core.model.walk import layers_of
@@ -77,7 +78,7 @@ def replace_lora_weights_loftq(
 
 def _has_lost(layer: Any) -> bool:
     """Whether LoRA adapts a linear layer whose quantised weight can be read."""
-    matrix = isinstance(layer, LoraLayer) and layer.kind.matrix
+    matrix = is_own(layer, LoraLayer) and layer.kind.matrix
     return matrix and isinstance(layer.storage, Quantized) and layer.storage.can_read
 
 
