@@ -85,8 +85,8 @@ class _BaseAutoPeftModel:
                 ``from_pretrained`` (``dtype``, ``device_map``, ``trust_remote_code``, ...).
 
         Raises:
-            ValueError: if the config belongs to another task, names no base model (an OSError, too), no class for it, or
-                one that is not on the list; and what loading the base model or the adapter raises.
+            ValueError: if the config belongs to another task, names no class for the base model, or one that is not on
+                the list. OSError: if it names no base model; and what loading the base model or the adapter raises.
 
         Examples:
             >>> base.save_pretrained("base")
