@@ -122,7 +122,7 @@ def alias_submodules(module: ModuleType) -> None:
             vars(sys.modules[package]).setdefault(part, module)
     for old, cls in _old_classes(method, module).items():
         if old in OLD_LAYER_NAMES.get(method, ()):
-            cls.__name__ = old  # what a printed model and a status report show
+            cls.__name__ = cls.__qualname__ = old  # what a printed model and a status report show
         for holder in (module, sys.modules[package]):
             vars(holder).setdefault(old, cls)
     for holder in {sys.modules[name] for name in (package, *(f"{package}.{part}" for part in PARTS))}:

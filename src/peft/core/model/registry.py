@@ -48,7 +48,8 @@ def define_tuner(
     layer_cls = layer_class(adapter_cls, layer, f"{stem}Layer")
     vars(module).setdefault(layer_cls.__name__, layer_cls)  # where pickles and clients look for it
     for name, cls in layer_cls.by_name.items():
-        vars(module).setdefault(name, cls)
+        if vars(module).setdefault(name, cls) is cls:  # where scripts that print or compare class names expect it
+            cls.__qualname__ = name
     method = str(value_of(config_cls.METHOD))
     make_readable(method.lower(), layer_cls)
     table = getattr(default_targets, f"TRANSFORMERS_MODELS_TO_{method.replace('_', '')}_TARGET_MODULES_MAPPING", {})
