@@ -22,6 +22,7 @@ from peft.core.layer.weight import base_bias, sums_exactly
 from peft.core.model.registry import define_tuner
 from peft.kernels.few import is_small
 from peft.kernels.linear import in_dtype
+from peft.peft_types import PeftType
 from peft.tuners.frod_utils import (
     categories,
     common_basis,
@@ -30,7 +31,6 @@ from peft.tuners.frod_utils import (
     off_diagonal_places,
     sparse_product,
 )
-from peft.utils.peft_types import PeftType
 
 
 @dataclass
@@ -149,7 +149,8 @@ class Frod(LowRank):
     @classmethod
     def kernel(cls, layer: BaseTunerLayer, adapters: Sequence[Any], x: torch.Tensor) -> torch.Tensor | None:
         adapter, *others = adapters
-        whole = layer.kind.matrix and not layer.kind.opaque and layer.may_bypass_base(x) and sums_exactly(layer)
+        direct = layer.kind.matrix and not layer.kind.opaque and layer.direct_weight(x) is not None
+        whole = direct and sums_exactly(layer)
         if others or not whole or adapter.drops():
             return None
         inner, bias = adapter.cast(x), base_bias(layer)

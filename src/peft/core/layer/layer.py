@@ -18,15 +18,15 @@ from peft.core.filling import make_module
 from peft.core.layer import routes
 from peft.core.layer import weight as weights
 from peft.core.layer.composed import composed_class, in_order, leaves_of, made_of
-from peft.core.layer.lean import Noted, Seen, lean, noted, only_adds
+from peft.core.layer.lean import Noted, Seen, lean, noted
 from peft.core.layer.placement import settle
 from peft.core.layer.read import ReadThrough
 from peft.core.layer.rewritten import Rewritten, follow, give_back, give_back_unmerged, include, keep_merged
 from peft.core.layer.room import held_constant, hold, make_more_room, make_room, names_held, set_mode
 from peft.core.layer.rows import mixed
 from peft.core.model.context import Context
+from peft.errors import WrongTypeError
 from peft.kernels.grouped import forget
-from peft.utils.error import WrongTypeError
 
 
 _UNREADABLE = (
@@ -66,13 +66,13 @@ class BaseTunerLayer(Unconstructed, ReadThrough):
     merge_error = 0.0
     _storage: Noted | None
     _seen: Seen | None = None
-    _may_add: ClassVar[bool] = True  # a call may be lean
+    _may_add: ClassVar[bool] = False  # a call may be lean
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "adapter_cls" in vars(cls):
             cls.adapter_layer_names, cls.other_param_names = names_held(cls.adapter_cls)
-            cls._may_add = only_adds(cls.adapter_cls)  # type: ignore[arg-type]
+            cls._may_add = routes.only_adds(cls.adapter_cls)  # type: ignore[arg-type]
 
     def __init__(
         self,
@@ -269,10 +269,6 @@ class BaseTunerLayer(Unconstructed, ReadThrough):
             return None
         weight = self.storage.direct_weight(base, self.kind.weight)
         return weight if weight is not None and weight.device == x.device else None
-
-    def may_bypass_base(self, x: torch.Tensor) -> bool:
-        """Whether the layer's output may be computed without calling the base layer: see :meth:`direct_weight`."""
-        return self.direct_weight(x) is not None
 
     def base_is_fresh(self) -> bool:
         """Whether nothing else holds or needs what the base layer gives: it may be changed in place."""

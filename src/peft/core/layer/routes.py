@@ -2,7 +2,7 @@
 
 A route is a function of the layer, the adapters that act (at least one) and the call. It says whether it serves by
 what it gives: an output, or None. Whether the base layer may be passed by is asked of
-:meth:`BaseTunerLayer.may_bypass_base`, and nowhere else.
+:meth:`BaseTunerLayer.direct_weight`, and nowhere else.
 """
 
 from __future__ import annotations
@@ -167,6 +167,12 @@ def ways_of(cls: type[Adapter]) -> tuple[Callable[..., Any], ...]:
         folded: not defines("prefers_folding", "only_folds"),
     }
     return tuple(route for route in ROUTES if not vain.get(route))
+
+
+@functools.cache
+def only_adds(cls: type[Adapter]) -> bool:
+    """Whether adapters of a class have factors, and no other way to act while they do."""
+    return {stand_in, by_kernel, low_rank}.intersection(ways_of(cls)) == {low_rank}  # type: ignore[arg-type]
 
 
 def input_first(layer: BaseTunerLayer, kwargs: Keywords) -> tuple[tuple, Keywords]:
