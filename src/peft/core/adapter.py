@@ -19,8 +19,8 @@ from peft.core.addition import Addition, NoSum
 from peft.core.base.storage.sharded import tensors_in
 from peft.core.layer import weight as weights
 from peft.core.layer.buffers import BufferDict
+from peft.core.parts import Drops, part, setting, shared
 from peft.core.parts import input_dropout as input_dropout
-from peft.core.parts import part, setting, shared
 
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ MORE = part()
 """How a part is kept that only a layer names, in its ``adapter_layer_names``."""
 
 
-class Adapter:
+class Adapter(Drops):
     """An adapter at one layer. A method declares parts and settings, and overrides hooks; nothing else.
 
     Attributes:
@@ -58,7 +58,6 @@ class Adapter:
         follows_ties: modules tied to a targeted embedding get the same adapter.
         untrained: parts that a variant holds constant, though its method trains them: saved as ever, never trained.
         held_in: where :meth:`factors` finds bare linear layers A and B, a dropout and s, if it does nothing else.
-        dropout: the name of its ``input_dropout``, if any.
         printed_as: how a printed model names its layers, if not by method and kind.
         loss_weight: the config's field that weighs the mean of :meth:`loss_term` over layers; without one, their sum.
     """
@@ -89,7 +88,6 @@ class Adapter:
     changes_input: ClassVar[bool] = False
     spares_input: ClassVar[bool] = False
     held_in: ClassVar[tuple[str, str, str, str] | None] = None
-    dropout: ClassVar[str] = ""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -326,18 +324,6 @@ class Adapter:
     def sums_exactly(self) -> bool:
         """Whether W can hold an update added to it."""
         return weights.sums_exactly(self.layer)
-
-    def drops(self) -> bool:
-        """Whether its input dropout acts in the next forward."""
-        dropout = getattr(self, self.dropout) if self.dropout else None
-        return isinstance(dropout, nn.Dropout) and dropout.training
-
-    def dropped(self, x: torch.Tensor) -> torch.Tensor:
-        """x after its input dropout, which indices do not have."""
-        if self.kind.lookup or not self.dropout:
-            return x
-        dropout = getattr(self, self.dropout)
-        return x if type(dropout) is nn.Identity else dropout(x)
 
     # --- state ----------------------------------------------------------------------------------------------
     def held(self) -> list[tuple[str, part, Any]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import nn
 
 from peft.core.filling import blank
@@ -116,6 +117,30 @@ class input_dropout(setting):
 
     def __set__(self, adapter: Any, value: float) -> None:
         super().__set__(adapter, nn.Dropout(value) if value else blank(nn.Identity))
+
+
+class Drops:
+    """An adapter that may drop entries of its input: what follows from its :class:`input_dropout`, if it has one.
+
+    Attributes:
+        dropout: the name of that.
+    """
+
+    __slots__ = ()
+    layer: BaseTunerLayer
+    dropout: ClassVar[str] = ""
+
+    def drops(self) -> bool:
+        """Whether entries are dropped in the next forward."""
+        dropout = getattr(self, self.dropout) if self.dropout else None
+        return isinstance(dropout, nn.Dropout) and dropout.training
+
+    def dropped(self, x: torch.Tensor) -> torch.Tensor:
+        """x with entries dropped; indices stay."""
+        if self.layer.kind.lookup or not self.dropout:
+            return x
+        dropout = getattr(self, self.dropout)
+        return x if type(dropout) is nn.Identity else dropout(x)
 
 
 class shared:
