@@ -156,4 +156,10 @@ class shared:
         self.name = name
 
     def __get__(self, adapter: Any, owner: type | None = None) -> Any:
-        return self if adapter is None else getattr(adapter.layer, self.name)[adapter.name]
+        if adapter is None:
+            return self
+        layer, name = adapter.layer, adapter.name
+        container = layer.__dict__.get(self.name)
+        container = layer._modules[self.name] if container is None else container
+        value = container._parameters.get(name) if type(container) is nn.ParameterDict else None
+        return container[name] if value is None else value  # some put other tensors in the place of parameters
