@@ -133,6 +133,10 @@ class TestWhatTrains:
         assert tuner.active_adapter == ["default", "two"]
         model.delete_adapter("default")
         assert tuner.active_adapter == ["two"]
+        model.delete_adapter("two")
+        assert tuner.active_adapter == []
+        with pytest.raises(KeyError, match="no adapter is active"):
+            print(model.active_peft_config)
 
     def test_the_first_by_name_follows_an_active_adapter_that_is_deleted(self):
         model = two()

@@ -28,7 +28,7 @@ from peft.core.model.record import behind, context_of
 from peft.core.model.tuner import BaseTuner
 from peft.core.model.walk import layers_of, surveyed, wrappers_of
 from peft.core.prompts import Prompts, PromptTuner, Task, backbone_of
-from peft.errors import MeaninglessError, NoSuchAttributeError, PeftWarning
+from peft.errors import MeaninglessError, NoSuchAttributeError, PeftWarning, UnknownAdapterError
 from peft.kernels import chunked_loss
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.model_files import ModelFiles, note_base
@@ -184,7 +184,13 @@ class PeftModel(ModelCompat, ModelFiles, PushToHubMixin, nn.Module):
 
     @property
     def active_peft_config(self) -> PeftConfig:
-        """The config of the (first) active adapter."""
+        """The config of the (first) active adapter.
+
+        Raises:
+            KeyError: if no adapter is active.
+        """
+        if not self.active_adapters:
+            raise UnknownAdapterError("no adapter is active; choose one with set_adapter.")
         return self.peft_config[self.active_adapters[0]]
 
     @property

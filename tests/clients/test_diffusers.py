@@ -435,3 +435,32 @@ def test_several_adapters_in_every_order(tmp_path):
         outputs.append(run(model))
     for output in outputs[1:]:
         same(output, outputs[0])
+
+
+def test_a_compiled_unet_takes_adapters_of_other_ranks_without_compiling_again(tmp_path: Any) -> None:
+    """Linear layers and convolutions, with the larger and the smaller rank in turn, and one of fewer modules."""
+    x = {"sample": fill(nn.Linear(8, 8)).weight.detach().expand(1, 4, 8, 8), "timestep": torch.tensor(10)}
+    x["encoder_hidden_states"] = torch.linspace(-1, 1, 48).view(1, 3, 16)
+    convolutions = ["conv_in", "conv1", "conv2", "conv_shortcut"]
+    wanted = []
+    for i, (rank, targets) in enumerate(
+        [(4, [*ATTENTION, *convolutions]), (8, ["conv1", *ATTENTION]), (2, ["conv2"])]
+    ):
+        one = unet()
+        torch.manual_seed(i)
+        config = LoraConfig(r=rank, lora_alpha=2 * rank + i, target_modules=targets, init_lora_weights=False)
+        one.add_adapter(config)
+        one.save_lora_adapter(tmp_path / str(i))
+        with torch.no_grad():
+            wanted.append(one(**x).sample)
+    model = unet()
+    model.enable_lora_hotswap(target_rank=8)
+    load(model, tmp_path / "0", adapter_name="default")
+    torch._dynamo.reset()
+    model.compile(backend="eager")
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        for place, i in enumerate((0, 1, 2, 0)):
+            if place:
+                load(model, tmp_path / str(i), adapter_name="default", hotswap=True)
+            same(model(**x).sample, wanted[i])
+    assert not torch.allclose(wanted[0], wanted[1], atol=1e-2)
