@@ -3,7 +3,7 @@
 # make tutorial  six methods on that task, one table (about nine minutes on two cores)
 # make test      lint, type check, tests
 # make docs      the documents as a site, into build/site, strictly (two minutes)
-# make bench     the benchmarks, into benchmarks/RESULTS.md (half an hour); to compare with another library:
+# make bench     the benchmarks, into benchmarks/RESULTS.md (an hour and a half); to compare with another library:
 #                make bench REFERENCE=/path/to/its/environment/bin/python
 #
 # Each target first builds .venv, once. To use another PyTorch than the pinned one:
@@ -72,6 +72,8 @@ docs: $(DOCS)
 bench: BENCH = $(if $(REFERENCE),--reference-python $(REFERENCE))
 bench: $(STAMP)
 	$(RUN) benchmarks/run.py $(BENCH)
+	$(RUN) benchmarks/parts.py $(BENCH) --write
+	$(RUN) benchmarks/trainer.py $(BENCH) --steps 3 --write
 	$(RUN) benchmarks/methods.py $(BENCH)
 
 clean:

@@ -66,21 +66,35 @@ def adapted(base: Any, targets: list[str] = LINEARS, **options: Any) -> Any:
     return model.train()
 
 
-def step_case(dtype: str = "float32", **options: Any) -> Callable[[], Figures]:
-    """A training step beside the frozen model's forward and backward to its input embeddings."""
+Pair = tuple[Callable[[], object], Callable[[], object]]
+"""What is measured, and its floor."""
+
+
+def step_pair(dtype: str = "float32", **options: Any) -> Pair:
+    """A training step, and the frozen model's forward and backward to its input embeddings."""
+    import torch
+    from _common import floor_step, llama, tokens, training_step
+
+    kind, ids = getattr(torch, dtype), tokens()
+    floor = floor_step(llama(dtype=kind).train(), ids)
+    return training_step(adapted(llama(dtype=kind), **options), ids), floor
+
+
+def beside_floor(pair: Callable[[], Pair], **turns: int) -> Callable[[], Figures]:
+    """The case of a pair, measured in turn."""
 
     def measure() -> Figures:
-        import torch
-        from _common import floor_step, in_turn, llama, ratio, tokens, training_step
+        from _common import in_turn, ratio
 
-        kind = getattr(torch, dtype)
-        ids = tokens()
-        floor = floor_step(llama(dtype=kind).train(), ids)
-        step = training_step(adapted(llama(dtype=kind), **options), ids)
-        ours, base = in_turn(step, floor, **({} if dtype == "float32" else {"repeats": 3, "warm": 1}))
-        return {"value": statistics.median(ours), "floor": statistics.median(ours) / ratio(ours, base)}
+        ours, floor = in_turn(*pair(), **turns)
+        return {"value": statistics.median(ours), "floor": statistics.median(ours) / ratio(ours, floor)}
 
     return measure
+
+
+def step_case(dtype: str = "float32", **options: Any) -> Callable[[], Figures]:
+    turns = {} if dtype == "float32" else {"repeats": 3, "warm": 1}
+    return beside_floor(lambda: step_pair(dtype, **options), **turns)
 
 
 def bytes_case(dtype: str = "float32", **options: Any) -> Callable[[], Figures]:
@@ -263,33 +277,32 @@ def inference_model() -> Any:
     return model.eval()
 
 
-def mixed_case(length: int) -> Callable[[], Figures]:
-    """Sixteen rows of ``length`` tokens, two for each of eight adapters, beside the same rows with one adapter."""
-
-    def measure() -> Figures:
-        import torch
-        from _common import in_turn, ratio, tokens
-
-        model, ids = inference_model(), tokens(16, length)
-        names = [("default" if i % 8 == 0 else f"a{i % 8}") for i in range(16)]
-        with torch.no_grad():
-            many, one = in_turn(
-                lambda: model(input_ids=ids, adapter_names=names), lambda: model(input_ids=ids), repeats=41, warm=4
-            )
-        return {"value": statistics.median(many), "floor": statistics.median(many) / ratio(many, one)}
-
-    return measure
-
-
-def one_token() -> Figures:
-    """One token for one row with an unmerged adapter, beside the base model."""
+def mixed_pair(length: int) -> Pair:
+    """Sixteen rows of ``length`` tokens, two for each of eight adapters, and the same rows with one adapter."""
     import torch
-    from _common import in_turn, llama, ratio, tokens
+    from _common import tokens
+
+    model, ids = inference_model(), tokens(16, length)
+    names = [("default" if i % 8 == 0 else f"a{i % 8}") for i in range(16)]
+    no_grad = torch.no_grad()
+    return no_grad(lambda: model(input_ids=ids, adapter_names=names)), no_grad(lambda: model(input_ids=ids))
+
+
+def mixed_case(length: int) -> Callable[[], Figures]:
+    return beside_floor(lambda: mixed_pair(length), repeats=41, warm=4)
+
+
+def one_token_pair() -> Pair:
+    """One token for one row with an unmerged adapter, and by the base model."""
+    import torch
+    from _common import llama, tokens
 
     base, model, ids = llama().eval(), inference_model(), tokens(1, 1)
-    with torch.no_grad():
-        ours, floor = in_turn(lambda: model(input_ids=ids), lambda: base(input_ids=ids), repeats=81, warm=6)
-    return {"value": statistics.median(ours), "floor": statistics.median(ours) / ratio(ours, floor)}
+    no_grad = torch.no_grad()
+    return no_grad(lambda: model(input_ids=ids)), no_grad(lambda: base(input_ids=ids))
+
+
+one_token = beside_floor(one_token_pair, repeats=81, warm=6)
 
 
 def of_many(function: str, *given: Any) -> Callable[[], Figures]:

@@ -110,7 +110,7 @@ def test_another_task_is_refused(saved, cls):
 def test_an_adapter_that_does_not_know_its_base(saved):
     folder = saved("CAUSAL_LM")
     edit(folder, base_model_name_or_path=None)
-    with pytest.raises(ValueError, match="does not say which base model"):
+    with pytest.raises(OSError, match="does not say which base model"):
         AutoPeftModelForCausalLM.from_pretrained(folder)
 
 

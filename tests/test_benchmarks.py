@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
+
+from peft.kernels import few
 
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -51,3 +54,35 @@ def test_gpu_dry(benchmark):
     assert set(late) < set(here) and set(late.values()) == {"left out: no time left"}
     lines = gpu.table(here, here)
     assert len(lines) == len(here) + 2 and "1.00" in lines[-1]
+
+
+@pytest.mark.few
+def test_steps_of_ordinary_size_keep_no_more_for_the_limits_of_few_entries(benchmark, monkeypatch):
+    """What is left to autograd, whose operations keep more, is small: one block of 576 features, 256 tokens."""
+    methods, common = benchmark("methods"), benchmark("_common")
+    ids, ratios = common.tokens(rows=2), {}
+    for name, (method, fields) in methods.rows().items():
+        work, kept = SimpleNamespace(ids=ids, size={"layers": 1}), []
+        fields = {**fields, "adapter_layers": 1} if "adapter_layers" in fields else fields
+        for entries in (few.ENTRIES, 0):
+            with monkeypatch.context() as patch:
+                patch.setattr(few, "ENTRIES", entries)
+                found = methods.answer(work, method, fields)
+            assert "error" not in found, (name, found)
+            kept.append(found["bytes"])
+        ratios[name] = kept[0] / kept[1]
+    assert len(ratios) > 50
+    assert {name: ratio for name, ratio in ratios.items() if ratio > 1.03} == {}
+
+
+def test_parts_of_a_call_tell_thin_products_from_large_ones(benchmark):
+    parts = benchmark("parts")
+    x, w, a, b, dy = (torch.randn(*shape) for shape in ((512, 100), (90, 100), (8, 100), (90, 8), (512, 90)))
+    cases = {
+        "large products": (lambda: x @ w.T, lambda: dy @ w),
+        "thin products": (lambda: x @ a.T, lambda: dy @ b, lambda: (dy @ b).T @ x, lambda: dy.T @ (x @ a.T)),
+    }
+    for part, actions in cases.items():
+        for action in actions:
+            found = parts.parts_of(action, 8)
+            assert found[part] == sum(found[name] for name in cases) > 0

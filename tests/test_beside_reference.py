@@ -39,6 +39,8 @@ from peft import (
     get_peft_model,
     get_peft_model_state_dict,
 )
+from peft.optimizers.pairs import pairs_of
+from peft.tuners.lora import LoraLayer
 
 
 FILE = "adapter_model.safetensors"
@@ -69,7 +71,9 @@ def test_a_layer_has_one_name_in_print_and_in_reports(config: Any, name: str) ->
     model = get_peft_model(Mlp(), config)
     assert get_layer_status(model)[0].module_type == name
     assert f"(lin0): {name}(" in repr(model)
-    assert type(model.base_model.model.lin0).__name__ == name.partition(".")[2]
+    cls = type(model.base_model.model.lin0)
+    assert cls.__name__ == cls.__qualname__ == name.partition(".")[2]  # scripts compare what `str(type(layer))` says
+    assert getattr(importlib.import_module(cls.__module__), cls.__name__) is cls
 
 
 @pytest.mark.parametrize("name", ["", "a.b", "keys", "training", "forward", "__class__"])
@@ -583,3 +587,77 @@ def test_a_layer_is_given_an_adapter_by_its_update_layer(method: str) -> None:
     if method in ("LoHa", "Miss"):
         layer.update_layer("third", 3, config=config)
         assert [*layer.r.values()][-1] == 3 if method == "LoHa" else len(layer.miss_block["third"]) == 3
+
+
+@pytest.mark.parametrize(
+    "below, above",
+    [
+        ("adalora.AdaLoraLayer", "lora.LoraLayer"),
+        ("adalora.SVDLinear", "lora.LoraLayer"),
+        ("adalora.SVDConv2d", "lora.LoraLayer"),
+        ("adalora.SVDQuantLinear", "adalora.AdaLoraLayer"),
+        ("adalora.AdaLoraModel", "lora.LoraModel"),
+        ("adalora.AdaLoraConfig", "lora.LoraConfig"),
+        ("lora.gptq.GPTQLoraLinear", "lora.LoraLayer"),
+        ("lora.torchao.TorchaoLoraLinear", "lora.Linear"),
+        ("multitask_prompt_tuning.MultitaskPromptTuningConfig", "prompt_tuning.PromptTuningConfig"),
+        ("multitask_prompt_tuning.MultitaskPromptEmbedding", "prompt_tuning.PromptEmbedding"),
+        ("adaption_prompt.config.ModelTypeConfig", "builtins.tuple"),
+    ],
+)
+def test_classes_are_below_those_that_they_are_below_there(below: str, above: str) -> None:
+    def found(name: str) -> type:
+        module, _, attribute = name.rpartition(".")
+        return getattr(importlib.import_module(module if module == "builtins" else f"peft.tuners.{module}"), attribute)
+
+    assert issubclass(found(below), found(above))
+
+
+def test_adalora_is_lora_by_class_alone() -> None:
+    """What LoRA does with its own layers leaves AdaLoRA's alone, which hold adapters of another form."""
+    torch.manual_seed(0)
+    adalora = AdaLoraConfig(target_modules=["lin0"], total_step=9, init_r=2)
+    model = get_peft_model(Mlp(), LoraConfig(target_modules=["lin0"], r=2), mixed=True)
+    model.add_adapter("ada", adalora)
+    outer = model.base_model.model.lin0
+    assert isinstance(outer, LoraLayer) and isinstance(outer.base_layer, LoraLayer)
+    assert {*outer.adapters} | {*outer.base_layer.adapters} == {"default", "ada"} and len(outer.adapters) == 1
+    model.add_adapter("second", LoraConfig(target_modules=["lin0"], r=2))
+    lora = outer if "default" in outer else outer.base_layer
+    assert "second" in lora and len([m for m in model.modules() if isinstance(m, LoraLayer)]) == 2
+
+    alone = disturb(get_peft_model(Mlp(), adalora))
+    layer = alone.base_model.model.lin0
+    assert layer.lora_variant == {} and layer.resolve_lora_variant(config=adalora) is None
+    left, right, scale = layer.get_delta_factors("default")
+    torch.testing.assert_close((left @ right * scale)[0].T, layer.get_delta_weight("default"))
+    assert not list(pairs_of(alone)) and alone.base_model._get_kasa_loss() == 0
+    with pytest.raises(ValueError, match="one update"):
+        layer.pissa_init("default", "pissa")
+    layer.reset_lora_parameters("default")
+    assert not layer.get_delta_weight("default").any() and layer.lora_A["default"].any()
+
+
+UNSCALED = [
+    peft.OFTConfig(oft_block_size=3, target_modules=["lin0"]),
+    peft.BOFTConfig(boft_block_size=3, target_modules=["lin0"]),
+    HRAConfig(target_modules=["lin0"]),
+    MissConfig(r=2, target_modules=["lin0"]),
+    peft.DeftConfig(r=2, target_modules=["lin0"]),
+]
+
+
+@pytest.mark.parametrize("config", UNSCALED, ids=lambda config: config.peft_type.value)
+def test_scaling_what_has_no_scale_changes_nothing_and_says_so(config: Any) -> None:
+    model = disturb(get_peft_model(Mlp(), config))
+    layer, x = model.base_model.model.lin0, torch.randn(2, model.base_model.model.lin0.in_features)
+    before = layer(x)
+    for call, value in ((layer.scale_layer, 2.0), (layer.unscale_layer, 2.0)):
+        with pytest.warns(UserWarning, match=f"{config.peft_type.value.lower()}.*no scale"):
+            call(value)
+    with pytest.warns(UserWarning, match="no scale"):
+        layer.set_scale("default", 0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer.scale_layer(1), layer.unscale_layer(), layer.set_scale("other", 2.0)
+    assert torch.equal(layer(x), before)

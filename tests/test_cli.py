@@ -531,6 +531,8 @@ class TestUse:
             (["train", "--method=lroa"], "Did you mean 'lora'"),
             (["train", "--set", "trainer.stps=3"], "Did you mean '--trainer.steps'"),
             (["train", "--adapter.rr=3"], "Did you mean '--adapter.r'"),
+            (["train", "--sets", "trainer.steps=3"], "Did you mean '--set'"),
+            (["train", "rows.jsnl"], "no recipe 'rows.jsnl'. Did you mean 'rows.jsonl'"),
             (["train", "--trainer.steps=many"], "--trainer.steps takes int, not 'many'"),
             (["train", "--trainer.steps=0"], "at least 1"),
             (["train", "--adapter.r=0"], "at least 1"),
@@ -554,6 +556,7 @@ class TestUse:
         [
             (["train", "--data=rows.jsonl"], "model.name is missing"),
             (["train", "--model=base", "--data=nowhere.csv"], "no file 'nowhere.csv'"),
+            (["train", "--model=base", "--data=row.jsonl"], "no file 'row.jsonl'. Did you mean 'rows.jsonl'"),
             (["train", "--model=base", "--data=rows.jsonl", "--task=dpo"], "chosen, rejected"),
             (["train", "--model=base", "--data=rows.jsonl", "--data.prompt={txt}", "--data.completion=a"], "'text'"),
             (["train", "--model=nowhere", "--data=texts.jsonl"], "'nowhere' cannot be loaded"),

@@ -11,7 +11,7 @@ from toys import ConvNet, tiny_llama
 
 import peft
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-from peft.compat import methods
+from peft.compat import methods, trained_modules
 from peft.compat.attention import TRANSFORMERS_MODEL_CONFIG
 from peft.compat.layer import LayerCompat
 from peft.compat.parameters import _LoraParameterProxy
@@ -21,7 +21,7 @@ from peft.tuners import tuners_utils
 from peft.tuners.lora import GPTQLoraLinear, Linear, LoraLayer
 from peft.tuners.lora.gptq import dispatch_default, dispatch_gptq
 from peft.tuners.lora.norm_cache import remembered
-from peft.utils import quantization_utils, trained_modules
+from peft.utils import quantization_utils
 from peft.utils.other import get_pattern_key
 from peft.utils.peft_types import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils.save_and_load import get_embedding_layer_name, has_valid_embedding_base_layer
@@ -620,7 +620,7 @@ def test_what_is_not_quantised_has_no_backend(monkeypatch):
         asked.update(bits=bits, group_size=group_size, sym=sym, device_map=device_map)
         return nn.Linear
 
-    monkeypatch.setattr("peft.utils.gptq.is_gptqmodel_available", lambda: True)
+    monkeypatch.setattr("peft.compat.helpers.is_gptqmodel_available", lambda: True)
     monkeypatch.setitem(sys.modules, "gptqmodel.utils.importer", SimpleNamespace(hf_select_quant_linear=choose))
     given = {"bits": 4, "group_size": 128, "sym": False, "desc_act": True}
     assert peft.utils.get_gptqmodel_quant_linear(given, device_map="cpu") is nn.Linear

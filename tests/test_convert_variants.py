@@ -416,6 +416,26 @@ def test_flux_of_any_method_does_the_same_under_both_sets_of_names(kind: str, tm
         torch.testing.assert_close(again[f"{name}.weight"], wanted, atol=2e-5, rtol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("config_cls", [LoHaConfig, LoraConfig])
+@pytest.mark.parametrize(
+    "adapted, whole, there",
+    [
+        ("input_blocks.4.1.proj_in", "middle_block.1.proj_in", "mid_block.attentions.0.proj_in"),
+        ("double_blocks.0.img_attn.proj", "img_in", "single_transformer_blocks.0.proj_out"),
+        ("single_transformer_blocks.0.proj_out", "x_embedder", "double_blocks.0.img_attn.proj"),
+    ],
+    ids=["UNet", "Flux", "Flux, back"],
+)
+def test_whole_modules_are_not_left_under_names_of_the_other_set(
+    config_cls: type, adapted: str, whole: str, there: str, tmp_path: Path
+) -> None:
+    config = config_cls(r=2, target_modules=[adapted], modules_to_save=[whole])
+    get_peft_model(tree({adapted: torch.randn(4, 4), whole: torch.randn(4, 4)}), config).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=f"whole modules have other names.*{whole}"):
+        convert_adapter(tmp_path, "peft", tmp_path / "out", base=tree({there: torch.randn(4, 4)}))
+    assert not (tmp_path / "out").exists()
+
+
 def test_lohas_of_parts_that_differ_become_a_lora_of_the_whole(tmp_path: Path) -> None:
     torch.manual_seed(0)
     weights = {name: torch.randn(shape) for name, shape in DIFFUSERS.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,11 +69,11 @@ def same(left: tuple, right: tuple) -> None:
 
 
 @contextmanager
-def refused(error: type[Exception], *models: nn.Module, says: list[str]) -> Iterator[None]:
+def refused(error: type[Exception], *models: nn.Module, says: list[str]) -> Iterator[Any]:
     """The block raises ``error`` with all of these words, and leaves the models as they were."""
     before = [snapshot(model) for model in models]
     with pytest.raises(error) as caught:
-        yield
+        yield caught
     missing = [word for word in says if word not in str(caught.value)]
     assert not missing, f"{missing} missing in: {caught.value}"
     for model, old in zip(models, before):
@@ -133,17 +134,56 @@ class TestTargets:
             get_peft_model(model, LoraConfig(target_modules=["self_attn.qproj"]))
 
     @pytest.mark.parametrize(
-        ("options", "word"),
+        ("options", "words"),
         [
-            ({"exclude_modules": ["q_proj"]}, "exclude_modules"),
-            ({"layers_to_transform": [7]}, "layers_to_transform"),
-            ({"modules_to_save": ["q_proj"]}, "modules_to_save"),
+            ({"exclude_modules": ["q_proj"]}, ["exclude_modules={'q_proj'}"]),
+            ({"layers_to_transform": 7}, ["layers_to_transform=7", "in the layers 0, 1"]),
+            ({"layers_to_transform": [0], "layers_pattern": "h"}, ["layers_pattern='h'"]),
+            ({"modules_to_save": ["q_proj"]}, ["modules_to_save=['q_proj']"]),
         ],
     )
-    def test_all_that_matched_is_ruled_out(self, options, word):
+    def test_all_that_matched_is_ruled_out(self, options, words):
         model = tiny_llama()
-        with refused(NoMatchingPeftModuleError, model, says=["q_proj", word]):
+        with refused(NoMatchingPeftModuleError, model, says=["q_proj", *words]) as caught:
             get_peft_model(model, LoraConfig(target_modules=["q_proj"], **options))
+        others = {"exclude_modules", "layers_to_transform", "modules_to_save"} - options.keys()
+        assert not [field for field in (*others, "Change target_modules") if field in str(caught.value)]
+
+    @pytest.mark.parametrize(
+        ("targets", "words"),
+        [
+            ("q_proj", ["['q_proj']"]),
+            ("q_proj, v_proj", ["['q_proj', 'v_proj']"]),
+            ("all_linear", ["all-linear"]),
+        ],
+    )
+    def test_a_string_that_was_meant_otherwise(self, targets, words):
+        with refused(NoMatchingPeftModuleError, base := tiny_llama(), says=[repr(targets), *words]):
+            get_peft_model(base, LoraConfig(target_modules=targets))
+
+    def test_modules_as_parameters(self):
+        with refused(NoMatchingPeftModuleError, base := Mlp(), says=["lin0", "target_modules adapts"]):
+            get_peft_model(base, LoraConfig(target_parameters=["lin0"]))
+
+    @pytest.mark.parametrize(
+        ("field", "says"),
+        [("rank", "'r'?"), ("learning_rate", "optimizer"), ("lr", "optimizer"), ("dropout", "'lora_dropout'?")],
+    )
+    def test_fields_as_they_are_called_elsewhere(self, field, says):
+        with refused(TypeError, says=[repr(field), says]):
+            LoraConfig(**{field: 1})
+
+    def test_a_number_as_a_string(self):
+        with refused(TypeError, says=["lora_alpha='16'", "number"]):
+            LoraConfig(lora_alpha="16")
+        assert LoraConfig(lora_alpha=1.5).lora_alpha == 1.5
+
+    def test_a_task_whose_head_the_model_lacks(self):
+        with pytest.warns(UserWarning, match="'SEQ_CLS'.*LlamaForCausalLM.*'classifier' or 'score'.*modules_to_save"):
+            get_peft_model(tiny_llama(), LoraConfig(task_type="SEQ_CLS"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            get_peft_model(tiny_llama(), LoraConfig(task_type="SEQ_CLS", modules_to_save=["lm_head"]))
 
     def test_part_of_the_list_matches_nothing(self):
         with pytest.warns(UserWarning, match="lln1.*lin1"):
@@ -277,6 +317,19 @@ class TestConfigs:
         model.save_pretrained(tmp_path / "outer")
         with refused(ValueError, base := Mlp(), says=[CONFIG, "mine", "subfolder"]):
             PeftModel.from_pretrained(base, tmp_path / "outer")
+        with refused(FileNotFoundError, base, says=["'mein'", "Did you mean 'mine'?"]):
+            PeftModel.from_pretrained(base, tmp_path / "outer", subfolder="mein")
+
+    def test_a_folder_of_nearly_this_name(self, saved):
+        with refused(FileNotFoundError, base := Mlp(), says=["savd", f"In {saved.parent}: Did you mean 'saved'?"]):
+            PeftModel.from_pretrained(base, saved.parent / "savd")
+
+    @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+    def test_a_file_instead_of_its_folder(self, saved, name):
+        with refused(
+            FileNotFoundError, base := Mlp(), says=[str(saved / name), f"folder that it is in: {str(saved)!r}"]
+        ):
+            PeftModel.from_pretrained(base, saved / name)
 
 
 # --- files of weights -----------------------------------------------------------------------------------------
@@ -517,6 +570,22 @@ class TestNames:
         torch.manual_seed(0)
         again = PeftModel.from_pretrained(Mlp(), tmp_path / name, adapter_name=name)
         assert torch.equal(again(X), expected)
+
+    def test_name_and_config_in_the_wrong_order(self):
+        with refused(ValueError, model := self.two(), says=["LoraConfig(", "strings", "add_adapter", "before"]):
+            model.add_adapter(LoraConfig(target_modules=["lin0"]), "third")
+
+    def test_one_name_where_a_list_is_asked_for(self, tmp_path):
+        model = self.two()
+        with refused(ValueError, model, says=["'nobody'", "'other'"]):
+            model.save_pretrained(tmp_path, selected_adapters="nobody")
+        model.save_pretrained(tmp_path, selected_adapters="other")
+        assert os.listdir(tmp_path / "other") and not (tmp_path / CONFIG).exists()
+
+    def test_an_attribute_that_there_is_not(self):
+        with refused(AttributeError, model := self.two(), says=["PeftModel", "Mlp", "'print_trainable_parameters'?"]):
+            model.print_trainable_params()
+        assert not hasattr(model, "merge_and_unlod") and getattr(model, "nothing_at_all", 3) == 3
 
     def test_set_adapter(self):
         model = self.two()
@@ -781,3 +850,23 @@ def test_a_base_without_values_is_named_where_the_adapter_is_made_of_them(config
     with pytest.raises(ValueError, match="no values yet"):
         get_peft_model(base, config)
     assert {name: type(module) for name, module in base.named_modules()} == before
+
+
+@pytest.mark.parametrize("how", ["merged", "frozen"])
+def test_a_training_loss_without_a_gradient_says_why(how, tmp_path):
+    model = get_peft_model(tiny_llama(), LoraConfig(task_type="CAUSAL_LM"))
+    ids = torch.tensor([[1, 2, 3]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(input_ids=ids, labels=ids)
+    if how == "merged":
+        model.merge_adapter()
+    else:
+        model.save_pretrained(tmp_path)
+        model = PeftModel.from_pretrained(model.unload(), tmp_path).train()
+    with pytest.warns(UserWarning, match={"merged": "unmerge_adapter", "frozen": "is_trainable=True"}[how]):
+        model(input_ids=ids, labels=ids)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        model(input_ids=ids, labels=ids)
+        model.eval()(input_ids=ids, labels=ids)

@@ -36,7 +36,7 @@ def test_what_is_made_again_has_its_gradients(twice: bool) -> None:
 
     def product(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         with recomputed():
-            matrix = made_again(scaled, rows, table)
+            matrix = made_again(scaled, rows, table, entries=12)
             return x @ (matrix * 3 if twice else matrix).T
 
     torch.testing.assert_close(product(rows, x), x @ scaled(rows, table).T * (3 if twice else 1))
@@ -62,7 +62,7 @@ def test_what_is_made_again_is_not_kept() -> None:
 
     def product() -> torch.Tensor:
         with recomputed():
-            return x @ made_again(scaled, rows, table).T
+            return x @ made_again(scaled, rows, table, entries=12).T
 
     assert sorted(kept_by(product)) == [(2, 4), (3,), (3, 4)]  # x, and what the matrix is made of
     with plain():
@@ -72,7 +72,7 @@ def test_what_is_made_again_is_not_kept() -> None:
 def test_what_is_made_again_tells_of_changes() -> None:
     rows, table, x = nn.Parameter(draw(3).detach()), draw(3, 4, trains=False), draw(2, 4)
     with recomputed():
-        y = x @ made_again(scaled, rows, table).T
+        y = x @ made_again(scaled, rows, table, entries=12).T
     with torch.no_grad():
         rows.add_(1)
     with pytest.raises(RuntimeError, match="modified by an in-?place operation"):

@@ -149,6 +149,8 @@ def test_what_has_no_effect_is_said(base: Path, tmp_path: Path) -> None:
         convert_to_lora(both(base, others), 2, "a", majority_sign_method="frequency")
     with pytest.raises(TypeError):
         merge_files(base, others, tmp_path / "out", combination="svd", densities=0.5)
+    with pytest.raises(ConfigError, match="holds an adapter. The base model comes first"):
+        merge_files(adapters["a"], {"a": str(base)}, tmp_path / "out")
 
 
 def test_what_files_cannot_hold_is_combined_in_memory(base: Path, tmp_path: Path) -> None:

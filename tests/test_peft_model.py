@@ -109,6 +109,31 @@ class TestWhatTrains:
         model.set_adapter("two")
         assert trains(model) == {"two"}
 
+    def test_what_is_activated_while_switched_off_trains_alone_afterwards(self):
+        model = two()
+        with model.disable_adapter():
+            model.set_adapter("two")
+        assert trains(model) == {"two"}
+        model.base_model.disable_adapter_layers()
+        model.set_adapter("default", inference_mode=True)
+        model.base_model.enable_adapter_layers()
+        assert trains(model) == set()
+
+    def test_a_tuner_names_what_is_active_as_it_was_told(self):
+        """A list from the start and after a deletion, as programs that index it expect of 0.21.2."""
+        model = two()
+        tuner = model.base_model
+        assert tuner.active_adapter == ["default"]
+        model.set_adapter("two")
+        assert tuner.active_adapter == "two"
+        model.add_adapter("three", lora())
+        model.delete_adapter("three")
+        assert tuner.active_adapter == "two"
+        tuner.set_adapter(["default", "two"])
+        assert tuner.active_adapter == ["default", "two"]
+        model.delete_adapter("default")
+        assert tuner.active_adapter == ["two"]
+
     def test_the_first_by_name_follows_an_active_adapter_that_is_deleted(self):
         model = two()
         model.add_adapter("another", lora())

@@ -260,6 +260,13 @@ def test_saved_as_plain_lora_of_twice_the_rank(init, rslora, tmp_path):
     assert torch.equal(peft_model.unload().l1.weight, two().l1.weight)
 
 
+def test_what_loftq_has_rounded_away_is_told_of_where_plain_lora_is_written(tmp_path):
+    peft_model = get_peft_model(two(), LoraConfig(r=2, target_modules=["l1"], init_lora_weights="loftq"))
+    peft_model.save_pretrained(tmp_path / "start")
+    with pytest.warns(PeftWarning, match="LoftQ has rounded.*Saved without"):
+        peft_model.save_pretrained(tmp_path / "end", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+
+
 def prepared_two(model, config):
     if config.init_lora_weights == "corda":
         preprocess_corda(model, config, lambda: model(X))
@@ -402,9 +409,36 @@ def test_a_start_afterwards_is_the_start_before(init, dora):
     rewritten = not torch.equal(layer.get_base_layer().weight, plain.l1.weight)
     assert rewritten == (init is not True) and peft_model.peft_config["default"].init_lora_weights == init
     assert all(p.requires_grad for p in layer.adapters["default"].parameters())
-    peft.initialize(peft_model, "olora")  # the one before is undone
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of options that count for nothing now
+        peft.initialize(peft_model, "olora")  # the one before is undone
     torch.testing.assert_close(peft_model(X), plain(X), atol=1e-5, rtol=1e-5)
     assert torch.equal(peft_model.unload().l1.weight, plain.l1.weight)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mica_afterwards_and_away_from_it(dora, dtype):
+    plain, x = two().to(dtype), X.to(dtype)
+    fields = {"r": 2, "target_modules": ["l1"], "use_dora": dora}
+    made = get_peft_model(two().to(dtype), LoraConfig(init_lora_weights="mica", **fields))
+    peft_model = get_peft_model(two().to(dtype), LoraConfig(**fields))
+    nn.init.normal_(peft_model.base_model.model.l1.lora_B["default"].weight)
+    y = peft_model.eval()(x)  # what a layer has learned of its adapter must not outlive it
+    assert not torch.equal(y, plain(x))
+    peft.initialize(peft_model, "mica")
+    one, other = (model.base_model.model.l1.adapters["default"] for model in (made, peft_model))
+    assert type(one) is type(other)
+    for name, p in made.base_model.model.named_parameters():
+        found = peft_model.base_model.model.get_parameter(name)
+        assert torch.equal(p, found) and p.dtype == found.dtype and p.requires_grad == found.requires_grad
+    torch.testing.assert_close(peft_model(x), plain(x), atol=1e-2, rtol=1e-2)
+    peft.initialize(peft_model, "gaussian")
+    layer = peft_model.base_model.model.l1
+    assert (
+        all(p.requires_grad for p in layer.lora_B.parameters()) and layer.lora_B["default"].weight.count_nonzero() == 0
+    )
+    torch.testing.assert_close(peft_model(x), plain(x), atol=1e-2, rtol=1e-2)
 
 
 def test_a_start_afterwards_that_cannot_be_leaves_the_model():
@@ -414,11 +448,68 @@ def test_a_start_afterwards_that_cannot_be_leaves_the_model():
         peft.initialize(peft_model, "pissa", "other")
     with pytest.raises(ValueError, match="no option 'rho'"):
         peft.initialize(peft_model, "pissa", rho=2)
+    with pytest.raises(ValueError, match="no option 'method'. Did you mean 'corda_method'"):
+        peft.initialize(peft_model, "corda", method="kpm")
     peft_model.merge_adapter()
     with pytest.raises(ValueError, match="unmerge_adapter"):
         peft.initialize(peft_model, "pissa")
     peft_model.unmerge_adapter()
     assert all(torch.equal(t, before[name]) for name, t in peft_model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"use_bdlora": {"target_modules_bd_a": ["l1"], "nblocks": 2}},
+        {"use_qalora": True, "qalora_group_size": 2},
+        {"use_gating": True},
+        {"kasa_config": {}},
+        {"alora_invocation_tokens": [1]},
+    ],
+    ids=str,
+)
+def test_a_start_afterwards_is_refused_where_one_before_is(variant):
+    with pytest.raises(ValueError, match="init_lora_weights='pissa'"):
+        get_peft_model(two(), LoraConfig(r=2, target_modules=["l1"], init_lora_weights="pissa", **variant))
+    peft_model = get_peft_model(two(), LoraConfig(r=2, target_modules=["l1"], **variant))
+    before = copy.deepcopy(peft_model.state_dict())
+    with pytest.raises(ValueError, match="init_lora_weights='pissa'"):
+        peft.initialize(peft_model, "pissa")
+    with pytest.raises(ValueError, match="init_lora_weights='pissa'"):
+        peft_model.base_model.model.l1.reset_lora_parameters("default", "pissa")
+    assert all(torch.equal(t, before[name]) for name, t in peft_model.state_dict().items())
+
+
+@pytest.mark.parametrize("start", ["corda", "lora_ga", "eva"])
+def test_a_start_whose_data_fail_leaves_the_start_before(start):
+    def broken(*_):
+        raise RuntimeError("no data")
+        yield
+
+    peft_model = get_peft_model(two(), LoraConfig(r=2, target_modules=["l1"], init_lora_weights="pissa"))
+    nn.init.normal_(peft_model.base_model.model.l1.lora_B["default"].weight)
+    y, before = peft_model(X), copy.deepcopy(peft_model.state_dict())
+    data = {"corda": "run_model", "lora_ga": "train_step", "eva": "dataloader"}[start]
+    with pytest.raises(ValueError, match=data):
+        peft.initialize(peft_model, start)
+    with pytest.raises(RuntimeError, match="no data"):
+        peft.initialize(peft_model, start, **{data: broken() if start == "eva" else lambda: next(broken())})
+    assert peft_model.peft_config["default"].init_lora_weights == "pissa" and torch.equal(peft_model(X), y)
+    assert all(torch.equal(t, before[name]) for name, t in peft_model.state_dict().items())
+
+
+def test_data_are_run_without_any_adapter():
+    peft_model = get_peft_model(two(), LoraConfig(r=2, target_modules=["l1"], init_lora_weights="pissa"))
+    peft_model.add_adapter("l2", LoraConfig(r=2, target_modules=["l1", "l2"], init_lora_weights=False))
+    peft_model.base_model.set_adapter(["default", "l2"])
+    plain, seen = two()(X), []
+
+    def forward(model, batch):
+        seen.append(model(batch))
+
+    options = {"prepare_model_inputs_fn": None, "prepare_layer_inputs_fn": None, "show_progress_bar": False}
+    peft.initialize(peft_model, "eva", dataloader=[X], forward_fn=forward, **options)
+    assert seen and all(torch.equal(y, plain) for y in seen)
 
 
 def test_caches_of_corda_and_lora_ga(tmp_path):

@@ -76,6 +76,12 @@ def test_core_has_files_of_at_most_450_lines_and_classes_of_at_most_350(path):
     assert {name: lines for name, lines in classes(path).items() if lines > 350} == {}
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "utils").glob("*.py")), ids=short)
+def test_utils_holds_names_only(path):
+    """Its files are import paths of the ecosystem; what they name stands where it belongs."""
+    assert [name for name, _ in functions(path)] == [] == list(classes(path))
+
+
 def test_core_does_not_grow_back():
     """What one method, one tool or the `PeftModel` alone needs is theirs."""
     assert sum(len(path.read_text().splitlines()) for path in CORE) <= 15_000
@@ -175,13 +181,14 @@ def test_core_imports_no_method(path):
 
 @pytest.mark.parametrize("path", METHODS, ids=short)
 def test_a_method_imports_no_other_method(path):
-    """Helpers that hold no method may be shared, and the relatives of LoRA may build on it."""
+    """Helpers that hold no method may be shared; the relatives of LoRA, and of prompt tuning, may build on it."""
     methods = {cls.__module__ for cls in PEFT_TYPE_TO_TUNER_MAPPING.values()}
+    may = ("peft.tuners.lora", "peft.tuners.prompt_tuning")
     if f"peft.tuners.{path.stem}" not in methods:
         return
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
-            assert node.module not in methods or node.module.startswith("peft.tuners.lora")
+            assert node.module not in methods or node.module.startswith(may)
 
 
 @pytest.mark.parametrize("cls", CONFIGS, ids=lambda cls: cls.__name__)

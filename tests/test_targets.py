@@ -250,7 +250,7 @@ class TestUnusedEntries:
     )
     def test_nothing_is_said_of_what_happens(self, fields):
         with warnings.catch_warnings():
-            warnings.simplefilter("error")
+            warnings.simplefilter("error", UnusedEntryWarning)
             get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj", "v_proj"], **fields))
 
     def test_patterns_of_an_adapter_that_is_swapped_in(self, tmp_path):

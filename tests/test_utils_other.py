@@ -9,8 +9,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft import import_utils
+from peft.meanwhile import having, in_mode
 from peft.utils import constants, integrations, other
-from peft.utils.meanwhile import having, in_mode
 
 
 def llama(dtype=torch.bfloat16, layers=1, **marks):

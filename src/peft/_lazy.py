@@ -35,7 +35,7 @@ def no_such_name(module_name: str, name: str, known: Iterable[str]) -> str:
     message = f"module {module_name!r} has no attribute {name!r}"
     # Compared without case: `LoRaConfig` and `loraconfig` are as frequent as letters left out.
     by_lower = {candidate.lower(): candidate for candidate in known}
-    close = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.75)
+    close = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.7)
     if close:
         message += f". Did you mean {' or '.join(repr(by_lower[match]) for match in close)}?"
     return message

@@ -12,10 +12,10 @@ from torch import nn
 from peft._lazy import also_known
 from peft.config import PeftConfig
 from peft.core.files.io import TOKENIZER_CONFIG_NAME, hub_options, locate
+from peft.errors import ConfigFileError, MissingFileError
 from peft.options import value_of
 from peft.peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 from peft.tools.architecture import AUTO_CLASSES
-from peft.utils.error import MissingFileError
 
 
 # Packages that an adapter's config may name as the home of its base model's class: what the config says gets imported,
@@ -85,8 +85,8 @@ class _BaseAutoPeftModel:
                 ``from_pretrained`` (``dtype``, ``device_map``, ``trust_remote_code``, ...).
 
         Raises:
-            ValueError: if the config belongs to another task, names no base model or no class for it, or a class that
-                is not on the list; and what loading the base model or the adapter raises.
+            ValueError: if the config belongs to another task, names no class for the base model, or one that is not on
+                the list. OSError: if it names no base model; and what loading the base model or the adapter raises.
 
         Examples:
             >>> base.save_pretrained("base")
@@ -103,7 +103,7 @@ class _BaseAutoPeftModel:
             config = PeftConfig.from_pretrained(where, **hub_options(dict(adapter_options)))
         cls._check_task(config, where)
         if not config.base_model_name_or_path:
-            raise ValueError(
+            raise ConfigFileError(
                 f"the config of {where} does not say which base model the adapter belongs to "
                 "(base_model_name_or_path). Load that model and call PeftModel.from_pretrained(model, "
                 f"{where!r}), or pass config= with the name filled in."

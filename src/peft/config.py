@@ -33,18 +33,19 @@ from typing import Any, ClassVar
 from peft._lazy import also_known
 from peft._version import __version__
 from peft.core.files.io import CONFIG_NAME, hub_options, locate, replacing
-from peft.options import Options, check_choice, check_regexes, compiled, option, value_of
-from peft.utils.error import (
+from peft.errors import (
     ConfigError,
     ConfigFileError,
     ConfigTypeError,
     MissingFileError,
     NotSupportedYetError,
+    PeftWarning,
     UnknownMethodError,
     nearest,
     some,
 )
-from peft.utils.peft_types import (
+from peft.options import Options, check_choice, check_regexes, compiled, option, value_of
+from peft.peft_types import (
     CONFIGS_OF_NO_METHOD,
     PEFT_TYPE_TO_CONFIG_MAPPING,
     OwnMethod,
@@ -53,8 +54,7 @@ from peft.utils.peft_types import (
     listed,
     parse_peft_type,
 )
-from peft.utils.usage import note
-from peft.utils.warning import PeftWarning
+from peft.usage import note
 
 
 # ------------------------------------------------------------------------------------------------------ files and hub

@@ -18,12 +18,12 @@ from peft.core.files.entries import anatomy
 from peft.core.files.io import CONFIG_NAME, locate
 from peft.core.layer.weight import taken_out
 from peft.core.model.walk import layers_of
+from peft.meanwhile import having
 from peft.tools.condition_numbers import KappaTuneSelector as KappaTuneSelector
 from peft.tools.condition_numbers import find_kappa_target_modules as find_kappa_target_modules
 from peft.tuners.lora.model import LoraTuner
 from peft.tuners.lora.norm_cache import DoraCaching as DoraCaching
 from peft.tuners.lora.surgery import spectral_surgery as spectral_surgery
-from peft.utils.meanwhile import having
 
 
 @contextmanager

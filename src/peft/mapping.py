@@ -13,16 +13,16 @@ from peft._lazy import also_known
 from peft.config import PeftConfig
 from peft.core.model.record import record_of
 from peft.core.model.tuner import BaseTuner
+from peft.errors import NotSupportedYetError, UnknownMethodError
 from peft.options import value_of
-from peft.tuners.lora.experts import convert_config_for
-from peft.utils.error import NotSupportedYetError, UnknownMethodError
-from peft.utils.peft_types import (
+from peft.peft_types import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
     listed,
 )
+from peft.tuners.lora.experts import convert_config_for
 
 
 __all__ = [

@@ -8,12 +8,12 @@ from torch import nn
 
 from peft._lazy import also_known
 from peft.config import PeftConfig
+from peft.errors import nearest
 from peft.mapping import check_config
 from peft.mixed_model import PeftMixedModel
 from peft.model_files import plain_model
 from peft.options import value_of
 from peft.peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
-from peft.utils.error import nearest
 
 
 def get_peft_model(

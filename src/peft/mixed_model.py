@@ -13,7 +13,7 @@ from peft.core.model.beside import add_auxiliary
 from peft.core.model.mixed import MixedModel
 from peft.core.model.tuner import BaseTuner
 from peft.peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
-from peft.utils.peft_types import PEFT_TYPE_TO_MIXED_MODEL_MAPPING, listed
+from peft.peft_types import PEFT_TYPE_TO_MIXED_MODEL_MAPPING, listed
 
 
 class PeftMixedModel(PeftModel):

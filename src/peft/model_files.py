@@ -24,13 +24,12 @@ from peft.core.model import operations
 from peft.core.model.replacing import restoring
 from peft.core.model.tuner import BaseTuner
 from peft.core.model.walk import layers_of, surveyed
+from peft.errors import CheckpointError, ConfigError, ConfigFileError, PeftError, PeftWarning, some
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.peft_types import listed
 from peft.tools.card import create_or_update_model_card
 from peft.tuners.lora.experts import convert_peft_adapter_state_dict_for_transformers
-from peft.utils.error import CheckpointError, ConfigError, ConfigFileError, PeftError, some
-from peft.utils.peft_types import listed
-from peft.utils.usage import tell_misspelt
-from peft.utils.warning import PeftWarning
+from peft.usage import tell_misspelt
 
 
 if TYPE_CHECKING:
@@ -79,7 +78,7 @@ class ModelFiles(Compositions):
         if os.path.isfile(save_directory):
             raise ConfigFileError(f"{save_directory} is a file; save_pretrained needs a folder.")
         tell_misspelt(ModelFiles.save_pretrained, kwargs, ["state_dict"])
-        names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
+        names = list(self.peft_config) if selected_adapters is None else operations.names_of(selected_adapters)
         operations.require_adapters(self, names, self.peft_config)
         if not is_main_process and kwargs.get("state_dict") is not None:
             return  # gathered already

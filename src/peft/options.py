@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from peft.utils.error import ConfigChoiceError, ConfigError, ConfigPatternError, ConfigTypeError, nearest
-from peft.utils.warning import PeftWarning
+from peft.errors import ConfigChoiceError, ConfigError, ConfigPatternError, ConfigTypeError, PeftWarning, nearest
 
 
 # Annotations of fields that hold whole numbers, as dataclasses record them.
 _WHOLE = (int, int | None, "int", "int | None", "Optional[int]", "dict[str, int] | None")
+_NUMBERS = (int, float, "int", "float", "int | None", "float | None")
 _BOUNDS = {"minimum", "maximum", "below", "above"}
 
 
@@ -60,7 +60,7 @@ def option(
         instead: for a field that never does anything: what does. A value given for it is told in a warning.
         stuck: a value with which the adapter changes nothing, and never will; it is told in a warning.
         lacks: for a field that counts only at some modules: what a model without them lacks.
-            Where such a module is met, :func:`peft.utils.usage.counts` says so; without, a value is told in a warning.
+            Where such a module is met, :func:`peft.usage.counts` says so; without, a value is told in a warning.
         names: for a field of names of modules: `set`, if it takes a list of them, kept as a set, or a string that is
             a regular expression; `list`, if it takes a list alone; `str`, if one name may stand for a list of one;
             `dict`, if it has values by name, or by regular expression, whose bounds are then those of the field.
@@ -103,7 +103,7 @@ def check_choice(where: str, value: Any, rules: Any) -> None:
         return
     if isinstance(value, str) and (others := rules.get("others")) is not None and others():
         return
-    allowed = [repr(value_of(c)) for c in choices] + ([f"text of the form {pattern!r}"] if pattern else [])
+    allowed = [repr(value_of(c)) for c in choices] + ([repr(pattern.replace(r"\d+", "<number>"))] if pattern else [])
     hint = nearest(value_of(value), [value_of(c) for c in choices])
     raise ConfigChoiceError(f"{where}={value_of(value)!r} is not valid.{hint} Allowed: {', '.join(allowed)}.")
 
@@ -171,6 +171,10 @@ class Options:
         unknown = [name for name in kwargs if name not in known]
         if unknown:
             hint = nearest(unknown[0], known)
+            if unknown[0] in ("lr", "learning_rate"):
+                hint = " The learning rate is the optimizer's, or the trainer's."
+            elif unknown[0] == "rank" and "r" in known:
+                hint = " Did you mean 'r'?"
             raise TypeError(f"{cls.__name__} has no field {unknown[0]!r}.{hint}")
         return super().__new__(cls)
 
@@ -189,9 +193,10 @@ class Options:
                 continue
             check_choice(where, value, field.metadata)
             numbers_of = {f"{where}[{key!r}]": value[key] for key in value} if names is dict else {where: value}
-            if names is dict or field.metadata.keys() & _BOUNDS:
+            bounded = bool(field.metadata.keys() & _BOUNDS)
+            if names is dict or bounded or ("help" in field.metadata and field.type in _NUMBERS):
                 for entry, number in numbers_of.items():
-                    _check_bounds(entry, number, field.metadata, whole=field.type in _WHOLE)
+                    _check_bounds(entry, number, field.metadata, whole=bounded and field.type in _WHOLE)
             self._tell_idle(field, value)
 
     def _tell_idle(self, field: dataclasses.Field, value: Any) -> None:

@@ -28,9 +28,12 @@ from peft.core.model.record import behind, context_of
 from peft.core.model.tuner import BaseTuner
 from peft.core.model.walk import layers_of, surveyed, wrappers_of
 from peft.core.prompts import Prompts, PromptTuner, Task, backbone_of
+from peft.errors import MeaninglessError, NoSuchAttributeError, PeftWarning
 from peft.kernels import chunked_loss
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.model_files import ModelFiles, note_base
+from peft.options import value_of
+from peft.tools.check_training import tell_untrained
 from peft.tools.out_of_memory import add_way_out
 from peft.tools.skipping import blocks_skipped
 from peft.tools.status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
@@ -78,7 +81,7 @@ class PeftModel(ModelCompat, ModelFiles, PushToHubMixin, nn.Module):
         check_adapter_name(adapter_name)
         self.peft_type: Any = peft_config.peft_type
         self.special_peft_forward_args = {"adapter_names"}
-        self._add_heads(peft_config)
+        self._add_heads(model, peft_config)
         convert_config_for(model, peft_config)
         options = {
             "low_cpu_mem_usage": low_cpu_mem_usage,
@@ -102,11 +105,18 @@ class PeftModel(ModelCompat, ModelFiles, PushToHubMixin, nn.Module):
     def _tuner_class(self, peft_config: PeftConfig) -> type[BaseTuner]:
         return PEFT_TYPE_TO_TUNER_MAPPING[peft_config.peft_type]
 
-    def _add_heads(self, peft_config: PeftConfig) -> None:
+    def _add_heads(self, model: nn.Module, peft_config: PeftConfig) -> None:
         """Let the task's heads be trained whole."""
         if self._heads and hasattr(peft_config, "modules_to_save"):
             own = list(peft_config.modules_to_save or ())
             peft_config.modules_to_save = own + [head for head in self._heads if head not in own]
+            if not own and not any(name.rpartition(".")[2] in self._heads for name, _ in model.named_modules()):
+                warnings.warn(
+                    f"task_type={value_of(peft_config.task_type)!r} trains the head of the model whole, and "
+                    f"{type(model).__name__} has no module called {' or '.join(map(repr, self._heads))}. Load the "
+                    "model by the class for this task, name its head in modules_to_save, or choose another task_type.",
+                    PeftWarning,
+                )
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Give a task class a ``forward`` that shows which inputs it takes."""
@@ -145,7 +155,13 @@ class PeftModel(ModelCompat, ModelFiles, PushToHubMixin, nn.Module):
         try:
             return getattr(base, name)
         except AttributeError:
+            pass
+        try:
             return getattr(self.base_model, name)
+        except MeaninglessError:
+            raise
+        except AttributeError as error:
+            raise NoSuchAttributeError(name, self, base) from error
 
     @property
     def _tuner(self) -> Any:
@@ -259,16 +275,20 @@ class PeftModel(ModelCompat, ModelFiles, PushToHubMixin, nn.Module):
 
         ``task_ids`` gives one task number for each sample, ``[batch]``, or one for all, to methods that know of tasks.
 
-        When memory runs out, a note on the error says what a step takes and what would take less.
+        When memory runs out, a note on the error says what a step takes and what would take less. A warning tells of a
+        loss in training that depends on nothing that trains.
 
         Raises:
             ValueError: for unknown adapters, or a number of names or tasks that is not the number of samples.
         """
         try:
-            return self._call(self._tuner.forward, args, kwargs, keep=torch.is_grad_enabled())
+            output = self._call(self._tuner.forward, args, kwargs, keep=torch.is_grad_enabled())
         except RuntimeError as error:
             add_way_out(error, self, args, kwargs)
             raise
+        if self.training:
+            tell_untrained(self, output)
+        return output
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's ``generate`` with the active adapters, or with ``adapter_names`` for each sample."""
@@ -356,7 +376,7 @@ class PeftModel(ModelCompat, ModelFiles, PushToHubMixin, nn.Module):
             self._add_composition(adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage)
             return
         self._check_method(peft_config)
-        self._add_heads(peft_config)
+        self._add_heads(self.get_base_model(), peft_config)
         convert_config_for(self.get_base_model(), peft_config)
         self.peft_config[adapter_name] = peft_config
         try:

@@ -14,8 +14,8 @@ from jsonargparse import ArgumentParser
 
 from peft.cli.output import Output
 from peft.config import Options
+from peft.errors import ConfigError, PeftError
 from peft.options import value_of
-from peft.utils.error import ConfigError, PeftError
 
 
 class UsageError(PeftError, ValueError):

@@ -15,7 +15,7 @@ from peft.cli.output import Output
 from peft.cli.recipe import Recipe, config_class
 from peft.cli.training import check_same, choose_rate, write_json
 from peft.config import option
-from peft.utils.error import ConfigError, PeftError
+from peft.errors import ConfigError, PeftError
 
 
 @dataclass

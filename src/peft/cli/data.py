@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from peft.cli.command import need
-from peft.cli.recipe import DataOptions
-from peft.utils.error import ConfigError, nearest
+from peft.cli.recipe import DataOptions, near_file
+from peft.errors import ConfigError, nearest
 
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -76,7 +76,8 @@ def read(name: str, split: str = "train") -> Any:
             cause = error.__cause__ or error
             raise ConfigError(f"{name!r} cannot be read as {kind}: {str(cause).splitlines()[0]}") from error
     if kind is not None or os.path.isdir(name):
-        raise ConfigError(f"there is no file {name!r}." if kind else f"{name!r} is a folder; name a file in it.")
+        missing = f"there is no file {name!r}.{near_file(name)}"
+        raise ConfigError(missing if kind else f"{name!r} is a folder; name a file in it.")
     try:
         return datasets.load_dataset(name, split=split)
     except Exception as error:

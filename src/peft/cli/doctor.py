@@ -17,8 +17,8 @@ from peft.cli.command import Command, argument
 from peft.cli.output import Output
 from peft.cli.recipe import Recipe
 from peft.config import Options, option
+from peft.errors import PeftError
 from peft.tools.learning_rates import learning_rate_of
-from peft.utils.error import PeftError
 
 
 @dataclass

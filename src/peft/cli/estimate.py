@@ -12,7 +12,7 @@ from peft.cli.command import Command, argument
 from peft.cli.output import Output, shown
 from peft.cli.recipe import config_class, resolve
 from peft.config import Options, option
-from peft.utils.error import ConfigError
+from peft.errors import ConfigError
 
 
 _BITS = {"none": None, "nf4": 4, "fp4": 4, "int8": 8}

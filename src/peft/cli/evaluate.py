@@ -14,8 +14,8 @@ from peft.cli.command import Command, argument, need
 from peft.cli.output import Output
 from peft.cli.recipe import TASKS, DataOptions, ModelOptions, Recipe, TrainerOptions
 from peft.config import Options, option
+from peft.errors import ConfigError
 from peft.tools.merging import with_adapters
-from peft.utils.error import ConfigError
 
 
 @dataclass

@@ -11,10 +11,11 @@ from typing import Any
 from peft.cli import models
 from peft.cli.command import Command, argument
 from peft.cli.output import Output
+from peft.cli.recipe import near_file
 from peft.config import Options, option
 from peft.core.model.context import BASE
+from peft.errors import ConfigError, nearest
 from peft.tools.merging import with_adapters
-from peft.utils.error import ConfigError, nearest
 
 
 @dataclass
@@ -65,7 +66,7 @@ def _requests(options: GenerateOptions, adapters: Mapping[str, str]) -> list[dic
     if options.prompt is not None:
         return [{"prompt": options.prompt, "adapter": first}]
     if not Path(str(options.prompts)).is_file():
-        raise ConfigError(f"there is no file {options.prompts!r}.")
+        raise ConfigError(f"there is no file {options.prompts!r}.{near_file(options.prompts)}")
     found = []
     for number, row in enumerate(_rows(str(options.prompts)), 1):
         name = row.get("adapter") or first

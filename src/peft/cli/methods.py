@@ -11,9 +11,9 @@ from peft.cli.command import Command, UsageError, argument
 from peft.cli.output import Output
 from peft.cli.recipe import VARIANTS, resolve
 from peft.config import Options, option
+from peft.errors import nearest
 from peft.tools import catalogue
 from peft.tools.learning_rates import LEARNING_RATES
-from peft.utils.error import nearest
 
 
 @dataclass

@@ -11,8 +11,8 @@ import torch
 from peft.cli.command import need
 from peft.cli.recipe import ModelOptions
 from peft.config import PeftConfig
+from peft.errors import ConfigError
 from peft.tools.architecture import AUTO_CLASSES
-from peft.utils.error import ConfigError
 
 
 def device_of(wanted: str | None = None) -> torch.device:

@@ -12,9 +12,9 @@ import yaml
 
 from peft.config import ORIGIN, Options, PeftConfig, option
 from peft.core.files.io import replacing
+from peft.errors import ConfigError, nearest
 from peft.options import value_of
 from peft.tools.catalogue import methods
-from peft.utils.error import ConfigError, nearest
 
 
 NOT_IN_A_RECIPE = ("peft_type", *ORIGIN)
@@ -49,6 +49,13 @@ def config_class(method: str) -> type[PeftConfig]:
         hint = nearest(name, [*known, *VARIANTS])
         raise ConfigError(f"there is no method {method!r}.{hint} `peft methods` lists them.")
     return known[name]
+
+
+def near_file(path: object) -> str:
+    """A hint at a file beside a path that there is none at, of a similar name."""
+    folder, name = os.path.split(str(path))
+    there = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
+    return nearest(path, [os.path.join(folder, other) for other in there], cutoff=0.75) if name else ""
 
 
 @dataclass
@@ -176,7 +183,7 @@ class Recipe(Options):
         """
         file = os.path.join(folder, "recipe.yaml") if os.path.isdir(folder) else folder
         if not os.path.isfile(file):
-            raise ConfigError(f"there is no recipe {file!r}.")
+            raise ConfigError(f"there is no recipe {file!r}.{near_file(file)}")
         return cls(**read_yaml(file))
 
 

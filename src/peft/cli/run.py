@@ -12,8 +12,8 @@ from typing import Any
 from peft._version import __version__
 from peft.cli.command import Command, UsageError, add_fields, bracketed, make, parser_of
 from peft.cli.output import Output
-from peft.cli.recipe import NOT_IN_A_RECIPE, config_class, read_yaml
-from peft.utils.error import ConfigError, nearest
+from peft.cli.recipe import NOT_IN_A_RECIPE, config_class, near_file, read_yaml
+from peft.errors import ConfigError, nearest
 
 
 # Said here as well as by the commands, so that help imports none of them.
@@ -154,7 +154,7 @@ def _recipe_first(argv: list[str]) -> list[str]:
             place += 1
     for file in files:
         if not os.path.isfile(file):
-            raise UsageError(f"there is no recipe {file!r}.")
+            raise UsageError(f"there is no recipe {file!r}.{near_file(file)}")
     return [*(f"--recipe={file}" for file in files), *flags]
 
 
@@ -178,6 +178,7 @@ def _method_of(argv: list[str]) -> str:
 def _with_hint(message: str, parser: Any) -> str:
     """The message of a parser, with the nearest flag where one is unknown."""
     known = [flag for action in parser._actions for flag in action.option_strings]
+    known += ["--set"] if "--recipe" in known else []
     for mark in ("unrecognized arguments: ", "Unrecognized arguments: ", "Key '"):
         if mark in message:
             word = message.split(mark, 1)[1].split("'")[0].split("=")[0].split()[0]

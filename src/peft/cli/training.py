@@ -17,8 +17,8 @@ from peft.cli.command import Failure, need
 from peft.cli.output import Output
 from peft.cli.recipe import TASKS, Recipe
 from peft.core.files.io import replacing
+from peft.errors import ConfigError
 from peft.tools.learning_rates import learning_rate_of
-from peft.utils.error import ConfigError
 
 
 CHECKPOINTS = "checkpoints"
@@ -57,7 +57,7 @@ def prepare(recipe: Recipe, output: Output) -> Training:
     more = {} if data.labels is None else class_names(data.labels)
     base = models.load_base(recipe.model, TASKS[recipe.task], recipe.trainer.device, **more)
     if recipe.model.quantization is not None:
-        from peft.utils.other import prepare_model_for_kbit_training
+        from peft.tools.preparation import prepare_model_for_kbit_training
 
         base = prepare_model_for_kbit_training(base, recipe.trainer.gradient_checkpointing)
     if base.config.pad_token_id is None:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from peft._lazy import HOMES, lazy_module
-from peft.core.base.kinds import kind_of
+from peft.core.base.kinds import innermost, kind_of
 from peft.core.base.storage import storage_of
 from peft.core.base.storage.quantized import is_from
 
@@ -122,7 +122,7 @@ def alias_submodules(module: ModuleType) -> None:
             vars(sys.modules[package]).setdefault(part, module)
     for old, cls in _old_classes(method, module).items():
         if old in OLD_LAYER_NAMES.get(method, ()):
-            cls.__name__ = old  # what a printed model and a status report show
+            cls.__name__ = cls.__qualname__ = old  # what a printed model and a status report show
         for holder in (module, sys.modules[package]):
             vars(holder).setdefault(old, cls)
     for holder in {sys.modules[name] for name in (package, *(f"{package}.{part}" for part in PARTS))}:
@@ -159,10 +159,10 @@ class OfLibrary(type):
 
     def __new__(mcs, name: str, layer_cls: type, library: str) -> OfLibrary:
         doc = f"``{layer_cls.__name__}`` over a base layer of {library}."
-        return super().__new__(mcs, name, (), {"__module__": layer_cls.__module__, "__doc__": doc})
+        return super().__new__(mcs, name, (layer_cls,), {"__module__": layer_cls.__module__, "__doc__": doc})
 
     def __init__(cls, name: str, layer_cls: type, library: str) -> None:
-        super().__init__(name, (), {})
+        super().__init__(name, (layer_cls,), {})
         cls.layer_cls, cls.library = layer_cls, library
 
     def __instancecheck__(cls, instance: Any) -> bool:
@@ -180,11 +180,6 @@ def _dispatcher(layer_cls: Any, library: str | None) -> Any:
 
     dispatch.__doc__ = f"An adapted layer around ``target`` if it is {library or 'plain'}, else None."
     return dispatch
-
-
-def innermost(module: Any) -> nn.Module:
-    """The layer inside an adapted one; any other module as it is."""
-    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
 
 
 def new_layer(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -54,8 +53,7 @@ def llama_apply_rotary_pos_emb(
     return q * cos + llama_rotate_half(q) * sin
 
 
-@dataclass
-class ModelTypeConfig:
+class ModelTypeConfig(NamedTuple):
     """What the parts of an attention are called: ``k_proj_layer`` makes values too where ``v_proj_layer`` is None."""
 
     compute_query_states: Callable[..., torch.Tensor]

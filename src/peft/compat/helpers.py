@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import re
 import warnings
 from typing import Any
@@ -9,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft.compat.integrations import dequantize_bnb_weight
 from peft.core.layer.layer import BaseTunerLayer
+from peft.import_utils import is_gptqmodel_available
 from peft.kernels.decompositions import halves, svd
-from peft.utils.integrations import dequantize_bnb_weight
 
 
 def match_target_against_key(target_pattern: str, key: str) -> re.Match[str] | None:
@@ -153,3 +156,65 @@ def get_embedding_layer_name(model: nn.Module, layer: nn.Module, is_embedding_in
             return None
         layer = layer.get_base_layer()
     return next((name for name, module in model.named_modules() if module is layer), None)
+
+
+def bloom_model_postprocess_past_key_value(
+    past_key_values: tuple[torch.Tensor, ...],
+) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+    """Key-value prefixes in the layout of BLOOM, whose cache folds the heads into the batch and transposes the keys.
+
+    Args:
+        past_key_values: tensors ``[n, batch, heads, tokens, head_dim]``. Joined along the first axis, the first half
+            are the keys of the layers, the second half their values.
+
+    Returns:
+        For each layer its keys ``[batch * heads, head_dim, tokens]`` and values ``[batch * heads, tokens, head_dim]``.
+        The keys are reshaped to it, not transposed: trained prefixes on disk have their numbers in this order.
+    """
+    keys, values = torch.cat(tuple(past_key_values)).chunk(2)
+    layers, batch, heads, tokens, head_dim = keys.shape
+    keys = keys.transpose(2, 3).reshape(layers, batch * heads, head_dim, tokens)
+    return tuple(zip(keys.unbind(), values.flatten(1, 2).unbind()))
+
+
+def starcoder_model_postprocess_past_key_value(past_key_values: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Key-value prefixes in the layout of GPTBigCode's multi-query attention: one head, keys and values side by side.
+
+    Args:
+        past_key_values: for each layer ``[2, batch, heads, tokens, head_dim]``; the first head is used.
+
+    Returns:
+        For each layer ``[batch, tokens, 2 * head_dim]``.
+    """
+    return tuple(torch.cat((layer[0][:, 0], layer[1][:, 0]), dim=-1) for layer in past_key_values)
+
+
+CHOOSER = ("gptqmodel.utils.importer", "hf_select_quant_linear")
+"""The module of GPTQModel, and its function that chooses a class for transformers' configs."""
+
+
+def get_gptqmodel_quant_linear(gptq_quantization_config: Any, device_map: Any = None) -> type | None:
+    """The class of linear layers that GPTQModel would use, or None without a config or without GPTQModel.
+
+    Args:
+        gptq_quantization_config: a ``GPTQConfig`` of transformers, or a dict of its fields.
+        device_map: where the layers go; GPTQModel chooses the kernel by it.
+
+    Raises:
+        ValueError: if the installed GPTQModel asks for a field that the config does not have.
+    """
+    if gptq_quantization_config is None or not is_gptqmodel_available():
+        return None
+    choose = getattr(importlib.import_module(CHOOSER[0]), CHOOSER[1])
+    config = gptq_quantization_config
+    known = dict(config if isinstance(config, dict) else config.to_dict())
+    known.update(pack=False, device_map=device_map)
+    given, lacking = {}, []
+    for name, parameter in inspect.signature(choose).parameters.items():  # releases differ in what they take
+        if known.get(name) is not None:
+            given[name] = known[name]
+        elif parameter.default is inspect.Parameter.empty and parameter.kind is not parameter.VAR_KEYWORD:
+            lacking.append(name)
+    if lacking:
+        raise ValueError(f"GPTQModel's {CHOOSER[1]} needs {', '.join(lacking)}, which the quantisation config lacks.")
+    return choose(**given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, ClassVar
 
 import torch
@@ -9,10 +10,11 @@ from torch import nn
 
 from peft.compat.asked import Asked, is_theirs
 from peft.compat.by_hand import with_given
+from peft.compat.quantization import QuantizationBackend, resolve_quantization_backend
 from peft.core.layer.buffers import BufferDict
 from peft.core.layer.placement import settle
 from peft.core.layer.rows import require_unmerged
-from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
+from peft.errors import PeftWarning
 
 
 class LayerCompat:
@@ -95,6 +97,19 @@ class LayerCompat:
         else:
             self.unmerge()
         return self.get_base_layer()
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scales of the active adapters; of a method without any, say so. diffusers asks every layer."""
+        if scale != 1:
+            warnings.warn(f"adapters of {self._get_name()} have no scale, and act as they are.", PeftWarning)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scales of the active adapters; None brings back the initial ones."""
+        self.scale_layer(1.0 if scale is None else scale)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Make the scale of an adapter ``scale`` times its initial one."""
+        self.scale_layer(scale if adapter in self.adapters else 1.0)
 
     def get_base_weight(self) -> torch.Tensor:
         """The dense base weight, in the layout of the base layer."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft.compat.integrations import dequantize_module_weight
 from peft.core.base.kinds import kind_of
 
 
@@ -74,8 +75,6 @@ class DoraLinearLayer(nn.Module):
 
     @staticmethod
     def _dense(base_layer: nn.Module) -> torch.Tensor:
-        from peft.utils.integrations import dequantize_module_weight
-
         kind: Any = kind_of(base_layer)
         weight = dequantize_module_weight(base_layer)
         return weight.T if kind is not None and kind.lookup else weight

@@ -21,8 +21,8 @@ from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.context import Context
 from peft.core.model.record import context_of
 from peft.core.model.walk import layers_of, wrappers_of
+from peft.meanwhile import having
 from peft.tuners.adalora_utils import kept_of
-from peft.utils.meanwhile import having
 
 
 class LoraCompat:

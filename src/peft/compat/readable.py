@@ -37,7 +37,7 @@ def _rows(module: Any) -> int:
 # Method -> attribute of its layers -> what it has for an adapter; an adapter for which that is None is left out.
 READABLE: dict[str, dict[str, Callable[[Any], Any]]] = {
     "adalora": dict.fromkeys(
-        ("lora_bias", "lora_embedding_A", "lora_embedding_B", "lora_variant", "use_dora", "use_rslora"), _none
+        ("lora_bias", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "use_dora", "use_rslora"), _none
     ),
     "boft": {"boft_block_size": lambda a: a.boft_R.shape[-1], "boft_block_num": lambda a: a.boft_R.shape[1]},
     "deft": {

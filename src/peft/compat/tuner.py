@@ -9,11 +9,13 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from peft.compat import innermost, new_layer
+from peft.compat import new_layer
 from peft.compat.asked import Asked, is_theirs
 from peft.compat.foreign import Held, containers
 from peft.config import PeftConfig, resolve_pattern
+from peft.core.base.kinds import innermost
 from peft.core.base.stack import Stack
+from peft.core.layer.classes import is_own
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model import operations
 from peft.core.model.record import context_of
@@ -93,7 +95,7 @@ class TunerCompat:
             if site.key and self._check_target_module_exists(peft_config, site.key):
                 own = not elsewhere(site.module)
                 found.append(
-                    module_target(peft_config, site, self.layer_cls) if own else Target(site.key, site.module, None)
+                    module_target(peft_config, site, self.layer_cls) if own else Target(site.key, site.module)
                 )
         return found
 
@@ -225,7 +227,7 @@ class TunerCompat:
         if "_handed_on" in self.__dict__:  # an injection asks a replaced one what it would adapt
             self.__dict__["_handed_on"].append((target, peft_config, kwargs.get("parameter_name")))
             return
-        if isinstance(target, self.layer_cls):
+        if is_own(target, self.layer_cls):
             target.add_adapter(adapter_name, peft_config, current_key)
             return
         self._replace_module(
@@ -252,7 +254,7 @@ class TunerCompat:
         for site in list(walk(model)):
             for target in parameter_targets(peft_config, site, [site.key]):
                 parent, name = parent_of(model, site.path)
-                found.append(join(site.key, target.kind.weight))  # type: ignore[union-attr]
+                found.append(join(site.key, target.kind.weight))
                 self._create_and_replace(
                     peft_config,
                     adapter_name,
@@ -260,7 +262,7 @@ class TunerCompat:
                     name,
                     parent,
                     current_key=found[-1],
-                    parameter_name=target.kind.weight,  # type: ignore[union-attr]
+                    parameter_name=target.kind.weight,
                 )
         return found
 

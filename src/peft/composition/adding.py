@@ -22,7 +22,7 @@ from peft.core.model.beside import add_auxiliary
 from peft.core.model.context import BASE
 from peft.core.model.record import context_of
 from peft.core.model.walk import wrappers_of
-from peft.utils.error import nearest
+from peft.errors import nearest
 
 
 def with_names(expression: Composition, name_of: Callable[[Fuse], str], known: dict[str, Composition]) -> Composition:

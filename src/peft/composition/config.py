@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 from peft.composition.expressions import from_dict
 from peft.config import ModulesToSave, option
 from peft.core.composition import Composition
-from peft.utils.error import ConfigError
-from peft.utils.peft_types import CONFIGS_OF_NO_METHOD
+from peft.errors import ConfigError
+from peft.peft_types import CONFIGS_OF_NO_METHOD
 
 
 @dataclass

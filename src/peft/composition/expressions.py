@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from peft.core.composition import Composition, as_kept, divided_stack
-from peft.utils.error import ConfigError, nearest
+from peft.errors import ConfigError, nearest
 
 
 def from_dict(values: Any) -> Composition:

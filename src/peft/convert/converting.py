@@ -15,7 +15,7 @@ from peft.convert.formats.unet import unet_as_in
 from peft.convert.held import Held, beyond_pairs, held_of, is_lora, magnitude_of, modules_of, pairs_of
 from peft.convert.source import ENDS, WEIGHTS, Base, Bundle, Files, Format, Job, Source
 from peft.core.files.io import PREFIX, replacing
-from peft.utils.error import ConfigError, nearest, some
+from peft.errors import ConfigError, nearest, some
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,13 @@ from peft.core.files.io import PREFIX, write_adapter
 from peft.core.layer.weight import wide
 from peft.core.model.targeting import exact_targets
 from peft.core.model.walk import embeddings_of, join, shares_embeddings
+from peft.errors import nearest, some
 from peft.kernels.decompositions import halves, leading_svd, randomized_svd, shared_ranks
 from peft.tools.architecture import build
 from peft.tools.footprint import meta_copy
 from peft.tools.shards import Shards
 from peft.tuners.lora.config import LoraConfig, rank_fields
 from peft.tuners.lora.conversion import lora_tensors
-from peft.utils.error import nearest, some
 
 
 _DENSE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

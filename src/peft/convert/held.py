@@ -11,9 +11,9 @@ import torch
 
 from peft.config import PeftConfig
 from peft.core.files.io import PREFIX, load_peft_weights, write_adapter
+from peft.errors import ConfigError, some
 from peft.tuners.lora.config import LoraConfig, divisor, rank_fields
 from peft.tuners.lora.initialize import rewrites
-from peft.utils.error import ConfigError
 
 
 GATED = "the adapter has gates (use_gating), which depend on the sample, so no pair of matrices does what it does"
@@ -230,6 +230,17 @@ def on_modules(
     alphas, ranks = ({module: scale[i] for module, scale in scales.items()} for i in (0, 1))
     fields: dict[str, Any] = rank_fields(ranks, alphas, "alpha")  # type: ignore[arg-type]
     return Held(replace(held.config, **fields, target_modules=sorted(modules)), as_saved(modules))
+
+
+def without_whole_modules(held: Held, model: str) -> Held:
+    """The same adapter.
+
+    Raises:
+        ConfigError: it trains whole modules, which are called otherwise in the other of a model's two sets of names.
+    """
+    if saved := getattr(held.config, "modules_to_save", None):
+        raise ConfigError(f"whole modules have other names in {model}'s two sets: {some(saved)}; take them out first.")
+    return held
 
 
 def as_saved(modules: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from peft.utils.error import ConfigError
+from peft.errors import ConfigError
 
 
 # Parts of module names with an underscore inside, of the models that such files are made for: UNets as diffusers and

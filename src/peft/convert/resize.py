@@ -9,8 +9,8 @@ import torch
 
 from peft.convert.held import Held, Pair, Pairs, beyond_pairs, held_of, is_lora, pairs_of
 from peft.convert.products import pairs_in, products_of
+from peft.errors import some
 from peft.kernels.decompositions import shared_ranks
-from peft.utils.error import some
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 
 from peft.convert.formats.gguf import GGUF
 from peft.convert.held import GATED, Held, Pairs, beyond_pairs, pairs_of
+from peft.errors import some
 from peft.tuners.lora.config import divisor
-from peft.utils.error import some
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from peft.convert.extract import skeleton
 from peft.convert.held import Held
 from peft.core.files.io import checked_tensors, torch_load
 from peft.core.model.walk import embeddings_of, shares_embeddings
+from peft.errors import CheckpointError, ConfigError, damaged
 from peft.tools.shards import Shards, has_weights
-from peft.utils.error import CheckpointError, ConfigError, damaged
 
 
 # The weights that a folder is looked through for, the best known names first.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from peft.utils.error import ConfigError
+from peft.errors import ConfigError
 
 
 @dataclass(frozen=True, init=False, repr=False)

@@ -19,7 +19,7 @@ from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
 from peft.kernels.linear import bare_weight, no_autocast
-from peft.utils.meanwhile import having
+from peft.meanwhile import having
 
 
 CHUNK = 2**24  # logits in memory at a time; the weight is read once for each chunk

@@ -23,16 +23,17 @@ from peft.kernels.strict import is_plain
 Make = Callable[..., torch.Tensor]
 
 
-def made_again(make: Make, *tensors: torch.Tensor) -> torch.Tensor:
+def made_again(make: Make, *tensors: torch.Tensor, entries: int) -> torch.Tensor:
     """``make(*tensors)``, of which autograd keeps the tensors alone: what is between is computed again.
 
     The result too is made again by operations that use it within :func:`peft.kernels.remake.recomputed`.
 
     Args:
         make: it must give the same when called again, and a tensor of its own: no view of what it is given.
+        entries: of the result. Few are kept, whatever they are made of.
     """
     trains = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if not trains or not all(is_eager(t) for t in tensors) or all(is_small(t.numel()) for t in tensors):
+    if not trains or not all(is_eager(t) for t in tensors) or is_small(entries):
         return make(*tensors)
     if is_plain() or is_recomputed():
         return make(*tensors)

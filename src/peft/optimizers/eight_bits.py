@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from peft.errors import nearest
 from peft.import_utils import is_bnb_available
-from peft.utils.error import nearest
 
 
 _NAMES = {"adamw": "AdamW", "adam": "Adam", "lion": "Lion"}

@@ -12,10 +12,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from peft._lazy import also_known
+from peft.errors import PeftWarning
 from peft.optimizers.adamw import adamw
 from peft.optimizers.closure import loss_of
 from peft.optimizers.pairs import damped_inverses, pairs_of, require_whole
-from peft.utils.warning import PeftWarning
 
 
 DAMPING = 1e-8

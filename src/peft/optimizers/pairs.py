@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from peft.core.files.entries import anatomy
+from peft.core.layer.classes import is_own
 from peft.core.layer.weight import wide
 from peft.core.model.walk import layers_of
 from peft.tuners.lora.factors import factors_of
@@ -34,7 +35,7 @@ def pairs_of(model: nn.Module) -> Iterator[Pair]:
     """The pairs of the active LoRA adapters of a model; one that several layers hold is given once."""
     seen: set[int] = set()
     for _, layer in layers_of(anatomy(model)[0]):
-        if not isinstance(layer, LoraLayer):
+        if not is_own(layer, LoraLayer):
             continue
         for name in layer.active_adapters:
             factors = factors_of(layer, name)

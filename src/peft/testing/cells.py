@@ -21,12 +21,12 @@ from peft.core.model.walk import locate, walk
 from peft.mapping_func import get_peft_model
 from peft.options import value_of
 from peft.peft_model import PeftModel
-from peft.testing.places import Place
-from peft.utils.peft_types import (
+from peft.peft_types import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
+from peft.testing.places import Place
 
 
 @dataclass(frozen=True)

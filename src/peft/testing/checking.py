@@ -9,10 +9,10 @@ from typing import Any
 
 from peft.core.blocks.blocks import BlockLayer
 from peft.core.model.tuner import BaseTuner
+from peft.peft_types import PEFT_TYPE_TO_TUNER_MAPPING, parse_peft_type
 from peft.testing.cells import Cell, Method, Refusal, cells
 from peft.testing.laws import IN_ONE_MODEL, LAWS, Law
 from peft.testing.places import LAYERS
-from peft.utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING, parse_peft_type
 
 
 @dataclass

@@ -45,7 +45,7 @@ from peft.testing.cells import (
 )
 from peft.testing.places import BATCH
 from peft.tuners.lora.conversion import convert_to_lora, save_as_lora
-from peft.utils.hotswap import hotswap_adapter
+from peft.tuners.lora.hotswap import hotswap_adapter
 
 
 ONE = ("float32",)

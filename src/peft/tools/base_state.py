@@ -13,7 +13,7 @@ from peft.core.files.entries import anatomy
 from peft.core.layer.weight import taken_out
 from peft.core.model.auxiliary import biases_of
 from peft.core.model.walk import join, layers_of, walk
-from peft.utils.error import CheckpointError, nearest, some
+from peft.errors import CheckpointError, nearest, some
 
 
 class IncompatibleKeys(NamedTuple):

@@ -40,7 +40,7 @@ class Method:
 def methods() -> list[Method]:
     """All methods by name, those of other packages included, the most used one first."""
     import peft.tuners  # noqa: F401
-    from peft.utils.peft_types import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, load_outside
+    from peft.peft_types import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, load_outside
 
     load_outside()
     found = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,9 +14,9 @@ from torch import nn
 from peft.core.files.entries import prompts_of
 from peft.core.model.gradient_checkpointing import FUNCTION, is_reentrant
 from peft.core.model.walk import layers_of, wrappers_of
+from peft.errors import PeftWarning, some
+from peft.meanwhile import having, in_mode
 from peft.tools.status import count_parameters
-from peft.utils.error import some
-from peft.utils.meanwhile import having, in_mode
 
 
 LOW_LEARNING_RATE = 5e-5
@@ -75,6 +76,15 @@ def check_training(
         found += _of_labels(batch)
         found += _of_step(model, batch, loss, any(f.code == "nothing_trains" for f in found))
     return found
+
+
+def tell_untrained(model: nn.Module, output: Any) -> None:
+    """Warn of the loss of a training call that has no gradient, where that is because of the adapters; and say why."""
+    loss = getattr(output, "loss", None)
+    if isinstance(loss, torch.Tensor) and torch.is_grad_enabled() and not loss.requires_grad:
+        for finding in _at_rest(model):
+            if finding.code in ("nothing_trains", "adapter_merged"):
+                warnings.warn(f"this loss has no gradient. {finding.message} {finding.advice}", PeftWarning)
 
 
 # --- at rest --------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from torch import nn
 
 from peft.core.model.gradient_checkpointing import is_switched_on
 from peft.core.model.walk import walk
+from peft.errors import nearest
 from peft.mapping_func import get_peft_model
 from peft.options import value_of
 from peft.tools.architecture import AUTO_CLASSES, build
@@ -32,7 +33,6 @@ from peft.tools.footprint import (
     stored_bytes,
 )
 from peft.tools.status import count_parameters
-from peft.utils.error import nearest
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,9 @@ from peft.core.layer.weight import base_bias, effective, unmerged_weight
 from peft.core.model.auxiliary import AuxiliaryTrainingWrapper, biases_of
 from peft.core.model.declared import new_biases
 from peft.core.model.walk import embeddings_of, join, shares_embeddings, walk
+from peft.errors import ConfigError, NoEqualWeightError
 from peft.tools.architecture import build, class_of
 from peft.tools.shards import INDEX, Entry, Shards, ShardWriter, dtype_of, has_weights
-from peft.utils.error import ConfigError, NoEqualWeightError
 
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".safetensors.index.json",
@@ -176,6 +176,8 @@ def open_base(base: str | os.PathLike) -> nn.Module:
 
 def _folder_of(base: str | os.PathLike) -> str:
     if os.path.isdir(base):
+        if os.path.isfile(os.path.join(base, CONFIG_NAME)) and not os.path.isfile(os.path.join(base, "config.json")):
+            raise ConfigError(f"{os.fspath(base)!r} holds an adapter. The base model comes first, then its adapters.")
         return os.fspath(base)
     from huggingface_hub import snapshot_download
 

@@ -21,8 +21,8 @@ from peft.core.filling import filled_later
 from peft.core.model.context import BASE
 from peft.core.model.record import context_of
 from peft.core.model.walk import layers_of
+from peft.errors import CheckpointError, nearest, some
 from peft.mapping_func import get_peft_model
-from peft.utils.error import CheckpointError, nearest, some
 
 
 @dataclass

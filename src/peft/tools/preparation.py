@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft.compat.integrations import get_bnb_param_type
 from peft.core.model.walk import layers_of
+from peft.errors import PeftWarning
 from peft.options import value_of
-from peft.utils.integrations import get_bnb_param_type
-from peft.utils.warning import PeftWarning
 
 
 # ---- Preparing a base model -----------------------------------------------------------------------------------------

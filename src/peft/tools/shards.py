@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from peft.core.files.io import named_by_index
-from peft.utils.error import MissingFileError
+from peft.errors import MissingFileError
 
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -10,7 +10,7 @@ from torch import nn
 from peft.core.blocks.blocks import BlockLayer, find_blocks
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.walk import walk
-from peft.utils.meanwhile import having
+from peft.meanwhile import having
 
 
 @contextmanager

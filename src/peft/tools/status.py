@@ -13,7 +13,7 @@ from peft.core.files.entries import anatomy, configs_of, tuner_of
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.auxiliary import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from peft.core.model.walk import join, wrappers_of
-from peft.utils.error import NoAdaptedLayersError
+from peft.errors import NoAdaptedLayersError
 
 
 IRREGULAR: Literal["irregular"] = "irregular"

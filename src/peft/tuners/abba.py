@@ -35,6 +35,11 @@ class AbbaConfig(TargetModules, ExcludeModules, ModulesToSave, LayerSelection):
     init_weights: bool = option(True, "Start with B2 = 0, so that nothing changes; otherwise B2 is random.")
 
 
+def abba_weight(a1: torch.Tensor, b1: torch.Tensor, a2: torch.Tensor, b2: torch.Tensor, scale: float) -> torch.Tensor:
+    """dW = s (B1 A1) * (B2 A2) ``[out, in * kernel]`` of A1 ``[r1, in * kernel]``, B1 ``[out, r1]`` and the others."""
+    return scale * (b1 @ a1) * (b2 @ a2)
+
+
 class Abba(LowRank):
     """A1 ``[r1, in * kernel]`` and B1 ``[out, r1]``, A2 and B2 likewise; B1 A1 starts as the best W of its rank."""
 
@@ -58,8 +63,8 @@ class Abba(LowRank):
         return a, self.abba_scale * b
 
     def delta_weight(self) -> torch.Tensor:
-        first, second = self.abba_B1 @ self.abba_A1, self.abba_B2 @ self.abba_A2
-        return (self.abba_scale * first * second).view(self.shape)
+        pairs = (self.abba_A1, self.abba_B1, self.abba_A2, self.abba_B2)
+        return abba_weight(*pairs, self.abba_scale).view(self.shape)  # [out, in, *kernel]
 
 
 AbbaModel = define_tuner(Abba, AbbaConfig)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from peft.utils.error import ConfigError, nearest
+from peft.errors import ConfigError, nearest
 
 
 def activation(name: str, field: str) -> nn.Module:

@@ -9,21 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peft.compat.methods import AdaLoraCompat, LoraCompat
+from peft.compat.methods import AdaLoraCompat
 from peft.config import option
 from peft.core.adapter import input_dropout, part, setting
 from peft.core.base.kinds import fan
 from peft.core.families import LowRank, Scaled
 from peft.core.model.registry import define_tuner
+from peft.core.model.tuner import BaseTuner
+from peft.errors import ConfigError
 from peft.kernels.decompositions import orthogonality
+from peft.peft_types import PeftType
+from peft.tuners.adalora_layer import FIXED, AdaLoraLayer, started
 from peft.tuners.adalora_utils import Allocating, kept_of
 from peft.tuners.adalora_utils import RankAllocator as RankAllocator  # a name of the API
 from peft.tuners.lora.config import LoraConfig
-from peft.utils.error import ConfigError
-from peft.utils.peft_types import PeftType
+from peft.tuners.lora.model import LoraModel
 
 
-_FIXED = "AdaLoRA has one update, in the form of a singular value decomposition. Leave it out, or use LoraConfig."
 _OFF = (
     *("use_dora", "use_rslora", "lora_bias", "use_gating"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "alora_invocation_tokens"),
@@ -65,9 +67,9 @@ class AdaLoraConfig(LoraConfig):
         self.rank_pattern = pattern
         for field in _OFF:
             if getattr(self, field):
-                raise ConfigError(f"AdaLoraConfig: {field}={getattr(self, field)!r} does not apply. {_FIXED}")
+                raise ConfigError(f"AdaLoraConfig: {field}={getattr(self, field)!r} does not apply. {FIXED}")
         if not isinstance(self.init_lora_weights, bool):
-            raise ConfigError(f"AdaLoraConfig: init_lora_weights must be True or False. {_FIXED}")
+            raise ConfigError(f"AdaLoraConfig: init_lora_weights must be True or False. {FIXED}")
         if self.total_step is None and not self.inference_mode:
             raise ConfigError(
                 "AdaLoraConfig: give total_step, the number of training steps, for the budget's schedule."
@@ -108,7 +110,7 @@ class AdaLora(LowRank, Scaled):
         # 0.21.2 draws all of these, and a rank, before the start that is used: one seed gives the same adapter.
         a, e, b, _ = torch.randn(rank, inner), torch.randn(rank, 1), torch.randn(out, rank), torch.randn(1)
         if config.init_lora_weights:
-            a, e, b = a.normal_(std=0.02), e.zero_(), b.normal_(std=0.02)
+            a, e, b = started(a, e, b)
         self.lora_A, self.lora_E, self.lora_B = nn.Parameter(a), nn.Parameter(e), nn.Parameter(b)
         self.r, self.left = config.init_r, None
         # Others read it, so it has its value on the meta device too.
@@ -144,8 +146,11 @@ class AdaLora(LowRank, Scaled):
         return orthogonality(self.lora_A, self.lora_B) / 2  # equation 4
 
 
-class AdaLoraTuner(AdaLoraCompat, LoraCompat, Allocating):
+class AdaLoraTuner(AdaLoraCompat, Allocating, LoraModel):
     """What AdaLoRA does to a whole model: it shares out the ranks, and keeps A and B orthogonal by the loss."""
+
+    add_weighted_adapter = BaseTuner.add_weighted_adapter  # type: ignore[assignment]
+    without_start = BaseTuner.without_start
 
     def update_and_allocate(self, global_step: int) -> None:
         """Share out the budget of ranks; call it in each step after the backward pass, with the number of the step.
@@ -171,4 +176,4 @@ class AdaLoraTuner(AdaLoraCompat, LoraCompat, Allocating):
                 allocator.mask({key: adapter.marks(adapter.left) for key, adapter in adapters.items()})
 
 
-AdaLoraModel = define_tuner(AdaLora, AdaLoraConfig, base=AdaLoraTuner)
+AdaLoraModel = define_tuner(AdaLora, AdaLoraConfig, base=AdaLoraTuner, layer=AdaLoraLayer)

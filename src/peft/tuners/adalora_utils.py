@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from peft.core.combine.combined import tuner_layers
 from peft.core.model.tuner import BaseTuner
-from peft.core.model.walk import walk
-from peft.utils.usage import note
+from peft.usage import note
 
 
 def kept_of(rank_pattern: dict[str, Any] | None, key: str) -> torch.Tensor | None:
@@ -196,5 +196,4 @@ class Allocating(BudgetTuner):
 
     def ranked(self, name: str) -> dict[str, Any]:
         """The adapters called so by the names of the modules that they adapt."""
-        wrappers = ((s.key, w) for s in walk(self.model) for _, w in s.wrappers if isinstance(w, self.layer_cls))
-        return {key: w.adapters[name] for key, w in wrappers if name in w.adapters}
+        return {key: layer.adapters[name] for key, layer in tuner_layers(self) if name in layer}

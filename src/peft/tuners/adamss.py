@@ -17,9 +17,9 @@ from peft.core.families import LowRank, Shift
 from peft.core.layer.buffers import BufferDict
 from peft.core.model.registry import define_tuner
 from peft.core.model.walk import layers_of
+from peft.errors import ConfigError, MissingPackageError
+from peft.peft_types import PeftType
 from peft.tuners.adalora_utils import BudgetTuner, Sensitivity, budget_at
-from peft.utils.error import ConfigError, MissingPackageError
-from peft.utils.peft_types import PeftType
 
 
 _asa = partial(option, needs="use_asa")

@@ -13,6 +13,7 @@ from peft.compat.methods import AdaptionPromptCompat
 from peft.config import PeftConfig, option
 from peft.core.adapter import part
 from peft.core.base.kinds import kind_of
+from peft.core.base.rows import rows_of, with_rows_added
 from peft.core.blocks.blocks import (
     ATTENTION,
     BlockAdapter,
@@ -21,17 +22,15 @@ from peft.core.blocks.blocks import (
     find_blocks,
     first_input,
     first_output,
-    own_rows,
     width_of,
     with_first,
-    with_rows_added,
 )
 from peft.core.model.registry import define_tuner
 from peft.core.model.targeting import Target, matches
 from peft.core.model.walk import join, locate, walk
+from peft.errors import ConfigTypeError, NoMatchingPeftModuleError
+from peft.peft_types import PeftType
 from peft.tuners.adaption_prompt_utils import AttentionFunction, can_watch, keys_and_values, watched
-from peft.utils.error import ConfigTypeError, NoMatchingPeftModuleError
-from peft.utils.peft_types import PeftType
 
 
 @dataclass
@@ -81,7 +80,7 @@ class AdaptionPrompt(BlockAdapter):
         self, pair: Any, query: torch.Tensor, rows: torch.Tensor | None, scale: float | None, dtype: torch.dtype
     ) -> torch.Tensor:
         """What the queries of its rows (None: of all) see of the prompt, by its K_p and V_p."""
-        query = own_rows(query, rows)
+        query = rows_of(query, rows)
         key, value = (_for_heads(x, query, rows) for x in pair)
         return adaption_prompt(query, key, value, self.adaption_gate, scale).to(dtype)
 
@@ -126,7 +125,7 @@ class AdaptedAttention(BlockLayer, nn.Module):
 def _for_heads(x: torch.Tensor, query: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
     """Keys or values ``[1, groups, adapter_len, features]`` for each row and head of the queries."""
     if len(x) > 1 and rows is not None:  # the projections are adapted, differently for each row
-        x = x.index_select(0, rows)
+        x = rows_of(x, rows)
     return x.repeat_interleave(query.shape[1] // x.shape[1], dim=1).expand(len(query), -1, -1, -1)
 
 
@@ -154,7 +153,7 @@ class AdaptionPromptTuner(AdaptionPromptCompat, BlockTuner):
                 f"adapter_layers={config.adapter_layers}, but {type(model).__name__} has {len(chosen)} "
                 f"self-attentions called {config.target_modules!r}; those found are called {names}."
             )
-        targets = [Target(key, locate(model, key).module, None) for key in chosen[-config.adapter_layers :]]
+        targets = [Target(key, locate(model, key).module) for key in chosen[-config.adapter_layers :]]
         for target in targets:
             if not can_watch(target.module):
                 raise ValueError(

@@ -14,7 +14,7 @@ from peft.core.addition import LinearIn
 from peft.core.base.kinds import Kind
 from peft.core.families import Output
 from peft.core.model.registry import define_tuner
-from peft.utils.peft_types import PeftType
+from peft.peft_types import PeftType
 
 
 @dataclass

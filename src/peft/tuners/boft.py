@@ -16,10 +16,10 @@ from peft.core.families import Rotation
 from peft.core.families.rotation import block_rotated, held_still
 from peft.core.layer.weight import wide
 from peft.core.model.registry import define_tuner
+from peft.errors import ConfigError
 from peft.kernels.made_again import made_again, reading
+from peft.peft_types import PeftType
 from peft.tuners.cayley import cayley
-from peft.utils.error import ConfigError
-from peft.utils.peft_types import PeftType
 
 
 @dataclass
@@ -115,7 +115,7 @@ class BOFT(Rotation):
             blocks = held_still(blocks, self.boft_dropout)
         blocks, turned = blocks.to(x.dtype), partial(butterfly, back=back)
         with reading(x):  # nor is what is between factors kept
-            return turned(x, blocks) if len(blocks) == 1 else made_again(turned, x, blocks)
+            return turned(x, blocks) if len(blocks) == 1 else made_again(turned, x, blocks, entries=x.numel())
 
     def draws(self) -> bool:
         return bool(self.boft_dropout) and self.training

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 from peft.config import ModulesToSave, option
 from peft.core.blocks.blocks import ATTENTION, CROSS, FEEDFORWARD
-from peft.utils.error import ConfigError
-from peft.utils.usage import note
+from peft.errors import ConfigError
+from peft.usage import note
 
 
 AFTER: dict[str, Any] = {

@@ -17,7 +17,7 @@ from peft.core.gates import Gate
 from peft.core.model.context import Context
 from peft.tuners.activations import activation
 from peft.tuners.bottleneck_config import NetworkFields
-from peft.utils.usage import counts
+from peft.usage import counts
 
 
 Pair = tuple[torch.Tensor, torch.Tensor | None]

@@ -16,7 +16,7 @@ from peft.core.base.kinds import fan
 from peft.core.families import Delta, padded
 from peft.core.filling import draw_like_linear
 from peft.core.model.registry import define_tuner
-from peft.utils.peft_types import PeftType
+from peft.peft_types import PeftType
 
 
 @dataclass
@@ -94,7 +94,7 @@ class C3A(Delta):
         self.block_size, self.c3a_kernel = size, nn.Parameter(kernel)
 
     def delta_weight(self) -> torch.Tensor:
-        return c3a_weight(self.c3a_kernel, fan(self.shape)).view(self.shape)
+        return c3a_weight(self.c3a_kernel, fan(self.shape)).view(self.shape)  # [out, in, *kernel]
 
     def delta(self, x: torch.Tensor) -> torch.Tensor:
         return c3a_product(x, self.c3a_kernel, fan(self.shape)) if self.kind.matrix else super().delta(x)

@@ -18,8 +18,8 @@ from peft.config import PeftConfig, PromptLearningConfig, option
 from peft.core.base.storage import device_of
 from peft.core.files.io import load_peft_weights, write_adapter
 from peft.core.prompts import VirtualTokens, caches, check_shape, define_prompt, put
-from peft.utils.error import ConfigError
-from peft.utils.peft_types import PeftType
+from peft.errors import ConfigError
+from peft.peft_types import PeftType
 
 
 @dataclass

@@ -18,9 +18,9 @@ from peft.core.adapter import part, shared
 from peft.core.blocks.insertion import InsertTuner
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.registry import define_tuner
+from peft.errors import ConfigError
 from peft.tuners.bottleneck_config import NetworkFields
 from peft.tuners.bottleneck_utils import Bottleneck, Networks, Pair
-from peft.utils.error import ConfigError
 
 
 _COMMON = {"reduction_factor": 32, "non_linearity": "gelu"}

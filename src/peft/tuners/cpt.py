@@ -17,9 +17,9 @@ from torch import nn
 
 from peft.config import PromptLearningConfig, option
 from peft.core.prompts import ENCODER, VirtualTokens, check_shape, define_prompt, put, weighted_cross_entropy
+from peft.errors import ConfigError
+from peft.peft_types import PeftType
 from peft.tuners.prompt_utils import rows_of
-from peft.utils.error import ConfigError
-from peft.utils.peft_types import PeftType
 
 
 INPUT, LABEL, KINDS = 2, 0, 4  # types modulo 4; the others are templates

@@ -14,7 +14,7 @@ from peft.core.base.kinds import fan
 from peft.core.families import Fold
 from peft.core.layer.weight import wide
 from peft.core.model.registry import define_tuner
-from peft.utils.peft_types import PeftType
+from peft.peft_types import PeftType
 
 
 @dataclass

@@ -20,8 +20,8 @@ from peft.core.layer.weight import base_bias
 from peft.core.model.registry import define_tuner
 from peft.kernels.few import is_small
 from peft.kernels.spectral import Places, spectral_linear, spectral_matrix
+from peft.peft_types import PeftType
 from peft.tuners.spectra import SpectrumConfig, random_places
-from peft.utils.peft_types import PeftType
 
 
 DENSE = 32  # a trained number costs about as much as so many entries of dW

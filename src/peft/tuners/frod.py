@@ -20,6 +20,7 @@ from peft.core.layer.buffers import BufferDict
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.weight import base_bias, sums_exactly
 from peft.core.model.registry import define_tuner
+from peft.peft_types import PeftType
 from peft.tuners.frod_utils import (
     categories,
     common_basis,
@@ -28,7 +29,6 @@ from peft.tuners.frod_utils import (
     off_diagonal_places,
     sparse_product,
 )
-from peft.utils.peft_types import PeftType
 
 
 @dataclass

@@ -11,9 +11,9 @@ from torch.autograd.function import once_differentiable
 
 from peft.core.base.kinds import fan
 from peft.core.layer.weight import unmerged_weight
+from peft.errors import ConfigError
 from peft.kernels.linear import is_transformed
 from peft.kernels.sparse import by_feature, paired_products
-from peft.utils.error import ConfigError
 
 
 def categories(layers: Sequence[Any]) -> list[str]:

@@ -16,9 +16,9 @@ from peft.core.families import Fold
 from peft.core.filling import draw_like_linear
 from peft.core.layer.weight import base_bias
 from peft.core.model.registry import define_tuner
+from peft.errors import ConfigError
 from peft.kernels.remake import remade
-from peft.utils.error import ConfigError
-from peft.utils.peft_types import PeftType
+from peft.peft_types import PeftType
 
 
 @dataclass

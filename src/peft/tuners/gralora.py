@@ -15,9 +15,9 @@ from peft.core.base.kinds import fan
 from peft.core.families import ScaledBy, padded
 from peft.core.filling import draw_like_linear
 from peft.core.model.registry import define_tuner
+from peft.errors import ConfigError
 from peft.kernels.made_again import reading
-from peft.utils.error import ConfigError
-from peft.utils.peft_types import PeftType
+from peft.peft_types import PeftType
 
 
 @dataclass

@@ -14,7 +14,7 @@ from peft.core.addition import SideBySide
 from peft.core.families import Fold
 from peft.core.filling import draw_like_linear
 from peft.core.model.registry import define_tuner
-from peft.utils.peft_types import PeftType
+from peft.peft_types import PeftType
 
 
 @dataclass

@@ -14,7 +14,7 @@ from peft.core.families import Rotation
 from peft.core.filling import draw_like_linear
 from peft.core.model.registry import define_tuner
 from peft.kernels.made_again import reading
-from peft.utils.peft_types import PeftType
+from peft.peft_types import PeftType
 
 
 @dataclass

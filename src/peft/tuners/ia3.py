@@ -16,9 +16,9 @@ from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.registry import define_tuner
 from peft.core.model.targeting import found_targets, matches, table_row
 from peft.core.model.tuner import BaseTuner
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
-from peft.utils.error import ConfigError
-from peft.utils.peft_types import PeftType
+from peft.default_targets import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
+from peft.errors import ConfigError
+from peft.peft_types import PeftType
 
 
 @dataclass

@@ -16,6 +16,7 @@ from torch import nn
 
 from peft.config import ModulesToSave, option
 from peft.core.adapter import part, setting
+from peft.core.base.rows import rows_of
 from peft.core.blocks.blocks import (
     BlockAdapter,
     BlockLayer,
@@ -23,15 +24,14 @@ from peft.core.blocks.blocks import (
     BlockTuner,
     find_blocks,
     first_input,
-    own_rows,
     width_of,
     with_first_input,
 )
 from peft.core.model.registry import define_tuner
 from peft.core.model.targeting import Target
 from peft.core.model.walk import embeddings_of, locate, walk
+from peft.errors import ConfigError, NoMatchingPeftModuleError
 from peft.tuners.activations import activation
-from peft.utils.error import ConfigError, NoMatchingPeftModuleError
 
 
 @dataclass
@@ -126,7 +126,7 @@ class CouplingLayer(BlockLayer, nn.Module):
         x = first_input(self.base_layer, args, kwargs)
         acting = self.acting(x)
         for adapter, rows in reversed(acting) if self.at_head else acting:  # what came last is undone first
-            new = adapter.change(adapter.cast(own_rows(x, rows))).to(x.dtype)
+            new = adapter.change(adapter.cast(rows_of(x, rows))).to(x.dtype)
             x = new if rows is None else x.index_copy(0, rows, new)
         args, kwargs = with_first_input(self.base_layer, args, kwargs, x) if acting else (args, kwargs)
         return self.base_layer(*args, **kwargs)
@@ -172,10 +172,10 @@ class InvertibleTuner(BlockTuner):
         for block in blocks:
             names = block.key.split(".")
             number = next(i for i, name in enumerate(names) if name.isdigit())  # stages are of one stack
-            target = BlockTarget(block.key, locate(model, block.key).module, None, block=block)
+            target = BlockTarget(block.key, locate(model, block.key).module, block=block)
             firsts.setdefault(tuple(names[:number]), target)
         found, head = list(firsts.values()), embeddings_of(model)[1]
-        heads = [Target(site.key, head, None) for site in walk(model) if config.invert_output and site.module is head]
+        heads = [Target(site.key, head) for site in walk(model) if config.invert_output and site.module is head]
         widths = [width_of(target.module) for target in found]
         if heads and (width := width_of(heads[0].module)) not in widths:
             raise ConfigError(

@@ -17,7 +17,7 @@ from peft.core.families import Sample
 from peft.core.gates import mean_of_tokens
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.registry import define_tuner
-from peft.utils.peft_types import PeftType
+from peft.peft_types import PeftType
 
 
 @dataclass

@@ -11,7 +11,7 @@ from peft.config import ExcludeModules, ModulesToSave, TargetModules
 from peft.core.adapter import part
 from peft.core.families import Copy
 from peft.core.model.registry import define_tuner
-from peft.utils.peft_types import PeftType
+from peft.peft_types import PeftType
 
 
 @dataclass

@@ -14,8 +14,8 @@ from peft.core.base.kinds import fan
 from peft.core.filling import kaiming, zeros
 from peft.core.model.registry import define_tuner
 from peft.kernels.decompositions import face_splitting
+from peft.peft_types import PeftType
 from peft.tuners.lycoris_utils import Lycoris, LycorisConfig, LycorisTuner, mix, through_core
-from peft.utils.peft_types import PeftType
 
 
 @dataclass
@@ -88,7 +88,7 @@ class LoHa(Lycoris):
         if grouped or self.hada_t1 is not None or r * r * (out + columns) >= out * columns:
             return super().product(x)
         a, b = face_splitting(a1, b1, a2, b2)
-        inner = self.kind.apply(self.base, x, b.view(r * r, *self.shape[1:]))
+        inner = self.kind.apply(self.base, x, b.view(r * r, *self.shape[1:]))  # b: [r * r, in, *kernel]
         return mix(a, inner, len(self.shape) - 2) * self.scaling
 
 

@@ -15,9 +15,9 @@ from peft.core.adapter import part
 from peft.core.filling import kaiming, zeros
 from peft.core.model.registry import define_tuner
 from peft.kernels.made_again import made_again
+from peft.peft_types import PeftType
 from peft.tuners.lycoris_utils import Lycoris, LycorisConfig, LycorisTuner, mix, through_core
-from peft.utils.peft_types import PeftType
-from peft.utils.usage import counts
+from peft.usage import counts
 
 
 @dataclass
@@ -151,13 +151,13 @@ class LoKr(Lycoris):
         def product(x: torch.Tensor, first: torch.Tensor, *second: torch.Tensor) -> torch.Tensor:
             return lokr_product(x, first, lambda rows: self._apply_second(rows, *second), dims)
 
-        return made_again(product, x, first, *second)
+        return made_again(product, x, first, *second, entries=x.numel())
 
     def _apply_second(self, rows: torch.Tensor, *second: torch.Tensor) -> torch.Tensor:
         """W2 x, by way of the rank where that is cheaper."""
         if len(second) == 1:
             return self.kind.apply(self.base, rows, *second)
-        a, b = second
+        a, b = second  # [out, r], [r, in, *kernel]
         return mix(a, self.kind.apply(self.base, rows, b.view(len(b), -1, *self.shape[2:])), len(self.shape) - 2)
 
 

@@ -17,7 +17,7 @@ from peft.core.base.kinds import Kind
 from peft.core.families import Scaled
 from peft.core.layer.scaled import ScaledLayer
 from peft.core.model.tuner import BaseTuner
-from peft.utils.usage import counts
+from peft.usage import counts
 
 
 @dataclass

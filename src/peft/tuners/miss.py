@@ -16,7 +16,7 @@ from peft.core.families import Delta, padded
 from peft.core.filling import draw_like_linear
 from peft.core.model.registry import define_tuner
 from peft.kernels.made_again import Transformable
-from peft.utils.peft_types import PeftType
+from peft.peft_types import PeftType
 
 
 @dataclass

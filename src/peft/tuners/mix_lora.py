@@ -16,8 +16,8 @@ from peft.core.families import Sample
 from peft.core.filling import draw_like_linear
 from peft.core.model.registry import define_tuner
 from peft.core.model.threads import OfThread
+from peft.errors import PeftWarning
 from peft.tuners.routing import imbalance, top_weights
-from peft.utils.warning import PeftWarning
 
 
 @dataclass
@@ -44,6 +44,16 @@ class MixLoraConfig(TargetModules, ExcludeModules, ModulesToSave, LayerSelection
         super().__post_init__()
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k={self.top_k} is more than there are experts, num_experts={self.num_experts}.")
+
+
+def mixed_experts(h: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """(w_1 A_1 x; ...; w_E A_E x) of ``A x``, the experts one below the other: s B times it is dW x.
+
+    Args:
+        h: ``[..., groups * experts * r]``. weights: ``[..., groups, experts]``.
+    """
+    parts = h.unflatten(-1, (*weights.shape[-2:], -1))  # [..., groups, experts, r]
+    return (parts * weights.unsqueeze(-1)).flatten(-3)
 
 
 class Uneven(OfThread):
@@ -76,8 +86,7 @@ class MixLora(Sample):
         if self.training:  # for the loss, see `loss_term`
             self.mix_uneven.of_call = imbalance(chances, weights, self.counted(chances))
         h = kind.channels_last(self.down(x if kind.lookup else self.mix_dropout(x), self.mix_A))
-        routed = h.unflatten(-1, (*weights.shape[-2:], -1)) * weights.unsqueeze(-1)  # [..., groups, experts, r]
-        return kind.up(base, kind.channels_back(routed.flatten(-3)), self.mix_scale * self.mix_B)
+        return kind.up(base, kind.channels_back(mixed_experts(h, weights)), self.mix_scale * self.mix_B)
 
     def loss_term(self) -> torch.Tensor | None:
         # Once: after the backward pass its graph is gone.

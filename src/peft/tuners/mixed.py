@@ -4,8 +4,8 @@ import sys
 
 from peft._lazy import also_known
 from peft.core.model.mixed import MixedModel
-from peft.utils.peft_types import PEFT_TYPE_TO_MIXED_MODEL_MAPPING as COMPATIBLE_TUNER_TYPES
-from peft.utils.peft_types import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.peft_types import PEFT_TYPE_TO_MIXED_MODEL_MAPPING as COMPATIBLE_TUNER_TYPES
+from peft.peft_types import PEFT_TYPE_TO_PREFIX_MAPPING
 
 
 __all__ = ["COMPATIBLE_TUNER_TYPES", "MixedModel"]

@@ -12,9 +12,9 @@ from torch import nn
 from peft.config import option
 from peft.core.files.io import read_tensors
 from peft.core.prompts import define_prompt
-from peft.tuners.prompt_utils import PromptStart, StartedPrompt
-from peft.utils.error import ConfigError, some
-from peft.utils.peft_types import PeftType
+from peft.errors import ConfigError, some
+from peft.peft_types import PeftType
+from peft.tuners.prompt_tuning import PromptEmbedding, PromptTuningConfig
 
 
 class MultitaskPromptTuningInit(str, enum.Enum):
@@ -31,7 +31,7 @@ FROM_SOURCE = tuple(MultitaskPromptTuningInit)[2:]
 
 
 @dataclass
-class MultitaskPromptTuningConfig(PromptStart):
+class MultitaskPromptTuningConfig(PromptTuningConfig):
     """Config of multitask prompt tuning.
 
     For a prompt that is learned from many tasks and moved to a new one: train with several ``task_ids``, then
@@ -69,7 +69,7 @@ class MultitaskPromptTuningConfig(PromptStart):
             )
 
 
-class MultitaskPromptEmbedding(StartedPrompt):
+class MultitaskPromptEmbedding(PromptEmbedding):
     """P ``[stacks * tokens, width]``, u ``[tasks, stacks * tokens, ranks]`` and v ``[tasks, ranks, width]``."""
 
     uses_tasks: ClassVar[bool] = True

@@ -15,10 +15,10 @@ from peft.core.adapter import part, setting
 from peft.core.families import Rotation
 from peft.core.families.rotation import block_rotated, held_still
 from peft.core.model.registry import define_tuner
+from peft.errors import ConfigError
 from peft.kernels.made_again import reading
+from peft.peft_types import PeftType
 from peft.tuners.cayley import cayley, cayley_series
-from peft.utils.error import ConfigError
-from peft.utils.peft_types import PeftType
 
 
 @dataclass

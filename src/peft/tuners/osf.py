@@ -14,10 +14,10 @@ from peft.core.base.kinds import fan
 from peft.core.families import Fold
 from peft.core.layer.buffers import BufferDict
 from peft.core.model.registry import define_tuner
+from peft.errors import ConfigError
 from peft.kernels.decompositions import svd
 from peft.kernels.made_again import Transformable
-from peft.utils.error import ConfigError
-from peft.utils.peft_types import PeftType
+from peft.peft_types import PeftType
 
 
 @dataclass

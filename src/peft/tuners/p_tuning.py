@@ -11,8 +11,8 @@ from torch import nn
 
 from peft.config import PromptLearningConfig, option
 from peft.core.prompts import VirtualTokens, define_prompt
+from peft.peft_types import PeftType
 from peft.tuners.prompt_utils import choice
-from peft.utils.peft_types import PeftType
 
 
 class PromptEncoderReparameterizationType(str, enum.Enum):

@@ -16,8 +16,8 @@ from peft.core.families import LowRank, ScaledBy
 from peft.core.filling import draw_like_linear
 from peft.core.model.registry import define_tuner
 from peft.kernels.remake import remade
+from peft.peft_types import PeftType
 from peft.tuners.activations import activation
-from peft.utils.peft_types import PeftType
 
 
 @dataclass

@@ -19,7 +19,7 @@ from peft.core.filling import draw_like_linear
 from peft.core.model.registry import define_tuner
 from peft.core.model.tuner import BaseTuner
 from peft.kernels.made_again import reading
-from peft.utils.peft_types import PeftType
+from peft.peft_types import PeftType
 
 
 @dataclass
@@ -102,6 +102,7 @@ class Poly(Sample):
         # One by one: more dimensions would be read as a kernel's.
         for matrix in (*a.flatten(0, 1), *(() if config.init_weights else b.flatten(0, 1))):
             draw_like_linear(matrix)
+        # A is held as [splits, skills, in / splits, r]
         self.poly_lora_A, self.poly_lora_B = nn.Parameter(a.permute(1, 0, 3, 2).contiguous()), nn.Parameter(b)
         self.poly_router = PolyRouter(config.n_tasks, splits, skills)
         self.r, self.n_tasks, self.n_skills, self.n_splits = r, config.n_tasks, skills, splits
@@ -124,7 +125,7 @@ class Poly(Sample):
         for split in range(splits):
             full[split, :, :, split] = a[split].mT
         h = self.kind.channels_last(self.down(x, full.view(-1, splits * inner)))
-        pieces = h.unflatten(-1, (-1, splits, skills, r)).flatten(1, -4)  # positions and groups together
+        pieces = h.unflatten(-1, (-1, splits, skills, r)).flatten(1, -4)  # [batch, positions, splits, skills, r]
         mixed = torch.einsum("bpqsr,bqs->bpr", pieces, weights)
         return self.kind.channels_back(mixed.reshape(*h.shape[:-1], h.shape[-1] // (splits * skills)))
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from peft.config import PromptLearningConfig, option
 from peft.core.prompts import VirtualTokens, define_prompt
-from peft.utils.peft_types import PeftType
+from peft.peft_types import PeftType
 
 
 @dataclass

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from peft.core.prompts import define_prompt
+from peft.peft_types import PeftType
 from peft.tuners.prompt_utils import PromptStart, StartedPrompt
-from peft.utils.peft_types import PeftType
 
 
 class PromptTuningInit(str, enum.Enum):

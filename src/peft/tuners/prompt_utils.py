@@ -11,8 +11,8 @@ from torch import nn
 from peft.config import PromptLearningConfig, option
 from peft.core.base.storage import device_of
 from peft.core.prompts import VirtualTokens
+from peft.errors import ConfigError
 from peft.options import value_of
-from peft.utils.error import ConfigError
 
 
 def choice(config: Any, field: str, kind: Any) -> Any:

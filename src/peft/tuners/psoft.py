@@ -16,8 +16,8 @@ from peft.core.layer.buffers import BufferDict
 from peft.core.layer.weight import wide
 from peft.core.model.registry import define_tuner
 from peft.kernels.decompositions import halves, svd
+from peft.peft_types import PeftType
 from peft.tuners.cayley import cayley, cayley_series
-from peft.utils.peft_types import PeftType
 
 
 RANDOMISED = ("psoft_svd", "lowrank")

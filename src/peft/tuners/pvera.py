@@ -14,8 +14,8 @@ from peft.core.families import LowRank
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.registry import define_tuner
 from peft.kernels import Factors
+from peft.peft_types import PeftType
 from peft.tuners.vera_utils import SharedPair, SharedPairConfig, vera_pair
-from peft.utils.peft_types import PeftType
 
 
 @dataclass

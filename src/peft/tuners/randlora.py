@@ -20,7 +20,7 @@ from peft.core.model.registry import define_tuner
 from peft.kernels.few import is_small
 from peft.kernels.linear import is_transformed
 from peft.kernels.made_again import made_again, reading
-from peft.utils.peft_types import PeftType
+from peft.peft_types import PeftType
 
 
 @dataclass
@@ -87,7 +87,7 @@ def randlora_pair(
         weights: lambda ``[r, N]``, times the scale. gamma: ``[N, narrow]``. a: A ``[r, narrow]``.
         b: B ``[wide, bases of the largest layer, r]``, of which the first N are used.
     """
-    a = made_again(weighted_bases, weights, a, gamma)
+    a = made_again(weighted_bases, weights, a, gamma, entries=gamma.numel() * len(a))
     return a, b.flatten(1)[:, : len(a)]
 
 

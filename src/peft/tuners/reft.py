@@ -29,8 +29,8 @@ from peft.core.blocks.extent import Extent, extent_of
 from peft.core.layer.composed import Change, change_of
 from peft.core.model.registry import define_tuner
 from peft.core.model.walk import locate
+from peft.errors import ConfigError, NoMatchingPeftModuleError
 from peft.tuners.reft_utils import Intervention
-from peft.utils.error import ConfigError, NoMatchingPeftModuleError
 
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -143,7 +143,9 @@ class ReftLayer(BlockLayer, nn.Module):
         places = index + torch.arange(0, len(h) * h.shape[1], h.shape[1], device=h.device)[:, None]
         if rows is not None:
             places, valid = places[rows], valid[rows]
-        chosen = of.flatten(0, -2).index_select(0, places.flatten()).view(*places.shape, -1)
+        chosen = (
+            of.flatten(0, -2).index_select(0, places.flatten()).view(*places.shape, -1)
+        )  # [rows, positions, width]
         change = adapter.change(adapter.cast(chosen)).to(h.dtype).masked_fill(~valid[..., None], 0)
         return places.flatten(), change.flatten(0, 1)
 
@@ -175,7 +177,7 @@ class ReftTuner(BlockTuner):
                 f"ReftConfig edits nothing after the blocks {config.layers} of {type(model).__name__}: it has "
                 f"{len(blocks)} transformer blocks, counted from 0, and those with cross-attention have no suffix."
             )
-        return [BlockTarget(b.key, locate(model, b.key).module, None, block=b) for b in edited]
+        return [BlockTarget(b.key, locate(model, b.key).module, block=b) for b in edited]
 
     def _layer_for(self, model: nn.Module, target: Any, holders: Any) -> Any:
         layer = super()._layer_for(model, target, holders)

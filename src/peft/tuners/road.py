@@ -13,8 +13,8 @@ from peft.core.adapter import part, setting
 from peft.core.families import Output
 from peft.core.families.output import by_output
 from peft.core.model.registry import define_tuner
-from peft.utils.error import ConfigError
-from peft.utils.peft_types import PeftType
+from peft.errors import ConfigError
+from peft.peft_types import PeftType
 
 
 PER_CHANNEL = {"road_1": 1, "road_2": 2, "road_4": 4}  # trained angles (and scales) for each pair of channels

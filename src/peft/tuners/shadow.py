@@ -19,11 +19,11 @@ from peft.core.model import operations
 from peft.core.model.registry import define_tuner
 from peft.core.model.targeting import selected
 from peft.core.model.walk import embeddings_of, layers_of, locate
+from peft.default_targets import SEQ_CLS_HEAD_NAMES
+from peft.errors import NoMatchingPeftModuleError
+from peft.peft_types import PeftType
 from peft.tuners.shadow_layer import ShadowLayer, States, shadow_state, shadow_update
 from peft.tuners.shadow_utils import Network, loss_of, network_for, stack_of
-from peft.utils.constants import SEQ_CLS_HEAD_NAMES
-from peft.utils.error import NoMatchingPeftModuleError
-from peft.utils.peft_types import PeftType
 
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class ShadowTuner(BlockTuner):
                 f"target_modules {config.target_modules} name no transformer block; these are "
                 f"{', '.join(block.key for block in blocks)}."
             )
-        return [BlockTarget(block.key, locate(model, block.key).module, None, block=block) for block in chosen]
+        return [BlockTarget(block.key, locate(model, block.key).module, block=block) for block in chosen]
 
     def _share(self, name: str, config: Any, layers: list[Any]) -> None:
         stack, root = locate(self.model, stack_of(self.model)).module, self.model

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peft.core.blocks.blocks import BlockLayer, first_output, own_rows, with_rows_added
+from peft.core.base.rows import rows_of, with_rows_added
+from peft.core.blocks.blocks import BlockLayer, first_output
 from peft.core.model.threads import OfThread
 from peft.tuners.shadow_utils import Call, loss_of
 
@@ -84,12 +85,12 @@ class ShadowLayer(BlockLayer, nn.Module):
         h = args[0] if args else kwargs.pop("hidden_states")
         acting = self.acting(h)
         for adapter, rows in acting:
-            own = adapter.cast(own_rows(h, rows))
+            own = adapter.cast(rows_of(h, rows))
             h = with_rows_added(h, adapter.change(own, self.states.of[adapter.name][1]).to(h.dtype), rows)
         output = self.base_layer(h, *args[1:], **kwargs)
         for adapter, rows in acting:
             states = self.states.of[adapter.name]
-            states[1] = adapter.next_state(states[1], adapter.cast(own_rows(first_output(output), rows)))
+            states[1] = adapter.next_state(states[1], adapter.cast(rows_of(first_output(output), rows)))
         return output
 
     def release(self) -> None:

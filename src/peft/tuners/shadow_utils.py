@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from peft.config import PeftConfig, option
+from peft.core.base.rows import rows_of
 from peft.core.blocks.blocks import find_blocks, first_output
 from peft.core.model.walk import embeddings_of
 
@@ -102,8 +103,7 @@ class Call:
         else:
             raise ValueError("a shadow network with embeddings of its own needs input_ids, not inputs_embeds.")
         tensors = {key: value for key, value in own.items() if isinstance(value, torch.Tensor)}
-        if rows is not None:
-            tensors = {key: v if len(v) == 1 else v.index_select(0, rows) for key, v in tensors.items()}
+        tensors = {key: v if len(v) == 1 else rows_of(v, rows) for key, v in tensors.items()}
         if self.caches and self.kwargs.get(self.cache_name) is None:
             self.kwargs[self.cache_name] = DynamicCache(config=self.config)
         cache = self.kwargs.get(self.cache_name)

@@ -17,7 +17,7 @@ from peft.core.families import ScaledBy, Sparse
 from peft.core.filling import skip_values
 from peft.core.layer.buffers import BufferDict
 from peft.core.model.registry import define_tuner
-from peft.utils.peft_types import PeftType
+from peft.peft_types import PeftType
 
 
 def random_mask(base_layer: nn.Module, r: int, random_seed: int | None = None, **kwargs: Any) -> torch.Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from peft.config import ExcludeModules, LayerSelection, ModulesToSave, TargetModules, option, resolve_pattern
-from peft.utils.error import ConfigError
+from peft.errors import ConfigError
 
 
 @dataclass

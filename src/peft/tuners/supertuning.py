@@ -19,9 +19,9 @@ from peft.core.filling import draw_like_linear
 from peft.core.layer.buffers import BufferDict
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.registry import define_tuner
+from peft.errors import ConfigError
 from peft.kernels.sparse import with_entries
-from peft.utils.error import ConfigError
-from peft.utils.peft_types import PeftType
+from peft.peft_types import PeftType
 
 
 @dataclass

@@ -19,7 +19,7 @@ from peft.core.layer.buffers import BufferDict
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.registry import define_tuner
 from peft.kernels.decompositions import halves, svd
-from peft.utils.peft_types import PeftType
+from peft.peft_types import PeftType
 
 
 @dataclass

@@ -12,8 +12,8 @@ from peft.core.model.auxiliary import TrainableTokens
 from peft.core.model.registry import define_tuner
 from peft.core.model.tuner import BaseTuner
 from peft.core.model.walk import embeddings_of, walk
-from peft.utils.error import ConfigError
-from peft.utils.peft_types import PeftType
+from peft.errors import ConfigError
+from peft.peft_types import PeftType
 
 
 @dataclass

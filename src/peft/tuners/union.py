@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 
 from peft.config import ORIGIN, ModulesToSave, PeftConfig, option
 from peft.core.model.mixed import MixedModel
-from peft.utils.error import ConfigError, ConfigTypeError, nearest
-from peft.utils.peft_types import PEFT_TYPE_TO_MIXED_MODEL_MAPPING, register_peft_method
+from peft.errors import ConfigError, ConfigTypeError, nearest
+from peft.peft_types import PEFT_TYPE_TO_MIXED_MODEL_MAPPING, register_peft_method
 
 
 @dataclass(init=False)

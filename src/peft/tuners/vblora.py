@@ -18,8 +18,8 @@ from peft.core.families import LowRank
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.registry import define_tuner
 from peft.core.model.tuner import BaseTuner
-from peft.utils.error import ConfigError
-from peft.utils.peft_types import PeftType
+from peft.errors import ConfigError
+from peft.peft_types import PeftType
 
 
 @dataclass

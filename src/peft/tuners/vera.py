@@ -10,8 +10,8 @@ import torch
 from peft.config import option
 from peft.core.adapter import input_dropout, part, setting, shared
 from peft.core.model.registry import define_tuner
+from peft.peft_types import PeftType
 from peft.tuners.vera_utils import SharedPair, SharedPairConfig, vera_pair
-from peft.utils.peft_types import PeftType
 
 
 @dataclass

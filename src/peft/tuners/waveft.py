@@ -18,9 +18,9 @@ from peft.core.families import ScaledBy, Sparse
 from peft.core.layer.buffers import BufferDict
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.registry import define_tuner
+from peft.errors import ConfigError
+from peft.peft_types import PeftType
 from peft.tuners.spectra import SpectrumConfig, random_places
-from peft.utils.error import ConfigError
-from peft.utils.peft_types import PeftType
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Constants, errors and functions around adapters. Resolved on first use, as the names of :mod:`peft` are."""
+"""Names at the paths by which the ecosystem imports them; what they name stands elsewhere. Resolved on first use."""
 
 from peft._lazy import lazy_module
 
@@ -57,7 +57,7 @@ __getattr__, __dir__, __all__ = lazy_module(
             "set_base_model_state_dict",
             "set_peft_model_state_dict",
         ),
-        "peft.utils.trained_modules": (
+        "peft.compat.trained_modules": (
             "_freeze_adapter",
             "_prepare_prompt_learning_config",
             "_set_adapter",

@@ -12,15 +12,18 @@ __getattr__, __dir__, _elsewhere = lazy_module(
             for name in vars(constants)
             if (name.isupper() and name[0] != "_") or name.endswith("postprocess_past_key_value")
         ],
-        "peft.compat.helpers": ["check_file_exists_on_hf_hub", "match_target_against_key"],
+        "peft.compat.helpers": [
+            "check_file_exists_on_hf_hub",
+            "get_gptqmodel_quant_linear",
+            "match_target_against_key",
+        ],
         "peft.core.model.auxiliary": [
             "AuxiliaryTrainingWrapper",
             "ModulesToSaveWrapper",
             "TrainableTokensWrapper",
         ],
         "peft.core.prompts.calls": ["shift_tokens_right"],
-        "peft.utils.gptq": ["get_gptqmodel_quant_linear"],
-        "peft.utils.trained_modules": [
+        "peft.compat.trained_modules": [
             "_freeze_adapter",
             "_prepare_prompt_learning_config",
             "_set_adapter",

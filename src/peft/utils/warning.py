@@ -1,9 +1,4 @@
-"""The warnings of the package."""
+"""The warnings of the package, at the path at which others import them."""
 
-
-class PeftWarning(UserWarning):
-    """Something was accepted, but the outcome may not be what was meant."""
-
-
-class UnusedEntryWarning(PeftWarning, RuntimeWarning):
-    """A config asks for something that does not happen; the message names it, and the nearest that there is."""
+from peft.errors import PeftWarning as PeftWarning
+from peft.errors import UnusedEntryWarning as UnusedEntryWarning

@@ -22,13 +22,13 @@ from peft.convert.rotary import rotated
 from peft.convert.source import Base, Bundle, Files, Format, Job, Source, one
 from peft.core.blocks.blocks import find_blocks
 from peft.core.files.io import PREFIX
+from peft.errors import ConfigError
 from peft.tuners.bottleneck import BottleneckConfig
 from peft.tuners.compacter import CompacterConfig
 from peft.tuners.ia3 import IA3Config
 from peft.tuners.invertible import InvertibleConfig
 from peft.tuners.prefix_tuning import PrefixTuningConfig
 from peft.tuners.union import UnionConfig
-from peft.utils.error import ConfigError
 
 
 _PARTS = {"lora_A": "down", "lora_B": "up"}

@@ -19,9 +19,9 @@ from peft.convert.formats.unet import is_authors, unet_to_diffusers
 from peft.convert.held import Held, Pair, Pairs, check_pair, held_of, magnitude_of, modules_of, pairs_of
 from peft.convert.names import component_of
 from peft.convert.source import Bundle, Files, Format, Job, Source
+from peft.errors import ConfigError
 from peft.options import value_of
 from peft.tuners.lora.config import LoraConfig, rank_fields
-from peft.utils.error import ConfigError
 
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "diffusion_model")

@@ -15,11 +15,22 @@ from typing import Any
 
 import torch
 
-from peft.convert.held import Held, Pair, Pairs, alpha_and_rank, held_of, is_lora, modules_of, on_modules, pairs_of
+from peft.convert.held import (
+    Held,
+    Pair,
+    Pairs,
+    alpha_and_rank,
+    held_of,
+    is_lora,
+    modules_of,
+    on_modules,
+    pairs_of,
+    without_whole_modules,
+)
 from peft.convert.source import Base, Bundle
+from peft.errors import ConfigError
 from peft.kernels.decompositions import face_splitting
 from peft.tuners.lokr import lokr_factor
-from peft.utils.error import ConfigError, some
 
 
 _MLP_RATIO = 4  # of the hidden size, in all of Flux
@@ -103,8 +114,10 @@ def as_in(held: Held, base: Base) -> Held:
     """The adapter on the modules of a base that is a Flux of one of the two sets of names; any other as it is."""
     here, there = modules_of(held), base.names
     if is_diffusers(there) and any(_parts_of(module) for module in here):
-        return to_diffusers(held)
-    return to_original(held) if is_original(there) and any(_whole_of(module) for module in here) else held
+        return to_diffusers(without_whole_modules(held, "Flux"))
+    if is_original(there) and any(_whole_of(module) for module in here):
+        return to_original(without_whole_modules(held, "Flux"))
+    return held
 
 
 def flux_encoders(bundle: Bundle) -> Bundle:
@@ -160,9 +173,7 @@ def _pairs(held: Held) -> Pairs:
 
 def _modules(held: Held) -> dict[str, dict[str, torch.Tensor]]:
     """The tensors of an adapter that has no whole modules."""
-    if saved := getattr(held.config, "modules_to_save", None):
-        raise ConfigError(f"whole modules have other names in Flux's two sets: {some(saved)}; take them out first.")
-    return held.by_module
+    return without_whole_modules(held, "Flux").by_module
 
 
 def _pair_of_loha(parts: dict[str, torch.Tensor], alpha: float, rank: int) -> Pair:

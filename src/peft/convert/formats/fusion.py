@@ -15,7 +15,7 @@ from peft.composition.expressions import Fuse
 from peft.convert.held import Held
 from peft.convert.source import Job, Source
 from peft.core.files.io import PREFIX
-from peft.utils.error import ConfigError
+from peft.errors import ConfigError
 
 
 CONFIG_NAME = "adapter_fusion_config.json"

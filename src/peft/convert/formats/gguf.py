@@ -13,7 +13,7 @@ import torch
 from peft.convert.held import Held, Pair, Pairs, check_pair, held_of, pairs_of
 from peft.convert.rotary import as_halves, as_pairs
 from peft.convert.source import Base, Bundle, Files, Format, Job, Source, one
-from peft.utils.error import CheckpointError, ConfigError
+from peft.errors import CheckpointError, ConfigError
 
 
 # transformers' model types -> llama.cpp's architecture, where matrices are kept as they are, but for q, k of ROTARY.

@@ -31,10 +31,10 @@ from peft.convert.held import Held, Pair, Pairs, as_saved, held_of, magnitude_of
 from peft.convert.names import TRANSFORMERS, component_of, dotted, flat, is_t5
 from peft.convert.source import Bundle, Files, Format, Job, Source
 from peft.core.files.io import PREFIX, separate
+from peft.errors import ConfigError
 from peft.tuners.loha import LoHaConfig
 from peft.tuners.lokr import LoKrConfig, factorization
 from peft.tuners.lora.config import rank_fields
-from peft.utils.error import ConfigError
 
 
 # Prefix of names in files -> component. The first that fits is taken; what is written is the first of a component.

@@ -16,12 +16,12 @@ from peft.convert.held import Held, Pair
 from peft.convert.source import Job
 from peft.core.files.io import PREFIX
 from peft.core.layer.weight import wide
+from peft.errors import ConfigError
 from peft.tuners.cayley import cayley
 from peft.tuners.ia3 import IA3Config
 from peft.tuners.ln_tuning import LNTuningConfig
 from peft.tuners.loha import loha_weight
 from peft.tuners.lokr import lokr_factor, lokr_weight
-from peft.utils.error import ConfigError
 
 
 Parts = dict[str, torch.Tensor]

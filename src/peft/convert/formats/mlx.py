@@ -16,8 +16,8 @@ from peft.convert.formats.kohya import saver
 from peft.convert.held import Pair, Pairs, alpha_of_scale, check_pair, held_of, pairs_of
 from peft.convert.source import Bundle, Files, Format, Job, Source, one
 from peft.core.files.io import PREFIX
+from peft.errors import ConfigError
 from peft.kernels.decompositions import resized
-from peft.utils.error import ConfigError
 
 
 # Beginnings of names in transformers -> in MLX-LM, by model type, the first that fits; others are called alike.

@@ -10,7 +10,7 @@ from peft.convert.formats.mlx import as_json
 from peft.convert.held import Pair, Pairs, check_pair, held_of, pairs_of
 from peft.convert.rotary import as_halves, as_pairs
 from peft.convert.source import Base, Bundle, Files, Format, Job, Source, one
-from peft.utils.error import ConfigError
+from peft.errors import ConfigError
 
 
 # Parts of names in torchtune -> in transformers; what is not here is called alike.

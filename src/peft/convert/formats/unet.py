@@ -9,10 +9,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from peft.convert.held import Held, Pairs, alpha_and_rank, held_of, is_lora, modules_of, on_modules, pairs_of
+from peft.convert.held import (
+    Held,
+    Pairs,
+    alpha_and_rank,
+    held_of,
+    is_lora,
+    modules_of,
+    on_modules,
+    pairs_of,
+    without_whole_modules,
+)
 from peft.convert.names import UNET_OF_AUTHORS, UNET_OF_DIFFUSERS
 from peft.convert.source import Base
-from peft.utils.error import ConfigError
+from peft.errors import ConfigError
 
 
 _RESNET = {
@@ -89,18 +99,21 @@ def unet_to_diffusers(held: Held) -> Held:
         ConfigError: a module has no counterpart, or the method has no ranks by module.
     """
     if is_lora(held):
-        found = pairs_of(held)
-        return held_of(Pairs({diffusers_name(m): pair for m, pair in found.pairs.items()}, found.others, found.rslora))
+        pairs = pairs_of(held)
+        return held_of(Pairs({diffusers_name(m): pair for m, pair in pairs.pairs.items()}, pairs.others, pairs.rslora))
     if held.method not in ("LOHA", "LOKR"):
         raise ConfigError(
             f"a UNet's two sets of names are changed in LoRA, LoHa and LoKr, and this adapter is {held.method}: make "
             "a LoRA of it by save_as_lora first."
         )
-    names = {module: diffusers_name(module) for module in held.by_module}
-    modules = {names[module]: parts for module, parts in held.by_module.items()}
+    found = without_whole_modules(held, "a UNet").by_module
+    names = {module: diffusers_name(module) for module in found}
+    modules = {names[module]: parts for module, parts in found.items()}
     return on_modules(held, modules, {name: alpha_and_rank(held, module) for module, name in names.items()})
 
 
 def unet_as_in(held: Held, base: Base) -> Held:
     """The adapter on the modules of a base that is a UNet of diffusers; any other as it is."""
-    return unet_to_diffusers(held) if has_unet(base.names) and is_authors(modules_of(held)) else held
+    if has_unet(base.names) and is_authors(modules_of(held)):
+        return unet_to_diffusers(without_whole_modules(held, "a UNet"))
+    return held

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from peft.core.base.rows import joined, rows_of
 from peft.core.base.storage import foreign_linear
 from peft.core.filling import unfilled, unfilled_linear
-from peft.utils.error import MeaninglessError, NoEqualWeightError, WrongTypeError
+from peft.errors import MeaninglessError, NoEqualWeightError, WrongTypeError
 
 
 class Kind:
@@ -157,12 +158,11 @@ class Kind:
 
     def take_rows(self, m: nn.Module, args: tuple, kwargs: dict, rows: torch.Tensor) -> tuple[tuple, dict]:
         """The call's inputs for some rows of the batch."""
-        return (args[0].index_select(self.batch_axis(m), rows), *args[1:]), kwargs
+        return (rows_of(args[0], rows, self.batch_axis(m)), *args[1:]), kwargs
 
     def join_rows(self, m: nn.Module, parts: list[Any], order: torch.Tensor) -> Any:
         """The outputs of several groups of rows, put back into the order of the batch."""
-        axis = self.batch_axis(m)
-        return self.with_tensor(parts[0], torch.cat([*map(self.tensor_in, parts)], axis).index_select(axis, order))
+        return self.with_tensor(parts[0], joined([*map(self.tensor_in, parts)], order, self.batch_axis(m)))
 
 
 class Linear(Kind):
@@ -340,20 +340,19 @@ class Attention(Kind):
         call = dict(zip(names, args), **kwargs)
         batch = call["query"].shape[self.batch_axis(m)]
         for name in ("query", "key", "value"):
-            call[name] = call[name].index_select(self.batch_axis(m), rows)
+            call[name] = rows_of(call[name], rows, self.batch_axis(m))
         if call.get("key_padding_mask") is not None:
-            call["key_padding_mask"] = call["key_padding_mask"].index_select(0, rows)
+            call["key_padding_mask"] = rows_of(call["key_padding_mask"], rows)
         # Of three dimensions, it holds a mask for each head: batch and heads share the first axis.
         mask = call.get("attn_mask")
         if mask is not None and mask.dim() == 3:
-            call["attn_mask"] = mask.unflatten(0, (batch, -1)).index_select(0, rows).flatten(0, 1)
+            call["attn_mask"] = rows_of(mask.unflatten(0, (batch, -1)), rows).flatten(0, 1)
         return (), call
 
     def join_rows(self, m: nn.Module, parts: list[Any], order: torch.Tensor) -> Any:
-        axis = self.batch_axis(m)
         outputs, weights = zip(*parts)
-        joined = torch.cat(outputs, axis).index_select(axis, order)
-        return joined, None if weights[0] is None else torch.cat(weights).index_select(0, order)
+        averages = None if weights[0] is None else joined(weights, order)
+        return joined(outputs, order, self.batch_axis(m)), averages
 
 
 class Whole(Kind):
@@ -386,7 +385,7 @@ class Whole(Kind):
         if args:
             return super().take_rows(m, args, kwargs, rows)
         first = next(iter(kwargs))
-        return (), {**kwargs, first: kwargs[first].index_select(0, rows)}
+        return (), {**kwargs, first: rows_of(kwargs[first], rows)}
 
     def join_rows(self, m: nn.Module, parts: list[Any], order: torch.Tensor) -> Any:
         if not all(isinstance(part, torch.Tensor) for part in parts):
@@ -416,6 +415,11 @@ KINDS: list[Kind] = [
 def kind_of(m: nn.Module) -> Kind | None:
     """The kind of a base layer, or None where no kind knows it."""
     return next((kind for kind in KINDS if kind.matches(m)), None)
+
+
+def innermost(module: Any) -> nn.Module:
+    """The layer inside an adapted one; any other module as it is."""
+    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
 
 
 def foreign_kind(layer_cls: type, m: nn.Module) -> Kind | None:

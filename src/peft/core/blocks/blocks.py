@@ -13,6 +13,7 @@ from torch import nn
 from peft.core.adapter import Adapter
 from peft.core.addition import Addition, NoSum
 from peft.core.base.kinds import kind_of
+from peft.core.base.rows import rows_of, with_rows_added
 from peft.core.layer.composed import Change, Composed, change_of, made_of
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.roles import entries_around, find_roles
@@ -205,7 +206,7 @@ class BlockLayer(BaseTunerLayer):
             derive: what the first of ``given`` is for a state that other members of a stack have changed.
         """
         for adapter, rows in self.acting(onto):
-            first, *rest = (own_rows(x, rows) for x in (state, *given))
+            first, *rest = (rows_of(x, rows) for x in (state, *given))
 
             def own(leaf: Any, now: torch.Tensor, first: torch.Tensor = first, rest: Any = rest) -> Change | None:
                 made = rest if derive is None or now is first else [derive(now), *rest[1:]]
@@ -236,16 +237,6 @@ class BlockAdapter(Adapter):
 
     def unmergeable(self) -> str | None:
         return "it acts on what a whole module computes, so no one weight equals it"
-
-
-def own_rows(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-    """The rows of a batch ``[batch, ...]`` that an adapter acts on; None: all."""
-    return x if rows is None else x.index_select(0, rows)
-
-
-def with_rows_added(x: torch.Tensor, new: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-    """A batch with what was made of :func:`own_rows` added to them."""
-    return x + new if rows is None else x.index_add(0, rows, new)
 
 
 def first_input(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:

@@ -46,9 +46,9 @@ from peft.core.blocks.blocks import (
 from peft.core.layer.composed import Change
 from peft.core.model.threads import OfThread
 from peft.core.model.walk import locate, parent_of
-from peft.utils.error import NoMatchingPeftModuleError
-from peft.utils.meanwhile import in_mode
-from peft.utils.usage import note
+from peft.errors import NoMatchingPeftModuleError
+from peft.meanwhile import in_mode
+from peft.usage import note
 
 
 class Seen(OfThread):
@@ -287,7 +287,7 @@ class InsertTuner(BlockTuner):
                 f"blocks, of which leave_out={config.leave_out} are left out, and what is asked for stands at "
                 f"{', '.join(roles) or 'no sub-layer'}."
             )
-        return [BlockTarget(block.key, locate(model, block.key).module, None, block=block) for block in chosen]
+        return [BlockTarget(block.key, locate(model, block.key).module, block=block) for block in chosen]
 
 
 def outermost(block: nn.Module, name: str) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from peft.core.base.stack import Stack
+from peft.core.layer.classes import is_own
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.rewritten import combine_starts
 from peft.core.model import operations
@@ -18,7 +19,7 @@ from peft.core.model.auxiliary import AuxiliaryTrainingWrapper, biases_of
 from peft.core.model.manager import check_adapter_name
 from peft.core.model.targeting import exact_targets
 from peft.core.model.walk import walk, wrappers_of
-from peft.utils.error import CONVERSION
+from peft.errors import CONVERSION
 
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def checked_weights(tuner: BaseTuner, adapters: Sequence[str], weights: Sequence
 def tuner_layers(tuner: BaseTuner) -> list[tuple[str, BaseTunerLayer]]:
     """The tuner's own layers, by the names of what they adapt in the unadapted model."""
     around = ((site.key, wrapper) for site in walk(tuner.model) for _, wrapper in site.wrappers)
-    return [(w.kind.target_name(key), w) for key, w in around if isinstance(w, tuner.layer_cls)]
+    return [(w.kind.target_name(key), w) for key, w in around if is_own(w, tuner.layer_cls)]
 
 
 # --- the new adapter ------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ from peft.core.combine.combined import add_combined, checked_weights, combined_c
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.weight import wide
 from peft.core.model.manager import check_adapter_name
+from peft.errors import CONVERSION
 from peft.kernels.decompositions import resized
-from peft.utils.error import CONVERSION
 
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """The ways in which several adapters become one: of their factors, or of what they add to a weight.
 
-The formulas are in :mod:`peft.utils.merge_utils`.
+The formulas are in :mod:`peft.kernels.task_tensors`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 from peft.core.adapter import Adapter
 from peft.core.combine.names import WAYS, CombinationType, Vote, Way
 from peft.core.layer.weight import bias_change, weight_change, wide
-from peft.utils.error import ConfigChoiceError, WrongTypeError, nearest
-from peft.utils.merge_utils import aligned, prune, task_arithmetic, ties
+from peft.errors import ConfigChoiceError, WrongTypeError, nearest
+from peft.kernels.task_tensors import aligned, prune, task_arithmetic, ties
 
 
 Part = tuple[Adapter, float]  # an adapter in a layer, and its weight

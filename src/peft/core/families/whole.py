@@ -13,7 +13,7 @@ from peft.core.addition import Addition, Replaces
 from peft.core.base.kinds import Kind
 from peft.core.base.storage import copied
 from peft.core.layer.weight import base_bias, base_weight
-from peft.utils.error import OutOfRangeError
+from peft.errors import OutOfRangeError
 
 
 class Copy(Adapter):

@@ -16,7 +16,6 @@ Nothing here imports torch, safetensors or huggingface_hub until it is needed.
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import re
@@ -26,7 +25,16 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from peft.utils.error import CheckpointError, MissingFileError, NotAFolderError, WrongTypeError, damaged, some
+from peft.core.files.hub import any_of, download, folders_with
+from peft.errors import (
+    CheckpointError,
+    MissingFileError,
+    NotAFolderError,
+    WrongTypeError,
+    damaged,
+    nearest,
+    some,
+)
 
 
 if TYPE_CHECKING:
@@ -82,54 +90,20 @@ def locate(where: str | os.PathLike, *names: str, subfolder: str | None = None, 
         raise WrongTypeError(f"an adapter is found by its folder, or by its name on the hub, not by {where!r}.")
     where = os.fspath(where)
     if not os.path.isdir(where):
-        return _download(where, names, subfolder, hub)
+        return download(where, names, subfolder, hub)
     folder = os.path.join(where, subfolder) if subfolder else where
     if not os.path.isdir(folder):
-        raise MissingFileError(f"The folder {where!r} has no sub-folder {subfolder!r} with {_any_of(names)}.")
+        hint = nearest(subfolder, folders_with(where, names))
+        raise MissingFileError(f"The folder {where!r} has no sub-folder {subfolder!r} with {any_of(names)}.{hint}")
     with suppress(OSError):  # a folder that cannot be written
         _settle(folder)
     for name in names:
         if (path := _current(folder, name)) is not None:
             return path
-    inside = sorted(n for n in os.listdir(folder) if any(os.path.isfile(os.path.join(folder, n, x)) for x in names))
+    inside = folders_with(folder, names)
     there = some({n for n in os.listdir(folder) if not n.startswith(".")}, 8) or "nothing"
     hint = f"Adapters are in its sub-folders {inside}: name one as `subfolder`." if inside else f"It holds {there}."
-    raise MissingFileError(f"Can't find {_any_of(names)} in the folder {folder!r}. {hint}")
-
-
-def _any_of(names: Iterable[str]) -> str:
-    return " or ".join(map(repr, names))
-
-
-def _download(repo_id: str, names: tuple[str, ...], subfolder: str | None, hub: dict[str, Any]) -> str:
-    from huggingface_hub import errors, hf_hub_download
-
-    if "use_auth_token" in hub:
-        hub.setdefault("token", hub["use_auth_token"])
-    accepted = inspect.signature(hf_hub_download).parameters
-    options = {name: value for name, value in hub.items() if name in accepted}
-    wanted = _any_of(f"{subfolder}/{name}" if subfolder else name for name in names)
-    start = f"Can't find the adapter {repo_id!r}: it is no local folder, and "
-    reason, cause = "", None  # type: tuple[str, Exception | None]
-    for name in names:
-        try:
-            return hf_hub_download(repo_id, name, subfolder=subfolder, **options)
-        except errors.HFValidationError as error:
-            reason, cause = "it is no valid repository id ('user/name') of the model hub.", error
-        except errors.LocalEntryNotFoundError as error:
-            reason, cause = f"the hub was not reached and {wanted} is not in the local cache.", error
-        except errors.EntryNotFoundError as error:
-            reason = f"the hub repository has no {wanted}. It may hold a full model, or need a `subfolder`."
-            cause = error
-        except errors.RevisionNotFoundError as error:
-            reason, cause = f"the hub repository has no revision {options.get('revision')!r}.", error
-        except errors.RepositoryNotFoundError as error:
-            reason, cause = "the hub has no such repository, or it is private and needs a `token`.", error
-        except (errors.HfHubHTTPError, OSError, ValueError) as error:
-            reason, cause = f"{wanted} could not be downloaded from the hub: {error}", error
-        if not isinstance(cause, errors.EntryNotFoundError):
-            break
-    raise MissingFileError(start + reason) from cause
+    raise MissingFileError(f"Can't find {any_of(names)} in the folder {folder!r}. {hint}")
 
 
 def locate_weights(where: str | os.PathLike, subfolder: str | None = None, **hub: Any) -> list[str]:

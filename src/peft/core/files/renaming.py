@@ -20,8 +20,8 @@ from peft.core.adapter import LABEL
 from peft.core.files.io import renamed
 from peft.core.model.targeting import matches, means_all_linear
 from peft.core.model.walk import names_of_modules, plain_names, walk
-from peft.utils.error import NoMatchingPeftModuleError, some
-from peft.utils.peft_types import RENAMED_METHODS
+from peft.errors import NoMatchingPeftModuleError, some
+from peft.peft_types import RENAMED_METHODS
 
 
 _FIELDS = ("target_modules", "exclude_modules", "modules_to_save", "feedforward_modules")

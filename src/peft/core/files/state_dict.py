@@ -34,7 +34,7 @@ from peft.core.model.walk import (
     walk,
 )
 from peft.core.prompts import Prompts
-from peft.utils.error import CheckpointError, some
+from peft.errors import CheckpointError, some
 
 
 class LoadResult(NamedTuple):

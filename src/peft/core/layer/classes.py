@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 from torch import nn
 
@@ -12,6 +12,8 @@ from peft.core.base.kinds import Kind
 from peft.core.base.storage import storage_of
 from peft.core.layer.layer import BaseTunerLayer
 
+
+Own = TypeVar("Own", bound=BaseTunerLayer)
 
 # Names of adapted layers: one class for each, over the method's one layer, for isinstance tests and printed models.
 LAYER_NAMES = (
@@ -72,3 +74,8 @@ def class_for(layer_cls: type[BaseTunerLayer], kind: Kind, module: nn.Module) ->
         return layer_cls
     special = storage_of(module, kind.weight).layer_name
     return layer_cls.by_name[special if special in layer_cls.by_name else kind.name]
+
+
+def is_own(module: Any, layer_cls: type[Own]) -> TypeGuard[Own]:
+    """Whether a module is such a layer and holds adapters of its method: a class below it may hold another's."""
+    return isinstance(module, layer_cls) and issubclass(module.adapter_cls, layer_cls.adapter_cls)

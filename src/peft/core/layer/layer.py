@@ -25,8 +25,8 @@ from peft.core.layer.rewritten import Rewritten, follow, give_back, give_back_un
 from peft.core.layer.room import held_constant, hold, make_more_room, make_room, names_held, set_mode
 from peft.core.layer.rows import mixed
 from peft.core.model.context import Context
+from peft.errors import WrongTypeError
 from peft.kernels.grouped import forget
-from peft.utils.error import WrongTypeError
 
 
 _UNREADABLE = (
@@ -66,13 +66,13 @@ class BaseTunerLayer(Unconstructed, ReadThrough):
     merge_error = 0.0
     _storage: Noted | None
     _seen: Seen | None = None
-    _may_add: ClassVar[bool] = True  # its adapters have factors, so a call may be lean
+    _may_add: ClassVar[bool] = False  # a call may be lean
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "adapter_cls" in vars(cls):
             cls.adapter_layer_names, cls.other_param_names = names_held(cls.adapter_cls)
-            cls._may_add = cls.adapter_cls.factors is not Adapter.factors
+            cls._may_add = routes.only_adds(cls.adapter_cls)  # type: ignore[arg-type]
 
     def __init__(
         self,

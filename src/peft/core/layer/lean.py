@@ -8,7 +8,6 @@ steps with an input of a size for which autograd's own operations are not the be
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,9 +17,9 @@ from torch.utils.hooks import RemovableHandle
 from peft.core.adapter import Adapter
 from peft.core.base.kinds import Kind, Linear
 from peft.core.base.storage import Plain, Storage, storage_of
-from peft.core.layer.routes import all_factors
+from peft.core.layer.routes import all_factors, only_adds
 from peft.kernels.few import is_few
-from peft.kernels.linear import Factors, are_few, inferred, is_eager, is_hooked, with_few
+from peft.kernels.linear import Factors, are_few, inferred, is_eager, with_few
 from peft.kernels.strict import is_plain
 
 
@@ -46,18 +45,15 @@ def lean(layer: BaseTunerLayer, x: torch.Tensor) -> torch.Tensor | None:
     if seen is not None and (y := seen.output(state, active[0], x, trains)) is not None:
         return y
     adapter = state["adapters"].get(active[0])
-    if adapter is None or not _only_adds(type(adapter)):  # type: ignore[arg-type]
+    if adapter is None or not only_adds(type(adapter)):  # type: ignore[arg-type]
         return None
-    # what BaseTunerLayer.bypass_matrix asks, of a linear layer of torch's own
-    base, storage = state["_modules"]["base_layer"], state["_storage"]
-    if type(base) is not nn.Linear or storage is None or not storage.own or is_hooked(base):
+    base, known = state["_modules"]["base_layer"], state["_storage"]
+    if type(base) is not nn.Linear or known is None or not known.own:
         return None
-    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
-    if type(weight) is not nn.Parameter or hasattr(weight, "ds_id"):
+    weight = known.storage.direct_weight(base, "weight", frozen=False)
+    if weight is None or hasattr(weight, "ds_id") or weight.dtype is not x.dtype or weight.device != x.device:
         return None
-    if type(bias) not in _BIASES or weight.dtype is not x.dtype or weight.device != x.device:
-        return None
-    factors = all_factors(layer, (adapter,), x, trains)
+    factors, bias = all_factors(layer, (adapter,), x, trains), base._parameters.get("bias")
     if factors is None:
         return None
     drops = bool(factors[0].dropout)
@@ -175,11 +171,3 @@ def noted(kind: Kind, key: tuple, base: nn.Module) -> Noted:
 
 
 _OWN = (nn.Linear, nn.Parameter, None, False, 0)
-
-
-@functools.cache
-def _only_adds(cls: Any) -> bool:
-    """Whether adapters of a class have factors, and no other way to act while they do."""
-    kernel = cls.kernel.__func__ is not Adapter.kernel.__func__  # type: ignore[attr-defined]
-    own = kernel or cls.stand_in is not Adapter.stand_in or cls.changes_input
-    return not own and cls.factors is not Adapter.factors

@@ -170,6 +170,12 @@ def ways_of(cls: type[Adapter]) -> tuple[Callable[..., Any], ...]:
     return tuple(route for route in ROUTES if not vain.get(route))
 
 
+@functools.cache
+def only_adds(cls: type[Adapter]) -> bool:
+    """Whether adapters of a class have factors, and no other way to act while they do."""
+    return {stand_in, by_kernel, low_rank}.intersection(ways_of(cls)) == {low_rank}  # type: ignore[arg-type]
+
+
 def input_first(layer: BaseTunerLayer, kwargs: Keywords) -> tuple[tuple, Keywords]:
     """A call by keywords, with the layer's input in first place: by its name in the base layer's forward, or ``x``."""
     own = next(iter(inspect.signature(layer.get_base_layer().forward).parameters), "x")

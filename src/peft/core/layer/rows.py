@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd import Function
 
+from peft.core.base.rows import joined, rows_of
 from peft.core.layer.composed import in_order, made_of
 from peft.core.layer.parallel import several_processes, team_of
 from peft.core.layer.rewritten import refuse_several_bases
@@ -146,20 +147,20 @@ def _updates(
 ) -> torch.Tensor:
     """One call of the base layer for all rows, and what each adapter makes of its own."""
     x, *rest = args
-    rows_of = [x.index_select(0, rows) for _, rows in groups.parts]
+    owned = [rows_of(x, rows) for _, rows in groups.parts]
     inner = x
     if any(adapter is not None and adapter.changes_input for adapter in adapters):
         turned = [
             part if adapter is None else adapter.input(adapter.cast(part)).to(x.dtype)
-            for adapter, part in zip(adapters, rows_of)
+            for adapter, part in zip(adapters, owned)
         ]
-        inner = torch.cat(turned).index_select(0, groups.order)
+        inner = joined(turned, groups.order)
     base_y = layer.base_layer(inner, *rest, **kwargs)
     parts = []
-    for adapter, own, (_, rows) in zip(adapters, rows_of, groups.parts):
-        part = base_y.index_select(0, rows)
+    for adapter, own, (_, rows) in zip(adapters, owned, groups.parts):
+        part = rows_of(base_y, rows)
         if adapter is not None:
             with layer.context.on_rows(rows, len(x)):
                 part = adapter.output(adapter.cast(own), part, part).to(base_y.dtype)
         parts.append(part)
-    return torch.cat(parts).index_select(0, groups.order)
+    return joined(parts, groups.order)

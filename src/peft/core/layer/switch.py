@@ -105,6 +105,7 @@ class Switch:
         for name in trained:
             self.set_requires_grad(name, not inference_mode)
         self.__dict__["_active_adapter"] = names  # a module looks into each value that is set
+        self.__dict__["_paused"] = []  # those that were switched off before have been told anew whether they train
         self.switched()
 
     def training_names(self) -> list[str]:

@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from peft.core.base.storage import Plain, storage_of
+from peft.errors import CheckpointError, NoEqualWeightError
 from peft.kernels.few import is_small
 from peft.kernels.made_weight import made_product
 from peft.kernels.strict import forbid_dense
-from peft.utils.error import CheckpointError, NoEqualWeightError
 
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from peft.core.adapter import part
-from peft.core.base.kinds import WHOLE, kind_of
+from peft.core.base.kinds import WHOLE, innermost, kind_of
 from peft.core.base.storage import copied, offloading_hook
 from peft.core.base.storage.sharded import MARKS, tensors_in
 from peft.core.composition import Composition
@@ -20,7 +20,7 @@ from peft.core.layer.classes import class_for, layer_class
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.record import known_record
 from peft.core.model.walk import AuxiliaryWrapper, Site, file_path, join, replace_module, walk
-from peft.utils.error import ConfigError, WrongTypeError
+from peft.errors import ConfigError, WrongTypeError
 
 
 class AuxiliaryTrainingWrapper(AuxiliaryWrapper):
@@ -90,7 +90,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
 
     def update(self, adapter_name: str, tied_module: nn.Module | None = None, **kwargs: Any) -> None:
         source = self.original_module
-        duplicate = copied(source.get_base_layer() if isinstance(source, BaseTunerLayer) else source)
+        duplicate = copied(innermost(source))
         for site in [site for site in walk(duplicate) if site.wrappers]:  # adapters inside it stay with the original
             replace_module(duplicate, site.key, site.module)
         for p in duplicate.parameters():
@@ -220,7 +220,7 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
     token_adapter: BaseTunerLayer
 
     def _wrap(self, module: nn.Module) -> None:
-        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        base = innermost(module)
         kind = kind_of(base) or WHOLE
         if reason := TrainableTokens.refusal(kind, base, None):
             raise WrongTypeError(f"trainable_token_indices cannot be applied to a {type(base).__name__}: {reason}.")

@@ -31,8 +31,8 @@ from peft.core.model.walk import (
     replace_module,
     walk,
 )
-from peft.utils.error import some
-from peft.utils.usage import counts, near, recording
+from peft.errors import some
+from peft.usage import counts, near, recording
 
 
 # Heads that task classes add to modules_to_save by themselves; that a model lacks some of them is no mistake.

@@ -17,7 +17,7 @@ from peft.core.composition import Composition, alternatives
 from peft.core.layer.together import Readers
 from peft.core.model.sequence import Tokens, note_in_cache, tokens_of
 from peft.core.model.threads import Common, Facts
-from peft.utils.meanwhile import having
+from peft.meanwhile import having
 
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from torch import nn
 from peft.core.layer import weight as weights
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.walk import layers_of, locate, walk
-from peft.utils.error import UndeclaredBiasError, some
+from peft.errors import UndeclaredBiasError, some
 
 
 def new_biases(model: nn.Module, adapter_names: list[str] | None) -> set[str]:

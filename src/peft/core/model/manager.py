@@ -14,7 +14,7 @@ from peft.core.model import operations
 from peft.core.model.gradient_checkpointing import stop_watching, watch_checkpointing
 from peft.core.model.record import drop_record
 from peft.core.model.walk import surveyed
-from peft.utils.error import AdapterNameError
+from peft.errors import AdapterNameError
 
 
 INTERFACE = (
@@ -32,7 +32,8 @@ class Manager:
     Attributes:
         model: the base model, with the adapters in it.
         peft_config: adapter name -> config.
-        active_adapter: the adapter that acts, or a list where several do or none.
+        active_adapter: the adapters that act, as :meth:`set_adapter` got them: one name or a list; a list from the
+            start, and after one was deleted.
         mixes: whether its adapters may be of different methods.
         MEANINGLESS: operations that mean nothing for the method -> why, and what to do instead.
     """
@@ -48,7 +49,7 @@ class Manager:
         """Take a model over, with a first adapter; ``options`` are those of ``inject_adapter``."""
         self.model, self.peft_config, self.active_adapter = model, configs, adapter_name
         self.inject_adapter(model, adapter_name, *options)
-        self.set_adapter(adapter_name, inference_mode=configs[adapter_name].inference_mode)
+        self.set_adapter([adapter_name], inference_mode=configs[adapter_name].inference_mode)
         model.peft_config = configs  # type: ignore[assignment]  # a further manager of the model learns of them here
         watch_checkpointing(model)
 
@@ -134,9 +135,9 @@ class Manager:
             held = self.peft_config.keys() & operations.adapters_of(self.model)
             other = min(held, default=next(iter(self.peft_config)))
             warnings.warn(f"adapter {adapter_name!r} was active; {other!r} is active now.")
-            self.set_adapter(other)
-        else:
-            self.active_adapter = left[0] if len(left) == 1 else left
+            self.set_adapter([other])
+        elif adapter_name in self.active_adapters:
+            self.active_adapter = left
 
     def forget(self, adapter_name: str) -> None:
         """Drop what else is kept for an adapter; called when that is deleted."""
@@ -155,7 +156,12 @@ class Manager:
 
 def check_adapter_name(name: str, taken: Sequence[str] = ()) -> None:
     """Raise AdapterNameError for a name that cannot be a module name, or that is taken."""
-    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
+    if not isinstance(name, str):
+        raise AdapterNameError(
+            f"{repr(name)[:40]} cannot be the name of an adapter: names are strings. In add_adapter the name comes "
+            "before the config, in get_peft_model after it."
+        )
+    if not name or "." in name or hasattr(nn.ModuleDict(), name):
         raise AdapterNameError(
             f"{name!r} cannot be the name of an adapter: names are non-empty, have no dot, and are not those of "
             "what an nn.ModuleDict has (such as 'keys' or 'training')."

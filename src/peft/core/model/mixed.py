@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from peft.core.combine.combined import checked_weights
+from peft.core.layer.classes import is_own
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.switch import Switch
 from peft.core.layer.weight import layers_inside
@@ -23,8 +24,8 @@ from peft.core.model.replacing import replacing
 from peft.core.model.tuner import BaseTuner
 from peft.core.model.walk import layers_of
 from peft.core.prompts import NOTHING_TO_MERGE, PLAIN, PromptTuner, Task
-from peft.utils.error import CONVERSION, ConfigError, some
-from peft.utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.errors import CONVERSION, ConfigError, some
+from peft.peft_types import PEFT_TYPE_TO_TUNER_MAPPING
 
 
 class MembersOf(MutableMapping):
@@ -193,7 +194,7 @@ class MixedModel(BaseTuner):
             if isinstance(part, PromptTuner):
                 found[method] = NOTHING_TO_MERGE.format(method="it").partition(", so")[0]
                 continue
-            layers = (layer for _, layer in layers_of(self.model) if isinstance(layer, part.layer_cls))
+            layers = (layer for _, layer in layers_of(self.model) if is_own(layer, part.layer_cls))
             here = (layer.adapters[adapter_name] for layer in layers if adapter_name in layer)
             if reason := next((reason for adapter in here if (reason := adapter.unmergeable())), None):
                 found[method] = reason.partition(". ")[0]

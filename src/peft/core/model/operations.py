@@ -30,7 +30,7 @@ from peft.core.model.walk import (
     walk,
     wrappers_of,
 )
-from peft.utils.error import UnknownAdapterError, WrongTypeError
+from peft.errors import UnknownAdapterError, WrongTypeError
 
 
 def names_of(adapter_names: str | Sequence[str]) -> list[str]:

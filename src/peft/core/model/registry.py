@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from peft import default_targets
 from peft.compat import alias_submodules
 from peft.compat.readable import make_readable
 from peft.core.adapter import Adapter
@@ -12,8 +13,7 @@ from peft.core.layer.classes import layer_class, prefix_of
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.tuner import BaseTuner
 from peft.options import value_of
-from peft.utils import constants
-from peft.utils.peft_types import register_peft_method
+from peft.peft_types import register_peft_method
 
 
 def define_tuner(
@@ -48,10 +48,11 @@ def define_tuner(
     layer_cls = layer_class(adapter_cls, layer, f"{stem}Layer")
     vars(module).setdefault(layer_cls.__name__, layer_cls)  # where pickles and clients look for it
     for name, cls in layer_cls.by_name.items():
-        vars(module).setdefault(name, cls)
+        if vars(module).setdefault(name, cls) is cls:  # where scripts that print or compare class names expect it
+            cls.__qualname__ = name
     method = str(value_of(config_cls.METHOD))
     make_readable(method.lower(), layer_cls)
-    table = getattr(constants, f"TRANSFORMERS_MODELS_TO_{method.replace('_', '')}_TARGET_MODULES_MAPPING", {})
+    table = getattr(default_targets, f"TRANSFORMERS_MODELS_TO_{method.replace('_', '')}_TARGET_MODULES_MAPPING", {})
     members = {
         "layer_cls": layer_cls,
         "tuner_layer_cls": layer_cls,

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from peft.core.model.record import drop_if_empty, known_record, record_of
-from peft.utils.error import OutOfRangeError
+from peft.errors import OutOfRangeError
 
 
 class Replication:

@@ -9,20 +9,22 @@ from typing import Any
 
 from torch import nn
 
-from peft.core.base.kinds import Kind, kind_names, kind_of
+from peft.core.base.kinds import WHOLE, Kind, kind_names, kind_of
 from peft.core.base.stack import Stack
 from peft.core.base.storage import untrainable, weight_names
+from peft.core.layer.classes import is_own
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.roles import find_roles
 from peft.core.model.walk import Site, embeddings_of, join, locate, names_of_modules, walk
-from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_NAMES
-from peft.utils.error import NoMatchingPeftModuleError, some
-from peft.utils.usage import counts, near, note, remark
+from peft.default_targets import INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_NAMES
+from peft.errors import NoMatchingPeftModuleError, some
+from peft.usage import counts, near, note, remark
 
 
 @dataclass
 class Target:
-    """One module to adapt: its name in the unadapted model, the kind of layer it is, and what it is tied to.
+    """One module to adapt: its name in the unadapted model, the kind of layer it is (:data:`WHOLE` where that is of no
+    concern), and what it is tied to.
 
     ``called`` is the name by which the config means a module that has several, ``site`` where it was found, ``config``
     one that counts for it alone, in the place of the adapter's.
@@ -30,7 +32,7 @@ class Target:
 
     key: str
     module: nn.Module
-    kind: Kind | None
+    kind: Kind = WHOLE
     tied_to: str | None = None
     called: str | None = None
     site: Site | None = None
@@ -241,10 +243,9 @@ def find_targets(
         meant = [name for name in called if config.target_modules and selected(config, name)]
         if meant and site.key not in companions:
             own = not foreign(site.module)
-            target = module_target(config, site, layer_cls) if own else Target(site.key, site.module, None)
+            target = module_target(config, site, layer_cls) if own else Target(site.key, site.module)
             target.called = meant[0]
-            apart = target.kind is None or layer_cls.adapter_cls.any_module
-            for child in target.kind.companions if target.kind is not None and not apart else ():
+            for child in () if layer_cls.adapter_cls.any_module else target.kind.companions:
                 companions.add(join(site.key, child))
                 inner = next(s for s in sites if s.key == join(site.key, child))
                 found.append(module_target(config, inner, layer_cls))
@@ -264,7 +265,7 @@ def _with_ties(found: list[Target], sites: list[Site], config: Any, layer_cls: t
     for site in sites:
         if (weight := site.module._parameters.get("weight")) is not None:
             by_weight.setdefault(id(weight), []).append(site)
-    result = {target.kind.target_name(target.key) if target.kind else target.key: target for target in found}
+    result = {target.kind.target_name(target.key): target for target in found}
     for target in found:
         group = by_weight.get(id(target.module._parameters.get("weight")), [])
         if len(group) < 2:
@@ -301,7 +302,7 @@ def module_target(config: Any, site: Site, layer_cls: type[BaseTunerLayer]) -> T
     reason: str | None = f"it is none of {', '.join(kind_names())}"
     if adapter_cls.any_module:  # it trains a copy, or stands beside
         reason = untrainable(site.module) if adapter_cls.adds.replaces else None
-    elif kind is None and any(isinstance(wrapper, layer_cls) for _, wrapper in site.wrappers):
+    elif kind is None and any(is_own(wrapper, layer_cls) for _, wrapper in site.wrappers):
         reason = None  # a third party's layer has it already
     elif kind is not None:
         reason = kind.refusal(site.module) or adapter_cls.refusal(kind, site.module, config)
@@ -310,7 +311,7 @@ def module_target(config: Any, site: Site, layer_cls: type[BaseTunerLayer]) -> T
             f"target module {site.key!r} ({type(site.module).__name__}) cannot be adapted by "
             f"{type(config).__name__}: {reason}. Narrow target_modules, or name it in exclude_modules."
         )
-    return Target(site.key, site.module, kind, site=site)
+    return Target(site.key, site.module, kind or WHOLE, site=site)
 
 
 def parameter_targets(config: Any, site: Site, called: Iterable[str]) -> list[Target]:
@@ -355,22 +356,41 @@ def _nothing_matches(config: Any, sites: list[Site]) -> str:
     pool = (
         [join(site.key, p) for site in sites for p in weight_names(site.module)] if not config.target_modules else keys
     )
-    entries = [asked] if isinstance(asked, str) else asked
+    regex = config.target_modules if isinstance(config.target_modules, str) else ""
+    entries, pool = ([regex], [*pool, INCLUDE_LINEAR_LAYERS_SHORTHAND]) if regex else (asked, pool)
     close = dict.fromkeys(name for entry in entries for name in near(entry, pool))
     top = _top_level(config, sites[0].module)
     message = f"no module of the model matches the targets {asked!r}. {top}" if asked else "no targets are named. "
-    if config.target_modules and any(matches(targets, key) for key in keys if key):
-        message += (
-            "Modules of that name exist, but exclude_modules, layers_to_transform or modules_to_save rule them out. "
-        )
+    if meant := [key for key in keys if key and matches(targets, key)]:
+        message += _ruled_out(config, meant)
     elif close and not top:
         message += f"Closest names: {', '.join(close)}. "
-    if asked and isinstance(targets, str):
+    if regex:
         message += "A string is a regular expression that has to match the whole name, such as r'.*\\.q_proj'. "
+        if any(matches(listed := re.split(r"[,;\s]+", regex), key) for key in keys if key):
+            message += f"For names, or ends of names, give a list: {listed}. "
     names = sorted({key.rpartition(".")[2] for key in keys})
     return (
         message
         + f"Layers that can be adapted: {', '.join(kinds) or 'none'}"
         + (f", called {some(names, 20)}." if any(names) else ".")
-        + f" Change {'target_parameters' if targets and not config.target_modules else 'target_modules'}."
+        + (
+            ""
+            if meant
+            else f" Change {'target_parameters' if targets and not config.target_modules else 'target_modules'}."
+        )
     )
+
+
+def _ruled_out(config: Any, meant: list[str]) -> str:
+    """What of a config keeps the modules that its targets name from being adapted."""
+    if not config.target_modules:
+        return "These are modules, which target_modules adapts; a parameter is named with its own name as well. "
+    fields = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+    values = {field: getattr(config, field, None) for field in fields}
+    given = [f"{field}={value!r}" for field, value in values.items() if value not in (None, "") and value != []]
+    layers = {index for key in meant if (index := layer_index(key, None)) is not None}
+    there = (
+        f" (they are in the layers {some(layers, 8)})" if layers and values["layers_to_transform"] is not None else ""
+    )
+    return f"Modules of that name exist{there}, but are ruled out by {' and '.join(given)}; change that. "

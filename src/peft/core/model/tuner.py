@@ -12,13 +12,12 @@ from torch import nn
 from tqdm import tqdm
 
 from peft.compat.tuner import TunerCompat
-from peft.core.base.kinds import WHOLE
 from peft.core.base.readers import reads_weight_of
 from peft.core.base.stack import Stack
 from peft.core.base.storage import weight_names
 from peft.core.combine.sums import add_sum
 from peft.core.files.renaming import keys_of
-from peft.core.layer.classes import class_for
+from peft.core.layer.classes import class_for, is_own
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.placement import place_for
 from peft.core.model import operations
@@ -40,7 +39,7 @@ from peft.core.model.walk import (
     replace_at,
     surveyed,
 )
-from peft.utils.usage import counts, recording
+from peft.usage import counts, recording
 
 
 MANY = 8
@@ -165,7 +164,7 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
         """Wrap the targets and give each its part of the adapter."""
         targets = self.redirected(config, name, model, self.targets_of(config, model))
         if hasattr(config, "fan_in_fan_out"):  # the layers tell; the field is for other readers of the file
-            config.fan_in_fan_out = any(target.kind and target.kind.fan_in_fan_out for target in targets)
+            config.fan_in_fan_out = any(target.kind.fan_in_fan_out for target in targets)
             if config.fan_in_fan_out:
                 counts("fan_in_fan_out")
         with torch.device("meta") if low_cpu_mem_usage else nullcontext():
@@ -227,15 +226,15 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
         around = [(path, w) for path, w in site.wrappers if isinstance(w, BaseTunerLayer)]
         # What acts on a whole module is outside of all that acts on, or takes the place of, its weight.
         around = [(p, w) for p, w in around if not w.kind.whole]
-        path = next((p for p, _ in (around if target.kind else site.wrappers)), site.path)
+        path = next((p for p, _ in (site.wrappers if target.kind.whole else around)), site.path)
         if isinstance(target.kind, Stack):  # wrappers of several parameters nest in the order of registration
             order = weight_names(site.module)
             inside = [p for p, w in around if order.index(w.kind.weight) < order.index(target.kind.weight)]
             path = inside[0] if inside else site.path
-        cls = class_for(self.layer_cls, target.kind or WHOLE, site.module)
+        cls = class_for(self.layer_cls, target.kind, site.module)
         parent, name = parent_of(model, path)
         module: Any = parent._modules[name]
-        layer = cls(module, kind=target.kind, context=context_of(model))
+        layer = cls(module, kind=None if target.kind.whole else target.kind, context=context_of(model))
         layer.__dict__["key"] = target.key
         places = holders.get(id(module), [(parent, name)])
         # A parent that computes with the weight instead of calling the layer has to get the adapted one.
@@ -270,10 +269,10 @@ class BaseTuner(TunerCompat, Manager, nn.Module):
         for target, layer in tqdm(layers, desc=f"Starting adapter {name}", disable=not slow):
             if target.tied_to is not None:
                 source = locate(model, target.tied_to)
-                layer.tied_to[name] = next(w for _, w in source.wrappers if isinstance(w, self.layer_cls))
+                layer.tied_to[name] = next(w for _, w in source.wrappers if is_own(w, self.layer_cls))
             key = target.called or target.key
             if name not in layer.adapters:
-                self.give(layer, name, target.config or config, target.kind.target_name(key) if target.kind else key)
+                self.give(layer, name, target.config or config, target.kind.target_name(key))
 
     def starts_slowly(self, config: Any) -> bool:
         """Whether making an adapter takes so long at each layer that progress is worth showing."""
@@ -393,5 +392,5 @@ def _fitting(
     layer_cls: type[BaseTunerLayer], target: Target, wrappers: list[tuple[str, nn.Module]]
 ) -> BaseTunerLayer | None:
     """The layer among these that holds adapters of a method for the target's weight."""
-    fits = (w for _, w in wrappers if isinstance(w, layer_cls))
-    return next((w for w in fits if target.kind is None or w.kind.whole or w.kind.weight == target.kind.weight), None)
+    fits = (w for _, w in wrappers if is_own(w, layer_cls))
+    return next((w for w in fits if target.kind.whole or w.kind.whole or w.kind.weight == target.kind.weight), None)

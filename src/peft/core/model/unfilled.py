@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from peft.core.model.walk import layers_of
-from peft.utils.error import CheckpointError, ConfigError
+from peft.errors import CheckpointError, ConfigError
 
 
 @contextmanager

@@ -17,8 +17,8 @@ from peft.core.prompts.calls import PLAIN, Calls, Task
 from peft.core.prompts.generation import Generation
 from peft.core.prompts.rows import Prompts
 from peft.core.prompts.sizes import settle_sizes
-from peft.utils.error import MeaninglessError
-from peft.utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.errors import MeaninglessError
+from peft.peft_types import PEFT_TYPE_TO_TUNER_MAPPING
 
 
 NOTHING_TO_MERGE = (

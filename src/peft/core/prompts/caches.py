@@ -13,7 +13,7 @@ from torch import nn
 
 from peft.core.model.gradient_checkpointing import FUNCTION, switched_on
 from peft.core.model.sequence import ARGUMENTS
-from peft.utils.meanwhile import having
+from peft.meanwhile import having
 
 
 def cache_argument(function: Callable) -> str | None:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft.core.base.rows import joined
+
 
 @dataclass
 class Feed:
@@ -52,7 +54,7 @@ class Feed:
     def joined(cls, parts: list[Feed], order: torch.Tensor) -> Feed:
         """Padded feeds of groups of rows as one, with the rows in the order of the batch."""
         values, lengths, attended, labels = (
-            torch.cat([getattr(part, field) for part in parts])[order]
+            joined([getattr(part, field) for part in parts], order)
             for field in ("values", "lengths", "attended", "labels")
         )
         even = bool((lengths == values.shape[1]).all())

@@ -15,7 +15,7 @@ from torch import nn
 from peft.core.blocks.blocks import ATTENTION, CROSS, find_blocks, first_input
 from peft.core.model.record import context_of, record_of
 from peft.core.model.walk import join, locate
-from peft.utils.error import ConfigError
+from peft.errors import ConfigError
 
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft.core.base.rows import joined, rows_of
 from peft.core.base.storage import device_of
 from peft.core.blocks.blocks import width_of
 from peft.core.gates import Gate
@@ -22,8 +23,8 @@ from peft.core.prompts.feed import Feed
 from peft.core.prompts.gating import GatedPrefix, attentions, let_attentions_gate
 from peft.core.prompts.sizes import key_sizes
 from peft.core.prompts.tokens import ENCODER, VirtualTokens
-from peft.utils.error import ConfigError
-from peft.utils.meanwhile import in_mode
+from peft.errors import ConfigError
+from peft.meanwhile import in_mode
 
 
 class Prompts(Switch):
@@ -185,11 +186,11 @@ class Prompts(Switch):
         context = self.context
         if context.adapter_names is None:
             return self._gates_of((self.in_use or [BASE])[0], layer, h)
-        found, groups = h.new_ones(len(h), 2), context.groups(context.adapter_names, len(h), h.device)
+        found, groups = [], context.groups(context.adapter_names, len(h), h.device)
         for name, rows in groups.parts:
             with context.on_rows(rows, len(h)):
-                found = found.index_copy(0, rows, self._gates_of(name, layer, h[rows]).to(found.dtype))
-        return found
+                found.append(self._gates_of(name, layer, rows_of(h, rows)).to(h.dtype))
+        return joined(found, groups.order)
 
     def _gates_of(self, name: str, layer: int, h: torch.Tensor) -> torch.Tensor:
         gates = self.encoders[name].gates if name in self.encoders else None

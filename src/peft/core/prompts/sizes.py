@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from peft.core.model.walk import embeddings_of
-from peft.utils.error import ConfigError, ConfigTypeError
+from peft.errors import ConfigError, ConfigTypeError
 
 
 def settle_sizes(config: Any, model: nn.Module, as_prefix: bool) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from peft.compat import alias_submodules
 from peft.core.base.storage.sharded import tensors_in
-from peft.utils.peft_types import register_peft_method
+from peft.peft_types import register_peft_method
 
 
 ENCODER = "prompt_encoder."  # how tensors in a file begin that only further training needs

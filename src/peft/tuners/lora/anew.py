@@ -10,9 +10,10 @@ from torch import nn
 from peft.config import named_apart
 from peft.core.files.io import PREFIX
 from peft.core.layer.placement import settle
-from peft.core.layer.rewritten import for_a_start
+from peft.core.layer.rewritten import for_a_start, give_back
 from peft.core.model.targeting import exact_targets
 from peft.core.model.walk import holders_of, replace_module
+from peft.kernels.grouped import forget
 from peft.tuners.lora.config import EvaConfig, LoraConfig, divisor
 
 
@@ -54,9 +55,14 @@ def start_from(
 def remake(layer: Any, adapter: Any, config: LoraConfig) -> None:
     """Make an adapter anew, of the rank that the config has for it, where it is and as it trains."""
     before = next(adapter.parameters())
+    give_back(layer, adapter.name)  # what an earlier start took out of the weight
+    if (cls := layer._class_of(adapter.name, config)) is not type(adapter):  # MiCA's start is a class of its own
+        forget(layer)
+        adapter = layer.adapters[adapter.name] = cls(layer, adapter.name)
+        layer.__dict__["_seen"] = None
     with for_a_start(layer):
         adapter.create(config, layer.key)
     settle(layer, adapter)
-    for p in adapter.parameters():
+    for p in (*adapter.parameters(), *layer.adapter_constants(adapter.name)):
         p.data = p.data.to(before.dtype)
-        p.requires_grad_(before.requires_grad)
+    layer.set_requires_grad(adapter.name, before.requires_grad)

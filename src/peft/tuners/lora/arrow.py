@@ -89,7 +89,7 @@ class Arrow(Lora):
         if not adapters:
             return x.new_zeros(*x.shape[:-1], self.shape[0])
         experts = self.experts(adapters)
-        flat = adapters[0].cast(x).reshape(-1, x.shape[-1])
+        flat = adapters[0].cast(x).reshape(-1, x.shape[-1])  # [tokens, in]
         y = mixed(flat, experts.directions, options.top_k, options.router_temperature, experts.stack)
         return self.lora_dropout(y).view(*x.shape[:-1], -1)
 

@@ -109,7 +109,7 @@ def mixed_by_stack(x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor,
     if down.is_contiguous():
         hidden = torch.bmm(x.expand(len(down), -1, -1), down).transpose(0, 1)
     else:
-        hidden = (x @ down.transpose(0, 1).flatten(1)).unflatten(1, (len(down), -1))
+        hidden = (x @ down.transpose(0, 1).flatten(1)).unflatten(1, (len(down), -1))  # [tokens, experts, r]
     return (hidden * each).flatten(1) @ up.flatten(0, 1)
 
 

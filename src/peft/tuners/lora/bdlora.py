@@ -11,11 +11,11 @@ from peft.config import resolve_pattern
 from peft.core.adapter import setting
 from peft.core.base.kinds import Kind
 from peft.core.filling import skip_values
+from peft.errors import ConfigError
 from peft.tuners.lora.config import BdLoraConfig, LoraConfig
 from peft.tuners.lora.initialize import is_drawn
 from peft.tuners.lora.layer import Lora
-from peft.utils.error import ConfigError
-from peft.utils.usage import note
+from peft.usage import note
 
 
 def block_product(x: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from peft.errors import some
+from peft.tuners.lora.incremental_pca import IncrementalPCA
 from peft.tuners.lora.preparing import evaluating, seen_by
-from peft.utils.error import some
-from peft.utils.incremental_pca import IncrementalPCA
 
 
 class Components:

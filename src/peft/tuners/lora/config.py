@@ -20,8 +20,8 @@ from peft.config import (
     option,
     patterned,
 )
-from peft.utils.error import ConfigError, ConfigTypeError
-from peft.utils.peft_types import PeftType, TaskType
+from peft.errors import ConfigError, ConfigTypeError
+from peft.peft_types import PeftType, TaskType
 
 
 def divisor(rank: float, rslora: bool) -> float:

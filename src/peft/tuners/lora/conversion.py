@@ -20,19 +20,20 @@ from peft.core.combine.ways import Combination, Part
 from peft.core.files.entries import anatomy, configs_of
 from peft.core.files.io import PREFIX, write_adapter
 from peft.core.files.state_dict import get_peft_model_state_dict
+from peft.core.layer.classes import is_own
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.weight import wide
 from peft.core.model import operations
 from peft.core.model.auxiliary import ModulesToSaveWrapper, TrainableTokensWrapper, bias_sites, biases_of
 from peft.core.model.targeting import exact_targets
 from peft.core.model.walk import bare, layers_of, walk
+from peft.errors import NoAdaptedLayersError, WrongTypeError
 from peft.kernels.decompositions import factorize, product_svd, resized, shared_ranks
 from peft.tools.footprint import meta_copy
 from peft.tuners.lora.config import LoraConfig, rank_fields
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.lora.pairs import join_pair, pair_blocks
-from peft.utils.error import NoAdaptedLayersError, WrongTypeError
 
 
 # What says which layers are adapted, and of what: the same fields in every config.
@@ -422,7 +423,7 @@ def lora_tensors(
     """
     tuner = LoraModel(blank, {name: lora}, name, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
     for place, layer in _layers(blank, name).items():
-        if isinstance(layer, LoraLayer) and place in pairs:
+        if is_own(layer, LoraLayer) and place in pairs:
             _fill(layer.adapters[name], *pairs[place], shifts.get(place))
     return get_peft_model_state_dict(tuner, adapter_name=name, save_embedding_layers=False)
 

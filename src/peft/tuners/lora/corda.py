@@ -107,7 +107,6 @@ _PARTS = ("S_WC", "U_WC", "V_WC")
 
 def _eigens(target: Target, covariance: torch.Tensor, rank: int, options: CordaConfig) -> CordaEigens:
     module, kind = target.module, target.kind
-    assert kind is not None
     weight = kind.orient(storage_of(module, kind.weight).read(module, kind.weight), module).flatten(1).float()
     u, s, v = corda(weight, covariance.to(weight), rank, least=options.corda_method == "kpm")
     return CordaEigens(s.contiguous(), u.contiguous(), v.contiguous())

@@ -96,7 +96,7 @@ class Dora(Lora):
         return y + (g * (inner + delta) - inner)  # one product with g, which keeps one tensor for the gradient of m
 
     def fold(self, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-        g = self.factor(base).view(-1, *[1] * (base.dim() - 1))
+        g = self.factor(base).view(-1, *[1] * (base.dim() - 1))  # [out, 1, *1]
         return weight + (g * (base + self.delta_weight()) - base).to(weight.dtype)
 
     def unfold(self, weight: torch.Tensor) -> torch.Tensor:

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft.compat import innermost
+from peft.core.base.kinds import innermost
 from peft.core.files.entries import configs_of
+from peft.core.layer.classes import is_own
 from peft.core.layer.parallel import several_processes
 from peft.core.model.walk import layers_of
+from peft.errors import PeftWarning, some
 from peft.tuners.lora.anew import start_from
 from peft.tuners.lora.components import Watched, gathered
 from peft.tuners.lora.config import EvaConfig, LoraConfig
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.preparing import rows, targets_of
-from peft.utils.error import some
-from peft.utils.warning import PeftWarning
 
 
 def forward_fn_dict(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
@@ -65,7 +65,7 @@ LayerInputs = Callable[..., torch.Tensor]
 @torch.no_grad()
 def get_eva_state_dict(
     model: nn.Module,
-    dataloader: Iterable,
+    dataloader: Iterable | None,
     peft_config: LoraConfig | None = None,
     forward_fn: Callable | None = forward_fn_dict,
     prepare_model_inputs_fn: Callable | None = prepare_model_inputs_fn_language_modeling,
@@ -90,14 +90,14 @@ def get_eva_state_dict(
     Raises:
         ValueError: if there is no config, no layer, or a layer saw no input.
     """
-    config = peft_config or configs_of(model).get(adapter_name)
-    if config is None:
+    if (config := peft_config or configs_of(model).get(adapter_name)) is None:
         raise ValueError("peft_config is needed for a model without adapters.")
+    if dataloader is None:
+        raise ValueError("dataloader is required if eva_state_dict is not provided")
     options = config.eva_config or EvaConfig()
     layers, kinds, ranks = _layers(model, config, adapter_name)
     shapes = {name: kind.shape(innermost(layers[name])) for name, kind in kinds.items()}
-    state: dict[str, Any] = {}
-    several = gather_distributed_inputs and several_processes()
+    state, several = {}, gather_distributed_inputs and several_processes()  # type: ignore[var-annotated]
 
     def run(batch: Any) -> None:
         prepare = prepare_model_inputs_fn
@@ -160,8 +160,6 @@ def initialize_lora_eva_weights(
     if config.init_lora_weights != "eva":
         raise ValueError(f"adapter {adapter_name!r} has init_lora_weights={config.init_lora_weights!r}, not 'eva'.")
     if eva_state_dict is None:
-        if dataloader is None:
-            raise ValueError("dataloader is required if eva_state_dict is not provided")
         functions = (forward_fn, prepare_model_inputs_fn, prepare_layer_inputs_fn)
         options = (adapter_name, gather_distributed_inputs, show_progress_bar)
         eva_state_dict = get_eva_state_dict(model, dataloader, config, *functions, *options)
@@ -170,7 +168,7 @@ def initialize_lora_eva_weights(
 
 def _layers(model: nn.Module, config: LoraConfig, name: str) -> tuple[dict[str, nn.Module], dict, dict[str, int]]:
     """The layers to look at by module name, their kinds, and their ranks now."""
-    adapted = {path: layer for path, layer in layers_of(model) if isinstance(layer, LoraLayer) and name in layer}
+    adapted = {path: layer for path, layer in layers_of(model) if is_own(layer, LoraLayer) and name in layer}
     unseen = {path for path, layer in adapted.items() if layer.kind.lookup or layer.kind.opaque}
     if adapted and unseen:
         warnings.warn(

@@ -20,13 +20,14 @@ from peft.config import ORIGIN, PeftConfig, resolve_pattern
 from peft.core.files.entries import Entry, anatomy, configs_of
 from peft.core.files.io import load_peft_weights
 from peft.core.files.state_dict import match, unmerge_for
+from peft.core.layer.classes import is_own
 from peft.core.model.walk import bare, join, layers_of, names_in, plain, surveyed, walk
+from peft.errors import CheckpointError, ConfigError, some
+from peft.peft_types import PeftType
 from peft.tuners.lora.config import divisor, whole
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.pairs import held_rank, of_rank, pair_blocks
-from peft.utils.error import CheckpointError, ConfigError, some
-from peft.utils.peft_types import PeftType
-from peft.utils.usage import recording
+from peft.usage import recording
 
 
 # What a swap cannot change in LoRA: it is part of the forward, or decides what the tensors mean.
@@ -242,7 +243,7 @@ class _Found(NamedTuple):
 def _lora_layers(root: nn.Module) -> Iterator[_Found]:
     for site in walk(root):
         for path, wrapper in site.wrappers:
-            if isinstance(wrapper, LoraLayer):
+            if is_own(wrapper, LoraLayer):
                 yield _Found(path, plain(wrapper.kind.target_name(site.key)), wrapper)
 
 

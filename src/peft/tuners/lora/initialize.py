@@ -18,11 +18,11 @@ from peft.core.base.kinds import Kind
 from peft.core.base.storage import storage_of
 from peft.core.filling import draw_like_linear, is_filled_later
 from peft.core.layer.rewritten import original_weight, rewrite
+from peft.errors import PeftWarning
 from peft.tuners.lora.config import LoraConfig, LoraGAConfig
 from peft.tuners.lora.loftq import loftq_init
 from peft.tuners.lora.pairs import join_pair, pair_blocks
 from peft.tuners.lora.starts import PISSA, Pair, lora_ga, olora, pissa
-from peft.utils.warning import PeftWarning
 
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def _rewriting(lora: Lora, config: LoraConfig) -> None:
         return _loftq(lora, weight, config)
     with weight.device:  # the pair may be on the meta device, to be loaded later; the weight is not
         blocks = pair_blocks(lora)[0]
-        wide = weight.flatten(1).float().unflatten(0, (blocks, -1))
+        wide = weight.flatten(1).float().unflatten(0, (blocks, -1))  # [blocks, out / blocks, in * kernel]
         gradient = _gradient(lora, wide) if init == "lora_ga" else wide
         pairs = [_decomposed(lora, config, *both) for both in zip(wide, gradient)]
         down, up = (torch.stack(factors) for factors in zip(*pairs))

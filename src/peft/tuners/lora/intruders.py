@@ -10,6 +10,7 @@ import torch
 
 from peft.core.files.entries import anatomy
 from peft.core.files.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.core.layer.classes import is_own
 from peft.core.layer.weight import base_weight
 from peft.core.model.walk import layers_of
 from peft.kernels.decompositions import svd
@@ -90,7 +91,7 @@ def plain_layers(model: Any, name: str, what: str) -> list[tuple[str, LoraLayer]
     if any(layer.merged for _, layer in layers):
         raise ValueError("adapters are merged into the base weights; call unmerge_adapter() first.")
     for path, layer in layers:
-        if not isinstance(layer, LoraLayer) or not _is_plain(layer, name):
+        if not is_own(layer, LoraLayer) or not _is_plain(layer, name):
             raise ValueError(
                 f"{what} is defined for plain LoRA, and adapter {name!r} at {path!r} is more than the product of its "
                 "two factors, or has one for each group of channels."

@@ -125,6 +125,12 @@ class Lora(LoraVariantCompat, Scaled):
         reason = kind.no_dense_pair(module) if cls.needs_dense_pair else None
         return f"{cls.needs_dense_pair}, but {reason}" if reason else None
 
+    def refuses_start(self, config: LoraConfig) -> str | None:
+        """Why this adapter cannot start as a config says, or None; the rest of that config counts for nothing."""
+        mine = (variant for variant in self.variants if isinstance(self, variant))
+        reasons = (variant.refuses(self.kind, self.base, config) for variant in mine)
+        return next(filter(None, reasons), None) or refusal(self.kind, self.base, config)
+
     def create(self, config: LoraConfig, key: str) -> None:
         self.r = config.rank_at(key)
         self.lora_alpha = config.alpha_at(key)
@@ -350,7 +356,8 @@ class LoraLayer(LoraLayerCompat, ScaledLayer):
     @property
     def lora_variant(self) -> dict[str, Adapter]:
         """The adapters that are more than plain LoRA, by name; of a third party's variant, the variant."""
-        found = {name: adapter for name, adapter in self.adapters.items() if type(adapter) is not Lora}
+        held = self.adapters.items()
+        found = {name: adapter for name, adapter in held if isinstance(adapter, Lora) and type(adapter) is not Lora}
         return {name: getattr(adapter, "variant", adapter) for name, adapter in found.items()}
 
     def update_layer(  # type: ignore[override]
@@ -384,7 +391,7 @@ class LoraLayer(LoraLayerCompat, ScaledLayer):
         adapter: Any = self.adapters[adapter_name]
         check_start(init_lora_weights)
         config = LoraConfig(init_lora_weights=init_lora_weights, r=adapter.r, **options)
-        if reason := refusal(self.kind, self.get_base_layer(), config):
+        if reason := adapter.refuses_start(config):
             raise ValueError(reason)
         if not isinstance(adapter, variant := Lora.of(config)):
             raise ValueError(f"adapter {adapter_name!r} is no {variant.__name__}; it has to be made as one.")

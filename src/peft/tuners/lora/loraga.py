@@ -10,10 +10,10 @@ from torch import nn
 
 from peft.core.base.storage import storage_of
 from peft.core.model.targeting import Target
+from peft.meanwhile import having
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.initialize import PREPARED
 from peft.tuners.lora.preparing import Means, read_cache, targets_of, write_cache
-from peft.utils.meanwhile import having
 
 
 def preprocess_loraga(
@@ -79,7 +79,6 @@ def measured(model: nn.Module, targets: dict[str, Target], train_step: Callable[
 
 def _trainable(name: str, target: Target) -> nn.Parameter:
     """The weight of a layer, if it can have a gradient."""
-    assert target.kind is not None
     attribute = target.kind.weight
     storage, weight = storage_of(target.module, attribute), target.module._parameters.get(attribute)
     if storage.name is not None or weight is None or not weight.is_floating_point() or weight.is_meta:

@@ -17,7 +17,7 @@ from torch import nn
 
 from peft.core.base.kinds import Kind
 from peft.core.filling import unfilled_linear
-from peft.utils.error import MissingPackageError
+from peft.errors import MissingPackageError
 
 
 class ParallelLinear(Kind):

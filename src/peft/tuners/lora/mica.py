@@ -9,10 +9,10 @@ from torch import nn
 
 from peft.core.base.kinds import Kind
 from peft.core.filling import skip_values
+from peft.errors import ConfigError
 from peft.kernels.decompositions import svd
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import Lora
-from peft.utils.error import ConfigError
 
 
 def minor_directions(weight: torch.Tensor, r: int) -> torch.Tensor:

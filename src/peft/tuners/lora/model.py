@@ -22,6 +22,7 @@ from peft.core.model import operations
 from peft.core.model.manager import check_adapter_name
 from peft.core.model.registry import define_tuner
 from peft.core.model.tuner import BaseTuner
+from peft.errors import PeftWarning
 from peft.kernels.decompositions import factorize, factorize_product, resized
 from peft.tuners.lora.config import LoraConfig, divisor
 from peft.tuners.lora.initialize import is_repeatable, rewrites
@@ -123,6 +124,13 @@ class LoraTuner(LoraCompat, BaseTuner):
             raise ValueError(
                 f"adapter {adapter_name!r} is {bound[0]}, which has tensors of its own that follow the rank: there is "
                 "none of twice the rank that does the same. Merge it into the base instead (merge_and_unload)."
+            )
+        if config.init_lora_weights == "loftq":
+            warnings.warn(
+                f"adapter {adapter_name!r} was trained on weights that LoftQ has rounded. The plain LoRA that is "
+                "written is for the weights as they were, so outputs differ by what rounding took away and the start "
+                "did not make up for. Saved without path_initial_model_for_weight_conversion, it is loaded as it is.",
+                PeftWarning,
             )
         own = os.path.join(path, adapter_name)
         start = load_peft_weights(own if os.path.isdir(own) else path, device="cpu")

@@ -15,10 +15,10 @@ from torch import nn
 
 from peft.core.base.kinds import Kind
 from peft.core.model.targeting import Target, find_targets, resolve_targets
+from peft.errors import some
+from peft.meanwhile import in_mode
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.model import LoraModel
-from peft.utils.error import some
-from peft.utils.meanwhile import in_mode
 
 
 def targets_of(model: nn.Module, config: LoraConfig, start: str) -> dict[str, Target]:
@@ -32,12 +32,12 @@ def targets_of(model: nn.Module, config: LoraConfig, start: str) -> dict[str, Ta
     config = copy.copy(config)
     resolve_targets(config, model, LoraModel.target_module_mapping, None, LoraModel.default_roles)
     found = find_targets(config, model, LoraModel.layer_cls, config.modules_to_save)
-    if opaque := [target.key for target in found if target.kind is not None and target.kind.opaque]:
+    if opaque := [target.key for target in found if target.kind.opaque]:
         raise ValueError(
             f"{start!r} looks at what a layer gets, and {opaque[0]!r} multiplies by that weight itself, inside. Leave "
             "it out of target_modules, or start in another way."
         )
-    meant = {target.key: target for target in found if target.kind is not None and not target.kind.lookup}
+    meant = {target.key: target for target in found if not (target.kind.whole or target.kind.lookup)}
     if not meant:
         raise ValueError(f"init_lora_weights={start!r} is about linear layers and convolutions, and none is targeted.")
     return meant

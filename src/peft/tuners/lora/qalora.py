@@ -10,11 +10,11 @@ from torch import nn
 from peft.core.adapter import setting
 from peft.core.base.kinds import Kind
 from peft.core.filling import skip_values, unfilled_linear
+from peft.errors import ConfigError
 from peft.kernels import Factors
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.initialize import is_drawn, orthogonal, rewrites
 from peft.tuners.lora.layer import Lora
-from peft.utils.error import ConfigError
 
 
 def pooled(x: torch.Tensor, size: int) -> torch.Tensor:

@@ -12,14 +12,15 @@ from torch import nn
 from transformers.utils import cached_file
 
 from peft.core.base.storage.quantized import Quantized
+from peft.core.layer.classes import is_own
 from peft.core.layer.weight import unmerged_weight
 from peft.core.model.operations import require_adapters
 from peft.core.model.walk import layers_of
+from peft.errors import MissingFileError
 from peft.kernels.decompositions import halves, svd
 from peft.tools.shards import SINGLE, Shards
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.model import LoraTuner
-from peft.utils.error import MissingFileError
 
 
 @torch.no_grad()
@@ -77,7 +78,7 @@ def replace_lora_weights_loftq(
 
 def _has_lost(layer: Any) -> bool:
     """Whether LoRA adapts a linear layer whose quantised weight can be read."""
-    matrix = isinstance(layer, LoraLayer) and layer.kind.matrix
+    matrix = is_own(layer, LoraLayer) and layer.kind.matrix
     return matrix and isinstance(layer.storage, Quantized) and layer.storage.can_read
 
 

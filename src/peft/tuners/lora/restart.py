@@ -11,17 +11,16 @@ from torch import nn
 from tqdm import tqdm
 
 from peft.core.files.entries import configs_of
-from peft.core.layer.rewritten import give_back
+from peft.core.layer.classes import is_own
 from peft.core.model.operations import adapters_disabled
 from peft.core.model.walk import layers_of
+from peft.errors import ConfigError, nearest
 from peft.tuners.lora.anew import remake
 from peft.tuners.lora.config import CordaConfig, EvaConfig, LoftQConfig, LoraConfig, LoraGAConfig
 from peft.tuners.lora.corda import preprocess_corda
-from peft.tuners.lora.eva import initialize_lora_eva_weights
-from peft.tuners.lora.initialize import refusal
+from peft.tuners.lora.eva import get_eva_state_dict, initialize_lora_eva_weights
 from peft.tuners.lora.layer import Lora, LoraLayer
 from peft.tuners.lora.loraga import preprocess_loraga
-from peft.utils.error import ConfigError
 
 
 # start -> the field of the config with its options, and their class
@@ -72,26 +71,26 @@ def initialize(
             f"the model has no LoRA called {adapter_name!r}: call get_peft_model with a LoraConfig first."
         )
     new, rest = _config_for(config, start, options)
-    layers = [(path, layer) for path, layer in layers_of(model) if isinstance(layer, LoraLayer)]
-    layers = [(path, layer) for path, layer in layers if adapter_name in layer]
-    for path, layer in layers:
-        _check(path, layer, adapter_name, new)
+    layers = {p: layer for p, layer in layers_of(model) if is_own(layer, LoraLayer) and adapter_name in layer}
+    for path, layer in layers.items():
+        _check(path, layer, new)
     plain: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    for _, layer in layers:
-        give_back(layer, adapter_name)  # what the old start took out of the weight
-    with adapters_disabled(plain):
+    vectors = rest.pop("eva_state_dict", None)
+    with adapters_disabled(plain):  # a start that there is lets go of the weights for so long
         if start == "corda":
             preprocess_corda(plain, new, run_model)
         elif start == "lora_ga":
             if train_step is None:
                 raise ValueError("LoRA-GA needs train_step, which runs forward and backward passes.")
             preprocess_loraga(plain, new, train_step)
+        elif start == "eva" and vectors is None:
+            vectors = get_eva_state_dict(model, dataloader, new, adapter_name=adapter_name, **rest)
     config.__dict__.update(new.__dict__)
     with torch.no_grad():
-        for _, layer in tqdm(layers, desc=f"Starting adapter {adapter_name}", disable=len(layers) < 8):
+        for layer in tqdm(layers.values(), desc=f"Starting adapter {adapter_name}", disable=len(layers) < 8):
             remake(layer, layer.adapters[adapter_name], config)
     if start == "eva":
-        initialize_lora_eva_weights(model, dataloader, adapter_name=adapter_name, **rest)
+        initialize_lora_eva_weights(model, eva_state_dict=vectors, adapter_name=adapter_name)
 
 
 def _config_for(config: LoraConfig, start: bool | str, options: dict[str, Any]) -> tuple[LoraConfig, dict[str, Any]]:
@@ -101,22 +100,19 @@ def _config_for(config: LoraConfig, start: bool | str, options: dict[str, Any]) 
     own = {name: value for name, value in options.items() if name in known}
     rest = {name: value for name, value in options.items() if name not in known}
     if rest and start != "eva":
-        raise ConfigError(f"init_lora_weights={start!r} has no option {next(iter(rest))!r}.")
-    changed = {"init_lora_weights": start}
+        name = next(iter(rest))
+        there = f"{nearest(name, known)} There are {', '.join(sorted(known))}." if known else " It has none."
+        raise ConfigError(f"init_lora_weights={start!r} has no option {name!r}.{there}")
+    changed: dict[str, Any] = {"init_lora_weights": start}
+    changed |= {of_other: None for of_other, _ in OPTIONS.values() if of_other != field and getattr(config, of_other)}
     if cls is not None and (own or not getattr(config, field)):
         changed[field] = cls(**own)
     return type(config)(**{**config.to_dict(), **changed}), rest
 
 
-def _check(path: str, layer: LoraLayer, name: str, config: LoraConfig) -> None:
+def _check(path: str, layer: LoraLayer, config: LoraConfig) -> None:
     """Raise ValueError where the start has no meaning at a layer as it is now."""
     if layer.merged:
         raise ValueError(f"{path} has adapters merged into its weight; call unmerge_adapter() first.")
-    adapter = layer.adapters[name]
-    if type(adapter) is not layer._class_of(name, config):
-        raise ValueError(
-            f"init_lora_weights={config.init_lora_weights!r} makes {Lora.of(config).__name__} of an adapter that is "
-            f"{type(adapter).__name__}; make the adapter anew with such a config."
-        )
-    if reason := refusal(layer.kind, layer.get_base_layer(), config):
+    if reason := Lora.refusal(layer.kind, layer.get_base_layer(), config):
         raise ValueError(f"{path}: {reason}")

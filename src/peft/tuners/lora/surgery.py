@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from peft.kernels.decompositions import product_svd
+from peft.meanwhile import having, in_mode
 from peft.tuners.lora.factors import factors_of
 from peft.tuners.lora.intruders import beside, plain_layers
-from peft.utils.meanwhile import having, in_mode
 
 
 MODES = ("select", "smooth", "gradient")

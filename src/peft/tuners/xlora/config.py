@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from peft.config import PeftConfig, option
-from peft.utils.peft_types import PeftType
-from peft.utils.warning import PeftWarning
+from peft.errors import PeftWarning
+from peft.peft_types import PeftType
 
 
 @dataclass

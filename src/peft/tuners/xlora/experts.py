@@ -9,11 +9,11 @@ from torch import nn
 from peft.config import PeftConfig
 from peft.core.model.replacing import restoring
 from peft.core.model.tuner import BaseTuner
+from peft.errors import ConfigError
+from peft.peft_types import PeftType
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.xlora.config import XLoraConfig
 from peft.tuners.xlora.layer import XLoraLayer
-from peft.utils.error import ConfigError
-from peft.utils.peft_types import PeftType
 
 
 class ExpertModel(LoraModel):

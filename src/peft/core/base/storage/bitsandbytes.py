@@ -31,7 +31,11 @@ class BitsAndBytes4bit(Quantized):
         state = _state(m)
         if state is None:  # not quantised yet: that happens on the way to a device
             return weight.detach()
-        return self.library("bitsandbytes.functional").dequantize_4bit(*self._unpacked(weight.data, state))
+        return self.of_blocks(weight.data, state)
+
+    def of_blocks(self, codes: torch.Tensor, state: Any) -> torch.Tensor:
+        """What 4-bit codes with this state stand for."""
+        return self.library("bitsandbytes.functional").dequantize_4bit(*self._unpacked(codes, state))
 
     def _unpacked(self, codes: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
         """Codes and their state as they were before the library has packed them, the rounding of scales aside."""
@@ -98,8 +102,7 @@ class BitsAndBytes8bit(Quantized):
         weight: Any = m.weight
         if weight.dtype != torch.int8:  # kept in 16 bits (has_fp16_weights), or not quantised yet
             return weight.detach()
-        scales = weight.SCB if getattr(weight, "SCB", None) is not None else m.state.SCB
-        return weight.data.float() * (scales.to(weight.device).float() / 127).unsqueeze(1)
+        return of_rows(weight.data, weight.SCB if getattr(weight, "SCB", None) is not None else m.state.SCB)
 
     def write(self, m: nn.Module, attribute: str, value: torch.Tensor, shared: bool = False) -> None:
         old: Any = m.weight
@@ -109,3 +112,8 @@ class BitsAndBytes8bit(Quantized):
         state = copy.copy(m.state)  # the old one may be kept for unmerging
         state.CB = state.SCB = None
         m.weight, m.state = new.to(old.device) if old.dtype == torch.int8 else new.to(old.device, old.dtype), state
+
+
+def of_rows(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """What 8-bit codes ``[out, in]`` stand for: 127 is the largest magnitude of a row, which scales ``[out]`` hold."""
+    return codes.float() * (scales.to(codes.device).float() / 127).unsqueeze(1)

@@ -13,7 +13,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from peft.core.base.storage.plain import Storage
-from peft.utils.meanwhile import in_mode
+from peft.meanwhile import in_mode
 
 
 class _Given(nn.Module):

@@ -109,8 +109,8 @@ class Storage:
         """The dtype in which the layer multiplies, None if that is the input's."""
         return None
 
-    def direct_weight(self, m: nn.Module, attribute: str) -> nn.Parameter | None:
-        """The parameter, if it is frozen and the module computes with it and its bias as they stand; else None.
+    def direct_weight(self, m: nn.Module, attribute: str, frozen: bool = True) -> nn.Parameter | None:
+        """The parameter, if it is ``frozen`` and the module computes with it and its bias as they stand; else None.
 
         A kernel on the same device may then compute in the place of the module. Hooks, a replaced ``forward`` and
         tensor subclasses make a module another one.
@@ -202,9 +202,9 @@ class Plain(Storage):
         old.copy_(value)
         return True
 
-    def direct_weight(self, m: nn.Module, attribute: str) -> nn.Parameter | None:
+    def direct_weight(self, m: nn.Module, attribute: str, frozen: bool = True) -> nn.Parameter | None:
         weight, bias = m._parameters.get(attribute), m._parameters.get("bias")
-        if type(weight) is not nn.Parameter or weight.requires_grad or is_hooked(m):
+        if type(weight) is not nn.Parameter or (frozen and weight.requires_grad) or is_hooked(m):
             return None
         return weight if bias is None or type(bias) is nn.Parameter else None
 

@@ -13,9 +13,9 @@ from peft.core.base.kinds import kind_of
 from peft.core.files.renaming import update_names
 from peft.core.model.targeting import all_linear, matches, means_all_linear, selected
 from peft.core.model.walk import join, walk
+from peft.peft_types import PeftType
 from peft.tuners.lora.config import divisor, whole
 from peft.tuners.lora.experts.fused import Fused, aliases, conversions_of, fused_in
-from peft.utils.peft_types import PeftType
 
 
 def convert_config_for(model: nn.Module, peft_config: Any) -> None:
@@ -30,6 +30,11 @@ def convert_config_for(model: nn.Module, peft_config: Any) -> None:
     for config in peft_config.members:
         update_names(model, config)
         convert_peft_config_for_transformers(config, model, conversions_of(model))
+
+
+def _convert_peft_config_moe(peft_config: Any, model: nn.Module) -> None:
+    """:func:`convert_config_for`, as third parties know it (unsloth)."""
+    convert_config_for(model, peft_config)
 
 
 def convert_peft_config_for_transformers(peft_config: Any, model: nn.Module, conversions: list[Any] | None) -> None:

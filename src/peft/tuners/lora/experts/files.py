@@ -12,6 +12,7 @@ from peft.core.files.entries import anatomy
 from peft.core.files.io import PREFIX
 from peft.core.model.targeting import matches, means_all_linear
 from peft.core.model.walk import join, walk
+from peft.peft_types import PEFT_TYPE_TO_TUNER_MAPPING, RENAMED_METHODS, PeftType
 from peft.tuners.lora.experts.fused import Fused, aliases, conversions_of, fused_in, understood
 from peft.tuners.lora.experts.operations import (
     Concatenate,
@@ -24,7 +25,6 @@ from peft.tuners.lora.experts.operations import (
     WeightRenaming,
     block_diagonal,
 )
-from peft.utils.peft_types import PEFT_TYPE_TO_TUNER_MAPPING, RENAMED_METHODS, PeftType
 
 
 def build_peft_weight_mapping(

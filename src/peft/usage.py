@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from peft.utils.warning import UnusedEntryWarning
+from peft.errors import UnusedEntryWarning
 
 
 class Usage:

@@ -15,7 +15,7 @@ from peft.core.model.targeting import matches
 from peft.core.model.tuner import add_auxiliary
 from peft.core.model.walk import holders_of, walk, wrappers_of
 from peft.core.prompts.sizes import settle_sizes
-from peft.utils.error import NoMatchingPeftModuleError
+from peft.errors import NoMatchingPeftModuleError
 
 
 def get_pattern_key(pattern_keys: Sequence[str], key_to_match: str) -> str:
