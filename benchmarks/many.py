@@ -131,7 +131,7 @@ EXPERTS, CHOSEN = 8, 2
 SIZES = {"widths": [576, 1024, 4096], "ranks": [8, 16, 32, 64, 128], "tokens": [1, 8, 64, 512, 2048]}
 LEGEND = (
     f"Each cell: {CHOSEN} of {EXPERTS} experts / all of them one by one, / all of them stacked; the same forward and "
-    "backward to x."
+    "backward to x. Bold is what takes more than half of all of them one by one."
 )
 
 
@@ -186,14 +186,23 @@ def main() -> None:
     head = [f"{count} token{'s' * (count > 1)}" for count in sizes["tokens"]]
     lines = [f"| width | rank | {' | '.join(head)} |", "|---:|---:|" + "---|" * len(head)]
     print("\n".join(lines), flush=True)
+    found: list[float] = []
     for width in sizes["widths"]:
         for rank in sizes["ranks"]:
             cells = []
             for count in sizes["tokens"]:
-                forward, both = (routed(width, rank, count, backward) for backward in (False, True))
-                cells.append(f"{forward[0]:.2f}, {forward[1]:.2f}; {both[0]:.2f}, {both[1]:.2f}")
+                ways = [routed(width, rank, count, backward) for backward in (False, True)]
+                found += [round(each, 2) for each, _ in ways]
+                texts = (f"{each:.2f}, {stacks:.2f}" for each, stacks in ways)
+                cells.append("; ".join(f"**{text}**" if n > 0.5 else text for n, text in zip(found[-2:], texts)))
             lines.append(f"| {width:,} | {rank} | {' | '.join(cells)} |")
             print(lines[-1], flush=True)
+    over = [n for n in found if n > 0.5]
+    lines += [
+        "",
+        f"At most half: {len(found) - len(over)} of {len(found)}; the others up to {max(over, default=0):.2f}.",
+    ]
+    print(lines[-1])
     if not any(options.values()):
         head = measured_with(None, torch.get_num_threads())
         write_section("many.py", "\n".join([*head, LEGEND, "", *lines]))

@@ -127,6 +127,17 @@ def test_a_direction_is_the_first_right_singular_vector() -> None:
     torch.testing.assert_close(found * (found @ wanted).sign(), wanted)
 
 
+def test_a_direction_is_exact_where_the_next_is_nearly_as_long() -> None:
+    """15 steps of power iteration, as 0.21.2 takes, do not find it and depend on the seed. Here nothing is drawn."""
+    torch.manual_seed(0)
+    right, left = (torch.linalg.qr(torch.randn(size, 3).double())[0] for size in (12, 7))
+    values = torch.tensor([1.0, 0.98, 0.9]).double()
+    found = direction(right.T.float(), (left * values).float()).double()
+    assert abs(found @ right[:, 0]) > 1 - 1e-6
+    powered = right @ (values**30 * (right.T @ torch.randn(12).double()))
+    assert abs(powered @ right[:, 0]) / powered.norm() < 0.999
+
+
 def test_ranks_may_differ(tmp_path: Path) -> None:
     model = routed(tmp_path, top_k=2)
     torch.manual_seed(0)
@@ -146,16 +157,23 @@ def test_ranks_may_differ(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("rank", "once"), [(4, False), (4, True), (96, False)])
 @pytest.mark.parametrize("tokens", [1, 64])
-def test_what_was_not_chosen_is_not_computed(tokens: int, rank: int, once: bool) -> None:
-    """Two of eight experts cost a quarter of all eight, forward and backward; all ways give the same."""
+@pytest.mark.parametrize("even", [True, False])
+def test_what_was_not_chosen_is_not_computed(
+    tokens: int, rank: int, once: bool, even: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of eight experts cost a quarter of all eight, forward and backward; all ways give the same.
+
+    Where all get as many rows as the one that most tokens chose, they cost so many.
+    """
     torch.manual_seed(0)
+    if not even:
+        monkeypatch.setattr("peft.tuners.lora.arrow_products.STARTED", 0)
     size, experts, ranks = 32, 8, [rank, rank - 1] * 4
     x, pairs = torch.randn(tokens, size), [(torch.randn(r, size) / r, torch.randn(size, r)) for r in ranks]
     x.requires_grad_()
     directions, stack = torch.stack([direction(*pair) for pair in pairs]), stacked(pairs, [1.0] * experts, 2, once)
     assert stack.down.is_contiguous() == (rank == 96)
     each = torch.stack([x @ a.T @ b.T for a, b in pairs], 1)  # [tokens, experts, size]
-    flops = []
     for k in (2, 8):
         chosen, weights = route(x, directions, k, 1.0)
         summed = (each.gather(1, chosen[..., None].expand(-1, -1, size)) * weights[..., None]).sum(1)
@@ -170,9 +188,9 @@ def test_what_was_not_chosen_is_not_computed(tokens: int, rank: int, once: bool)
             torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-3)
         routing = tokens * experts * 2 * size  # its backward
         assert ways[mixed_by_stack] == tokens * experts * rank * 2 * 2 * 2 * size + routing  # filled up with zeros
-        assert ways[mixed_by_token] == tokens * k * rank * 2 * 2 * 2 * size + routing
-        assert ways.get(mixed_by_choice, ways[mixed_by_token]) == ways[mixed_by_token]
-        flops.append(ways[mixed_by_token])
+        rows = experts * int(chosen.flatten().bincount().max()) if even else tokens * k
+        assert ways[mixed_by_token] == rows * rank * 2 * 2 * 2 * size + routing
+        assert ways.get(mixed_by_choice, 0) == (tokens == 1) * (k * rank * 2 * 2 * 2 * size + routing)
         if tokens == 1:
             with torch.no_grad():
                 one = mixed_for_one(x, directions, k, 1.0, stack)

@@ -454,6 +454,11 @@ def test_a_start_afterwards_that_cannot_be_leaves_the_model():
     with pytest.raises(ValueError, match="unmerge_adapter"):
         peft.initialize(peft_model, "pissa")
     peft_model.unmerge_adapter()
+    base = peft_model.base_model.model.l1.base_layer.to("meta")
+    with pytest.raises(ValueError, match="'l1' has no values yet"):
+        peft.initialize(peft_model, "pissa")
+    assert peft_model.peft_config["default"].init_lora_weights is True
+    base.to_empty(device="cpu").load_state_dict(two().l1.state_dict())
     assert all(torch.equal(t, before[name]) for name, t in peft_model.state_dict().items())
 
 

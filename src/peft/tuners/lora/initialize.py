@@ -94,19 +94,29 @@ def initialize(lora: Lora, config: LoraConfig) -> None:
         lora.lora_B.bias.zero_()
 
 
+def decomposed_weight(layer: Any, init: Any) -> torch.Tensor:
+    """The weight ``[out, in, *kernel]`` that a start decomposes.
+
+    Raises:
+        ValueError: if it has no values.
+    """
+    weight = original_weight(layer).detach()
+    if weight.is_meta:
+        raise ValueError(
+            f"init_lora_weights={init!r} decomposes the base weight, and that of {layer.key or 'this layer'!r} has no "
+            "values yet (it is on the meta device). Load the base model's weights first, or start with "
+            "init_lora_weights=True and call peft.initialize later."
+        )
+    return weight
+
+
 def _rewriting(lora: Lora, config: LoraConfig) -> None:
     """A start that changes the base weight."""
     init, (a, b) = config.init_lora_weights, lora.held_pair()
     if init in PREPARED and PREPARED[init][0] not in lora.base.__dict__:
         _unprepared(lora, init)
         return _zero_up(a, b, None)
-    weight = original_weight(lora.layer).detach()
-    if weight.is_meta:
-        raise ValueError(
-            f"init_lora_weights={init!r} decomposes the base weight, and that of {lora.layer.key or 'this layer'!r} "
-            "has no values yet (it is on the meta device). Load the base model's weights first, or start with "
-            "init_lora_weights=True and call peft.initialize later."
-        )
+    weight = decomposed_weight(lora.layer, init)
     if init == "loftq":
         return _loftq(lora, weight, config)
     with weight.device:  # the pair may be on the meta device, to be loaded later; the weight is not

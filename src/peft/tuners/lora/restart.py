@@ -19,6 +19,7 @@ from peft.tuners.lora.anew import remake
 from peft.tuners.lora.config import CordaConfig, EvaConfig, LoftQConfig, LoraConfig, LoraGAConfig
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.eva import get_eva_state_dict, initialize_lora_eva_weights
+from peft.tuners.lora.initialize import decomposed_weight, rewrites
 from peft.tuners.lora.layer import Lora, LoraLayer
 from peft.tuners.lora.loraga import preprocess_loraga
 
@@ -116,3 +117,5 @@ def _check(path: str, layer: LoraLayer, config: LoraConfig) -> None:
         raise ValueError(f"{path} has adapters merged into its weight; call unmerge_adapter() first.")
     if reason := Lora.refusal(layer.kind, layer.get_base_layer(), config):
         raise ValueError(f"{path}: {reason}")
+    if rewrites(config.init_lora_weights) and not layer.kind.lookup:
+        decomposed_weight(layer, config.init_lora_weights)
