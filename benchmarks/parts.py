@@ -7,7 +7,7 @@ Milliseconds of one call, and behind them what of them the floor does not take, 
 - large products: those by the base's weights, and whatever else multiplies matrices without a side as narrow as r;
 - thin products: those of A and B, with a side of r, 2 r ... 8 r;
 - other operations: all else that torch computes: norms, masks, casts, copies, sums;
-- between: what is no operation of torch's: Python, and the profiler itself.
+- between: what is no operation of torch's: Python, autograd's own work, and the profiler itself.
 
 The profiler makes calls longer, so the sums are above run.py's; the case and its floor take turns in one process.
 """
@@ -57,7 +57,10 @@ def parts_of(action: Callable[[], object], rank: int) -> dict[str, float]:
         whole = run_for(action)
     found = dict.fromkeys(PARTS, 0.0)
     for entry in profiled.key_averages(group_by_input_shape=True):
-        first = PRODUCTS.get(entry.key.rpartition(":")[2])
+        space, _, name = entry.key.rpartition("::")
+        if not space or space.startswith(("autograd", "torch::autograd")):
+            continue  # a function of autograd, perhaps in Python: what it computes is operations of their own
+        first = PRODUCTS.get(name)
         thin = first is not None and is_thin(*entry.input_shapes[first : first + 2], rank)
         found[PARTS[2 if first is None else int(thin)]] += entry.self_cpu_time_total / 1e3
     found["between"] = whole - sum(found.values())
