@@ -6,10 +6,13 @@ Runs with this library and with any other that has the same public API, so nothi
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import statistics
 import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -170,6 +173,22 @@ def environment(threads: int, ours: bool) -> dict[str, str]:
     if ours:
         values["PYTHONPATH"] = str(HERE.parent / "src")
     return values
+
+
+def measured_by(script: Path, python: str, case: str, threads: int, ours: bool, *options: str) -> Any:
+    """What a benchmark's ``--worker`` prints last, in a process of its own; None if it fails, and says why.
+
+    Args:
+        script: the benchmark's file. case: what it measures. ours: whether it imports this library.
+    """
+    command = [python, str(script), "--worker", case, "--threads", str(threads), *options]
+    done = subprocess.run(
+        command, env=environment(threads, ours), capture_output=True, text=True, cwd=tempfile.gettempdir()
+    )
+    if done.returncode:
+        print(f"{case} failed in {python}:\n{done.stderr[-2000:]}", file=sys.stderr)
+        return None
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def machine() -> str:

@@ -17,9 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,10 +49,11 @@ PRODUCTS = {"mm": 0, "bmm": 0, "_linear_pointwise": 0, "addmm": 1, "addmm_": 1, 
 
 def parts_of(action: Callable[[], object], rank: int) -> dict[str, float]:
     """Milliseconds of one call, by part."""
+    from _common import seconds
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
-        whole = run_for(action)
+        whole = seconds(action) * 1e3
     found = dict.fromkeys(PARTS, 0.0)
     for entry in profiled.key_averages(group_by_input_shape=True):
         space, _, name = entry.key.rpartition("::")
@@ -65,12 +64,6 @@ def parts_of(action: Callable[[], object], rank: int) -> dict[str, float]:
         found[PARTS[2 if first is None else int(thin)]] += entry.self_cpu_time_total / 1e3
     found["between"] = whole - sum(found.values())
     return found
-
-
-def run_for(action: Callable[[], object]) -> float:
-    from _common import seconds
-
-    return seconds(action) * 1e3
 
 
 def is_thin(first: list[int], second: list[int], rank: int) -> bool:
@@ -98,20 +91,6 @@ def work(case: str, threads: int) -> None:
     print(json.dumps([{part: statistics.median(each[i][part] for each in rounds) for part in PARTS} for i in (0, 1)]))
 
 
-def measured(python: str, case: str, threads: int, ours: bool) -> list[dict[str, float]] | None:
-    """Parts of a case and of its floor, from a process of its own."""
-    from _common import environment
-
-    command = [python, str(HERE / "parts.py"), "--worker", case, "--threads", str(threads)]
-    done = subprocess.run(
-        command, env=environment(threads, ours), capture_output=True, text=True, cwd=tempfile.gettempdir()
-    )
-    if done.returncode:
-        print(f"{case} failed in {python}:\n{done.stderr[-2000:]}", file=sys.stderr)
-        return None
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
 HEADER = f"""| case | | all | {" | ".join(PARTS)} |
 |---|---|---:|{"---:|" * len(PARTS)}"""
 
@@ -135,14 +114,14 @@ def main() -> None:
         return work(options.worker, options.threads)
     if unknown := sorted(set(options.cases.split(",")) - set(CASES)):
         parser.error(f"unknown cases {unknown}; there are {[*CASES]}")
-    from _common import measured_with, write_section
+    from _common import measured_by, measured_with, write_section
 
     sides = [("here", sys.executable), *([("reference", given)] if (given := options.reference_python) else [])]
     lines = [*measured_with(options.reference_python, options.threads), "", *HEADER.splitlines()]
     print(HEADER, flush=True)
     for case in options.cases.split(","):
         for side, python in sides:
-            if found := measured(python, case, options.threads, side == "here"):
+            if found := measured_by(HERE / "parts.py", python, case, options.threads, side == "here"):
                 lines.append(line(case, side, *found))
                 print(lines[-1], flush=True)
     if options.write:

@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -366,17 +365,10 @@ CASES = [
 
 # --- running -------------------------------------------------------------------------------------------------
 def run_case(python: str, case: str, threads: int, ours: bool) -> Figures:
-    """The figures of a case, measured in a process of its own."""
-    from _common import environment
+    """The figures of a case, measured in a process of its own; none if it fails."""
+    from _common import measured_by
 
-    command = [python, str(HERE / "run.py"), "--worker", case, "--threads", str(threads)]
-    done = subprocess.run(
-        command, env=environment(threads, ours), capture_output=True, text=True, cwd=tempfile.gettempdir()
-    )
-    if done.returncode:
-        print(f"{case} failed in {python}:\n{done.stderr[-2000:]}", file=sys.stderr)
-        return {}
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return measured_by(HERE / "run.py", python, case, threads, ours) or {}
 
 
 def work(case: str, threads: int) -> None:

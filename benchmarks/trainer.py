@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -113,16 +112,13 @@ def train(case: Case, ours: bool, steps: int, tiny: bool) -> dict[str, float]:
 
 def run(python: str, name: str, ours: bool, options: argparse.Namespace) -> dict[str, float]:
     """The figures of a case, in a process of its own."""
-    from _common import environment
+    from _common import measured_by
 
-    command = [python, str(HERE / "trainer.py"), "--worker", name, "--steps", str(options.steps)]
-    command += ["--threads", str(options.threads)] + ["--ours"] * ours + ["--tiny"] * options.tiny
-    done = subprocess.run(
-        command, env=environment(options.threads, ours), capture_output=True, text=True, cwd=tempfile.gettempdir()
-    )
-    if done.returncode:
-        raise SystemExit(f"{name} failed in {python}:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    rest = ["--steps", str(options.steps), *["--ours"] * ours, *["--tiny"] * options.tiny]
+    found = measured_by(HERE / "trainer.py", python, name, options.threads, ours, *rest)
+    if found is None:
+        raise SystemExit(1)
+    return found
 
 
 HEADER = """| run | here, a step | memory | reference, a step | memory | time, ratio | memory, ratio | target |

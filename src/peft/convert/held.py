@@ -243,6 +243,14 @@ def without_whole_modules(held: Held, model: str) -> Held:
     return held
 
 
+def renames_no(held: Held, model: str) -> ConfigError:
+    """The error for an adapter of a method that is not changed from one set of a model's names to the other."""
+    return ConfigError(
+        f"{model}'s two sets of names are changed in LoRA, LoHa and LoKr, and this adapter is {held.method}: make a "
+        "LoRA of it by save_as_lora first."
+    )
+
+
 def as_saved(modules: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Tensors by module, see :attr:`Held.by_module`, under their names in a file."""
     return {f"{PREFIX}{module}.{part}": tensor for module, parts in modules.items() for part, tensor in parts.items()}

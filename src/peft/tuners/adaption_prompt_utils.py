@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -11,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from peft.core.blocks.blocks import signature_of
 
 
 _EXCHANGING = RLock()  # one thread at a time: all of them see the config that is exchanged for a call
@@ -22,9 +23,6 @@ AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 def _source(module: nn.Module) -> Callable:
     return inspect.unwrap(type(module).forward)
-
-
-_signature = functools.cache(inspect.signature)
 
 
 def can_watch(module: nn.Module) -> bool:
@@ -90,7 +88,7 @@ def keys_and_values(
         found.extend((key, value))
         return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2), None  # of that shape
 
-    signature = (inspect.signature if torch.compiler.is_compiling() else _signature)(_source(module))
+    signature = signature_of(_source(module))
     given = signature.bind_partial(module, *args, **kwargs).arguments
     call = {name: _neutral(name, value, x) for name, value in given.items()}
     names = list(signature.parameters)

@@ -143,9 +143,8 @@ class ReftLayer(BlockLayer, nn.Module):
         places = index + torch.arange(0, len(h) * h.shape[1], h.shape[1], device=h.device)[:, None]
         if rows is not None:
             places, valid = places[rows], valid[rows]
-        chosen = (
-            of.flatten(0, -2).index_select(0, places.flatten()).view(*places.shape, -1)
-        )  # [rows, positions, width]
+        chosen = of.flatten(0, -2).index_select(0, places.flatten())  # [rows * positions, width]
+        chosen = chosen.view(*places.shape, -1)
         change = adapter.change(adapter.cast(chosen)).to(h.dtype).masked_fill(~valid[..., None], 0)
         return places.flatten(), change.flatten(0, 1)
 

@@ -25,6 +25,7 @@ from peft.convert.held import (
     modules_of,
     on_modules,
     pairs_of,
+    renames_no,
     without_whole_modules,
 )
 from peft.convert.source import Base, Bundle
@@ -164,10 +165,7 @@ def _pairs(held: Held) -> Pairs:
         return pairs_of(held)
     equal = {"LOHA": _pair_of_loha, "LOKR": _pair_of_lokr}.get(held.method)
     if equal is None:
-        raise ConfigError(
-            f"Flux's two sets of names are changed in LoRA, LoHa and LoKr, and this adapter is {held.method}: make a "
-            "LoRA of it by save_as_lora first."
-        )
+        raise renames_no(held, "Flux")
     return Pairs({module: equal(parts, *alpha_and_rank(held, module)) for module, parts in _modules(held).items()})
 
 

@@ -18,6 +18,7 @@ from peft.convert.held import (
     modules_of,
     on_modules,
     pairs_of,
+    renames_no,
     without_whole_modules,
 )
 from peft.convert.names import UNET_OF_AUTHORS, UNET_OF_DIFFUSERS
@@ -102,10 +103,7 @@ def unet_to_diffusers(held: Held) -> Held:
         pairs = pairs_of(held)
         return held_of(Pairs({diffusers_name(m): pair for m, pair in pairs.pairs.items()}, pairs.others, pairs.rslora))
     if held.method not in ("LOHA", "LOKR"):
-        raise ConfigError(
-            f"a UNet's two sets of names are changed in LoRA, LoHa and LoKr, and this adapter is {held.method}: make "
-            "a LoRA of it by save_as_lora first."
-        )
+        raise renames_no(held, "a UNet")
     found = without_whole_modules(held, "a UNet").by_module
     names = {module: diffusers_name(module) for module in found}
     modules = {names[module]: parts for module, parts in found.items()}

@@ -258,12 +258,15 @@ def _first_name(module: nn.Module) -> str:
     inner = unwrapped(module)
     if "forward" in inner.__dict__ or torch.compiler.is_compiling():  # replaced by somebody; and nothing is looked up
         return next(iter(inspect.signature(inner.forward).parameters))
-    return _second_parameter(type(inner).forward)
+    return [*signature_of(type(inner).forward).parameters][1]
 
 
-@functools.cache
-def _second_parameter(forward: Callable[..., Any]) -> str:
-    return [*inspect.signature(forward).parameters][1]
+def signature_of(function: Callable[..., Any]) -> inspect.Signature:
+    """The signature of a function that stands in a class, found once: each call of a block asks for it."""
+    return (inspect.signature if torch.compiler.is_compiling() else _signature)(function)
+
+
+_signature = functools.cache(inspect.signature)
 
 
 def first_output(output: Any) -> torch.Tensor:

@@ -97,7 +97,8 @@ def get_eva_state_dict(
     options = config.eva_config or EvaConfig()
     layers, kinds, ranks = _layers(model, config, adapter_name)
     shapes = {name: kind.shape(innermost(layers[name])) for name, kind in kinds.items()}
-    state, several = {}, gather_distributed_inputs and several_processes()  # type: ignore[var-annotated]
+    state: dict[str, Any] = {}
+    several = gather_distributed_inputs and several_processes()
 
     def run(batch: Any) -> None:
         prepare = prepare_model_inputs_fn
@@ -116,13 +117,13 @@ def get_eva_state_dict(
     most = {n: min(round(r * options.rho), math.prod(shapes[n][1:])) for n, r in ranks.items()}
     watched = Watched(model, layers, ranks, most, options.tau, run, take)
     components, given = watched.components(dataloader, show_progress_bar)
-    found = {}
-    for name, rank in given.items():
-        if rank:
-            pca: Any = components[name].pca
-            vectors = pca.components_[:rank]
-            found[name] = vectors / pca.singular_values_[:rank, None].sqrt() if options.whiten else vectors
-    return found
+    return {name: _leading(components[name].pca, rank, options.whiten) for name, rank in given.items() if rank}
+
+
+def _leading(pca: Any, rank: int, whiten: bool) -> torch.Tensor:
+    """The first components of a layer's inputs, ``[r, in * kernel]``."""
+    vectors = pca.components_[:rank]
+    return vectors / pca.singular_values_[:rank, None].sqrt() if whiten else vectors
 
 
 def initialize_lora_eva_weights(
