@@ -327,7 +327,7 @@ CASES = [
     Case("bytes-dropout", "the same with dropout 0.05", bytes_case(lora_dropout=0.05), "B", to_floor=1.25),
     Case("bytes-bfloat16", "the same in bfloat16", bytes_case("bfloat16"), "B", to_floor=1.3),
     Case("bytes-dora", "the same with DoRA", bytes_case(use_dora=True), "B", to_floor=1.25),
-    Case("step-nf4", "NF4 base, step, r 16 on all linear layers", beside_floor(nf4_pair, repeats=9), to_reference=0.97),
+    Case("step-nf4", "NF4 base, step, r 16 on all linear layers", beside_floor(nf4_pair), to_reference=0.97),
     Case("step-compiled", "step of one block, compiled; floor: eager", step_compiled, to_floor=1.0),
     Case("load-first", "load the first adapter (24 layers, 168 modules)", load_first, to_reference=0.2),
     Case("load-30th", "load the 30th adapter", load_thirtieth, to_reference=0.03),
