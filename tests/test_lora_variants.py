@@ -589,6 +589,38 @@ def test_velora_keeps_one_number_for_each_group() -> None:
     assert saved_bytes(dropping, x) <= 128 * (4 + 2 * 4) * 4 + 64 * 4
 
 
+class Gated(nn.Module):
+    """Layers that read what a norm, a ReLU and a gate make: autograd keeps those, or what makes them again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(256)
+        self.up, self.gate, self.down, self.out = (nn.Linear(256, 256) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norm(x)
+        return self.out(F.relu(self.down(F.silu(self.gate(h)) * self.up(h))))
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.1}, {"lora_bias": True}])
+def test_velora_keeps_less_than_lora_where_lora_keeps_no_input(options: dict[str, Any]) -> None:
+    """It keeps neither groups nor A x there, and its gradients are those with few rows, which keep both."""
+    options |= {"r": 4, "target_modules": ["up", "gate", "down", "out"], "init_lora_weights": False}
+    net, x = Gated(), inputs(512, 256).requires_grad_()
+    plain = get_peft_model(copy.deepcopy(net), LoraConfig(**options))
+    model = get_peft_model(net, LoraConfig(velora_config={"num_groups": 8, "init_type": "random"}, **options))
+    assert saved_bytes(model, x) < saved_bytes(plain, x)
+
+    torch.manual_seed(0)
+    found = gradients(model, x)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("peft.tuners.lora.velora.is_few", lambda x: True)
+        torch.manual_seed(0)
+        wanted = gradients(model, x)
+    for a, b in zip(found, wanted, strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm()
+
+
 def test_velora_under_autocast_and_checkpointing() -> None:
     model, x = adapted("velora"), inputs(6, 8).requires_grad_()
     wanted = gradients(model, x)

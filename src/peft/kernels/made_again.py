@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from peft.kernels.autocast import is_autocast
 from peft.kernels.few import is_few, is_small
 from peft.kernels.linear import NO_CONTEXT, Direct, is_eager
-from peft.kernels.remake import is_recomputed, recomputed
+from peft.kernels.remake import DEPTH, is_recomputed, recomputed
 from peft.kernels.strict import is_plain
 
 
@@ -65,6 +65,11 @@ class MadeAgain(Direct):
         ctx.make, ctx.made = make, None
         ctx.save_for_backward(*tensors)
         return make(*tensors)
+
+    @staticmethod
+    def recipe(ctx: Any, depth: int) -> Callable[[], torch.Tensor]:
+        # an operation on top of it may change what it gets in place, so only the last one is shown the very result
+        return lambda: MadeAgain.again(ctx, depth == DEPTH)
 
     @staticmethod
     def again(ctx: Any, shown: bool) -> torch.Tensor:

@@ -109,6 +109,21 @@ def recipe_of(x: torch.Tensor) -> Recipe | None:
         return None
 
 
+def is_held(x: torch.Tensor) -> bool:
+    """Whether the operation that made ``x`` keeps its output, as ReLU and attention do: keeping x is free."""
+    node = (x if x._base is None else x._base).grad_fn
+    if node is None or is_recomputed():
+        return False
+    for name in ("result", "output"):
+        if hasattr(node, f"_raw_saved_{name}"):
+            found, _ = _saved_by(node, name)
+            found = found.packed if isinstance(found, _Saved) else found
+            if not isinstance(found, torch.Tensor) or found.device != x.device:
+                return False
+            return found.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+    return False
+
+
 def is_recomputed() -> bool:
     """Whether gradient checkpointing is at work: it keeps nothing, and counts what is kept."""
     # a compiler decides for itself what to keep; torch 2.8 does not tell, so with it everything is kept
@@ -216,16 +231,14 @@ def unchanged(tensor: torch.Tensor, version: int) -> torch.Tensor:
 
 
 def _of_node(node: Any, depth: int) -> Recipe | None:
-    maker = _MAKERS.get(node.name())
+    # functions of ours say themselves whether they give their output again
+    maker = _MAKERS.get(node.name()) or getattr(getattr(node, "_forward_cls", None), "recipe", None)
     return maker(node, depth) if maker is not None and depth > 0 else None
 
 
 def _operand(node: Any, name: str) -> Recipe | None:
     """A tensor that a node keeps; None where hooks have put something else in its place."""
-    raw, saved = f"_raw_saved_{name}", f"_saved_{name}"
-    hooked = getattr(node, raw).unpack_hook is not None
-    # hooks may allow to unpack once only, so what they hold is read as it is
-    tensor = getattr(node, raw).data if hooked else getattr(node, saved)
+    tensor, hooked = _saved_by(node, name)
     if isinstance(tensor, _Saved):
         return tensor.reader()
     if not isinstance(tensor, torch.Tensor):
@@ -233,9 +246,17 @@ def _operand(node: Any, name: str) -> Recipe | None:
     if not _stays(tensor):
         return None
     if not hooked:
-        return lambda: getattr(node, saved)
+        return lambda: _saved_by(node, name)[0]
     version = tensor._version
-    return lambda: unchanged(getattr(node, raw).data, version)
+    return lambda: unchanged(_saved_by(node, name)[0], version)
+
+
+def _saved_by(node: Any, name: str) -> tuple[Any, bool]:
+    """What a node has saved under a name, and whether hooks have put it there."""
+    raw = getattr(node, f"_raw_saved_{name}")
+    hooked = raw.unpack_hook is not None
+    # hooks may allow to unpack once only, so what they hold is read as it is
+    return (raw.data if hooked else getattr(node, f"_saved_{name}")), hooked
 
 
 def _product(node: Any, depth: int) -> Recipe | None:
@@ -306,6 +327,4 @@ _MAKERS: dict[str, Callable[[Any, int], Recipe | None]] = {
     "GeluBackward0": _activation(F.gelu, "approximate"),
     "NativeLayerNormBackward0": _layer_norm,
     "FftR2CBackward0": _spectrum,
-    # an operation on top of it may change what it gets in place, so only the last one is shown the very result
-    "MadeAgainBackward": lambda node, depth: lambda: node._forward_cls.again(node, depth == DEPTH),
 }

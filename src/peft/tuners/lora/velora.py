@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +17,9 @@ from peft.core.layer.buffers import BufferDict
 from peft.kernels import Factors, active_rate
 from peft.kernels.autocast import is_autocast
 from peft.kernels.dropout import Dropped, draw_seed
-from peft.kernels.linear import is_eager, no_autocast
+from peft.kernels.few import is_few
+from peft.kernels.linear import NO_CONTEXT, is_eager, no_autocast
+from peft.kernels.remake import is_held, kept, recomputed
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import Lora
 
@@ -88,15 +91,21 @@ class VeLora(Lora):
         fixed = options.init_type == "random" or (options.init_type.endswith("once") and self.lora_velora_embed.any())
         v = self.lora_velora_embed if fixed else None
         drop = (rate, draw_seed()) if rate else None
-        h, v = Compressed.apply(x, a, v, options.num_groups, options.scale, drop)
+        # r numbers of a token are scaled instead of its outputs, which a bias is among
+        inner = 1.0 if self.lora_bias or isinstance(self.scaling, torch.Tensor) else self.scaling
+        h, v = Compressed.apply(x, a, v, options.num_groups, options.scale, drop, inner)
         if not fixed:
             self.lora_velora_embed.copy_(v)
-        up = self.raised(h, b) if self.computes_pair else self.lora_B(h)
-        return up * self.scaling
+        with NO_CONTEXT if is_few(x) else recomputed():
+            up = self.raised(h, b) if self.computes_pair else self.lora_B(h)
+        return up if inner is self.scaling else up * self.scaling
 
 
 class Compressed(Function):
-    """``(A drop(x), v)``: the product, of which the backward pass keeps x by group only, and the direction in use."""
+    """``(s A drop(x), v)``: the product, of which the backward pass keeps x by group only, and the direction in use.
+
+    Where x's own graph keeps x, or what makes it again, nothing is kept of it: not even the groups, nor the product.
+    """
 
     @staticmethod
     def forward(
@@ -107,29 +116,61 @@ class Compressed(Function):
         count: int,
         scale: float,
         drop: tuple[float, int] | None,
+        inner: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if is_autocast(device) else x.dtype
+        ctx.product = torch.get_autocast_dtype(device) if is_autocast(device) else x.dtype
+        ctx.drop, ctx.shape, ctx.dtype, ctx.count, ctx.inner = drop, x.shape, x.dtype, count, inner
+        ctx.kept, saved = (None, None) if is_few(x) else kept(x)
+        ctx.is_free = ctx.kept is not None and (saved is None or is_held(x))
         with no_autocast(x):
-            rows = x.reshape(x.numel() // x.shape[-1], x.shape[-1])
-            rows = rows if drop is None else Dropped(*drop).copy(rows) / (1 - drop[0])
-            groups = grouped(rows, count)
-            v = average_direction(groups) if v is None else v.clone()
-            kept = groups @ (v * scale).to(rows.dtype)
-            h = rows.to(dtype) @ a.to(dtype).T
-        ctx.save_for_backward(kept, v, a)
-        ctx.drop, ctx.shape, ctx.dtype = drop, x.shape, x.dtype
+            rows = Compressed.rows(ctx, x)
+            v = average_direction(grouped(rows, count)) if v is None else v.clone()
+            ctx.towards = v * scale
+            if not ctx.is_free:
+                saved = grouped(rows, count) @ ctx.towards.to(rows.dtype)
+            h = Compressed.product(ctx, rows, a)
+        ctx.save_for_backward(saved, v, a)
         ctx.mark_non_differentiable(v)
-        return h.view(*x.shape[:-1], len(a)), v
+        return h, v
+
+    @staticmethod
+    def rows(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        """``drop(x)`` as ``[n, in]``."""
+        rows = x.reshape(x.numel() // x.shape[-1], x.shape[-1])
+        return rows if ctx.drop is None else Dropped(*ctx.drop).copy(rows) / (1 - ctx.drop[0])
+
+    @staticmethod
+    def product(ctx: Any, rows: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        h = rows.to(ctx.product) @ a.to(ctx.product).T
+        h = h if ctx.inner == 1 else h.mul_(ctx.inner)
+        return torch.ops.aten._unsafe_view(h, (*ctx.shape[:-1], len(a)))  # a view would hide whose output it is
+
+    @staticmethod
+    def recipe(ctx: Any, depth: int) -> Callable[[], torch.Tensor] | None:
+        """How the product is made again, where x is there without being kept."""
+
+        def again() -> torch.Tensor:
+            x, _, a = ctx.saved_tensors
+            x = ctx.kept.read() if x is None else x
+            with torch.no_grad(), no_autocast(x):
+                return Compressed.product(ctx, Compressed.rows(ctx, x), a)
+
+        return again if ctx.is_free else None
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor, _: Any) -> tuple[Any, ...]:  # type: ignore[override]
-        kept, v, a = ctx.saved_tensors
-        dh, dx = gradient.reshape(len(kept), len(a)), None
-        da = gradient_of_down(dh.to(a.dtype), kept.to(a.dtype), v.to(a.dtype), a.shape[1])
+        by_group, v, a = ctx.saved_tensors
+        dh, dx = gradient.reshape(-1, len(a)), None
+        if ctx.inner != 1:
+            dh = dh * ctx.inner
+        if ctx.is_free:
+            rows = Compressed.rows(ctx, ctx.kept.get(by_group))
+            by_group = grouped(rows, ctx.count) @ ctx.towards.to(rows.dtype)
+        da = gradient_of_down(dh.to(a.dtype), by_group.to(a.dtype), v.to(a.dtype), a.shape[1])
         if ctx.needs_input_grad[0]:
             dx = dh @ a.to(dh.dtype)
             dx = dx if ctx.drop is None else Dropped(*ctx.drop).copy(dx) / (1 - ctx.drop[0])
             dx = dx.view(ctx.shape).to(ctx.dtype)
-        return dx, da, None, None, None, None
+        return dx, da, None, None, None, None, None
