@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft.combining import CombinationType, Vote, idle
 from peft.compat.methods import LoraCompat, beside_start
 from peft.core.combine.combined import add_combined, checked_weights, combined_config, tuner_layers
-from peft.core.combine.names import CombinationType, Vote, idle
 from peft.core.combine.ways import Combination
 from peft.core.files.io import load_peft_weights
 from peft.core.layer.weight import wide
