@@ -84,8 +84,8 @@ class SharedPair(LowRank):
         """b ``[out]`` and d ``[draws * r]``; leading columns of A, ``[draws * r, in * kernel]``, and rows of B."""
         (rows, columns), (b, d) = fan(self.shape), [getattr(self, name) for name in self.parts]
         a, table = [in_dtype(d.dtype, getattr(self, name)) for name in self.common]
-        a = a if a.shape[1] == columns else a[:, :columns]
-        return b, d, a, table if len(table) == rows else table[:rows]
+        a = a if a.shape[1] == columns else a.narrow(1, 0, columns)
+        return b, d, a, table if len(table) == rows else table.narrow(0, 0, rows)
 
     def read(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """What of these a forward computes with now."""
