@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 import peft
-from peft import LoraConfig, PeftModel, get_eva_state_dict, get_peft_model, initialize_lora_eva_weights
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_eva_state_dict,
+    get_peft_model,
+    initialize_lora_eva_weights,
+    inject_adapter_in_model,
+)
 from peft.tuners.lora import EvaConfig
 from peft.tuners.lora.components import shared_out
 from peft.tuners.lora.eva import (
@@ -80,6 +88,37 @@ def test_vectors_are_singular_vectors_of_the_inputs():
     initialize_lora_eva_weights(model, eva_state_dict=found)
     assert torch.equal(model(X), y)
     assert before.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_training_without_the_start_is_said_once(tmp_path, recwarn):
+    def said():
+        found = [str(w.message) for w in recwarn if "initialize_lora_eva_weights" in str(w.message)]
+        recwarn.clear()
+        return len(found)
+
+    warnings.simplefilter("always")
+    model = started()
+    model.eval()(X), model.train().requires_grad_(False)(X)
+    with torch.no_grad():
+        model(X)
+    model.add_adapter("plain", LoraConfig(r=2, target_modules=["l1"]))
+    model.set_adapter("plain")
+    model(X)
+    assert not said()  # nothing of it trains
+    model.set_adapter("default")
+    model(X), model(X)
+    assert said() == 1
+    injected = inject_adapter_in_model(LoraConfig(r=2, target_modules=["l1"], init_lora_weights="eva"), net())
+    injected(X)
+    assert said() == 1
+    ready, other = started(), started()
+    initialize_lora_eva_weights(ready, BATCHES, **PLAIN)
+    ready.save_pretrained(tmp_path)
+    ready.load_adapter(tmp_path, "again", is_trainable=True)
+    peft.initialize(other, "gaussian")
+    for each in (ready, other, PeftModel.from_pretrained(net(), tmp_path, is_trainable=True)):
+        each.train()(X)
+    assert not said()
 
 
 def test_ranks_follow_what_components_explain():

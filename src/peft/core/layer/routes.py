@@ -41,8 +41,8 @@ def stand_in(layer: BaseTunerLayer, adapters: Adapters, args: tuple, kwargs: Key
     if dtype is None:
         return module(*args, **kwargs)
     inner = weights.dtype_of_module(module)
-    y = module(*(in_dtype(inner, a) for a in args), **{k: in_dtype(inner, v) for k, v in kwargs.items()})
-    return in_dtype(dtype, y)
+    y = module(*(with_floats_in(inner, a) for a in args), **{k: with_floats_in(inner, v) for k, v in kwargs.items()})
+    return with_floats_in(dtype, y)
 
 
 def parted(layer: BaseTunerLayer, adapters: Adapters, args: tuple, kwargs: Keywords) -> Any:
@@ -219,11 +219,11 @@ def attribute_of(layer: BaseTunerLayer, module: nn.Module, name: str) -> Any:
     value, dtype = getattr(module, name), other_dtype(layer, module)
     if dtype is not None and isinstance(value, nn.Module):
         return copy.deepcopy(value).to(dtype)  # the one that trains keeps its dtype
-    return value if dtype is None else in_dtype(dtype, value)
+    return value if dtype is None else with_floats_in(dtype, value)
 
 
-def in_dtype(dtype: torch.dtype | None, value: Any) -> Any:
+def with_floats_in(dtype: torch.dtype | None, value: Any) -> Any:
     """Floating-point tensors, also those in tuples, in a dtype."""
     if isinstance(value, tuple):
-        return tuple(in_dtype(dtype, part) for part in value)
+        return tuple(with_floats_in(dtype, part) for part in value)
     return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value

@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -241,7 +242,8 @@ def multiplied(
     read = [p for adapter in adapters for p in adapter.parameters()]
     if not torch.compiler.is_compiling():  # else nothing is made again later
         make = _with_tensors_of_now(make, adapters)
-    return made_product(layer.kind, base, x, make, [*read, *base.parameters(recurse=False)])
+    multiply, gradients = partial(layer.kind.apply, base), partial(layer.kind.gradients, base)
+    return made_product(multiply, gradients, x, make, [*read, *base.parameters(recurse=False)])
 
 
 def _with_tensors_of_now(make: Callable[[], torch.Tensor], adapters: Adapters) -> Callable[[], torch.Tensor]:
