@@ -30,17 +30,19 @@ import run  # noqa: E402
 CASES: dict[str, tuple[int, Callable[[], run.Pair]]] = {
     "step": (16, run.step_pair),
     "step-dropout": (16, lambda: run.step_pair(lora_dropout=0.05)),
+    "step-dropout-2048": (16, lambda: run.step_pair(rows=8, length=256, lora_dropout=0.05)),
     "step-bfloat16": (16, lambda: run.step_pair("bfloat16")),
     "step-dora": (16, lambda: run.step_pair(use_dora=True)),
     "step-qv": (8, lambda: run.step_pair(targets=run.QV, r=8)),
+    "nf4": (16, run.nf4_pair),
     "mixed-1": (16, lambda: run.mixed_pair(1)),
     "mixed-32": (16, lambda: run.mixed_pair(32)),
     "one-token": (16, run.one_token_pair),
 }
-"""Name, as in run.py -> the adapters' rank, and what is measured."""
+"""Name, as in run.py -> the adapters' rank, and what is measured; one step has as many tokens as in trainer.py."""
 
-TOKENS = 512
-"""Of a training step."""
+TOKENS = (512, 2048)
+"""Of training steps."""
 
 PARTS = ("large products", "thin products", "other operations", "between")
 PRODUCTS = {"mm": 0, "bmm": 0, "_linear_pointwise": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1, "baddbmm_": 1}
@@ -71,7 +73,7 @@ def is_thin(first: list[int], second: list[int], rank: int) -> bool:
     sides = [
         second[-1],
         first[-1],
-        *([first[-2]] if first[-1] == TOKENS else []),
+        *([first[-2]] if first[-1] in TOKENS else []),
     ]  # those of gradients sum over tokens
     return any(side in range(rank, 8 * rank + 1, rank) for side in sides)
 

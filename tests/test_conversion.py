@@ -19,7 +19,7 @@ from peft import (
     get_peft_model,
     save_as_lora,
 )
-from peft.core.combine.names import WAYS, CombinationType
+from peft.combining import WAYS, CombinationType
 from peft.core.combine.ways import Combination
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.layer.weight import weight_change

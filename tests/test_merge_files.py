@@ -12,7 +12,7 @@ from test_convert import Peak
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft import IA3Config, LoraConfig, PeftModel, TrainableTokensConfig, convert_to_lora, get_peft_model
-from peft.core.combine.names import WAYS, CombinationType
+from peft.combining import WAYS, CombinationType
 from peft.core.families import Copy
 from peft.core.files.io import write_adapter
 from peft.testing.cells import Method, perturb

@@ -9,8 +9,8 @@ from typing import Any, get_args
 from peft.cli.command import Command, argument, output_of
 from peft.cli.models import pairs
 from peft.cli.output import Output
+from peft.combining import WAYS, CombinationType, Vote
 from peft.config import Options, option
-from peft.core.combine.names import WAYS, CombinationType, Vote
 
 
 @dataclass

@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 
-from peft.core.combine.names import PruningMethod
+from peft.combining import PruningMethod
 from peft.errors import ConfigChoiceError
 
 

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from peft.combining import CombinationType, Vote, idle
 from peft.core.adapter import Adapter
 from peft.core.combine.combined import check_auxiliary, checked_weights
-from peft.core.combine.names import CombinationType, Vote, idle
 from peft.core.combine.ways import Combination
 from peft.core.files.io import CONFIG_NAME, replacing
 from peft.core.layer.layer import BaseTunerLayer

@@ -14,8 +14,8 @@ from zlib import crc32
 
 import torch
 
+from peft.combining import WAYS, CombinationType, Vote, Way
 from peft.core.adapter import Adapter
-from peft.core.combine.names import WAYS, CombinationType, Vote, Way
 from peft.core.layer.weight import bias_change, weight_change, wide
 from peft.errors import ConfigChoiceError, WrongTypeError, nearest
 from peft.kernels.task_tensors import aligned, prune, task_arithmetic, ties

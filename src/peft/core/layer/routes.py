@@ -41,8 +41,8 @@ def stand_in(layer: BaseTunerLayer, adapters: Adapters, args: tuple, kwargs: Key
     if dtype is None:
         return module(*args, **kwargs)
     inner = weights.dtype_of_module(module)
-    y = module(*(in_dtype(inner, a) for a in args), **{k: in_dtype(inner, v) for k, v in kwargs.items()})
-    return in_dtype(dtype, y)
+    y = module(*(with_floats_in(inner, a) for a in args), **{k: with_floats_in(inner, v) for k, v in kwargs.items()})
+    return with_floats_in(dtype, y)
 
 
 def parted(layer: BaseTunerLayer, adapters: Adapters, args: tuple, kwargs: Keywords) -> Any:
@@ -89,8 +89,10 @@ def folded(layer: BaseTunerLayer, adapters: Adapters, args: tuple, kwargs: Keywo
     if layer.kind.opaque:
         values = weights.effective(layer, adapters)
         return layer.storage.call(layer.get_base_layer(), values, args, kwargs)
-    only = any(adapter.only_folds() for adapter in adapters)
-    if not only and not all(adapter.prefers_folding() for adapter in adapters):
+    only, prefer = False, True
+    for adapter in adapters:
+        only, prefer = only or adapter.only_folds(), prefer and adapter.prefers_folding()
+    if not only and not prefer:
         return None
     x = args[0]
     if (direct := layer.direct_weight(x)) is not None:
@@ -124,17 +126,20 @@ def _folded_change(
 def updated(layer: BaseTunerLayer, adapters: Adapters, args: tuple, kwargs: Keywords) -> Any:
     """The base layer on an input that adapters may change, and what they make of its output, one after another."""
     x = inner = args[0]
+    changes, spares, kind = False, True, layer.kind
+    for adapter in adapters:  # loops, not any and all: these are asked in each call of each layer
+        changes, spares = changes or adapter.changes_input, spares and adapter.spares_input
     # looking at all that autograd keeps takes longer than adapters do that see to it themselves
-    with NO_CONTEXT if all(adapter.spares_input for adapter in adapters) else reading(x):
-        if any(adapter.changes_input for adapter in adapters):
+    with NO_CONTEXT if spares else reading(x):
+        if changes:
             for adapter in reversed(weights.fold_order(adapters)):  # the one next to x is folded last
                 inner = adapter.input(adapter.cast(inner))
-            inner = inner.to(x.dtype)
+            inner = inner if inner.dtype is x.dtype else inner.to(x.dtype)
         given = layer._modules["base_layer"](inner, *args[1:], **kwargs)  # type: ignore[misc]
-        base_y = y = layer.kind.tensor_in(given)
+        base_y = y = kind.tensor_in(given)
         for adapter in adapters:
             y = adapter.output(adapter.cast(x), y, base_y)
-        return layer.kind.with_tensor(given, y if y.dtype is base_y.dtype else y.to(base_y.dtype))
+        return kind.with_tensor(given, y if y.dtype is base_y.dtype else y.to(base_y.dtype))
 
 
 ROUTES = (stand_in, parted, by_kernel, low_rank, folded, updated)
@@ -219,11 +224,11 @@ def attribute_of(layer: BaseTunerLayer, module: nn.Module, name: str) -> Any:
     value, dtype = getattr(module, name), other_dtype(layer, module)
     if dtype is not None and isinstance(value, nn.Module):
         return copy.deepcopy(value).to(dtype)  # the one that trains keeps its dtype
-    return value if dtype is None else in_dtype(dtype, value)
+    return value if dtype is None else with_floats_in(dtype, value)
 
 
-def in_dtype(dtype: torch.dtype | None, value: Any) -> Any:
+def with_floats_in(dtype: torch.dtype | None, value: Any) -> Any:
     """Floating-point tensors, also those in tuples, in a dtype."""
     if isinstance(value, tuple):
-        return tuple(in_dtype(dtype, part) for part in value)
+        return tuple(with_floats_in(dtype, part) for part in value)
     return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value

@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -241,7 +242,8 @@ def multiplied(
     read = [p for adapter in adapters for p in adapter.parameters()]
     if not torch.compiler.is_compiling():  # else nothing is made again later
         make = _with_tensors_of_now(make, adapters)
-    return made_product(layer.kind, base, x, make, [*read, *base.parameters(recurse=False)])
+    multiply, gradients = partial(layer.kind.apply, base), partial(layer.kind.gradients, base)
+    return made_product(multiply, gradients, x, make, [*read, *base.parameters(recurse=False)])
 
 
 def _with_tensors_of_now(make: Callable[[], torch.Tensor], adapters: Adapters) -> Callable[[], torch.Tensor]:
@@ -332,9 +334,10 @@ def _swap(layer: BaseTunerLayer, adapters: Adapters, safe_merge: bool) -> None:
 
 def dtype_of_module(module: nn.Module) -> torch.dtype | None:
     """The dtype of the first of its parameters that floats, None where it has none."""
-    for p in module.parameters():  # no next(.., None): torch 2.8 does not compile it
-        if p.is_floating_point():
-            return p.dtype
+    for some in (module._parameters.values(), module.parameters()):  # its own come first, and take no walk
+        for p in some:  # no next(.., None): torch 2.8 does not compile it
+            if p is not None and p.is_floating_point():
+                return p.dtype
     return None
 
 

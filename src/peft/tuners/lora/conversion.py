@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from peft.combining import CombinationType, Vote, idle
 from peft.core.adapter import Adapter
 from peft.core.base.stack import Stack
-from peft.core.combine.names import CombinationType, Vote, idle
 from peft.core.combine.ways import Combination, Part
 from peft.core.files.entries import anatomy, configs_of
 from peft.core.files.io import PREFIX, write_adapter
