@@ -330,8 +330,11 @@ class Adapter(Drops):
     def held(self) -> list[tuple[str, part, Any]]:
         """Its parts: attribute of the layer, declaration, what is there."""
         layer, name = self.layer, self.name
-        read = [(declared, declared.read(layer, name)) for declared in self.parts.values()]
-        found = [(declared.attribute(layer), declared, value) for declared, value in read if value is not None]
+        found = [
+            (declared.attribute(layer), declared, value)
+            for declared in self.parts.values()
+            if (value := declared.read(layer, name)) is not None
+        ]
         return found + [(attribute, MORE, value) for attribute, value in self._further()]
 
     def _further(self) -> list[tuple[str, Any]]:
