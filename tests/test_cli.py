@@ -491,6 +491,9 @@ class TestOtherCommands:
         assert peft_("merge", "base", "one", "-o", tmp_path / "tuned")[0] == 0
         status, found = peft_("extract", "base", tmp_path / "tuned", "--rank=3", "-o", tmp_path / "lora")
         assert status == 0 and found["kept"] == pytest.approx(1, abs=1e-4)
+        for words in (["extract", "base", tmp_path / "tuned"], ["resize", tmp_path / "lora"]):
+            status, found = peft_(*words, "-o", tmp_path / "none")
+            assert status == 1 and "say it with --rank 16, or --energy 0.95" in found["error"]
         status, found = peft_("resize", tmp_path / "lora", "--rank=1", "-o", tmp_path / "small")
         assert status == 0 and set(found["ranks"].values()) == {1} and found["kept"] < 0.99
         status, found = peft_("convert", tmp_path / "small", "--to=mlx", "-o", tmp_path / "mlx")

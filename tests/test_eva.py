@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 import peft
-from peft import LoraConfig, PeftModel, get_eva_state_dict, get_peft_model, initialize_lora_eva_weights
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_eva_state_dict,
+    get_peft_model,
+    initialize_lora_eva_weights,
+    inject_adapter_in_model,
+)
 from peft.tuners.lora import EvaConfig
 from peft.tuners.lora.components import shared_out
 from peft.tuners.lora.eva import (
@@ -82,6 +90,37 @@ def test_vectors_are_singular_vectors_of_the_inputs():
     assert before.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
 
 
+def test_training_without_the_start_is_said_once(tmp_path, recwarn):
+    def said():
+        found = [str(w.message) for w in recwarn if "initialize_lora_eva_weights" in str(w.message)]
+        recwarn.clear()
+        return len(found)
+
+    warnings.simplefilter("always")
+    model = started()
+    model.eval()(X), model.train().requires_grad_(False)(X)
+    with torch.no_grad():
+        model(X)
+    model.add_adapter("plain", LoraConfig(r=2, target_modules=["l1"]))
+    model.set_adapter("plain")
+    model(X)
+    assert not said()  # nothing of it trains
+    model.set_adapter("default")
+    model(X), model(X)
+    assert said() == 1
+    injected = inject_adapter_in_model(LoraConfig(r=2, target_modules=["l1"], init_lora_weights="eva"), net())
+    injected(X)
+    assert said() == 1
+    ready, other = started(), started()
+    initialize_lora_eva_weights(ready, BATCHES, **PLAIN)
+    ready.save_pretrained(tmp_path)
+    ready.load_adapter(tmp_path, "again", is_trainable=True)
+    peft.initialize(other, "gaussian")
+    for each in (ready, other, PeftModel.from_pretrained(net(), tmp_path, is_trainable=True)):
+        each.train()(X)
+    assert not said()
+
+
 def test_ranks_follow_what_components_explain():
     shares = {"a": [0.9, 0.05, 0.01], "b": [0.4, 0.3, 0.2], "c": [0.4, 0.3, 0.2]}
     assert shared_out(shares, 6, {"c": "b"}) == {"a": 1, "b": 3, "c": 2}
@@ -133,6 +172,10 @@ def test_masks_of_padding_and_labels():
     assert prepare_model_inputs_fn_language_modeling(batch, config).tolist() == [[True, True, False]]
     x = torch.arange(6.0).view(1, 3, 2)
     assert prepare_layer_inputs_fn_language_modeling(x, mask, "l").tolist() == [[2.0, 3.0]]
+    assert prepare_layer_inputs_fn_language_modeling(x, mask.nonzero(), "l").tolist() == [[2.0, 3.0]]  # as in 0.21.2
+    for batch in (torch.tensor([[2, 0, 1]]), {"input_ids": mask}):
+        with pytest.raises(ValueError, match="prepare_layer_inputs_fn=None"):
+            prepare_layer_inputs_fn_language_modeling(x, batch, "l")
     with pytest.raises(ValueError, match="dict"):
         prepare_model_inputs_fn_language_modeling(x, config)
 

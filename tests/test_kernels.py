@@ -612,6 +612,25 @@ def test_rows_are_put_together_whatever_their_order(index, tokens):
     assert torch.autograd.gradcheck(grouped, inputs)
 
 
+@pytest.mark.parametrize("index", [[0, 1, 2, 0, 1, 2], [2, 2, 0, 1], [0, 1, 0, 0, 2, 1, 1], [1, 0, 0, 1]], ids=str)
+@pytest.mark.parametrize("shape", [(), (1,), (3, 2)], ids=str)
+@pytest.mark.parametrize("long", [0, 2**20])
+@pytest.mark.parametrize("rate, bypass", [(0.0, True), (0.0, False), (0.4, True)])
+def test_without_gradients_rows_stand_where_they_are_or_are_moved(index, shape, long, rate, bypass, monkeypatch):
+    """In one slice, in several if they are long, or else moved: the output is that of the stacked factors."""
+    monkeypatch.setattr("peft.kernels.grouped.LONG", long)
+    torch.manual_seed(0)
+    base, x = nn.Linear(8, 5), torch.randn(len(index), *shape, 8)
+    factors = [Factors(torch.randn(r, 8), torch.randn(5, r), scale, rate) for r, scale in ((2, 1.0), (3, 0.5))]
+    with torch.no_grad():
+        found = []
+        for owner in (None, base):  # what is kept for an owner are stacks
+            torch.manual_seed(1)
+            given = owner, base, x, torch.tensor(index), [*factors, None], base.weight if bypass else None
+            found += [grouped_linear(*given) for _ in range(1 if rate else 2)][-1:]
+        torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("length", [1, 40])
 def test_rows_with_dropout(length):
     """The same seeds, and the masks as modules."""

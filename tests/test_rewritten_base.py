@@ -8,6 +8,8 @@ from torch import nn
 
 from peft import LoraConfig, MontecloraConfig, get_peft_model
 from peft.core.layer.rewritten import follow, rewrite
+from peft.helpers import spectral_surgery
+from peft.tuners.lora.intruders import reduce_intruder_dimension
 from peft.utils.warning import PeftWarning
 
 
@@ -200,3 +202,17 @@ def test_a_variant_that_follows_the_rank_is_not_converted(tmp_path):
     with pytest.raises(ValueError, match="twice the rank"):
         model.save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion=tmp_path / "start")
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("change", ["intruders", "surgery"])
+def test_what_makes_a_changed_copy_refuses_an_adapter_on_a_weight_of_its_own(change):
+    """The copy would stand on the original weight, and be another model."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights="pissa")
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 6)), config)
+    with pytest.raises(ValueError, match="path_initial_model_for_weight_conversion"):
+        if change == "intruders":
+            reduce_intruder_dimension(model)
+        else:
+            spectral_surgery(model, (model(torch.randn(3, 8)).sum() for _ in range(2)))
+    assert list(model.peft_config) == ["default"]

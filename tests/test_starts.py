@@ -63,6 +63,8 @@ def prepared(model, config):
 
 
 def config_for(init, **more):
+    if init == "kpm":
+        init, more["method"] = "corda", "kpm"
     options = {"r": R, "lora_alpha": ALPHA, "target_modules": ["layer"], "init_lora_weights": init}
     if init == "corda":
         options["corda_config"] = CordaConfig(corda_method=more.pop("method", "ipm"))
@@ -92,22 +94,23 @@ def patches(layer, x):
     return torch.stack(found, 1).double()
 
 
-def product(init, plain, x):
+def product(init, plain, x, scale):
     """B A by the formula of each start, an independent computation in float64."""
     w = dense(plain)
     if init == "pissa":
         u, s, vt = torch.linalg.svd(w)
-        return u[:, :R] * s[:R] @ vt[:R] / S
+        return u[:, :R] * s[:R] @ vt[:R] / scale
     if init == "olora":
         q, upper = torch.linalg.qr(w)
         return q[:, :R] @ upper[:R]
-    if init == "corda":
+    if init in ("corda", "kpm"):
         rows = patches(plain, x)
-        rows = rows / rows.abs().max()
+        rows = rows / rows.max().abs()
         c = rows.T @ rows
         c = c + torch.eye(len(c)) * c.diagonal().mean() * 0.01
         u, s, vt = torch.linalg.svd(w @ c, full_matrices=False)
-        return u[:, :R] * s[:R] @ vt[:R] @ torch.linalg.inv(c) / S
+        kept = slice(R) if init == "corda" else slice(-R, None)
+        return u[:, kept] * s[kept] @ vt[kept] @ torch.linalg.inv(c) / scale
     model = Around(copy.deepcopy(plain).double(), x.double())
     model().square().mean().backward()
     g = kind_of(plain).orient(model.layer.weight.grad, plain).flatten(1)
@@ -115,40 +118,42 @@ def product(init, plain, x):
     return None, u, s, vt
 
 
-REWRITING = ["pissa", "olora", "corda", "lora_ga"]
+REWRITING = ["pissa", "olora", "corda", "kpm", "lora_ga"]
 
 
+@pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("init", REWRITING)
 @pytest.mark.parametrize("kind", list(layers()))
-def test_start_is_its_formula_on_each_kind(kind, init):
+def test_start_is_its_formula_on_each_kind(kind, init, rslora):
     """Output, gradient, tensors, base, counts, and the base with the trained adapter merged."""
     model = layers()[kind]
+    scale = 5 / R**0.5 if rslora else S
     plain, x = copy.deepcopy(model.layer), model.x
     y = model().detach()
-    config = config_for(init)
+    config = config_for(init, **({"use_rslora": True, "alpha_pattern": {"layer": 5}} if rslora else {}))
     prepared(model, config)
     peft_model = get_peft_model(model, config)
     layer = peft_model.base_model.model.layer
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     made = b.flatten(1).double() @ a.flatten(1).double()
     if init == "lora_ga":
-        _, u, s, vt = product(init, plain, x)
-        scale = len(u) ** 0.25 / 4
+        _, u, s, vt = product(init, plain, x, scale)
+        stable = len(u) ** 0.25 / 4
         torch.testing.assert_close(a.flatten(1).double().abs(), vt[:R].abs(), atol=1e-4, rtol=1e-3)
         torch.testing.assert_close(
-            b.flatten(1).double().abs(), (u[:, R : 2 * R] * s[R : 2 * R] * scale).abs(), atol=1e-4, rtol=1e-3
+            b.flatten(1).double().abs(), (u[:, R : 2 * R] * s[R : 2 * R] * stable).abs(), atol=1e-4, rtol=1e-3
         )
     else:
-        torch.testing.assert_close(made, product(init, plain, x), atol=1e-4, rtol=1e-3)
-    torch.testing.assert_close(dense(layer.get_base_layer()), dense(plain) - S * made, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(made, product(init, plain, x, scale), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(dense(layer.get_base_layer()), dense(plain) - scale * made, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(peft_model(), y, atol=1e-5, rtol=1e-5)
     weight = dense(plain).float().requires_grad_()  # the gradients of A and B follow from that of the whole weight
     probe = Around(copy.deepcopy(plain), x)
     shaped = kind_of(plain).restore(weight.view(kind_of(plain).shape(plain)), plain)
     torch.func.functional_call(probe, {"layer.weight": shaped}).square().sum().backward()
     peft_model().square().sum().backward()
-    torch.testing.assert_close(a.grad.flatten(1), S * b.detach().flatten(1).T @ weight.grad, atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(b.grad.flatten(1), S * weight.grad @ a.detach().flatten(1).T, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(a.grad.flatten(1), scale * b.detach().flatten(1).T @ weight.grad, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(b.grad.flatten(1), scale * weight.grad @ a.detach().flatten(1).T, atol=1e-3, rtol=1e-3)
     peft_model.zero_grad()
     assert peft_model.get_nb_trainable_parameters() == (
         R * sum(dense(plain).shape),
@@ -159,7 +164,7 @@ def test_start_is_its_formula_on_each_kind(kind, init):
     trained, y = b.flatten(1).double() @ a.flatten(1).double(), peft_model().detach()
     peft_model.merge_adapter()
     torch.testing.assert_close(
-        dense(layer.get_base_layer()), dense(plain) + S * (trained - made), atol=1e-4, rtol=1e-4
+        dense(layer.get_base_layer()), dense(plain) + scale * (trained - made), atol=1e-4, rtol=1e-4
     )
     torch.testing.assert_close(peft_model(), y, atol=1e-4, rtol=1e-4)
     peft_model.unmerge_adapter()
@@ -238,6 +243,24 @@ def test_tensors_are_those_of_the_reference_up_to_signs(case):
         torch.testing.assert_close(now, then, atol=2e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("method", "first", "second"),
+    [
+        ("ipm", [3.5163641, 1.7295648], [21.7923641, 10.9128780]),
+        ("kpm", [0.1056500, 0.0284419], [2.2981725, 1.5298747]),
+    ],
+)
+def test_corda_weighs_each_call_by_its_uppermost_entry(method, first, second):
+    """Singular values of W C as version 0.21.2 of the reference has them."""
+    model = two()
+    config = LoraConfig(
+        r=2, target_modules=["l1", "l2"], init_lora_weights="corda", corda_config=CordaConfig(corda_method=method)
+    )
+    preprocess_corda(model, config, lambda: [model(X[:20] - 1), model(X[20:] + 0.5)])
+    torch.testing.assert_close(model.l1.eigens.S_WC, torch.tensor(first), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model.l2.eigens.S_WC, torch.tensor(second), atol=1e-3, rtol=1e-4)
+
+
 @pytest.mark.parametrize("init", ["pissa", "olora", "corda", "lora_ga"])
 @pytest.mark.parametrize("rslora", [False, True])
 def test_saved_as_plain_lora_of_twice_the_rank(init, rslora, tmp_path):
@@ -252,7 +275,9 @@ def test_saved_as_plain_lora_of_twice_the_rank(init, rslora, tmp_path):
                 p.add_(0.1 * torch.randn_like(p))
     y = peft_model(X)
     peft_model.save_pretrained(tmp_path / "end", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
-    loaded = PeftModel.from_pretrained(two(), tmp_path / "end")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of options that count for nothing now
+        loaded = PeftModel.from_pretrained(two(), tmp_path / "end")
     config = loaded.peft_config["default"]
     assert config.r == 2 * R and config.rank_pattern == {"l2": 6} and config.init_lora_weights is True
     torch.testing.assert_close(loaded(X), y, atol=1e-4, rtol=1e-4)

@@ -9,10 +9,7 @@ from typing import Any
 from peft.cli.command import Command, argument, output_of
 from peft.cli.output import Output
 from peft.config import Options, option
-
-
-_RANK = "The most that a layer has."
-_ENERGY = "Share of the squared singular values to keep; ranks are shared out among layers by it."
+from peft.errors import ConfigError
 
 
 @dataclass
@@ -27,24 +24,43 @@ class ConvertOptions(Options):
 
 
 @dataclass
-class ExtractOptions(Options):
+class Size(Options):
+    """How large a result is to be."""
+
+    rank: int | None = option(None, "The most that a layer has.", minimum=1)
+    energy: float | None = option(
+        None,
+        "Share of the squared singular values to keep; ranks are shared out among layers by it.",
+        above=0,
+        maximum=1,
+    )
+
+    def said(self) -> dict[str, Any]:
+        """The arguments of the functions that take it.
+
+        Raises:
+            ConfigError: neither was said.
+        """
+        if self.rank is None and self.energy is None:
+            raise ConfigError("the size of the result is missing: say it with --rank 16, or --energy 0.95.")
+        return {"rank": self.rank, "energy": self.energy}
+
+
+@dataclass
+class ExtractOptions(Size):
     """Which two models."""
 
     base: str = argument("Base model: a folder with safetensors files.")
     tuned: str = argument("The fine-tuned model, likewise.")
     output: str | None = option(None, "Folder of the adapter.")
-    rank: int | None = option(None, _RANK, minimum=1)
-    energy: float | None = option(None, _ENERGY, above=0, maximum=1)
 
 
 @dataclass
-class ResizeOptions(Options):
+class ResizeOptions(Size):
     """Which adapter, and how large it is to be."""
 
     source: str = argument("Adapter: a folder, or a name on the hub.")
     output: str | None = option(None, "Folder of the result.")
-    rank: int | None = option(None, _RANK, minimum=1)
-    energy: float | None = option(None, _ENERGY, above=0, maximum=1)
 
 
 def _convert(options: ConvertOptions, output: Output) -> dict[str, Any]:
@@ -68,14 +84,14 @@ def _extract(options: ExtractOptions, output: Output) -> dict[str, Any]:
     from peft.convert import extract_adapter
 
     target = output_of(options)
-    report = extract_adapter(options.base, options.tuned, target, rank=options.rank, energy=options.energy)
+    report = extract_adapter(options.base, options.tuned, target, **options.said())
     return {"ok": True, **dataclasses.asdict(report)}
 
 
 def _resize(options: ResizeOptions, output: Output) -> dict[str, Any]:
     from peft.convert import resize_adapter
 
-    report = resize_adapter(options.source, output_of(options), rank=options.rank, energy=options.energy)
+    report = resize_adapter(options.source, output_of(options), **options.said())
     return {"ok": True, **dataclasses.asdict(report)}
 
 

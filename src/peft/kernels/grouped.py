@@ -1,16 +1,18 @@
 """A batch whose rows have different low-rank updates: y_i = W x_i + b + s_g B_g A_g drop(x_i), g the update of row i.
 
-Without gradients the rows of each update are multiplied by its own factors. In training, and on GPUs, the factors of
-all are stacked, lower ranks filled up with zeros, and each layer does one batched product with the stack: short rows
-are put together by their updates; for long rows, which cost more to move, the factors of each are gathered instead.
+Without gradients the rows of each update are multiplied by its own factors, where they stand if they are a slice of
+the batch, or long. In training, and on GPUs, the factors of all are stacked, lower ranks filled up with zeros, and
+each layer does one batched product with the stack: short rows are put together by their updates; for long rows, which
+cost more to move, the factors of each are gathered instead.
 No stack outlives its call, as nothing tells what is written to ``parameter.data``; but those of layers whose adapters
 belong to a pool are kept until it puts others in their place.
 """
 
 from __future__ import annotations
 
+import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,36 +82,63 @@ def _each(
     fresh: bool,
     drop: tuple[float, int] | None,
 ) -> torch.Tensor:
-    """The output by the factors as they are, all rows put together by their updates on the way."""
-    known = _found_of(index)
-    if _TOGETHER not in known:
-        order = index.argsort(stable=True)
-        known[_TOGETHER] = order, order.argsort(), index.bincount(minlength=len(factors)).tolist()
-    order, back, sizes = known[_TOGETHER]
-    inner = x.index_select(0, order)
-    if weight is not None:  # a base that may be passed by computes each row alone; others, with hooks, see the batch
-        y = base_output(base, inner, weight)
-    else:
-        y = base_output(base, x, None, fresh).index_select(0, order)
+    """The output by the factors as they are, rows put together by their updates only where that is less work."""
+    order, back, pieces = _pieces(x, index)
+    # A base that may be passed by computes each row alone; others, with hooks, see the batch as it is.
+    inner = x if order is None else x.index_select(0, order)
+    y = base_output(base, x if weight is None else inner, weight, fresh)
+    if order is not None and weight is None:
+        y = y.index_select(0, order)
     with no_autocast(x):
         dtype, rows = product_dtype(y), y.view(-1, y.shape[-1])
         if drop is not None:
-            inner = Dropped(*drop).copy(x).index_select(0, order)
+            inner = Dropped(*drop).copy(x)
+            inner = inner if order is None else inner.index_select(0, order)
         inner = in_dtype(dtype, inner).reshape(-1, x.shape[-1])
-        each = inner.shape[0] // index.shape[0]
-        counts = [size * each for size in sizes]
-        for f, own, target in zip(factors, inner.split(counts), rows.split(counts)):
-            if f is None:
+        for group, where in pieces:
+            if (f := factors[group]) is None:
                 continue
             down, up, scale = f.down, f.up, f.scale / (1 - f.dropout)
             if down.dtype is up.dtype is y.dtype is dtype:  # as below, in fewer calls
-                target.addmm_(F.linear(own, down), up.t(), alpha=scale)
+                rows[where].addmm_(F.linear(inner[where], down), up.t(), alpha=scale)
             else:
-                accumulate(target, F.linear(own, in_dtype(dtype, down)), in_dtype(dtype, up).t(), scale)
-    return y.index_select(0, back)
+                hidden = F.linear(inner[where], in_dtype(dtype, down))
+                accumulate(rows[where], hidden, in_dtype(dtype, up).t(), scale)
+    return y if back is None else y.index_select(0, back)
 
 
-_TOGETHER = "together"
+LONG = 2**13  # entries of a row, from which on products for each row take less time than moving rows does
+_Pieces = tuple[torch.Tensor | None, torch.Tensor | None, list[tuple[int, slice]]]
+
+
+def _pieces(x: torch.Tensor, index: torch.Tensor) -> _Pieces:
+    """An order of the rows of x, its inverse, and updates with slices of the ``[rows * tokens, in]`` in that order.
+
+    Rows stay where they are (None) if those of each update are one slice, or are so long that several cost less.
+    """
+    tokens, long = x.shape[1:-1].numel(), x.numel() >= LONG * len(index)
+    known, key = _found_of(index), (tokens, long)
+    if key not in known:
+        places: dict[int, list[int]] = {}
+        for row, group in enumerate(index.tolist()):
+            places.setdefault(group, []).append(row)
+        found = [(group, where) for group, rows in places.items() for where in _slices(rows, tokens)]
+        order = back = None
+        if len(found) > len(places) and not long:
+            order = torch.tensor([row for rows in places.values() for row in rows])
+            back, ends = order.argsort(), [tokens * n for n in itertools.accumulate(map(len, places.values()))]
+            found = [(group, slice(*own)) for group, own in zip(places, itertools.pairwise([0, *ends]))]
+        known[key] = order, back, found
+    return known[key]
+
+
+def _slices(rows: list[int], tokens: int) -> Iterator[slice]:
+    """Ascending rows of a batch, of so many tokens each, as slices of all tokens; those of one token with steps."""
+    while rows:
+        step = rows[1] - rows[0] if tokens == 1 and len(rows) > 1 else 1
+        count = next((n for n, row in enumerate(rows) if row != rows[0] + n * step), len(rows))
+        yield slice(rows[0] * tokens, (rows[0] + (count - 1) * step + 1) * tokens, step)
+        rows = rows[count:]
 
 
 def _found_of(index: torch.Tensor) -> dict[Any, Any]:

@@ -7,6 +7,7 @@ its own, see :mod:`peft.core.model.threads`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,6 +18,7 @@ from peft.core.composition import Composition, alternatives
 from peft.core.layer.together import Readers
 from peft.core.model.sequence import Tokens, note_in_cache, tokens_of
 from peft.core.model.threads import Common, Facts
+from peft.errors import PeftWarning
 from peft.meanwhile import having
 
 
@@ -48,12 +50,15 @@ class Known(Common):
         compositions: the adapters of the model that are made of others: name -> expression.
         reads_tokens: some adapter reads the tokens of calls; without one they are not looked at.
         pooled: the adapters belong to a pool, and nothing else writes into their tensors; a copy belongs to none.
+        unprepared: adapters that wait for a start from data: name -> gives what to say of it where it trains now, None
+            where it does not. A copy knows of none.
     """
 
     def __init__(self, compositions: dict[str, Composition] | None = None, reads_tokens: bool = False) -> None:
         super().__init__()
         self.compositions: dict[str, Composition] = compositions or {}
         self.reads_tokens, self.pooled = reads_tokens, False
+        self.unprepared: dict[str, Callable[[], str | None]] = {}
 
     def __reduce__(self) -> Any:
         return Known, (self.compositions, self.reads_tokens)
@@ -228,6 +233,8 @@ class Context(Facts):
     def forget(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         """Hook of the model: a call that says nothing of adapters or tasks does not use those of an earlier one."""
         self.begin()
+        if self.common.unprepared and module.training and torch.is_grad_enabled():
+            self._tell_unprepared()
         self.rows = None
         self.leads, self._led = self.leads if self._led else {}, False
         # Of two sequences, the mask and the labels are not of the tokens that a layer sees.
@@ -250,6 +257,14 @@ class Context(Facts):
         self.task_ids = None
         if self.adapter_names is not None:
             self.set_adapter_names(None)
+
+    def _tell_unprepared(self) -> None:
+        """Warn once of each adapter that begins to train and is still to get its start from data."""
+        for name, remark in list(self.common.unprepared.items()):
+            if not torch.compiler.is_compiling() and (said := remark()) is not None:
+                del self.common.unprepared[name]
+                if said:
+                    warnings.warn(said, PeftWarning)
 
     def note(self, module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """Hook of the model, after the call: its cache knows the tokens that it now holds."""

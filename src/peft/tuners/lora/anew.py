@@ -46,6 +46,7 @@ def start_from(
         a, b = adapter.held_pair()
         a.copy_(vectors[short].view_as(a))
         b.zero_()
+        layer.context.common.unprepared.pop(name, None)
     if not all(ranks.values()):
         whole = model.get_base_model() if hasattr(model, "get_base_model") else model
         targets: Any = exact_targets(whole, {key for key, rank in ranks.items() if rank})

@@ -79,7 +79,9 @@ def preprocess_corda(
 def measured(
     modules: dict[str, nn.Module], run_model: Callable[[], None], half: bool = False
 ) -> dict[str, torch.Tensor]:
-    """The mean over all calls of X^T X, X being an input ``[n, in]`` over its largest magnitude, by layer.
+    """The mean over all calls of X^T X, by layer, X being an input ``[n, in]`` over the magnitude of its maximum.
+
+    That is of the uppermost entry, as the reference has it, and not of the one furthest from zero.
 
     Raises:
         ValueError: if a layer was not called.
@@ -90,7 +92,8 @@ def measured(
         kind = kind_of(module)
         assert kind is not None
         x = rows(kind, module, x).float()
-        x = x / x.abs().max().clamp_min(torch.finfo(x.dtype).tiny)
+        largest = x.max().abs()
+        x = x / torch.where(largest > 0, largest, x.abs().max()).clamp_min(torch.finfo(x.dtype).tiny)
         means.add(name, (x.T @ x).to(torch.float16 if half else torch.float32))
 
     with seen_by(modules.items(), see):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -76,6 +77,10 @@ def initialize(lora: Lora, config: LoraConfig) -> None:
         ValueError: if the base weight that a start decomposes, or what was to be prepared for it, is not there.
     """
     init = config.init_lora_weights
+    unprepared = lora.context.common.unprepared
+    unprepared.pop(lora.name, None)
+    if init == "eva" and not is_filled_later():
+        unprepared[lora.name] = partial(_waiting, lora)
     _as_torch_does(lora)  # first in any case: then a seed gives the numbers that it gives elsewhere
     if init is False:
         return
@@ -156,6 +161,17 @@ def _unprepared(lora: Lora, init: str) -> None:
             "starts as plain LoRA."
         )
     warnings.warn(message, PeftWarning, stacklevel=2)
+
+
+def _waiting(lora: Lora) -> str | None:
+    """What there is to say of an EVA that trains; None before it does, "" where its values came from elsewhere."""
+    a, b = lora.held_pair()
+    if not a.requires_grad:
+        return None
+    return bool(not b.any()) * (
+        f"adapter {lora.name!r} has init_lora_weights='eva' and trains from the default start, as "
+        "initialize_lora_eva_weights(model, dataloader) was not called after get_peft_model."
+    )
 
 
 def _gradient(lora: Lora, like: torch.Tensor) -> torch.Tensor:

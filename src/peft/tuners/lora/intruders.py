@@ -59,7 +59,8 @@ def reduce_intruder_dimension(
         logging_sink: called with a line for each layer; None for silence.
 
     Raises:
-        ValueError: if the adapter is unknown, merged or no plain LoRA, or the new name is taken.
+        ValueError: if the adapter is unknown, merged, no plain LoRA, or of a start that has rewritten the base weight
+            (PiSSA and the like), or the new name is taken.
 
     Examples:
         >>> reduce_intruder_dimension(model, mitigation_lambda=0.5)
@@ -91,6 +92,12 @@ def plain_layers(model: Any, name: str, what: str) -> list[tuple[str, LoraLayer]
     if any(layer.merged for _, layer in layers):
         raise ValueError("adapters are merged into the base weights; call unmerge_adapter() first.")
     for path, layer in layers:
+        if layer.rewritten is not None and name in layer.rewritten.own:
+            raise ValueError(
+                f"adapter {name!r} stands on the weight that its start has made of {path!r}, and a copy of it would "
+                f"not, so {what} has no meaning there. Save it with path_initial_model_for_weight_conversion, and "
+                "load that into the original model."
+            )
         if not is_own(layer, LoraLayer) or not _is_plain(layer, name):
             raise ValueError(
                 f"{what} is defined for plain LoRA, and adapter {name!r} at {path!r} is more than the product of its "

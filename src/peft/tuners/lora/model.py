@@ -138,6 +138,7 @@ class LoraTuner(LoraCompat, BaseTuner):
         # Twice the rank halves the scale alpha / r, and takes the root of a half from alpha / sqrt(r).
         config, factor = copy.copy(config), divisor(2, config.use_rslora)
         config.r, config.lora_alpha, config.init_lora_weights = 2 * config.r, factor * config.lora_alpha, True
+        config.corda_config = config.lora_ga_config = None  # which say how it started
         config.rank_pattern = {key: 2 * r for key, r in (config.rank_pattern or {}).items()}
         config.alpha_pattern = {key: factor * alpha for key, alpha in (config.alpha_pattern or {}).items()}
         return tensors, config
