@@ -346,7 +346,8 @@ def _apply(
     factors: Sequence[Factors],
     share: Share | None = None,
 ) -> torch.Tensor:
-    scales, drops, parts, joint = [], [], [], None
+    parts: list[torch.Tensor | None] = []
+    scales, drops, joint = [], [], None
     dtype = product_dtype(x if y is None else y)
     for f in factors:
         rate, hidden = f.dropout, None if share is None else share.of(f, dtype)
