@@ -880,6 +880,16 @@ def test_magnitudes_compute_dora_by_themselves(kind):
     torch.testing.assert_close(own.weight, norm)
 
 
+def test_a_replaced_dequantize_module_weight_acts_where_magnitudes_read_the_base(monkeypatch):
+    import peft.utils.integrations
+    from peft.tuners.lora.dora import DoraLinearLayer
+
+    own, base, zero = DoraLinearLayer(), nn.Linear(4, 3), torch.zeros(3, 2)
+    monkeypatch.setattr(peft.utils.integrations, "dequantize_module_weight", lambda module: 2 * module.weight)
+    own.update_layer(base_layer=base, lora_A=torch.zeros(2, 4), lora_B=zero, scaling=1.0)
+    torch.testing.assert_close(own.weight, 2 * base.weight.norm(dim=1))
+
+
 def test_offsets_of_invocations():
     from peft.tuners.lora.variants import calculate_alora_offsets
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -373,29 +374,35 @@ def test_saving_into_a_file_is_refused(saved):
         LoraConfig().save_pretrained(saved / CONFIG_NAME)
 
 
-def test_push_to_hub_uploads_the_saved_file(monkeypatch):
+def test_push_to_hub_uploads_the_saved_file_and_its_tags_in_one_commit_to_a_branch_that_is_made(monkeypatch):
     import huggingface_hub
+    from transformers.utils import hub
 
     calls = {}
 
-    class Api:
-        def __init__(self, token=None):
-            calls["token"] = token
+    def create_repo(repo_id, **kwargs):
+        calls["repo"] = repo_id, kwargs
+        return huggingface_hub.RepoUrl(f"https://huggingface.co/user/{repo_id}")
 
-        def create_repo(self, repo_id, private, exist_ok):
-            calls["private"] = private
-            return huggingface_hub.RepoUrl(f"https://huggingface.co/user/{repo_id}")
+    def create_branch(**kwargs):
+        calls["branch"] = kwargs["repo_id"], kwargs["branch"]
 
-        def upload_folder(self, *, repo_id, folder_path, **kwargs):
-            calls["repo_id"] = repo_id
-            calls["content"] = json.loads((Path(folder_path) / CONFIG_NAME).read_text())
-            calls["files"] = os.listdir(folder_path)
-            return "commit"
+    def create_commit(repo_id, operations, **kwargs):
+        files = {operation.path_in_repo: Path(operation.path_or_fileobj).read_text() for operation in operations}
+        calls["commit"] = repo_id, files, kwargs
+        return "commit"
 
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    assert LoraConfig(r=5).push_to_hub("name", token="t", private=True) == "commit"
-    assert calls["content"]["r"] == 5 and calls["files"] == [CONFIG_NAME]
-    assert (calls["token"], calls["private"], calls["repo_id"]) == ("t", True, "user/name")
+    api = SimpleNamespace(create_repo=create_repo, create_branch=create_branch, create_commit=create_commit)
+    monkeypatch.setattr(hub, "hf_api", lambda: api, raising=False)
+    for name, call in vars(api).items():  # transformers has imported them by name
+        monkeypatch.setattr(hub, name, call, raising=False)
+    options = {"token": "t", "private": True, "revision": "second", "tags": ["poems"]}
+    assert LoraConfig(r=5).push_to_hub("name", **options) == "commit"
+    assert calls["repo"] == ("name", {"private": True, "token": "t", "exist_ok": True})
+    assert calls["branch"] == ("user/name", "second")
+    repo_id, files, given = calls["commit"]
+    assert (repo_id, given["revision"], given["commit_message"]) == ("user/name", "second", "Upload config")
+    assert json.loads(files.pop(CONFIG_NAME))["r"] == 5 and "- poems" in files.pop("README.md") and files == {}
 
 
 # ---------------------------------------------------------------------------------------------------------- validation

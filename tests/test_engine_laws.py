@@ -14,10 +14,14 @@ from laws import cells, methods, over
 from torch import nn
 
 from peft import BOFTConfig, HRAConfig, LoraConfig, OFTConfig, get_peft_model
+from peft.config import TargetModules, option
 from peft.core.adapter import Adapter, part, setting
 from peft.core.families import Copy, Delta
 from peft.core.layer.classes import layer_class
+from peft.core.model.registry import define_tuner
+from peft.errors import ConfigError
 from peft.kernels import DenseUpdateError, plain, strict
+from peft.peft_types import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.testing.cells import Cell, layers, perturb
 from peft.tuners.lora.layer import Lora
 
@@ -306,6 +310,14 @@ def test_a_setting_named_like_an_attribute_of_the_layer_is_refused(name: str) ->
     getattr(taken, name).__set_name__(taken, name)
     with pytest.raises(TypeError, match=f"Taken declares the setting '{name}'.*`taken_{name} = setting"):
         layer_class(taken, name="TakenLayer")
+
+
+@pytest.mark.parametrize("members", [{}, {"METHOD": "mine"}, {"METHOD": "MINE", "waves": option(2, "How many.")}])
+def test_a_config_without_a_method_in_capitals_or_no_dataclass_is_refused(members: dict[str, Any]) -> None:
+    config = type("MineConfig", (TargetModules,), members)
+    with pytest.raises(ConfigError, match='MineConfig must be a dataclass.*capital.*METHOD: ClassVar.* = "MINE"'):
+        define_tuner(Delta, config)
+    assert not {"NONE", "MINE"}.intersection(map(str, PEFT_TYPE_TO_CONFIG_MAPPING))
 
 
 class Outer(Lora):

@@ -172,6 +172,10 @@ def test_masks_of_padding_and_labels():
     assert prepare_model_inputs_fn_language_modeling(batch, config).tolist() == [[True, True, False]]
     x = torch.arange(6.0).view(1, 3, 2)
     assert prepare_layer_inputs_fn_language_modeling(x, mask, "l").tolist() == [[2.0, 3.0]]
+    assert prepare_layer_inputs_fn_language_modeling(x, mask.nonzero(), "l").tolist() == [[2.0, 3.0]]  # as in 0.21.2
+    for batch in (torch.tensor([[2, 0, 1]]), {"input_ids": mask}):
+        with pytest.raises(ValueError, match="prepare_layer_inputs_fn=None"):
+            prepare_layer_inputs_fn_language_modeling(x, batch, "l")
     with pytest.raises(ValueError, match="dict"):
         prepare_model_inputs_fn_language_modeling(x, config)
 

@@ -184,6 +184,8 @@ def test_fit_is_partial_fit_by_batches_and_leaves_the_data():
     ours, theirs = IncrementalPCA(4, batch_size=7).fit(data), Sklearn(4, batch_size=7).fit(data.numpy())
     torch.testing.assert_close(ours.singular_values_, torch.from_numpy(theirs.singular_values_))
     assert torch.equal(data, before)
+    ours, theirs = IncrementalPCA(3, batch_size=3).fit(data), Sklearn(3, batch_size=3).fit(data.numpy())
+    assert float(ours.noise_variance_) == theirs.noise_variance_  # as many rows as components leave nothing over
     assert IncrementalPCA(4).fit(data).batch_size == 30
     assert [s.stop - s.start for s in IncrementalPCA.gen_batches(10, 4, 3)] == [4, 6]
 

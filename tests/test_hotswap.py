@@ -359,6 +359,21 @@ def test_missing_trained_module_changes_nothing():
     attempt(model, get_peft_model_state_dict(other), other.peft_config["default"], "missing keys: .*lin1")
 
 
+def test_an_adapter_that_stands_on_another_base_weight_is_refused():
+    """PiSSA's file means its tensors on what its start has left of the base weight."""
+    pissa = adapted("mlp", 1, init_lora_weights="pissa")
+    same = adapted("mlp", 2, init_lora_weights="pissa")
+    for p in same.parameters():
+        if p.requires_grad:
+            nn.init.normal_(p)
+    hotswap_adapter_from_state_dict(pissa, get_peft_model_state_dict(same), "default", same.peft_config["default"])
+    assert torch.equal(pissa(inputs("mlp")), same(inputs("mlp")))
+    for other in (adapted("mlp", 2), adapted("mlp", 2, init_lora_weights="pissa", r=3, lora_alpha=6)):
+        for new, old in ((pissa, other), (other, pissa)):
+            state, config = get_peft_model_state_dict(new), new.peft_config["default"]
+            attempt(old, state, config, "path_initial_model_for_weight_conversion")
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [("use_rslora", True), ("lora_dropout", 0.1), ("alpha_pattern", {"lin0": 3}), ("use_dora", True)],

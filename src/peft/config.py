@@ -441,44 +441,20 @@ class PeftConfigMixin(Options):
         """Hook for configs whose fields were spelt differently in older files: returns the fields to use."""
         return kwargs
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        commit_message: str | None = None,
-        commit_description: str | None = None,
-        private: bool | None = None,
-        token: bool | str | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        max_shard_size: int | str | None = "50GB",
-        tags: list[str] | None = None,
-    ) -> str:
-        """Upload `adapter_config.json` to a repository of the model hub, which is made if needed.
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> str:
+        """Upload `adapter_config.json` to a repository of the model hub, as configs of transformers are uploaded.
 
-        `max_shard_size` is accepted for the sake of a common signature; a config is never split. Returns the address
-        of the commit.
+        Args:
+            args, kwargs: `repo_id`, which is made if needed, and by keyword `commit_message`, `commit_description`,
+                `private`, `token`, `revision`, `create_pr`, `tags`: see `transformers.utils.PushToHubMixin`.
+
+        Returns:
+            The address of the commit.
         """
-        import tempfile
+        from transformers.utils import PushToHubMixin
 
-        from huggingface_hub import HfApi, metadata_update
-
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            commit = api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                commit_message=commit_message or "Upload adapter config",
-                commit_description=commit_description,
-                revision=revision,
-                create_pr=create_pr,
-            )
-        if tags:
-            login = token if isinstance(token, str) else None
-            metadata_update(repo_id, {"tags": tags}, token=login, revision=revision, create_pr=create_pr)
-        return commit
+        saves = {"save_pretrained": lambda _, folder, **unused: self.save_pretrained(folder)}
+        return type(type(self).__name__, (PushToHubMixin,), saves)().push_to_hub(*args, **kwargs)
 
     @property
     def method_name(self) -> str:

@@ -104,7 +104,7 @@ def tell_misspelt(function: Callable, given: Iterable[str], others: Iterable[str
     Args:
         given: the keywords that it has no parameter for. others: those among them that it reads.
     """
-    read = [*inspect.signature(function).parameters, *others]
+    read = [*inspect.signature(function).parameters, *others] if given else ()
     for name in [name for name in given if name not in read]:
         if close := difflib.get_close_matches(name, read, n=1, cutoff=0.85):
             said = f"{function.__name__} has no keyword {name!r}, which does nothing. Did you mean {close[0]!r}?"

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft.compat.integrations import dequantize_module_weight
 from peft.core.base.kinds import kind_of
+from peft.kernels.dora import summed_norm
+from peft.utils import integrations
 
 
 class DoraLinearLayer(nn.Module):
@@ -33,9 +34,9 @@ class DoraLinearLayer(nn.Module):
         self, weight: torch.Tensor, lora_weight: torch.Tensor, scaling: float, adapter_name: str | None = None
     ) -> torch.Tensor:
         """``|W + s B A|`` of each row, shaped as ``weight`` of this module is; W as its layer stores it."""
-        summed = (weight.T if self.fan_in_fan_out else weight) + scaling * lora_weight
-        norm = summed.flatten(1).norm(dim=1).to(weight.dtype)
-        return norm if summed.dim() == 2 else norm.view(1, -1, *[1] * (summed.dim() - 2))
+        change = scaling * lora_weight
+        norm = summed_norm(weight.T if self.fan_in_fan_out else weight, change).to(weight.dtype)
+        return norm if weight.dim() == 2 else norm.view(1, -1, *[1] * (weight.dim() - 2))
 
     def update_layer(
         self, *, base_layer: nn.Module, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float, **kwargs: Any
@@ -76,7 +77,7 @@ class DoraLinearLayer(nn.Module):
     @staticmethod
     def _dense(base_layer: nn.Module) -> torch.Tensor:
         kind: Any = kind_of(base_layer)
-        weight = dequantize_module_weight(base_layer)
+        weight = integrations.dequantize_module_weight(base_layer)  # of that module: others replace it there
         return weight.T if kind is not None and kind.lookup else weight
 
     def __repr__(self) -> str:

@@ -319,7 +319,8 @@ class Adapter(Drops):
 
     def along_channels(self, v: torch.Tensor) -> torch.Tensor:
         """A vector over features, shaped to multiply x or y."""
-        return self.layer.kind.along_channels(v, self.base)
+        kind = self.layer.kind
+        return v if kind.matrix else kind.along_channels(v, self.base)
 
     def sums_exactly(self) -> bool:
         """Whether W can hold an update added to it."""
@@ -329,8 +330,11 @@ class Adapter(Drops):
     def held(self) -> list[tuple[str, part, Any]]:
         """Its parts: attribute of the layer, declaration, what is there."""
         layer, name = self.layer, self.name
-        read = [(declared, declared.read(layer, name)) for declared in self.parts.values()]
-        found = [(declared.attribute(layer), declared, value) for declared, value in read if value is not None]
+        found = [
+            (declared.attribute(layer), declared, value)
+            for declared in self.parts.values()
+            if (value := declared.read(layer, name)) is not None
+        ]
         return found + [(attribute, MORE, value) for attribute, value in self._further()]
 
     def _further(self) -> list[tuple[str, Any]]:
@@ -343,10 +347,10 @@ class Adapter(Drops):
 
     def parameters(self) -> Iterator[torch.Tensor]:
         """The trained tensors, those in common with other layers included."""
-        layer = self.layer
+        layer, untrained = self.layer, type(self).untrained
         for declared in self.parts.values():  # not those held, which are looked up before the first is given
             value = None if declared.container is BufferDict else declared.read(layer, self.name)
-            if value is not None and declared.attribute(layer) not in type(self).untrained:
+            if value is not None and not (untrained and declared.attribute(layer) in untrained):
                 if isinstance(value, nn.Module):
                     yield from _tensors_that_train(value)
                 else:  # yielded as it is: torch 2.14 does not compile `yield from` a tuple that is left early

@@ -37,6 +37,11 @@ def adapted_norm(weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, sca
     return (squares + 2 * scale * cross + scale**2 * own).clamp_min(0).sqrt().to(up.dtype)
 
 
+def summed_norm(weight: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    """Row norms of ``W + dW``, ``[out]``, both ``[out, in, *kernel]``."""
+    return (weight + change).flatten(1).norm(dim=1)
+
+
 def dora_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, factors: Factors, magnitude: torch.Tensor
 ) -> torch.Tensor:

@@ -279,7 +279,8 @@ class Cell:
     def apart(self, found: torch.Tensor, other: torch.Tensor) -> None:
         """Two outputs differ by more than rounding: without that, the law would show nothing."""
         difference, size = (found.float() - other.float()).abs().max().item(), other.float().abs().max().item()
-        assert difference > 2 * self.relative * (size + 1), f"{difference} of {size}: the adapter does too little"
+        enough = difference > 2 * self.relative * (size + 1)
+        assert enough, f"{difference} of {size}: the adapter does too little; give fields with which it does more"
 
     # --- holes
     def refusal(self, operation: str) -> Refusal | None:

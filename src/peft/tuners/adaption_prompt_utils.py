@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -22,7 +23,10 @@ AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 
 def _source(module: nn.Module) -> Callable:
-    return inspect.unwrap(type(module).forward)
+    return _unwrapped(type(module).forward)
+
+
+_unwrapped = functools.cache(inspect.unwrap)  # asked several times in each call
 
 
 def can_watch(module: nn.Module) -> bool:
@@ -46,15 +50,20 @@ def _watched(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor
     return module.config._attend(module, *args, **kwargs)
 
 
+@functools.cache
+def _register() -> None:
+    from transformers.modeling_utils import AttentionInterface
+
+    AttentionInterface.register(REGISTERED, _watched)
+
+
 def watched(module: nn.Module, around: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
     """``module(*args, **kwargs)`` with ``around(attend, module, query, key, value, mask, **options)`` in the place of
     the model's attention function, which is handed over as ``attend``.
 
     Queries ``[batch, heads, tokens, features]`` have their positions, keys and values come from the cache.
     """
-    from transformers.modeling_utils import AttentionInterface
-
-    AttentionInterface.register(REGISTERED, _watched)
+    _register()
     with nullcontext() if torch.compiler.is_compiling() else _EXCHANGING:
         config, names = module.config, _source(module).__globals__
         attend = names["ALL_ATTENTION_FUNCTIONS"].get(

@@ -236,8 +236,15 @@ def _put(
     unmerge_for(root, adapter_name)
     replaced: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
     with torch.no_grad():
-        for entry, value in sorted(found.fits, key=lambda item: item[0].put is None):  # exact ones after rounded ones
-            _write(model, entry, value, assign, replaced)
+        exact = []
+        for entry, value in found.fits:
+            if entry.put is not None:
+                entry.put(value)
+            elif _stays(entry, value, assign):
+                exact.append((entry.tensor, value))
+            elif entry.memory:
+                _assign(model, entry, value, replaced)
+        fill(exact)  # after rounded ones
         for module in root.modules() if replaced else ():  # tied modules hold one tensor, a file has it once
             for name, p in module._parameters.items():
                 if p is not None and id(p) in replaced:
@@ -395,32 +402,29 @@ def unmerge_for(root: nn.Module, adapter: str) -> None:
             layer.unmerge()
 
 
-def _write(model: nn.Module, entry: Entry, value: torch.Tensor, assign: bool, replaced: dict[int, Any]) -> None:
+def _stays(entry: Entry, value: torch.Tensor, assign: bool) -> bool:
+    """Whether the tensor of a place gets other values, and not another tensor its place."""
+    if entry.tensor.device.type == "meta":
+        return False
+    if not entry.memory:  # a view of another layer's tensor, or a weight of the base model
+        return True
+    # A DTensor keeps its part of the values; a whole tensor in its place would be none.
+    return entry.tensor.shape == value.shape and not (assign and not is_dtensor(entry.tensor))
+
+
+def _assign(model: nn.Module, entry: Entry, value: torch.Tensor, replaced: dict[int, Any]) -> None:
     """Put a tensor into its place. A parameter that another takes the place of is noted, with that, by its id."""
-    if entry.put is not None:
-        entry.put(value)
-    elif not entry.memory:  # a view of another layer's tensor, or a weight of the base model
-        if entry.tensor.device.type != "meta":
-            fill(entry.tensor, value)
-    elif (
-        # A DTensor keeps its part of the values; a whole tensor in its place would be none.
-        (assign and not is_dtensor(entry.tensor))
-        or entry.tensor.device.type == "meta"
-        or entry.tensor.shape != value.shape
-    ):
-        path, _, name = entry.memory.rpartition(".")
-        holder = model if hasattr(model, "base_model") or not entry.memory.startswith("base_model.") else None
-        parent = bare((holder or model).get_submodule(path if holder else path.removeprefix("base_model.")))
-        old = parent._parameters.get(name, entry.tensor)
-        device = _device_near(model, entry) if old.device.type == "meta" else old.device
-        value = value.to(device, old.dtype).contiguous()
-        if isinstance(old, nn.Parameter):
-            new = parent._parameters[name] = nn.Parameter(value, requires_grad=old.requires_grad)
-            replaced[id(old)] = (old, new)
-        else:
-            parent._buffers[name] = value
+    path, _, name = entry.memory.rpartition(".")
+    holder = model if hasattr(model, "base_model") or not entry.memory.startswith("base_model.") else None
+    parent = bare((holder or model).get_submodule(path if holder else path.removeprefix("base_model.")))
+    old = parent._parameters.get(name, entry.tensor)
+    device = _device_near(model, entry) if old.device.type == "meta" else old.device
+    value = value.to(device, old.dtype).contiguous()
+    if isinstance(old, nn.Parameter):
+        new = parent._parameters[name] = nn.Parameter(value, requires_grad=old.requires_grad)
+        replaced[id(old)] = (old, new)
     else:
-        fill(entry.tensor, value)
+        parent._buffers[name] = value
 
 
 def _device_near(model: nn.Module, entry: Entry) -> torch.device:

@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from peft.core.layer.layer import BaseTunerLayer
 
 
+_AVAILABLE = torch.distributed.is_available()  # asked in each call of each layer
+
+
 def several_processes() -> bool:
     """Whether this process has others beside it, that it may exchange tensors with."""
-    there = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return there and torch.distributed.get_world_size() > 1
+    return _AVAILABLE and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
 def team_of(layer: BaseTunerLayer, x: Any) -> Team | None:

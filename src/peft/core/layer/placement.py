@@ -23,9 +23,11 @@ def settle(layer: BaseTunerLayer, adapter: Adapter, device: torch.device | None 
     Args:
         device: put them there instead, in the dtypes that they have.
     """
-    place = _place(layer) if device is None else (device, None)
+    storage, base, weight = layer.storage, layer.get_base_layer(), layer.kind.weight
+    place = storage.device_and_dtype(base, weight) if device is None else (device, None)
     for attribute, _, item in adapter.held():
-        tensors, has_rules = _all_tensors(item), _has_rules(item)
+        has_rules = _has_rules(item)
+        tensors = _all_tensors(item)
         for t in tensors:
             if not t.is_contiguous():  # made by a decomposition; FSDP 1 takes the gradients of such apart
                 t.data = t.data.contiguous()
@@ -40,12 +42,8 @@ def settle(layer: BaseTunerLayer, adapter: Adapter, device: torch.device | None 
             moved = nn.Parameter(moved.detach(), requires_grad=item.requires_grad)
         if moved is not item:
             layer._modules[attribute][adapter.name] = moved  # type: ignore[index]
-    _agree(layer, adapter)
-
-
-def _agree(layer: BaseTunerLayer, adapter: Adapter) -> None:
-    """Where processes compute a layer together, they start from the same adapter, whatever each has drawn."""
-    mesh = None if layer.kind.whole else layer.storage.mesh(layer.get_base_layer(), layer.kind.weight)
+    # Where processes compute a layer together, they start from the same adapter, whatever each has drawn.
+    mesh = None if layer.kind.whole else storage.mesh(base, weight)
     for tensor in adapter.parameters() if mesh is not None else ():
         if not tensor.is_meta:
             Team(mesh).agree(tensor)
@@ -53,12 +51,8 @@ def _agree(layer: BaseTunerLayer, adapter: Adapter) -> None:
 
 def place_for(layer: BaseTunerLayer, item: torch.Tensor | nn.Module) -> Place:
     """Device and dtype for a new part: those of the base weight, where that is a dense tensor."""
-    return _place_of(_all_tensors(item), _place(layer))
-
-
-def _place(layer: BaseTunerLayer) -> Place:
-    """The base weight's device and dtype, None where parts have nothing to follow."""
-    return layer.storage.device_and_dtype(layer.get_base_layer(), layer.kind.weight)
+    base, weight = layer.get_base_layer(), layer.kind.weight
+    return _place_of(_all_tensors(item), layer.storage.device_and_dtype(base, weight))
 
 
 def _place_of(tensors: list[torch.Tensor], place: Place) -> Place:

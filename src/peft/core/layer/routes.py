@@ -89,8 +89,10 @@ def folded(layer: BaseTunerLayer, adapters: Adapters, args: tuple, kwargs: Keywo
     if layer.kind.opaque:
         values = weights.effective(layer, adapters)
         return layer.storage.call(layer.get_base_layer(), values, args, kwargs)
-    only = any(adapter.only_folds() for adapter in adapters)
-    if not only and not all(adapter.prefers_folding() for adapter in adapters):
+    only, prefer = False, True
+    for adapter in adapters:
+        only, prefer = only or adapter.only_folds(), prefer and adapter.prefers_folding()
+    if not only and not prefer:
         return None
     x = args[0]
     if (direct := layer.direct_weight(x)) is not None:
@@ -124,17 +126,20 @@ def _folded_change(
 def updated(layer: BaseTunerLayer, adapters: Adapters, args: tuple, kwargs: Keywords) -> Any:
     """The base layer on an input that adapters may change, and what they make of its output, one after another."""
     x = inner = args[0]
+    changes, spares, kind = False, True, layer.kind
+    for adapter in adapters:  # loops, not any and all: these are asked in each call of each layer
+        changes, spares = changes or adapter.changes_input, spares and adapter.spares_input
     # looking at all that autograd keeps takes longer than adapters do that see to it themselves
-    with NO_CONTEXT if all(adapter.spares_input for adapter in adapters) else reading(x):
-        if any(adapter.changes_input for adapter in adapters):
+    with NO_CONTEXT if spares else reading(x):
+        if changes:
             for adapter in reversed(weights.fold_order(adapters)):  # the one next to x is folded last
                 inner = adapter.input(adapter.cast(inner))
-            inner = inner.to(x.dtype)
+            inner = inner if inner.dtype is x.dtype else inner.to(x.dtype)
         given = layer._modules["base_layer"](inner, *args[1:], **kwargs)  # type: ignore[misc]
-        base_y = y = layer.kind.tensor_in(given)
+        base_y = y = kind.tensor_in(given)
         for adapter in adapters:
             y = adapter.output(adapter.cast(x), y, base_y)
-        return layer.kind.with_tensor(given, y if y.dtype is base_y.dtype else y.to(base_y.dtype))
+        return kind.with_tensor(given, y if y.dtype is base_y.dtype else y.to(base_y.dtype))
 
 
 ROUTES = (stand_in, parted, by_kernel, low_rank, folded, updated)

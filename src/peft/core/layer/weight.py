@@ -334,9 +334,10 @@ def _swap(layer: BaseTunerLayer, adapters: Adapters, safe_merge: bool) -> None:
 
 def dtype_of_module(module: nn.Module) -> torch.dtype | None:
     """The dtype of the first of its parameters that floats, None where it has none."""
-    for p in module.parameters():  # no next(.., None): torch 2.8 does not compile it
-        if p.is_floating_point():
-            return p.dtype
+    for some in (module._parameters.values(), module.parameters()):  # its own come first, and take no walk
+        for p in some:  # no next(.., None): torch 2.8 does not compile it
+            if p is not None and p.is_floating_point():
+                return p.dtype
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import Field
 from typing import Any
 
 from peft import default_targets
@@ -12,6 +13,7 @@ from peft.core.adapter import Adapter
 from peft.core.layer.classes import layer_class, prefix_of
 from peft.core.layer.layer import BaseTunerLayer
 from peft.core.model.tuner import BaseTuner
+from peft.errors import ConfigError
 from peft.options import value_of
 from peft.peft_types import register_peft_method
 
@@ -42,15 +44,20 @@ def define_tuner(
 
     Raises:
         TypeError: if a part or a setting has the name of an attribute of every layer.
+        ConfigError: if the config is no dataclass, or its METHOD is missing or not in capital letters.
     """
     module = sys.modules[adapter_cls.__module__]
-    stem = config_cls.__name__.removesuffix("Config")
+    stem, method = config_cls.__name__.removesuffix("Config"), str(value_of(config_cls.METHOD))
+    if method != method.upper() or any(isinstance(value, Field) for value in vars(config_cls).values()):
+        raise ConfigError(
+            f"{config_cls.__name__} must be a dataclass that names its method in capital letters: @dataclass above "
+            f'the class, and METHOD: ClassVar[str] = "{stem.upper()}" in it.'
+        )
     layer_cls = layer_class(adapter_cls, layer, f"{stem}Layer")
     vars(module).setdefault(layer_cls.__name__, layer_cls)  # where pickles and clients look for it
     for name, cls in layer_cls.by_name.items():
         if vars(module).setdefault(name, cls) is cls:  # where scripts that print or compare class names expect it
             cls.__qualname__ = name
-    method = str(value_of(config_cls.METHOD))
     make_readable(method.lower(), layer_cls)
     table = getattr(default_targets, f"TRANSFORMERS_MODELS_TO_{method.replace('_', '')}_TARGET_MODULES_MAPPING", {})
     members = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from peft.core.layer.rewritten import follow, give_back_unmerged, keep_merged
 from peft.core.model.operations import adapters_of, remove, unmerge
 from peft.core.model.record import known_record
 from peft.core.model.replicate import restore_layers
-from peft.core.model.walk import layers_of
+from peft.core.model.walk import layers_of, wrappers_of
 
 
 @contextmanager
@@ -35,7 +36,7 @@ def restoring(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def replacing(model: nn.Module, adapter_name: str) -> Iterator[None]:
     """A context in which another adapter takes a name; the one that has it goes, and comes back if that fails."""
-    if adapter_name not in adapters_of(model):
+    if not any(adapter_name in wrapper for _, wrapper in wrappers_of(model)):
         yield
         return
     warnings.warn(
@@ -69,7 +70,7 @@ def _snapshot(model: nn.Module) -> Callable[[], None]:
         record.biases.apply(None)  # type: ignore[union-attr]
     before = {module: _state(module) for module in model.modules()}
     # with what layers share, which they hold by name but not as a part of them
-    shared = {v for state in before.values() for v, _ in state.values() if isinstance(v, nn.Module)}
+    shared = {v for layer in layers for v in vars(layer).values() if isinstance(v, nn.Module)}
     before.update({module: _state(module) for module in shared - before.keys()})
     starts = [(layer, layer.rewritten.copy()) for layer in layers if layer.rewritten is not None]
     kept = {} if record is None else {**vars(record), "biases": copy.copy(record.biases)}
@@ -86,7 +87,7 @@ def _snapshot(model: nn.Module) -> Callable[[], None]:
 
     def put_back() -> None:
         for module, state in before.items():
-            _put_back(module, state)
+            _put_back(module, *state)
         for layer, start in starts:
             layer.rewritten = start
         if record is not None:
@@ -99,24 +100,23 @@ def _snapshot(model: nn.Module) -> Callable[[], None]:
     return put_back
 
 
-def _state(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """What a module holds: each value, and what is in it where it is a container."""
+def _state(module: nn.Module) -> tuple[dict[str, Any], list[tuple[Any, Any]]]:
+    """What a module holds, and its containers with what is in them."""
+    held = vars(module).copy()
     # most are empty, in thousands of modules
-    return {k: (v, (v.copy() if v else ()) if _changes(v) else None) for k, v in vars(module).items()}
+    return held, [(value, value.copy() if value else ()) for value in held.values() if _changes(value.__class__)]
 
 
-_SETTERS = (dict.__setitem__, OrderedDict.__setitem__)
+@functools.cache
+def _changes(cls: type) -> bool:
+    """Whether such containers may change; diffusers keeps configs in dicts that refuse to."""
+    setters = (dict.__setitem__, OrderedDict.__setitem__)
+    return issubclass(cls, list | set) or (issubclass(cls, dict) and cls.__setitem__ in setters)
 
 
-def _changes(value: Any) -> bool:
-    """Whether it is a container whose content may change; diffusers keeps configs in dicts that refuse to."""
-    return isinstance(value, list | set) or (isinstance(value, dict) and type(value).__setitem__ in _SETTERS)
-
-
-def _put_back(module: nn.Module, state: dict[str, tuple[Any, Any]]) -> None:
+def _put_back(module: nn.Module, held: dict[str, Any], containers: list[tuple[Any, Any]]) -> None:
+    for value, content in containers:  # filled, not replaced: the handles of hooks know the dict that they are in
+        value.clear()
+        value.extend(content) if isinstance(value, list) else value.update(content)
     vars(module).clear()
-    for key, (value, content) in state.items():
-        if content is not None:  # filled, not replaced: the handles of hooks know the dict that they are in
-            value.clear()
-            value.extend(content) if isinstance(value, list) else value.update(content)
-        vars(module)[key] = value
+    vars(module).update(held)

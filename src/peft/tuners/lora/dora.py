@@ -21,6 +21,7 @@ from peft.core.families.delta import floating
 from peft.core.filling import skip_values
 from peft.core.layer.weight import base_bias, layer_inside
 from peft.kernels import adapted_norm, dora_linear, is_hooked
+from peft.kernels.dora import summed_norm
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.initialize import is_drawn
 from peft.tuners.lora.layer import Lora
@@ -56,7 +57,7 @@ class Dora(Lora):
             down, up = (t.detach() for t in self.pair())
             return adapted_norm(base.detach(), down, up, self.scaling)
         delta = self.delta_weight().detach()
-        return (base.to(delta) + delta).flatten(1).norm(dim=1)
+        return summed_norm(base.to(delta), delta)
 
     def factor(self, base: torch.Tensor) -> torch.Tensor:
         """g, ``[out]``."""

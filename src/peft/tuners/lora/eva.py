@@ -50,16 +50,28 @@ def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: Lor
 def prepare_layer_inputs_fn_language_modeling(
     layer_input: torch.Tensor, model_input: torch.Tensor | None, layer_name: str
 ) -> torch.Tensor:
-    """The rows ``[n, in]`` of a layer's input at the tokens that count (``model_input``, a mask; None: all)."""
+    """The rows ``[n, in]`` of a layer's input at the tokens that count.
+
+    Args:
+        model_input: a mask ``[batch, length]``, or the rows and columns of tokens ``[n, 2]``; None: all.
+
+    Raises:
+        ValueError: if it is something else, such as a batch that no ``prepare_model_inputs_fn`` has looked at.
+    """
     if isinstance(layer_input, (tuple, list)):
         layer_input = layer_input[0]
     flat = layer_input.reshape(-1, layer_input.shape[-1])
-    if model_input is None or model_input.numel() != len(flat):
+    if model_input is None:
         return flat
-    return flat[model_input.reshape(-1).to(flat.device)]
-
-
-LayerInputs = Callable[..., torch.Tensor]
+    chosen = model_input.to(flat.device) if isinstance(model_input, torch.Tensor) else None
+    if chosen is not None and chosen.dtype == torch.bool:
+        return flat[chosen.reshape(-1)] if chosen.numel() == len(flat) else flat
+    if chosen is None or chosen.is_floating_point() or chosen.dim() != 2 or chosen.shape[1] != 2:
+        raise ValueError(
+            "which tokens count is a mask [batch, length] or their places [n, 2], and none of these was given for "
+            f"{layer_name}. Without prepare_model_inputs_fn give prepare_layer_inputs_fn=None, too, for all tokens."
+        )
+    return layer_input[chosen.T.unbind()]
 
 
 @torch.no_grad()

@@ -24,7 +24,8 @@ from peft.core.layer.classes import is_own
 from peft.core.model.walk import bare, join, layers_of, names_in, plain, surveyed, walk
 from peft.errors import CheckpointError, ConfigError, some
 from peft.peft_types import PeftType
-from peft.tuners.lora.config import divisor, whole
+from peft.tuners.lora.config import LoraConfig, divisor, whole
+from peft.tuners.lora.initialize import rewrites
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.pairs import held_rank, of_rank, pair_blocks
 from peft.usage import recording
@@ -50,6 +51,8 @@ _TARGETS = (
     "modules_to_save",
     "bias",
 )
+# What a start that rewrites the base weight makes of it.
+_START = ("init_lora_weights", "r", "lora_alpha", "rank_pattern", "loftq_config")
 # What else may differ in any method: where an adapter comes from.
 _OUT, _IN = ("out_features", "out_channels"), ("in_features", "in_channels")
 
@@ -78,6 +81,13 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
                 f"Configs are incompatible: for {name}, {old} != {new}. Load the new adapter beside the old one with "
                 "load_adapter and activate it with set_adapter."
             )
+    starts = [config.init_lora_weights for config in (config0, config1) if isinstance(config, LoraConfig)]
+    if any(map(rewrites, starts)) and [vars(config0)[n] for n in _START] != [vars(config1)[n] for n in _START]:
+        raise ConfigError(
+            f"Configs are incompatible: the adapters come from init_lora_weights={starts[0]!r} and {starts[1]!r}, and "
+            "each stands on what its start has made of the base weights, which no swap changes. Save such an adapter "
+            "with path_initial_model_for_weight_conversion, or load the new one beside the old one with load_adapter."
+        )
 
 
 @surveyed()

@@ -109,7 +109,8 @@ class IncrementalPCA:
         self.components_, self.singular_values_ = components[:k], values[:k]
         self.explained_variance_ = variances[:k]
         self.explained_variance_ratio_ = values[:k].square() / squares.sum()
-        self.noise_variance_ = variances[k:].mean() if len(variances) > k else X.new_zeros(())
+        rest = variances[k:] if k not in (count, wide.shape[1]) else variances[:0]  # as scikit-learn has it
+        self.noise_variance_ = rest.mean() if len(rest) else X.new_zeros(())
         self.mean_, self.var_ = self.mean_ - shift * (count / total), squares / total
         self.n_samples_seen_ = self.n_samples_seen_ + count
 

@@ -132,10 +132,10 @@ class Lora(LoraVariantCompat, Scaled):
         return next(filter(None, reasons), None) or refusal(self.kind, self.base, config)
 
     def create(self, config: LoraConfig, key: str) -> None:
-        self.r = config.rank_at(key)
-        self.lora_alpha = config.alpha_at(key)
+        # by one call: a load does this at hundreds of layers
+        options = {name: getattr(config, name) for name in ("use_rslora", "use_dora", "lora_bias")}
+        self.layer.put(self.name, r=config.rank_at(key), lora_alpha=config.alpha_at(key), **options)
         self.lora_dropout = config.lora_dropout
-        self.use_rslora, self.use_dora, self.lora_bias = config.use_rslora, config.use_dora, config.lora_bias
         self.scaling = self.initial_scaling()
         self.make_pair(config)
 
@@ -402,8 +402,8 @@ class LoraLayer(LoraLayerCompat, ScaledLayer):
 
 def check_start(init: Any) -> None:
     """Refuse a start that only a third party's layers may know."""
-    rules = LoraConfig.__dataclass_fields__["init_lora_weights"].metadata
-    if init is not None:
+    if init is not None and init is not True:
+        rules = LoraConfig.__dataclass_fields__["init_lora_weights"].metadata
         check_choice("init_lora_weights", init, {**rules, "others": None})
 
 

@@ -148,7 +148,8 @@ class Storage:
 
     def anchor(self, m: nn.Module, attribute: str) -> torch.Tensor | None:
         """A tensor that is where, and as wide as, the weight is; of a module without that weight, its first one."""
-        weight = getattr(m, attribute, None) if attribute else None
+        weight = m._parameters.get(attribute)  # nearly always, and in a tenth of the time of asking the module
+        weight = getattr(m, attribute, None) if weight is None and attribute else weight
         return weight if isinstance(weight, torch.Tensor) else next(itertools.chain(m.parameters(), m.buffers()), None)
 
     def linear_shape(self, m: nn.Module) -> tuple[int, int]:

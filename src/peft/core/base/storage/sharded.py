@@ -9,6 +9,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import compress
+from operator import not_
 from typing import Any
 
 import torch
@@ -113,9 +115,17 @@ def tensors_in(module: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-def fill(old: torch.Tensor, value: torch.Tensor) -> None:
-    """Copy a tensor that every process has whole into one of which each may hold a part."""
-    old.detach().copy_(distributed_like(value.to(old.dtype), old) if is_dtensor(old) else value)
+@torch.no_grad()
+def fill(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Copy tensors that every process has whole into those of which each may hold a part, (old, new)."""
+    ordinary = [_ORDINARY.issuperset(map(type, pair)) for pair in pairs]
+    if any(ordinary):  # by one call: an adapter has hundreds of small ones
+        torch._foreach_copy_(*map(list, zip(*compress(pairs, ordinary))))
+    for old, value in compress(pairs, map(not_, ordinary)):
+        old.copy_(distributed_like(value.to(old.dtype), old) if is_dtensor(old) else value)
+
+
+_ORDINARY = frozenset((torch.Tensor, nn.Parameter))
 
 
 class Team:
