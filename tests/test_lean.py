@@ -314,9 +314,26 @@ def test_where_it_is_no_way(taken):
         assert model(X).dtype == torch.bfloat16
     with torch.no_grad():
         torch.func.vmap(model)(X)
-    model(X.repeat(2**14, 1, 1)).sum().backward()
-    assert q(model).lora_B["default"].weight.grad.abs().sum() > 0
-    assert not any(taken[-9:])
+    assert not any(taken[-6:])
     x = X.clone().requires_grad_()
     with torch.no_grad():
         assert not model(x).requires_grad and taken[-1]
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_steps_with_many_entries_take_it_by_the_fused_way(rate, taken):
+    model, x = make(lora_dropout=rate), X.repeat(2**14, 1, 1)
+    agrees(model, x)
+    assert taken[-3:] == [True] * 3
+    model.train()
+    for _ in range(2):
+        y = model(x)
+    assert y.grad_fn.name() == "LowRankLinearBackward" and taken[-3:] == [True] * 3
+    for train in (lambda: q(model).base_layer.weight, lambda: q(model).base_layer.bias):
+        train().requires_grad_()
+        y = model(x)
+        y.sum().backward()
+        assert train().grad.abs().sum() > 0 and taken[-3:] == [False, True, True]
+        train().requires_grad_(False)
+    model.requires_grad_(False)
+    assert not model(x).requires_grad and not any(taken[-3:])

@@ -70,7 +70,7 @@ class Dropped:
         if not self._has_places(y) or torch.is_grad_enabled():
             return y.add_(self.copy(torch.mm(a, b)))
         entries, places = _entries(y), self._drawn(y)
-        before = entries[places]
+        before = entries.take(places)
         accumulate(y, a, b, 1.0)
         entries[places] = before
         return y

@@ -137,6 +137,28 @@ def low_rank_linear(
     return _apply(x, base_output(base, x, None, fresh), None, None, factors, share)
 
 
+def in_step(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    factors: Sequence[Factors],
+    share: Callable[[], Share | None],
+) -> torch.Tensor | None:
+    """W x + b and low-rank updates of x ``[..., in]`` in a training step, without autocast; x has W's dtype.
+
+    Args:
+        share: asked where the layer reads x together with others, see :func:`low_rank_linear`.
+
+    Returns:
+        None where the layer's own tensors train, or nothing does: that is not for this function.
+    """
+    if are_few(x, factors):
+        return with_few(x, weight, bias, factors)
+    if weight.requires_grad or (bias is not None and bias.requires_grad) or not _trains(x, factors):
+        return None
+    return _apply(x, None, weight, bias, factors, share())
+
+
 def base_output(
     base: nn.Module, x: torch.Tensor, weight: torch.Tensor | None = None, fresh: bool = False
 ) -> torch.Tensor:
@@ -324,16 +346,18 @@ def _apply(
     factors: Sequence[Factors],
     share: Share | None = None,
 ) -> torch.Tensor:
-    scales = [f.scale / (1 - f.dropout) for f in factors]
-    drops = [(f.dropout, draw_seed()) if f.dropout else None for f in factors]
-    dtype, joint = product_dtype(x if y is None else y), None
-    parts = [(f.down, f.up, None, f.middle) for f in factors]
+    parts: list[torch.Tensor | None] = []
+    scales, drops, joint = [], [], None
+    dtype = product_dtype(x if y is None else y)
+    for f in factors:
+        rate, hidden = f.dropout, None if share is None else share.of(f, dtype)
+        scales.append(f.scale / (1 - rate))
+        drops.append((rate, draw_seed()) if rate else None)
+        parts += (f.down if hidden is None else None, f.up, hidden, f.middle)
     if share is not None:
         x, joint = share.source, share.joint
-        found = [(f, share.of(f, dtype)) for f in factors]
-        parts = [(f.down if hidden is None else None, f.up, hidden, f.middle) for f, hidden in found]
     with no_autocast(x):
-        return LowRankLinear.of(x, y, weight, bias, scales, drops, joint, *(t for part in parts for t in part))
+        return LowRankLinear.of(x, y, weight, bias, scales, drops, joint, *parts)
 
 
 class Direct(Function):
@@ -360,28 +384,31 @@ class LowRankLinear(Direct):
         joint: Joint | None,
         *parts: Any,
     ) -> torch.Tensor:
-        shape = x.shape
-        rows = x.reshape(-1, shape[-1])
-        if y is None:
-            out = product(rows, weight.t(), bias=bias)  # type: ignore[union-attr]
-        else:
-            ctx.mark_dirty(y)
-            out = y.view(-1, y.shape[-1])
-        dtype, needed, reads = product_dtype(out), [], False
-        rows = in_dtype(dtype, rows)
+        # All but the product with W comes first: it pushes x, and Python's objects, out of the processor's cache.
+        shape, dtype = x.shape, product_dtype(x if y is None else y)
+        whole = x.reshape(-1, shape[-1])
+        rows = in_dtype(dtype, whole)
+        needed, adds, reads = [], [], False
         for i, drop in enumerate(drops):
             a, b, hidden, m = parts[4 * i : 4 * i + 4]
             dropped = None if drop is None else Dropped(*drop)
             if hidden is None:
                 hidden = product(rows if dropped is None else dropped.copy(rows), in_dtype(dtype, a).t())
                 reads |= a.requires_grad
-            accumulate(out, _through(hidden, m), in_dtype(dtype, b).t(), scales[i])
+            adds.append((_through(hidden, m), in_dtype(dtype, b).t(), scales[i]))
             keeps = b.requires_grad or (m is not None and m.requires_grad)
             needed += [a, b, hidden if keeps else None, m, dropped and dropped.few()]
         ctx.scales, ctx.drops, ctx.dtype, ctx.shape, ctx.given = scales, drops, dtype, shape, y is not None
         ctx.joint = joint
         ctx.kept, tensor = kept(x if joint is None else joint.x(), reads)
         ctx.save_for_backward(tensor, weight, *needed)
+        if y is None:
+            out = product(whole, weight.t(), bias=bias)  # type: ignore[union-attr]
+        else:
+            ctx.mark_dirty(y)
+            out = y.view(-1, y.shape[-1])
+        for h, up, scale in adds:
+            accumulate(out, h, up, scale)
         return out.resize_(*shape[:-1], out.shape[1]) if y is None else y  # no view: others may change it in place
 
     @staticmethod
@@ -416,11 +443,7 @@ def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ..
     inner, grads = None, []
     if ctx.kept is not None and (twice or any(needs[::4])):
         inner = in_dtype(dtype, ctx.kept.get(saved).reshape(-1, ctx.shape[-1]))
-    joint = ctx.joint if needs_x and not twice else None
-    dx = None if joint is None else joint.known()
-    if needs_x and weight is not None:
-        dx = product(dy, weight) if dx is None else plus_product(dx, dy, weight)
-    dy = in_dtype(dtype, dy)
+    whole, dy, to_x = dy, in_dtype(dtype, dy), []
     for i, (scale, drawn) in enumerate(zip(ctx.scales, ctx.drops)):
         a, b, hidden, m, places = rest[5 * i : 5 * i + 5]
         needs_a, needs_b, needs_hidden, needs_m = needs[4 * i : 4 * i + 4]
@@ -440,8 +463,14 @@ def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ..
             if needs_a:
                 d_down = in_dtype(a.dtype, product(dh.t(), dropped))
             if needs_x and a is not None:
-                dx = into_gradient(dx, dh, in_dtype(dtype, a), drop, gradient.dtype)
+                to_x.append((dh, in_dtype(dtype, a), drop))
         grads += [d_down, d_up, d_hidden, d_middle]
+    joint = ctx.joint if needs_x and not twice else None
+    dx = None if joint is None else joint.known()
+    if needs_x and weight is not None:  # last, as in the forward pass
+        dx = product(whole, weight) if dx is None else plus_product(dx, whole, weight)
+    for dh, a, drop in to_x:
+        dx = into_gradient(dx, dh, a, drop, gradient.dtype)
     if joint is not None:
         joint.gradient, dx = dx, None  # the node that all layers of this input share gives it on
     dx = None if dx is None else dx.view(ctx.shape)

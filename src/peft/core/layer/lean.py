@@ -8,6 +8,7 @@ steps with an input of a size for which autograd's own operations are not the be
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,8 +19,7 @@ from peft.core.adapter import Adapter
 from peft.core.base.kinds import Kind, Linear
 from peft.core.base.storage import Plain, Storage, storage_of
 from peft.core.layer.routes import all_factors, only_adds
-from peft.kernels.few import is_few
-from peft.kernels.linear import Factors, are_few, inferred, is_eager, with_few
+from peft.kernels.linear import Factors, are_few, in_step, inferred, is_eager
 from peft.kernels.strict import is_plain
 
 
@@ -34,7 +34,7 @@ def lean(layer: BaseTunerLayer, x: torch.Tensor) -> torch.Tensor | None:
     (``p.data.copy_``), at any time.
     """
     trains = torch.is_grad_enabled()
-    if (trains and not is_few(x)) or torch._C._is_any_autocast_enabled() or not is_eager(x) or is_plain():
+    if torch._C._is_any_autocast_enabled() or not is_eager(x) or is_plain():
         return None
     state, active = layer.__dict__, layer._active_adapter
     context, seen = state["context"], state.get("_seen")
@@ -42,7 +42,7 @@ def lean(layer: BaseTunerLayer, x: torch.Tensor) -> torch.Tensor | None:
         return None
     if context.adapter_names is not None or context.current is not None:
         return None
-    if seen is not None and (y := seen.output(state, active[0], x, trains)) is not None:
+    if seen is not None and (y := seen.output(layer, active[0], x, trains)) is not None:
         return y
     adapter = state["adapters"].get(active[0])
     if adapter is None or not only_adds(type(adapter)):  # type: ignore[arg-type]
@@ -57,11 +57,10 @@ def lean(layer: BaseTunerLayer, x: torch.Tensor) -> torch.Tensor | None:
     if factors is None:
         return None
     drops = bool(factors[0].dropout)
-    few = are_few(x, factors) if trains or drops else False
-    if trains and not few:
-        return None
     state["_seen"] = Seen.of(layer, adapter) if adapter.held_in is not None and (trains or not drops) else None
-    return with_few(x, weight, bias, factors) if trains else inferred(x, weight, bias, factors, few)
+    if trains:
+        return in_step(x, weight, bias, factors, partial(context.readers.share, layer, x, factors))
+    return inferred(x, weight, bias, factors, drops and are_few(x, factors))
 
 
 _BIASES = (nn.Parameter, type(None))
@@ -109,13 +108,14 @@ class Seen(NamedTuple):
         base: Any = layer._modules["base_layer"]
         return cls(RemovableHandle.next_id, base, base.__dict__, adapter.held_in, *parts)
 
-    def output(self, state: dict[str, Any], name: str, x: torch.Tensor, trains: bool) -> torch.Tensor | None:
+    def output(self, layer: BaseTunerLayer, name: str, x: torch.Tensor, trains: bool) -> torch.Tensor | None:
         """The layer's output while all of it is still so, None otherwise.
 
         Args:
-            trains: autograd records the call, of few entries.
+            trains: autograd records the call.
         """
         hooks, base, own, names, box_a, in_a, a, of_a, box_b, in_b, b, of_b, box_drop, in_drop, drop, of_drop = self
+        state = layer.__dict__
         modules = state["_modules"]
         if hooks != RemovableHandle.next_id or modules["base_layer"] is not base or type(base) is not nn.Linear:
             return None
@@ -132,7 +132,7 @@ class Seen(NamedTuple):
         rate = 0.0
         if of_drop is not None:
             rate = of_drop["p"] if of_drop["training"] else 0.0
-            if "forward" in of_drop or (rate and not (trains and rate < 1 and is_few(x, draws=True))):
+            if "forward" in of_drop or (rate and not (trains and rate < 1)):
                 return None
         tensors, others = own["_parameters"], of_b["_parameters"]
         weight, bias = tensors.get("weight"), tensors.get("bias")
@@ -146,7 +146,9 @@ class Seen(NamedTuple):
         if down.dtype is not x.dtype and not state["cast_input_dtype_enabled"]:
             return None
         factors = (Factors(down, up, scale, rate),)
-        return with_few(x, weight, bias, factors) if trains else inferred(x, weight, bias, factors)
+        if trains:
+            return in_step(x, weight, bias, factors, partial(state["context"].readers.share, layer, x, factors))
+        return inferred(x, weight, bias, factors)
 
     def __reduce__(self) -> Any:
         return type(None), ()
