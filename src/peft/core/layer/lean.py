@@ -1,9 +1,8 @@
-"""A call like most while text is generated, or while little is trained on: one adapter, nothing out of the ordinary.
+"""A call like most, in training and while text is generated: one adapter, nothing out of the ordinary.
 
 For one token a layer's arithmetic is so short that what is asked before it counts: the routes ask fifty questions in
 as many functions, of objects that the weights of other layers have pushed out of the processor's cache. Here the same
-is asked in one place and in the fewest steps. What is not as expected goes to the routes, which give the same; so do
-steps with an input of a size for which autograd's own operations are not the best.
+is asked in one place and in the fewest steps. What is not as expected goes to the routes, which give the same.
 """
 
 from __future__ import annotations
