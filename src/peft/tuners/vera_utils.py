@@ -15,7 +15,6 @@ from peft.config import FanInFanOut, LayerSelection, ModulesToSave, TargetModule
 from peft.core.base.kinds import fan
 from peft.core.families import LowRank
 from peft.core.layer.layer import BaseTunerLayer
-from peft.core.layer.routes import updated
 from peft.kernels.autocast import is_autocast
 from peft.kernels.few import is_few
 from peft.kernels.linear import base_output, in_dtype, is_eager
@@ -58,7 +57,6 @@ class SharedPair(LowRank):
     """
 
     draws: ClassVar[int] = 1
-    spares_input = True  # its gradients need no x
 
     @classmethod
     def share(cls, config: Any, layers: Sequence[BaseTunerLayer]) -> dict[str, torch.Tensor]:
@@ -104,8 +102,10 @@ class SharedPair(LowRank):
         if len(adapters) > 1 or not is_eager(x) or is_autocast(x.device.type):
             return None
         (adapter,) = adapters
-        if is_few(x):  # to multiply B by b and d takes longer than all else
-            return updated(layer, adapters, (x,), {})
+        if is_few(x):  # in the fewest calls
+            y = layer._modules["base_layer"](x)  # type: ignore[misc]
+            raised, b = adapter.raised(adapter.cast(x))
+            return in_dtype(y.dtype, torch.addcmul(y, raised, b))
         matrix = layer.kind.matrix and not layer.kind.opaque and x.dtype == adapter.dtype
         if not matrix or not torch.is_grad_enabled() or is_recomputed():
             return None
@@ -120,8 +120,13 @@ class SharedPair(LowRank):
             )  # what another layer's A x has saved is spent on keeping less
         return y + (F.linear(times(h, d), table) * b).view_as(y)
 
-    def delta(self, x: torch.Tensor) -> torch.Tensor:
+    def raised(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """B z and b, whose product is dW x."""
         base, kind, (b, d, a, table) = self.base, self.kind, self.read()
         groups = kind.groups(base)
         h = kind.down(base, self.dropped(x), a) * kind.along_channels(d if groups == 1 else d.repeat(groups), base)
-        return kind.up(base, self.inner(h), table) * kind.along_channels(b, base)
+        return kind.up(base, self.inner(h), table), kind.along_channels(b, base)
+
+    def delta(self, x: torch.Tensor) -> torch.Tensor:
+        raised, b = self.raised(x)
+        return raised * b
