@@ -119,7 +119,7 @@ class Compressed(Function):
         inner: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         device = x.device.type
-        ctx.product = torch.get_autocast_dtype(device) if is_autocast(device) else x.dtype
+        ctx.product_dtype = torch.get_autocast_dtype(device) if is_autocast(device) else x.dtype
         ctx.drop, ctx.shape, ctx.dtype, ctx.count, ctx.inner = drop, x.shape, x.dtype, count, inner
         ctx.kept, saved = (None, None) if is_few(x) else kept(x)
         ctx.is_free = ctx.kept is not None and (saved is None or is_held(x))
@@ -142,7 +142,8 @@ class Compressed(Function):
 
     @staticmethod
     def product(ctx: Any, rows: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-        h = rows.to(ctx.product) @ a.to(ctx.product).T
+        """``s A drop(x)``, ``[..., r]``."""
+        h = rows.to(ctx.product_dtype) @ a.to(ctx.product_dtype).T
         h = h if ctx.inner == 1 else h.mul_(ctx.inner)
         return torch.ops.aten._unsafe_view(h, (*ctx.shape[:-1], len(a)))  # a view would hide whose output it is
 
