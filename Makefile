@@ -3,8 +3,9 @@
 # make tutorial  six methods on that task, one table (about nine minutes on two cores)
 # make test      lint, type check, tests
 # make docs      the documents as a site, into build/site, strictly (two minutes)
-# make bench     the benchmarks, into benchmarks/RESULTS.md (an hour and a half); to compare with another library:
+# make bench     the benchmarks, into benchmarks/RESULTS.md (hours); to compare with another library:
 #                make bench REFERENCE=/path/to/its/environment/bin/python
+#                with ROUNDS=1 REPEATS=5 it takes an hour instead of several, and ranges are wider
 #
 # Each target first builds .venv, once. To use another PyTorch than the pinned one:
 #   make demo TORCH=torch==2.8.0
@@ -16,6 +17,8 @@ TORCH     ?= torch==2.13.0
 VENVFLAGS ?=
 JOBS      ?= 2
 REFERENCE ?=
+ROUNDS    ?= 3
+REPEATS   ?= 45
 
 VENV  := .venv
 RUN   := $(VENV)/bin/python
@@ -71,10 +74,10 @@ docs: $(DOCS)
 
 bench: BENCH = $(if $(REFERENCE),--reference-python $(REFERENCE))
 bench: $(STAMP)
-	$(RUN) benchmarks/run.py $(BENCH)
+	$(RUN) benchmarks/run.py $(BENCH) --rounds $(ROUNDS)
 	$(RUN) benchmarks/parts.py $(BENCH) --write
 	$(RUN) benchmarks/trainer.py $(BENCH) --steps 3 --write
-	$(RUN) benchmarks/methods.py $(BENCH)
+	$(RUN) benchmarks/methods.py $(BENCH) --repeats $(REPEATS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache examples/.cache examples/output
