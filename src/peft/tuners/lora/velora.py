@@ -18,7 +18,7 @@ from peft.kernels import Factors, active_rate
 from peft.kernels.autocast import is_autocast
 from peft.kernels.dropout import Dropped, draw_seed
 from peft.kernels.few import is_few
-from peft.kernels.linear import NO_CONTEXT, is_eager, no_autocast
+from peft.kernels.linear import NO_CONTEXT, is_eager, no_autocast, shaped_as
 from peft.kernels.remake import is_held, kept, recomputed
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import Lora
@@ -125,11 +125,12 @@ class Compressed(Function):
         ctx.is_free = ctx.kept is not None and (saved is None or is_held(x))
         with no_autocast(x):
             rows = Compressed.rows(ctx, x)
-            v = average_direction(grouped(rows, count)) if v is None else v.clone()
+            groups = None if ctx.is_free and v is not None else grouped(rows, count)
+            v = average_direction(groups) if v is None else v.clone()  # type: ignore[arg-type]
             ctx.towards = v * scale
             if not ctx.is_free:
-                saved = grouped(rows, count) @ ctx.towards.to(rows.dtype)
-            h = Compressed.product(ctx, rows, a)
+                saved = groups @ ctx.towards.to(rows.dtype)  # type: ignore[operator]
+            h = Compressed.product(ctx, x, rows, a)
         ctx.save_for_backward(saved, v, a)
         ctx.mark_non_differentiable(v)
         return h, v
@@ -141,11 +142,11 @@ class Compressed(Function):
         return rows if ctx.drop is None else Dropped(*ctx.drop).copy(rows) / (1 - ctx.drop[0])
 
     @staticmethod
-    def product(ctx: Any, rows: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-        """``s A drop(x)``, ``[..., r]``."""
+    def product(ctx: Any, x: torch.Tensor, rows: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        """``s A drop(x)``, ``[..., r]``; rows are ``drop(x)``. No view, which would hide whose output it is."""
         h = rows.to(ctx.product_dtype) @ a.to(ctx.product_dtype).T
         h = h if ctx.inner == 1 else h.mul_(ctx.inner)
-        return torch.ops.aten._unsafe_view(h, (*ctx.shape[:-1], len(a)))  # a view would hide whose output it is
+        return shaped_as(x, h)
 
     @staticmethod
     def recipe(ctx: Any, depth: int) -> Callable[[], torch.Tensor] | None:
@@ -155,7 +156,7 @@ class Compressed(Function):
             x, _, a = ctx.saved_tensors
             x = ctx.kept.read() if x is None else x
             with torch.no_grad(), no_autocast(x):
-                return Compressed.product(ctx, Compressed.rows(ctx, x), a)
+                return Compressed.product(ctx, x, Compressed.rows(ctx, x), a)
 
         return again if ctx.is_free else None
 
@@ -171,7 +172,5 @@ class Compressed(Function):
             by_group = grouped(rows, ctx.count) @ ctx.towards.to(rows.dtype)
         da = gradient_of_down(dh.to(a.dtype), by_group.to(a.dtype), v.to(a.dtype), a.shape[1])
         if ctx.needs_input_grad[0]:
-            dx = dh @ a.to(dh.dtype)
-            dx = dx if ctx.drop is None else Dropped(*ctx.drop).copy(dx) / (1 - ctx.drop[0])
-            dx = dx.view(ctx.shape).to(ctx.dtype)
+            dx = Compressed.rows(ctx, dh @ a.to(dh.dtype)).view(ctx.shape).to(ctx.dtype)
         return dx, da, None, None, None, None, None
